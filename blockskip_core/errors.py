@@ -1,0 +1,40 @@
+"""What can go wrong through no fault of the code, as one family.
+
+    BlockSkipError (ValueError)
+    +-- InvalidInputError       a setting, picture, caption or selection that cannot be used
+    +-- UnsupportedModelError   the model is not a diffusion transformer that we know
+    +-- CacheError              stored residuals that are stale, foreign, truncated or damaged
+    +-- StorageError            a disk that refuses to write
+    +-- LoraFileError           a LoRA that does not fit the model or cannot be read
+    +-- TrainingError           training cannot go on (a loss that is not finite, a failed self-check)
+
+Every message is one or two sentences: what was expected, what came, what to do.
+"""
+
+
+class BlockSkipError(ValueError):
+    """Base class of everything that this package raises on purpose."""
+
+
+class InvalidInputError(BlockSkipError):
+    """A setting or an input that cannot be used."""
+
+
+class UnsupportedModelError(BlockSkipError):
+    """The model is not a diffusion transformer that an adapter exists for."""
+
+
+class CacheError(BlockSkipError):
+    """Stored residuals that must not be used."""
+
+
+class StorageError(BlockSkipError):
+    """A disk that refuses to write."""
+
+
+class LoraFileError(BlockSkipError):
+    """A LoRA that does not fit the model, or a file that cannot be read."""
+
+
+class TrainingError(BlockSkipError):
+    """Training that cannot go on."""

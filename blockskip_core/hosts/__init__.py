@@ -1,0 +1,37 @@
+"""ComfyUI as the host: the only part of the core that imports ``comfy``.
+
+    base            what a family's adapter must say
+    flux            FLUX.1
+    hosted_dit      a loaded MODEL as a SkippableDit: run it with blocks replaced, and leave it as it was
+    conditioning    CONDITIONING -> what the model is called with
+    identity        content hashes of models, pictures and conditionings
+    sampling        probe pictures, and their distance
+    encoding        pictures -> latents
+    folders         where files are kept
+    lora_files      LoRA files in ComfyUI's folders
+"""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedModelError
+from .base import FamilyAdapter
+from .flux import FluxAdapter
+
+ADAPTERS: tuple[type[FamilyAdapter], ...] = (FluxAdapter,)
+
+
+def adapter_for(patcher) -> FamilyAdapter:
+    """Return the adapter of the family that a MODEL belongs to.
+
+    Raises:
+        UnsupportedModelError: If there is none, naming those there are.
+    """
+    diffusion_model = patcher.model.diffusion_model
+    for adapter in ADAPTERS:
+        if adapter.matches(diffusion_model):
+            return adapter(diffusion_model)
+    known = ", ".join(adapter.title for adapter in ADAPTERS)
+    raise UnsupportedModelError(
+        f"Expected a diffusion transformer of a supported family ({known}), got {type(diffusion_model).__name__}. "
+        "Load one of these with Load Diffusion Model."
+    )

@@ -1,0 +1,72 @@
+"""CONDITIONING of the host -> the keyword arguments that a model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInputError
+
+# Settings of a CONDITIONING that act on a part of the picture or of the sampling: they mean nothing for a training crop.
+_NOT_FOR_TRAINING = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "reference_latents")
+
+
+def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
+    """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs.
+
+    ComfyUI's dataset nodes give a list with one CONDITIONING per picture; other nodes give one CONDITIONING with
+    several entries. Both are taken.
+
+    Raises:
+        InvalidInputError: If there is none, one is not finite, or one carries settings that training cannot follow.
+    """
+    entries = [entry for conditioning in positive for entry in conditioning]
+    if not entries:
+        raise InvalidInputError("No conditioning came in. Connect CLIP Text Encode or a dataset node to `positive`.")
+    for index, (embedding, settings) in enumerate(entries):
+        refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
+        if refused:
+            raise InvalidInputError(
+                f"Conditioning {index} carries {', '.join(refused)}, which training cannot follow. "
+                "Connect a plain text conditioning."
+            )
+        tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor is not None):
+            raise InvalidInputError(f"Conditioning {index} contains NaN or Inf. Check the text encoder.")
+    return [[entry] for entry in entries]
+
+
+def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return what ``model.apply_model`` takes for one conditioning beside latent and sigma, batch axis 1.
+
+    Args:
+        model: The host's model (a BaseModel).
+        conditioning: ``[[tensor, settings]]``.
+        latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
+        device: Where the arguments shall lie.
+    """
+    converted = comfy.sampler_helpers.convert_cond(conditioning)
+    encoded = comfy.samplers.encode_model_conds(
+        model.extra_conds, converted, latent, device, "positive", latent_image=latent, denoise_mask=None, seed=0
+    )
+    arguments = encoded[0]["model_conds"]
+    return {name: _plain(value.process_cond(batch_size=1, area=None).cond) for name, value in arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor that autograd may save: those of other nodes were made under inference mode."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def join_arguments(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis."""
+    first = rows[0]
+    return {
+        name: torch.cat([row[name] for row in rows]) if isinstance(value, Tensor) else value
+        for name, value in first.items()
+    }

@@ -1,0 +1,21 @@
+"""Where this package keeps files: below ComfyUI's output folder, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+
+def residuals_folder(key: str) -> Path:
+    """Return the folder of one cache of residuals; ``key`` is a content hash, never a text of a user."""
+    return _root() / "residuals" / key
+
+
+def probe_file(key: str) -> Path:
+    """Return the file of one block selection probe; ``key`` is a content hash."""
+    return _root() / "probes" / f"{key}.json"
+
+
+def _root() -> Path:
+    return Path(folder_paths.get_output_directory()) / "blockskip"

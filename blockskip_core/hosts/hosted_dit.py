@@ -1,0 +1,152 @@
+"""A MODEL of the host as a :class:`~..streams.SkippableDit`.
+
+The user's MODEL is never changed. A run makes a clone of the patcher (it shares the weights), gives it stand-ins as
+object patches, loads it through the host's own model management and unloads it in the end, which puts the original
+modules back. Two details make the weights of replaced modules stay off the device: the clone is loaded only after all
+clones were unloaded, for a loaded model keeps what it has; and it gets a new patches id, for the host takes object
+patches with an unchanged id as "already loaded".
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ..streams import BlockInfo, Denoiser
+from . import adapter_for
+from .conditioning import join_arguments, model_arguments
+
+_MODEL = "diffusion_model."
+
+
+class HostedDit:
+    """A MODEL that can be run with blocks replaced.
+
+    Args:
+        patcher: The MODEL; left as it is.
+        captions: Conditionings, each ``[[tensor, settings]]``.
+        latent_shape: Shape (C, H, W) of the latents that will be denoised.
+
+    Raises:
+        UnsupportedModelError: If no adapter knows the model.
+    """
+
+    def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
+        self.patcher = patcher
+        self.adapter = adapter_for(patcher)
+        self.family = self.adapter.family
+        self.trainable_head = self.adapter.trainable_head
+        self._captions = captions
+        self._latent_shape = tuple(latent_shape)
+
+    @cached_property
+    def blocks(self) -> Sequence[BlockInfo]:
+        """All blocks in execution order."""
+        return self.adapter.blocks()
+
+    @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Weight bytes of each block as loaded."""
+        return tuple(block.num_bytes for block in self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.patcher.load_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token streams."""
+        return self.patcher.model.get_dtype_inference()
+
+    def module(self, name: str) -> nn.Module:
+        """Return the model's own module."""
+        return self.patcher.model.diffusion_model.get_submodule(name)
+
+    def text_length(self, caption: int) -> int:
+        """Return the number of text tokens that the model is given for a caption."""
+        return self._arguments[caption]["c_crossattn"].shape[1]
+
+    @cached_property
+    def _arguments(self) -> list[dict[str, Any]]:
+        latent = torch.zeros(1, *self._latent_shape)
+        return [model_arguments(self.patcher.model, entry, latent, torch.device("cpu")) for entry in self._captions]
+
+    @contextmanager
+    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
+        """Load the model with ``replacements`` in place; unload it and put everything back afterwards.
+
+        Args:
+            replacements: Path below the diffusion model -> stand-in.
+            activation_bytes: Memory that the host should keep free beside the weights.
+
+        Yields:
+            The denoiser, bound to this MODEL's captions.
+        """
+        unload(self.patcher)
+        clone = self.patcher.clone()
+        for name, module in replacements.items():
+            clone.add_object_patch(_MODEL + name, module)
+        clone.patches_uuid = uuid.uuid4()
+        clone.size = 0  # counted anew, without what is replaced
+        was_training = comfy.model_management.in_training
+        try:
+            comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
+            with torch.inference_mode(False):
+                comfy.model_management.load_models_gpu([clone], memory_required=activation_bytes)
+            clone.pre_run()
+            yield self._denoiser(clone)
+        finally:
+            comfy.model_management.in_training = was_training
+            clone.cleanup()
+            unload(clone)
+
+    def _denoiser(self, clone: Any) -> Denoiser:
+        options = clone.model_options["transformer_options"].copy()
+        options["wrappers"] = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
+        arguments = [{k: _to(v, self.device) for k, v in row.items()} for row in self._arguments]
+
+        def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
+            joined = join_arguments([arguments[caption] for caption in captions])
+            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
+            return clone.model.apply_model(noisy, sigmas, transformer_options=call_options, **joined)
+
+        return denoise
+
+    @contextmanager
+    def weight_for_backward(self, module: nn.Module, like: Tensor) -> Iterator[Tensor]:
+        """Lend a linear layer's weight the way the host lends it to its own forward, whatever its storage."""
+        if not hasattr(module, "weight_function"):
+            yield module.weight.to(like)
+            return
+        weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+        try:
+            yield weight
+        finally:
+            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def unload(patcher: Any) -> None:
+    """Unload a model and all clones of it, and nothing else; its modules and weights are then the original ones."""
+    management = comfy.model_management
+    others = [loaded for loaded in management.current_loaded_models if not _is_clone(loaded, patcher)]
+    management.free_memory(1e30, patcher.load_device, keep_loaded=others)
+    if patcher.model is not None and patcher.object_patches_backup:  # the host keeps models that it thinks fit
+        patcher.detach()
+
+
+def _is_clone(loaded: Any, patcher: Any) -> bool:
+    return loaded.model is not None and patcher.is_clone(loaded.model)

@@ -1,0 +1,94 @@
+"""Content hashes: is this the model, these the pictures and captions, that residuals were made from?
+
+Hashing 24 GB of weights would take longer than a short training, so each weight contributes its name, shape, dtype
+and 256 numbers spread over it. Patches (a LoRA applied before us) contribute in the same way, with their strengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hosted_dit import unload
+
+SAMPLES_PER_TENSOR = 256
+
+
+def model_identity(patcher: Any) -> str:
+    """Return a content hash of a MODEL: its diffusion model's weights and what is patched onto them.
+
+    The model is unloaded first: while it is loaded, patches may be merged into its weights.
+    """
+    unload(patcher)
+    digest = _Digest()
+    digest.add(type(patcher.model.diffusion_model).__name__, module_identity(patcher.model.diffusion_model))
+    digest.add({key: patcher.patches[key] for key in sorted(patcher.patches)})
+    digest.add(sorted(f"{key}: {type(value).__name__}" for key, value in patcher.object_patches.items()))
+    return digest.hexdigest()
+
+
+def module_identity(module: nn.Module) -> str:
+    """Return a content hash of a module's weights."""
+    digest = _Digest()
+    digest.add(dict(sorted(module.state_dict().items())))
+    return digest.hexdigest()
+
+
+def tensors_identity(tensors: Iterable[Tensor]) -> str:
+    """Return a content hash of every number of some tensors (pictures: small enough for that)."""
+    digest = _Digest(samples=None)
+    digest.add(list(tensors))
+    return digest.hexdigest()
+
+
+def conditionings_identity(conditionings: Iterable[list]) -> str:
+    """Return a content hash of single conditionings, each ``[[tensor, settings]]``."""
+    digest = _Digest(samples=None)
+    digest.add([[embedding, dict(sorted(settings.items()))] for [[embedding, settings]] in conditionings])
+    return digest.hexdigest()
+
+
+class _Digest:
+    """Hashes nested containers of tensors, numbers and text."""
+
+    def __init__(self, samples: int | None = SAMPLES_PER_TENSOR) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._samples = samples
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, *values: Any) -> None:
+        for value in values:
+            self._add(value)
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._text(f"{tuple(value.shape)} {value.dtype}")
+            self._hash.update(self._sampled(value))
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                self._text(str(key))
+                self._add(item)
+        elif isinstance(value, (list, tuple)):
+            self._text(f"{len(value)} items")
+            self.add(*value)
+        elif isinstance(value, (str, int, float, bool, bytes, type(None))):
+            self._text(repr(value))
+        else:  # a weight adapter of the host and the like: its class and the tensors in it
+            self._text(type(value).__name__)
+            self._add(getattr(value, "weights", None))
+
+    def _text(self, text: str) -> None:
+        self._hash.update(text.encode() + b"\0")
+
+    def _sampled(self, tensor: Tensor) -> bytes:
+        flat = tensor.detach().reshape(-1)
+        if self._samples is not None and flat.numel() > self._samples:
+            places = torch.linspace(0, flat.numel() - 1, self._samples, dtype=torch.float64).long()
+            flat = flat[places.to(flat.device)]
+        return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -1,0 +1,115 @@
+"""LoRA files and LORA_MODELs of the host: written with metadata, checked before they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import folder_paths
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..atomic_files import write_atomically
+from ..errors import InvalidInputError, LoraFileError
+from ..lora import metadata_from_strings, metadata_to_strings
+
+
+class LoraModel(dict):
+    """A LORA_MODEL of the host (name -> tensor) that also carries what it says of itself."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+def output_path(prefix: str) -> Path:
+    """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
+
+    Raises:
+        InvalidInputError: If the prefix would leave the output folder.
+    """
+    if not prefix.isprintable():
+        raise InvalidInputError("The file name must not contain control characters. Use a plain name.")
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except Exception as error:  # noqa: BLE001  the host raises a bare Exception for this
+        raise InvalidInputError(
+            f"The file name {prefix!r} must stay inside ComfyUI's output folder. Use a plain name such as loras/my_lora."
+        ) from error
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
+    """Write a LoRA file with metadata; either the whole file is there afterwards, or none.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    strings = metadata_to_strings(metadata)
+    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=strings))
+
+
+def load_lora_file(name: str) -> LoraModel:
+    """Read a file of the loras folders.
+
+    Raises:
+        LoraFileError: If it is not there or is no LoRA file.
+    """
+    path = folder_paths.get_full_path("loras", name)
+    if path is None or name not in folder_paths.get_filename_list("loras"):
+        raise LoraFileError(f"There is no {name!r} in ComfyUI's loras folders. Refresh the list and choose again.")
+    if Path(path).suffix not in (".safetensors", ".sft"):
+        raise LoraFileError(f"{name} is not a safetensors file; other formats can carry code and are not read.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            strings = file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise LoraFileError(f"{name} cannot be read as a LoRA file. It may be damaged or still downloading.") from error
+    return LoraModel(tensors, metadata_from_strings(strings))
+
+
+def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> tuple[Any, int]:
+    """Return (a clone of the MODEL with the LoRA patched in, number of patched layers).
+
+    Raises:
+        LoraFileError: If the LoRA holds nothing for this model, or tensors of other sizes.
+    """
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
+    if not patches:
+        raise LoraFileError(
+            f"This LoRA holds nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
+            "kind of model."
+        )
+    _require_fitting_shapes(patcher.model.state_dict(), patches)
+    clone = patcher.clone()
+    return clone, len(clone.add_patches(patches, strength))
+
+
+def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> None:
+    for key, patch in patches.items():
+        tensors = getattr(patch, "weights", None)
+        name = key if isinstance(key, str) else key[0]
+        if tensors is None or not isinstance(key, str) or getattr(patch, "name", "") != "lora":
+            continue  # other formats, and slices of fused layers, are the host's to judge
+        rows, columns = tensors[0].shape[0], tensors[1].flatten(1).shape[1]
+        weight = weights[name]
+        if (rows, columns) != (weight.shape[0], weight.flatten(1).shape[1]):
+            raise LoraFileError(
+                f"This LoRA does not fit: for {name} it has {rows} x {columns}, the model has "
+                f"{' x '.join(map(str, weight.shape))}. It was trained for a model of another size."
+            )
+
+
+def describe(metadata: Mapping[str, Any], lora: Mapping[str, Tensor], num_patched: int) -> str:
+    """Return what a LoRA says of itself, several lines."""
+    lines = [f"{num_patched} layers patched, {len(lora)} tensors."]
+    if not metadata:
+        return "\n".join([*lines, "The file says nothing of itself: it was not saved by BlockSkip."])
+    lines.extend(f"{name.replace('_', ' ')}: {value}" for name, value in metadata.items())
+    return "\n".join(lines)

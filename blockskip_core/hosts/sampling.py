@@ -1,0 +1,141 @@
+"""Probe pictures for block selection: sampled with image-to-text attention masked in some blocks, then compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..block_selection import cosine_distance
+from ..errors import InvalidInputError
+from . import adapter_for
+
+_WRAPPER = "blockskip_text_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """How probe pictures are sampled. The paper gives none of this; the defaults are ours.
+
+    Attributes:
+        size: Side in pixels.
+        steps: Sampler steps (Euler).
+        cfg: Guidance scale; 1 for guidance-distilled models.
+        seed: Of the first picture's noise; the next pictures count up.
+        num_seeds: Pictures per prompt.
+
+    Raises:
+        InvalidInputError: If a count is less than 1 or the size no multiple of 16.
+    """
+
+    size: int = 512
+    steps: int = 8
+    cfg: float = 1.0
+    seed: int = 0
+    num_seeds: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_seeds"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.size < 16 or self.size % 16:
+            raise InvalidInputError(f"The probe size must be a positive multiple of 16 px, got {self.size}.")
+
+
+class MaskedSampler:
+    """Samples latents from a MODEL in which some blocks' image tokens cannot see the text.
+
+    Args:
+        patcher: The MODEL; clones are sampled from, it is left as it is.
+        probe: Size, steps, guidance.
+        downscale: Pixels per latent cell.
+    """
+
+    def __init__(self, patcher: Any, probe: ProbeConfig, downscale: int) -> None:
+        self._patcher = patcher
+        self._probe = probe
+        self._adapter = adapter_for(patcher)
+        self._downscale = downscale
+
+    def sample(
+        self,
+        positive: list,
+        negative: list,
+        *,
+        seed: int,
+        masked: frozenset[int],
+        on_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return one picture's latent, shape (1, C, H, W), as a VAE would decode it.
+
+        Args:
+            positive, negative: CONDITIONINGs.
+            seed: Of the noise.
+            masked: Indices of the blocks that are masked; with none the plain MODEL is sampled.
+            on_step: Called after every sampler step; may raise to interrupt.
+        """
+        patcher = self._patcher
+        if masked:
+            patcher = patcher.clone()
+            patcher.add_wrapper_with_key(
+                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL,
+                _WRAPPER,
+                self._adapter.text_masking_wrapper(masked),
+            )
+        cells = self._probe.size // self._downscale
+        empty = torch.zeros(1, self._patcher.model.latent_format.latent_channels, cells, cells)
+        return comfy.sample.sample(
+            patcher,
+            comfy.sample.prepare_noise(empty, seed),
+            self._probe.steps,
+            self._probe.cfg,
+            "euler",
+            "simple",
+            positive,
+            negative,
+            empty,
+            callback=lambda *_: on_step() if on_step else None,
+            disable_pbar=True,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class PictureMetric:
+    """What two pictures are compared by.
+
+    Attributes:
+        name: For people.
+        embed: Latent (1, C, H, W) -> vector.
+    """
+
+    name: str
+    embed: Callable[[Tensor], Tensor]
+
+    def distance(self, a: Tensor, b: Tensor) -> float:
+        """Return 1 - cosine similarity of two embedded pictures."""
+        return cosine_distance(a, b)
+
+
+def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
+    """Return the paper's metric (a vision encoder's embedding) if both are given, else the latents themselves.
+
+    The paper compares DINO or CLIP embeddings; ComfyUI's CLIP Vision loader reads CLIP-ViT and DINOv2.
+    """
+    if vae is None or clip_vision is None:
+        return PictureMetric("latents (plug in `vae` and `clip_vision` for the paper's metric)", lambda latent: latent)
+    kind = getattr(clip_vision, "model_type", "clip_vision_model")
+
+    def embed(latent: Tensor) -> Tensor:
+        output = clip_vision.encode_image(vae.decode(latent))
+        if output["image_embeds"] is not None and not kind.startswith("dino"):
+            return output["image_embeds"]
+        return output["last_hidden_state"][:, 0]  # the class token, which is DINO's embedding
+
+    return PictureMetric(f"{kind} embedding", embed)

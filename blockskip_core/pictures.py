@@ -1,0 +1,117 @@
+"""Pictures for people: the selection heatmap and the contact sheet of training crops. Drawn with Pillow.
+
+Pillow because the host has it, and plotting libraries are not worth a dependency for two drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .block_selection import BlockSelection, TextInfluence, format_bytes, window_length
+
+BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
+FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # told apart in grey too
+PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """Return a picture as the host's IMAGE, shape (1, H, W, 3), range [0, 1]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0).unsqueeze(0)
+
+
+def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, max_crops: int = 64, cell: int = 160) -> Image.Image:
+    """Return crops, each (H, W, 3), in a grid ordered by nothing but their order, with labels underneath.
+
+    Long lists are thinned evenly to ``max_crops``.
+    """
+    chosen = [round(i * (len(crops) - 1) / max(1, max_crops - 1)) for i in range(min(len(crops), max_crops))]
+    if len(crops) <= max_crops:
+        chosen = list(range(len(crops)))
+    columns = min(8, len(chosen))
+    rows = -(-len(chosen) // columns)
+    gap, line = 8, 22
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for place, index in enumerate(chosen):
+        left = gap + place % columns * (cell + gap)
+        top = gap + place // columns * (cell + line + gap)
+        picture = Image.fromarray((crops[index].numpy() * 255.0).round().astype(np.uint8))
+        sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
+        draw.text((left + 2, top + cell + 4), labels[index], fill=INK, font=_font(13))
+    return sheet
+
+
+def selection_heatmap(
+    selection: BlockSelection, influence: TextInfluence | None, block_names: Sequence[str]
+) -> Image.Image:
+    """Return the model's blocks in order, what is skipped, and how much the text matters where it was measured."""
+    cell = max(12, min(48, 1100 // selection.num_blocks))
+    left, width = 230, cell * selection.num_blocks
+    rows = _profiles(influence)
+    height = 150 + 54 * len(rows) + 60
+    picture = Image.new("RGB", (left + width + 40, height), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=_font(18))
+    draw.text((20, 40), _bytes_line(selection), fill=INK, font=_font(14))
+    _draw_blocks(draw, selection, block_names, left, 72, cell)
+    for number, (label, values, reach) in enumerate(rows):
+        _draw_profile(draw, label, values, reach, (left, 142 + 54 * number), cell)
+    draw.text((20, height - 30), selection.note, fill=INK, font=_font(13))
+    return picture
+
+
+def _bytes_line(selection: BlockSelection) -> str:
+    counts = f"first {selection.front}, last {selection.back} of {selection.num_blocks} skipped"
+    if not selection.block_bytes:
+        return counts
+    return f"{counts}; weights kept {format_bytes(selection.kept_bytes)}, left out {format_bytes(selection.skipped_bytes)}"
+
+
+def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float], int]]:
+    """Return (label, first block -> distance, blocks each value stands for) of what was measured."""
+    if influence is None:
+        return []
+    count = influence.num_blocks
+    front = {n - 1: value for n, value in influence.front.items() if n}
+    back = {count - m: value for m, value in influence.back.items() if m}
+    rows = [("first n masked", front, 1), ("last m masked", back, 1)]
+    if influence.window:
+        length = window_length(count)
+        rows.append((f"window of {length} masked", {s + (length - 1) // 2: v for s, v in influence.window.items()}, 1))
+    return rows
+
+
+def _draw_blocks(
+    draw: ImageDraw.ImageDraw, selection: BlockSelection, names: Sequence[str], left: int, top: int, cell: int
+) -> None:
+    draw.text((20, top + 10), f"{selection.family} blocks", fill=INK, font=_font(14))
+    for index in range(selection.num_blocks):
+        colour = KEPT if index in selection.kept else FRONT if index < selection.front else BACK
+        x = left + index * cell
+        draw.rectangle((x + 1, top, x + cell - 2, top + 34), fill=colour)
+        if index == 0 or names[index].split(".")[0] != names[index - 1].split(".")[0]:
+            draw.line((x, top - 4, x, top + 42), fill=INK, width=2)
+            draw.text((x + 4, top + 38), names[index].split(".")[0].replace("_", " "), fill=INK, font=_font(12))
+
+
+def _draw_profile(
+    draw: ImageDraw.ImageDraw, label: str, values: dict[int, float], reach: int, corner: tuple[int, int], cell: int
+) -> None:
+    left, top = corner
+    highest = max([*values.values(), 1e-12])
+    draw.text((20, top + 6), label, fill=INK, font=_font(14))
+    draw.text((20, top + 24), f"largest distance {highest:.3g}", fill=INK, font=_font(11))
+    for index, value in values.items():
+        share = min(1.0, max(0.0, value / highest))
+        colour = tuple(int(c) for c in PROFILE_LOW + share * (PROFILE_HIGH - PROFILE_LOW))
+        x = left + index * cell
+        draw.rectangle((x + 1, top, x + cell * reach - 2, top + 40), fill=colour, outline=FAINT)
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)

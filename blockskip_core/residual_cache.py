@@ -1,0 +1,271 @@
+"""Stored residuals on disk: memory-mapped safetensors shards and a manifest.
+
+What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
+
+    front.img, front.txt   tokens leaving the front span; exact, because no LoRA acts before them
+    back                   what the back span adds to the image tokens, as the sum of its blocks' differences
+    latent                 the clean latent of the draw's crop
+    reference              the full model's clean estimate, for the first draw of a chunk
+
+The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
+does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
+to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic_files import write_atomically
+from .block_selection import format_bytes
+from .errors import CacheError, InvalidInputError
+from .streams import TokenStreams
+
+CACHE_VERSION = 1
+MANIFEST = "manifest.json"
+DISK_RESERVE_BYTES = 256 * 2**20  # left free for everybody else
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What residuals were computed from. Two caches are interchangeable exactly if these are equal.
+
+    Attributes:
+        model: Content hash of the model's weights and patches.
+        schedule: Content hash of the training schedule.
+        selection: Content hash of the block selection.
+        pictures: Content hash of the pictures and of the VAE that encodes them.
+        captions: Content hash of the conditionings.
+        dtype: Dtype of the token streams.
+        version: Format of the cache.
+    """
+
+    model: str
+    schedule: str
+    selection: str
+    pictures: str
+    captions: str
+    dtype: str
+    version: int = CACHE_VERSION
+
+    @property
+    def key(self) -> str:
+        """Content hash of everything, 32 hexadecimal digits; the name of the cache's folder."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def difference(self, other: Mapping[str, object]) -> list[str]:
+        """Return the names of the fields in which a manifest's identity differs."""
+        return [name for name, value in asdict(self).items() if other.get(name) != value]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is replayed for one draw, with batch axis 1.
+
+    Attributes:
+        front: Tokens leaving the front span, or None if nothing is skipped there.
+        back: Image residual of the back span, or None.
+    """
+
+    front: TokenStreams | None
+    back: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by the names under which they are stored."""
+        named = {} if self.front is None else {f"front.{name}": x for name, x in self.front.tensors().items()}
+        return named if self.back is None else {**named, "back": self.back}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Residual:
+        """Build a residual from what :meth:`tensors` returned."""
+        front = TokenStreams(tensors["front.img"], tensors.get("front.txt")) if "front.img" in tensors else None
+        return cls(front, tensors.get("back"))
+
+    @staticmethod
+    def cat(residuals: Iterable[Residual]) -> Residual:
+        """Return the residuals joined along the batch axis."""
+        residuals = list(residuals)
+        front = None if residuals[0].front is None else TokenStreams.cat([r.front for r in residuals])
+        back = None if residuals[0].back is None else torch.cat([r.back for r in residuals])
+        return Residual(front, back)
+
+
+def predicted_bytes(
+    draws: Iterable[int], *, front: bool, back: bool, img_tokens: int, txt_tokens: Mapping[int, int], width: int,
+    itemsize: int,
+) -> int:  # fmt: skip
+    """Return the bytes that the residuals of ``draws`` take, without file headers.
+
+    Args:
+        draws: Draw indices.
+        front, back: Whether a front and a back span are skipped.
+        img_tokens: N.
+        txt_tokens: Draw index -> L.
+        width: D.
+        itemsize: Bytes per number.
+    """
+    numbers = 0
+    for draw in draws:
+        numbers += (img_tokens + txt_tokens[draw]) * width * front + img_tokens * width * back
+    return numbers * itemsize
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Check that ``folder``'s disk has room, before anything is written.
+
+    Raises:
+        InvalidInputError: With predicted and free bytes.
+    """
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes + DISK_RESERVE_BYTES > free:
+        raise InvalidInputError(
+            f"The residuals would take {format_bytes(needed_bytes)} on disk, {format_bytes(free)} are free. "
+            "Use fewer draws, or set storage to `chunked` or `on the fly`."
+        )
+
+
+class CacheWriter:
+    """Writes a cache: shard by shard, the manifest last.
+
+    Args:
+        folder: Its own folder; an unfinished cache in it is replaced.
+        identity: What the residuals are computed from.
+    """
+
+    def __init__(self, folder: Path, identity: CacheIdentity) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._tensors: dict[str, dict[str, object]] = {}
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        self._num_shards = 0
+
+    def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Write one shard: draw index -> name -> tensor.
+
+        Raises:
+            StorageError: If the disk refuses; nothing half-written is left.
+        """
+        name = f"shard-{self._num_shards:05d}.safetensors"
+        flat = {f"{draw}/{key}": x.cpu().contiguous() for draw, record in records.items() for key, x in record.items()}
+        write_atomically(self._folder / name, lambda path: save_file(flat, path))
+        for key, tensor in flat.items():
+            self._tensors[key] = {"shard": name, "checksum": _checksum(tensor)}
+        self._num_shards += 1
+
+    def finish(self) -> None:
+        """Write the manifest: from here on the cache is whole."""
+        body = json.dumps({"identity": asdict(self._identity), "tensors": self._tensors}, sort_keys=True)
+        digest = hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
+        text = json.dumps({"digest": digest, "body": body})
+        write_atomically(self._folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def discard(self) -> None:
+        """Remove the folder and everything in it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class ResidualCache:
+    """A finished cache, opened for reading. Shards are memory-mapped; every tensor is checked when it is read.
+
+    Args:
+        folder: Where :class:`CacheWriter` wrote it.
+        identity: What the residuals must have been computed from.
+
+    Raises:
+        CacheError: If the folder is unfinished, damaged, or was made from something else.
+    """
+
+    def __init__(self, folder: Path, identity: CacheIdentity) -> None:
+        self._folder = folder
+        body = _read_manifest(folder)
+        differing = identity.difference(body["identity"])
+        if differing:
+            raise CacheError(
+                f"The stored residuals belong to another {' and '.join(differing)}."
+            )
+        self._tensors: dict[str, dict[str, object]] = body["tensors"]
+        self._shards: dict[str, safe_open] = {}
+        self._names: dict[int, list[str]] = {}
+        for key in self._tensors:
+            draw, name = key.split("/", 1)
+            self._names.setdefault(int(draw), []).append(name)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, draw: int) -> dict[str, Tensor]:
+        """Return the tensors of one draw, name -> CPU tensor.
+
+        Raises:
+            CacheError: If the draw is absent, or a tensor does not match its checksum.
+        """
+        if draw not in self._names:
+            raise CacheError(f"Draw {draw} is not among the stored residuals.")
+        return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw]}
+
+    def draws_with(self, name: str) -> list[int]:
+        """Return the draws that have a tensor of this name."""
+        return sorted(draw for draw, names in self._names.items() if name in names)
+
+    def residual(self, draw: int) -> Residual:
+        """Return what is replayed for one draw; see :meth:`read`."""
+        return Residual.from_tensors(self.read(draw))
+
+    def _read_tensor(self, key: str) -> Tensor:
+        entry = self._tensors[key]
+        try:
+            tensor = self._shard(entry["shard"]).get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CacheError(_damaged(self._folder, str(entry["shard"]))) from error
+        if _checksum(tensor) != entry["checksum"]:
+            raise CacheError(_damaged(self._folder, str(entry["shard"])))
+        return tensor
+
+    def _shard(self, name: str) -> safe_open:
+        if name not in self._shards:
+            if Path(name).name != name:
+                raise CacheError(_damaged(self._folder, MANIFEST))
+            self._shards[name] = safe_open(self._folder / name, framework="pt")
+        return self._shards[name]
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a cache has been written to the end in this folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CacheError("The stored residuals are missing or unfinished.")
+    try:
+        outer = json.loads(path.read_text(encoding="utf-8"))
+        if hashlib.blake2b(outer["body"].encode(), digest_size=16).hexdigest() != outer["digest"]:
+            raise CacheError(_damaged(folder, MANIFEST))
+        return json.loads(outer["body"])
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CacheError(_damaged(folder, MANIFEST)) from error
+
+
+def _damaged(folder: Path, name: str) -> str:
+    return f"The stored residuals in {folder.name} are damaged ({name})."
+
+
+def _checksum(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())

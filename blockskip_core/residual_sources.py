@@ -1,0 +1,250 @@
+"""Where a training run's residuals come from: all of them from disk, a chunk at a time, or folded into each step.
+
+See ``training`` for what the three mean. A :class:`ResidualSet` is what travels from the node that precomputes to the
+node that trains: light, and complete enough that a source can compute what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .block_selection import BlockSelection
+from .draws import TrainingSchedule
+from .errors import CacheError, InvalidInputError
+from .precompute import Precomputed, Reference, precompute_residuals
+from .residual_cache import (
+    CacheIdentity,
+    CacheWriter,
+    ResidualCache,
+    is_finished,
+    predicted_bytes,
+    require_free_space,
+)
+from .streams import SkippableDit
+from .training import OpenResiduals, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+Storage = Literal["disk", "chunked", "on the fly"]
+STORAGES: tuple[str, ...] = get_args(Storage)
+KEPT_CACHES = 3  # finished caches that stay on disk, newest first
+
+PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSet:
+    """Everything that decides a run's residuals.
+
+    Attributes:
+        schedule: The draws.
+        latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
+        selection: Blocks to be skipped.
+        captions: Conditionings, opaque to this module.
+        identity: What the residuals are (to be) computed from.
+        storage: Where they are kept.
+        chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
+        folder: The folder of this set's own.
+        family: The model family.
+    """
+
+    schedule: TrainingSchedule
+    latents: Tensor = field(repr=False)
+    selection: BlockSelection
+    captions: Sequence[Any] = field(repr=False)
+    identity: CacheIdentity
+    storage: Storage
+    chunk_size: int
+    folder: Path
+    family: str
+
+    def __post_init__(self) -> None:
+        if self.storage not in STORAGES:
+            raise InvalidInputError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}.")
+        if self.chunk_size < 1:
+            raise InvalidInputError(f"chunk_size must be at least 1, got {self.chunk_size}.")
+
+    def source(self, dit: SkippableDit, progress: PhaseProgress) -> DiskSource | ChunkedSource | FoldedSource:
+        """Return the source that this set's storage asks for."""
+        if self.storage == "on the fly":
+            return FoldedSource()
+        kind = DiskSource if self.storage == "disk" else ChunkedSource
+        return kind(self, dit, progress)
+
+
+def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int], *, width: int, patch_size: int) -> int:
+    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers."""
+    _, _, height, columns = residuals.latents.shape
+    return predicted_bytes(
+        draws,
+        front=residuals.selection.front > 0,
+        back=residuals.selection.back > 0,
+        img_tokens=(height // patch_size) * (columns // patch_size),
+        txt_tokens={draw: dit.text_length(residuals.schedule[draw].caption) for draw in draws},
+        width=width,
+        itemsize=_itemsize(residuals.identity.dtype),
+    )
+
+
+def _itemsize(dtype: str) -> int:
+    return {"torch.float64": 8, "torch.float32": 4}.get(dtype, 2)
+
+
+def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, *, predicted: int = 0) -> None:
+    """Compute the residuals of all draws and store them; reuses a finished cache.
+
+    Args:
+        residuals: What to compute.
+        dit: The model.
+        progress: Called as the blocks are passed.
+        predicted: Bytes that will be written; there must be room for them before the first one is.
+
+    Raises:
+        InvalidInputError: If there is not enough room.
+        StorageError: If the disk refuses.
+    """
+    if is_finished(residuals.folder):
+        return
+    require_free_space(residuals.folder, predicted)
+    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1)
+    draws = range(len(residuals.schedule))
+    chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
+    with _written(residuals) as writer:
+        for number, chunk in enumerate(chunks):
+            computed = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)))
+            writer.write(_records(residuals, computed))
+
+
+def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Tensor | None:
+    """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
+
+    Raises:
+        CacheError: If the cache is damaged; it has been removed then.
+    """
+    if not is_finished(folder):
+        return None
+    with _removing_if_damaged(folder):
+        cache = ResidualCache(folder, identity)
+        return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
+
+
+@contextmanager
+def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
+    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong."""
+    writer = CacheWriter(residuals.folder, residuals.identity)
+    try:
+        yield writer
+        writer.finish()
+    finally:
+        if not is_finished(residuals.folder):
+            writer.discard()
+
+
+def _compute(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int], progress: PhaseProgress) -> Precomputed:
+    return precompute_residuals(
+        dit,
+        residuals.schedule,
+        residuals.latents,
+        residuals.selection,
+        draws,
+        progress=lambda done, total: progress("precomputing residuals", done, total),
+    )
+
+
+def _records(residuals: ResidualSet, computed: Precomputed) -> dict[int, dict[str, Tensor]]:
+    records = {
+        draw: {**residual.tensors(), "latent": residuals.latents[draw]}
+        for draw, residual in computed.residuals.items()
+    }
+    records[computed.reference.draw]["reference"] = computed.reference.denoised
+    return records
+
+
+def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
+    """Return a progress callback for part ``number`` of ``count`` equal parts."""
+    return lambda phase, done, total: progress(phase, number * total + done, count * total)
+
+
+def remove_old_caches(parent: Path, *, keep: int) -> None:
+    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours."""
+    if not parent.is_dir():
+        return
+    caches = sorted((path for path in parent.iterdir() if is_finished(path)), key=lambda path: -path.stat().st_mtime)
+    for path in caches[keep:]:
+        logger.info("BlockSkip: removing the old residuals %s", path.name)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class DiskSource:
+    """All draws from a cache on disk; computed first if the cache is gone."""
+
+    def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
+        self._residuals, self._dit, self._progress = residuals, dit, progress
+
+    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
+        """Yield one stretch: the whole run."""
+        write_cache(self._residuals, self._dit, self._progress)
+        yield _opened(self._residuals, range(config.num_micro_batches))
+
+
+class ChunkedSource:
+    """A chunk at a time: computed, trained on, removed. The disk never holds more than one."""
+
+    def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
+        self._residuals, self._dit, self._progress = residuals, dit, progress
+
+    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
+        """Yield the run in stretches of as many micro-batches as a chunk of draws holds."""
+        length = max(1, self._residuals.chunk_size // config.batch_size)
+        for start in range(0, config.num_micro_batches, length):
+            yield self._chunk(config, range(start, min(start + length, config.num_micro_batches)))
+
+    @contextmanager
+    def _chunk(self, config: TrainingConfig, micro_batches: range) -> Iterator[OpenResiduals]:
+        residuals = self._residuals
+        draws = [draw for batch in micro_batches for draw in config.draws_of(batch, len(residuals.schedule))]
+        with _written(residuals) as writer:
+            computed = _compute(residuals, self._dit, list(dict.fromkeys(draws)), self._progress)
+            writer.write(_records(residuals, computed))
+        try:
+            with _opened(residuals, micro_batches) as opened:
+                yield opened
+        finally:
+            writer.discard()
+
+
+class FoldedSource:
+    """Nothing stored: every step runs the whole network first."""
+
+    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
+        """Yield one stretch: the whole run."""
+        yield nullcontext(OpenResiduals(range(config.num_micro_batches), None, None))
+
+
+@contextmanager
+def _opened(residuals: ResidualSet, micro_batches: range) -> Iterator[OpenResiduals]:
+    """Open a finished cache for a stretch."""
+    with _removing_if_damaged(residuals.folder):
+        cache = ResidualCache(residuals.folder, residuals.identity)
+        first = cache.draws_with("reference")[0]
+        reference = Reference(first, cache.read(first)["reference"])
+        yield OpenResiduals(micro_batches, cache.residual, reference)
+
+
+@contextmanager
+def _removing_if_damaged(folder: Path) -> Iterator[None]:
+    """Remove a cache that turns out to be damaged, so that queueing again computes it anew."""
+    try:
+        yield
+    except CacheError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error

@@ -1,0 +1,136 @@
+"""The residual stream of a diffusion transformer, as every family is seen by this package.
+
+A block takes image and text tokens (apart, or joined into one sequence) and gives them back. A family's adapter says
+how, in a :class:`BlockIO`; everything else here works on :class:`TokenStreams` and knows nothing of the family.
+
+Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """Tokens between two blocks.
+
+    Attributes:
+        img: Image tokens, shape (B, N, D).
+        txt: Text tokens, shape (B, L, D), or None for families whose text is not part of the stream.
+    """
+
+    img: Tensor
+    txt: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStreams:
+        """Return the streams with ``function`` applied to each tensor."""
+        return TokenStreams(function(self.img), None if self.txt is None else function(self.txt))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name."""
+        return {"img": self.img} if self.txt is None else {"img": self.img, "txt": self.txt}
+
+    def rows(self) -> list[TokenStreams]:
+        """Return one stream per row of the batch, on the CPU, each its own memory; the batch axis stays."""
+        txt = [None] * len(self.img) if self.txt is None else self.txt.split(1)
+        pairs = zip(self.img.split(1), txt, strict=True)
+        return [TokenStreams(img, text).map(lambda x: x.to("cpu", copy=True)) for img, text in pairs]
+
+    @staticmethod
+    def cat(streams: Sequence[TokenStreams]) -> TokenStreams:
+        """Return the streams joined along the batch axis."""
+        txt = None if streams[0].txt is None else torch.cat([s.txt for s in streams])
+        return TokenStreams(torch.cat([s.img for s in streams]), txt)
+
+
+class BlockIO(Protocol):
+    """How one kind of block takes and gives its tokens."""
+
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        """Return the tokens in a call of the block."""
+        ...
+
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        """Return the tokens in what the block returned from that call."""
+        ...
+
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Return ``streams`` in the form in which the block would return them."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block of a model.
+
+    Attributes:
+        name: Path of the module below the diffusion model, e.g. "double_blocks.3".
+        io: How it takes and gives tokens.
+        num_parameters: Weights in it.
+        num_bytes: Bytes of those weights as loaded.
+    """
+
+    name: str
+    io: BlockIO
+    num_parameters: int
+    num_bytes: int
+
+
+# (noisy (B, C, H, W), sigma (B,), caption index of each row) -> clean estimate (B, C, H, W)
+Denoiser = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+
+class SkippableDit(Protocol):
+    """A diffusion transformer whose blocks can be replaced for the time of a run, whoever hosts it.
+
+    Attributes:
+        family: Name of the family, e.g. "flux".
+        blocks: All blocks in execution order.
+        trainable_head: Paths of the modules after the last block; gradients pass through them.
+    """
+
+    family: str
+    blocks: Sequence[BlockInfo]
+    trainable_head: Sequence[str]
+
+    def module(self, name: str) -> nn.Module:
+        """Return the model's own module at a path; never to be changed."""
+        ...
+
+    def running(
+        self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0
+    ) -> AbstractContextManager[Denoiser]:
+        """Run the model with some modules replaced; the model is as before afterwards, however the run ends."""
+        ...
+
+    def text_length(self, caption: int) -> int:
+        """Return the number of text tokens of a caption; rows of one batch have equal lengths."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        ...
+
+    def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
+        """Lend the weight of a linear layer, shape (out, in), in the dtype and on the device of ``like``."""
+        ...
+
+
+def batches_of_equal_text(
+    draws: Iterable[int], text_length_of: Callable[[int], int], batch_size: int
+) -> list[list[int]]:
+    """Return draw indices in batches whose captions have equally many tokens, in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for draw in draws:
+        groups.setdefault(text_length_of(draw), []).append(draw)
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]

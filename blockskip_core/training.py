@@ -1,0 +1,453 @@
+"""The training loop of DiT-BlockSkip (arXiv 2603.20755, Sec. 3.3): settings in, LoRA out.
+
+Only the kept blocks run. Where residuals come from is the :class:`ResidualSource`'s business:
+
+    disk          all draws were precomputed; read from a cache
+    chunked       K draws at a time are precomputed, trained on and dropped
+    on the fly    every step first runs the whole network without gradients (the "folded" form): the residual of the
+                  back span follows the current LoRA, nothing is stored, but all weights stay on the device
+
+The loss is the model's own: the mean squared error of the velocity of a rectified flow. With
+``noisy = (1 - sigma) clean + sigma noise`` and the model's clean estimate ``denoised``,
+
+    v - v_target = (noisy - denoised) / sigma - (noise - clean) = (clean - denoised) / sigma
+
+so the velocity error is read off the clean estimate, which is what a host returns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .block_selection import BlockSelection
+from .draws import TrainingSchedule
+from .errors import InvalidInputError, TrainingError
+from .lora import LoraAdapters
+from .precompute import Reference, noisy_batch
+from .residual_cache import Residual
+from .stand_ins import AddResidual, Fold, FoldedBlock, PassThrough, Replay, ReplayFront, SavedBytes, TrainedBlock
+from .streams import Denoiser, SkippableDit, batches_of_equal_text
+
+LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
+LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and how fast.
+
+    Attributes:
+        steps: Optimiser steps.
+        learning_rate: AdamW's. 1e-4 is what a third party reports for the paper.
+        batch_size: Draws that go through the model together.
+        accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
+        seed: Of the LoRA's initialisation.
+        lr_schedule: A schedule of diffusers.
+        warmup_steps: Only read by the schedules that warm up.
+        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
+        weight_decay: AdamW's.
+        checkpointing: Recompute each kept block's activations in backward.
+        loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
+
+    Raises:
+        InvalidInputError: If a number is out of range or a name is not known.
+    """
+
+    steps: int
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    accumulation: int = 1
+    seed: int = 0
+    lr_schedule: LearningRateSchedule = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01
+    checkpointing: bool = True
+    loss_weighting: LossWeighting = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise InvalidInputError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
+        for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise InvalidInputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name, names in (("lr_schedule", LearningRateSchedule), ("loss_weighting", LossWeighting)):
+            if getattr(self, name) not in get_args(names):
+                raise InvalidInputError(
+                    f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}."
+                )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward and backward passes of the whole run."""
+        return self.steps * self.accumulation
+
+    def draws_of(self, micro_batch: int, num_draws: int) -> list[int]:
+        """Return the draw indices of a micro-batch; a run longer than the schedule starts over."""
+        start = micro_batch * self.batch_size
+        return [index % num_draws for index in range(start, start + self.batch_size)]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did.
+
+    Attributes:
+        step: Steps done, from 1.
+        losses: Loss of each micro-batch.
+        learning_rate: The one that was used.
+        grad_norm: Before clipping.
+        seconds: Wall time of the step.
+    """
+
+    step: int
+    losses: tuple[float, ...]
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over the micro-batches."""
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass
+class TrainingResult:
+    """What a run left. Filled in as the run goes, so it is right whenever the run ends.
+
+    Attributes:
+        losses: Of every micro-batch.
+        step_seconds: Of every optimiser step.
+        steps: Optimiser steps done.
+        self_check: Relative difference between the skipping and the full model before the first step, or None.
+        saved_bytes: Bytes that the first micro-batch kept for its backward pass, parameters not counted.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    steps: int = 0
+    self_check: float | None = None
+    saved_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class OpenResiduals:
+    """Residuals of a stretch of micro-batches.
+
+    Attributes:
+        micro_batches: The stretch.
+        residual: Draw index -> residual; None in the folded form.
+        reference: The full model's output for one of the draws, or None in the folded form.
+    """
+
+    micro_batches: range
+    residual: Callable[[int], Residual] | None
+    reference: Reference | None
+
+
+class ResidualSource(Protocol):
+    """Hands out residuals, stretch by stretch."""
+
+    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
+        """Yield the stretches of a run in order; each is open while it is trained on."""
+        ...
+
+
+def velocity_loss(denoised: Tensor, clean: Tensor, sigmas: Tensor, weighting: LossWeighting = "none") -> Tensor:
+    """Return the velocity error of each row, shape (B,); see the module's docstring.
+
+    Args:
+        denoised, clean: Shape (B, C, H, W).
+        sigmas: Shape (B,), positive.
+        weighting: Factor per noise level, as diffusers computes it for SD3 (arXiv 2403.03206, Sec. 3.1).
+    """
+    view = sigmas.view(-1, *[1] * (clean.ndim - 1))
+    error = ((clean - denoised) / view).square().flatten(1).mean(1)
+    if weighting == "none":
+        return error
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    return error * compute_loss_weighting_for_sd3(weighting, sigmas)
+
+
+def train_lora(
+    dit: SkippableDit,
+    schedule: TrainingSchedule,
+    latents: Tensor,
+    selection: BlockSelection,
+    source: ResidualSource,
+    adapters: LoraAdapters,
+    config: TrainingConfig,
+    *,
+    result: TrainingResult,
+    on_step: Callable[[StepReport], None],
+    activation_bytes: int = 0,
+) -> None:
+    """Train ``adapters`` in place.
+
+    Args:
+        dit: The model; it is left as it was.
+        schedule, latents: The draws and their clean latents, shape (num_draws, C, H, W).
+        selection: Blocks to be skipped.
+        source: Where residuals come from.
+        adapters: The LoRA; its tensors hold the last good state whenever this function is left.
+        config: Settings.
+        result: Filled in as the run goes.
+        on_step: Called after every optimiser step; may raise to interrupt.
+        activation_bytes: What the host should keep free beside the weights.
+
+    Raises:
+        TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
+            the full model before the first step, or a kept block gets no gradient.
+    """
+    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step)
+    for opening in source.stretches(config):
+        with opening as residuals, loop.running(residuals, activation_bytes) as step_micro_batch:
+            for micro_batch in residuals.micro_batches:
+                step_micro_batch(micro_batch)
+
+
+class _Loop:
+    """A run: the optimiser and everything that outlives a stretch."""
+
+    def __init__(
+        self,
+        dit: SkippableDit,
+        schedule: TrainingSchedule,
+        latents: Tensor,
+        selection: BlockSelection,
+        adapters: LoraAdapters,
+        config: TrainingConfig,
+        result: TrainingResult,
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        from diffusers.optimization import get_scheduler
+
+        self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
+        self.adapters, self.config, self.result, self.on_step = adapters, config, result, on_step
+        adapters.to(dit.device)
+        self.optimizer = torch.optim.AdamW(
+            adapters.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.lr_schedule = get_scheduler(
+            config.lr_schedule,
+            self.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.steps,
+        )
+        self.pending: list[float] = []
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:
+        """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
+        model = _SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
+        with ExitStack() as stack:
+            # Grad mode is the caller's otherwise: hosts run their nodes under no_grad or inference_mode.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            denoise = stack.enter_context(self.dit.running(model.modules, activation_bytes=activation_bytes))
+            if residuals.reference is not None and self.result.self_check is None:
+                self._check_against_full_model(model, denoise, residuals)
+            stack.enter_context(self.adapters.attached(model.linears(self.adapters.names), self.dit.weight_for_backward))
+            yield lambda micro_batch: self._micro_batch(model, denoise, residuals, micro_batch)
+
+    def _micro_batch(
+        self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals, micro_batch: int
+    ) -> None:
+        draws = self.config.draws_of(micro_batch, len(self.schedule))
+        total = 0.0
+        for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
+            with ExitStack() as stack:
+                if not self.result.saved_bytes:
+                    stack.enter_context(model.counting_saved_bytes(self.result))
+                loss = self._loss(model, denoise, residuals, batch) / len(draws)
+            self._require_finite(loss.item(), "loss", micro_batch)
+            (loss / self.config.accumulation).backward()
+            total += loss.item()
+        if micro_batch == 0:
+            self._check_gradients()
+        self.result.losses.append(total)
+        self.pending.append(total)
+        if len(self.pending) == self.config.accumulation:
+            self._optimizer_step(micro_batch)
+
+    def _loss(
+        self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals, batch: Sequence[int]
+    ) -> Tensor:
+        """Return the summed velocity loss of a batch."""
+        noisy, clean, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
+        captions = [self.schedule[draw].caption for draw in batch]
+        model.replay(residuals.residual, batch, lambda: denoise(noisy, sigmas, captions))
+        denoised = denoise(noisy, sigmas, captions)
+        return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
+
+    def _optimizer_step(self, micro_batch: int) -> None:
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
+        self._require_finite(norm, "gradient", micro_batch)
+        rate = self.lr_schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.result.steps += 1
+        seconds = time.perf_counter() - self.started
+        self.result.step_seconds.append(seconds)
+        losses, self.pending = tuple(self.pending), []
+        self.on_step(StepReport(self.result.steps, losses, rate, norm, seconds))
+        self.started = time.perf_counter()
+
+    def _check_against_full_model(
+        self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals
+    ) -> None:
+        """Compare with the full model's recorded output, before the LoRA is attached: they must agree."""
+        reference = residuals.reference
+        noisy, _, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, [reference.draw]))
+        with torch.no_grad():
+            model.replay(residuals.residual, [reference.draw], None)
+            denoised = denoise(noisy, sigmas, [self.schedule[reference.draw].caption]).cpu()
+        removed = (noisy.cpu() - reference.denoised).norm().clamp_min(1e-12)
+        difference = ((denoised - reference.denoised).norm() / removed).item()
+        tolerance = _self_check_tolerance(model.stream_dtype(residuals.residual(reference.draw)))
+        if not difference <= tolerance:
+            raise TrainingError(
+                f"With nothing learned yet, the model with skipped blocks differs from the full model by "
+                f"{difference:.2e} (at most {tolerance:.0e} was expected). Another node may have changed the model "
+                "after Precompute Residuals; connect the same MODEL to both nodes."
+            )
+        self.result.self_check = difference
+
+    def _check_gradients(self) -> None:
+        """Require a gradient in every kept block; B is zero at the start, so only its own gradient can be."""
+        for index in self.selection.kept:
+            block = self.dit.blocks[index].name + "."
+            ups = [self.adapters.up(name) for name in self.adapters.names if name.startswith(block)]
+            if ups and not any(up.grad is not None and up.grad.any() for up in ups):
+                raise TrainingError(
+                    f"Block {block[:-1]} got no gradient in the first step. This is a fault of the adapter for "
+                    f"the {self.dit.family} family; please report it."
+                )
+
+    def _require_finite(self, value: float, what: str, micro_batch: int) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"The {what} is not finite in step {micro_batch // self.config.accumulation + 1}. The LoRA is left "
+                f"as it was after step {self.result.steps}. Lower the learning rate, or load the model in bf16."
+            )
+
+    def _text_length(self, draw: int) -> int:
+        return self.dit.text_length(self.schedule[draw].caption)
+
+
+class _SkippingModel:
+    """The stand-ins of a run."""
+
+    def __init__(self, dit: SkippableDit, selection: BlockSelection, checkpointed: bool, *, folded: bool) -> None:
+        self._dit, self._selection = dit, selection
+        self._replay = Replay()
+        self._fold = Fold(replay=self._replay) if folded else None
+        self.modules: dict[str, nn.Module] = {}
+        for index, block in enumerate(dit.blocks):
+            if index in selection.kept:
+                self.modules[block.name] = TrainedBlock(dit.module(block.name), checkpointed=checkpointed)
+            else:
+                self.modules[block.name] = self._skipped(index)
+        for name in dit.trainable_head:
+            self.modules[name] = TrainedBlock(dit.module(name), checkpointed=False)
+
+    def _skipped(self, index: int) -> nn.Module:
+        block = self._dit.blocks[index]
+        if index == self._selection.front - 1:
+            replayed: nn.Module = ReplayFront(block.io, self._replay)
+        elif self._selection.back and index == self._selection.back_span.start:
+            replayed = AddResidual(block.io, self._replay)
+        else:
+            replayed = PassThrough(block.io)
+        if self._fold is None:
+            return replayed
+        keeps = "front" if isinstance(replayed, ReplayFront) else "nothing"
+        if index in self._selection.back_span:
+            keeps = "back"
+        return FoldedBlock(self._dit.module(block.name), block.io, self._fold, replayed, keeps=keeps)
+
+    def linears(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Return the stand-ins' linear layers by their native names."""
+        found: dict[str, nn.Module] = {}
+        for stem, module in self.modules.items():
+            for name in names:
+                if name.startswith(stem + "."):
+                    found[name] = module.get_submodule(name[len(stem) + 1 :])
+        return found
+
+    def replay(
+        self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor] | None
+    ) -> None:
+        """Set what is replayed for a batch; in the folded form, by running the whole network once."""
+        if self._fold is not None:
+            self._fold.start_recording()
+            with torch.no_grad():
+                forward()
+            self._fold.start_replay()
+            return
+        stored = Residual.cat(residual(draw) for draw in batch)
+        device = self._dit.device
+        self._replay.front = None if stored.front is None else stored.front.map(lambda x: x.to(device))
+        self._replay.back = None if stored.back is None else stored.back.to(device)
+
+    @contextmanager
+    def counting_saved_bytes(self, result: TrainingResult) -> Iterator[None]:
+        """Count into ``result`` what the forward in this context keeps for its backward."""
+        saved = SavedBytes()
+        trained = [module for module in self.modules.values() if isinstance(module, TrainedBlock)]
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.add(tensor)
+            return tensor
+
+        try:
+            for module in trained:
+                module.saved = saved
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+        finally:
+            for module in trained:
+                module.saved = None
+        result.saved_bytes = saved.total
+
+    @staticmethod
+    def stream_dtype(residual: Residual) -> torch.dtype | None:
+        """Return the dtype of stored tokens, or None if nothing is stored."""
+        return next((x.dtype for x in residual.tensors().values()), None)
+
+
+def _self_check_tolerance(dtype: torch.dtype | None) -> float:
+    """Rounding of the stored back residual, with room for other kernels at other batch sizes."""
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
+
+
+def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds.
+
+    Layers are told by what they have, not by their class: hosts bring their own for quantised weights.
+    """
+    found: dict[str, nn.Module] = {}
+    for index in selection.kept:
+        block = dit.blocks[index].name
+        for path, module in dit.module(block).named_modules():
+            name = f"{block}.{path}"
+            if hasattr(module, "in_features") and hasattr(module, "out_features") and wanted(name):
+                found[name] = module
+    return found

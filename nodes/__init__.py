@@ -1,0 +1,20 @@
+"""The pack's nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply_lora import ApplyLora
+from .precompute_residuals import PrecomputeResiduals
+from .select_blocks import SelectBlocks
+from .train_lora import TrainLora
+
+NODE_CLASSES: list[type[io.ComfyNode]] = [SelectBlocks, PrecomputeResiduals, TrainLora, ApplyLora]
+
+
+class BlockSkipExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the node classes."""
+        return list(NODE_CLASSES)

@@ -1,0 +1,63 @@
+"""Apply BlockSkip LoRA: patches a trained LoRA onto a model, and shows what it says of itself."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.hosts.lora_files import apply_lora, describe, load_lora_file
+from .types import LoraModelSocket
+
+NO_FILE = "none"
+
+
+class ApplyLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BlockSkip_ApplyLora",
+            display_name="Apply BlockSkip LoRA",
+            category="BlockSkip/training",
+            description=(
+                "Applies a LoRA to a model, straight from the trainer or from a file, and shows what it was trained "
+                "on. Sampling uses the whole model: nothing is skipped. Any LoRA that ComfyUI can load works."
+            ),
+            search_aliases=["blockskip", "load lora", "lora loader", "lora info", "lora metadata"],
+            is_experimental=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to apply the LoRA to."),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA acts. 1 is as trained, 0 is the plain model.",
+                ),
+                LoraModelSocket.Input(
+                    "lora", optional=True, tooltip="From Dynamic Patch Trainer. Takes precedence over `lora_name`."
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_FILE, *folder_paths.get_filename_list("loras")],
+                    default=NO_FILE,
+                    optional=True,
+                    tooltip="A file from the loras folders; the trainer saves to output/loras.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The model with the LoRA."),
+                io.String.Output("info", display_name="info", tooltip="What the LoRA says of itself."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, strength_model, lora=None, lora_name=NO_FILE) -> io.NodeOutput:
+        if lora is None:
+            if lora_name == NO_FILE:
+                raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
+            lora = load_lora_file(lora_name)
+        patched, num_patched = apply_lora(model, lora, strength_model)
+        info = describe(getattr(lora, "metadata", {}), lora, num_patched)
+        return io.NodeOutput(model if strength_model == 0.0 else patched, info)

@@ -1,0 +1,231 @@
+"""Precompute Residuals: the training schedule, its latents, and what the skipped blocks would have done."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..blockskip_core import pictures
+from ..blockskip_core.block_selection import BlockSelection
+from ..blockskip_core.draws import draw_schedule
+from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.hosts.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.encoding import crop_multiple, encode_crops, flatten_pictures, training_crops
+from ..blockskip_core.hosts.folders import residuals_folder
+from ..blockskip_core.hosts.hosted_dit import HostedDit
+from ..blockskip_core.hosts.identity import (
+    conditionings_identity,
+    model_identity,
+    module_identity,
+    tensors_identity,
+)
+from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
+from ..blockskip_core.residual_cache import CacheIdentity
+from ..blockskip_core.residual_sources import STORAGES, ResidualSet, residual_bytes, stored_latents, write_cache
+from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
+from .inputs import single, singles
+from .progress import NodeProgress
+from .types import BlockSelectionSocket, ResidualsSocket
+
+
+class PrecomputeResiduals(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BlockSkip_PrecomputeResiduals",
+            display_name="Precompute Residuals",
+            category="BlockSkip/training",
+            description=(
+                "Decides everything that training will see (crops, noise levels, noise) and computes what the skipped "
+                "blocks would have contributed, so that training needs only the blocks in the middle. Large crops are "
+                "shown at high noise, small ones at low noise, all resized to the same small side."
+            ),
+            search_aliases=["blockskip", "dynamic patch", "residual cache", "cache latents", "make dataset"],
+            is_input_list=True,
+            is_experimental=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The same MODEL that you will train on."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Image.Input(
+                    "images",
+                    tooltip="Pictures of your subject, 4 to 20 are usual; a batch or a list, sizes may differ. "
+                    "The shorter side should have at least `patch_max` pixels.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The caption: one for all pictures, or one for each (a list, or one from a dataset node).",
+                ),
+                BlockSelectionSocket.Input("selection", tooltip="From Select Blocks."),
+                io.Int.Input(
+                    "draws",
+                    default=400,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="How many training examples to prepare. One is used per step and batch row; a longer run "
+                    "starts over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px.",
+                ),
+                io.Int.Input(
+                    "patch_min",
+                    default=256,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="Side in pixels of every training picture, and of the smallest crop. Memory and time "
+                    "depend on it. 256 is the paper's for FLUX.1.",
+                ),
+                io.Int.Input(
+                    "patch_max",
+                    default=512,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="Side in pixels of the largest crop; larger pictures are first scaled down until their "
+                    "shorter side is this. 512 is the paper's for FLUX.1.",
+                ),
+                io.Combo.Input(
+                    "storage",
+                    options=list(STORAGES),
+                    default="disk",
+                    tooltip="disk: compute all now and keep them on disk (fast training, least GPU memory). "
+                    "chunked: a part at a time while training (little disk). "
+                    "on the fly: store nothing, run the whole model in every step (needs memory for all weights).",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Decides crops, noise levels and noise.",
+                ),
+                io.Combo.Input(
+                    "patch_order",
+                    options=list(PATCH_ORDERS),
+                    default="low-to-high",
+                    optional=True,
+                    advanced=True,
+                    tooltip="low-to-high: small crops at low noise (the paper's). fixed: always the largest crop, "
+                    "i.e. a plain resize. The others are for comparison.",
+                ),
+                io.Combo.Input(
+                    "timesteps",
+                    options=list(TIMESTEP_DISTRIBUTIONS),
+                    default="model",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How noise levels are drawn. model: spread as this model's sampler spreads its steps.",
+                ),
+                io.Float.Input(
+                    "timestep_shift",
+                    default=3.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only read by `shifted`: above 1 favours high noise.",
+                ),
+                io.Int.Input(
+                    "chunk_size",
+                    default=64,
+                    min=1,
+                    max=100_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Draws that go through the model's blocks together. More needs more RAM and loads each "
+                    "block's weights less often. With `chunked`, also how many are kept on disk at a time.",
+                ),
+            ],
+            outputs=[
+                ResidualsSocket.Output("residuals", display_name="residuals", tooltip="For Dynamic Patch Trainer."),
+                io.Image.Output(
+                    "patches",
+                    display_name="patches",
+                    tooltip="What training will see: crops with their noise level t and side in pixels.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, patch_min, patch_max) -> bool | str:
+        low, high = single(patch_min, "patch_min"), single(patch_max, "patch_max")
+        if low is None or high is None:  # linked: known only when the node runs
+            return True
+        for name, side in (("patch_min", low), ("patch_max", high)):
+            if side < 16 or side > 4096:
+                return f"{name} must lie between 16 and 4096 px, got {side}."
+        return True if low <= high else f"patch_min must not be larger than patch_max, got {low} and {high}."
+
+    @classmethod
+    def execute(cls, model, vae, images, positive, selection, **widgets) -> io.NodeOutput:
+        model, vae, selection = singles(model=model, vae=vae, selection=selection).values()
+        widgets = singles(**widgets)
+        photos, captions = flatten_pictures(images), flatten_conditionings(positive)
+        progress = NodeProgress(cls.hidden.unique_id)
+
+        bare = HostedDit(model)
+        _require_same_model(selection, bare)
+        multiple = crop_multiple(vae, bare.adapter.patch_size)
+        schedule = _schedule(model, photos, len(captions), multiple, **widgets)
+        crops = training_crops(photos, schedule)
+
+        identity = CacheIdentity(
+            model=model_identity(model),
+            schedule=schedule.fingerprint,
+            selection=selection.fingerprint,
+            pictures=tensors_identity(photos) + module_identity(vae.first_stage_model),
+            captions=conditionings_identity(captions),
+            dtype=str(bare.dtype),
+        )
+        storage = widgets["storage"]
+        folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))
+        latents = stored_latents(folder, identity, len(schedule)) if storage == "disk" else None
+        if latents is None:
+            latents = encode_crops(vae, model.model, crops, lambda done, total: progress("encoding crops", done, total))
+        residuals = ResidualSet(
+            schedule=schedule,
+            latents=latents,
+            selection=selection,
+            captions=captions,
+            identity=identity,
+            storage=storage,
+            chunk_size=widgets.get("chunk_size", 64),
+            folder=folder,
+            family=bare.family,
+        )
+        if storage == "disk":
+            dit = HostedDit(model, captions, latents.shape[1:])
+            predicted = residual_bytes(
+                dit, residuals, range(len(schedule)), width=dit.adapter.width, patch_size=dit.adapter.patch_size
+            )
+            write_cache(residuals, dit, progress, predicted=predicted + latents.nbytes)
+        sheet = pictures.contact_sheet(crops, [f"t {draw.sigma:.2f} · {draw.side} px" for draw in schedule])
+        return io.NodeOutput(residuals, pictures.as_image(sheet))
+
+
+def _require_same_model(selection: BlockSelection, dit: HostedDit) -> None:
+    if (selection.num_blocks, selection.family) != (len(dit.blocks), dit.family):
+        raise InvalidInputError(
+            f"The selection was made for {selection.num_blocks} blocks of {selection.family}, this model has "
+            f"{len(dit.blocks)} of {dit.family}. Connect the same MODEL to Select Blocks."
+        )
+
+
+def _schedule(
+    model, photos, num_captions, multiple, *, draws, patch_min, patch_max, seed, patch_order="low-to-high",
+    timesteps="model", timestep_shift=3.0, **_unused,
+):  # fmt: skip
+    sampling = model.get_model_object("model_sampling")
+    return draw_schedule(
+        [tuple(photo.shape[:2]) for photo in photos],
+        num_captions=num_captions,
+        num_draws=draws,
+        patches=PatchConfig(patch_min=patch_min, patch_max=patch_max, multiple=multiple, order=patch_order),
+        sample_sigmas=sigma_sampler(
+            timesteps,
+            model_sigma=lambda time: float(sampling.percent_to_sigma(1.0 - time)),
+            shift=timestep_shift,
+        ),
+        seed=seed,
+        timesteps=timesteps,
+    )

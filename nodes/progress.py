@@ -1,0 +1,45 @@
+"""Signs of life of a running node: its progress bar, a line of text under it, and the check for Cancel."""
+
+from __future__ import annotations
+
+import time
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+SECONDS_BETWEEN_TEXTS = 0.5
+
+
+class NodeProgress:
+    """Reports phases of a node's work to the person in front of it.
+
+    Args:
+        node_id: The running node.
+    """
+
+    def __init__(self, node_id: str | None) -> None:
+        self._node_id = node_id
+        self._bar: comfy.utils.ProgressBar | None = None
+        self._total = 0
+        self._last_text = 0.0
+
+    def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """Show that ``done`` of ``total`` parts of ``phase`` are finished.
+
+        Raises:
+            InterruptProcessingException: If the person pressed Cancel.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._bar is None or total != self._total or done == 1:
+            self._bar, self._total = comfy.utils.ProgressBar(total), total
+        self._bar.update_absolute(done, total)
+        self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
+
+    def _show(self, text: str, *, last: bool) -> None:
+        now = time.monotonic()
+        server = getattr(PromptServer, "instance", None)
+        if server is None or self._node_id is None or (now - self._last_text < SECONDS_BETWEEN_TEXTS and not last):
+            return
+        self._last_text = now
+        server.send_progress_text(text, self._node_id)

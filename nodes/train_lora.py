@@ -1,0 +1,374 @@
+"""Dynamic Patch Trainer: trains a LoRA on the kept blocks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, get_args
+
+import psutil
+import torch
+from comfy_api.latest import io
+
+from ..blockskip_core.block_selection import format_bytes
+from ..blockskip_core.errors import CacheError
+from ..blockskip_core.hosts.hosted_dit import HostedDit
+from ..blockskip_core.hosts.identity import model_identity
+from ..blockskip_core.hosts.lora_files import LoraModel, output_path, save_lora
+from ..blockskip_core.lora import (
+    LinearShape,
+    LoraAdapters,
+    LoraFileFormat,
+    LoraSettings,
+    LoraTargets,
+    to_file_tensors,
+    to_host_lora,
+)
+from ..blockskip_core.residual_sources import ResidualSet
+from ..blockskip_core.training import (
+    LearningRateSchedule,
+    LossWeighting,
+    StepReport,
+    TrainingConfig,
+    TrainingResult,
+    linear_names,
+    train_lora,
+)
+from ..blockskip_core.version import VERSION
+from .inputs import singles
+from .progress import NodeProgress
+from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
+
+logger = logging.getLogger(__name__)
+
+
+class TrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BlockSkip_TrainLora",
+            display_name="Dynamic Patch Trainer",
+            category="BlockSkip/training",
+            description=(
+                "Trains a LoRA with most of the model left out (DiT-BlockSkip). Only the blocks in the middle are "
+                "loaded and run; what the others would do comes from Precompute Residuals. The model that you loaded "
+                "is used as it is and is not changed or copied. The LoRA is saved to output/loras."
+            ),
+            search_aliases=["blockskip", "dit-blockskip", "train lora", "lora trainer", "dreambooth", "finetune"],
+            is_input_list=True,
+            is_output_node=True,
+            is_experimental=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The same MODEL as at Precompute Residuals."),
+                ResidualsSocket.Input("residuals", tooltip="From Precompute Residuals."),
+                io.Int.Input(
+                    "steps",
+                    default=500,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps. 500 is reported for the paper (batch 1, accumulation 4).",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    tooltip="AdamW's learning rate. 1e-4 is reported for the paper; tiny models take more.",
+                ),
+                io.Int.Input(
+                    "rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA: 8 to 32 is usual for one subject."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Decides the LoRA's first values.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The LoRA acts with alpha / rank. 0 means the same as the rank.",
+                ),
+                io.Combo.Input(
+                    "targets",
+                    options=list(get_args(LoraTargets)),
+                    default="attention and mlp",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which linear layers of the kept blocks learn. `all linear` adds the modulation layers. "
+                    "FLUX's single blocks fuse attention and MLP, so there the first three are the same.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    optional=True,
+                    tooltip="Draws per forward pass. More needs more memory.",
+                ),
+                io.Int.Input(
+                    "accumulation",
+                    default=1,
+                    min=1,
+                    max=256,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Forward passes per optimiser step: like a larger batch, at no memory. The paper is "
+                    "reported to use 4.",
+                ),
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=list(get_args(LearningRateSchedule)),
+                    default="constant",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the learning rate changes over the run.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Steps in which the learning rate rises. Not read by `constant`.",
+                ),
+                io.Float.Input(
+                    "max_grad_norm",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Gradients longer than this are shortened. 0 turns that off.",
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=0.01,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="AdamW's weight decay.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    optional=True,
+                    tooltip="Recompute activations instead of keeping them: much less memory, about a third slower.",
+                ),
+                io.Combo.Input(
+                    "loss_weighting",
+                    options=list(get_args(LossWeighting)),
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Weight of each noise level in the loss. none: the plain velocity loss of the model.",
+                ),
+                io.String.Input(
+                    "output_name",
+                    default="loras/blockskip",
+                    optional=True,
+                    tooltip="Where the LoRA is saved, below ComfyUI's output folder; a number is added. Files in "
+                    "`loras/` show up in Load LoRA.",
+                ),
+                io.Combo.Input(
+                    "file_format",
+                    options=list(get_args(LoraFileFormat)),
+                    default="peft",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Names inside the file. Both load in ComfyUI; kohya also loads in diffusers for FLUX.1.",
+                ),
+            ],
+            outputs=[
+                LoraModelSocket.Output(
+                    "lora", display_name="lora", tooltip="For Apply BlockSkip LoRA, or core's Load LoRA Model and Save LoRA."
+                ),
+                LossMapSocket.Output("loss_map", display_name="loss_map", tooltip="For core's Plot Loss Graph."),
+                io.Int.Output("steps", display_name="steps", tooltip="Optimiser steps done."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, residuals, **widgets) -> io.NodeOutput:
+        model, residuals = singles(model=model, residuals=residuals).values()
+        run = _Run(model, residuals, NodeProgress(cls.hidden.unique_id), **singles(**widgets))
+        run.train()
+        lora = LoraModel(run.host_lora(), run.metadata())
+        return io.NodeOutput(lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()]})
+
+
+class _Run:
+    """One training run: settings in, LoRA and figures out."""
+
+    def __init__(
+        self,
+        model: Any,
+        residuals: ResidualSet,
+        progress: NodeProgress,
+        *,
+        rank: int,
+        alpha: float = 0.0,
+        targets: str = "attention and mlp",
+        output_name: str = "loras/blockskip",
+        file_format: str = "peft",
+        **training: Any,
+    ) -> None:
+        self.config = TrainingConfig(**training)
+        self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
+        self.residuals, self.progress, self.file_format = residuals, progress, file_format
+        self.path = output_path(output_name)
+        _require_same_model(model, residuals)
+        self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+        self.result = TrainingResult()
+        self.memory = _PeakMemory(self.dit.device)
+        self.saved = False
+        layers = linear_names(
+            self.dit, residuals.selection, lambda name: self.dit.adapter.is_lora_target(name, targets)
+        )
+        shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+        with torch.inference_mode(False):
+            self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
+
+    def train(self) -> None:
+        """Train, and save the LoRA however the run ends, if it has learned anything."""
+        try:
+            train_lora(
+                self.dit,
+                self.residuals.schedule,
+                self.residuals.latents.clone(),
+                self.residuals.selection,
+                self.residuals.source(self.dit, self.progress),
+                self.adapters,
+                self.config,
+                result=self.result,
+                on_step=self._on_step,
+            )
+        finally:
+            self.memory.sample()
+            if self.result.steps:
+                self._save()
+
+    def _on_step(self, report: StepReport) -> None:
+        self.memory.sample()
+        pace = sum(self.result.step_seconds) / len(self.result.step_seconds)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.config.steps - report.step)))
+        detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self.memory.peak)}"
+        self.progress("training step", report.step, self.config.steps, detail)
+
+    def _save(self) -> None:
+        state = self.adapters.state_dict()
+        tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
+        save_lora(tensors, self.metadata(), self.path)
+        logger.info("BlockSkip: saved %s after step %d", self.path.name, self.result.steps)
+
+    def host_lora(self) -> dict[str, torch.Tensor]:
+        """Return the LoRA as core's trainer would."""
+        return to_host_lora(self.adapters.state_dict(), self.adapters.scale, self.settings.rank)
+
+    def loss_map(self) -> dict[str, list[float]]:
+        """Return the losses for core's Plot Loss Graph."""
+        return {"loss": self.result.losses}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the file says of itself."""
+        selection, patches = self.residuals.selection, self.residuals.schedule.patches
+        return {
+            "trained_with": f"BlockSkip {VERSION}",
+            "base_model": self.dit.adapter.title,
+            "base_model_identity": self.residuals.identity.model,
+            "rank": self.settings.rank,
+            "alpha": self.settings.alpha,
+            "targets": self.settings.targets,
+            "skipped_first": selection.front,
+            "skipped_last": selection.back,
+            "blocks": selection.num_blocks,
+            "selection_method": selection.method,
+            "patch_min": patches.patch_min,
+            "patch_max": patches.patch_max,
+            "patch_order": patches.order,
+            "timesteps": self.residuals.schedule.timesteps,
+            "residuals": self.residuals.storage,
+            "steps": self.result.steps,
+            "steps_planned": self.config.steps,
+            "batch_size": self.config.batch_size,
+            "accumulation": self.config.accumulation,
+            "learning_rate": self.config.learning_rate,
+            "seed": self.config.seed,
+            "draws_seed": self.residuals.schedule.seed,
+            "peft_version": _version_of("peft"),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Return figures of the run, all finite, for the node's display and the history."""
+        selection = self.residuals.selection
+        kept = [self.dit.blocks[index] for index in selection.kept]
+        seconds = self.result.step_seconds
+        return {
+            "file": self.path.name,
+            "blocks": selection.num_blocks,
+            "skipped_first": selection.front,
+            "skipped_last": selection.back,
+            "kept_blocks": len(kept),
+            "kept_parameters": sum(block.num_parameters for block in kept),
+            "kept_bytes": sum(block.num_bytes for block in kept),
+            "all_parameters": sum(block.num_parameters for block in self.dit.blocks),
+            "all_bytes": sum(block.num_bytes for block in self.dit.blocks),
+            "saved_for_backward_bytes": self.result.saved_bytes,
+            "lora_parameters": sum(tensor.numel() for tensor in self.adapters.parameters()),
+            "peak_memory_bytes": self.memory.peak,
+            "peak_memory_of": self.memory.what,
+            "seconds_per_step": sum(seconds) / len(seconds) if seconds else None,
+            "steps": self.result.steps,
+            "first_loss": self.result.losses[0] if self.result.losses else None,
+            "last_loss": self.result.losses[-1] if self.result.losses else None,
+            "self_check": self.result.self_check,
+        }
+
+
+class _PeakMemory:
+    """Peak memory of a run: allocated on the GPU where there is one, resident in the process otherwise."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak = 0
+        self.what = "GPU memory allocated" if device.type == "cuda" else "process memory (RSS)"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def sample(self) -> None:
+        """Look at the memory now."""
+        if self._device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self._device)
+        else:
+            now = psutil.Process().memory_info().rss
+        self.peak = max(self.peak, now)
+
+
+def _require_same_model(model: Any, residuals: ResidualSet) -> None:
+    if model_identity(model) != residuals.identity.model:
+        raise CacheError(
+            "The residuals were computed from another model than the one connected here. Connect the same MODEL "
+            "to Precompute Residuals and to Dynamic Patch Trainer."
+        )
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,10 @@
+"""Sockets of our own."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+BlockSelectionSocket = io.Custom("BLOCKSKIP_SELECTION")  # blockskip_core.block_selection.BlockSelection
+ResidualsSocket = io.Custom("BLOCKSKIP_RESIDUALS")  # blockskip_core.residual_sources.ResidualSet
+LoraModelSocket = io.Custom("LORA_MODEL")  # core's: a flat dict of tensors
+LossMapSocket = io.Custom("LOSS_MAP")  # core's: {"loss": [float, ...]}
