@@ -144,7 +144,9 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def preset_selection(skip_ratio: float, num_blocks: int, family: str, block_bytes: Sequence[int] = ()) -> BlockSelection:
+def preset_selection(
+    skip_ratio: float, num_blocks: int, family: str, block_bytes: Sequence[int] = ()
+) -> BlockSelection:
     """Return the paper's FLUX choice, or that choice scaled to another number of blocks or another ratio.
 
     Between the paper's three ratios the share of front blocks is interpolated; beyond them the nearest is taken.
@@ -154,7 +156,10 @@ def preset_selection(skip_ratio: float, num_blocks: int, family: str, block_byte
     """
     budget = num_skipped(skip_ratio, num_blocks)
     front = math.floor(budget * _front_share(skip_ratio) + 0.5)
-    exact = num_blocks == PAPER_FLUX_BLOCKS and PAPER_FLUX_SELECTIONS.get(round(skip_ratio, 6)) == (front, budget - front)
+    exact = num_blocks == PAPER_FLUX_BLOCKS and PAPER_FLUX_SELECTIONS.get(round(skip_ratio, 6)) == (
+        front,
+        budget - front,
+    )
     note = (
         "These are the paper's indices for FLUX.1 (DINO)."
         if exact
@@ -251,7 +256,7 @@ class TextInfluence:
         Raises:
             InvalidInputError: If a distance that is needed has not been measured.
         """
-        absent = [run for run in self.missing(budget, with_window=False)]
+        absent = list(self.missing(budget, with_window=False))
         if absent:
             raise InvalidInputError(f"{len(absent)} masked pictures are missing for a budget of {budget} blocks.")
         return min(((n, budget - n) for n in range(budget + 1)), key=lambda nm: self.front[nm[0]] + self.back[nm[1]])

@@ -78,7 +78,12 @@ class LoraAdapters:
     """
 
     def __init__(
-        self, layers: Mapping[str, LinearShape], settings: LoraSettings, *, seed: int, dtype: torch.dtype = torch.float32
+        self,
+        layers: Mapping[str, LinearShape],
+        settings: LoraSettings,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         import peft  # heavy: only when a LoRA is made
 
@@ -219,7 +224,9 @@ def to_host_lora(state: Mapping[str, Tensor], scale: float, rank: int) -> dict[s
     return host
 
 
-def to_file_tensors(state: Mapping[str, Tensor], scale: float, rank: int, file_format: LoraFileFormat) -> dict[str, Tensor]:
+def to_file_tensors(
+    state: Mapping[str, Tensor], scale: float, rank: int, file_format: LoraFileFormat
+) -> dict[str, Tensor]:
     """Return peft tensors as they are written to a file.
 
     "peft" ("diffusion_model.<layer>.lora_A/B.weight") carries no alpha, so the scale is folded into B. "kohya"

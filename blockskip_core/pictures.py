@@ -5,6 +5,7 @@ Pillow because the host has it, and plotting libraries are not worth a dependenc
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,10 @@ def as_image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0).unsqueeze(0)
 
 
-def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, max_crops: int = 64, cell: int = 160) -> Image.Image:
-    """Return crops, each (H, W, 3), in a grid ordered by nothing but their order, with labels underneath.
+def contact_sheet(
+    crops: Sequence[Tensor], labels: Sequence[str], *, max_crops: int = 64, cell: int = 160
+) -> Image.Image:
+    """Return crops, each (H, W, 3), in a grid in the order in which they come, with labels underneath.
 
     Long lists are thinned evenly to ``max_crops``.
     """
@@ -53,7 +56,7 @@ def selection_heatmap(
     cell = max(12, min(48, 1100 // selection.num_blocks))
     left, width = 230, cell * selection.num_blocks
     rows = _profiles(influence)
-    height = 150 + 54 * len(rows) + 60
+    height = 150 + 54 * len(rows) + 70
     picture = Image.new("RGB", (left + width + 40, height), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=_font(18))
@@ -61,7 +64,8 @@ def selection_heatmap(
     _draw_blocks(draw, selection, block_names, left, 72, cell)
     for number, (label, values, reach) in enumerate(rows):
         _draw_profile(draw, label, values, reach, (left, 142 + 54 * number), cell)
-    draw.text((20, height - 30), selection.note, fill=INK, font=_font(13))
+    note = textwrap.fill(selection.note, max(60, (left + width) // 8))
+    draw.multiline_text((20, height - 42), note, fill=INK, font=_font(13))
     return picture
 
 
@@ -69,7 +73,9 @@ def _bytes_line(selection: BlockSelection) -> str:
     counts = f"first {selection.front}, last {selection.back} of {selection.num_blocks} skipped"
     if not selection.block_bytes:
         return counts
-    return f"{counts}; weights kept {format_bytes(selection.kept_bytes)}, left out {format_bytes(selection.skipped_bytes)}"
+    return (
+        f"{counts}; weights kept {format_bytes(selection.kept_bytes)}, left out {format_bytes(selection.skipped_bytes)}"
+    )
 
 
 def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float], int]]:

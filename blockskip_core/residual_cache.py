@@ -194,9 +194,7 @@ class ResidualCache:
         body = _read_manifest(folder)
         differing = identity.difference(body["identity"])
         if differing:
-            raise CacheError(
-                f"The stored residuals belong to another {' and '.join(differing)}."
-            )
+            raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
         self._tensors: dict[str, dict[str, object]] = body["tensors"]
         self._shards: dict[str, safe_open] = {}
         self._names: dict[int, list[str]] = {}

@@ -81,7 +81,9 @@ class ResidualSet:
         return kind(self, dit, progress)
 
 
-def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int], *, width: int, patch_size: int) -> int:
+def residual_bytes(
+    dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int], *, width: int, patch_size: int
+) -> int:
     """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers."""
     _, _, height, columns = residuals.latents.shape
     return predicted_bytes(
@@ -162,8 +164,7 @@ def _compute(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int], pr
 
 def _records(residuals: ResidualSet, computed: Precomputed) -> dict[int, dict[str, Tensor]]:
     records = {
-        draw: {**residual.tensors(), "latent": residuals.latents[draw]}
-        for draw, residual in computed.residuals.items()
+        draw: {**residual.tensors(), "latent": residuals.latents[draw]} for draw, residual in computed.residuals.items()
     }
     records[computed.reference.draw]["reference"] = computed.reference.denoised
     return records

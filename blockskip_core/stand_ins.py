@@ -90,7 +90,12 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
     twin._parameters = {name: _alias(parameter) for name, parameter in module._parameters.items()}
     twin._buffers = {name: _alias(buffer) for name, buffer in module._buffers.items()}
     twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         setattr(twin, hooks, copy.copy(getattr(module, hooks)))
     return twin
 

@@ -261,7 +261,9 @@ class _Loop:
             denoise = stack.enter_context(self.dit.running(model.modules, activation_bytes=activation_bytes))
             if residuals.reference is not None and self.result.self_check is None:
                 self._check_against_full_model(model, denoise, residuals)
-            stack.enter_context(self.adapters.attached(model.linears(self.adapters.names), self.dit.weight_for_backward))
+            stack.enter_context(
+                self.adapters.attached(model.linears(self.adapters.names), self.dit.weight_for_backward)
+            )
             yield lambda micro_batch: self._micro_batch(model, denoise, residuals, micro_batch)
 
     def _micro_batch(
@@ -284,9 +286,7 @@ class _Loop:
         if len(self.pending) == self.config.accumulation:
             self._optimizer_step(micro_batch)
 
-    def _loss(
-        self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals, batch: Sequence[int]
-    ) -> Tensor:
+    def _loss(self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals, batch: Sequence[int]) -> Tensor:
         """Return the summed velocity loss of a batch."""
         noisy, clean, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
         captions = [self.schedule[draw].caption for draw in batch]
@@ -309,9 +309,7 @@ class _Loop:
         self.on_step(StepReport(self.result.steps, losses, rate, norm, seconds))
         self.started = time.perf_counter()
 
-    def _check_against_full_model(
-        self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals
-    ) -> None:
+    def _check_against_full_model(self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
         """Compare with the full model's recorded output, before the LoRA is attached: they must agree."""
         reference = residuals.reference
         noisy, _, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, [reference.draw]))

@@ -199,7 +199,10 @@ class PrecomputeResiduals(io.ComfyNode):
                 dit, residuals, range(len(schedule)), width=dit.adapter.width, patch_size=dit.adapter.patch_size
             )
             write_cache(residuals, dit, progress, predicted=predicted + latents.nbytes)
-        sheet = pictures.contact_sheet(crops, [f"t {draw.sigma:.2f} · {draw.side} px" for draw in schedule])
+        shown = sorted(zip(schedule, crops, strict=True), key=lambda pair: pair[0].sigma)
+        sheet = pictures.contact_sheet(
+            [crop for _, crop in shown], [f"t {draw.sigma:.2f} · {draw.side} px" for draw, _ in shown]
+        )
         return io.NodeOutput(residuals, pictures.as_image(sheet))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from typing import Any
 
 from comfy_api.latest import io
 
@@ -25,7 +24,7 @@ from ..blockskip_core.hosts.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.folders import probe_file
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import conditionings_identity, model_identity, module_identity
-from ..blockskip_core.hosts.sampling import MaskedSampler, PictureMetric, ProbeConfig, picture_metric
+from ..blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig, picture_metric
 from .inputs import singles
 from .progress import NodeProgress
 from .types import BlockSelectionSocket
@@ -88,9 +87,7 @@ class SelectBlocks(io.ComfyNode):
                     optional=True,
                     tooltip="A CLIP-ViT or DINOv2 from Load CLIP Vision. The paper uses DINO. Needs `vae` as well.",
                 ),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Only used when `probe_cfg` is above 1."
-                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="Only used when `probe_cfg` is above 1."),
                 io.Int.Input(
                     "probe_size",
                     default=512,
@@ -149,9 +146,7 @@ class SelectBlocks(io.ComfyNode):
                 ),
             ],
             outputs=[
-                BlockSelectionSocket.Output(
-                    "selection", display_name="selection", tooltip="For Precompute Residuals."
-                ),
+                BlockSelectionSocket.Output("selection", display_name="selection", tooltip="For Precompute Residuals."),
                 io.Image.Output(
                     "heatmap", display_name="heatmap", tooltip="How much the text matters in each part of the model."
                 ),
@@ -177,6 +172,8 @@ class SelectBlocks(io.ComfyNode):
             selection = settings.choose(dit)
         report = selection.describe()
         if influence is not None:
+            if vae is None or clip_vision is None:
+                report += "\nConnect `vae` and `clip_vision` to compare pictures as the paper does."
             report += "\n\nFor other budgets, as far as measured:\n" + selection_table(influence, dit.block_bytes)
         heatmap = pictures.selection_heatmap(selection, influence, [block.name for block in dit.blocks])
         return io.NodeOutput(selection, pictures.as_image(heatmap), report)
@@ -200,9 +197,7 @@ class _Settings:
     ) -> None:
         self.method, self.skip_ratio, self.front, self.back = method, skip_ratio, front, back
         self.window_profile = window_profile
-        self.probe = ProbeConfig(
-            size=probe_size, steps=probe_steps, cfg=probe_cfg, seed=seed, num_seeds=probe_seeds
-        )
+        self.probe = ProbeConfig(size=probe_size, steps=probe_steps, cfg=probe_cfg, seed=seed, num_seeds=probe_seeds)
 
     def choose(self, dit: HostedDit) -> BlockSelection:
         """Return the selection of the methods that measure nothing."""

@@ -195,7 +195,9 @@ class TrainLora(io.ComfyNode):
             ],
             outputs=[
                 LoraModelSocket.Output(
-                    "lora", display_name="lora", tooltip="For Apply BlockSkip LoRA, or core's Load LoRA Model and Save LoRA."
+                    "lora",
+                    display_name="lora",
+                    tooltip="For Apply BlockSkip LoRA, or core's Load LoRA Model and Save LoRA.",
                 ),
                 LossMapSocket.Output("loss_map", display_name="loss_map", tooltip="For core's Plot Loss Graph."),
                 io.Int.Output("steps", display_name="steps", tooltip="Optimiser steps done."),

@@ -1,14 +1,14 @@
 """ComfyUI as the host: the only part of the core that imports ``comfy``.
 
-    base            what a family's adapter must say
-    flux            FLUX.1
-    hosted_dit      a loaded MODEL as a SkippableDit: run it with blocks replaced, and leave it as it was
-    conditioning    CONDITIONING -> what the model is called with
-    identity        content hashes of models, pictures and conditionings
-    sampling        probe pictures, and their distance
-    encoding        pictures -> latents
-    folders         where files are kept
-    lora_files      LoRA files in ComfyUI's folders
+base            what a family's adapter must say
+flux            FLUX.1
+hosted_dit      a loaded MODEL as a SkippableDit: run it with blocks replaced, and leave it as it was
+conditioning    CONDITIONING -> what the model is called with
+identity        content hashes of models, pictures and conditionings
+sampling        probe pictures, and their distance
+encoding        pictures -> latents
+folders         where files are kept
+lora_files      LoRA files in ComfyUI's folders
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ class FluxAdapter:
         """
         num_double = len(self._model.double_blocks)
 
-        def wrapper(executor: Callable[..., Any], x: Any, timestep: Any, context: Any, *rest: Any, **kwargs: Any) -> Any:
+        def wrapper(
+            executor: Callable[..., Any], x: Any, timestep: Any, context: Any, *rest: Any, **kwargs: Any
+        ) -> Any:
             rest = list(rest)
             options = dict(kwargs["transformer_options"] if "transformer_options" in kwargs else rest[4])
             options["optimized_attention_override"] = partial(

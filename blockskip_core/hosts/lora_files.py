@@ -36,7 +36,7 @@ def output_path(prefix: str) -> Path:
         raise InvalidInputError("The file name must not contain control characters. Use a plain name.")
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    except Exception as error:  # noqa: BLE001  the host raises a bare Exception for this
+    except Exception as error:
         raise InvalidInputError(
             f"The file name {prefix!r} must stay inside ComfyUI's output folder. Use a plain name such as loras/my_lora."
         ) from error

@@ -129,7 +129,7 @@ def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
     The paper compares DINO or CLIP embeddings; ComfyUI's CLIP Vision loader reads CLIP-ViT and DINOv2.
     """
     if vae is None or clip_vision is None:
-        return PictureMetric("latents (plug in `vae` and `clip_vision` for the paper's metric)", lambda latent: latent)
+        return PictureMetric("latents", lambda latent: latent)
     kind = getattr(clip_vision, "model_type", "clip_vision_model")
 
     def embed(latent: Tensor) -> Tensor:
