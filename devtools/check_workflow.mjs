@@ -1,0 +1,332 @@
+// Opens a workflow in ComfyUI's real frontend, in a headless Chromium, and reports whatever is wrong with it.
+//
+//   node devtools/check_workflow.mjs SERVER WORKFLOW.json [options]
+//   node devtools/check_workflow.mjs SERVER --from-api PROMPT.json --out WORKFLOW.json [options]
+//
+//   --vue                draw the nodes with the Vue renderer (Nodes 2.0)
+//   --run                queue the workflow in the page and wait until it has ended
+//   --screenshot FILE    save a picture of the whole graph, as .png or .jpg
+//   --size WxH           size of the window, which is the largest size of the picture (default 1600x1000)
+//   --api-out FILE       save the API-format prompt that the frontend would queue
+//   --from-api FILE      load an API-format prompt, and lay its nodes out, instead of a workflow
+//   --out FILE           save the workflow in the frontend's own format
+//   --pack-version V     the version to write for the nodes of custom packs in --out (default "unknown")
+//   --browser FILE       the Chromium to use (default: the first one on PATH)
+//   --modules DIR        where playwright-core is installed (default: the cache folder of the tests)
+//
+// A tool to be used by hand; it needs `npm install --prefix ~/.cache/blockskip/node playwright-core` and a Chromium.
+// The exit status is 1 when the workflow has a problem, 2 when it could not be checked.
+
+import { execFileSync } from "node:child_process";
+import { randomUUID } from "node:crypto";
+import { readFileSync, writeFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { homedir } from "node:os";
+import { basename, join } from "node:path";
+import { parseArgs } from "node:util";
+
+const SETTINGS = {
+  "Comfy.TutorialCompleted": true,
+  "Comfy.Workflow.Persist": false,
+  "Comfy.Validation.Workflows": true, // the schema's complaints become toasts
+  "Comfy.Workflow.ShowMissingModelsWarning": false,
+  "Comfy.Minimap.Visible": false,
+  "Comfy.Graph.CanvasInfo": false,
+  "LiteGraph.Canvas.MinFontSizeForLOD": 0, // draw text at any zoom
+};
+const BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"];
+const BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"];
+const HARMLESS = [
+  /user\.css/,
+  /userdata/,
+  /favicon/,
+  /MaskEditor/i,
+  /graph accessed before initialization/,
+  /legacy queue\/history menu/,
+  /missingModelDownload/, // looks up the sizes of models, which the server's security policy refuses
+];
+const WATCHED_ADDRESSES = /\/extensions\/|\/docs\/|workflow_templates/;
+const MODEL_FILE = /\.(safetensors|sft|ckpt|pth|pt|gguf)$/;
+
+class NotChecked extends Error {}
+
+async function main() {
+  const { server, options, source } = readArguments();
+  const report = { problems: [], notes: [] };
+  await configure(server, options.vue);
+  const browser = await launch(options);
+  try {
+    const [width, height] = options.size.split("x").map(Number);
+    const page = await browser.newPage({ viewport: { width, height } });
+    listen(page, report);
+    await open(page, server);
+    const before = JSON.parse(readFileSync(source, "utf8"));
+    await load(page, before, basename(source, ".json"), Boolean(options["from-api"]));
+    const after = await converted(page, report);
+    await inspect(page, report, options["from-api"] ? null : before, after?.workflow);
+    if (options.run) await run(page, report);
+    if (options["api-out"] && after) writeJson(options["api-out"], after.output);
+    if (options.out && after) writeJson(options.out, await stamped(server, after.workflow, options["pack-version"]));
+    if (options.screenshot) await picture(page, options.screenshot);
+  } finally {
+    await browser.close();
+  }
+  report.notes.forEach((note) => console.log(`note: ${note}`));
+  report.problems.forEach((problem) => console.log(`problem: ${problem}`));
+  console.log(`${basename(source)}: ${report.problems.length} problem(s)`);
+  return report.problems.length ? 1 : 0;
+}
+
+function readArguments() {
+  const text = { type: "string" };
+  const flag = { type: "boolean", default: false };
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      vue: flag,
+      run: flag,
+      screenshot: text,
+      size: { type: "string", default: "1600x1000" },
+      "api-out": text,
+      "from-api": text,
+      out: text,
+      "pack-version": { type: "string", default: "unknown" },
+      browser: text,
+      modules: text,
+    },
+  });
+  const [server, workflow] = positionals;
+  const source = values["from-api"] ?? workflow;
+  if (!server || !source) throw new NotChecked("give the server's address and a workflow file");
+  return { server: server.replace(/\/$/, ""), options: values, source };
+}
+
+/** Put the settings in place that make the page quiet and strict; they have to be there before it opens. */
+async function configure(server, vue) {
+  for (const [key, value] of Object.entries({ ...SETTINGS, "Comfy.VueNodes.Enabled": vue })) {
+    const reply = await fetch(`${server}/api/settings/${key}`, { method: "POST", body: JSON.stringify(value) });
+    if (!reply.ok) throw new NotChecked(`the server refused the setting ${key}: ${reply.status}`);
+  }
+}
+
+async function launch({ browser, modules }) {
+  const cache = process.env.XDG_CACHE_HOME ?? join(homedir(), ".cache");
+  const folder = modules ?? join(cache, "blockskip", "node");
+  let chromium;
+  try {
+    ({ chromium } = createRequire(join(folder, "index.js"))("playwright-core"));
+  } catch {
+    throw new NotChecked(`playwright-core is not installed in ${folder}`);
+  }
+  return chromium.launch({ executablePath: browser ?? findBrowser(), args: BROWSER_FLAGS });
+}
+
+function findBrowser() {
+  for (const name of BROWSERS) {
+    try {
+      return execFileSync("which", [name], { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim();
+    } catch {
+      continue;
+    }
+  }
+  throw new NotChecked("no Chromium on PATH: name one with --browser");
+}
+
+/** Note what the page complains about from now on. */
+function listen(page, { problems }) {
+  const complain = (kind, text) => {
+    if (!HARMLESS.some((pattern) => pattern.test(text))) problems.push(`${kind}: ${text}`);
+  };
+  page.on("console", (message) => {
+    if (["error", "warning"].includes(message.type())) {
+      complain(`console ${message.type()}`, `${message.text()} ${message.location().url ?? ""}`.trim());
+    }
+  });
+  page.on("pageerror", (error) => complain("page error", error.message));
+  page.on("response", (reply) => {
+    if (reply.status() >= 400 && WATCHED_ADDRESSES.test(reply.url())) {
+      complain("request", `${reply.url()} answered ${reply.status()}`);
+    }
+  });
+}
+
+async function open(page, server) {
+  await page.goto(server);
+  await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, { timeout: 60_000 });
+  await page.waitForTimeout(1_000);
+  await page.evaluate(() => {
+    window.missingNodes = [];
+    window.app.registerExtension({
+      name: "blockskip.check",
+      afterConfigureGraph: (missing) => window.missingNodes.push(...missing.map((node) => node.type ?? node)),
+    });
+  });
+}
+
+/** Load a graph, or lay out an API-format prompt. */
+async function load(page, graph, name, isApi) {
+  await page.evaluate(
+    async ({ graph, name, isApi }) => {
+      if (!isApi) return window.app.loadGraphData(graph, true, true, name);
+      const known = window.LiteGraph.registered_node_types;
+      window.missingNodes = Object.values(graph).map((node) => node.class_type).filter((type) => !known[type]);
+      window.app.loadApiJson(graph, name);
+    },
+    { graph, name, isApi },
+  );
+  if (isApi) await page.evaluate(layOut);
+  await page.waitForTimeout(1_500);
+}
+
+/** What the frontend makes of the loaded graph, `{workflow, output}`; nothing where it stumbles. */
+async function converted(page, { problems }) {
+  try {
+    return await page.evaluate(() => window.app.graphToPrompt());
+  } catch (error) {
+    problems.push(`graphToPrompt: ${error.message.split("\n")[0]}`);
+  }
+}
+
+/** Arrange the nodes in columns along the wires: every node right before its first reader, near what it reads. */
+function layOut() {
+  const graph = window.app.rootGraph ?? window.app.graph;
+  const [columnGap, rowGap, titleHeight] = [80, 30, window.LiteGraph.NODE_TITLE_HEIGHT];
+  const links = [...graph.links.values()];
+  const nodes = graph.computeExecutionOrder(false, true);
+  const pictured = nodes.filter((node) => ["PreviewImage", "SaveImage", "LoadImage"].includes(node.type));
+  for (const node of pictured) node.setSize([Math.max(node.size[0], 270), node.size[1] + 260]);
+  const readers = (node) => links.filter((link) => link.origin_id === node.id).map((link) => link.target_id);
+  const sources = (node) => links.filter((link) => link.target_id === node.id).map((link) => link.origin_id);
+  const level = new Map();
+  for (const node of nodes) level.set(node.id, Math.max(0, ...sources(node).map((id) => level.get(id) + 1)));
+  for (const node of [...nodes].reverse()) {
+    const first = Math.min(...readers(node).map((id) => level.get(id)));
+    if (Number.isFinite(first)) level.set(node.id, first - 1);
+  }
+  const columns = [];
+  for (const node of nodes) (columns[level.get(node.id)] ??= []).push(node);
+  const middle = (node) => node.pos[1] + node.size[1] / 2;
+  let left = 0;
+  for (const column of columns.filter(Boolean)) {
+    const height = (node) => {
+      const above = sources(node).map((id) => middle(graph.getNodeById(id)));
+      return above.length ? above.reduce((a, b) => a + b) / above.length : Infinity;
+    };
+    const wanted = new Map(column.map((node, index) => [node, [height(node), index]]));
+    column.sort((a, b) => wanted.get(a)[0] - wanted.get(b)[0] || wanted.get(a)[1] - wanted.get(b)[1]);
+    let top = titleHeight;
+    for (const node of column) {
+      node.pos = [left, top];
+      top += node.size[1] + titleHeight + rowGap;
+    }
+    left += Math.max(...column.map((node) => node.size[0])) + columnGap;
+  }
+  window.app.canvas.setDirty(true, true);
+}
+
+/** Report missing nodes, toasts, values that changed on loading and choices that do not exist. */
+async function inspect(page, { problems, notes }, before, after) {
+  const missing = await page.evaluate(() => [...new Set(window.missingNodes)]);
+  problems.push(...missing.map((type) => `missing node: ${type}`));
+  const toasts = await page.locator(".p-toast-message").allInnerTexts();
+  problems.push(...toasts.map((toast) => `toast: ${toast.replace(/\s+/g, " ")}`));
+  if (before && after) problems.push(...drift(before, after));
+  for (const { title, name, value } of await page.evaluate(unknownChoices)) {
+    const text = `${title}: ${name} is ${JSON.stringify(value)}, which is not among the choices`;
+    (MODEL_FILE.test(value) ? notes : problems).push(text);
+  }
+}
+
+function drift(before, after) {
+  const loaded = new Map(after.nodes.map((node) => [node.id, node]));
+  return before.nodes.flatMap((node) => {
+    const [was, is] = [node.widgets_values, loaded.get(node.id)?.widgets_values].map((v) => JSON.stringify(v ?? []));
+    return was === is ? [] : [`drift in node ${node.id} (${node.type}): ${was} became ${is}`];
+  });
+}
+
+function unknownChoices() {
+  const nodes = (window.app.rootGraph ?? window.app.graph).nodes;
+  return nodes.flatMap((node) =>
+    (node.widgets ?? []).flatMap((widget) => {
+      const values = widget.type === "combo" ? widget.options?.values : null;
+      const choices = typeof values === "function" ? values(widget, node) : values;
+      const unknown = Array.isArray(choices) && !choices.includes(widget.value);
+      return unknown ? [{ title: node.title, name: widget.name, value: widget.value }] : [];
+    }),
+  );
+}
+
+/** Queue the graph in the page and wait for its end. */
+async function run(page, { problems }) {
+  const ending = await page.evaluate(
+    () =>
+      new Promise((resolve) => {
+        for (const kind of ["execution_success", "execution_error", "execution_interrupted"]) {
+          window.app.api.addEventListener(kind, ({ detail }) => resolve({ kind, why: detail.exception_message }));
+        }
+        window.app.queuePrompt(0, 1).then((queued) => queued || resolve({ kind: "prompt refused" }));
+      }),
+  );
+  await page.waitForTimeout(1_500);
+  if (ending.kind !== "execution_success") problems.push(`run: ${ending.kind} ${ending.why ?? ""}`.trim());
+}
+
+/** The workflow with an id of its own, and with the origin (`cnr_id` and `ver`) of every node. */
+async function stamped(server, workflow, version) {
+  const [descriptions, stats] = await Promise.all(
+    ["object_info", "system_stats"].map(async (path) => (await fetch(`${server}/${path}`)).json()),
+  );
+  const core = { cnr_id: "comfy-core", ver: stats.system.comfyui_version };
+  for (const node of workflow.nodes) {
+    if (!descriptions[node.type]) continue; // drawn by the frontend alone, such as a note
+    const [kind, pack] = descriptions[node.type].python_module.split(".");
+    Object.assign(node.properties, kind === "custom_nodes" ? { cnr_id: pack, ver: version } : core);
+  }
+  return { ...workflow, id: randomUUID() };
+}
+
+/** Fit the graph into the window, put everything else away and save what is left. */
+async function picture(page, file) {
+  await page.addStyleTag({ content: ".p-toast, .p-dialog-mask { display: none !important; }" });
+  await page.evaluate(() => (window.app.extensionManager.focusMode = true));
+  await page.waitForTimeout(500);
+  const clip = await page.evaluate(fitView);
+  await page.waitForTimeout(1_000);
+  await page.screenshot({ path: file, clip, ...(/\.jpe?g$/.test(file) ? { type: "jpeg", quality: 88 } : {}) });
+}
+
+/** Show the whole graph; returns the rectangle of the page that it covers. */
+function fitView() {
+  const { canvas } = window.app;
+  const margin = 24;
+  const graph = window.app.rootGraph ?? window.app.graph;
+  const boxes = [...graph.nodes, ...graph.groups].map((item) => item.boundingRect);
+  const [left, top] = [0, 1].map((axis) => Math.min(...boxes.map((box) => box[axis])));
+  const [right, bottom] = [0, 1].map((axis) => Math.max(...boxes.map((box) => box[axis] + box[axis + 2])));
+  const room = canvas.canvas.getBoundingClientRect();
+  const [width, height] = [right - left, bottom - top];
+  const scale = Math.min((room.width - 2 * margin) / width, (room.height - 2 * margin) / height, 1);
+  canvas.ds.scale = scale;
+  canvas.ds.offset[0] = -left + (room.width / scale - width) / 2;
+  canvas.ds.offset[1] = -top + (room.height / scale - height) / 2;
+  canvas.deselectAll?.();
+  canvas.setDirty(true, true);
+  return {
+    x: Math.max(0, room.x + (room.width - width * scale) / 2 - margin),
+    y: Math.max(0, room.y + (room.height - height * scale) / 2 - margin),
+    width: Math.min(room.width, width * scale + 2 * margin),
+    height: Math.min(room.height, height * scale + 2 * margin),
+  };
+}
+
+function writeJson(file, value) {
+  writeFileSync(file, `${JSON.stringify(value, null, 2)}\n`);
+}
+
+try {
+  process.exitCode = await main();
+} catch (error) {
+  console.error(error instanceof NotChecked ? `check_workflow: ${error.message}` : error);
+  process.exitCode = 2;
+}

@@ -1,0 +1,230 @@
+"""The demo: draw a few pictures of a subject, train a LoRA of it in a real ComfyUI, lay out what came of it.
+
+Started by ``python dev.py demo``, inside the environment. What it queues is an ordinary API-format workflow;
+the pictures come from the nodes with the titles in `demo_report`, the numbers from the trainer's "blockskip"
+output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TextIO
+
+import demo_report
+from comfy_client import ComfyClient, Event, Json, RunResult, load_prompt, titles_of, with_overrides
+from comfy_server import ROOT, ComfyServer, ServerProblem, demo_models, demo_pack
+
+WORKFLOW = ROOT / "tests" / "workflows" / "train_lora.api.json"
+SUBJECT = "toby"
+INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures
+LOG = "server.log"
+
+
+class DemoProblem(RuntimeError):
+    """Why the demo could not be shown, in one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 when everything was made."""
+    options = parse(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.WARNING)
+    try:
+        show(options)
+    except KeyboardInterrupt:
+        say("demo: interrupted.", sys.stderr)
+        return 130
+    except Exception as problem:
+        if options.verbose:
+            raise
+        hint = f" (see {options.output / LOG})" if isinstance(problem, ServerProblem) else ""
+        say(f"demo: {first_line(problem)}{hint}", sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Train a small LoRA in a real ComfyUI and show the results.")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for the results")
+    parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    parser.add_argument("--verbose", action="store_true", help="show full tracebacks")
+    parser.add_argument("--workflow", type=Path, default=WORKFLOW, help="the API-format workflow to run")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="the longest run, in seconds")
+    parser.add_argument(
+        "--set", nargs=3, action="append", default=[], metavar=("TITLE", "INPUT", "VALUE"),
+        help="change an input of a titled node, for a shorter run or another seed",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Draw the training pictures, train, collect the results, and keep the server up if asked."""
+    host, packs = requirements(options.workflow)
+    prompt = with_overrides(load_prompt(options.workflow), overrides(options.set))
+    output = fresh_folder(options.output)
+    pictures = output / "dataset" / INPUT_FOLDER
+    load_world().write_subject_folder(pictures, SUBJECT)
+    say(f"Starting ComfyUI from {host}")
+    placed = {"packs": packs, "models": demo_models(), "inputs": [pictures]}
+    with ComfyServer(host, **placed, log_file=output / LOG) as server:
+        start = time.monotonic()
+        client = ComfyClient(server.url)
+        result = run(client, prompt, options.timeout)
+        summary = {**training_summary(result), "wall_time_seconds": time.monotonic() - start}
+        loras = sorted((server.base / "output").rglob("*.safetensors"))
+        demo_report.write(output, prompt, result.outputs, client.view, loras, summary)
+        say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
+        if options.keep:
+            say(f"ComfyUI is up at {server.url} (Ctrl-C ends it)")
+            keep(server)
+
+
+def requirements(workflow: Path) -> tuple[Path, dict[str, Path]]:
+    """The ComfyUI to use and the demo's node pack, once all that the demo needs is known to be there."""
+    if not os.environ.get("COMFYUI_PATH"):
+        raise DemoProblem("COMFYUI_PATH is unset: start the demo with `python dev.py demo`.")
+    packs = demo_pack()
+    needed = [workflow, *(file for files in demo_models().values() for file in files)]
+    missing = [str(file) for file in needed if not file.is_file()] + ([] if packs else ["its node pack"])
+    if missing:
+        raise DemoProblem(f"The demo lacks {', '.join(missing)}.")
+    return Path(os.environ["COMFYUI_PATH"]), packs
+
+
+def overrides(triples: Sequence[Sequence[str]]) -> dict[str, Json]:
+    """``[title, input, value]`` triples as ``{title: {input: value}}``; a value is JSON or else text."""
+    changes: dict[str, Json] = {}
+    for title, name, value in triples:
+        try:
+            changes.setdefault(title, {})[name] = json.loads(value)
+        except ValueError:
+            changes.setdefault(title, {})[name] = value
+    return changes
+
+
+def fresh_folder(folder: Path) -> Path:
+    """`folder`, without the files that an earlier demo left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "dataset", ignore_errors=True)
+    for pattern in ("*.safetensors", "*.png", "summary.md", LOG):
+        for file in folder.glob(pattern):
+            file.unlink()
+    return folder
+
+
+def load_world() -> ModuleType:
+    """The module that draws the demo's pictures."""
+    spec = importlib.util.spec_from_file_location("blockskip_demo_world", ROOT / "demo" / "world.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(client: ComfyClient, prompt: Mapping[str, Json], timeout: float) -> RunResult:
+    """Run the workflow, telling how far it is; anything but success raises."""
+    titles = titles_of(prompt)
+    progress = ProgressLine(titles)
+    try:
+        result = client.run(prompt, progress, timeout)
+    finally:
+        progress.end()
+    if result.error:
+        title = titles.get(result.error["node_id"], result.error["node_type"])
+        raise DemoProblem(f"The node {title!r} failed: {result.error['exception_message'].strip()}")
+    if result.status != "success":
+        raise DemoProblem(f"The run was {result.status}.")
+    return result
+
+
+def training_summary(result: RunResult) -> Json:
+    """What the trainer reports about its run."""
+    reports = [output["blockskip"][0] for output in result.outputs.values() if output.get("blockskip")]
+    if not reports:
+        raise DemoProblem("No node of the workflow reported how the training went.")
+    return reports[-1]
+
+
+def keep(server: ComfyServer) -> None:
+    """Wait for Ctrl-C, or for the server to end by itself."""
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        say("\nEnding ComfyUI")
+    else:
+        raise ServerProblem("ComfyUI ended by itself")
+
+
+class ProgressLine:
+    """Tells how far a run is: one line that rewrites itself in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, titles: Mapping[str, str], stream: TextIO = sys.stdout, every: float = 5.0) -> None:
+        self.titles = titles
+        self.stream = stream
+        self.every = every
+        self.start = time.monotonic()
+        self.node = self.note = ""
+        self.told = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event of the run."""
+        data = event.data
+        if event.kind == "executing" and data.get("node"):
+            self._enter(data["node"])
+            self._tell("")
+        elif event.kind == "blockskip.train":
+            self.note = training_note(data)
+        elif event.kind == "progress" and data.get("node"):
+            self._enter(data["node"])
+            self._tell(f"{data['value']:.0f}/{data['max']:.0f}  {self.note}")
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.node and self.stream.isatty():
+            print(file=self.stream)
+
+    def _enter(self, node: str) -> None:
+        if node != self.node:
+            self.end()
+            self.node, self.note, self.told = node, "", 0.0
+
+    def _tell(self, state: str) -> None:
+        elapsed = time.monotonic() - self.start
+        line = f"{elapsed:7.1f} s  {self.titles.get(self.node, self.node)}  {state}".rstrip()
+        if self.stream.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", file=self.stream, flush=True)
+        elif not self.told or elapsed - self.told > self.every:
+            print(line, file=self.stream, flush=True)
+            self.told = elapsed
+
+
+def training_note(data: Mapping[str, object]) -> str:
+    """The phase and the loss of a training event, as far as it has them."""
+    loss = data.get("loss")
+    parts = [str(data.get("phase") or ""), f"loss {loss:.4f}" if isinstance(loss, float) else ""]
+    return "  ".join(filter(None, parts))
+
+
+def first_line(problem: Exception) -> str:
+    """The first line of what a problem says, or its kind when it says nothing."""
+    return str(problem).strip().partition("\n")[0].rstrip(":") or type(problem).__name__
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Tell the user."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""A diffusion transformer of plain torch with two kinds of blocks that write into their input, like FLUX's.
+
+Besides the model there is a second, independent way to run it: :func:`reference_denoise`, out of place, with the LoRA
+merged into the weights and the skipped spans put in by hand. The package is compared against that.
+
+Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blockskip_pack.blockskip_core.block_selection import BlockSelection
+from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule
+from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
+from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
+from blockskip_pack.blockskip_core.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.streams import BlockInfo, TokenStreams
+from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig, TrainingResult, linear_names, train_lora
+
+WIDTH, HEADS, TEXT_WIDTH, CHANNELS = 8, 2, 7, 3
+LATENT_SHAPE = (CHANNELS, 2, 3)  # six image tokens
+TEXT_LENGTHS = (5, 5, 4)  # of the captions
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """Softmax attention over (B, tokens, 3 * D), written out."""
+    q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text apart, ``block(img=, txt=, vec=) -> (img, txt)``; in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_qkv", nn.Linear(WIDTH, 3 * WIDTH))
+            self.add_module(f"{stream}_proj", nn.Linear(WIDTH, WIDTH))
+            self.add_module(f"{stream}_up", nn.Linear(WIDTH, 12))
+            self.add_module(f"{stream}_down", nn.Linear(12, WIDTH))
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        gate = self.gate(vec)
+        qkv = torch.cat((self.txt_qkv(_norm(txt)), self.img_qkv(_norm(img))), dim=1)
+        attended = attend(qkv)
+        num_text = txt.shape[1]
+        img += gate * self.img_proj(attended[:, num_text:])
+        img += self.img_down(functional.gelu(self.img_up(_norm(img))))
+        txt += gate * self.txt_proj(attended[:, :num_text])
+        txt += self.txt_down(functional.gelu(self.txt_up(_norm(txt))))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Joined tokens, text first, ``block(tokens, vec, num_text=) -> tokens``; in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(WIDTH, 3 * WIDTH + 10)
+        self.narrow = nn.Linear(WIDTH + 10, WIDTH)
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens: Tensor, vec: Tensor, num_text: int) -> Tensor:
+        qkv, mlp = self.wide(_norm(tokens)).split((3 * WIDTH, 10), dim=-1)
+        tokens += self.gate(vec) * self.narrow(torch.cat((attend(qkv), functional.gelu(mlp)), dim=-1))
+        return tokens
+
+
+class Net(nn.Module):
+    """The whole model: latents (B, C, H, W), sigmas (B,), text (B, L, TEXT_WIDTH) -> velocity."""
+
+    def __init__(self, num_double: int, num_single: int) -> None:
+        super().__init__()
+        self.img_in = nn.Linear(CHANNELS, WIDTH)
+        self.txt_in = nn.Linear(TEXT_WIDTH, WIDTH)
+        self.time_in = nn.Linear(2, WIDTH)
+        self.double_blocks = nn.ModuleList(DoubleBlock() for _ in range(num_double))
+        self.single_blocks = nn.ModuleList(SingleBlock() for _ in range(num_single))
+        self.head = nn.Linear(WIDTH, CHANNELS)
+
+    def embed(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        vec = self.time_in(torch.stack((sigmas, sigmas.square()), dim=-1))[:, None]
+        return self.img_in(latents.flatten(2).mT), self.txt_in(text), vec
+
+    def forward(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+        img, txt, vec = self.embed(latents, sigmas, text)
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=vec)
+        tokens = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            tokens = block(tokens, vec, num_text=txt.shape[1])
+        return self.head(tokens[:, txt.shape[1] :]).mT.unflatten(2, latents.shape[2:])
+
+
+def _norm(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:])
+
+
+class DoubleIO:
+    def entering(self, args, kwargs):
+        return TokenStreams(kwargs["img"], kwargs["txt"])
+
+    def leaving(self, result, args, kwargs):
+        return TokenStreams(*result)
+
+    def result(self, streams, args, kwargs):
+        return streams.img, streams.txt
+
+
+class SingleIO:
+    def entering(self, args, kwargs):
+        return TokenStreams(args[0][:, kwargs["num_text"] :], args[0][:, : kwargs["num_text"]])
+
+    def leaving(self, result, args, kwargs):
+        return self.entering((result,), kwargs)
+
+    def result(self, streams, args, kwargs):
+        return torch.cat((streams.txt, streams.img), dim=1)
+
+
+class PlainDit:
+    """The model as a SkippableDit."""
+
+    family = "plain"
+    frozen_stem = ()
+    trainable_head = ("head",)
+
+    def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = Net(num_double, num_single).to(dtype).requires_grad_(False)
+            self.texts = [torch.randn(1, length, TEXT_WIDTH, dtype=dtype) for length in TEXT_LENGTHS]
+        self.blocks = [
+            BlockInfo(name, io, *_size(self.net.get_submodule(name)))
+            for kind, count, io in (("double_blocks", num_double, DoubleIO()), ("single_blocks", num_single, SingleIO()))
+            for name in (f"{kind}.{index}" for index in range(count))
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def module(self, name: str) -> nn.Module:
+        return self.net.get_submodule(name)
+
+    def text_length(self, caption: int) -> int:
+        return self.texts[caption].shape[1]
+
+    def weight_for_backward(self, module: nn.Module, like: Tensor):
+        return plain_weight(module, like)
+
+    @contextmanager
+    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0):
+        originals = {name: self.module(name) for name in replacements}
+        try:
+            for name, module in replacements.items():
+                self._put(name, module)
+            yield self.denoise
+        finally:
+            for name, module in originals.items():
+                self._put(name, module)
+
+    def denoise(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
+        text = torch.cat([self.texts[caption] for caption in captions])
+        return noisy - sigmas.view(-1, 1, 1, 1) * self.net(noisy, sigmas, text)
+
+    def weights_hash(self) -> str:
+        """A hash of every weight's every bit."""
+        digest = hashlib.blake2b()
+        for name, tensor in self.net.state_dict().items():
+            digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        return dict(self.net.named_modules())
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        self.net.get_submodule(parent)._modules[leaf] = module
+
+
+def _size(module: nn.Module) -> tuple[int, int]:
+    return sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
+
+
+# --- the independent reference -----------------------------------------------------------------------------------
+
+
+def reference_denoise(
+    dit: PlainDit,
+    noisy: Tensor,
+    sigmas: Tensor,
+    captions: Sequence[int],
+    *,
+    selection: BlockSelection | None = None,
+    lora: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
+) -> Tensor:
+    """The clean estimate by plain autograd: no in-place writes, the LoRA merged, the spans of the base model put in.
+
+    ``lora`` maps a layer's name to (A, B, scale) and acts in the kept blocks only; the front's output and the back's
+    image residual are those of the model without it.
+    """
+    net, lora = dit.net, lora or {}
+    text = torch.cat([dit.texts[caption] for caption in captions])
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        layer = net.get_submodule(name)
+        weight = layer.weight
+        if name in lora:
+            down, up, scale = lora[name]
+            weight = weight + scale * up @ down
+        return functional.linear(x, weight, layer.bias)
+
+    def block(name: str, img: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        gate, num_text = linear(f"{name}.gate", vec), txt.shape[1]
+        if name.startswith("double"):
+            qkv = torch.cat((linear(f"{name}.txt_qkv", _norm(txt)), linear(f"{name}.img_qkv", _norm(img))), dim=1)
+            text_part, image_part = attend(qkv).split((num_text, img.shape[1]), dim=1)
+            img = img + gate * linear(f"{name}.img_proj", image_part)
+            img = img + linear(f"{name}.img_down", functional.gelu(linear(f"{name}.img_up", _norm(img))))
+            txt = txt + gate * linear(f"{name}.txt_proj", text_part)
+            txt = txt + linear(f"{name}.txt_down", functional.gelu(linear(f"{name}.txt_up", _norm(txt))))
+            return img, txt
+        tokens = torch.cat((txt, img), dim=1)
+        qkv, mlp = linear(f"{name}.wide", _norm(tokens)).split((3 * WIDTH, 10), dim=-1)
+        added = gate * linear(f"{name}.narrow", torch.cat((attend(qkv), functional.gelu(mlp)), dim=-1))
+        return img + added[:, num_text:], txt + added[:, :num_text]
+
+    img, txt, vec = net.embed(noisy, sigmas, text)
+    back = selection.back if selection else 0
+    base_img, base_txt, before_back = img, txt, None
+    for index, info in enumerate(dit.blocks):
+        if back and index == len(dit.blocks) - back:
+            before_back = base_img
+        base_img, base_txt = _without(lora, block, info.name, base_img, base_txt, vec)
+        if selection is not None and index < selection.front:
+            img, txt = base_img, base_txt
+        elif index < len(dit.blocks) - back:
+            img, txt = block(info.name, img, txt, vec)
+    if back:
+        img = img + (base_img - before_back).detach()
+    velocity = linear("head", img).mT.unflatten(2, noisy.shape[2:])
+    return noisy - sigmas.view(-1, 1, 1, 1) * velocity
+
+
+def _without(lora: dict, block, *args) -> tuple[Tensor, Tensor]:
+    taken = dict(lora)
+    lora.clear()
+    try:
+        return block(*args)
+    finally:
+        lora.update(taken)
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def schedule(sigmas: Sequence[float] = (0.3, 0.9, 0.55, 0.7), captions: Sequence[int] = (0, 1, 0, 1)) -> TrainingSchedule:
+    """A schedule with these draws."""
+    draws = tuple(
+        Draw(picture=0, caption=caption, sigma=sigma, side=16, top=0, left=0, noise_seed=index + 11)
+        for index, (sigma, caption) in enumerate(zip(sigmas, captions, strict=True))
+    )
+    return TrainingSchedule(draws, PatchConfig(patch_min=16, patch_max=32), 0, "model")
+
+
+def latents(count: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Clean latents, shape (count, C, H, W)."""
+    return torch.randn(count, *LATENT_SHAPE, generator=torch.Generator().manual_seed(5), dtype=dtype)
+
+
+def selection(front: int, back: int, num_blocks: int = 5) -> BlockSelection:
+    """A selection for the model of the default size."""
+    return BlockSelection(front=front, back=back, num_blocks=num_blocks, family="plain")
+
+
+def lora_for(dit: PlainDit, chosen: BlockSelection, *, zero: bool = True, dtype: torch.dtype = torch.float64) -> LoraAdapters:
+    """Adapters on all linear layers of the kept blocks; with ``zero`` off, B is random."""
+    layers = linear_names(dit, chosen, lambda name: not name.endswith("gate"))
+    shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    adapters = LoraAdapters(shapes, LoraSettings(rank=2, alpha=3.0), seed=4, dtype=dtype)
+    if not zero:
+        generator = torch.Generator().manual_seed(8)
+        for name in adapters.names:
+            up = adapters.up(name)
+            up.data.copy_(torch.randn(up.shape, generator=generator, dtype=dtype) * 0.3)
+    return adapters
+
+
+def lora_tensors(adapters: LoraAdapters) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """(A, B, scale) by layer, as leaves of a graph of their own."""
+    return {
+        name: (
+            adapters.down(name).detach().clone().requires_grad_(),
+            adapters.up(name).detach().clone().requires_grad_(),
+            adapters.scale,
+        )
+        for name in adapters.names
+    }
+
+
+class MemorySource:
+    """Residuals of all draws, precomputed and held in memory."""
+
+    def __init__(self, dit, chosen, plan, clean, **options) -> None:
+        self.computed = precompute_residuals(dit, plan, clean, chosen, range(len(plan)), **options)
+
+    def stretches(self, config):
+        yield nullcontext(
+            OpenResiduals(
+                range(config.num_micro_batches), self.computed.residuals.__getitem__, self.computed.reference
+            )
+        )
+
+
+def train(dit, chosen, source, adapters, *, plan=None, clean=None, on_step=None, config=None, **settings):
+    """Run a training and return (result, gradients of the last optimiser step before clipping)."""
+    plan = plan or schedule()
+    clean = latents(len(plan)) if clean is None else clean
+    gradients: dict[str, Tensor] = {}
+    handles = []
+    for name in adapters.names:
+        for part, parameter in (("A", adapters.down(name)), ("B", adapters.up(name))):
+            key = f"{name}.{part}"
+            handles.append(
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, key=key: gradients.__setitem__(key, p.grad.clone())
+                )
+            )
+    result = TrainingResult()
+    config = config or TrainingConfig(**{"steps": 1, "learning_rate": 1e-2, **settings})
+    try:
+        train_lora(
+            dit, plan, clean, chosen, source, adapters, config, result=result, on_step=on_step or (lambda report: None)
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result, gradients

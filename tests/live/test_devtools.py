@@ -1,0 +1,118 @@
+"""The tools that the live tests stand on: the client, the server's life and death, the cache of environments."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FAKE_HOST = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+{line}
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), type("Handler", (http.server.BaseHTTPRequestHandler,), {{
+    "do_GET": lambda self: (self.send_response(200), self.end_headers()),
+}})).serve_forever()
+"""
+PICTURE = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 255}},
+    "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}, "_meta": {"title": "Blue"}},
+}
+
+
+@pytest.fixture
+def fake_host(tmp_path: Path) -> Callable[[str], Path]:
+    """A folder that starts like a ComfyUI, runs a line of Python, and answers every request."""
+
+    def write(line: str = "") -> Path:
+        (tmp_path / "main.py").write_text(FAKE_HOST.format(line=line), encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or a zombie that nobody has collected yet."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return not state or state.startswith("Z")
+
+
+def test_run_returns_outputs_and_events(client: Any) -> None:
+    result = client.run(PICTURE)
+    assert (result.status, result.error) == ("success", None)
+    assert client.view(result.outputs["2"]["images"][0]).startswith(b"\x89PNG")
+    assert "execution_start" in result.kinds()
+
+
+def test_refused_prompt_names_the_input(client: Any, devtool: Callable[[str], ModuleType]) -> None:
+    tools = devtool("comfy_client")
+    prompt = {**PICTURE, "1": {"class_type": "EmptyImage", "inputs": {**PICTURE["1"]["inputs"], "width": 0}}}
+    with pytest.raises(tools.RequestRefused, match="EmptyImage 1: .*width") as refusal:
+        client.run(prompt)
+    assert refusal.value.status == 400
+
+
+def test_overrides_go_by_title(devtool: Callable[[str], ModuleType]) -> None:
+    tools = devtool("comfy_client")
+    changed = tools.with_overrides(PICTURE, {"Blue": {"images": ["9", 0]}})
+    assert (changed["2"]["inputs"]["images"], PICTURE["2"]["inputs"]["images"]) == (["9", 0], ["1", 0])
+    with pytest.raises(LookupError, match="No node is titled 'Red'"):
+        tools.with_overrides(PICTURE, {"Red": {}})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="looks processes up with ps")
+def test_server_and_its_children_end_with_the_block(start_server: Any, fake_host: Callable[..., Path]) -> None:
+    with contextlib.suppress(ZeroDivisionError), start_server(fake_host(), cpu=True) as server:
+        children = [int(line.split()[1]) for line in server.log.splitlines() if line.startswith("child")]
+        assert not any(map(has_ended, [server.process.pid, *children]))
+        raise ZeroDivisionError
+    assert children
+    assert all(map(has_ended, [server.process.pid, *children]))
+    assert not server.base.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("print('0.1 seconds (IMPORT FAILED): pack', flush=True)", "failed to import:(.|\n)*IMPORT FAILED"),
+        ("print('no such model'); sys.exit(3)", "ended with status 3:(.|\n)*no such model"),
+    ],
+)
+def test_server_that_cannot_start_says_why(
+    start_server: Any, fake_host: Callable[..., Path], devtool: Callable[[str], ModuleType], line: str, message: str
+) -> None:
+    problem = devtool("comfy_server").ServerProblem
+    with pytest.raises(problem, match=message), start_server(fake_host(line), cpu=True):
+        pass
+
+
+def test_interrupted_folder_is_started_over(tmp_path: Path, devtool: Callable[[str], ModuleType]) -> None:
+    made_once = devtool("environment").made_once
+    calls = []
+
+    def make(folder: Path) -> None:
+        assert not list(folder.iterdir())
+        (folder / "half").touch()
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made_once(tmp_path / "env", make)
+    for _ in range(2):
+        made_once(tmp_path / "env", make)
+    assert len(calls) == 2
+
+
+def test_folder_without_comfyui_is_named(tmp_path: Path, devtool: Callable[[str], ModuleType]) -> None:
+    environment = devtool("environment")
+    with pytest.raises(environment.EnvironmentProblem, match="is not a ComfyUI folder: it has no main.py"):
+        environment.checked_host(tmp_path)
