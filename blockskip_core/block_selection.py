@@ -267,7 +267,8 @@ class TextInfluence:
 
     @classmethod
     def from_json(cls, text: str) -> TextInfluence:
-        """Read what :meth:`to_json` wrote; raises ValueError, TypeError or KeyError if it is something else."""
+        """Read what :meth:`to_json` wrote; raises ValueError, TypeError, KeyError or
+        AttributeError if it is something else."""
         content = json.loads(text)
         for kind in ("front", "back", "window"):
             content[kind] = {int(key): float(value) for key, value in content[kind].items()}

@@ -261,6 +261,6 @@ def metadata_from_strings(strings: Mapping[str, str] | None) -> dict[str, Any]:
     """Return what :func:`metadata_to_strings` packed; empty for a file that is not ours."""
     try:
         content = json.loads((strings or {}).get("blockskip", "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a file can say anything
         return {}
     return content if isinstance(content, dict) else {}

@@ -5,9 +5,10 @@
     AddResidual     adds the stored residual of the back span; holds no weights
     RecordingBlock  runs the real block and keeps what went in and came out
     TrainedBlock    runs the real block so that gradients are right, checkpointed or not
+    FrozenModule    runs a module outside the blocks without gradients
     FoldedBlock     runs the real block in a recording pass, replays it in the training pass
 
-The last three share the real block's weights under the block's own names, without a copy and without touching the
+Those that run the real block share its weights under the block's own names, without a copy and without touching the
 block itself: see :func:`weight_sharing_copy`.
 
 Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
@@ -191,6 +192,14 @@ class TrainedBlock(_Stand):
         if isinstance(kwargs.get("transformer_options"), dict):
             kwargs["transformer_options"] = kwargs["transformer_options"].copy()
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+class FrozenModule(_Stand):
+    """Runs a module that comes before the blocks without gradients; hosts may leave its weights trainable."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.twin(*args, **kwargs)
 
 
 @dataclass

@@ -93,11 +93,13 @@ class SkippableDit(Protocol):
     Attributes:
         family: Name of the family, e.g. "flux".
         blocks: All blocks in execution order.
+        frozen_stem: Paths of the modules before the first block; no gradient is needed there.
         trainable_head: Paths of the modules after the last block; gradients pass through them.
     """
 
     family: str
     blocks: Sequence[BlockInfo]
+    frozen_stem: Sequence[str]
     trainable_head: Sequence[str]
 
     def module(self, name: str) -> nn.Module:

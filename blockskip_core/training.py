@@ -33,7 +33,7 @@ from .errors import InvalidInputError, TrainingError
 from .lora import LoraAdapters
 from .precompute import Reference, noisy_batch
 from .residual_cache import Residual
-from .stand_ins import AddResidual, Fold, FoldedBlock, PassThrough, Replay, ReplayFront, SavedBytes, TrainedBlock
+from .stand_ins import AddResidual, Fold, FoldedBlock, FrozenModule, PassThrough, Replay, ReplayFront, SavedBytes, TrainedBlock
 from .streams import Denoiser, SkippableDit, batches_of_equal_text
 
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
@@ -363,6 +363,8 @@ class _SkippingModel:
                 self.modules[block.name] = TrainedBlock(dit.module(block.name), checkpointed=checkpointed)
             else:
                 self.modules[block.name] = self._skipped(index)
+        for name in dit.frozen_stem:
+            self.modules[name] = FrozenModule(dit.module(name))
         for name in dit.trainable_head:
             self.modules[name] = TrainedBlock(dit.module(name), checkpointed=False)
 

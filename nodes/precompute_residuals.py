@@ -94,7 +94,7 @@ class PrecomputeResiduals(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Decides crops, noise levels and noise.",
                 ),
                 io.Combo.Input(

@@ -132,6 +132,7 @@ class SelectBlocks(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     optional=True,
                     advanced=True,
                     tooltip="Noise of the probe pictures.",

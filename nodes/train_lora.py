@@ -86,7 +86,7 @@ class TrainLora(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Decides the LoRA's first values.",
                 ),
                 io.Float.Input(
@@ -278,6 +278,7 @@ class _Run:
         save_lora(tensors, self.metadata(), self.path)
         logger.info("BlockSkip: saved %s after step %d", self.path.name, self.result.steps)
 
+    @torch.inference_mode(False)  # the tensors are ordinary ones, as core's are
     def host_lora(self) -> dict[str, torch.Tensor]:
         """Return the LoRA as core's trainer would."""
         return to_host_lora(self.adapters.state_dict(), self.adapters.scale, self.settings.rank)

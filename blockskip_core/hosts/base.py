@@ -17,11 +17,13 @@ class FamilyAdapter(Protocol):
     Attributes:
         family: Short name, kept in files.
         title: Name for people.
+        frozen_stem: Modules before the first block.
         trainable_head: Modules after the last block.
     """
 
     family: ClassVar[str]
     title: ClassVar[str]
+    frozen_stem: ClassVar[Sequence[str]]
     trainable_head: ClassVar[Sequence[str]]
 
     def __init__(self, diffusion_model: nn.Module) -> None: ...

@@ -59,6 +59,7 @@ class FluxAdapter:
 
     family = "flux"
     title = "FLUX.1"
+    frozen_stem = ("img_in", "time_in", "guidance_in", "vector_in", "txt_in")
     trainable_head = ("final_layer",)
 
     def __init__(self, diffusion_model: nn.Module) -> None:

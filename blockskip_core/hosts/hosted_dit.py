@@ -44,6 +44,7 @@ class HostedDit:
         self.patcher = patcher
         self.adapter = adapter_for(patcher)
         self.family = self.adapter.family
+        self.frozen_stem = self.adapter.frozen_stem
         self.trainable_head = self.adapter.trainable_head
         self._captions = captions
         self._latent_shape = tuple(latent_shape)

@@ -128,16 +128,17 @@ class SingleIO:
 
 
 class PlainDit:
-    """The model as a SkippableDit."""
+    """The model as a SkippableDit. Its weights ask for gradients, as those of hosts do."""
 
     family = "plain"
     frozen_stem = ()
+    frozen_stem = ("img_in", "txt_in", "time_in")
     trainable_head = ("head",)
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.net = Net(num_double, num_single).to(dtype).requires_grad_(False)
+            self.net = Net(num_double, num_single).to(dtype)
             self.texts = [torch.randn(1, length, TEXT_WIDTH, dtype=dtype) for length in TEXT_LENGTHS]
         self.blocks = [
             BlockInfo(name, io, *_size(self.net.get_submodule(name)))

@@ -1,0 +1,12 @@
+"""One thread: tiny tensors gain nothing from more, and a busy machine loses much."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

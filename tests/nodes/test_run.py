@@ -1,0 +1,216 @@
+"""The four nodes in a row on a tiny FLUX.1, into ComfyUI's own nodes, and how often work is done again."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+STORAGES = ("disk", "chunked", "on the fly")
+KEPT_LAYERS = 3 * 2  # front 2 and back 1 of 2 double and 4 single blocks leave 3 single ones with 2 layers each
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+
+
+def patched_weights(patched):
+    """Return the weights that a MODEL has while it samples."""
+    import comfy.lora
+
+    plain = patched.model.state_dict()
+    return {
+        key: comfy.lora.calculate_weight(patches, plain[key].clone(), key) for key, patches in patched.patches.items()
+    }
+
+
+def assert_same_weights(one, other):
+    assert one
+    assert set(one) == set(other)
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def assert_picture(image):
+    assert image.ndim == 4
+    assert image.shape[0] == 1
+    assert image.shape[-1] == 3
+    assert image.min() >= 0.0
+    assert image.max() <= 1.0
+    assert image.std() > 0.0  # not blank
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_four_nodes_in_a_row(bench, storage):
+    before = weights(bench.model)
+
+    selection, heatmap, report = bench.select().args
+    assert "first 2 and the last 1 of 6" in report
+    assert_picture(heatmap)
+
+    residuals, patches = bench.precompute(selection=selection, storage=storage, chunk_size=4).args
+    assert_picture(patches)
+    stored = bool(list(bench.folders.output.glob("blockskip/residuals/*/manifest.json")))
+    assert stored == (storage == "disk")
+
+    trained = bench.train(residuals=residuals, batch_size=2, accumulation=2, output_name="loras/toy")
+    lora, loss_map, steps = trained.args
+    assert steps == 3
+    assert len(loss_map["loss"]) == 6
+    assert all(math.isfinite(loss) for loss in loss_map["loss"])
+    assert len(lora) == 3 * KEPT_LAYERS  # up, down, alpha
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in lora.values())
+
+    patched, info = bench.apply(lora=lora).args
+    assert f"{KEPT_LAYERS} layers patched" in info
+    assert "skipped first: 2" in info
+    assert patched.patches
+    assert not bench.model.patches
+
+    after = weights(bench.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "loras/toy_00001_.safetensors" in [name.removeprefix("output/") for name in bench.folders.files()]
+    if storage == "chunked":
+        assert not list(bench.folders.output.glob("blockskip/residuals/*/*"))
+
+
+@pytest.mark.parametrize("file_format", ["peft", "kohya"])
+def test_the_saved_file_is_the_lora_and_says_what_it_is(bench, file_format):
+    lora = bench.train(rank=4, alpha=8.0, output_name="loras/toy", file_format=file_format)[0]
+    with safe_open(bench.folders.loras / "toy_00001_.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["blockskip"])
+    assert (said["base_model"], said["steps"], said["rank"], said["alpha"]) == ("FLUX.1", 3, 4, 8.0)
+    assert (said["skipped_first"], said["skipped_last"], said["blocks"]) == (2, 1, 6)
+
+    from_wire = bench.apply(lora=lora, strength_model=0.7)
+    from_file = bench.apply(lora_name="toy_00001_.safetensors", strength_model=0.7)
+    assert_same_weights(patched_weights(from_wire[0]), patched_weights(from_file[0]))
+    assert "steps: 3" in from_file[1]
+    plain = bench.model.model.state_dict()
+    assert all(not torch.equal(changed, plain[key]) for key, changed in patched_weights(from_file[0]).items())
+
+
+def test_cores_own_nodes_take_the_outputs(bench, run_node):
+    from comfy_extras.nodes_train import LoraModelLoader, LossGraphNode, SaveLoRA
+
+    lora, loss_map, steps = bench.train(output_name="loras/ours").args
+    ours = patched_weights(bench.apply(lora=lora)[0])
+
+    loaded = run_node(LoraModelLoader, model=bench.model, lora=lora, strength_model=1.0)[0]
+    assert_same_weights(ours, patched_weights(loaded))
+
+    run_node(SaveLoRA, lora=lora, prefix="loras/cores", steps=steps)
+    assert (bench.folders.loras / "cores_3_steps_00001_.safetensors").is_file()
+    again = bench.apply(lora_name="cores_3_steps_00001_.safetensors")
+    assert_same_weights(ours, patched_weights(again[0]))
+    assert "not saved by BlockSkip" in again[1]
+
+    run_node(LossGraphNode, loss=loss_map, filename_prefix="loss")
+    assert [path for path in bench.folders.temp.rglob("*.png") if path.stat().st_size]
+
+
+def test_the_run_tells_figures_that_a_browser_can_read(bench):
+    (summary,) = bench.train(output_name="loras/toy").ui["blockskip"]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["file"] == "toy_00001_.safetensors"
+    assert (summary["kept_blocks"], summary["blocks"]) == (3, 6)
+    assert 0 < summary["kept_bytes"] < summary["all_bytes"]
+    assert summary["self_check"] <= 1e-4
+
+
+def test_a_lora_never_overwrites_another(bench):
+    residuals = bench.precompute()[0]
+    for _ in range(2):
+        bench.train(residuals=residuals, steps=1, output_name="loras/toy")
+    assert sorted(path.name for path in bench.folders.loras.iterdir()) == [
+        "toy_00001_.safetensors",
+        "toy_00002_.safetensors",
+    ]
+
+
+def test_the_same_seed_trains_the_same_lora(bench):
+    residuals = bench.precompute()[0]
+    first, second, other = (bench.train(residuals=residuals, seed=seed)[0] for seed in (5, 5, 6))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_precomputing_twice_encodes_and_writes_once(bench):
+    bench.precompute()
+    manifest = next(bench.folders.output.glob("blockskip/residuals/*/manifest.json"))
+    written, encoded = manifest.stat().st_mtime_ns, bench.vae.encoded
+    bench.precompute()
+    assert (manifest.stat().st_mtime_ns, bench.vae.encoded) == (written, encoded)
+    bench.precompute(seed=4)
+    assert bench.vae.encoded == 2 * encoded
+    assert len(list(bench.folders.output.glob("blockskip/residuals/*"))) == 2
+
+
+def test_residuals_that_vanished_are_computed_again_by_the_trainer(bench):
+    import shutil
+
+    residuals = bench.precompute()[0]
+    shutil.rmtree(bench.folders.output / "blockskip")
+    assert bench.train(residuals=residuals)[2] == 3
+
+
+def test_more_steps_than_draws_start_over(bench):
+    residuals = bench.precompute(draws=2)[0]
+    losses = bench.train(residuals=residuals, steps=5, learning_rate=1e-6)[1]["loss"]
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=0.0)
+    assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
+
+
+def test_strength_zero_gives_the_plain_model(bench):
+    lora = bench.train()[0]
+    assert bench.apply(lora=lora, strength_model=0.0)[0] is bench.model
+
+
+def test_measuring_remembers_what_it_measured(bench, nodes, monkeypatch):
+    sampled = []
+    sampler = nodes.select_blocks.MaskedSampler
+    sample = sampler.sample
+
+    def counting(self, *args, masked, **kwargs):
+        sampled.append(masked)
+        return sample(self, *args, masked=masked, **kwargs)
+
+    monkeypatch.setattr(sampler, "sample", counting)
+    settings = {"method": "attention mask", "probe_size": 32, "probe_steps": 1, "window_profile": False}
+    selection, heatmap, report = bench.select(skip_ratio=0.5, **settings).args
+    assert (selection.front + selection.back, selection.num_blocks) == (3, 6)
+    assert len(sampled) == 1 + 3 + 3  # the plain picture, and the first and the last 1, 2, 3 blocks masked
+    assert "Connect `vae` and `clip_vision`" in report
+    assert_picture(heatmap)
+
+    again = bench.select(skip_ratio=0.3, **settings)  # 2 of 6: everything for it was measured
+    assert len(sampled) == 7
+    assert again[0].front + again[0].back == 2
+    bench.select(skip_ratio=0.5, **settings, seed=1)
+    assert len(sampled) == 14
+
+
+def test_the_preset_measures_nothing_and_says_that_it_is_scaled(bench):
+    selection, _, report = bench.select(method="preset", skip_ratio=0.5).args
+    assert (selection.front, selection.back) == (2, 1)
+    assert "Scaled from the paper's indices" in report
+    assert not bench.folders.files()
+
+
+def test_a_caption_for_each_picture_goes_with_its_picture(bench, tiny):
+    captions = type(bench.pictures)(tiny.captions((5, 3, 7)))  # a list, as CLIP Text Encode gives for a dataset
+    residuals = bench.precompute(positive=captions)[0]
+    assert [draw.caption for draw in residuals.schedule] == [draw.picture for draw in residuals.schedule]
+    assert bench.train(residuals=residuals, batch_size=2)[2] == 3
+    joined = [entry for caption in captions for entry in caption]  # one CONDITIONING with three entries
+    assert bench.precompute(positive=joined)[0].identity == residuals.identity
+
+
+def test_one_batch_of_pictures_does_as_well_as_a_list(bench):
+    batch = torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(2))
+    whole = bench.precompute(images=batch)[0]
+    apart = bench.precompute(images=type(bench.pictures)(batch.split(1)))[0]
+    assert whole.identity == apart.identity
