@@ -254,9 +254,21 @@ def _read_manifest(folder: Path) -> dict:
         outer = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.blake2b(outer["body"].encode(), digest_size=16).hexdigest() != outer["digest"]:
             raise CacheError(_damaged(folder, MANIFEST))
-        return json.loads(outer["body"])
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        body = json.loads(outer["body"])
+        _require_form(body)
+        return body
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CacheError(_damaged(folder, MANIFEST)) from error
+
+
+def _require_form(body: dict) -> None:
+    """Raise an ordinary error if a manifest's content has another form than :meth:`CacheWriter.finish` gives it."""
+    body["identity"].keys()
+    for key, entry in body["tensors"].items():
+        draw, _ = key.split("/", 1)
+        int(draw)
+        if not isinstance(entry["shard"], str) or not isinstance(entry["checksum"], int):
+            raise TypeError(key)
 
 
 def _damaged(folder: Path, name: str) -> str:

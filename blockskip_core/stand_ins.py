@@ -5,7 +5,6 @@
     AddResidual     adds the stored residual of the back span; holds no weights
     RecordingBlock  runs the real block and keeps what went in and came out
     TrainedBlock    runs the real block so that gradients are right, checkpointed or not
-    FrozenModule    runs a module outside the blocks without gradients
     FoldedBlock     runs the real block in a recording pass, replays it in the training pass
 
 Those that run the real block share its weights under the block's own names, without a copy and without touching the
@@ -110,6 +109,16 @@ def _alias(tensor: Tensor | None) -> Tensor | None:
         return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
 
 
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """Return a weight-sharing copy that runs without gradients; hosts may leave weights trainable.
+
+    It is no module around the module: a host that finds a layer at this path writes its own marks onto it.
+    """
+    twin = weight_sharing_copy(module)
+    twin.forward = torch.no_grad()(twin.forward)
+    return twin
+
+
 class _Stand(nn.Module):
     """A module with the parameters, buffers and children of a weight-sharing copy, under the same names."""
 
@@ -192,14 +201,6 @@ class TrainedBlock(_Stand):
         if isinstance(kwargs.get("transformer_options"), dict):
             kwargs["transformer_options"] = kwargs["transformer_options"].copy()
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-class FrozenModule(_Stand):
-    """Runs a module that comes before the blocks without gradients; hosts may leave its weights trainable."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.twin(*args, **kwargs)
 
 
 @dataclass

@@ -33,7 +33,17 @@ from .errors import InvalidInputError, TrainingError
 from .lora import LoraAdapters
 from .precompute import Reference, noisy_batch
 from .residual_cache import Residual
-from .stand_ins import AddResidual, Fold, FoldedBlock, FrozenModule, PassThrough, Replay, ReplayFront, SavedBytes, TrainedBlock
+from .stand_ins import (
+    AddResidual,
+    Fold,
+    FoldedBlock,
+    PassThrough,
+    Replay,
+    ReplayFront,
+    SavedBytes,
+    TrainedBlock,
+    frozen_copy,
+)
 from .streams import Denoiser, SkippableDit, batches_of_equal_text
 
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
@@ -180,6 +190,27 @@ def velocity_loss(denoised: Tensor, clean: Tensor, sigmas: Tensor, weighting: Lo
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
     return error * compute_loss_weighting_for_sd3(weighting, sigmas)
+
+
+def estimated_activation_bytes(
+    *, num_kept: int, tokens: int, width: int, itemsize: int, batch_size: int, checkpointing: bool
+) -> int:
+    """Return about how much memory a step's activations take, for the host to keep free beside the weights.
+
+    A block with LoRA on all its linear layers keeps about 25 numbers per token and unit of width for its backward
+    (measured on FLUX blocks with this module's hooks: 23 in a single-stream, 25 in a double-stream block). With
+    checkpointing every block keeps its input only, and one block at a time is recomputed.
+
+    Args:
+        num_kept: Blocks that are trained.
+        tokens: Image and text tokens of one row, N + L.
+        width: D.
+        itemsize: Bytes per number.
+        batch_size: Rows.
+        checkpointing: Whether activations are recomputed.
+    """
+    stream = tokens * width * itemsize * batch_size
+    return (stream * num_kept + 25 * stream) if checkpointing else 25 * stream * num_kept
 
 
 def train_lora(
@@ -364,7 +395,7 @@ class _SkippingModel:
             else:
                 self.modules[block.name] = self._skipped(index)
         for name in dit.frozen_stem:
-            self.modules[name] = FrozenModule(dit.module(name))
+            self.modules[name] = frozen_copy(dit.module(name))
         for name in dit.trainable_head:
             self.modules[name] = TrainedBlock(dit.module(name), checkpointed=False)
 

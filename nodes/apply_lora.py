@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.lora_files import apply_lora, describe, load_lora_file
+from ..blockskip_core.hosts.lora_files import apply_lora, describe, file_stamp, load_lora_file
 from .types import LoraModelSocket
 
 NO_FILE = "none"
@@ -51,6 +51,11 @@ class ApplyLora(io.ComfyNode):
                 io.String.Output("info", display_name="info", tooltip="What the LoRA says of itself."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, strength_model, lora=None, lora_name=NO_FILE) -> str:
+        """Run again when the chosen file has changed; ComfyUI only sees that its name has not."""
+        return f"{strength_model} {lora_name} {file_stamp(lora_name)}"
 
     @classmethod
     def execute(cls, model, strength_model, lora=None, lora_name=NO_FILE) -> io.NodeOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
@@ -252,7 +252,7 @@ class _Run:
             train_lora(
                 self.dit,
                 self.residuals.schedule,
-                self.residuals.latents.clone(),
+                self.residuals.latents,
                 self.residuals.selection,
                 self.residuals.source(self.dit, self.progress),
                 self.adapters,
@@ -268,7 +268,7 @@ class _Run:
     def _on_step(self, report: StepReport) -> None:
         self.memory.sample()
         pace = sum(self.result.step_seconds) / len(self.result.step_seconds)
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.config.steps - report.step)))
+        left = timedelta(seconds=round(pace * (self.config.steps - report.step)))
         detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self.memory.peak)}"
         self.progress("training step", report.step, self.config.steps, detail)
 

@@ -49,6 +49,8 @@ def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torc
         conditioning: ``[[tensor, settings]]``.
         latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
         device: Where the arguments shall lie.
+
+    Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
     """
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     encoded = comfy.samplers.encode_model_conds(
@@ -59,7 +61,6 @@ def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torc
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor that autograd may save: those of other nodes were made under inference mode."""
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -70,7 +70,8 @@ class HostedDit:
         return self.patcher.model.get_dtype_inference()
 
     def module(self, name: str) -> nn.Module:
-        """Return the model's own module."""
+        """Return the model's own module, unloaded: a copy must not have the marks of a loaded one."""
+        unload(self.patcher)
         return self.patcher.model.diffusion_model.get_submodule(name)
 
     def text_length(self, caption: int) -> int:
@@ -79,8 +80,10 @@ class HostedDit:
 
     @cached_property
     def _arguments(self) -> list[dict[str, Any]]:
-        latent = torch.zeros(1, *self._latent_shape)
-        return [model_arguments(self.patcher.model, entry, latent, torch.device("cpu")) for entry in self._captions]
+        model, cpu = self.patcher.model, torch.device("cpu")
+        with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
+            latent = torch.zeros(1, *self._latent_shape)
+            return [model_arguments(model, caption, latent, cpu) for caption in self._captions]
 
     @contextmanager
     def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:

@@ -53,6 +53,15 @@ def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: 
     write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=strings))
 
 
+def file_stamp(name: str) -> str:
+    """Return what changes when a file of the loras folders is written anew; empty if there is no such file."""
+    path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
+    if path is None:
+        return ""
+    status = Path(path).stat()
+    return f"{status.st_mtime_ns} {status.st_size}"
+
+
 def load_lora_file(name: str) -> LoraModel:
     """Read a file of the loras folders.
 

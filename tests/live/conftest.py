@@ -22,9 +22,14 @@ WORKFLOWS = ROOT / "tests" / "workflows"
 
 def load_devtool(name: str) -> ModuleType:
     """A module of ``devtools/`` under the alias ``blockskip_devtools_<name>``."""
-    alias = f"blockskip_devtools_{name}"
+    return load_file("devtools", name)
+
+
+def load_file(folder: str, name: str) -> ModuleType:
+    """A module of one of the repository's folders, under an alias of its own."""
+    alias = f"blockskip_{folder}_{name}"
     if alias not in sys.modules:
-        spec = importlib.util.spec_from_file_location(alias, ROOT / "devtools" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(alias, ROOT / folder / f"{name}.py")
         sys.modules[alias] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[alias])
     return sys.modules[alias]
@@ -50,12 +55,18 @@ def start_server() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def server(start_server: Callable[..., Any]) -> Iterator[Any]:
-    """The session's ComfyUI, with the pack, the demo pack and the demo models."""
-    host = host_or_skip("COMFYUI_PATH")
+def demo_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a server needs beside the pack to run the workflows: the demo's nodes, models and pictures."""
     tools = load_devtool("comfy_server")
-    models = {folder: files for folder, files in tools.demo_models().items() if all(map(Path.is_file, files))}
-    with start_server(host, packs=tools.demo_pack(), models=models) as running:
+    dataset = tmp_path_factory.mktemp("inputs") / "blockskip_toby"
+    load_file("demo", "world").write_subject_folder(dataset, "toby", count=2, size=256, seed=0)
+    return {"packs": tools.demo_pack(), "models": tools.demo_models(), "inputs": [dataset]}
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[..., Any], demo_parts: dict[str, Any]) -> Iterator[Any]:
+    """The session's ComfyUI, with the pack and the demo's parts."""
+    with start_server(host_or_skip("COMFYUI_PATH"), **demo_parts) as running:
         yield running
 
 
