@@ -13,16 +13,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
 from blockskip_pack.blockskip_core.block_selection import BlockSelection
 from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule
 from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
 from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
 from blockskip_pack.blockskip_core.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.streams import BlockInfo, TokenStreams
-from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig, TrainingResult, linear_names, train_lora
+from blockskip_pack.blockskip_core.training import (
+    OpenResiduals,
+    TrainingConfig,
+    TrainingResult,
+    linear_names,
+    train_lora,
+)
+from torch import Tensor, nn
+from torch.nn import functional
 
 WIDTH, HEADS, TEXT_WIDTH, CHANNELS = 8, 2, 7, 3
 LATENT_SHAPE = (CHANNELS, 2, 3)  # six image tokens
@@ -142,7 +147,10 @@ class PlainDit:
             self.texts = [torch.randn(1, length, TEXT_WIDTH, dtype=dtype) for length in TEXT_LENGTHS]
         self.blocks = [
             BlockInfo(name, io, *_size(self.net.get_submodule(name)))
-            for kind, count, io in (("double_blocks", num_double, DoubleIO()), ("single_blocks", num_single, SingleIO()))
+            for kind, count, io in (
+                ("double_blocks", num_double, DoubleIO()),
+                ("single_blocks", num_single, SingleIO()),
+            )
             for name in (f"{kind}.{index}" for index in range(count))
         ]
 
@@ -265,7 +273,9 @@ def _without(lora: dict, block, *args) -> tuple[Tensor, Tensor]:
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
-def schedule(sigmas: Sequence[float] = (0.3, 0.9, 0.55, 0.7), captions: Sequence[int] = (0, 1, 0, 1)) -> TrainingSchedule:
+def schedule(
+    sigmas: Sequence[float] = (0.3, 0.9, 0.55, 0.7), captions: Sequence[int] = (0, 1, 0, 1)
+) -> TrainingSchedule:
     """A schedule with these draws."""
     draws = tuple(
         Draw(picture=0, caption=caption, sigma=sigma, side=16, top=0, left=0, noise_seed=index + 11)
@@ -284,16 +294,19 @@ def selection(front: int, back: int, num_blocks: int = 5) -> BlockSelection:
     return BlockSelection(front=front, back=back, num_blocks=num_blocks, family="plain")
 
 
-def lora_for(dit: PlainDit, chosen: BlockSelection, *, zero: bool = True, dtype: torch.dtype = torch.float64) -> LoraAdapters:
-    """Adapters on all linear layers of the kept blocks; with ``zero`` off, B is random."""
-    layers = linear_names(dit, chosen, lambda name: not name.endswith("gate"))
+def lora_for(
+    dit, chosen: BlockSelection, *, zero: bool = True, dtype: torch.dtype = torch.float64, size: float = 0.3,
+    wanted=lambda name: not name.endswith("gate"),
+) -> LoraAdapters:  # fmt: skip
+    """Adapters on linear layers of the kept blocks; with ``zero`` off, B is random."""
+    layers = linear_names(dit, chosen, wanted)
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     adapters = LoraAdapters(shapes, LoraSettings(rank=2, alpha=3.0), seed=4, dtype=dtype)
     if not zero:
         generator = torch.Generator().manual_seed(8)
         for name in adapters.names:
             up = adapters.up(name)
-            up.data.copy_(torch.randn(up.shape, generator=generator, dtype=dtype) * 0.3)
+            up.data.copy_(torch.randn(up.shape, generator=generator, dtype=dtype) * size)
     return adapters
 
 
@@ -317,9 +330,7 @@ class MemorySource:
 
     def stretches(self, config):
         yield nullcontext(
-            OpenResiduals(
-                range(config.num_micro_batches), self.computed.residuals.__getitem__, self.computed.reference
-            )
+            OpenResiduals(range(config.num_micro_batches), self.computed.residuals.__getitem__, self.computed.reference)
         )
 
 

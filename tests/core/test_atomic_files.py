@@ -4,10 +4,9 @@ import inspect
 import os
 
 import pytest
-from safetensors import SafetensorError
-
 from blockskip_pack.blockskip_core import atomic_files, errors
 from blockskip_pack.blockskip_core.atomic_files import write_atomically
+from safetensors import SafetensorError
 
 
 def test_the_file_is_written_under_another_name_first(tmp_path):

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-
 from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule, draw_schedule
 from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError
 from blockskip_pack.blockskip_core.patch_sampling import PatchConfig, crop_side, reference_size

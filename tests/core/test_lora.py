@@ -5,8 +5,6 @@ import json
 import peft
 import pytest
 import torch
-from torch import nn
-
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.lora import (
     LinearShape,
@@ -18,6 +16,7 @@ from blockskip_pack.blockskip_core.lora import (
     to_file_tensors,
     to_host_lora,
 )
+from torch import nn
 
 LAYERS = {"blocks.0.attn.qkv": LinearShape(6, 15), "blocks.0.mlp": LinearShape(6, 4), "blocks.1.mlp": LinearShape(6, 4)}
 RANK, ALPHA = 3, 4.5
@@ -258,7 +257,11 @@ def test_written_tensors_share_no_memory_with_the_training():
 
 @pytest.mark.parametrize(
     "metadata",
-    [{}, {"steps": 3, "loss": 0.5, "nested": {"a": [1, None, True]}}, {"caption": 'ünï"\\\n\x00\u2028</script>', "": "x"}],
+    [
+        {},
+        {"steps": 3, "loss": 0.5, "nested": {"a": [1, None, True]}},
+        {"caption": 'ünï"\\\n\x00\u2028</script>', "": "x"},
+    ],
 )
 def test_metadata_survives_its_strings(metadata):
     strings = metadata_to_strings(metadata)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.masked_attention import attend_without_text
 

@@ -10,7 +10,6 @@ from random import Random
 
 import pytest
 import torch
-
 from blockskip_pack.blockskip_core import residual_cache
 from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.residual_cache import (
@@ -30,9 +29,15 @@ IMAGE, TEXT, WIDTH = 6, 5, 4
 
 def records(draws=(0, 1, 2), dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = {"front.img": (1, IMAGE, WIDTH), "front.txt": (1, TEXT, WIDTH), "back": (1, IMAGE, WIDTH), "latent": (3, 2, 3)}
+    shapes = {
+        "front.img": (1, IMAGE, WIDTH),
+        "front.txt": (1, TEXT, WIDTH),
+        "back": (1, IMAGE, WIDTH),
+        "latent": (3, 2, 3),
+    }
     return {
-        draw: {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()} for draw in draws
+        draw: {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        for draw in draws
     }
 
 
@@ -188,7 +193,7 @@ def test_a_flipped_bit_in_the_manifest_is_refused_or_harmless(tmp_path):
         tmp_path, given, MANIFEST,
         lambda whole, place, rng: whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :],
     )  # fmt: skip
-    assert all([read_or_refuse(copy, given) for copy, _ in copies])
+    assert all(read_or_refuse(copy, given) for copy, _ in copies)
 
 
 def test_a_missing_shard_is_refused(tmp_path):
@@ -224,7 +229,9 @@ def rewrite_manifest(folder, change):
     (folder / MANIFEST).write_text(json.dumps({"digest": digest, "body": body}))
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "a/../b", 5, None, ["x"]], ids=repr)
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "a/../b", 5, None, ["x"]], ids=repr
+)
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path, shard):
     folder = written(tmp_path / "c")
     shutil.copy(folder / "shard-00000.safetensors", tmp_path / "outside.safetensors")
@@ -263,7 +270,9 @@ def test_a_manifest_of_another_form_is_refused(tmp_path, change):
         ResidualCache(folder, IDENTITY).read(0)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"3", b"\xff\xfe", b'{"body": 3, "digest": ""}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"3", b"\xff\xfe", b'{"body": 3, "digest": ""}', b"[" * 100_000]
+)
 def test_a_manifest_that_is_none_is_refused(tmp_path, content):
     folder = written(tmp_path / "c")
     (folder / MANIFEST).write_bytes(content)

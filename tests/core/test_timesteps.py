@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.timesteps import SMALLEST_SIGMA, TIMESTEP_DISTRIBUTIONS, shift_sigma, sigma_sampler
 

@@ -7,9 +7,12 @@ import torch
 
 def tiny_flux(
     *, depth: int = 2, depth_single: int = 4, width: int = 64, heads: int = 2, guidance: bool = False,
-    dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0,
+    dtype: torch.dtype = torch.float32, cast_to: torch.dtype | None = None, seed: int = 0, scale: float = 1.0,
 ):  # fmt: skip
-    """Return a ModelPatcher around a random FLUX.1; inputs that fit are latents (B, 4, 8, 8), context (B, L, 16)."""
+    """Return a ModelPatcher around a random FLUX.1; inputs that fit are latents (B, 4, 8, 8), context (B, L, 16).
+
+    With ``cast_to`` the host keeps the weights in ``dtype`` and casts them for every call.
+    """
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -37,7 +40,7 @@ def tiny_flux(
     }
     supported = (comfy.supported_models.Flux if guidance else comfy.supported_models.FluxSchnell)(config)
     supported.custom_operations = None
-    supported.set_inference_dtype(dtype, None)
+    supported.set_inference_dtype(dtype, cast_to)
     supported.latent_format = _FourChannels()
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():  # as ComfyUI's loaders do
@@ -79,3 +82,16 @@ def captions(lengths=(5,), seed: int = 1, guidance: float | None = None) -> list
             settings["guidance"] = guidance
         made.append([[torch.randn(1, length, 16, generator=generator), settings]])
     return made
+
+
+def weights(patcher) -> dict[str, torch.Tensor]:
+    """Return copies of all weights of the MODEL."""
+    return {name: tensor.detach().clone() for name, tensor in patcher.model.state_dict().items()}
+
+
+def assert_same_weights(patcher, before: dict[str, torch.Tensor]) -> None:
+    """Compare every weight bit for bit."""
+    now = patcher.model.state_dict()
+    assert now.keys() == before.keys()
+    for name, tensor in now.items():
+        assert torch.equal(tensor, before[name]), name

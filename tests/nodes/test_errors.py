@@ -9,7 +9,6 @@ import pytest
 import torch
 
 
-
 @contextmanager
 def refused(bench, match, kind=ValueError):
     """Expect an error with this sentence, no file, and no folder of residuals."""
@@ -324,6 +323,23 @@ def test_cancel_keeps_what_was_learned(bench, residuals, nodes, monkeypatch, cor
     assert (metadata["steps"], metadata["steps_planned"]) == (2, 3)
 
 
+@pytest.mark.parametrize(("storage", "phase"), [("disk", "encoding crops"), ("disk", "precomputing residuals"),
+                                                ("chunked", "precomputing residuals")])  # fmt: skip
+def test_cancel_while_residuals_are_computed_leaves_nothing(bench, nodes, monkeypatch, storage, phase):
+    import comfy.model_management
+
+    class Cancelled(comfy.model_management.InterruptProcessingException):
+        pass
+
+    def cancel(self, now, done, total, detail=""):
+        if now == phase and done == 2:
+            raise Cancelled("by hand")
+
+    monkeypatch.setattr(nodes.precompute_residuals.NodeProgress, "__call__", cancel)
+    with refused(bench, "by hand", Cancelled):
+        bench.train(residuals=bench.precompute(storage=storage, chunk_size=4)[0])
+
+
 def test_damaged_residuals_are_removed_and_said(bench):
     residuals = bench.precompute()[0]
     shard = next(bench.folders.output.glob("blockskip/residuals/*/shard-00000.safetensors"))
@@ -391,6 +407,17 @@ def test_apply_refuses_a_lora_for_another_kind_of_model(bench, lora_file):
     name = lora_file("other.safetensors", pair("input_blocks.1.1.proj_in", 64, 64))
     with refused(bench, "holds nothing for Flux: it was trained for another kind"):
         bench.apply(lora_name=name)
+
+
+def test_apply_notices_that_a_file_was_written_anew(nodes, lora_file, bench):
+    """ComfyUI runs a node again only if something about it has changed, and a file's name has not."""
+    fingerprint = nodes.ApplyLora.fingerprint_inputs
+    name = lora_file("toy.safetensors", pair("single_blocks.0.linear1", 320, 64))
+    before = fingerprint(strength_model=1.0, lora_name=name)
+    assert fingerprint(strength_model=1.0, lora_name=name) == before
+    lora_file(name, pair("single_blocks.1.linear1", 320, 64) | pair("single_blocks.0.linear1", 320, 64))
+    assert fingerprint(strength_model=1.0, lora_name=name) != before
+    assert fingerprint(strength_model=1.0, lora_name="../outside.safetensors")  # refused when the node runs
 
 
 def test_apply_refuses_a_lora_of_another_size(bench, lora_file):

@@ -82,3 +82,14 @@ def test_every_link_leads_somewhere(page):
 def test_a_page_links_only_to_what_is_served_beside_it(page):
     """ComfyUI serves ``web/``; anything above it is not there for a reader of the page."""
     assert "../" not in page.read_text(encoding="utf-8")
+
+
+def test_the_map_names_every_file_and_no_other():
+    """ARCHITECTURE.md: code by its path; a folder, with a slash at its end, stands for the other files in it."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## Files", 1)[1].split("\n## ", 1)[0]
+    named = {word.rstrip(",") for line in text.splitlines() for word in line.split("  ")[2:3] for word in word.split()}
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    folders = ("nodes", "blockskip_core", "devtools", "demo", "tests")
+    code = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".mjs")}
+    code |= set(ROOT.glob("*.py"))
+    assert sorted(str(path.relative_to(ROOT)) for path in code if str(path.relative_to(ROOT)) not in named) == []

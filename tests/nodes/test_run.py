@@ -31,7 +31,9 @@ def assert_same_weights(one, other):
     assert one
     assert set(one) == set(other)
     for key in one:
-        torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            one[key], other[key], rtol=1e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def assert_picture(image):

@@ -1,0 +1,229 @@
+"""Where a run's residuals come from: disk, chunks, or folded into each step."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core import residual_sources
+from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError
+from blockskip_pack.blockskip_core.residual_cache import (
+    MANIFEST,
+    CacheIdentity,
+    CacheWriter,
+    ResidualCache,
+    is_finished,
+)
+from blockskip_pack.blockskip_core.residual_sources import (
+    FoldedSource,
+    ResidualSet,
+    remove_old_caches,
+    residual_bytes,
+    stored_latents,
+    write_cache,
+)
+
+from .plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, lora_for, schedule, selection, train
+
+PLAN = schedule((0.3, 0.9, 0.55, 0.7, 0.2), (0, 2, 1, 2, 0))
+
+
+def quiet(phase, done, total):
+    pass
+
+
+def residual_set(folder, storage="disk", *, spans=(1, 2), chunk_size=2, dtype="torch.float64", model="m"):
+    chosen = selection(*spans)
+    identity = CacheIdentity(
+        model=model, schedule=PLAN.fingerprint, selection=chosen.fingerprint, pictures="p", captions="c", dtype=dtype
+    )
+    return ResidualSet(
+        schedule=PLAN, latents=latents(len(PLAN)), selection=chosen, captions=(), identity=identity, storage=storage,
+        chunk_size=chunk_size, folder=folder / identity.key, family="plain",
+    )  # fmt: skip
+
+
+def run(residuals, *, dit=None, on_step=None, progress=quiet, **settings):
+    dit = dit or PlainDit()
+    adapters = lora_for(dit, residuals.selection)
+    source = residuals.source(dit, progress)
+    result, _ = train(
+        dit, residuals.selection, source, adapters, plan=PLAN, clean=residuals.latents, on_step=on_step, **settings
+    )
+    return result, adapters
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 2, "steps": 6}, {"accumulation": 3, "steps": 4}], ids=["batch", "accumulate"]
+)
+def test_chunked_training_is_training_from_disk(tmp_path, chunk_size, settings):
+    disk, a = run(residual_set(tmp_path / "disk"), **settings)
+    chunked, b = run(residual_set(tmp_path / "chunked", "chunked", chunk_size=chunk_size), **settings)
+    assert chunked.losses == disk.losses
+    assert chunked.self_check == disk.self_check
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_storage_names_the_source(tmp_path):
+    dit = PlainDit()
+    kinds = [type(residual_set(tmp_path, storage).source(dit, quiet)) for storage in ("disk", "chunked", "on the fly")]
+    assert kinds == [residual_sources.DiskSource, residual_sources.ChunkedSource, FoldedSource]
+    with pytest.raises(InvalidInputError, match="storage must be one of disk, chunked, on the fly, got 'tape'"):
+        residual_set(tmp_path, "tape")
+    with pytest.raises(InvalidInputError, match="chunk_size must be at least 1, got 0"):
+        residual_set(tmp_path, chunk_size=0)
+
+
+def test_on_the_fly_writes_nothing(tmp_path):
+    result, _ = run(residual_set(tmp_path, "on the fly"), steps=3)
+    assert len(result.losses) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_chunks_hold_no_more_than_their_size_and_are_gone_afterwards(tmp_path):
+    residuals, held = residual_set(tmp_path, "chunked", chunk_size=2), []
+    run(residuals, steps=5, on_step=lambda _: held.append(len(ResidualCache(residuals.folder, residuals.identity))))
+    assert held == [2, 2, 2, 2, 1]
+    assert not residuals.folder.exists()
+
+
+class Interrupt(BaseException):
+    """What hosts raise to interrupt a run."""
+
+
+def test_an_interrupt_removes_the_chunk_that_is_open(tmp_path):
+    residuals = residual_set(tmp_path, "chunked")
+
+    def on_step(report):
+        assert is_finished(residuals.folder)
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run(residuals, steps=5, on_step=on_step)
+    assert not residuals.folder.exists()
+
+
+@pytest.mark.parametrize("storage", ["disk", "chunked"])
+@pytest.mark.parametrize("problem", [Interrupt, RuntimeError])
+def test_precomputing_that_ends_early_leaves_nothing(tmp_path, storage, problem):
+    residuals, calls = residual_set(tmp_path, storage), []
+
+    def progress(phase, done, total):
+        calls.append(done)
+        if len(calls) == 7:
+            raise problem
+
+    with pytest.raises(problem):
+        run(residuals, progress=progress, steps=5)
+    assert not residuals.folder.exists()
+
+
+def test_a_finished_cache_is_not_computed_again(tmp_path):
+    residuals, calls = residual_set(tmp_path), []
+    write_cache(residuals, PlainDit(), quiet)
+    first = run(residuals, steps=5, progress=lambda *report: calls.append(report))[0]
+    assert calls == []
+    shutil.rmtree(residuals.folder)
+    assert run(residuals, steps=5)[0].losses == first.losses  # and computed anew when it is gone
+
+
+def test_progress_runs_over_all_chunks(tmp_path):
+    calls = []
+    write_cache(residual_set(tmp_path, chunk_size=2), PlainDit(), lambda *report: calls.append(report))
+    assert calls == [("precomputing residuals", done, 15) for done in range(1, 16)]
+
+
+@pytest.mark.parametrize("spans", [(1, 2), (2, 0), (0, 2), (0, 0), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_predicted_bytes_are_those_written(tmp_path, spans, dtype):
+    dit = PlainDit(dtype=dtype)
+    residuals = residual_set(tmp_path, spans=spans, dtype=str(dtype))
+    object.__setattr__(residuals, "latents", residuals.latents.to(dtype))
+    write_cache(residuals, dit, quiet)
+    cache = ResidualCache(residuals.folder, residuals.identity)
+    written = sum(x.nbytes for draw in range(len(PLAN)) for x in cache.residual(draw).tensors().values())
+    assert residual_bytes(dit, residuals, range(len(PLAN)), width=WIDTH, patch_size=1) == written
+    if spans == (1, 2):
+        texts = sum(TEXT_LENGTHS[draw.caption] for draw in PLAN)
+        assert written == (2 * 6 * len(PLAN) + texts) * WIDTH * dtype.itemsize
+
+
+def test_a_disk_without_room_is_said_before_the_model_runs(tmp_path):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(InvalidInputError, match="would take 1048576.00 GiB on disk"):
+        write_cache(residuals, None, quiet, predicted=2**50)
+    assert not residuals.folder.exists()
+
+
+def test_stored_latents_come_back_as_they_were(tmp_path):
+    residuals = residual_set(tmp_path)
+    assert stored_latents(residuals.folder, residuals.identity, len(PLAN)) is None
+    write_cache(residuals, PlainDit(), quiet)
+    assert torch.equal(stored_latents(residuals.folder, residuals.identity, len(PLAN)), residuals.latents)
+
+
+def damage(folder):
+    shard = next(folder.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def read_everything(residuals):
+    stored_latents(residuals.folder, residuals.identity, len(PLAN))
+    run(residuals, steps=5)
+
+
+def test_a_damaged_cache_is_removed_and_the_user_told_to_queue_again(tmp_path):
+    residuals = residual_set(tmp_path, chunk_size=100)
+    write_cache(residuals, PlainDit(), quiet)
+    damage(residuals.folder)
+    with pytest.raises(CacheError, match="are damaged .* They have been removed; queue the workflow again"):
+        run(residuals, steps=5)
+    assert not residuals.folder.exists()
+    write_cache(residuals, PlainDit(), quiet)
+    damage(residuals.folder)
+    with pytest.raises(CacheError, match="They have been removed"):
+        read_everything(residuals)
+    assert not residuals.folder.exists()
+
+
+def test_a_cache_of_something_else_under_the_same_name_is_removed(tmp_path):
+    residuals, other = residual_set(tmp_path), residual_set(tmp_path, model="other")
+    write_cache(other, PlainDit(), quiet)
+    other.folder.rename(residuals.folder)
+    with pytest.raises(CacheError, match="belong to another model. They have been removed"):
+        run(residuals)
+    assert not residuals.folder.exists()
+
+
+def finished_cache(folder, age):
+    writer = CacheWriter(folder, residual_set(folder).identity)
+    writer.write({0: {"latent": torch.zeros(1)}})
+    writer.finish()
+    os.utime(folder, (1e9 - age, 1e9 - age))
+
+
+def test_only_the_newest_caches_stay_and_nothing_else_is_touched(tmp_path):
+    for name, age in (("c", 30), ("a", 10), ("d", 40), ("b", 20)):
+        finished_cache(tmp_path / name, age)
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "picture.png").write_bytes(b"x")
+    (tmp_path / "file.txt").write_text("x")
+    remove_old_caches(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "file.txt", "holiday"]
+    remove_old_caches(tmp_path, keep=0)
+    assert sorted(os.listdir(tmp_path)) == ["file.txt", "holiday"]
+    remove_old_caches(tmp_path / "nowhere", keep=0)
+
+
+def test_writing_a_cache_makes_room_for_it_among_the_old_ones(tmp_path):
+    for age in range(5):
+        finished_cache(tmp_path / f"old-{age}", age)
+    residuals = residual_set(tmp_path)
+    write_cache(residuals, PlainDit(), quiet)
+    caches = {path.name for path in tmp_path.iterdir() if (path / MANIFEST).is_file()}
+    assert caches == {residuals.folder.name, "old-0", "old-1"}
+    assert len(caches) == residual_sources.KEPT_CACHES
