@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .block_selection import BlockSelection
 from .draws import TrainingSchedule
 from .errors import TrainingError
+from .flow_matching import noisy_batch
 from .residual_cache import Residual
 from .stand_ins import PassThrough, Recording, RecordingBlock, Replay, ReplayFront
 from .streams import Denoiser, SkippableDit, TokenStreams, batches_of_equal_text
@@ -44,26 +45,6 @@ class Precomputed:
 
     residuals: dict[int, Residual]
     reference: Reference
-
-
-def noisy_batch(schedule: TrainingSchedule, latents: Tensor, draws: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (noisy, clean, sigmas) of some draws, on the CPU.
-
-    Rectified flow: noisy = (1 - sigma) clean + sigma noise.
-
-    Args:
-        schedule: The draws.
-        latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
-        draws: Indices; they become the batch axis.
-
-    Returns:
-        Shapes (B, C, H, W), (B, C, H, W) and (B,).
-    """
-    clean = latents[list(draws)]
-    sigmas = torch.tensor([schedule[draw].sigma for draw in draws], dtype=clean.dtype)
-    noise = torch.stack([schedule[draw].noise(clean.shape[1:], clean.dtype) for draw in draws])
-    weight = sigmas.view(-1, *[1] * (clean.ndim - 1))
-    return (1.0 - weight) * clean + weight * noise, clean, sigmas
 
 
 @torch.inference_mode(False)  # hosts run their nodes under it, and training cannot use what is made there
@@ -108,8 +89,9 @@ def precompute_residuals(
         if progress:
             progress(index + 1, len(dit.blocks))
     residuals = {draw: Residual(front.get(draw), _as_stored(back.get(draw), stream.dtype)) for draw in draws}
-    _require_finite(residuals)
-    return Precomputed(residuals, Reference(draws[0], stream.output[draws[0]]))
+    reference = Reference(draws[0], stream.output[draws[0]])
+    _require_finite(residuals, reference)
+    return Precomputed(residuals, reference)
 
 
 class _BlockStream:
@@ -178,9 +160,12 @@ def _difference(leaving: TokenStreams, entering: TokenStreams) -> Tensor:
     return leaving.img.to(dtype) - entering.img.to(dtype)
 
 
-def _require_finite(residuals: dict[int, Residual]) -> None:
+def _require_finite(residuals: dict[int, Residual], reference: Reference) -> None:
     for draw, residual in residuals.items():
-        for name, tensor in residual.tensors().items():
+        named = residual.tensors()
+        if draw == reference.draw:
+            named["output"] = reference.denoised
+        for name, tensor in named.items():
             if not torch.isfinite(tensor).all():
                 raise TrainingError(
                     f"The model's {name} tokens of draw {draw} are not finite. "

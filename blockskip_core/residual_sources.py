@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Storage = Literal["disk", "chunked", "on the fly"]
 STORAGES: tuple[str, ...] = get_args(Storage)
+_ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
 
 PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
@@ -81,34 +82,26 @@ class ResidualSet:
         return kind(self, dit, progress)
 
 
-def residual_bytes(
-    dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int], *, width: int, patch_size: int
-) -> int:
-    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers."""
-    _, _, height, columns = residuals.latents.shape
+def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
+    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
     return predicted_bytes(
         draws,
         front=residuals.selection.front > 0,
         back=residuals.selection.back > 0,
-        img_tokens=(height // patch_size) * (columns // patch_size),
+        img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
         txt_tokens={draw: dit.text_length(residuals.schedule[draw].caption) for draw in draws},
-        width=width,
-        itemsize=_itemsize(residuals.identity.dtype),
+        width=dit.width,
+        itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
     )
 
 
-def _itemsize(dtype: str) -> int:
-    return {"torch.float64": 8, "torch.float32": 4}.get(dtype, 2)
-
-
-def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, *, predicted: int = 0) -> None:
+def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
     """Compute the residuals of all draws and store them; reuses a finished cache.
 
     Args:
         residuals: What to compute.
         dit: The model.
         progress: Called as the blocks are passed.
-        predicted: Bytes that will be written; there must be room for them before the first one is.
 
     Raises:
         InvalidInputError: If there is not enough room.
@@ -116,7 +109,7 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     """
     if is_finished(residuals.folder):
         return
-    require_free_space(residuals.folder, predicted)
+    _require_room(residuals, dit, range(len(residuals.schedule)))
     remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1)
     draws = range(len(residuals.schedule))
     chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
@@ -137,6 +130,11 @@ def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Ten
     with _removing_if_damaged(folder):
         cache = ResidualCache(folder, identity)
         return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
+
+
+def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int]) -> None:
+    latents = len(draws) * residuals.latents[0].nbytes
+    require_free_space(residuals.folder, residual_bytes(dit, residuals, draws) + latents)
 
 
 @contextmanager
@@ -213,8 +211,10 @@ class ChunkedSource:
     def _chunk(self, config: TrainingConfig, micro_batches: range) -> Iterator[OpenResiduals]:
         residuals = self._residuals
         draws = [draw for batch in micro_batches for draw in config.draws_of(batch, len(residuals.schedule))]
+        draws = list(dict.fromkeys(draws))
+        _require_room(residuals, self._dit, draws)
         with _written(residuals) as writer:
-            computed = _compute(residuals, self._dit, list(dict.fromkeys(draws)), self._progress)
+            computed = _compute(residuals, self._dit, draws, self._progress)
             writer.write(_records(residuals, computed))
         try:
             with _opened(residuals, micro_batches) as opened:

@@ -95,12 +95,14 @@ class SkippableDit(Protocol):
         blocks: All blocks in execution order.
         frozen_stem: Paths of the modules before the first block; no gradient is needed there.
         trainable_head: Paths of the modules after the last block; gradients pass through them.
+        width: Width of a token, D.
     """
 
     family: str
     blocks: Sequence[BlockInfo]
     frozen_stem: Sequence[str]
     trainable_head: Sequence[str]
+    width: int
 
     def module(self, name: str) -> nn.Module:
         """Return the model's own module at a path; never to be changed."""
@@ -114,6 +116,10 @@ class SkippableDit(Protocol):
 
     def text_length(self, caption: int) -> int:
         """Return the number of text tokens of a caption; rows of one batch have equal lengths."""
+        ...
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent with this many rows and columns."""
         ...
 
     @property

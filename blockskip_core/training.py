@@ -7,12 +7,7 @@ Only the kept blocks run. Where residuals come from is the :class:`ResidualSourc
     on the fly    every step first runs the whole network without gradients (the "folded" form): the residual of the
                   back span follows the current LoRA, nothing is stored, but all weights stay on the device
 
-The loss is the model's own: the mean squared error of the velocity of a rectified flow. With
-``noisy = (1 - sigma) clean + sigma noise`` and the model's clean estimate ``denoised``,
-
-    v - v_target = (noisy - denoised) / sigma - (noise - clean) = (clean - denoised) / sigma
-
-so the velocity error is read off the clean estimate, which is what a host returns.
+The loss is the model's own, unmodified: see ``flow_matching``.
 """
 
 from __future__ import annotations
@@ -25,29 +20,19 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .block_selection import BlockSelection
 from .draws import TrainingSchedule
 from .errors import InvalidInputError, TrainingError
+from .flow_matching import LossWeighting, noisy_batch, velocity_loss
 from .lora import LoraAdapters
-from .precompute import Reference, noisy_batch
+from .precompute import Reference
 from .residual_cache import Residual
-from .stand_ins import (
-    AddResidual,
-    Fold,
-    FoldedBlock,
-    PassThrough,
-    Replay,
-    ReplayFront,
-    SavedBytes,
-    TrainedBlock,
-    frozen_copy,
-)
+from .skipping_model import SkippingModel
 from .streams import Denoiser, SkippableDit, batches_of_equal_text
 
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
-LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,23 +160,6 @@ class ResidualSource(Protocol):
         ...
 
 
-def velocity_loss(denoised: Tensor, clean: Tensor, sigmas: Tensor, weighting: LossWeighting = "none") -> Tensor:
-    """Return the velocity error of each row, shape (B,); see the module's docstring.
-
-    Args:
-        denoised, clean: Shape (B, C, H, W).
-        sigmas: Shape (B,), positive.
-        weighting: Factor per noise level, as diffusers computes it for SD3 (arXiv 2403.03206, Sec. 3.1).
-    """
-    view = sigmas.view(-1, *[1] * (clean.ndim - 1))
-    error = ((clean - denoised) / view).square().flatten(1).mean(1)
-    if weighting == "none":
-        return error
-    from diffusers.training_utils import compute_loss_weighting_for_sd3
-
-    return error * compute_loss_weighting_for_sd3(weighting, sigmas)
-
-
 def estimated_activation_bytes(
     *, num_kept: int, tokens: int, width: int, itemsize: int, batch_size: int, checkpointing: bool
 ) -> int:
@@ -284,7 +252,7 @@ class _Loop:
     @contextmanager
     def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:
         """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
-        model = _SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
+        model = SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
         with ExitStack() as stack:
             # Grad mode is the caller's otherwise: hosts run their nodes under no_grad or inference_mode.
             stack.enter_context(torch.inference_mode(False))
@@ -297,16 +265,15 @@ class _Loop:
             )
             yield lambda micro_batch: self._micro_batch(model, denoise, residuals, micro_batch)
 
-    def _micro_batch(
-        self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals, micro_batch: int
-    ) -> None:
+    def _micro_batch(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals, micro_batch: int) -> None:
         draws = self.config.draws_of(micro_batch, len(self.schedule))
         total = 0.0
         for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
             with ExitStack() as stack:
-                if not self.result.saved_bytes:
-                    stack.enter_context(model.counting_saved_bytes(self.result))
+                counted = not self.result.saved_bytes and stack.enter_context(model.counting_saved_bytes())
                 loss = self._loss(model, denoise, residuals, batch) / len(draws)
+            if counted:
+                self.result.saved_bytes = counted.total
             self._require_finite(loss.item(), "loss", micro_batch)
             (loss / self.config.accumulation).backward()
             total += loss.item()
@@ -317,7 +284,7 @@ class _Loop:
         if len(self.pending) == self.config.accumulation:
             self._optimizer_step(micro_batch)
 
-    def _loss(self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals, batch: Sequence[int]) -> Tensor:
+    def _loss(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals, batch: Sequence[int]) -> Tensor:
         """Return the summed velocity loss of a batch."""
         noisy, clean, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
         captions = [self.schedule[draw].caption for draw in batch]
@@ -340,7 +307,7 @@ class _Loop:
         self.on_step(StepReport(self.result.steps, losses, rate, norm, seconds))
         self.started = time.perf_counter()
 
-    def _check_against_full_model(self, model: _SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
+    def _check_against_full_model(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
         """Compare with the full model's recorded output, before the LoRA is attached: they must agree."""
         reference = residuals.reference
         noisy, _, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, [reference.draw]))
@@ -349,7 +316,7 @@ class _Loop:
             denoised = denoise(noisy, sigmas, [self.schedule[reference.draw].caption]).cpu()
         removed = (noisy.cpu() - reference.denoised).norm().clamp_min(1e-12)
         difference = ((denoised - reference.denoised).norm() / removed).item()
-        tolerance = _self_check_tolerance(model.stream_dtype(residuals.residual(reference.draw)))
+        tolerance = _self_check_tolerance(residuals.residual(reference.draw))
         if not difference <= tolerance:
             raise TrainingError(
                 f"With nothing learned yet, the model with skipped blocks differs from the full model by "
@@ -381,104 +348,7 @@ class _Loop:
         return self.dit.text_length(self.schedule[draw].caption)
 
 
-class _SkippingModel:
-    """The stand-ins of a run."""
-
-    def __init__(self, dit: SkippableDit, selection: BlockSelection, checkpointed: bool, *, folded: bool) -> None:
-        self._dit, self._selection = dit, selection
-        self._replay = Replay()
-        self._fold = Fold(replay=self._replay) if folded else None
-        self.modules: dict[str, nn.Module] = {}
-        for index, block in enumerate(dit.blocks):
-            if index in selection.kept:
-                self.modules[block.name] = TrainedBlock(dit.module(block.name), checkpointed=checkpointed)
-            else:
-                self.modules[block.name] = self._skipped(index)
-        for name in dit.frozen_stem:
-            self.modules[name] = frozen_copy(dit.module(name))
-        for name in dit.trainable_head:
-            self.modules[name] = TrainedBlock(dit.module(name), checkpointed=False)
-
-    def _skipped(self, index: int) -> nn.Module:
-        block = self._dit.blocks[index]
-        if index == self._selection.front - 1:
-            replayed: nn.Module = ReplayFront(block.io, self._replay)
-        elif self._selection.back and index == self._selection.back_span.start:
-            replayed = AddResidual(block.io, self._replay)
-        else:
-            replayed = PassThrough(block.io)
-        if self._fold is None:
-            return replayed
-        keeps = "front" if isinstance(replayed, ReplayFront) else "nothing"
-        if index in self._selection.back_span:
-            keeps = "back"
-        return FoldedBlock(self._dit.module(block.name), block.io, self._fold, replayed, keeps=keeps)
-
-    def linears(self, names: Sequence[str]) -> dict[str, nn.Module]:
-        """Return the stand-ins' linear layers by their native names."""
-        found: dict[str, nn.Module] = {}
-        for stem, module in self.modules.items():
-            for name in names:
-                if name.startswith(stem + "."):
-                    found[name] = module.get_submodule(name[len(stem) + 1 :])
-        return found
-
-    def replay(
-        self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor] | None
-    ) -> None:
-        """Set what is replayed for a batch; in the folded form, by running the whole network once."""
-        if self._fold is not None:
-            self._fold.start_recording()
-            with torch.no_grad():
-                forward()
-            self._fold.start_replay()
-            return
-        stored = Residual.cat(residual(draw) for draw in batch)
-        device = self._dit.device
-        self._replay.front = None if stored.front is None else stored.front.map(lambda x: x.to(device))
-        self._replay.back = None if stored.back is None else stored.back.to(device)
-
-    @contextmanager
-    def counting_saved_bytes(self, result: TrainingResult) -> Iterator[None]:
-        """Count into ``result`` what the forward in this context keeps for its backward."""
-        saved = SavedBytes()
-        trained = [module for module in self.modules.values() if isinstance(module, TrainedBlock)]
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.add(tensor)
-            return tensor
-
-        try:
-            for module in trained:
-                module.saved = saved
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                yield
-        finally:
-            for module in trained:
-                module.saved = None
-        result.saved_bytes = saved.total
-
-    @staticmethod
-    def stream_dtype(residual: Residual) -> torch.dtype | None:
-        """Return the dtype of stored tokens, or None if nothing is stored."""
-        return next((x.dtype for x in residual.tensors().values()), None)
-
-
-def _self_check_tolerance(dtype: torch.dtype | None) -> float:
-    """Rounding of the stored back residual, with room for other kernels at other batch sizes."""
+def _self_check_tolerance(residual: Residual) -> float:
+    """Return what rounding may do to the stored tokens, with room for other kernels at other batch sizes."""
+    dtype = next((tensor.dtype for tensor in residual.tensors().values()), None)
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
-
-
-def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds.
-
-    Layers are told by what they have, not by their class: hosts bring their own for quantised weights.
-    """
-    found: dict[str, nn.Module] = {}
-    for index in selection.kept:
-        block = dit.blocks[index].name
-        for path, module in dit.module(block).named_modules():
-            name = f"{block}.{path}"
-            if hasattr(module, "in_features") and hasattr(module, "out_features") and wanted(name):
-                found[name] = module
-    return found

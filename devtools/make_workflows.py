@@ -158,7 +158,7 @@ TRAIN = Graph(
 1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
    `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
 2. Queue. **Precompute Residuals** runs once: 500 draws take about 2.2 GiB of disk. Training then loads only the 28
-   kept blocks of 57.
+   kept blocks of 57. 500 steps of 4 draws each (`accumulation`) use every draw four times; more draws take more disk.
 3. The LoRA is saved to `output/loras` and listed in Load LoRA.
 
 `preset` uses the paper's choice of blocks for FLUX.1. Set **method** to *attention mask* to measure it on your model.

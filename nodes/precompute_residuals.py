@@ -20,7 +20,7 @@ from ..blockskip_core.hosts.identity import (
 )
 from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
 from ..blockskip_core.residual_cache import CacheIdentity
-from ..blockskip_core.residual_sources import STORAGES, ResidualSet, residual_bytes, stored_latents, write_cache
+from ..blockskip_core.residual_sources import STORAGES, ResidualSet, stored_latents, write_cache
 from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
 from .inputs import single, singles
 from .progress import NodeProgress
@@ -194,11 +194,7 @@ class PrecomputeResiduals(io.ComfyNode):
             family=bare.family,
         )
         if storage == "disk":
-            dit = HostedDit(model, captions, latents.shape[1:])
-            predicted = residual_bytes(
-                dit, residuals, range(len(schedule)), width=dit.adapter.width, patch_size=dit.adapter.patch_size
-            )
-            write_cache(residuals, dit, progress, predicted=predicted + latents.nbytes)
+            write_cache(residuals, HostedDit(model, captions, latents.shape[1:]), progress)
         shown = sorted(zip(schedule, crops, strict=True), key=lambda pair: pair[0].sigma)
         sheet = pictures.contact_sheet(
             [crop for _, crop in shown], [f"t {draw.sigma:.2f} · {draw.side} px" for draw, _ in shown]

@@ -12,7 +12,8 @@ import torch
 from comfy_api.latest import io
 
 from ..blockskip_core.block_selection import format_bytes
-from ..blockskip_core.errors import CacheError
+from ..blockskip_core.errors import CacheError, TrainingError
+from ..blockskip_core.flow_matching import LossWeighting
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import model_identity
 from ..blockskip_core.hosts.lora_files import LoraModel, output_path, save_lora
@@ -26,13 +27,13 @@ from ..blockskip_core.lora import (
     to_host_lora,
 )
 from ..blockskip_core.residual_sources import ResidualSet
+from ..blockskip_core.skipping_model import linear_names
 from ..blockskip_core.training import (
     LearningRateSchedule,
-    LossWeighting,
     StepReport,
     TrainingConfig,
     TrainingResult,
-    linear_names,
+    estimated_activation_bytes,
     train_lora,
 )
 from ..blockskip_core.version import VERSION
@@ -238,7 +239,6 @@ class _Run:
         self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
         self.result = TrainingResult()
         self.memory = _PeakMemory(self.dit.device)
-        self.saved = False
         layers = linear_names(
             self.dit, residuals.selection, lambda name: self.dit.adapter.is_lora_target(name, targets)
         )
@@ -247,23 +247,46 @@ class _Run:
             self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
 
     def train(self) -> None:
-        """Train, and save the LoRA however the run ends, if it has learned anything."""
+        """Train, and save the LoRA however the run ends, if it has learned anything.
+
+        Raises:
+            TrainingError: If training cannot go on; the message names the file that holds what was learned.
+        """
         try:
-            train_lora(
-                self.dit,
-                self.residuals.schedule,
-                self.residuals.latents,
-                self.residuals.selection,
-                self.residuals.source(self.dit, self.progress),
-                self.adapters,
-                self.config,
-                result=self.result,
-                on_step=self._on_step,
-            )
+            self._train()
+        except TrainingError as error:
+            if not self.result.steps:
+                raise
+            raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
         finally:
             self.memory.sample()
             if self.result.steps:
                 self._save()
+
+    def _train(self) -> None:
+        train_lora(
+            self.dit,
+            self.residuals.schedule,
+            self.residuals.latents,
+            self.residuals.selection,
+            self.residuals.source(self.dit, self.progress),
+            self.adapters,
+            self.config,
+            result=self.result,
+            on_step=self._on_step,
+            activation_bytes=self._activation_bytes(),
+        )
+
+    def _activation_bytes(self) -> int:
+        text = max(self.dit.text_length(caption) for caption in range(len(self.residuals.captions)))
+        return estimated_activation_bytes(
+            num_kept=len(self.residuals.selection.kept),
+            tokens=self.dit.image_tokens(*self.residuals.latents.shape[-2:]) + text,
+            width=self.dit.width,
+            itemsize=self.dit.dtype.itemsize,
+            batch_size=self.config.batch_size,
+            checkpointing=self.config.checkpointing,
+        )
 
     def _on_step(self, report: StepReport) -> None:
         self.memory.sample()

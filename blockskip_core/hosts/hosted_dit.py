@@ -46,6 +46,7 @@ class HostedDit:
         self.family = self.adapter.family
         self.frozen_stem = self.adapter.frozen_stem
         self.trainable_head = self.adapter.trainable_head
+        self.width = self.adapter.width
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
 
@@ -77,6 +78,11 @@ class HostedDit:
     def text_length(self, caption: int) -> int:
         """Return the number of text tokens that the model is given for a caption."""
         return self._arguments[caption]["c_crossattn"].shape[1]
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent; the host pads to whole patches."""
+        patch = self.adapter.patch_size
+        return -(-rows // patch) * -(-columns // patch)
 
     @cached_property
     def _arguments(self) -> list[dict[str, Any]]:

@@ -18,12 +18,12 @@ from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule
 from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
 from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
 from blockskip_pack.blockskip_core.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.skipping_model import linear_names
 from blockskip_pack.blockskip_core.streams import BlockInfo, TokenStreams
 from blockskip_pack.blockskip_core.training import (
     OpenResiduals,
     TrainingConfig,
     TrainingResult,
-    linear_names,
     train_lora,
 )
 from torch import Tensor, nn
@@ -136,9 +136,9 @@ class PlainDit:
     """The model as a SkippableDit. Its weights ask for gradients, as those of hosts do."""
 
     family = "plain"
-    frozen_stem = ()
     frozen_stem = ("img_in", "txt_in", "time_in")
     trainable_head = ("head",)
+    width = WIDTH
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():
@@ -160,6 +160,9 @@ class PlainDit:
 
     def module(self, name: str) -> nn.Module:
         return self.net.get_submodule(name)
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        return rows * columns
 
     def text_length(self, caption: int) -> int:
         return self.texts[caption].shape[1]

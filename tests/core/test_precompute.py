@@ -6,10 +6,11 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core.block_selection import BlockSelection
 from blockskip_pack.blockskip_core.errors import TrainingError
-from blockskip_pack.blockskip_core.precompute import noisy_batch, precompute_residuals
+from blockskip_pack.blockskip_core.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residual_cache import Residual
+from blockskip_pack.blockskip_core.skipping_model import SkippingModel
 from blockskip_pack.blockskip_core.streams import TokenStreams, batches_of_equal_text
-from blockskip_pack.blockskip_core.training import _SkippingModel
 
 from .plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, reference_denoise, schedule, selection
 
@@ -32,7 +33,7 @@ def full_model(dit, plan, clean, draws):
 
 def replayed(dit, chosen, residuals, plan, clean, draws):
     """The model's output with the skipped spans replayed."""
-    model = _SkippingModel(dit, chosen, checkpointed=False, folded=False)
+    model = SkippingModel(dit, chosen, checkpointed=False, folded=False)
     model.replay(residuals.__getitem__, draws, None)
     with torch.no_grad(), dit.running(model.modules) as denoise:
         return denoise(*inputs(plan, clean, draws))

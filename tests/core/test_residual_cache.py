@@ -246,6 +246,16 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path, shard):
         read_all(folder)
 
 
+def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path):
+    folder = written(tmp_path / "c")
+    outer = json.loads((folder / MANIFEST).read_text())
+    body = json.loads(outer["body"])
+    del body["tensors"]["2/back"]
+    (folder / MANIFEST).write_text(json.dumps({**outer, "body": json.dumps(body)}))
+    with pytest.raises(CacheError, match=r"damaged \(manifest.json\)"):
+        ResidualCache(folder, IDENTITY)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -22,6 +22,7 @@ from blockskip_pack.blockskip_core.residual_sources import (
     stored_latents,
     write_cache,
 )
+from blockskip_pack.blockskip_core.training import TrainingConfig
 
 from .plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, lora_for, schedule, selection, train
 
@@ -144,16 +145,25 @@ def test_the_predicted_bytes_are_those_written(tmp_path, spans, dtype):
     write_cache(residuals, dit, quiet)
     cache = ResidualCache(residuals.folder, residuals.identity)
     written = sum(x.nbytes for draw in range(len(PLAN)) for x in cache.residual(draw).tensors().values())
-    assert residual_bytes(dit, residuals, range(len(PLAN)), width=WIDTH, patch_size=1) == written
+    assert residual_bytes(dit, residuals, range(len(PLAN))) == written
     if spans == (1, 2):
         texts = sum(TEXT_LENGTHS[draw.caption] for draw in PLAN)
         assert written == (2 * 6 * len(PLAN) + texts) * WIDTH * dtype.itemsize
 
 
 def test_a_disk_without_room_is_said_before_the_model_runs(tmp_path):
+    dit = PlainDit()
+    dit.width = 2**40
+    dit.denoise = None
     residuals = residual_set(tmp_path)
-    with pytest.raises(InvalidInputError, match="would take 1048576.00 GiB on disk"):
-        write_cache(residuals, None, quiet, predicted=2**50)
+    with pytest.raises(InvalidInputError, match=r"would take \d+\.\d\d GiB on disk"):
+        write_cache(residuals, dit, quiet)
+    chunked = residual_set(tmp_path, "chunked")
+    with (
+        pytest.raises(InvalidInputError, match="on disk"),
+        next(chunked.source(dit, quiet).stretches(TrainingConfig(steps=3))),
+    ):
+        pass
     assert not residuals.folder.exists()
 
 

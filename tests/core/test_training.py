@@ -7,9 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
-from blockskip_pack.blockskip_core.precompute import noisy_batch
+from blockskip_pack.blockskip_core.flow_matching import noisy_batch, velocity_loss
 from blockskip_pack.blockskip_core.residual_sources import FoldedSource
-from blockskip_pack.blockskip_core.training import TrainingConfig, _SkippingModel, velocity_loss
+from blockskip_pack.blockskip_core.skipping_model import SkippingModel
+from blockskip_pack.blockskip_core.training import TrainingConfig
 from torch import nn
 
 from .plain_dit import (
@@ -346,7 +347,7 @@ def storages(module: nn.Module) -> set[int]:
 @pytest.mark.parametrize(("front", "back"), SPANS)
 def test_no_weight_of_a_skipped_block_is_held_while_training(front, back):
     dit, chosen = PlainDit(), selection(front, back)
-    model = _SkippingModel(dit, chosen, checkpointed=True, folded=False)
+    model = SkippingModel(dit, chosen, checkpointed=True, folded=False)
     held = set().union(*(storages(module) for module in model.modules.values()))
     for index, block in enumerate(dit.blocks):
         weights = {p.untyped_storage().data_ptr() for p in dit.module(block.name).parameters()}
@@ -359,7 +360,7 @@ def test_no_weight_of_a_skipped_block_is_held_while_training(front, back):
 def test_stand_ins_share_the_weights_under_the_blocks_own_names():
     dit = PlainDit()
     for folded in (False, True):
-        model = _SkippingModel(dit, selection(1, 2), checkpointed=True, folded=folded)
+        model = SkippingModel(dit, selection(1, 2), checkpointed=True, folded=folded)
         for name, module in model.modules.items():
             original = dict(dit.module(name).named_parameters())
             shared = dict(module.named_parameters())
@@ -372,7 +373,7 @@ def test_stand_ins_share_the_weights_under_the_blocks_own_names():
 def test_attributes_of_a_block_can_be_read_off_its_stand_in():
     dit = PlainDit()
     dit.module("single_blocks.0").num_heads = 17
-    stand_in = _SkippingModel(dit, selection(1, 2), checkpointed=True, folded=False).modules["single_blocks.0"]
+    stand_in = SkippingModel(dit, selection(1, 2), checkpointed=True, folded=False).modules["single_blocks.0"]
     assert stand_in.num_heads == 17
     with pytest.raises(AttributeError):
         _ = stand_in.nonsense

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from blockskip_pack.blockskip_core.precompute import noisy_batch
-from blockskip_pack.blockskip_core.training import _SkippingModel
+from blockskip_pack.blockskip_core.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.skipping_model import SkippingModel
 
 from ..core.plain_dit import MemorySource, lora_for, schedule, selection, train
 from .tiny_flux import captions
@@ -57,7 +57,7 @@ def full_forward(dit, clean, draws):
 
 def replayed(dit, spans, residuals, clean, draws, adapters=None):
     """The skipping model's output, with the LoRA if one is given."""
-    stand_ins = _SkippingModel(dit, spans, checkpointed=False, folded=False)
+    stand_ins = SkippingModel(dit, spans, checkpointed=False, folded=False)
     noisy, _, sigmas = noisy_batch(PLAN, clean, draws)
     with torch.no_grad(), dit.running(stand_ins.modules) as denoise:
         stand_ins.replay(residuals.__getitem__, draws, None)

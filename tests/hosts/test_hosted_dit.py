@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import TrainingError, UnsupportedModelError
-from blockskip_pack.blockskip_core.precompute import noisy_batch, precompute_residuals
+from blockskip_pack.blockskip_core.flow_matching import noisy_batch, velocity_loss
+from blockskip_pack.blockskip_core.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residual_sources import FoldedSource
-from blockskip_pack.blockskip_core.training import _SkippingModel, velocity_loss
+from blockskip_pack.blockskip_core.skipping_model import SkippingModel
 from torch import nn
 
 from ..core.plain_dit import MemorySource, train
@@ -117,7 +118,7 @@ def test_gradients_are_those_of_finite_differences(comfyui, spans):
     before = [p.detach().clone() for p in adapters.parameters()]
     _, gradients = train(dit, spans, source, adapters, plan=PLAN, clean=clean, batch_size=2, learning_rate=1e-12)
     generator = torch.Generator().manual_seed(1)
-    stand_ins = _SkippingModel(dit, spans, checkpointed=False, folded=False)
+    stand_ins = SkippingModel(dit, spans, checkpointed=False, folded=False)
 
     with torch.no_grad(), dit.running(stand_ins.modules) as denoise:
         with adapters.attached(stand_ins.linears(adapters.names), dit.weight_for_backward):
@@ -381,7 +382,7 @@ def test_flux_2_which_shares_the_class_is_refused(comfyui):
     ],
 )  # fmt: skip
 def test_targets_are_the_layers_they_name(model, targets, double, single):
-    from blockskip_pack.blockskip_core.training import linear_names
+    from blockskip_pack.blockskip_core.skipping_model import linear_names
 
     dit = hosted(model)
     names = linear_names(dit, chosen(1, 3), lambda name: dit.adapter.is_lora_target(name, targets))

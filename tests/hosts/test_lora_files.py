@@ -174,6 +174,15 @@ def test_names_outside_the_list_are_refused(files, loras, name):
         files.load_lora_file(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["../toy.safetensors", "a/../toy.safetensors", "./toy.safetensors", "/toy.safetensors"]
+)
+def test_a_name_that_only_resolves_to_a_listed_file_is_refused(files, loras, name):
+    save_file({"x": torch.ones(2)}, loras / "toy.safetensors")
+    with pytest.raises(LoraFileError, match="There is no"):
+        files.load_lora_file(name)
+
+
 def test_an_absolute_name_is_refused(files, loras):
     save_file({"x": torch.ones(2)}, loras.parent / "secret.safetensors")
     with pytest.raises(LoraFileError):
