@@ -81,7 +81,7 @@ def show(options: argparse.Namespace) -> None:
         client = ComfyClient(server.url)
         result = run(client, prompt, options.timeout)
         summary = {**training_summary(result), "wall_time_seconds": time.monotonic() - start}
-        loras = sorted((server.base / "output").rglob("*.safetensors"))
+        loras = sorted((server.base / "output" / "loras").glob("*.safetensors"))
         demo_report.write(output, prompt, result.outputs, client.view, loras, summary)
         say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
         if options.keep:

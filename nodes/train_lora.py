@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
@@ -344,6 +345,7 @@ class _Run:
         selection = self.residuals.selection
         kept = [self.dit.blocks[index] for index in selection.kept]
         seconds = self.result.step_seconds
+        tenth = max(1, len(self.result.losses) // 10)
         return {
             "file": self.path.name,
             "blocks": selection.num_blocks,
@@ -351,17 +353,17 @@ class _Run:
             "skipped_last": selection.back,
             "kept_blocks": len(kept),
             "kept_parameters": sum(block.num_parameters for block in kept),
-            "kept_bytes": sum(block.num_bytes for block in kept),
+            "kept_weights_bytes": sum(block.num_bytes for block in kept),
             "all_parameters": sum(block.num_parameters for block in self.dit.blocks),
-            "all_bytes": sum(block.num_bytes for block in self.dit.blocks),
+            "all_weights_bytes": sum(block.num_bytes for block in self.dit.blocks),
             "saved_for_backward_bytes": self.result.saved_bytes,
             "lora_parameters": sum(tensor.numel() for tensor in self.adapters.parameters()),
             "peak_memory_bytes": self.memory.peak,
             "peak_memory_of": self.memory.what,
-            "seconds_per_step": sum(seconds) / len(seconds) if seconds else None,
+            "seconds_per_step": _mean(seconds),
             "steps": self.result.steps,
-            "first_loss": self.result.losses[0] if self.result.losses else None,
-            "last_loss": self.result.losses[-1] if self.result.losses else None,
+            "loss_of_first_tenth": _mean(self.result.losses[:tenth]),
+            "loss_of_last_tenth": _mean(self.result.losses[-tenth:]),
             "self_check": self.result.self_check,
         }
 
@@ -391,6 +393,10 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
             "The residuals were computed from another model than the one connected here. Connect the same MODEL "
             "to Precompute Residuals and to Dynamic Patch Trainer."
         )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _version_of(package: str) -> str:

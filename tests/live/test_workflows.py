@@ -73,7 +73,7 @@ def test_training_workflow_trains_and_reports(trained: dict[str, Any]) -> None:
     summary = output_of(trained["result"], trained["prompt"], "Train")["blockskip"][0]
     assert summary["steps"] == 4
     assert summary["skipped_first"] + summary["skipped_last"] == 6
-    assert 0 < summary["kept_bytes"] < summary["all_bytes"]
+    assert 0 < summary["kept_weights_bytes"] < summary["all_weights_bytes"]
     assert summary["self_check"] < 1e-4
     json.dumps(summary, allow_nan=False)
 

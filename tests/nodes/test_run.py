@@ -119,7 +119,7 @@ def test_the_run_tells_figures_that_a_browser_can_read(bench):
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["file"] == "toy_00001_.safetensors"
     assert (summary["kept_blocks"], summary["blocks"]) == (3, 6)
-    assert 0 < summary["kept_bytes"] < summary["all_bytes"]
+    assert 0 < summary["kept_weights_bytes"] < summary["all_weights_bytes"]
     assert summary["self_check"] <= 1e-4
 
 
