@@ -109,6 +109,7 @@ class HostedDit:
         clone.patches_uuid = uuid.uuid4()
         clone.size = 0  # counted anew, without what is replaced
         was_training = comfy.model_management.in_training
+        weights = [(module, dict(module._parameters)) for stand in replacements.values() for module in stand.modules()]
         try:
             comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
             with torch.inference_mode(False):
@@ -118,6 +119,8 @@ class HostedDit:
         finally:
             comfy.model_management.in_training = was_training
             clone.cleanup()
+            for module, parameters in weights:  # drop what was moved to the device, or unloading would copy it back
+                module._parameters.update(parameters)
             unload(clone)
 
     def _denoiser(self, clone: Any) -> Denoiser:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
+import torch
 from blockskip_pack.blockskip_core.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.stand_ins import TrainedBlock
 
 from .hosted_runs import PLAN, chosen, clean_latents, hosted, run
 from .tiny_flux import tiny_flux
@@ -64,3 +66,16 @@ def test_kept_weights_lie_in_the_models_own_memory(comfyui, monkeypatch):
     run(patcher, chosen(2, 1), steps=1)
     assert seen
     assert seen == {name: own[name] for name in seen}
+
+
+def test_weights_that_were_moved_for_a_run_are_dropped_not_copied_back(comfyui):
+    """A host moves a layer by giving it new parameters; afterwards the stand-in has those of the model again."""
+    dit = hosted(tiny_flux())
+    name = dit.blocks[0].name
+    stand = TrainedBlock(dit.module(name), checkpointed=False)
+    layer = stand.get_submodule("img_attn.qkv")
+    own = layer.weight
+    with dit.running({name: stand}):
+        layer._parameters["weight"] = torch.nn.Parameter(own.detach().clone())
+    assert layer.weight is own
+    assert own.data_ptr() == dit.module(name).img_attn.qkv.weight.data_ptr()
