@@ -62,8 +62,8 @@ def selection_heatmap(
     draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=_font(18))
     draw.text((20, 40), _bytes_line(selection), fill=INK, font=_font(14))
     _draw_blocks(draw, selection, block_names, left, 72, cell)
-    for number, (label, values, reach) in enumerate(rows):
-        _draw_profile(draw, label, values, reach, (left, 142 + 54 * number), cell)
+    for number, (label, values) in enumerate(rows):
+        _draw_profile(draw, label, values, (left, 142 + 54 * number), cell)
     note = textwrap.fill(selection.note, max(60, (left + width) // 8))
     draw.multiline_text((20, height - 42), note, fill=INK, font=_font(13))
     return picture
@@ -78,17 +78,18 @@ def _bytes_line(selection: BlockSelection) -> str:
     )
 
 
-def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float], int]]:
-    """Return (label, first block -> distance, blocks each value stands for) of what was measured."""
+def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float]]]:
+    """Return (label, block -> distance) of what was measured; a window stands at its middle."""
     if influence is None:
         return []
     count = influence.num_blocks
     front = {n - 1: value for n, value in influence.front.items() if n}
     back = {count - m: value for m, value in influence.back.items() if m}
-    rows = [("first n masked", front, 1), ("last m masked", back, 1)]
+    rows = [("first n masked", front), ("last m masked", back)]
     if influence.window:
         length = window_length(count)
-        rows.append((f"window of {length} masked", {s + (length - 1) // 2: v for s, v in influence.window.items()}, 1))
+        middles = {start + (length - 1) // 2: value for start, value in influence.window.items()}
+        rows.append((f"window of {length} masked", middles))
     return rows
 
 
@@ -106,7 +107,7 @@ def _draw_blocks(
 
 
 def _draw_profile(
-    draw: ImageDraw.ImageDraw, label: str, values: dict[int, float], reach: int, corner: tuple[int, int], cell: int
+    draw: ImageDraw.ImageDraw, label: str, values: dict[int, float], corner: tuple[int, int], cell: int
 ) -> None:
     left, top = corner
     highest = max([*values.values(), 1e-12])
@@ -116,7 +117,7 @@ def _draw_profile(
         share = min(1.0, max(0.0, value / highest))
         colour = tuple(int(c) for c in PROFILE_LOW + share * (PROFILE_HIGH - PROFILE_LOW))
         x = left + index * cell
-        draw.rectangle((x + 1, top, x + cell * reach - 2, top + 40), fill=colour, outline=FAINT)
+        draw.rectangle((x + 1, top, x + cell - 2, top + 40), fill=colour, outline=FAINT)
 
 
 def _font(size: int) -> ImageFont.ImageFont:
