@@ -138,11 +138,25 @@ class LoraAdapters:
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module], weight_for_backward: WeightForBackward) -> Iterator[None]:
-        """Let the adapters act on ``modules`` (name -> layer) for the time of the context."""
+        """Let the adapters act for the time of the context.
+
+        Args:
+            modules: Name -> layer, of at least the layers that have an adapter. Layers without one get their input's
+                gradient in the same way, so that no weight is saved for backward anywhere.
+            weight_for_backward: Lends the weight of a layer.
+
+        Raises:
+            KeyError: If a layer that has an adapter is absent.
+        """
+        absent = sorted(self._layers.keys() - modules.keys())
+        if absent:
+            raise KeyError(absent[0])
         handles = []
         try:
-            for name in self._layers:
-                handles.extend(_attach(modules[name], self.down(name), self.up(name), self.scale, weight_for_backward))
+            for name, module in modules.items():
+                handles.extend(_detach_from_graph(module, weight_for_backward))
+                if name in self._layers:
+                    handles.append(_add_lora(module, self.down(name), self.up(name), self.scale))
             yield
         finally:
             for handle in handles:
@@ -165,23 +179,32 @@ def _skeleton(layers: Mapping[str, LinearShape]) -> nn.Module:
     return root
 
 
-def _attach(
-    module: nn.Module, down: Tensor, up: Tensor, scale: float, weight_for_backward: WeightForBackward
-) -> list[Any]:
+def _detach_from_graph(module: nn.Module, weight_for_backward: WeightForBackward) -> list[Any]:
+    """Let a layer run without a graph and give its input's gradient afterwards."""
+
     def detach_input(module: nn.Module, args: tuple) -> tuple:
         detached = args[0].detach()
         detached.attached_input = args[0]  # travels with the tensor, so nested and repeated calls cannot mix
         return (detached, *args[1:])
 
-    def add_lora(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def reattach_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0].attached_input
-        del args[0].attached_input
         if x.requires_grad and torch.is_grad_enabled():
-            output = _ReattachInput.apply(x, output, module, weight_for_backward)
+            return _ReattachInput.apply(x, output, module, weight_for_backward)
+        return output
+
+    return [module.register_forward_pre_hook(detach_input), module.register_forward_hook(reattach_input)]
+
+
+def _add_lora(module: nn.Module, down: Tensor, up: Tensor, scale: float) -> Any:
+    """Add the low-rank product to a layer's output; after :func:`_detach_from_graph`."""
+
+    def add_product(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0].attached_input
         low = nn.functional.linear(x, down.to(x.dtype))
         return output + nn.functional.linear(low, (up * scale).to(x.dtype)).to(output.dtype)
 
-    return [module.register_forward_pre_hook(detach_input), module.register_forward_hook(add_lora)]
+    return module.register_forward_hook(add_product)
 
 
 class _ReattachInput(torch.autograd.Function):

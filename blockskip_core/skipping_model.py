@@ -71,14 +71,15 @@ class SkippingModel:
             keeps = "back"
         return FoldedBlock(self._dit.module(block.name), block.io, self._fold, replayed, keeps=keeps)
 
-    def linears(self, names: Sequence[str]) -> dict[str, nn.Module]:
-        """Return the stand-ins' linear layers by their native names."""
-        found: dict[str, nn.Module] = {}
-        for stem, module in self.modules.items():
-            for name in names:
-                if name.startswith(stem + "."):
-                    found[name] = module.get_submodule(name[len(stem) + 1 :])
-        return found
+    def linears(self) -> dict[str, nn.Module]:
+        """Return the linear layers that gradients pass through, by their native names."""
+        return {
+            f"{stem}.{path}": layer
+            for stem, module in self.modules.items()
+            if isinstance(module, TrainedBlock)
+            for path, layer in module.named_modules()
+            if is_linear(layer)
+        }
 
     def replay(
         self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor] | None
@@ -116,15 +117,17 @@ class SkippingModel:
 
 
 def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds.
-
-    Layers are told by what they have, not by their class: hosts bring their own for quantised weights.
-    """
+    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds."""
     found: dict[str, nn.Module] = {}
     for index in selection.kept:
         block = dit.blocks[index].name
         for path, module in dit.module(block).named_modules():
             name = f"{block}.{path}"
-            if hasattr(module, "in_features") and hasattr(module, "out_features") and wanted(name):
+            if is_linear(module) and wanted(name):
                 found[name] = module
     return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")

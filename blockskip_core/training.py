@@ -260,9 +260,7 @@ class _Loop:
             denoise = stack.enter_context(self.dit.running(model.modules, activation_bytes=activation_bytes))
             if residuals.reference is not None and self.result.self_check is None:
                 self._check_against_full_model(model, denoise, residuals)
-            stack.enter_context(
-                self.adapters.attached(model.linears(self.adapters.names), self.dit.weight_for_backward)
-            )
+            stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             yield lambda micro_batch: self._micro_batch(model, denoise, residuals, micro_batch)
 
     def _micro_batch(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals, micro_batch: int) -> None:

@@ -49,6 +49,7 @@ class HostedDit:
         self.width = self.adapter.width
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
+        self._reserved = False
 
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
@@ -72,8 +73,19 @@ class HostedDit:
 
     def module(self, name: str) -> nn.Module:
         """Return the model's own module, unloaded: a copy must not have the marks of a loaded one."""
+        self._reserve_addresses()
         unload(self.patcher)
         return self.patcher.model.diffusion_model.get_submodule(name)
+
+    def _reserve_addresses(self) -> None:
+        """Let a dynamic patcher give the model's own layers their place in its virtual memory, once.
+
+        Copies of layers share the place of the original; without one, every copy would be given a new place, and
+        places are never given back.
+        """
+        if not self._reserved and self.patcher.is_dynamic():
+            comfy.model_management.load_models_gpu([self.patcher])
+        self._reserved = True
 
     def text_length(self, caption: int) -> int:
         """Return the number of text tokens that the model is given for a caption."""

@@ -133,7 +133,7 @@ def test_hooks_are_gone_however_the_context_ends(problem):
     modules, lora = layers(), adapters()
     try:
         with lora.attached(modules, plain_weight):
-            assert hooks_of(modules) == [(1, 1, 0)] * 3
+            assert hooks_of(modules) == [(2, 1, 0)] * 3
             if problem:
                 raise problem
     except (ValueError, KeyboardInterrupt):
@@ -301,3 +301,27 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_a_lora_without_layers_is_refused():
     with pytest.raises(InvalidInputError, match="No linear layer is left for the LoRA"):
         LoraAdapters({}, LoraSettings(), seed=0)
+
+
+def test_no_weight_is_saved_for_backward_with_or_without_an_adapter():
+    """A host may lend a weight for a moment only; autograd must not hold on to it."""
+    modules, lora = layers(), adapters()
+    bare = torch.nn.Linear(6, 6, bias=False).double()
+    weights = {module.weight.data_ptr() for module in modules.values()} | {bare.weight.data_ptr()}
+    saved: list[int] = []
+
+    def pack(tensor):
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    x = torch.randn(2, next(iter(modules.values())).in_features, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    with (
+        lora.attached({**modules, "bare": bare}, plain_weight),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        out = bare(y)
+        next(iter(modules.values()))(x)
+    assert not weights & set(saved)
+    out.sum().backward()
+    torch.testing.assert_close(y.grad, bare.weight.sum(0).expand_as(y), rtol=0, atol=1e-12)

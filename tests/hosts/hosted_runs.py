@@ -63,7 +63,7 @@ def replayed(dit, spans, residuals, clean, draws, adapters=None):
         stand_ins.replay(residuals.__getitem__, draws, None)
         if adapters is None:
             return denoise(noisy, sigmas, [PLAN[draw].caption for draw in draws])
-        with adapters.attached(stand_ins.linears(adapters.names), dit.weight_for_backward):
+        with adapters.attached(stand_ins.linears(), dit.weight_for_backward):
             return denoise(noisy, sigmas, [PLAN[draw].caption for draw in draws])
 
 

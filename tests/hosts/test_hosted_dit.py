@@ -121,7 +121,7 @@ def test_gradients_are_those_of_finite_differences(comfyui, spans):
     stand_ins = SkippingModel(dit, spans, checkpointed=False, folded=False)
 
     with torch.no_grad(), dit.running(stand_ins.modules) as denoise:
-        with adapters.attached(stand_ins.linears(adapters.names), dit.weight_for_backward):
+        with adapters.attached(stand_ins.linears(), dit.weight_for_backward):
 
             def loss():
                 total = 0.0
