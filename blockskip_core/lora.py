@@ -94,7 +94,7 @@ class LoraAdapters:
             r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(layers), init_lora_weights=True
         )
         self._skeleton = _skeleton(layers)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(self.config, self._skeleton)
         self._layers = {name: self._skeleton.get_submodule(name) for name in layers}
@@ -124,6 +124,7 @@ class LoraAdapters:
         """Return all trainable tensors, A before B, layer by layer."""
         return [tensor for name in self._layers for tensor in (self.down(name), self.up(name))]
 
+    @torch.inference_mode(False)  # hosts run their nodes under it, and what is made there cannot be trained
     def to(self, device: torch.device) -> None:
         """Move the trainable tensors, keeping the parameter objects."""
         for parameter in self.parameters():

@@ -48,6 +48,7 @@ class CacheIdentity:
         pictures: Content hash of the pictures and of the VAE that encodes them.
         captions: Content hash of the conditionings.
         dtype: Dtype of the token streams.
+        host: Versions of the software that computes.
         version: Format of the cache.
     """
 
@@ -57,6 +58,7 @@ class CacheIdentity:
     pictures: str
     captions: str
     dtype: str
+    host: str = ""
     version: int = CACHE_VERSION
 
     @property
@@ -163,7 +165,8 @@ class CacheWriter:
         flat = {f"{draw}/{key}": x.cpu().contiguous() for draw, record in records.items() for key, x in record.items()}
         write_atomically(self._folder / name, lambda path: save_file(flat, path))
         for key, tensor in flat.items():
-            self._tensors[key] = {"shard": name, "checksum": _checksum(tensor)}
+            form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+            self._tensors[key] = {"shard": name, "checksum": _checksum(tensor), **form}
         self._num_shards += 1
 
     def finish(self) -> None:
@@ -215,6 +218,19 @@ class ResidualCache:
             raise CacheError(f"Draw {draw} is not among the stored residuals.")
         return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw]}
 
+    def verify(self) -> None:
+        """Read every tensor once.
+
+        Raises:
+            CacheError: If one does not match its checksum.
+        """
+        for key in self._tensors:
+            self._read_tensor(key)
+
+    def close(self) -> None:
+        """Let go of the shards; some systems refuse to delete a file that is mapped."""
+        self._shards.clear()
+
     def draws_with(self, name: str) -> list[int]:
         """Return the draws that have a tensor of this name."""
         return sorted(draw for draw, names in self._names.items() if name in names)
@@ -229,7 +245,8 @@ class ResidualCache:
             tensor = self._shard(entry["shard"]).get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CacheError(_damaged(self._folder, str(entry["shard"]))) from error
-        if _checksum(tensor) != entry["checksum"]:
+        form = (list(tensor.shape), str(tensor.dtype))
+        if form != (entry["shape"], entry["dtype"]) or _checksum(tensor) != entry["checksum"]:
             raise CacheError(_damaged(self._folder, str(entry["shard"])))
         return tensor
 
@@ -268,6 +285,8 @@ def _require_form(body: dict) -> None:
         draw, _ = key.split("/", 1)
         int(draw)
         if not isinstance(entry["shard"], str) or not isinstance(entry["checksum"], int):
+            raise TypeError(key)
+        if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
             raise TypeError(key)
 
 

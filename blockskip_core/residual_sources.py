@@ -127,8 +127,7 @@ def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Ten
     """
     if not is_finished(folder):
         return None
-    with _removing_if_damaged(folder):
-        cache = ResidualCache(folder, identity)
+    with _opened_cache(folder, identity) as cache:
         return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
 
 
@@ -234,18 +233,25 @@ class FoldedSource:
 @contextmanager
 def _opened(residuals: ResidualSet, micro_batches: range) -> Iterator[OpenResiduals]:
     """Open a finished cache for a stretch."""
-    with _removing_if_damaged(residuals.folder):
-        cache = ResidualCache(residuals.folder, residuals.identity)
+    with _opened_cache(residuals.folder, residuals.identity) as cache:
+        cache.verify()  # now, rather than after hours of training
         first = cache.draws_with("reference")[0]
         reference = Reference(first, cache.read(first)["reference"])
         yield OpenResiduals(micro_batches, cache.residual, reference)
 
 
 @contextmanager
-def _removing_if_damaged(folder: Path) -> Iterator[None]:
-    """Remove a cache that turns out to be damaged, so that queueing again computes it anew."""
+def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCache]:
+    """Open a cache. One that turns out to be damaged is removed, so that queueing again computes it anew."""
+    cache = None
     try:
-        yield
+        cache = ResidualCache(folder, identity)
+        yield cache
     except CacheError as error:
+        if cache is not None:
+            cache.close()
         shutil.rmtree(folder, ignore_errors=True)
         raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error
+    finally:
+        if cache is not None:
+            cache.close()

@@ -349,4 +349,4 @@ class _Loop:
 def _self_check_tolerance(residual: Residual) -> float:
     """Return what rounding may do to the stored tokens, with room for other kernels at other batch sizes."""
     dtype = next((tensor.dtype for tensor in residual.tensors().values()), None)
-    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 2e-2)

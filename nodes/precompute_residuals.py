@@ -14,6 +14,7 @@ from ..blockskip_core.hosts.folders import residuals_folder
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import (
     conditionings_identity,
+    host_identity,
     model_identity,
     module_identity,
     tensors_identity,
@@ -176,6 +177,7 @@ class PrecomputeResiduals(io.ComfyNode):
             pictures=tensors_identity(photos) + module_identity(vae.first_stage_model),
             captions=conditionings_identity(captions),
             dtype=str(bare.dtype),
+            host=host_identity(),
         )
         storage = widgets["storage"]
         folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))

@@ -230,19 +230,19 @@ class _Probe:
         self._file = probe_file(self._key(model, vae, clip_vision))
 
     def measured(self, budget: int, progress: NodeProgress) -> TextInfluence:
-        """Return the influence for budgets up to ``budget``; measures what is missing and remembers it."""
+        """Return the influence for budgets up to ``budget``; measures what is missing, remembering each distance."""
         influence = self._remembered()
         runs = influence.missing(budget, with_window=self._settings.window_profile)
         if not runs:
             return influence
         steps = self._settings.probe.steps
         ticks = _Ticks(progress, total=(1 + len(runs)) * influence.num_pictures * steps)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         plain = self._embeddings(frozenset(), ticks)
         for run, masked in runs.items():
             pairs = zip(plain, self._embeddings(masked, ticks), strict=True)
             influence.record(run, sum(self._metric.distance(a, b) for a, b in pairs))
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file, lambda path: path.write_text(influence.to_json(), encoding="utf-8"))
+            write_atomically(self._file, lambda path: path.write_text(influence.to_json(), encoding="utf-8"))
         return influence
 
     def _embeddings(self, masked: frozenset[int], ticks: _Ticks) -> list:
@@ -252,7 +252,7 @@ class _Probe:
                 self._sampler.sample(
                     conditioning,
                     self._negative or conditioning,
-                    seed=probe.seed + number,
+                    seed=(probe.seed + number) % 2**64,
                     masked=masked,
                     on_step=ticks.tick,
                 )

@@ -9,8 +9,9 @@ patches with an unchanged id as "already loaded".
 
 from __future__ import annotations
 
+import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,13 +20,18 @@ import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from ..streams import BlockInfo, Denoiser
 from . import adapter_for
 from .conditioning import join_arguments, model_arguments
 
+logger = logging.getLogger(__name__)
+
 _MODEL = "diffusion_model."
+_WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
 class HostedDit:
@@ -37,12 +43,13 @@ class HostedDit:
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model.
+        UnsupportedModelError: If no adapter knows the model, or it carries what a copy of a block would not have.
     """
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
         self.patcher = patcher
         self.adapter = adapter_for(patcher)
+        _require_no_injections(patcher)
         self.family = self.adapter.family
         self.frozen_stem = self.adapter.frozen_stem
         self.trainable_head = self.adapter.trainable_head
@@ -50,6 +57,8 @@ class HostedDit:
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
         self._reserved = False
+        if captions and "optimized_attention_override" in patcher.model_options["transformer_options"]:
+            logger.warning("BlockSkip: the attention that another node put on the MODEL is not used while training")
 
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
@@ -119,9 +128,10 @@ class HostedDit:
         for name, module in replacements.items():
             clone.add_object_patch(_MODEL + name, module)
         clone.patches_uuid = uuid.uuid4()
-        clone.size = 0  # counted anew, without what is replaced
+        clone.size = self._planned_bytes(replacements)
         was_training = comfy.model_management.in_training
-        weights = [(module, dict(module._parameters)) for stand in replacements.values() for module in stand.modules()]
+        weights = [(p, p.data) for stand in replacements.values() for p in stand.parameters()]
+        layers = [(layer, dict(layer._parameters)) for stand in replacements.values() for layer in stand.modules()]
         try:
             comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
             with torch.inference_mode(False):
@@ -131,17 +141,27 @@ class HostedDit:
         finally:
             comfy.model_management.in_training = was_training
             clone.cleanup()
-            for module, parameters in weights:  # drop what was moved to the device, or unloading would copy it back
-                module._parameters.update(parameters)
+            # Drop what was moved to the device, or unloading would copy it back beside the model's own weights.
+            for layer, parameters in layers:
+                layer._parameters.update(parameters)
+            for parameter, data in weights:
+                parameter.data = data
             unload(clone)
+
+    def _planned_bytes(self, replacements: Mapping[str, nn.Module]) -> int:
+        """Return what will be loaded. The host would plan with what the MODEL's own modules take."""
+        size = comfy.model_management.module_size
+        replaced = sum(size(self.module(name)) for name in replacements)
+        return size(self.patcher.model) - replaced + sum(size(stand) for stand in replacements.values())
 
     def _denoiser(self, clone: Any) -> Denoiser:
         options = clone.model_options["transformer_options"].copy()
         options["wrappers"] = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
-        arguments = [{k: _to(v, self.device) for k, v in row.items()} for row in self._arguments]
+        options["optimized_attention_override"] = _differentiable_attention
 
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
-            joined = join_arguments([arguments[caption] for caption in captions])
+            joined = join_arguments([self._arguments[caption] for caption in captions])
+            joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
             return clone.model.apply_model(noisy, sigmas, transformer_options=call_options, **joined)
 
@@ -160,13 +180,31 @@ class HostedDit:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
+def _differentiable_attention(attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Attend as the host would, unless its kernel has no backward: then with torch's own."""
+    if attention.__name__ not in _WITH_BACKWARD:
+        attention = attention_pytorch
+    return attention(*args, **kwargs)
+
+
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _require_no_injections(patcher: Any) -> None:
+    """Refuse what the host puts into the model's own modules at load time: stand-ins would run without it."""
+    if patcher.injections or patcher.hook_patches:
+        raise UnsupportedModelError(
+            "The MODEL carries a LoRA in bypass mode or weight hooks, which blocks that are run one by one would not "
+            "see. Apply the LoRA with Load LoRA instead, and connect the MODEL without hooks."
+        )
 
 
 def unload(patcher: Any) -> None:
     """Unload a model and all clones of it, and nothing else; its modules and weights are then the original ones."""
     management = comfy.model_management
+    if not patcher.object_patches_backup and not any(_is_clone(m, patcher) for m in management.current_loaded_models):
+        return
     others = [loaded for loaded in management.current_loaded_models if not _is_clone(loaded, patcher)]
     management.free_memory(1e30, patcher.load_device, keep_loaded=others)
     if patcher.model is not None and patcher.object_patches_backup:  # the host keeps models that it thinks fit

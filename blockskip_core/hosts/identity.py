@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import comfyui_version
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ def model_identity(patcher: Any) -> str:
     digest = _Digest()
     digest.add(type(patcher.model.diffusion_model).__name__, module_identity(patcher.model.diffusion_model))
     digest.add({key: patcher.patches[key] for key in sorted(patcher.patches)})
-    digest.add(sorted(f"{key}: {type(value).__name__}" for key, value in patcher.object_patches.items()))
+    for attached in (patcher.object_patches, patcher.model_options, patcher.wrappers, patcher.weight_wrapper_patches):
+        digest.add(_names(attached))
     return digest.hexdigest()
 
 
@@ -50,6 +52,23 @@ def conditionings_identity(conditionings: Iterable[list]) -> str:
     digest = _Digest(samples=None)
     digest.add([[embedding, dict(sorted(settings.items()))] for [[embedding, settings]] in conditionings])
     return digest.hexdigest()
+
+
+def host_identity() -> str:
+    """Return what computes: another version may compute something slightly else."""
+    return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}"
+
+
+def _names(value: Any) -> Any:
+    """Return a nested container with functions and objects replaced by where they are defined."""
+    if isinstance(value, Mapping):
+        return {str(key): _names(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, (list, tuple, set)):
+        return [_names(item) for item in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    place = value if hasattr(value, "__qualname__") else type(value)
+    return f"{place.__module__}.{place.__qualname__}"
 
 
 class _Digest:

@@ -387,3 +387,74 @@ def test_targets_are_the_layers_they_name(model, targets, double, single):
     dit = hosted(model)
     names = linear_names(dit, chosen(1, 3), lambda name: dit.adapter.is_lora_target(name, targets))
     assert set(names) == {f"double_blocks.1.{n}" for n in double} | {f"single_blocks.0.{n}" for n in single}
+
+
+def test_a_kernel_without_a_backward_is_replaced(comfyui, monkeypatch):
+    """A host may be started with a fast attention that only runs forward; training must not go around attention."""
+    import comfy.ldm.flux.math
+    from comfy.ldm.modules.attention import attention_pytorch, wrap_attn
+
+    @wrap_attn
+    def attention_sage(*args, **kwargs):
+        return attention_pytorch(*args, **kwargs).detach()
+
+    spans = chosen(2, 1)
+    _, expected, _ = run(tiny_flux(), spans, steps=1)
+    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention_sage)
+    _, gradients, _ = run(tiny_flux(), spans, steps=1)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_attention_of_another_node_is_not_used_while_training(comfyui):
+    patcher = tiny_flux()
+    patcher.model_options["transformer_options"]["optimized_attention_override"] = (
+        lambda attention, q, *rest, **options: attention(q, *rest, **options).detach()
+    )
+    _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
+    _, gradients, _ = run(patcher, chosen(2, 1), steps=1)
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient)
+
+
+def test_a_model_with_weight_hooks_is_refused(comfyui):
+    patcher = tiny_flux()
+    patcher.set_injections("bypass_lora", [])
+    with pytest.raises(UnsupportedModelError, match="bypass mode"):
+        hosted(patcher)
+
+
+def test_adapters_moved_under_inference_mode_can_be_trained(comfyui, monkeypatch):
+    """On a GPU the LoRA is copied there while the node still runs under inference mode."""
+    to = torch.Tensor.to
+    patcher, spans = tiny_flux(), chosen(2, 1)
+    adapters = flux_lora(hosted(patcher), spans)
+
+    def copying(self, *args, **options):
+        return (
+            to(self, *args, **{**options, "copy": True})
+            if args and isinstance(args[0], torch.device)
+            else to(self, *args, **options)
+        )
+
+    monkeypatch.setattr(torch.Tensor, "to", copying)
+    with torch.inference_mode():
+        adapters.to(torch.device("cpu"))
+    assert not any(parameter.is_inference() for parameter in adapters.parameters())
+
+
+@pytest.mark.parametrize("change", ["patches_replace", "wrapper", "attention"])
+def test_what_other_nodes_attach_changes_the_identity(comfyui, change):
+    import comfy.patcher_extension
+    from blockskip_pack.blockskip_core.hosts.identity import model_identity
+
+    patcher = tiny_flux()
+    changed = patcher.clone()
+    if change == "patches_replace":
+        changed.set_model_patch_replace(model_identity, "dit", "double_block", 0)
+    elif change == "wrapper":
+        changed.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "x", model_identity)
+    else:
+        changed.model_options["transformer_options"]["optimized_attention_override"] = model_identity
+    assert model_identity(changed) != model_identity(patcher)
+    assert model_identity(patcher.clone()) == model_identity(patcher)
