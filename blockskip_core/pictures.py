@@ -17,6 +17,7 @@ from .block_selection import BlockSelection, TextInfluence, format_bytes, window
 
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
 FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # told apart in grey too
+MAX_CROPS = 64
 PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
 
 
@@ -25,27 +26,26 @@ def as_image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0).unsqueeze(0)
 
 
-def contact_sheet(
-    crops: Sequence[Tensor], labels: Sequence[str], *, max_crops: int = 64, cell: int = 160
-) -> Image.Image:
-    """Return crops, each (H, W, 3), in a grid in the order in which they come, with labels underneath.
+def evenly(count: int, limit: int = MAX_CROPS) -> list[int]:
+    """Return at most ``limit`` of ``count`` indices, spread evenly, first and last included."""
+    if count <= limit:
+        return list(range(count))
+    return [round(place * (count - 1) / (limit - 1)) for place in range(limit)]
 
-    Long lists are thinned evenly to ``max_crops``.
-    """
-    chosen = [round(i * (len(crops) - 1) / max(1, max_crops - 1)) for i in range(min(len(crops), max_crops))]
-    if len(crops) <= max_crops:
-        chosen = list(range(len(crops)))
-    columns = min(8, len(chosen))
-    rows = -(-len(chosen) // columns)
+
+def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int = 160) -> Image.Image:
+    """Return crops, each (H, W, 3), in a grid in the order in which they come, with labels underneath."""
+    columns = min(8, len(crops))
+    rows = -(-len(crops) // columns)
     gap, line = 8, 22
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for place, index in enumerate(chosen):
+    for place, (crop, label) in enumerate(zip(crops, labels, strict=True)):
         left = gap + place % columns * (cell + gap)
         top = gap + place // columns * (cell + line + gap)
-        picture = Image.fromarray((crops[index].numpy() * 255.0).round().astype(np.uint8))
+        picture = Image.fromarray((crop.numpy() * 255.0).round().astype(np.uint8))
         sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
-        draw.text((left + 2, top + cell + 4), labels[index], fill=INK, font=_font(13))
+        draw.text((left + 2, top + cell + 4), label, fill=INK, font=_font(13))
     return sheet
 
 

@@ -28,6 +28,7 @@ WORKFLOW = ROOT / "tests" / "workflows" / "train_lora.api.json"
 SUBJECT = "toby"
 INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures
 LOG = "server.log"
+MARK = "made_by_the_demo.txt"  # only a folder with this file in it is ever emptied
 
 
 class DemoProblem(RuntimeError):
@@ -113,12 +114,13 @@ def overrides(triples: Sequence[Sequence[str]]) -> dict[str, Json]:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """`folder`, without the files that an earlier demo left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "dataset", ignore_errors=True)
-    for pattern in ("*.safetensors", "*.png", "summary.md", LOG):
-        for file in folder.glob(pattern):
-            file.unlink()
+    """`folder`, emptied of what an earlier demo left; a folder with anything else in it is not touched."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise DemoProblem(f"{folder} holds files that are not the demo's; give an empty or a new folder to --output")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).write_text("Made by the BlockSkip demo, which empties this folder when it is run again.\n", "utf-8")
     return folder
 
 
@@ -173,7 +175,7 @@ class ProgressLine:
         self.stream = stream
         self.every = every
         self.start = time.monotonic()
-        self.node = self.note = ""
+        self.node = ""
         self.told = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -182,11 +184,9 @@ class ProgressLine:
         if event.kind == "executing" and data.get("node"):
             self._enter(data["node"])
             self._tell("")
-        elif event.kind == "blockskip.train":
-            self.note = training_note(data)
         elif event.kind == "progress" and data.get("node"):
             self._enter(data["node"])
-            self._tell(f"{data['value']:.0f}/{data['max']:.0f}  {self.note}")
+            self._tell(f"{data['value']:.0f}/{data['max']:.0f}")
 
     def end(self) -> None:
         """Leave the line."""
@@ -196,7 +196,7 @@ class ProgressLine:
     def _enter(self, node: str) -> None:
         if node != self.node:
             self.end()
-            self.node, self.note, self.told = node, "", 0.0
+            self.node, self.told = node, 0.0
 
     def _tell(self, state: str) -> None:
         elapsed = time.monotonic() - self.start
@@ -207,13 +207,6 @@ class ProgressLine:
         elif not self.told or elapsed - self.told > self.every:
             print(line, file=self.stream, flush=True)
             self.told = elapsed
-
-
-def training_note(data: Mapping[str, object]) -> str:
-    """The phase and the loss of a training event, as far as it has them."""
-    loss = data.get("loss")
-    parts = [str(data.get("phase") or ""), f"loss {loss:.4f}" if isinstance(loss, float) else ""]
-    return "  ".join(filter(None, parts))
 
 
 def first_line(problem: Exception) -> str:

@@ -295,7 +295,10 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
             made["properties"]["models"] = [
                 {"name": name, "url": MODEL_SITE + path, "directory": directory} for name, path, directory in links
             ]
-    workflow["extra"] = {"ds": {"scale": 0.55, "offset": [60, 120]}, "frontendVersion": workflow["extra"]["frontendVersion"]}
+    workflow["extra"] = {
+        "ds": {"scale": 0.55, "offset": [60, 120]},
+        "frontendVersion": workflow["extra"]["frontendVersion"],
+    }
     return workflow  # fmt: skip
 
 

@@ -6,10 +6,10 @@ from comfy_api.latest import io
 
 from ..blockskip_core import pictures
 from ..blockskip_core.block_selection import BlockSelection
-from ..blockskip_core.draws import draw_schedule
+from ..blockskip_core.draws import draw_schedule, largest_crop
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.encoding import crop_multiple, encode_crops, flatten_pictures, training_crops
+from ..blockskip_core.hosts.encoding import TrainingCrops, crop_multiple, encode_crops, flatten_pictures
 from ..blockskip_core.hosts.folders import residuals_folder
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import (
@@ -168,7 +168,7 @@ class PrecomputeResiduals(io.ComfyNode):
         _require_same_model(selection, bare)
         multiple = crop_multiple(vae, bare.adapter.patch_size)
         schedule = _schedule(model, photos, len(captions), multiple, **widgets)
-        crops = training_crops(photos, schedule)
+        crops = TrainingCrops(photos, schedule)
 
         identity = CacheIdentity(
             model=model_identity(model),
@@ -197,10 +197,8 @@ class PrecomputeResiduals(io.ComfyNode):
         )
         if storage == "disk":
             write_cache(residuals, HostedDit(model, captions, latents.shape[1:]), progress)
-        shown = sorted(zip(schedule, crops, strict=True), key=lambda pair: pair[0].sigma)
-        sheet = pictures.contact_sheet(
-            [crop for _, crop in shown], [f"t {draw.sigma:.2f} · {draw.side} px" for draw, _ in shown]
-        )
+        sheet = _contact_sheet(crops, schedule)
+        progress.say(_size_note(photos, schedule))
         return io.NodeOutput(residuals, pictures.as_image(sheet))
 
 
@@ -229,4 +227,24 @@ def _schedule(
         ),
         seed=seed,
         timesteps=timesteps,
+    )
+
+
+def _contact_sheet(crops, schedule):
+    by_noise = sorted(range(len(schedule)), key=lambda index: schedule[index].sigma)
+    shown = [by_noise[place] for place in pictures.evenly(len(by_noise))]
+    labels = [f"t {schedule[index].sigma:.2f} · {schedule[index].side} px" for index in shown]
+    return pictures.contact_sheet([crops[index] for index in shown], labels)
+
+
+def _size_note(photos, schedule) -> str:
+    """Say which pictures have no room for the largest crop; nothing is scaled up for them."""
+    top = schedule.patches.patch_max
+    room = [largest_crop(*photo.shape[:2], schedule.patches) for photo in photos]
+    short = [side for side in room if side < top]
+    if not short:
+        return f"{len(schedule)} draws from {len(photos)} pictures"
+    return (
+        f"{len(short)} of {len(photos)} pictures are smaller than patch_max ({top} px): their largest crop is "
+        f"{min(short)} px or more, and nothing is scaled up"
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_TEXTS = 0.5
 
@@ -35,6 +38,11 @@ class NodeProgress:
             self._bar, self._total = comfy.utils.ProgressBar(total), total
         self._bar.update_absolute(done, total)
         self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
+
+    def say(self, text: str) -> None:
+        """Show a sentence that stays under the node when it is done, and log it."""
+        logger.info("BlockSkip: %s", text)
+        self._show(text, last=True)
 
     def _show(self, text: str, *, last: bool) -> None:
         now = time.monotonic()

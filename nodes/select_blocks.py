@@ -58,7 +58,7 @@ class SelectBlocks(io.ComfyNode):
                     "method",
                     options=["attention mask", "preset", "manual"],
                     default="attention mask",
-                    tooltip="attention mask: measure on this model (takes a few minutes once, then it is remembered). "
+                    tooltip="attention mask: measure on this model (samples many small pictures once, then they are remembered). "
                     "preset: the paper's choice for FLUX.1, at once. manual: `front` and `back` below.",
                 ),
                 io.Float.Input(

@@ -13,11 +13,11 @@ import torch
 from comfy_api.latest import io
 
 from ..blockskip_core.block_selection import format_bytes
-from ..blockskip_core.errors import CacheError, TrainingError
+from ..blockskip_core.errors import CacheError, StorageError, TrainingError
 from ..blockskip_core.flow_matching import LossWeighting
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import model_identity
-from ..blockskip_core.hosts.lora_files import LoraModel, output_path, save_lora
+from ..blockskip_core.hosts.lora_files import LoraModel, output_path, require_writable, save_lora
 from ..blockskip_core.lora import (
     LinearShape,
     LoraAdapters,
@@ -169,7 +169,7 @@ class TrainLora(io.ComfyNode):
                     "checkpointing",
                     default=True,
                     optional=True,
-                    tooltip="Recompute activations instead of keeping them: much less memory, about a third slower.",
+                    tooltip="Recompute activations instead of keeping them: much less memory, and slower by the time of one more forward pass.",
                 ),
                 io.Combo.Input(
                     "loss_weighting",
@@ -236,6 +236,8 @@ class _Run:
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
         self.residuals, self.progress, self.file_format = residuals, progress, file_format
         self.path = output_path(output_name)
+        require_writable(self.path)
+        self.saved_as: str | None = self.path.name
         _require_same_model(model, residuals)
         self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
         self.result = TrainingResult()
@@ -252,6 +254,7 @@ class _Run:
 
         Raises:
             TrainingError: If training cannot go on; the message names the file that holds what was learned.
+            StorageError: If a run that ended early cannot be saved.
         """
         try:
             self._train()
@@ -261,8 +264,18 @@ class _Run:
             raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
         finally:
             self.memory.sample()
-            if self.result.steps:
+            if 0 < self.result.steps < self.config.steps:
                 self._save()
+        self._save_finished()
+
+    def _save_finished(self) -> None:
+        """Save a finished run. If the disk refuses, say so and go on: the LoRA is still on the node's output."""
+        try:
+            self._save()
+        except StorageError as error:
+            self.saved_as = None
+            logger.error("BlockSkip: %s", error)
+            self.progress.say(f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
 
     def _train(self) -> None:
         train_lora(
@@ -347,7 +360,7 @@ class _Run:
         seconds = self.result.step_seconds
         tenth = max(1, len(self.result.losses) // 10)
         return {
-            "file": self.path.name,
+            "file": self.saved_as,
             "blocks": selection.num_blocks,
             "skipped_first": selection.front,
             "skipped_last": selection.back,

@@ -37,16 +37,22 @@ def crop_multiple(vae: Any, patch_size: int) -> int:
     return int(vae.spacial_compression_encode()) * patch_size
 
 
-def training_crops(pictures: Sequence[Tensor], schedule: TrainingSchedule) -> list[Tensor]:
-    """Return the crop of every draw at training size, each (patch_min, patch_min, 3)."""
-    patches = schedule.patches
-    references = [resize(picture, *reference_size(*picture.shape[:2], patches)) for picture in pictures]
-    return [
-        crop_and_resize(
-            references[draw.picture], top=draw.top, left=draw.left, side=draw.side, patch_min=patches.patch_min
-        )
-        for draw in schedule
-    ]
+class TrainingCrops(Sequence[Tensor]):
+    """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for."""
+
+    def __init__(self, pictures: Sequence[Tensor], schedule: TrainingSchedule) -> None:
+        self._schedule = schedule
+        patches = schedule.patches
+        self._references = [resize(picture, *reference_size(*picture.shape[:2], patches)) for picture in pictures]
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def __getitem__(self, index: int) -> Tensor:
+        draw = self._schedule[index]
+        reference = self._references[draw.picture]
+        size = self._schedule.patches.patch_min
+        return crop_and_resize(reference, top=draw.top, left=draw.left, side=draw.side, patch_min=size)
 
 
 def encode_crops(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic_files import write_atomically
-from ..errors import InvalidInputError, LoraFileError
+from ..errors import InvalidInputError, LoraFileError, StorageError
 from ..lora import metadata_from_strings, metadata_to_strings
 
 
@@ -41,6 +41,20 @@ def output_path(prefix: str) -> Path:
             f"The file name {prefix!r} must stay inside ComfyUI's output folder. Use a plain name such as loras/my_lora."
         ) from error
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def require_writable(path: Path) -> None:
+    """Check before a long run that a file of this name can be written at its end.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    trial = path.with_name(path.name + ".trial")
+    try:
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path.name} cannot be written: {error}. Choose another output_name.") from error
 
 
 def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:

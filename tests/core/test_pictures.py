@@ -52,14 +52,20 @@ def test_models_of_any_depth_can_be_drawn(num_blocks):
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 65, 1000])
-def test_crops_are_shown_first_and_last_included(count):
+def test_long_lists_are_thinned_evenly_with_first_and_last(count):
+    chosen = pictures.evenly(count)
+    assert len(chosen) == min(count, 64)
+    assert chosen == sorted(set(chosen))
+    assert (chosen[0], chosen[-1]) == (0, count - 1)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64])
+def test_crops_are_shown_in_order(count):
     crops = [torch.full((8, 8, 3), index / max(1, count - 1)) for index in range(count)]
-    sheet = pictures.contact_sheet(crops, [str(index) for index in range(count)], max_crops=64, cell=16)
-    shown = min(count, 64)
-    columns = min(8, shown)
-    assert sheet.getpixel((8 + 8, 8 + 8)) == (0, 0, 0)
-    last = shown - 1
+    sheet = pictures.contact_sheet(crops, [str(index) for index in range(count)], cell=16)
+    columns, last = min(8, count), count - 1
     place = (8 + last % columns * 24 + 8, 8 + last // columns * (16 + 22 + 8) + 8)
+    assert sheet.getpixel((16, 16)) == (0, 0, 0)
     assert sheet.getpixel(place) == ((255, 255, 255) if count > 1 else (0, 0, 0))
 
 
