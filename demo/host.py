@@ -1,0 +1,37 @@
+"""Find ComfyUI and make ``import comfy`` work from a command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+DEMO = Path(__file__).resolve().parent
+ASSETS = DEMO / "assets"
+DIT_FILE = "blockskip_world_dit.safetensors"
+VAE_FILE = "blockskip_world_vae.safetensors"
+TEXT_FILE = "blockskip_world_text.safetensors"
+
+
+def add_comfyui_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--comfyui``, the folder of a ComfyUI checkout; ``COMFYUI_PATH`` is its default."""
+    parser.add_argument(
+        "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="ComfyUI's folder"
+    )
+
+
+def use_comfyui(folder: Path | None) -> torch.device:
+    """Put ComfyUI first on the path, choose the processor where there is no GPU, and return the device."""
+    if folder is None or not (Path(folder) / "comfy").is_dir():
+        raise SystemExit("say where ComfyUI is: --comfyui FOLDER or the environment variable COMFYUI_PATH")
+    sys.path.insert(0, str(Path(folder).resolve()))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    args.use_pytorch_cross_attention = True
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
