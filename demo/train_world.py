@@ -1,8 +1,8 @@
 """Make the demo world's three files: autoencoder, text vectors, diffusion transformer.
 
-    python train_world.py vae  --comfyui FOLDER --minutes 20
     python train_world.py text --comfyui FOLDER
-    python train_world.py dit  --comfyui FOLDER --minutes 95
+    python train_world.py vae  --comfyui FOLDER --minutes 28
+    python train_world.py dit  --comfyui FOLDER --minutes 80 --compile
 
 Every stage may be stopped at any time and goes on from its last checkpoint in ``--work``.
 """
