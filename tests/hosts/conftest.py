@@ -1,12 +1,3 @@
-"""One thread: tiny tensors gain nothing from more, and a busy machine loses much."""
+"""One thread here too."""
 
-import pytest
-import torch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from ..core.conftest import _one_thread  # noqa: F401  a fixture is used by being there
