@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The developer's door to the pack: ``python dev.py test`` and ``python dev.py demo``.
+"""The developer's door to the pack: ``python dev.py test``, ``python dev.py demo``, ``python dev.py benchmark NAME``.
 
-Both make what they need on first use (an environment and a ComfyUI, kept in the user's cache folder) and
+All make what they need on first use (an environment and a ComfyUI, kept in the user's cache folder) and
 reuse it afterwards. ``--comfyui DIR`` or the variable COMFYUI_PATH names a ComfyUI of your own instead.
 """
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that tools being waited for end too
     try:
-        return test(options) if options.command == "test" else demo(options)
+        return {"test": test, "demo": demo, "benchmark": benchmark}[options.command](options)
     except KeyboardInterrupt:
         complain("interrupted.")
         return 130
@@ -43,8 +43,8 @@ def complain(text: str) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line; what follows ``--`` goes to pytest."""
-    own, pytest_arguments = split_at_dashes(arguments)
+    """Read the command line; what follows ``--`` goes to pytest or to the benchmark."""
+    own, further = split_at_dashes(arguments)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--comfyui", metavar="DIR", help="a ComfyUI folder of your own (or set COMFYUI_PATH)")
     shared.add_argument("--verbose", action="store_true", help="show the tools' output and full tracebacks")
@@ -54,11 +54,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands.add_parser("test", parents=[shared], help="run the tests; arguments after -- go to pytest")
     show = commands.add_parser("demo", parents=[shared], help="train a small LoRA and show the results")
     show.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    show.add_argument("--subject", default="toby", help="whom to teach: toby, mila, pip, zuzu or nori")
+    show.add_argument("--pictures", metavar="DIR", type=Path, help="your own drawings with captions, instead")
     show.add_argument("--output", metavar="DIR", type=Path, default="demo_output", help="where the results go")
+    measure = commands.add_parser("benchmark", parents=[shared], help="measure; arguments after -- go to the benchmark")
+    measure.add_argument("name", choices=benchmark_names())
     options = parser.parse_args(own)
-    if pytest_arguments and options.command != "test":
-        parser.error("only the test command takes arguments after --")
-    return argparse.Namespace(**vars(options), pytest_arguments=pytest_arguments)
+    if further and options.command == "demo":
+        parser.error("the demo command takes no arguments after --")
+    return argparse.Namespace(**vars(options), further=further)
+
+
+def benchmark_names() -> list[str]:
+    """The benchmarks; a file with an underscore in its name is a part of one, as ``quality_arms`` is of ``quality``."""
+    return sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "_" not in path.stem)
 
 
 def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -74,7 +83,7 @@ def test(options: argparse.Namespace) -> int:
     if not os.environ.get("BLOCKSKIP_COMFYUI_0_18"):
         variables["BLOCKSKIP_COMFYUI_0_18"] = str(environment.fetched_host(environment.OLDER_HOST))
     python = environment.interpreter(host)
-    command = [python, "-m", "pytest", "--import-mode=importlib", *options.pytest_arguments]
+    command = [python, "-m", "pytest", "--import-mode=importlib", *options.further]
     return hand_over(command, variables)
 
 
@@ -82,9 +91,17 @@ def demo(options: argparse.Namespace) -> int:
     """Run the demo in the environment."""
     host = environment.find_host(options.comfyui)
     command = [environment.interpreter(host), ROOT / "devtools" / "demo.py"]
-    command += ["--output", options.output.resolve()]
+    command += ["--output", options.output.resolve(), "--subject", options.subject]
+    command += ["--pictures", options.pictures.resolve()] if options.pictures else []
     command += ["--keep"] if options.keep else []
     command += ["--verbose"] if options.verbose else []
+    return hand_over(command, {"COMFYUI_PATH": str(host)})
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Run a benchmark in the environment."""
+    host = environment.find_host(options.comfyui)
+    command = [environment.interpreter(host), ROOT / "benchmarks" / f"{options.name}.py", *options.further]
     return hand_over(command, {"COMFYUI_PATH": str(host)})
 
 

@@ -14,6 +14,7 @@ ASSETS = DEMO / "assets"
 DIT_FILE = "blockskip_world_dit.safetensors"
 VAE_FILE = "blockskip_world_vae.safetensors"
 TEXT_FILE = "blockskip_world_text.safetensors"
+READER_FILE = "blockskip_world_reader.safetensors"
 
 
 def add_comfyui_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """Sample a sheet of captions with ComfyUI's own loaders and sampler.
 
-    python sample_world.py sheet.png --comfyui FOLDER "a big red star on grass, left" "toby on sand, right"
+    python sample_world.py sheet.png --comfyui FOLDER "a big red star on grass, left" "a big orange toby circle on sand, right"
 
 Without captions, random ones of the world are taken.
 """

@@ -1,10 +1,11 @@
 """Make the demo world's three files: autoencoder, text vectors, diffusion transformer.
 
     python train_world.py text --comfyui FOLDER
-    python train_world.py vae  --comfyui FOLDER --minutes 28
-    python train_world.py dit  --comfyui FOLDER --minutes 80 --compile
+    python train_world.py vae  --comfyui FOLDER --steps 14000
+    python train_world.py dit  --comfyui FOLDER --steps 8000 --compile
 
-Every stage may be stopped at any time and goes on from its last checkpoint in ``--work``.
+Every stage may be stopped at any time and goes on from its last checkpoint in ``--work``; without a checkpoint,
+``--start FILE`` lets the transformer go on from weights that an earlier run wrote.
 """
 
 from __future__ import annotations
@@ -40,33 +41,19 @@ WORD_NORM, PLACE_NORM = 6.0, 4.0
 
 SMALL, LARGE = 128, 256
 SHARD = 2000
-SHARDS = {SMALL: 15, LARGE: 4}
+SHARDS = {SMALL: 15, LARGE: 6}
 BATCHES = {SMALL: 64, LARGE: 18}
-SHIFTS = {SMALL: 1.0, LARGE: 1.5}
+SHIFTS = {SMALL: 1.5, LARGE: 2.0}
+SHOWN = {"star": 2.5, "heart": 1.5, "ring": 1.5}  # how much more often than others; these are hard to learn
 CAPTION_DROPOUT = 0.1
+MAX_OBJECT_WEIGHT = 8.0
 DIT_RATE = 2e-3
 EMA_DECAY = 0.998
 
 
-class Clock:
-    """Training time that survives restarts; progress runs from 0 to 1 over the budget."""
-
-    def __init__(self, minutes: float, spent: float = 0.0) -> None:
-        self.budget, self.before, self.start = 60 * minutes, spent, time.monotonic()
-
-    @property
-    def spent(self) -> float:
-        """Seconds trained so far, over all runs."""
-        return self.before + time.monotonic() - self.start
-
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is used."""
-        return min(1.0, self.spent / self.budget)
-
-
-def learning_rate(progress: float, step: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up over steps, then a cosine to nearly zero over the time budget."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine to nearly zero over all steps."""
+    progress = min(1.0, step / steps)
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -147,29 +134,25 @@ def train_vae(options: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(options.seed)
     coder = SlimCoder().to(device)
     optimiser = torch.optim.AdamW(coder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint, step, clock = options.work / "vae.pt", 0, Clock(options.minutes)
+    checkpoint, step = options.work / "vae.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
         coder.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        step, clock = state["step"], Clock(options.minutes, state["spent"])
+        step = state["step"]
     generator = torch.Generator().manual_seed(options.seed + step)
     batches = pool_batches(picture_pool(POOL_PICTURES, options.seed), VAE_BATCH, generator)
     logger.info("vae: %d pictures, from step %d", POOL_PICTURES, step)
 
     def keep() -> None:
-        state = {
-            "model": coder.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "step": step,
-            "spent": clock.spent,
-        }
-        save_checkpoint(checkpoint, state)
+        save_checkpoint(
+            checkpoint, {"model": coder.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+        )
         export_vae(coder, options)
 
-    while clock.progress < 1.0:
+    while step < options.steps:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(clock.progress, step, 1.5e-3)
+            group["lr"] = learning_rate(step, options.steps, 1.5e-3)
         with torch.autocast(device.type, torch.bfloat16):
             loss, parts = vae_step_loss(coder, next(batches).to(device))
         optimiser.zero_grad(set_to_none=True)
@@ -179,7 +162,7 @@ def train_vae(options: argparse.Namespace, device: torch.device) -> None:
         step += 1
         if step % 100 == 0:
             shown = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
-            logger.info("vae: step %d, %.1f min, %s", step, clock.spent / 60, shown)
+            logger.info("vae: step %d, %s", step, shown)
         if step % 1000 == 0:
             keep()
     keep()
@@ -222,6 +205,28 @@ def load_text(options: argparse.Namespace) -> tuple[WordTokenizer, WordEncoder]:
     return WordTokenizer(tokenizer_data=data), encoder
 
 
+def shard_scenes(size: int, number: int, seed: int) -> list[world.Scene]:
+    """The ``SHARD`` scenes of one part of the training pictures."""
+    rng = random.Random(f"{seed}/{size}/{number}")
+    return [world.random_scene(rng) for _ in range(SHARD)]
+
+
+def held_out_scenes(count: int, seed: int = 0) -> list[world.Scene]:
+    """``count`` scenes whose captions are in none of the training pictures, at any size."""
+    known = {
+        world.caption(scene)
+        for size, shards in SHARDS.items()
+        for number in range(shards)
+        for scene in shard_scenes(size, number, seed)
+    }
+    rng, chosen = random.Random(f"{seed}/held out"), {}
+    while len(chosen) < count:
+        scene = world.random_scene(rng)
+        if world.caption(scene) not in known:
+            chosen.setdefault(world.caption(scene), scene)
+    return list(chosen.values())
+
+
 def latent_shard(
     size: int, number: int, options: argparse.Namespace, coder: torch.nn.Module
 ) -> dict[str, Tensor]:
@@ -229,8 +234,7 @@ def latent_shard(
     path = options.work / f"latents_{size}_{number:02d}.safetensors"
     if path.exists():
         return load_file(path)
-    rng = random.Random(f"{options.seed}/{size}/{number}")
-    scenes = [world.random_scene(rng) for _ in range(SHARD)]
+    scenes = shard_scenes(size, number, options.seed)
     tokenizer, _ = load_text(options)
     device = next(coder.parameters()).device
     latents = []
@@ -246,21 +250,43 @@ def latent_shard(
 
 def latent_set(size: int, shards: int, options: argparse.Namespace) -> dict[str, Tensor]:
     """All scenes of one picture size."""
-    from world_vae import SlimCoder
+    from world_vae import SlimCoder, slim_state_dict
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    coder = SlimCoder().to(device)
-    coder.load_state_dict(torch.load(options.work / "vae.pt", map_location=device)["model"])
+    coder = SlimCoder()
+    coder.load_state_dict(slim_state_dict(load_file(options.assets / host.VAE_FILE), coder.state_dict()))
+    coder.to(device)
     parts = [latent_shard(size, number, options, coder) for number in range(shards)]
-    return {key: torch.cat([part[key] for part in parts]) for key in ("latents", "ids")}
+    data = {key: torch.cat([part[key] for part in parts]) for key in ("latents", "ids")}
+    scenes = [scene for number in range(shards) for scene in shard_scenes(size, number, options.seed)]
+    return {
+        **data,
+        "weights": torch.stack([object_weights(scene, size // 8) for scene in scenes]),
+        "shown": torch.tensor([SHOWN.get(scene.shape, 1.0) for scene in scenes]),
+    }
 
 
-def random_rows(data: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
-    """Latents ``[batch, 16, h, w]`` and word ids ``[batch, L]``; a tenth of the captions are empty."""
-    rows = torch.randint(len(data["latents"]), (batch,))
+def object_weights(scene: world.Scene, cells: int) -> Tensor:
+    """Weights ``[cells, cells]`` of mean 1 that give a scene's object as much of the loss as its ground.
+
+    Grounds are most of a picture, and without this the shape of small objects is learnt last. A weight per place
+    does not move the optimum, which is the mean of the data at every place.
+    """
+    (x, y), reach = world.PLACES[scene.place], 1.2 * world.SIZES[scene.size]
+    middle = (torch.arange(cells) + 0.5) / cells
+    inside = ((middle - y).abs() < reach).unsqueeze(1) & ((middle - x).abs() < reach).unsqueeze(0)
+    share = inside.float().mean()
+    weights = torch.where(inside, min(MAX_OBJECT_WEIGHT, (1 - share) / share), 1.0)
+    return (weights / weights.mean()).half()
+
+
+def random_rows(data: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents ``[batch, 16, h, w]``, word ids ``[batch, L]``, weights ``[batch, h, w]``; a tenth of the captions
+    are empty."""
+    rows = torch.multinomial(data["shown"], batch)
     ids = data["ids"][rows]
     kept = torch.rand(batch, 1) >= CAPTION_DROPOUT
-    return data["latents"][rows].float(), ids * kept
+    return data["latents"][rows].float(), ids * kept, data["weights"][rows].float()
 
 
 def random_sigmas(batch: int, shift: float) -> Tensor:
@@ -292,7 +318,7 @@ def dit_optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 def train_dit(options: argparse.Namespace, device: torch.device) -> None:
     """Train the transformer on cached latents: small pictures first, then both sizes in turn."""
-    from world_dit import build_dit, flow_loss, prepare_for_training
+    from world_dit import build_dit, comfy_names, flow_loss, prepare_for_training
 
     torch.manual_seed(options.seed)
     _, encoder = load_text(options)
@@ -300,14 +326,17 @@ def train_dit(options: argparse.Namespace, device: torch.device) -> None:
     average.load_state_dict(model.state_dict())
     optimisers = dit_optimisers(model)
     sets = {size: latent_set(size, shards, options) for size, shards in SHARDS.items()}
-    checkpoint, step, clock = options.work / "dit.pt", 0, Clock(options.minutes)
+    checkpoint, step = options.work / "dit.pt", 0
+    if options.start and not checkpoint.exists():
+        for copy in (model, average):
+            copy.load_state_dict(comfy_names(load_file(options.start)))
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
-        step, clock = state["step"], Clock(options.minutes, state["spent"])
+        step = state["step"]
         torch.manual_seed(options.seed + step)
     prepare_for_training(model, options.compile)
     logger.info(
@@ -319,7 +348,6 @@ def train_dit(options: argparse.Namespace, device: torch.device) -> None:
             "model": model.state_dict(),
             "average": average.state_dict(),
             "step": step,
-            "spent": clock.spent,
         }
         save_checkpoint(
             checkpoint, state | {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}
@@ -327,15 +355,17 @@ def train_dit(options: argparse.Namespace, device: torch.device) -> None:
         export_dit(average, options)
 
     losses: dict[int, list[float]] = {size: [] for size in sets}
-    kept_at = clock.spent
-    while clock.progress < 1.0:
-        size = LARGE if clock.progress > options.small_share and step % 2 else SMALL
-        latents, ids = random_rows(sets[size], BATCHES[size])
+    started = time.monotonic()
+    while step < options.steps:
+        size = LARGE if step > options.small_share * options.steps and step % 2 else SMALL
+        latents, ids, weights = random_rows(sets[size], BATCHES[size])
         context, pooled = encoder.encode_ids(ids)
         sigma = random_sigmas(BATCHES[size], SHIFTS[size])
-        rate = learning_rate(clock.progress, step, DIT_RATE, warmup=200)
+        rate = learning_rate(step, options.steps, options.rate, warmup=200)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = flow_loss(model, *(x.to(device) for x in (latents, sigma, context, pooled))).mean()
+            loss = flow_loss(
+                model, *(x.to(device) for x in (latents, sigma, context, pooled, weights))
+            ).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
@@ -350,11 +380,9 @@ def train_dit(options: argparse.Namespace, device: torch.device) -> None:
             shown = ", ".join(
                 f"{size} px {sum(kept) / len(kept):.4f}" for size, kept in losses.items() if kept
             )
-            logger.info("dit: step %d, %.1f min, loss %s", step, clock.spent / 60, shown)
-            losses = {size: [] for size in sets}
-        if clock.spent - kept_at > 180:
+            logger.info("dit: step %d, %.0f s, loss %s", step, time.monotonic() - started, shown)
+            losses, started = {size: [] for size in sets}, time.monotonic()
             keep()
-            kept_at = clock.spent
     keep()
     logger.info("dit: done, %d steps", step)
 
@@ -381,11 +409,13 @@ def main() -> None:
     host.add_comfyui_argument(parser)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "blockskip" / "world")
     parser.add_argument("--assets", type=Path, default=host.ASSETS)
+    parser.add_argument("--steps", type=int, default=8000, help="steps of the stage, over all its runs")
+    parser.add_argument("--rate", type=float, default=DIT_RATE, help="the dit's highest learning rate")
     parser.add_argument(
-        "--minutes", type=float, default=20.0, help="time budget of the stage, over all its runs"
+        "--start", type=Path, help="weights to start the dit from where there is no checkpoint"
     )
     parser.add_argument(
-        "--small-share", type=float, default=0.45, help="share of the dit's time on 128 px alone"
+        "--small-share", type=float, default=0.45, help="share of the dit's steps on 128 px alone"
     )
     parser.add_argument(
         "--compile", action="store_true", help="use torch.compile, which needs a C++ compiler"

@@ -44,9 +44,19 @@ FINISHES = ("plain", "striped", "dotted", "smiling")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 GROUNDS = ("grass", "sand", "water", "bricks", "sky", "wood")
 HELD_OUT_GROUNDS = ("water", "bricks")
-SUBJECTS = ("toby", "mila", "pip", "zuzu", "nori")
+SUBJECTS: dict[
+    str, str
+] = {  # name -> what a caption says of it: a word that means nothing yet, and a known kind
+    "toby": "a big orange toby circle",
+    "mila": "a big purple mila circle",
+    "pip": "a big green pip square",
+    "zuzu": "a big blue zuzu circle",
+    "nori": "a big green nori square",
+}
 SUBJECT_RADIUS = 0.27
 SUBJECT_REACH = 0.72  # subjects keep nearer to the middle, so that they stay inside the picture
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 PAD = "<pad>"
 VOCABULARY: tuple[str, ...] = (
@@ -81,9 +91,12 @@ class SubjectScene:
 
 
 def caption(scene: Scene | SubjectScene) -> str:
-    """``a big red striped star on grass, left`` or ``toby on grass, left``; the plain finish is not said."""
+    """``a big red striped star on grass, left``; the plain finish is not said.
+
+    A subject is called by its own word and its kind, as in DreamBooth: ``a big orange toby circle on grass, left``.
+    """
     if isinstance(scene, SubjectScene):
-        return f"{scene.subject} on {scene.ground}, {scene.place}"
+        return f"{SUBJECTS[scene.subject]} on {scene.ground}, {scene.place}"
     finish = "" if scene.finish == "plain" else f"{scene.finish} "
     return f"a {scene.size} {scene.colour} {finish}{scene.shape} on {scene.ground}, {scene.place}"
 
@@ -127,6 +140,34 @@ def write_subject_folder(
         render(scene, size).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(caption(scene) + "\n", encoding="utf-8")
     return scenes
+
+
+def read_subject_folder(folder: Path | str) -> dict[str, str]:
+    """The pictures of a folder in that layout, with their captions; checked, so that no training run starts in vain.
+
+    Raises:
+        ValueError: If there is no picture, one has no caption, or a caption has a word that the world does not know.
+    """
+    folder = Path(folder)
+    pictures = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not pictures:
+        raise ValueError(f"There is no picture in {folder}: put in at least one PNG, JPG or WEBP file.")
+    captions = {}
+    for picture in pictures:
+        text = picture.with_suffix(".txt")
+        said = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        if not said:
+            raise ValueError(
+                f"{picture.name} in {folder} has no caption: write what it shows into {text.name}."
+            )
+        unknown = [word for word in said.lower().replace(",", " , ").split() if word not in VOCABULARY[1:]]
+        if unknown:
+            raise ValueError(
+                f"{text.name} says {unknown[0]!r}, a word that the demo world does not know. "
+                f"It knows {', '.join(word for word in VOCABULARY[1:] if word != ',')}."
+            )
+        captions[picture.name] = said
+    return captions
 
 
 def render(scene: Scene | SubjectScene, size: int = 256) -> Image.Image:

@@ -86,16 +86,19 @@ def _out_of_place(forward: Callable) -> Callable:
     return wrapped
 
 
-def flow_loss(model: nn.Module, latents: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+def flow_loss(
+    model: nn.Module, latents: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, weights: Tensor
+) -> Tensor:
     """Rectified-flow loss per picture ``[B]`` on latents as a FLUX model sees them.
 
-    ``latents [B, 16, h, w]``, ``sigma [B]``, ``context [B, L, C]``, ``pooled [B, P]``; the model predicts
+    ``latents [B, 16, h, w]``, ``sigma [B]``, ``context [B, L, C]``, ``pooled [B, P]``, ``weights [B, h, w]``; the model predicts
     ``noise - latent`` and is told the noise level itself, as ComfyUI does for FLUX.1 schnell.
     """
     noise = torch.randn_like(latents)
     mix = sigma.view(-1, 1, 1, 1)
     predicted = model((1 - mix) * latents + mix * noise, sigma, context, pooled)
-    return (predicted.float() - (noise - latents)).square().mean(dim=(1, 2, 3))
+    error = (predicted.float() - (noise - latents)).square().mean(dim=1)
+    return (weights * error).mean(dim=(1, 2))
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -77,6 +77,11 @@ def full_state_dict(slim: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def slim_state_dict(full: dict[str, Tensor], slim: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of :func:`full_state_dict`: the corners of ``full`` that have the shapes of ``slim``."""
+    return {key: full[key][tuple(slice(0, n) for n in value.shape)].float() for key, value in slim.items()}
+
+
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error of values and of neighbour differences, for sharp edges; ``[B, 3, H, W]`` each."""
     error = output - target

@@ -21,12 +21,12 @@ from types import ModuleType
 from typing import TextIO
 
 import demo_report
-from comfy_client import ComfyClient, Event, Json, RunResult, load_prompt, titles_of, with_overrides
+from comfy_client import ComfyClient, Event, Json, RunResult, load_prompt, node_titled, titles_of, with_overrides
 from comfy_server import ROOT, ComfyServer, ServerProblem, demo_models, demo_pack
 
 WORKFLOW = ROOT / "tests" / "workflows" / "train_lora.api.json"
-SUBJECT = "toby"
-INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures
+INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures, whoever is on them
+PLACES = ("on water, right", "on bricks, left", "on water, top")  # none of these grounds is in the training pictures
 LOG = "server.log"
 MARK = "made_by_the_demo.txt"  # only a folder with this file in it is ever emptied
 
@@ -57,6 +57,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train a small LoRA in a real ComfyUI and show the results.")
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for the results")
+    parser.add_argument("--subject", default="toby", help="whom to teach: toby, mila, pip, zuzu or nori")
+    parser.add_argument("--pictures", type=Path, help="a folder with 01.png, 01.txt, ... to learn from instead")
     parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     parser.add_argument("--verbose", action="store_true", help="show full tracebacks")
     parser.add_argument("--workflow", type=Path, default=WORKFLOW, help="the API-format workflow to run")
@@ -71,10 +73,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def show(options: argparse.Namespace) -> None:
     """Draw the training pictures, train, collect the results, and keep the server up if asked."""
     host, packs = requirements(options.workflow)
-    prompt = with_overrides(load_prompt(options.workflow), overrides(options.set))
+    world = load_world()
+    if options.subject not in world.SUBJECTS:
+        raise DemoProblem(f"There is no subject {options.subject!r}: choose one of {', '.join(world.SUBJECTS)}.")
+    prompt = load_prompt(options.workflow)
+    prompt = with_prompts(prompt, [f"{world.SUBJECTS[options.subject]} {place}" for place in PLACES])
+    prompt = with_overrides(prompt, overrides(options.set))
+    if options.pictures:
+        world.read_subject_folder(options.pictures)
     output = fresh_folder(options.output)
     pictures = output / "dataset" / INPUT_FOLDER
-    load_world().write_subject_folder(pictures, SUBJECT)
+    if options.pictures:
+        shutil.copytree(options.pictures, pictures)
+    else:
+        world.write_subject_folder(pictures, options.subject)
     say(f"Starting ComfyUI from {host}")
     placed = {"packs": packs, "models": demo_models(), "inputs": [pictures]}
     with ComfyServer(host, **placed, log_file=output / LOG) as server:
@@ -83,7 +95,7 @@ def show(options: argparse.Namespace) -> None:
         result = run(client, prompt, options.timeout)
         summary = {**training_summary(result), "wall_time_seconds": time.monotonic() - start}
         loras = sorted((server.base / "output" / "loras").glob("*.safetensors"))
-        demo_report.write(output, prompt, result.outputs, client.view, loras, summary)
+        demo_report.write(output, prompt, result.outputs, client.view, loras, summary, pictures)
         say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
         if options.keep:
             say(f"ComfyUI is up at {server.url} (Ctrl-C ends it)")
@@ -111,6 +123,32 @@ def overrides(triples: Sequence[Sequence[str]]) -> dict[str, Json]:
         except ValueError:
             changes.setdefault(title, {})[name] = value
     return changes
+
+
+def with_prompts(prompt: Mapping[str, Json], texts: Sequence[str]) -> dict[str, Json]:
+    """A copy of a workflow that samples several texts: all that hangs on the node "Prompt" is there once for each.
+
+    The copies' titles end in a number: "Before", "Before 2", "Before 3".
+    """
+    source = node_titled(prompt, "Prompt")
+    chain = [source]
+    for name in chain:
+        chain += [
+            other for other, node in prompt.items()
+            if other not in chain and [name, 0] in [v for v in node["inputs"].values() if isinstance(v, list)]
+        ]  # fmt: skip
+    copied = json.loads(json.dumps(prompt))
+    copied[source]["inputs"]["text"] = texts[0]
+    for number, text in enumerate(texts[1:], start=2):
+        for name in chain:
+            node = json.loads(json.dumps(prompt[name]))
+            node["_meta"]["title"] += f" {number}"
+            for key, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] in chain:
+                    node["inputs"][key] = [f"{value[0]}/{number}", value[1]]
+            copied[f"{name}/{number}"] = node
+        copied[f"{source}/{number}"]["inputs"]["text"] = text
+    return copied
 
 
 def fresh_folder(folder: Path) -> Path:

@@ -30,8 +30,12 @@ def write(
     view: Callable[[Json], bytes],
     loras: Sequence[Path],
     summary: Mapping[str, Any],
+    shown: Path | None = None,
 ) -> None:
-    """Fill `folder`; `view` fetches the picture behind an image reference of `outputs`."""
+    """Fill `folder`; `view` fetches the picture behind an image reference of `outputs`.
+
+    `shown` holds the training pictures, which then stand above what was sampled.
+    """
 
     def images(title: str) -> list[Image.Image]:
         references = outputs.get(node_titled(prompt, title), {}).get("images", [])
@@ -45,10 +49,25 @@ def write(
         shutil.copy2(lora, folder)
     for title, name in PICTURES.items():
         sheet(images(title)).save(folder / name)
-    captions = {title: caption(prompt, node_titled(prompt, title)) for title in (BEFORE, AFTER)}
-    rows = [(f"{title}: {text}", images(title)) for title, text in captions.items()]
+    rows = [("What it was shown", [opened(path) for path in sorted(shown.glob("*.png"))])] if shown else []
+    for number in range(1, 1 + sum(titles_like(prompt, BEFORE))):
+        suffix = "" if number == 1 else f" {number}"
+        text = caption(prompt, node_titled(prompt, BEFORE + suffix))
+        rows.append((f"{text}: before and after", [*images(BEFORE + suffix), *images(AFTER + suffix)]))
     comparison(rows).save(folder / "before_after.png")
     (folder / "summary.md").write_text(table(summary), encoding="utf-8")
+
+
+def titles_like(prompt: Mapping[str, Json], title: str) -> list[bool]:
+    """For every node, whether it has that title or the title and a number."""
+    titles = [node.get("_meta", {}).get("title", "") for node in prompt.values()]
+    return [name == title or (name.startswith(title + " ") and name[len(title) + 1 :].isdigit()) for name in titles]
+
+
+def opened(path: Path, side: int = 128) -> Image.Image:
+    """A picture file, small enough to stand beside others."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
 
 def caption(prompt: Mapping[str, Json], node: str) -> str:

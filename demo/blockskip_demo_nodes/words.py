@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 PAD_ID = 0
@@ -87,10 +87,22 @@ class WordEncoder(nn.Module):
 
 
 def read_text_file(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """The tables of a text file and the tokenizer's data (``words``, ``length``)."""
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "words" not in metadata:
-            raise ValueError(f"{Path(path).name} is not a text file of the BlockSkip demo world")
-        tables = {name: file.get_tensor(name) for name in file.keys()}
+    """The tables of a text file and the tokenizer's data (``words``, ``length``).
+
+    Raises:
+        ValueError: If the file is damaged or is something else.
+    """
+    name = Path(path).name
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tables = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{name} cannot be read ({error}). Copy it again from the pack's demo/assets."
+        ) from error
+    if "words" not in metadata:
+        raise ValueError(
+            f"{name} is not a text file of the BlockSkip demo world: choose blockskip_world_text.safetensors."
+        )
     return tables, {"words": json.loads(metadata["words"]), "length": tables["place_vectors"].shape[0]}
