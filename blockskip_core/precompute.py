@@ -41,10 +41,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Precomputed:
-    """Residuals of a chunk and the full model's output for its first draw."""
+    """Residuals of a chunk and the full model's output for its first draw.
+
+    Attributes:
+        residuals: Draw -> residual.
+        reference: Of the chunk's first draw.
+        entering: Draw -> image tokens that enter the back span, shape (1, N, D), if they were asked for.
+    """
 
     residuals: dict[int, Residual]
     reference: Reference
+    entering: dict[int, Tensor]
 
 
 @torch.inference_mode(False)  # hosts run their nodes under it, and training cannot use what is made there
@@ -57,6 +64,7 @@ def precompute_residuals(
     draws: Sequence[int],
     *,
     batch_size: int = 1,
+    keep_entering: bool = False,
     progress: Progress | None = None,
 ) -> Precomputed:
     """Return the residuals of ``draws`` with the model's weights as they are, and one reference output.
@@ -68,6 +76,7 @@ def precompute_residuals(
         selection: Blocks to be skipped.
         draws: Indices of a chunk.
         batch_size: Draws that go through a block together.
+        keep_entering: Also return what enters the back span.
         progress: Called with (block passes done, total).
 
     Raises:
@@ -77,12 +86,15 @@ def precompute_residuals(
     stream = _BlockStream(dit, schedule, latents, batch_size)
     front: dict[int, TokenStreams] = {}
     back: dict[int, Tensor] = {}
+    before: dict[int, Tensor] = {}
     for index in range(len(dit.blocks)):
         # With no back span only the reference has to go past the front.
         passing = draws if selection.back or index < selection.front else draws[:1]
         for draw, entering, leaving in stream.through(index, passing):
             if index == selection.front - 1:
                 front[draw] = leaving
+            if keep_entering and selection.back and index == selection.back_span.start:
+                before[draw] = entering.img
             if index in selection.back_span:
                 added = _difference(leaving, entering)
                 back[draw] = back[draw] + added if draw in back else added
@@ -91,7 +103,7 @@ def precompute_residuals(
     residuals = {draw: Residual(front.get(draw), _as_stored(back.get(draw), stream.dtype)) for draw in draws}
     reference = Reference(draws[0], stream.output[draws[0]])
     _require_finite(residuals, reference)
-    return Precomputed(residuals, reference)
+    return Precomputed(residuals, reference, before)
 
 
 class _BlockStream:

@@ -3,9 +3,11 @@
 What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
 
     front.img, front.txt   tokens leaving the front span; exact, because no LoRA acts before them
-    back                   what the back span adds to the image tokens, as the sum of its blocks' differences
+    back                   what the back span adds to the image tokens, as the sum of its blocks' differences; with a
+                           response, less its linear part
     latent                 the clean latent of the draw's crop
     reference              the full model's clean estimate, for the first draw of a chunk
+    response               how the back span answers its input (``back_response``), with the first draw of all
 
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
 does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
@@ -18,7 +20,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +51,7 @@ class CacheIdentity:
         captions: Content hash of the conditionings.
         dtype: Dtype of the token streams.
         host: Versions of the software that computes.
+        back_residual: Whether back residuals are constants or have a linear answer to their input.
         version: Format of the cache.
     """
 
@@ -59,6 +62,7 @@ class CacheIdentity:
     captions: str
     dtype: str
     host: str = ""
+    back_residual: str = "constant"
     version: int = CACHE_VERSION
 
     @property
@@ -208,15 +212,15 @@ class ResidualCache:
     def __len__(self) -> int:
         return len(self._names)
 
-    def read(self, draw: int) -> dict[str, Tensor]:
-        """Return the tensors of one draw, name -> CPU tensor.
+    def read(self, draw: int, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+        """Return the tensors of one draw whose names are wanted, name -> CPU tensor.
 
         Raises:
             CacheError: If the draw is absent, or a tensor does not match its checksum.
         """
         if draw not in self._names:
             raise CacheError(f"Draw {draw} is not among the stored residuals.")
-        return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw]}
+        return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw] if wanted(name)}
 
     def verify(self) -> None:
         """Read every tensor once.
@@ -237,7 +241,12 @@ class ResidualCache:
 
     def residual(self, draw: int) -> Residual:
         """Return what is replayed for one draw; see :meth:`read`."""
-        return Residual.from_tensors(self.read(draw))
+        return Residual.from_tensors(self.read(draw, wanted=lambda name: name.startswith(("front", "back"))))
+
+    def first(self, name: str) -> tuple[int, Tensor] | None:
+        """Return the first draw that has a tensor of this name, and the tensor; see :meth:`read`."""
+        draws = self.draws_with(name)
+        return (draws[0], self._read_tensor(f"{draws[0]}/{name}")) if draws else None
 
     def _read_tensor(self, key: str) -> Tensor:
         entry = self._tensors[key]

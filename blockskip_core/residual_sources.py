@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .back_response import BACK_RESIDUALS, BackResidual, constant_part, fit_response
 from .block_selection import BlockSelection
 from .draws import TrainingSchedule
 from .errors import CacheError, InvalidInputError
@@ -24,6 +25,7 @@ from .precompute import Precomputed, Reference, precompute_residuals
 from .residual_cache import (
     CacheIdentity,
     CacheWriter,
+    Residual,
     ResidualCache,
     is_finished,
     predicted_bytes,
@@ -56,6 +58,8 @@ class ResidualSet:
         chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
         folder: The folder of this set's own.
         family: The model family.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
+            read on the fly.
     """
 
     schedule: TrainingSchedule
@@ -67,8 +71,13 @@ class ResidualSet:
     chunk_size: int
     folder: Path
     family: str
+    back_residual: BackResidual = "constant"
 
     def __post_init__(self) -> None:
+        if self.back_residual not in BACK_RESIDUALS:
+            raise InvalidInputError(
+                f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
+            )
         if self.storage not in STORAGES:
             raise InvalidInputError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}.")
         if self.chunk_size < 1:
@@ -84,15 +93,21 @@ class ResidualSet:
 
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
     """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
-    return predicted_bytes(
+    itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
+    response = dit.width**2 * itemsize * (_wants_response(residuals))
+    return response + predicted_bytes(
         draws,
         front=residuals.selection.front > 0,
         back=residuals.selection.back > 0,
         img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
         txt_tokens={draw: dit.text_length(residuals.schedule[draw].caption) for draw in draws},
         width=dit.width,
-        itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
+        itemsize=itemsize,
     )
+
+
+def _wants_response(residuals: ResidualSet) -> bool:
+    return residuals.back_residual == "linear" and residuals.selection.back > 0
 
 
 def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
@@ -113,10 +128,12 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1)
     draws = range(len(residuals.schedule))
     chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
+    response = None
     with _written(residuals) as writer:
         for number, chunk in enumerate(chunks):
-            computed = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)))
-            writer.write(_records(residuals, computed))
+            part = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
+            writer.write(_records(residuals, part, with_response=not number))
+            response = part.response
 
 
 def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Tensor | None:
@@ -148,22 +165,55 @@ def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
             writer.discard()
 
 
-def _compute(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int], progress: PhaseProgress) -> Precomputed:
-    return precompute_residuals(
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of draws as it is stored."""
+
+    computed: Precomputed
+    response: Tensor | None
+
+
+def _compute(
+    residuals: ResidualSet,
+    dit: SkippableDit,
+    draws: Sequence[int],
+    progress: PhaseProgress,
+    response: Tensor | None,
+) -> _Part:
+    """Compute a chunk; the first one decides the response for all."""
+    computed = precompute_residuals(
         dit,
         residuals.schedule,
         residuals.latents,
         residuals.selection,
         draws,
+        keep_entering=_wants_response(residuals),
         progress=lambda done, total: progress("precomputing residuals", done, total),
     )
+    if not computed.entering:
+        return _Part(computed, None)
+    if response is None:
+        response = fit_response((h, computed.residuals[draw].back) for draw, h in computed.entering.items())
+    return _Part(with_response(computed, response), response)
 
 
-def _records(residuals: ResidualSet, computed: Precomputed) -> dict[int, dict[str, Tensor]]:
+def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
+    """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
+    parts = {
+        draw: Residual(residual.front, constant_part(residual.back, computed.entering[draw], response))
+        for draw, residual in computed.residuals.items()
+    }
+    return Precomputed(parts, computed.reference, computed.entering)
+
+
+def _records(residuals: ResidualSet, part: _Part, *, with_response: bool) -> dict[int, dict[str, Tensor]]:
+    computed = part.computed
     records = {
         draw: {**residual.tensors(), "latent": residuals.latents[draw]} for draw, residual in computed.residuals.items()
     }
     records[computed.reference.draw]["reference"] = computed.reference.denoised
+    if with_response and part.response is not None:
+        records[computed.reference.draw]["response"] = part.response
     return records
 
 
@@ -199,6 +249,7 @@ class ChunkedSource:
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
+        self._response: Tensor | None = None
 
     def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
         """Yield the run in stretches of as many micro-batches as a chunk of draws holds."""
@@ -213,8 +264,9 @@ class ChunkedSource:
         draws = list(dict.fromkeys(draws))
         _require_room(residuals, self._dit, draws)
         with _written(residuals) as writer:
-            computed = _compute(residuals, self._dit, draws, self._progress)
-            writer.write(_records(residuals, computed))
+            part = _compute(residuals, self._dit, draws, self._progress, self._response)
+            self._response = part.response
+            writer.write(_records(residuals, part, with_response=True))
         try:
             with _opened(residuals, micro_batches) as opened:
                 yield opened
@@ -235,9 +287,8 @@ def _opened(residuals: ResidualSet, micro_batches: range) -> Iterator[OpenResidu
     """Open a finished cache for a stretch."""
     with _opened_cache(residuals.folder, residuals.identity) as cache:
         cache.verify()  # now, rather than after hours of training
-        first = cache.draws_with("reference")[0]
-        reference = Reference(first, cache.read(first)["reference"])
-        yield OpenResiduals(micro_batches, cache.residual, reference)
+        reference, response = cache.first("reference"), cache.first("response")
+        yield OpenResiduals(micro_batches, cache.residual, Reference(*reference), response and response[1])
 
 
 @contextmanager

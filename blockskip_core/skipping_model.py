@@ -81,6 +81,10 @@ class SkippingModel:
             if is_linear(layer)
         }
 
+    def set_response(self, response: Tensor | None) -> None:
+        """Set the back span's linear answer to its input for all batches; see ``back_response``."""
+        self._replay.response = None if response is None else response.to(self._dit.device)
+
     def replay(
         self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor] | None
     ) -> None:

@@ -2,7 +2,7 @@
 
     PassThrough     hands its tokens on; holds no weights
     ReplayFront     puts in the stored output of the front span; holds no weights
-    AddResidual     adds the stored residual of the back span; holds no weights
+    AddResidual     adds the stored residual of the back span, and its linear answer if there is one; holds no weights
     RecordingBlock  runs the real block and keeps what went in and came out
     TrainedBlock    runs the real block so that gradients are right, checkpointed or not
     FoldedBlock     runs the real block in a recording pass, replays it in the training pass
@@ -34,10 +34,12 @@ class Replay:
     Attributes:
         front: Tokens leaving the front span, or None if nothing is skipped there.
         back: Residual of the image tokens over the back span, shape (B, N, D), or None.
+        response: J of ``back_response``, shape (D, D), or None if the back residual is a constant.
     """
 
     front: TokenStreams | None = None
     back: Tensor | None = None
+    response: Tensor | None = None
 
 
 class PassThrough(nn.Module):
@@ -76,6 +78,8 @@ class AddResidual(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
         img = entering.img + self.replay.back.to(entering.img)
+        if self.replay.response is not None:
+            img = img + entering.img @ self.replay.response.to(entering.img)
         return self.io.result(TokenStreams(img, entering.txt), args, kwargs)
 
 

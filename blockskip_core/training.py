@@ -145,11 +145,13 @@ class OpenResiduals:
         micro_batches: The stretch.
         residual: Draw index -> residual; None in the folded form.
         reference: The full model's output for one of the draws, or None in the folded form.
+        response: J of ``back_response``, or None if the back residuals are constants.
     """
 
     micro_batches: range
     residual: Callable[[int], Residual] | None
     reference: Reference | None
+    response: Tensor | None = None
 
 
 class ResidualSource(Protocol):
@@ -253,6 +255,7 @@ class _Loop:
     def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:
         """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
         model = SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
+        model.set_response(residuals.response)
         with ExitStack() as stack:
             # Grad mode is the caller's otherwise: hosts run their nodes under no_grad or inference_mode.
             stack.enter_context(torch.inference_mode(False))

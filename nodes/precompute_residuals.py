@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..blockskip_core import pictures
+from ..blockskip_core.back_response import BACK_RESIDUALS
 from ..blockskip_core.block_selection import BlockSelection
 from ..blockskip_core.draws import draw_schedule, largest_crop
 from ..blockskip_core.errors import InvalidInputError
@@ -135,6 +136,16 @@ class PrecomputeResiduals(io.ComfyNode):
                     tooltip="Draws that go through the model's blocks together. More needs more RAM and loads each "
                     "block's weights less often. With `chunked`, also how many are kept on disk at a time.",
                 ),
+                io.Combo.Input(
+                    "back_residual",
+                    options=list(BACK_RESIDUALS),
+                    default="constant",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What stands in for the last blocks. constant: what they added before training (the "
+                    "paper's). linear: that, and how it changes with what the trained blocks learn, to first order, at "
+                    "the same memory. Not read by `on the fly`.",
+                ),
             ],
             outputs=[
                 ResidualsSocket.Output("residuals", display_name="residuals", tooltip="For Dynamic Patch Trainer."),
@@ -178,6 +189,7 @@ class PrecomputeResiduals(io.ComfyNode):
             captions=conditionings_identity(captions),
             dtype=str(bare.dtype),
             host=host_identity(),
+            back_residual=widgets.get("back_residual", "constant"),
         )
         storage = widgets["storage"]
         folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))
@@ -194,6 +206,7 @@ class PrecomputeResiduals(io.ComfyNode):
             chunk_size=widgets.get("chunk_size", 64),
             folder=folder,
             family=bare.family,
+            back_residual=widgets.get("back_residual", "constant"),
         )
         if storage == "disk":
             write_cache(residuals, HostedDit(model, captions, latents.shape[1:]), progress)

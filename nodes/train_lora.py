@@ -343,6 +343,7 @@ class _Run:
             "patch_order": patches.order,
             "timesteps": self.residuals.schedule.timesteps,
             "residuals": self.residuals.storage,
+            "back_residual": self.residuals.back_residual,
             "steps": self.result.steps,
             "steps_planned": self.config.steps,
             "batch_size": self.config.batch_size,

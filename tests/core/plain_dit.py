@@ -215,11 +215,12 @@ def reference_denoise(
     *,
     selection: BlockSelection | None = None,
     lora: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
+    response: Tensor | None = None,
 ) -> Tensor:
     """The clean estimate by plain autograd: no in-place writes, the LoRA merged, the spans of the base model put in.
 
     ``lora`` maps a layer's name to (A, B, scale) and acts in the kept blocks only; the front's output and the back's
-    image residual are those of the model without it.
+    image residual are those of the model without it. ``response`` is the back span's linear answer to its input.
     """
     net, lora = dit.net, lora or {}
     text = torch.cat([dit.texts[caption] for caption in captions])
@@ -259,7 +260,9 @@ def reference_denoise(
         elif index < len(dit.blocks) - back:
             img, txt = block(info.name, img, txt, vec)
     if back:
+        moved = img - before_back.detach()
         img = img + (base_img - before_back).detach()
+        img = img if response is None else img + moved @ response
     velocity = linear("head", img).mT.unflatten(2, noisy.shape[2:])
     return noisy - sigmas.view(-1, 1, 1, 1) * velocity
 

@@ -33,14 +33,18 @@ def quiet(phase, done, total):
     pass
 
 
-def residual_set(folder, storage="disk", *, spans=(1, 2), chunk_size=2, dtype="torch.float64", model="m"):
+def residual_set(
+    folder, storage="disk", *, spans=(1, 2), chunk_size=2, dtype="torch.float64", model="m", back_residual="constant"
+):
     chosen = selection(*spans)
     identity = CacheIdentity(
-        model=model, schedule=PLAN.fingerprint, selection=chosen.fingerprint, pictures="p", captions="c", dtype=dtype
-    )
+        model=model, schedule=PLAN.fingerprint, selection=chosen.fingerprint, pictures="p", captions="c", dtype=dtype,
+        back_residual=back_residual,
+    )  # fmt: skip
     return ResidualSet(
         schedule=PLAN, latents=latents(len(PLAN)), selection=chosen, captions=(), identity=identity, storage=storage,
         chunk_size=chunk_size, folder=folder / identity.key, family="plain",
+        back_residual=back_residual,
     )  # fmt: skip
 
 

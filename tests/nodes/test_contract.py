@@ -84,7 +84,9 @@ def parameters_read(nodes, node):
             parameters = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
         read.update({parameter.name: parameter for parameter in parameters})
     if node is nodes.PrecomputeResiduals:  # read by `execute` itself, out of its widgets
-        for name, default in (("storage", inspect.Parameter.empty), ("chunk_size", 64)):
+        for name, default in (
+            ("storage", inspect.Parameter.empty), ("chunk_size", 64), ("back_residual", "constant"),
+        ):  # fmt: skip
             read[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     assert not set(own) & set(read)
     return {**own, **read}

@@ -89,7 +89,7 @@ def test_the_map_names_every_file_and_no_other():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## Files", 1)[1].split("\n## ", 1)[0]
     named = {word.rstrip(",") for line in text.splitlines() for word in line.split("  ")[2:3] for word in word.split()}
     assert [path for path in named if not (ROOT / path).exists()] == []
-    folders = ("nodes", "blockskip_core", "devtools", "demo", "tests")
+    folders = ("nodes", "blockskip_core", "devtools", "demo", "benchmarks", "tests")
     code = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".mjs")}
     code |= set(ROOT.glob("*.py"))
     assert sorted(str(path.relative_to(ROOT)) for path in code if str(path.relative_to(ROOT)) not in named) == []
