@@ -1,0 +1,276 @@
+"""Does it learn the subject? The paper's ablations, on the demo world, on a processor.
+
+    python dev.py benchmark quality            # all arms, subjects and seeds; goes on where it was stopped
+    python dev.py benchmark quality -- --report   # only write the table and the plot anew
+
+Every cell (arm, subject, seed) is one line of ``benchmarks/results/quality_cells.jsonl``, so a run may be stopped at
+any time, and several may work side by side (``--share 1/2`` and ``--share 2/2``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import quality_report
+import torch
+from quality_arms import ARMS, BASELINE, FULL, SMALL, Arm, arm_named
+from quality_world import Bench, Settings, use_pack
+
+logger = logging.getLogger("quality")
+RESULTS = Path(__file__).resolve().parent / "results"
+SEEDS = (0, 1, 2)
+PROBE_CAPTIONS = 4
+
+
+def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """Train one LoRA; the MODEL with it, and what the training cost."""
+    from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.hosts.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, to_host_lora
+    from blockskip_pack.blockskip_core.skipping_model import linear_names
+    from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResult, train_lora
+    from quality_sources import source_for
+
+    photos, captions = bench.training_set(subject, settings)
+    schedule = draw(bench, arm, len(photos), seed, settings)
+    latents = bench.encoded(subject, photos, schedule)
+    dit = HostedDit(bench.model, captions, latents.shape[1:])
+    selection = choose(bench, arm)
+    config = TrainingConfig(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate * arm.changes.get("learning_rate", 1),
+        lr_schedule=settings.lr_schedule,
+        seed=seed,
+        checkpointing=False,
+    )
+    layers = linear_names(dit, selection, lambda name: dit.adapter.is_lora_target(name, "attention and mlp"))
+    shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    rank = round(settings.rank * arm.changes.get("rank", 1))
+    adapters = LoraAdapters(shapes, LoraSettings(rank=rank, alpha=rank), seed=seed)
+
+    def with_lora() -> Any:
+        state = {f"{n}.lora_{part}.weight": get(n).detach() for n in adapters.names
+                 for part, get in (("A", adapters.down), ("B", adapters.up))}  # fmt: skip
+        return apply_lora(bench.model, to_host_lora(state, adapters.scale, rank), 1.0)[0]
+
+    def current() -> HostedDit:
+        return HostedDit(with_lora(), captions, latents.shape[1:])
+
+    parts = {"dit": dit, "schedule": schedule, "latents": latents, "selection": selection}
+    source = source_for(arm.stand_in, current, round(arm.changes.get("refreshes", 0)), **parts)
+    result, started = TrainingResult(), time.perf_counter()
+    train_lora(
+        dit, schedule, latents, selection, source, adapters, config, result=result, on_step=lambda report: None
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    kept = list(dit.blocks) if arm.stand_in == "on the fly" else [dit.blocks[i] for i in selection.kept]
+    return with_lora(), {
+        "front": selection.front,
+        "back": selection.back,
+        "loss": statistics.fmean(result.losses[-50:]),
+        "saved_bytes": result.saved_bytes,
+        "block_bytes": sum(block.num_bytes for block in kept),
+        "step_seconds": statistics.median(result.step_seconds),
+        "seconds": seconds,
+    }
+
+
+def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -> Any:
+    """The arm's training schedule."""
+    from blockskip_pack.blockskip_core.draws import draw_schedule
+    from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
+    from blockskip_pack.blockskip_core.timesteps import sigma_sampler
+
+    order = {"full": "fixed", "resize": "fixed"}.get(arm.views, arm.views)
+    smallest = FULL if arm.views == "full" else SMALL
+    sampling = bench.model.get_model_object("model_sampling")
+    return draw_schedule(
+        [(FULL, FULL)] * pictures,
+        num_captions=pictures,
+        num_draws=round(settings.draws * arm.changes.get("draws", 1)),
+        patches=PatchConfig(patch_min=smallest, patch_max=FULL, multiple=16, order=order),
+        sample_sigmas=sigma_sampler(
+            "model", model_sigma=lambda t: float(sampling.percent_to_sigma(1.0 - t)), shift=1.0
+        ),
+        seed=seed,
+    )
+
+
+def choose(bench: Bench, arm: Arm) -> Any:
+    """The arm's blocks."""
+    from blockskip_pack.blockskip_core.block_selection import BlockSelection, num_skipped, preset_selection
+
+    blocks = bench.num_blocks
+    count = num_skipped(arm.ratio, blocks)
+    if arm.choice == "preset":
+        return preset_selection(arm.ratio, blocks, "flux")
+    spans = {"none": (0, 0), "first only": (count, 0), "last only": (0, count)}
+    front, back = influence(bench, blocks).select(count) if arm.choice == "measured" else spans[arm.choice]
+    return BlockSelection(front=front, back=back, num_blocks=blocks, family="flux")
+
+
+def influence(bench: Bench, num_blocks: int) -> Any:
+    """What masking the text does in each run of blocks (Eq. 2), measured once in the reader's features."""
+    from blockskip_pack.blockskip_core.block_selection import TextInfluence, cosine_distance
+    from blockskip_pack.blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig
+
+    file = bench.results / f"quality_influence_{bench.identity}.json"
+    if file.is_file():
+        return TextInfluence.from_json(file.read_text(encoding="utf-8"))
+    import random
+
+    rng = random.Random(0)
+    texts = [bench.world.caption(bench.world.random_scene(rng)) for _ in range(PROBE_CAPTIONS)]
+    sampler = MaskedSampler(bench.model, ProbeConfig(size=SMALL, steps=12, cfg=3.0), 8)
+    measured = TextInfluence(num_blocks, "reader's features", num_pictures=len(texts))
+
+    def embeddings(masked: frozenset[int]) -> list[torch.Tensor]:
+        pictures = [
+            bench.vae.decode(sampler.sample(bench.conditioning(text), bench.conditioning(""), seed=i, masked=masked))
+            for i, text in enumerate(texts)
+        ]
+        with torch.no_grad():
+            return [bench.reader.features(picture.permute(0, 3, 1, 2).clamp(0, 1)) for picture in pictures]
+
+    plain = embeddings(frozenset())
+    for run, masked in measured.missing(num_blocks // 2).items():
+        measured.record(run, sum(map(cosine_distance, plain, embeddings(masked))))
+    file.write_text(measured.to_json(), encoding="utf-8")
+    return measured
+
+
+@torch.no_grad()
+def cell(bench: Bench, name: str, subject: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train and judge one cell; "base" is the model as it is, judged in the same way."""
+    model, costs = bench.model, {}
+    if name != "base":
+        model, costs = train(bench, arm_named(name), subject, seed, settings)
+    found = dict(costs)
+    for size, suffix in ((FULL, ""), (SMALL, "_small")):
+        found["held_out_loss" + suffix] = bench.held_out_loss(model, subject, size, settings)
+        fidelity, pictures = bench.fidelity(model, subject, seed, size, settings)
+        found |= {measure + suffix: value for measure, value in fidelity.items()}
+        keep_picture(bench, pictures[0], f"{name}_{subject}_{seed}{suffix}")
+    return found
+
+
+def keep_picture(bench: Bench, picture: torch.Tensor, name: str) -> None:
+    """Write a sample, for the sheet."""
+    from sample_world import to_picture
+
+    folder = bench.results / "quality_samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    to_picture(picture).save(folder / (quality_report.file_name(name) + ".jpg"), quality=92)
+
+
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """All (arm, subject, seed), seeds outermost, so that an early stop leaves whole comparisons; our share of them."""
+    part, parts = options.share
+    every = [(arm, subject, seed) for seed in options.seeds for subject in options.subjects for arm in options.arms]
+    pairs = sorted({(seed, subject) for _, subject, seed in every}, key=[(s, x) for _, x, s in every].index)
+    for arm, subject, seed in every:
+        if pairs.index((seed, subject)) % parts == part - 1:
+            yield arm, subject, seed
+
+
+def run(bench: Bench, options: argparse.Namespace, settings: Settings) -> None:
+    """Work through the cells that are not done; arms that come to the same training share one."""
+    file = bench.results / f"quality_cells{'' if options.share[1] == 1 else '_' + str(options.share[0])}.jsonl"
+    key = key_of(bench, settings)
+    done = {
+        (row["arm"], row["subject"], row["seed"]): row
+        for row in quality_report.rows(bench.results)
+        if row["key"] == key
+    }
+    for name, subject, seed in cells(options):
+        if (name, subject, seed) in done:
+            continue
+        twin = twin_of(bench, name, [arm for arm, *cell in done if cell == [subject, seed]])
+        found = done[twin, subject, seed] if twin else cell(bench, name, subject, seed, settings)
+        row = {**found, "key": key, "arm": name, "subject": subject, "seed": seed}
+        row = {field: round(value, 6) if isinstance(value, float) else value for field, value in row.items()}
+        done[name, subject, seed] = row
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        logger.info("%s, %s, seed %d: loss %.4f, cosine %.3f", name, subject, seed, row["held_out_loss"], row["cosine"])
+
+
+def key_of(bench: Bench, settings: Settings) -> str:
+    """What cells must share to be compared: the world's weights and all settings."""
+    parts = [bench.identity, dataclasses.asdict(settings)]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
+
+
+def twin_of(bench: Bench, name: str, others: list[str]) -> str | None:
+    """A finished arm that trains exactly as this one, its blocks being chosen the same by another way."""
+
+    def training(arm: Arm) -> tuple:
+        selection = choose(bench, arm)
+        return arm.views, arm.stand_in, tuple(arm.changes.items()), selection.front, selection.back
+
+    if name == "base":
+        return None
+    return next(
+        (other for other in others if other != "base" and training(arm_named(other)) == training(arm_named(name))), None
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
+    parser.add_argument("--arms", nargs="+", default=["base", BASELINE, *(a.name for a in ARMS if a.name != BASELINE)])
+    parser.add_argument("--subjects", nargs="+", default=["toby", "mila", "pip", "zuzu", "nori"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument(
+        "--share", default="1/1", help="1/2 and 2/2: two runs side by side, each with half of the cells"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where cells, table and plot go")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the table and the plot")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"))
+    options = parser.parse_args()
+    options.share = tuple(map(int, options.share.split("/")))
+    return options
+
+
+def main() -> None:
+    """Run the cells, then write the report."""
+    options = parse()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    settings = Settings(**{name: json.loads(value) for name, value in options.set})
+    use_pack(options.comfyui)
+    import host
+
+    logging.getLogger().setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO)
+    bench = Bench(options.assets or host.ASSETS, options.results)
+    if not options.report:
+        run(bench, options, settings)
+    if options.share[1] == 1:
+        quality_report.write(options.results, key_of(bench, settings), settings, about())
+
+
+def about() -> str:
+    """Date, machine and software, one line."""
+    import importlib.metadata as installed
+
+    versions = ", ".join(f"{name} {installed.version(name)}" for name in ("torch", "peft", "diffusers"))
+    processor = platform.processor() or platform.machine()
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), no GPU; {versions}."
+
+
+if __name__ == "__main__":
+    main()

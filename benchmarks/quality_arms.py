@@ -1,0 +1,76 @@
+"""The arms of the quality benchmark: which pictures a LoRA sees, which blocks are left out, what stands in for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FULL, SMALL = 256, 128  # the world's full picture size, and the size that is trained on otherwise
+
+Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
+Choice = Literal["none", "measured", "preset", "first only", "last only"]
+StandIn = Literal["cached", "on the fly", "nothing", "refreshed", "diagonal", "linear"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: The row's name.
+        part: The section of the table.
+        source: Where the paper has it; empty for what is ours.
+        views: Pictures at full size, resized to the small size, or dynamic patches in an order.
+        choice, ratio: How many blocks are skipped, and by which choice of first and last.
+        stand_in: What replaces the skipped blocks.
+        changes: What differs from the common settings: rank, learning_rate, draws, refreshes.
+    """
+
+    name: str
+    part: str
+    source: str = ""
+    views: Views = "low-to-high"
+    choice: Choice = "none"
+    ratio: float = 0.0
+    stand_in: StandIn = "cached"
+    changes: dict[str, float] = field(default_factory=dict)
+
+
+BASELINE = "LoRA, all blocks, full size"
+HALF = {"choice": "measured", "ratio": 0.5}
+DEEP = "beyond the paper, 50 % skipped, patches"
+
+ARMS: tuple[Arm, ...] = (
+    Arm(BASELINE, "upper bound", "Table 1", views="full"),
+    Arm("resize to small", "pictures", "Tables 2, 11", views="resize"),
+    Arm("patches, low to high", "pictures", "Tables 2, 11"),
+    Arm("patches, high to low", "pictures", "Table 11", views="high-to-low"),
+    Arm("patches, random", "pictures", "Table 11", views="random"),
+    *(
+        Arm(f"skip {ratio:.0%}, full size", "skipping, full size", "Table 12", "full", "measured", ratio)
+        for ratio in (0.3, 0.4, 0.5)
+    ),
+    *(
+        Arm(f"skip {ratio:.0%}, patches", "skipping, patches", "Table 1", choice="measured", ratio=ratio)
+        for ratio in (0.3, 0.4, 0.5)
+    ),
+    Arm("no residual", "50 % skipped, patches", "Table 2", **HALF, stand_in="nothing"),
+    Arm("skip only the first", "50 % skipped, patches", "Table 2", choice="first only", ratio=0.5),
+    Arm("skip only the last", "50 % skipped, patches", "Table 2", choice="last only", ratio=0.5),
+    Arm("the paper's choice, scaled", "50 % skipped, patches", "Table 4", choice="preset", ratio=0.5),
+    Arm("on the fly (exact back residual)", DEEP, **HALF, stand_in="on the fly"),
+    Arm("refreshed 4 times", DEEP, **HALF, stand_in="refreshed", changes={"refreshes": 4}),
+    Arm("diagonal response", DEEP, **HALF, stand_in="diagonal"),
+    Arm("linear response", DEEP, **HALF, stand_in="linear"),
+    Arm("a quarter of the draws", DEEP, **HALF, changes={"draws": 0.25}),
+    Arm("rank x 2", DEEP, **HALF, changes={"rank": 2}),
+    Arm("learning rate x 2", DEEP, **HALF, changes={"learning_rate": 2}),
+)
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of a name."""
+    for arm in ARMS:
+        if arm.name == name:
+            return arm
+    raise KeyError(f"There is no arm {name!r}; there are: {', '.join(arm.name for arm in ARMS)}.")

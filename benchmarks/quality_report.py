@@ -1,0 +1,206 @@
+"""The quality benchmark's table, comparisons, plot and sheet of samples, from its cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from quality_arms import ARMS, BASELINE
+
+MIB = 2**20
+Cell = dict[str, Any]
+Cells = dict[tuple[str, str, int], Cell]
+
+CLAIMS = (  # what is said, the arm that should be better, the one that should be worse
+    ("residuals are needed (Table 2)", "skip 50%, patches", "no residual"),
+    ("keep the middle, not only the end: the choice beats skipping only the first (Table 2)",
+     "skip 50%, patches", "skip only the first"),
+    ("the choice beats skipping only the last (Table 2)", "skip 50%, patches", "skip only the last"),
+    ("the choice beats the paper's FLUX choice, scaled", "skip 50%, patches", "the paper's choice, scaled"),
+    ("patches beat a plain resize (Tables 2, 11)", "patches, low to high", "resize to small"),
+    ("low to high beats high to low (Table 11)", "patches, low to high", "patches, high to low"),
+    ("low to high beats random (Table 11)", "patches, low to high", "patches, random"),
+    ("30 % beats 50 % (Table 1)", "skip 30%, patches", "skip 50%, patches"),
+    ("an exact back residual beats the cached one", "on the fly (exact back residual)", "skip 50%, patches"),
+    ("refreshing beats a constant", "refreshed 4 times", "skip 50%, patches"),
+    ("a diagonal response beats a constant", "diagonal response", "skip 50%, patches"),
+    ("a linear response beats a constant", "linear response", "skip 50%, patches"),
+    ("more draws beat fewer", "skip 50%, patches", "a quarter of the draws"),
+    ("a doubled rank is better", "rank x 2", "skip 50%, patches"),
+    ("a doubled learning rate is better", "learning rate x 2", "skip 50%, patches"),
+)  # fmt: skip
+
+
+def rows(folder: Path) -> list[Cell]:
+    """All cells of all runs."""
+    files = sorted(folder.glob("quality_cells*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+def file_name(text: str) -> str:
+    """A name that every file system takes."""
+    return "".join(letter if letter.isalnum() else "_" for letter in text)
+
+
+def recovered(cells: Cells, arm: str, subject: str, seed: int, loss: str = "held_out_loss") -> float | None:
+    """R = (L_base - L_arm) / (L_base - L_LoRA); None until all three are there."""
+    found = [cells.get((name, subject, seed)) for name in ("base", arm, BASELINE)]
+    if None in found:
+        return None
+    base, own, best = (cell[loss] for cell in found)
+    return (base - own) / (base - best)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def of_arm(cells: Cells, arm: str) -> list[Cell]:
+    """An arm's cells."""
+    return [cell for (name, _, _), cell in cells.items() if name == arm]
+
+
+def all_recovered(cells: Cells, arm: str, loss: str = "held_out_loss") -> dict[tuple[str, int], float]:
+    """R of every subject and seed."""
+    found = {(s, n): recovered(cells, name, s, n, loss) for name, s, n in cells if name == arm}
+    return {place: value for place, value in found.items() if value is not None}
+
+
+def table(cells: Cells) -> list[str]:
+    """The arms in Markdown."""
+    lines = [
+        "| arm | paper | skipped | R, full size | R, small | subject | place | ground | saved for backward | "
+        "block weights | s/step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = of_arm(cells, "base")
+    slowest = _median(of_arm(cells, BASELINE), "step_seconds")
+    if base:
+        lines.append("| base model, no LoRA | | | 0 | 0 | " + _shares(base) + " | | | |")
+    part = None
+    for arm in ARMS:
+        own = of_arm(cells, arm.name)
+        values = list(all_recovered(cells, arm.name).values())
+        if not own or not values:
+            continue
+        if arm.part != part:
+            part = arm.part
+            lines.append(f"| **{part}** | | | | | | | | | | |")
+        mean, error = mean_and_error(values)
+        small, spread = mean_and_error(list(all_recovered(cells, arm.name, "held_out_loss_small").values()))
+        spans = f"{own[0]['front']} + {own[0]['back']}"
+        lines.append(
+            f"| {arm.name} | {arm.source} | {spans} | **{mean:.3f}** ± {error:.3f} | {small:.3f} ± {spread:.3f} | "
+            f"{_shares(own)} | "
+            f"{_median(own, 'saved_bytes') / MIB:.1f} MiB | {_median(own, 'block_bytes') / MIB:.1f} MiB | "
+            f"{_median(own, 'step_seconds') / slowest:.2f} |"
+        )
+    return lines
+
+
+def _shares(own: list[Cell]) -> str:
+    return " | ".join(f"{statistics.fmean(cell[name] for cell in own):.2f}" for name in ("cosine", "place", "ground"))
+
+
+def _median(own: list[Cell], name: str) -> float:
+    return statistics.median(cell[name] for cell in own) if own else math.nan
+
+
+def comparisons(cells: Cells) -> list[str]:
+    """Every claim, over the cells that both arms have."""
+    lines = ["| claim | holds in | difference of R | difference of subject cosine |", "|---|---|---|---|"]
+    for text, better, worse in CLAIMS:
+        ours, theirs = all_recovered(cells, better), all_recovered(cells, worse)
+        places = [place for place in ours if place in theirs]
+        if not places:
+            continue
+        gains = [ours[place] - theirs[place] for place in places]
+        cosines = [cells[(better, *place)]["cosine"] - cells[(worse, *place)]["cosine"] for place in places]
+        if not any(gains):
+            lines.append(f"| {text} | the same training | | |")
+            continue
+        holds = sum(gain > 0 for gain in gains)
+        (mean, error), (cosine, spread) = mean_and_error(gains), mean_and_error(cosines)
+        lines.append(f"| {text} | {holds} of {len(gains)} | {mean:+.3f} ± {error:.3f} | {cosine:+.3f} ± {spread:.3f} |")
+    return lines
+
+
+def write(folder: Path, key: str, settings: Any, about: str) -> None:
+    """Write ``quality.md``, ``quality.png`` and ``quality_samples.jpg`` from the cells of one key."""
+    cells = {(row["arm"], row["subject"], row["seed"]): row for row in rows(folder) if row["key"] == key}
+    if not cells:
+        raise SystemExit(f"There are no cells of these settings in {folder}.")
+    subjects = sorted({subject for _, subject, _ in cells})
+    seeds = sorted({seed for _, _, seed in cells})
+    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in dataclasses.asdict(settings).items())
+    text = [
+        "# Quality on the demo world",
+        "",
+        about,
+        "",
+        f"{len(cells)} cells: {len(subjects)} subjects ({', '.join(subjects)}), seeds {', '.join(map(str, seeds))}. "
+        f"Shared by all arms: {shared}.",
+        "",
+        *table(cells),
+        "",
+        *comparisons(cells),
+        "",
+    ]
+    (folder / "quality.md").write_text("\n".join(text), encoding="utf-8")
+    plot(cells, folder / "quality.png")
+    samples(folder, subjects, folder / "quality_samples.jpg")
+
+
+def plot(cells: Cells, file: Path) -> None:
+    """R of every arm, with the single cells as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [arm for arm in ARMS if arm.name != BASELINE and all_recovered(cells, arm.name)]
+    figure, axes = pyplot.subplots(figsize=(9, 0.34 * len(shown) + 1.2), layout="constrained")
+    parts = list(dict.fromkeys(arm.part for arm in shown))
+    for height, arm in enumerate(reversed(shown)):
+        values = list(all_recovered(cells, arm.name).values())
+        mean, error = mean_and_error(values)
+        colour = f"C{parts.index(arm.part)}"
+        axes.barh(height, mean, xerr=error, color=colour, alpha=0.55, height=0.7, ecolor="black", capsize=2)
+        axes.plot(values, [height] * len(values), "o", color=colour, markersize=2.5)
+    axes.set_yticks(range(len(shown)), [arm.name for arm in reversed(shown)], fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set_xlabel("recovered fraction R of the held-out loss (0 base model, 1 LoRA on all blocks at full size)")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}", alpha=0.55) for i in range(len(parts))]
+    axes.legend(handles, parts, fontsize=7, loc="best")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def samples(folder: Path, subjects: Sequence[str], file: Path, side: int = 128) -> None:
+    """The first sample of seed 0, arms in rows and subjects in columns."""
+    names = ["base", *(arm.name for arm in ARMS)]
+
+    def source(arm: str, who: str) -> Path:
+        return folder / "quality_samples" / f"{file_name(f'{arm}_{who}_0')}.jpg"
+
+    names = [name for name in names if any(source(name, subject).is_file() for subject in subjects)]
+    label = 210
+    canvas = Image.new("RGB", (label + side * len(subjects), side * len(names)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, name in enumerate(names):
+        pen.text((6, row * side + side // 2 - 6), name, fill="black")
+        for column, subject in enumerate(subjects):
+            if source(name, subject).is_file():
+                with Image.open(source(name, subject)) as picture:
+                    canvas.paste(picture.resize((side, side)), (label + column * side, row * side))
+    if names:
+        canvas.save(file, quality=88)

@@ -1,0 +1,131 @@
+"""What stands in for the skipped blocks in each arm: sources of residuals, all held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from blockskip_pack.blockskip_core.back_response import fit_response
+from blockskip_pack.blockskip_core.block_selection import BlockSelection
+from blockskip_pack.blockskip_core.draws import TrainingSchedule
+from blockskip_pack.blockskip_core.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.residual_cache import Residual
+from blockskip_pack.blockskip_core.residual_sources import FoldedSource, with_response
+from blockskip_pack.blockskip_core.stand_ins import PassThrough, Recording, RecordingBlock
+from blockskip_pack.blockskip_core.streams import SkippableDit
+from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig
+
+PRECOMPUTE_BATCH = 16
+FITTED_DRAWS = 64
+Stretches = Iterator[AbstractContextManager[OpenResiduals]]
+
+
+@dataclass
+class Cached:
+    """Residuals of the base model, computed once; their answer to a changed input constant, diagonal or linear.
+
+    The answer is fitted on the first draws, as many as a chunk of the node has.
+    """
+
+    dit: SkippableDit
+    schedule: TrainingSchedule
+    latents: torch.Tensor
+    selection: BlockSelection
+    kind: str = "constant"
+
+    def stretches(self, config: TrainingConfig) -> Stretches:
+        """The whole run in one."""
+        computed = _computed(self, self.dit, keep_entering=self.kind != "constant")
+        response = None
+        if self.kind != "constant":
+            fitted = list(computed.entering)[:FITTED_DRAWS]
+            pairs = [(computed.entering[draw], computed.residuals[draw].back) for draw in fitted]
+            response = diagonal_response(pairs) if self.kind == "diagonal" else fit_response(pairs)
+            computed = with_response(computed, response)
+        every = range(config.num_micro_batches)
+        yield nullcontext(OpenResiduals(every, computed.residuals.__getitem__, computed.reference, response))
+
+
+def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The regression of every channel on itself alone, as a matrix."""
+    h, d = (torch.cat([pair[i].flatten(0, -2) for pair in pairs]).double() for i in (0, 1))
+    h, d = h - h.mean(0), d - d.mean(0)
+    return torch.diag((h * d).sum(0) / (1.01 * h.square().sum(0))).float()
+
+
+@dataclass
+class Refreshed:
+    """Residuals that are computed anew from the current weights, so many times over the run."""
+
+    dit: SkippableDit
+    schedule: TrainingSchedule
+    latents: torch.Tensor
+    selection: BlockSelection
+    current: Callable[[], SkippableDit]
+    times: int
+
+    def stretches(self, config: TrainingConfig) -> Stretches:
+        """Stretches of equal length; the first is the paper's."""
+        length = -(-config.num_micro_batches // (self.times + 1))
+        for start in range(0, config.num_micro_batches, length):
+            computed = _computed(self, self.current() if start else self.dit)
+            every = range(start, min(start + length, config.num_micro_batches))
+            reference = None if start else computed.reference
+            yield nullcontext(OpenResiduals(every, computed.residuals.__getitem__, reference))
+
+
+@dataclass
+class Nothing:
+    """No residuals: the first kept block sees the embedding, the head sees the last kept block."""
+
+    dit: SkippableDit
+    schedule: TrainingSchedule
+    latents: torch.Tensor
+    selection: BlockSelection
+
+    def stretches(self, config: TrainingConfig) -> Stretches:
+        """The whole run in one."""
+        embedded = self._embedded()
+        back = torch.zeros_like(embedded[0].img) if self.selection.back else None
+        residuals = {draw: Residual(tokens, back) for draw, tokens in embedded.items()}
+        yield nullcontext(OpenResiduals(range(config.num_micro_batches), residuals.__getitem__, None))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _embedded(self) -> dict[int, Any]:
+        """Tokens that enter the first block."""
+        recording = Recording()
+        first, *others = self.dit.blocks
+        modules = {block.name: PassThrough(block.io) for block in others}
+        modules[first.name] = RecordingBlock(self.dit.module(first.name), first.io, recording)
+        tokens = {}
+        with self.dit.running(modules) as denoise:
+            for start in range(0, len(self.schedule), PRECOMPUTE_BATCH):
+                draws = range(start, min(start + PRECOMPUTE_BATCH, len(self.schedule)))
+                noisy, _, sigmas = noisy_batch(self.schedule, self.latents, draws)
+                denoise(noisy, sigmas, [self.schedule[draw].caption for draw in draws])
+                entering = recording.entering.map(torch.clone).rows()
+                tokens.update(zip(draws, entering, strict=True))
+        return tokens
+
+
+def _computed(source: Any, dit: SkippableDit, **options: Any) -> Precomputed:
+    draws = range(len(source.schedule))
+    return precompute_residuals(
+        dit, source.schedule, source.latents, source.selection, draws, batch_size=PRECOMPUTE_BATCH, **options
+    )
+
+
+def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, **parts: Any) -> Any:
+    """The source of an arm; ``parts`` are dit, schedule, latents, selection."""
+    if stand_in == "on the fly":
+        return FoldedSource()
+    if stand_in == "nothing":
+        return Nothing(**parts)
+    if stand_in == "refreshed":
+        return Refreshed(**parts, current=current, times=times)
+    return Cached(**parts, kind={"cached": "constant"}.get(stand_in, stand_in))

@@ -1,0 +1,106 @@
+"""The quality benchmark: a small run of two arms that must come out as the paper says, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
+
+
+@pytest.fixture
+def small(bench: Callable[[str], ModuleType], tmp_path: Path) -> SimpleNamespace:
+    """The benchmark with few steps, writing into a temporary folder."""
+    quality = bench("quality")
+    settings = bench("quality_world").Settings(
+        steps=60, draws=120, held_out=3, levels=(0.3, 0.7), prompts=1, sampling_steps=3
+    )
+    return SimpleNamespace(
+        quality=quality, settings=settings, world=bench("quality_world").Bench(ASSETS, tmp_path), folder=tmp_path
+    )
+
+
+def options(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"share": (1, 1), "seeds": [0], "subjects": ["toby"], "arms": [], **changes})
+
+
+def test_with_residuals_it_learns_more_than_without(small: SimpleNamespace) -> None:
+    arms = ["base", "skip 50%, patches", "no residual"]
+    small.quality.run(small.world, options(arms=arms), small.settings)
+    loss = {row["arm"]: row["held_out_loss"] for row in rows_in(small.folder)}
+    assert loss["skip 50%, patches"] < loss["base"]
+    assert loss["skip 50%, patches"] < loss["no residual"]
+
+
+def test_a_stopped_run_goes_on_and_repeats_nothing(small: SimpleNamespace) -> None:
+    small.quality.run(small.world, options(arms=["base"]), small.settings)
+    first = rows_in(small.folder)
+    small.quality.run(small.world, options(arms=["base"], subjects=["toby", "pip"]), small.settings)
+    assert rows_in(small.folder)[: len(first)] == first
+    assert [row["subject"] for row in rows_in(small.folder)] == ["toby", "pip"]
+
+
+def test_every_stand_in_trains_and_starts_from_the_full_model(small: SimpleNamespace, bench) -> None:
+    import torch
+
+    arms = bench("quality_arms")
+    few = bench("quality_world").Settings(steps=4, draws=8)
+    with torch.no_grad():
+        for stand_in in ("cached", "on the fly", "refreshed", "diagonal", "linear"):
+            arm = arms.Arm("one", "", choice="preset", ratio=0.5, stand_in=stand_in, changes={"refreshes": 1})
+            _, costs = small.quality.train(small.world, arm, "pip", 0, few)
+            assert math.isfinite(costs["loss"])
+            assert (costs["front"], costs["back"]) == (4, 2)
+
+
+def rows_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "quality_cells.jsonl").read_text().splitlines()]
+
+
+def test_two_shares_have_every_cell_once(bench) -> None:
+    quality = bench("quality")
+    wanted = {"arms": ["base", "x"], "subjects": ["toby", "pip", "mila"], "seeds": [0, 1]}
+    whole = list(quality.cells(options(**wanted)))
+    halves = [list(quality.cells(options(**wanted, share=(part, 2)))) for part in (1, 2)]
+    assert sorted(whole) == sorted(halves[0] + halves[1])
+    assert not set(halves[0]) & set(halves[1])
+
+
+def cells_of(bench, losses: dict[str, float]) -> dict:
+    fields = {"cosine": 0.5, "place": 1.0, "ground": 1.0, "saved_bytes": 2**20, "block_bytes": 2**20,
+              "step_seconds": 0.1, "front": 1, "back": 2}  # fmt: skip
+    return {(arm, "toby", seed): {**fields, "held_out_loss": loss + 0.01 * seed, "held_out_loss_small": loss}
+            for arm, loss in losses.items() for seed in (0, 1)}  # fmt: skip
+
+
+def test_recovered_fraction_is_0_for_the_base_and_1_for_the_full_lora(bench) -> None:
+    report, baseline = bench("quality_report"), bench("quality_arms").BASELINE
+    cells = cells_of(bench, {"base": 0.4, baseline: 0.3, "no residual": 0.38})
+    assert report.recovered(cells, "base", "toby", 0) == pytest.approx(0.0)
+    assert report.recovered(cells, baseline, "toby", 0) == pytest.approx(1.0)
+    assert report.recovered(cells, "no residual", "toby", 1) == pytest.approx(0.2)
+    assert report.recovered(cells, "no residual", "pip", 0) is None
+
+
+def test_table_and_comparisons_tell_what_was_measured(bench) -> None:
+    report, baseline = bench("quality_report"), bench("quality_arms").BASELINE
+    cells = cells_of(bench, {"base": 0.4, baseline: 0.3, "skip 50%, patches": 0.32, "no residual": 0.38})
+    table = "\n".join(report.table(cells))
+    assert (
+        "| skip 50%, patches | Table 1 | 1 + 2 | **0.800** ± 0.000 | 0.800 ± 0.000 | 0.50 | 1.00 | 1.00 | 1.0 MiB | 1.0 MiB | 1.00 |"
+        in table
+    )
+    assert "diagonal response" not in table
+    assert report.comparisons(cells)[2].startswith("| residuals are needed (Table 2) | 2 of 2 | +0.600 ± 0.000 |")
+
+
+def test_every_compared_arm_exists(bench) -> None:
+    names = {arm.name for arm in bench("quality_arms").ARMS}
+    assert {name for _, *pair in bench("quality_report").CLAIMS for name in pair} <= names
+    assert len(names) == len(bench("quality_arms").ARMS)
