@@ -9,7 +9,7 @@ FULL, SMALL = 256, 128  # the world's full picture size, and the size that is tr
 
 Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
 Choice = Literal["none", "measured", "preset", "first only", "last only"]
-StandIn = Literal["cached", "on the fly", "nothing", "refreshed", "diagonal", "linear"]
+StandIn = Literal["cached", "on the fly", "nothing", "refreshed", "diagonal", "linear", "linear, refreshed"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("refreshed 4 times", DEEP, **HALF, stand_in="refreshed", changes={"refreshes": 4}),
     Arm("diagonal response", DEEP, **HALF, stand_in="diagonal"),
     Arm("linear response", DEEP, **HALF, stand_in="linear"),
+    Arm("linear response, refreshed 4 times", DEEP, **HALF, stand_in="linear, refreshed", changes={"refreshes": 4}),
     Arm("a quarter of the draws", DEEP, **HALF, changes={"draws": 0.25}),
     Arm("rank x 2", DEEP, **HALF, changes={"rank": 2}),
     Arm("learning rate x 2", DEEP, **HALF, changes={"learning_rate": 2}),

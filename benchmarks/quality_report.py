@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ CLAIMS = (  # what is said, the arm that should be better, the one that should b
     ("refreshing beats a constant", "refreshed 4 times", "skip 50%, patches"),
     ("a diagonal response beats a constant", "diagonal response", "skip 50%, patches"),
     ("a linear response beats a constant", "linear response", "skip 50%, patches"),
+    ("refreshing beats a linear response alone", "linear response, refreshed 4 times", "linear response"),
     ("more draws beat fewer", "skip 50%, patches", "a quarter of the draws"),
     ("a doubled rank is better", "rank x 2", "skip 50%, patches"),
     ("a doubled learning rate is better", "learning rate x 2", "skip 50%, patches"),
@@ -106,6 +107,12 @@ def table(cells: Cells) -> list[str]:
     return lines
 
 
+def _difference(values: Iterable[float]) -> str:
+    values = list(values)
+    mean, error = mean_and_error(values) if values else (math.nan, math.nan)
+    return f"{mean:+.3f} ± {error:.3f}"
+
+
 def _shares(own: list[Cell]) -> str:
     return " | ".join(f"{statistics.fmean(cell[name] for cell in own):.2f}" for name in ("cosine", "place", "ground"))
 
@@ -116,20 +123,23 @@ def _median(own: list[Cell], name: str) -> float:
 
 def comparisons(cells: Cells) -> list[str]:
     """Every claim, over the cells that both arms have."""
-    lines = ["| claim | holds in | difference of R | difference of subject cosine |", "|---|---|---|---|"]
+    lines = [
+        "| claim | R, full size | holds in | R, small | holds in | subject cosine |",
+        "|---|---|---|---|---|---|",
+    ]
     for text, better, worse in CLAIMS:
-        ours, theirs = all_recovered(cells, better), all_recovered(cells, worse)
-        places = [place for place in ours if place in theirs]
-        if not places:
+        columns = []
+        for loss in ("held_out_loss", "held_out_loss_small"):
+            ours, theirs = all_recovered(cells, better, loss), all_recovered(cells, worse, loss)
+            gains = {place: ours[place] - theirs[place] for place in ours if place in theirs}
+            columns += [_difference(gains.values()), f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"]
+        if not gains:
             continue
-        gains = [ours[place] - theirs[place] for place in places]
-        cosines = [cells[(better, *place)]["cosine"] - cells[(worse, *place)]["cosine"] for place in places]
-        if not any(gains):
-            lines.append(f"| {text} | the same training | | |")
+        if not any(gains.values()):
+            lines.append(f"| {text} | the same training | | | | |")
             continue
-        holds = sum(gain > 0 for gain in gains)
-        (mean, error), (cosine, spread) = mean_and_error(gains), mean_and_error(cosines)
-        lines.append(f"| {text} | {holds} of {len(gains)} | {mean:+.3f} ± {error:.3f} | {cosine:+.3f} ± {spread:.3f} |")
+        cosines = [cells[(better, *place)]["cosine"] - cells[(worse, *place)]["cosine"] for place in gains]
+        lines.append(f"| {text} | {' | '.join(columns)} | {_difference(cosines)} |")
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from blockskip_pack.blockskip_core.back_response import fit_response
 from blockskip_pack.blockskip_core.block_selection import BlockSelection
 from blockskip_pack.blockskip_core.draws import TrainingSchedule
 from blockskip_pack.blockskip_core.flow_matching import noisy_batch
-from blockskip_pack.blockskip_core.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residual_cache import Residual
 from blockskip_pack.blockskip_core.residual_sources import FoldedSource, with_response
 from blockskip_pack.blockskip_core.stand_ins import PassThrough, Recording, RecordingBlock
@@ -39,15 +39,21 @@ class Cached:
 
     def stretches(self, config: TrainingConfig) -> Stretches:
         """The whole run in one."""
-        computed = _computed(self, self.dit, keep_entering=self.kind != "constant")
+        yield nullcontext(self.opened(self.dit, range(config.num_micro_batches)))
+
+    def opened(self, dit: SkippableDit, micro_batches: range) -> OpenResiduals:
+        """Residuals from the weights that ``dit`` has now."""
+        computed = precompute_residuals(
+            dit, self.schedule, self.latents, self.selection, range(len(self.schedule)),
+            batch_size=PRECOMPUTE_BATCH, keep_entering=self.kind != "constant",
+        )  # fmt: skip
         response = None
         if self.kind != "constant":
             fitted = list(computed.entering)[:FITTED_DRAWS]
             pairs = [(computed.entering[draw], computed.residuals[draw].back) for draw in fitted]
             response = diagonal_response(pairs) if self.kind == "diagonal" else fit_response(pairs)
             computed = with_response(computed, response)
-        every = range(config.num_micro_batches)
-        yield nullcontext(OpenResiduals(every, computed.residuals.__getitem__, computed.reference, response))
+        return OpenResiduals(micro_batches, computed.residuals.__getitem__, computed.reference, response)
 
 
 def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -57,14 +63,10 @@ def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.T
     return torch.diag((h * d).sum(0) / (1.01 * h.square().sum(0))).float()
 
 
-@dataclass
-class Refreshed:
-    """Residuals that are computed anew from the current weights, so many times over the run."""
+@dataclass(kw_only=True)
+class Refreshed(Cached):
+    """The same, computed anew from the current weights so many times over the run."""
 
-    dit: SkippableDit
-    schedule: TrainingSchedule
-    latents: torch.Tensor
-    selection: BlockSelection
     current: Callable[[], SkippableDit]
     times: int
 
@@ -72,10 +74,9 @@ class Refreshed:
         """Stretches of equal length; the first is the paper's."""
         length = -(-config.num_micro_batches // (self.times + 1))
         for start in range(0, config.num_micro_batches, length):
-            computed = _computed(self, self.current() if start else self.dit)
             every = range(start, min(start + length, config.num_micro_batches))
-            reference = None if start else computed.reference
-            yield nullcontext(OpenResiduals(every, computed.residuals.__getitem__, reference))
+            opened = self.opened(self.current() if start else self.dit, every)
+            yield nullcontext(opened if start == 0 else replace(opened, reference=None))
 
 
 @dataclass
@@ -113,19 +114,13 @@ class Nothing:
         return tokens
 
 
-def _computed(source: Any, dit: SkippableDit, **options: Any) -> Precomputed:
-    draws = range(len(source.schedule))
-    return precompute_residuals(
-        dit, source.schedule, source.latents, source.selection, draws, batch_size=PRECOMPUTE_BATCH, **options
-    )
-
-
 def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, **parts: Any) -> Any:
     """The source of an arm; ``parts`` are dit, schedule, latents, selection."""
     if stand_in == "on the fly":
         return FoldedSource()
     if stand_in == "nothing":
         return Nothing(**parts)
-    if stand_in == "refreshed":
-        return Refreshed(**parts, current=current, times=times)
-    return Cached(**parts, kind={"cached": "constant"}.get(stand_in, stand_in))
+    kind = {"cached": "constant", "refreshed": "constant", "linear, refreshed": "linear"}.get(stand_in, stand_in)
+    if "refreshed" in stand_in:
+        return Refreshed(**parts, kind=kind, current=current, times=times)
+    return Cached(**parts, kind=kind)

@@ -82,8 +82,11 @@ class SkippingModel:
         }
 
     def set_response(self, response: Tensor | None) -> None:
-        """Set the back span's linear answer to its input for all batches; see ``back_response``."""
-        self._replay.response = None if response is None else response.to(self._dit.device)
+        """Set the back span's linear answer to its input for all batches; see ``back_response``.
+
+        It is copied, for it may have been read under inference mode, and autograd saves it.
+        """
+        self._replay.response = None if response is None else response.to(self._dit.device, copy=True)
 
     def replay(
         self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor] | None

@@ -255,11 +255,11 @@ class _Loop:
     def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:
         """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
         model = SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
-        model.set_response(residuals.response)
         with ExitStack() as stack:
             # Grad mode is the caller's otherwise: hosts run their nodes under no_grad or inference_mode.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            model.set_response(residuals.response)
             denoise = stack.enter_context(self.dit.running(model.modules, activation_bytes=activation_bytes))
             if residuals.reference is not None and self.result.self_check is None:
                 self._check_against_full_model(model, denoise, residuals)

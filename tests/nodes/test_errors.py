@@ -137,6 +137,7 @@ def test_precompute_refuses_sides_out_of_order(bench, nodes):
         ({"draws": 0}, "At least one draw is needed, got 0"),
         ({"storage": "cloud"}, "storage must be one of disk, chunked, on the fly, got 'cloud'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"back_residual": "cubic"}, "back_residual must be one of constant, linear, got 'cubic'"),
         ({"patch_order": "sideways"}, "Patch order must be one of .*, got 'sideways'"),
         ({"timesteps": "late"}, "timestep distribution must be one of .*, got 'late'"),
         ({"timestep_shift": 0.0, "timesteps": "shifted"}, "timestep shift must be positive, got 0.0"),

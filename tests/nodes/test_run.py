@@ -79,6 +79,19 @@ def test_the_four_nodes_in_a_row(bench, storage):
         assert not list(bench.folders.output.glob("blockskip/residuals/*/*"))
 
 
+@pytest.mark.parametrize("storage", ["disk", "chunked"])
+def test_a_linear_back_residual_starts_from_the_full_model_and_then_learns_otherwise(bench, storage):
+    losses = {}
+    for kind in ("constant", "linear"):
+        residuals = bench.precompute(storage=storage, back_residual=kind, chunk_size=4)[0]
+        trained = bench.train(residuals=residuals, output_name=f"loras/{kind}")
+        assert trained.ui["blockskip"][0]["self_check"] < 1e-4
+        assert bench.apply(lora=trained[0]).args[1].count(f"back residual: {kind}") == 1
+        losses[kind] = trained[1]["loss"]
+    assert losses["linear"][0] == pytest.approx(losses["constant"][0], rel=1e-4)
+    assert losses["linear"][1:] != losses["constant"][1:]
+
+
 @pytest.mark.parametrize("file_format", ["peft", "kohya"])
 def test_the_saved_file_is_the_lora_and_says_what_it_is(bench, file_format):
     lora = bench.train(rank=4, alpha=8.0, output_name="loras/toy", file_format=file_format)[0]
