@@ -27,7 +27,7 @@ RIDGE = 0.01  # of the mean variance of h; keeps directions that were hardly see
 
 
 def fit_response(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = RIDGE) -> Tensor:
-    """Return J by ridge regression with an intercept, shape (D, D), in the pairs' dtype, on their device.
+    """Return J by ridge regression with an intercept, shape (D, D), in the pairs' dtype, on the CPU.
 
     Args:
         pairs: (h, d) of some draws, each of shape (..., N, D); at least one.
@@ -41,26 +41,28 @@ def fit_response(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = RIDGE) -
 
 
 class _Moments:
-    """Running sums for a regression, about the first pair's means so that large offsets do not cancel."""
+    """Running sums for a regression, about the first pair's means so that large offsets do not cancel.
+
+    Products are made where the tokens are and summed on the CPU: not every device has float64.
+    """
 
     def __init__(self, h: Tensor, d: Tensor) -> None:
         self.dtype = h.dtype
         self.working = torch.promote_types(h.dtype, torch.float32)
         self.shifts = [x.to(self.working).flatten(0, -2).mean(0) for x in (h, d)]
         width = h.shape[-1]
-        wide = {"dtype": torch.float64, "device": h.device}
         self.count = 0
-        self.sum_h, self.sum_d = torch.zeros(width, **wide), torch.zeros(width, **wide)
-        self.sum_hh, self.sum_hd = torch.zeros(width, width, **wide), torch.zeros(width, width, **wide)
+        self.sum_h, self.sum_d = torch.zeros(2, width, dtype=torch.float64)
+        self.sum_hh, self.sum_hd = torch.zeros(2, width, width, dtype=torch.float64)
 
     def add(self, h: Tensor, d: Tensor) -> None:
         """Take in a pair."""
         h, d = (x.to(self.working).flatten(0, -2) - shift for x, shift in zip((h, d), self.shifts, strict=True))
         self.count += len(h)
-        self.sum_h += h.sum(0)
-        self.sum_d += d.sum(0)
-        self.sum_hh += h.T @ h
-        self.sum_hd += h.T @ d
+        self.sum_h += h.sum(0).cpu()
+        self.sum_d += d.sum(0).cpu()
+        self.sum_hh += (h.T @ h).cpu()
+        self.sum_hd += (h.T @ d).cpu()
 
     def regression(self, ridge: float) -> Tensor:
         """Return the matrix."""
@@ -74,4 +76,5 @@ class _Moments:
 def constant_part(added: Tensor, entering: Tensor, response: Tensor) -> Tensor:
     """Return c = d - J h, shape (..., N, D), in the dtype of ``added``; rounds J h as the replay does."""
     wide = torch.promote_types(added.dtype, torch.float32)
-    return (added.to(wide) - (entering @ response).to(wide)).to(added.dtype)
+    linear = entering @ response.to(entering.device)
+    return (added.to(wide) - linear.to(wide)).to(added.dtype)
