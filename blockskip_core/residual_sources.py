@@ -22,6 +22,7 @@ from .block_selection import BlockSelection
 from .draws import TrainingSchedule
 from .errors import CacheError, InvalidInputError
 from .precompute import Precomputed, Reference, precompute_residuals
+from .prefetch import prefetched
 from .residual_cache import (
     CacheIdentity,
     CacheWriter,
@@ -241,7 +242,7 @@ class DiskSource:
     def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
         """Yield one stretch: the whole run."""
         write_cache(self._residuals, self._dit, self._progress)
-        yield _opened(self._residuals, range(config.num_micro_batches))
+        yield _opened(self._residuals, config, range(config.num_micro_batches))
 
 
 class ChunkedSource:
@@ -268,7 +269,7 @@ class ChunkedSource:
             self._response = part.response
             writer.write(_records(residuals, part, with_response=True))
         try:
-            with _opened(residuals, micro_batches) as opened:
+            with _opened(residuals, config, micro_batches) as opened:
                 yield opened
         finally:
             writer.discard()
@@ -283,12 +284,14 @@ class FoldedSource:
 
 
 @contextmanager
-def _opened(residuals: ResidualSet, micro_batches: range) -> Iterator[OpenResiduals]:
-    """Open a finished cache for a stretch."""
+def _opened(residuals: ResidualSet, config: TrainingConfig, micro_batches: range) -> Iterator[OpenResiduals]:
+    """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
+    order = (draw for number in micro_batches for draw in config.draws_of(number, len(residuals.schedule)))
     with _opened_cache(residuals.folder, residuals.identity) as cache:
         cache.verify()  # now, rather than after hours of training
         reference, response = cache.first("reference"), cache.first("response")
-        yield OpenResiduals(micro_batches, cache.residual, Reference(*reference), response and response[1])
+        with prefetched(cache.residual, order, ahead=2 * config.batch_size) as residual:
+            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1])
 
 
 @contextmanager
