@@ -45,19 +45,19 @@ class Settings:
         sampling_steps, cfg: How they are sampled.
     """
 
-    steps: int = 160
+    steps: int = 120
     batch_size: int = 4
     rank: int = 16
     learning_rate: float = 1e-3
     lr_schedule: str = "cosine"
-    draws: int = 320
+    draws: int = 240
     pictures: int = 6
     held_out: int = 5
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     noises: int = 1
-    prompts: int = 3
+    prompts: int = 2
     sampling_steps: int = 12
-    cfg: float = 3.0
+    cfg: float = 4.0
 
 
 def batched(items: Iterable, count: int) -> Iterator[list]:
