@@ -1,7 +1,7 @@
 """Make the demo world's three files: autoencoder, text vectors, diffusion transformer.
 
     python train_world.py text --comfyui FOLDER
-    python train_world.py vae  --comfyui FOLDER --steps 14000
+    python train_world.py vae  --comfyui FOLDER --steps 8000
     python train_world.py dit  --comfyui FOLDER --steps 8000 --compile
 
 Every stage may be stopped at any time and goes on from its last checkpoint in ``--work``; without a checkpoint,
