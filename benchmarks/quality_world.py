@@ -45,12 +45,12 @@ class Settings:
         sampling_steps, cfg: How they are sampled.
     """
 
-    steps: int = 120
+    steps: int = 200
     batch_size: int = 4
     rank: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     lr_schedule: str = "cosine"
-    draws: int = 240
+    draws: int = 200
     pictures: int = 6
     held_out: int = 5
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
