@@ -48,7 +48,7 @@ class Settings:
     steps: int = 200
     batch_size: int = 4
     rank: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     lr_schedule: str = "cosine"
     draws: int = 200
     pictures: int = 6
