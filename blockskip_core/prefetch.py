@@ -22,7 +22,8 @@ ReadResidual = Callable[[int], Residual]
 def prefetched(read: ReadResidual, order: Iterable[int], ahead: int) -> Iterator[ReadResidual]:
     """Give a reader that stays ``ahead`` draws ahead of its caller; its thread ends with the context.
 
-    Draws that are near may be asked for in any order. One that is not among them is read when it is asked for. An error of ``read`` is raised where the draw is asked for.
+    Draws that are near may be asked for in any order. One that is not among them is read when it is asked for. An error
+    of ``read`` is raised where the draw is asked for.
 
     Args:
         read: Draw index -> residual. Only ever called from one thread at a time.

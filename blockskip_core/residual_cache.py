@@ -51,7 +51,8 @@ class CacheIdentity:
         captions: Content hash of the conditionings.
         dtype: Dtype of the token streams.
         host: Versions of the software that computes.
-        back_residual: Whether back residuals are constants or have a linear answer to their input.
+        back_residual: Whether back residuals are constants or have a linear answer to their input, and what that was
+            fitted on.
         version: Format of the cache.
     """
 

@@ -95,7 +95,7 @@ class ResidualSet:
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
     """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
     itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
-    response = dit.width**2 * itemsize * (_wants_response(residuals))
+    response = dit.width**2 * itemsize * _wants_response(residuals)
     return response + predicted_bytes(
         draws,
         front=residuals.selection.front > 0,
@@ -133,7 +133,7 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     with _written(residuals) as writer:
         for number, chunk in enumerate(chunks):
             part = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
-            writer.write(_records(residuals, part, with_response=not number))
+            writer.write(_records(residuals, part.computed, part.response if response is None else None))
             response = part.response
 
 
@@ -207,14 +207,13 @@ def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
     return Precomputed(parts, computed.reference, computed.entering)
 
 
-def _records(residuals: ResidualSet, part: _Part, *, with_response: bool) -> dict[int, dict[str, Tensor]]:
-    computed = part.computed
+def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
     records = {
         draw: {**residual.tensors(), "latent": residuals.latents[draw]} for draw, residual in computed.residuals.items()
     }
     records[computed.reference.draw]["reference"] = computed.reference.denoised
-    if with_response and part.response is not None:
-        records[computed.reference.draw]["response"] = part.response
+    if response is not None:
+        records[computed.reference.draw]["response"] = response
     return records
 
 
@@ -267,7 +266,7 @@ class ChunkedSource:
         with _written(residuals) as writer:
             part = _compute(residuals, self._dit, draws, self._progress, self._response)
             self._response = part.response
-            writer.write(_records(residuals, part, with_response=True))
+            writer.write(_records(residuals, part.computed, part.response))
         try:
             with _opened(residuals, config, micro_batches) as opened:
                 yield opened

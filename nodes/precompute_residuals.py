@@ -178,6 +178,8 @@ class PrecomputeResiduals(io.ComfyNode):
         bare = HostedDit(model)
         _require_same_model(selection, bare)
         multiple = crop_multiple(vae, bare.adapter.patch_size)
+        storage, back_residual = widgets["storage"], widgets.get("back_residual", "constant")
+        chunk_size = widgets.get("chunk_size", 64)
         schedule = _schedule(model, photos, len(captions), multiple, **widgets)
         crops = TrainingCrops(photos, schedule)
 
@@ -189,9 +191,9 @@ class PrecomputeResiduals(io.ComfyNode):
             captions=conditionings_identity(captions),
             dtype=str(bare.dtype),
             host=host_identity(),
-            back_residual=widgets.get("back_residual", "constant"),
+            # A linear answer is fitted on the first chunk, so its size decides what is stored.
+            back_residual=f"linear, {chunk_size} draws" if back_residual == "linear" else back_residual,
         )
-        storage = widgets["storage"]
         folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))
         latents = stored_latents(folder, identity, len(schedule)) if storage == "disk" else None
         if latents is None:
@@ -203,10 +205,10 @@ class PrecomputeResiduals(io.ComfyNode):
             captions=captions,
             identity=identity,
             storage=storage,
-            chunk_size=widgets.get("chunk_size", 64),
+            chunk_size=chunk_size,
             folder=folder,
             family=bare.family,
-            back_residual=widgets.get("back_residual", "constant"),
+            back_residual=back_residual,
         )
         if storage == "disk":
             write_cache(residuals, HostedDit(model, captions, latents.shape[1:]), progress)

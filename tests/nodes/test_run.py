@@ -92,6 +92,12 @@ def test_a_linear_back_residual_starts_from_the_full_model_and_then_learns_other
     assert losses["linear"][1:] != losses["constant"][1:]
 
 
+def test_a_linear_answer_fitted_on_other_draws_is_another_cache(bench):
+    folders = {bench.precompute(back_residual="linear", chunk_size=size)[0].folder for size in (2, 4)}
+    assert len(folders) == 2
+    assert len({bench.precompute(chunk_size=size)[0].folder for size in (2, 4)}) == 1
+
+
 @pytest.mark.parametrize("file_format", ["peft", "kohya"])
 def test_the_saved_file_is_the_lora_and_says_what_it_is(bench, file_format):
     lora = bench.train(rank=4, alpha=8.0, output_name="loras/toy", file_format=file_format)[0]
