@@ -81,6 +81,11 @@ class SkippingModel:
             if is_linear(layer)
         }
 
+    @property
+    def trained_blocks(self) -> list[TrainedBlock]:
+        """The kept blocks in execution order."""
+        return [self.modules[self._dit.blocks[index].name] for index in self._selection.kept]
+
     def set_response(self, response: Tensor | None) -> None:
         """Set the back span's linear answer to its input for all batches; see ``back_response``.
 
@@ -108,15 +113,10 @@ class SkippingModel:
         """Count what the forward in this context keeps for its backward."""
         saved = SavedBytes()
         trained = [module for module in self.modules.values() if isinstance(module, TrainedBlock)]
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.add(tensor)
-            return tensor
-
         try:
             for module in trained:
                 module.saved = saved
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with saved.counting():
                 yield saved
         finally:
             for module in trained:

@@ -16,6 +16,8 @@ Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -183,18 +185,37 @@ class SavedBytes:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what autograd saves in this context."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            self.add(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
 
 class TrainedBlock(_Stand):
     """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
 
     Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the tensors that
     came in, which nobody has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
+
+    Attributes:
+        checkpointed: Whether activations are recomputed.
+        saved: Counts what a checkpoint holds, while it is set.
+        counting: Whether the next forward sets ``activation_bytes``.
+        activation_bytes: What the block would keep if it were not checkpointed.
     """
 
     def __init__(self, block: nn.Module, *, checkpointed: bool) -> None:
         super().__init__(block)
         self.checkpointed = checkpointed
         self.saved: SavedBytes | None = None
+        self.counting = False
+        self.activation_bytes = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.checkpointed and torch.is_grad_enabled()):
@@ -204,7 +225,16 @@ class TrainedBlock(_Stand):
                 self.saved.add(value)
         if isinstance(kwargs.get("transformer_options"), dict):
             kwargs["transformer_options"] = kwargs["transformer_options"].copy()
+        if self.counting:
+            self._count(args, kwargs)
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _count(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Set ``activation_bytes`` to what the block would keep for its backward if it were not checkpointed."""
+        kept = SavedBytes()
+        with kept.counting():
+            self.run(*args, **kwargs)
+        self.activation_bytes = kept.total
 
 
 @dataclass
