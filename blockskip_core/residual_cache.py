@@ -7,6 +7,7 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
                            response, less its linear part
     latent                 the clean latent of the draw's crop
     reference              the full model's clean estimate, for the first draw of a chunk
+    *.scale                scales of tensors that are stored in eight bits (``residual_format``)
     response               how the back span answers its input (``back_response``), with the first draw of all
 
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
@@ -32,6 +33,7 @@ from torch import Tensor
 from .atomic_files import write_atomically
 from .block_selection import format_bytes
 from .errors import CacheError, InvalidInputError
+from .residual_format import SCALE_BYTES, ResidualFormat, unpacked
 from .streams import TokenStreams
 
 CACHE_VERSION = 1
@@ -53,6 +55,7 @@ class CacheIdentity:
         host: Versions of the software that computes.
         back_residual: Whether back residuals are constants or have a linear answer to their input, and what that was
             fitted on.
+        residual_format: How their numbers are written, see ``residual_format``.
         version: Format of the cache.
     """
 
@@ -64,7 +67,13 @@ class CacheIdentity:
     dtype: str
     host: str = ""
     back_residual: str = "constant"
+    residual_format: ResidualFormat = "exact"
     version: int = CACHE_VERSION
+
+    @property
+    def token_dtype(self) -> torch.dtype:
+        """``dtype`` as torch's own object."""
+        return getattr(torch, self.dtype.removeprefix("torch."))
 
     @property
     def key(self) -> str:
@@ -110,7 +119,7 @@ class Residual:
 
 def predicted_bytes(
     draws: Iterable[int], *, front: bool, back: bool, img_tokens: int, txt_tokens: Mapping[int, int], width: int,
-    itemsize: int,
+    itemsize: int, form: ResidualFormat = "exact",
 ) -> int:  # fmt: skip
     """Return the bytes that the residuals of ``draws`` take, without file headers.
 
@@ -120,12 +129,11 @@ def predicted_bytes(
         img_tokens: N.
         txt_tokens: Draw index -> L.
         width: D.
-        itemsize: Bytes per number.
+        itemsize: Bytes per number of an exact residual.
+        form: How the numbers are written.
     """
-    numbers = 0
-    for draw in draws:
-        numbers += (img_tokens + txt_tokens[draw]) * width * front + img_tokens * width * back
-    return numbers * itemsize
+    tokens = sum((img_tokens + txt_tokens[draw]) * front + img_tokens * back for draw in draws)
+    return tokens * (width * itemsize if form == "exact" else width + SCALE_BYTES)
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
@@ -199,6 +207,7 @@ class ResidualCache:
 
     def __init__(self, folder: Path, identity: CacheIdentity) -> None:
         self._folder = folder
+        self._identity = identity
         body = _read_manifest(folder)
         differing = identity.difference(body["identity"])
         if differing:
@@ -242,7 +251,8 @@ class ResidualCache:
 
     def residual(self, draw: int) -> Residual:
         """Return what is replayed for one draw; see :meth:`read`."""
-        return Residual.from_tensors(self.read(draw, wanted=lambda name: name.startswith(("front", "back"))))
+        stored = self.read(draw, wanted=lambda name: name.startswith(("front", "back")))
+        return Residual.from_tensors(unpacked(stored, self._identity.token_dtype))
 
     def first(self, name: str) -> tuple[int, Tensor] | None:
         """Return the first draw that has a tensor of this name, and the tensor; see :meth:`read`."""

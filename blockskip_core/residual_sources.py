@@ -32,6 +32,7 @@ from .residual_cache import (
     predicted_bytes,
     require_free_space,
 )
+from .residual_format import RESIDUAL_FORMATS, packed
 from .streams import SkippableDit
 from .training import OpenResiduals, TrainingConfig
 
@@ -79,6 +80,10 @@ class ResidualSet:
             raise InvalidInputError(
                 f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
             )
+        if self.identity.residual_format not in RESIDUAL_FORMATS:
+            raise InvalidInputError(
+                f"residual_format must be one of {', '.join(RESIDUAL_FORMATS)}, got {self.identity.residual_format!r}."
+            )
         if self.storage not in STORAGES:
             raise InvalidInputError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}.")
         if self.chunk_size < 1:
@@ -104,6 +109,7 @@ def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[in
         txt_tokens={draw: dit.text_length(residuals.schedule[draw].caption) for draw in draws},
         width=dit.width,
         itemsize=itemsize,
+        form=residuals.identity.residual_format,
     )
 
 
@@ -209,7 +215,8 @@ def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
 
 def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
     records = {
-        draw: {**residual.tensors(), "latent": residuals.latents[draw]} for draw, residual in computed.residuals.items()
+        draw: {**packed(residual.tensors(), residuals.identity.residual_format), "latent": residuals.latents[draw]}
+        for draw, residual in computed.residuals.items()
     }
     records[computed.reference.draw]["reference"] = computed.reference.denoised
     if response is not None:
@@ -290,7 +297,8 @@ def _opened(residuals: ResidualSet, config: TrainingConfig, micro_batches: range
         cache.verify()  # now, rather than after hours of training
         reference, response = cache.first("reference"), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * config.batch_size) as residual:
-            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1])
+            form = residuals.identity.residual_format
+            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
 
 
 @contextmanager

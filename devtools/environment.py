@@ -24,7 +24,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # three that belong together
-TEST_TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.5", "matplotlib>=3.9", "aiohttp>=3.11.8")
+TEST_TOOLS = (
+    "pytest==9.2.0",
+    "hypothesis==6.170.15",
+    "ruff==0.17.5",
+    "matplotlib>=3.9",
+    "aiohttp>=3.11.8",
+    "bitsandbytes>=0.49",
+)
 FINISHED = ".finished"  # a folder of the cache without this file is a half-made one
 
 log = logging.getLogger(__name__)
