@@ -22,6 +22,7 @@ from ..blockskip_core.hosts.identity import (
 )
 from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
 from ..blockskip_core.residual_cache import CacheIdentity
+from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES, ResidualSet, stored_latents, write_cache
 from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
 from .inputs import single, singles
@@ -146,6 +147,15 @@ class PrecomputeResiduals(io.ComfyNode):
                     "paper's). linear: that, and how it changes with what the trained blocks learn, to first order, at "
                     "the same memory. Not read by `on the fly`.",
                 ),
+                io.Combo.Input(
+                    "residual_format",
+                    options=list(RESIDUAL_FORMATS),
+                    default="exact",
+                    optional=True,
+                    advanced=True,
+                    tooltip="exact: as the model computes them. int8 and fp8: half the disk for models in bf16, "
+                    "slightly rounded; int8 rounds less. Not read by `on the fly`.",
+                ),
             ],
             outputs=[
                 ResidualsSocket.Output("residuals", display_name="residuals", tooltip="For Dynamic Patch Trainer."),
@@ -192,6 +202,7 @@ class PrecomputeResiduals(io.ComfyNode):
             dtype=str(bare.dtype),
             host=host_identity(),
             # A linear answer is fitted on the first chunk, so its size decides what is stored.
+            residual_format=widgets.get("residual_format", "exact"),
             back_residual=f"linear, {chunk_size} draws" if back_residual == "linear" else back_residual,
         )
         folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))

@@ -13,9 +13,9 @@ import torch
 from comfy_api.latest import io
 
 from ..blockskip_core.block_selection import format_bytes
-from ..blockskip_core.errors import CacheError, StorageError, TrainingError
+from ..blockskip_core.errors import CacheError, InvalidInputError, StorageError, TrainingError
 from ..blockskip_core.flow_matching import LossWeighting
-from ..blockskip_core.hosts.hosted_dit import HostedDit
+from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
 from ..blockskip_core.hosts.identity import model_identity
 from ..blockskip_core.hosts.lora_files import LoraModel, output_path, require_writable, save_lora
 from ..blockskip_core.lora import (
@@ -27,6 +27,7 @@ from ..blockskip_core.lora import (
     to_file_tensors,
     to_host_lora,
 )
+from ..blockskip_core.optimizers import OPTIMIZERS
 from ..blockskip_core.residual_sources import ResidualSet
 from ..blockskip_core.skipping_model import linear_names
 from ..blockskip_core.training import (
@@ -194,6 +195,36 @@ class TrainLora(io.ComfyNode):
                     advanced=True,
                     tooltip="Names inside the file. Both load in ComfyUI; kohya also loads in diffusers for FLUX.1.",
                 ),
+                io.Float.Input(
+                    "activation_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.25,
+                    optional=True,
+                    advanced=True,
+                    tooltip="GiB that `checkpointing` may leave unused: so much is kept instead of recomputed, which "
+                    "is faster. 0 recomputes everything and needs the least memory.",
+                ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(OPTIMIZERS),
+                    default="AdamW",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The 8-bit one keeps its state in a quarter of the memory and needs the Python package "
+                    "bitsandbytes. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's last 28 blocks.",
+                ),
+                io.Combo.Input(
+                    "kept_weights",
+                    options=["resident", "streamed"],
+                    default="resident",
+                    optional=True,
+                    advanced=True,
+                    tooltip="resident: the kept blocks stay on the GPU. streamed: each layer's weights are brought "
+                    "there when it runs; the least memory, and much slower. With ComfyUI's dynamic VRAM the host pages "
+                    "weights by itself, and this changes little.",
+                ),
             ],
             outputs=[
                 LoraModelSocket.Output(
@@ -230,9 +261,12 @@ class _Run:
         targets: str = "attention and mlp",
         output_name: str = "loras/blockskip",
         file_format: str = "peft",
+        activation_budget: float = 0.0,
+        kept_weights: str = "resident",
         **training: Any,
     ) -> None:
-        self.config = TrainingConfig(**training)
+        self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
+        self.streamed = _is_streamed(kept_weights)
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
         self.residuals, self.progress, self.file_format = residuals, progress, file_format
         self.path = output_path(output_name)
@@ -292,8 +326,10 @@ class _Run:
         )
 
     def _activation_bytes(self) -> int:
+        if self.streamed:
+            return STREAMED
         text = max(self.dit.text_length(caption) for caption in range(len(self.residuals.captions)))
-        return estimated_activation_bytes(
+        recomputed = estimated_activation_bytes(
             num_kept=len(self.residuals.selection.kept),
             tokens=self.dit.image_tokens(*self.residuals.latents.shape[-2:]) + text,
             width=self.dit.width,
@@ -301,6 +337,7 @@ class _Run:
             batch_size=self.config.batch_size,
             checkpointing=self.config.checkpointing,
         )
+        return recomputed + round(self.config.activation_budget) * self.config.checkpointing
 
     def _on_step(self, report: StepReport) -> None:
         self.memory.sample()
@@ -344,6 +381,7 @@ class _Run:
             "timesteps": self.residuals.schedule.timesteps,
             "residuals": self.residuals.storage,
             "back_residual": self.residuals.back_residual,
+            "residual_format": self.residuals.identity.residual_format,
             "steps": self.result.steps,
             "steps_planned": self.config.steps,
             "batch_size": self.config.batch_size,
@@ -407,6 +445,12 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
             "The residuals were computed from another model than the one connected here. Connect the same MODEL "
             "to Precompute Residuals and to Dynamic Patch Trainer."
         )
+
+
+def _is_streamed(kept_weights: str) -> bool:
+    if kept_weights not in ("resident", "streamed"):
+        raise InvalidInputError(f"kept_weights must be resident or streamed, got {kept_weights!r}.")
+    return kept_weights == "streamed"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -30,6 +30,8 @@ from .conditioning import join_arguments, model_arguments
 
 logger = logging.getLogger(__name__)
 
+STREAMED = 10**20  # more than any device has: what the host's own trainer asks for to keep weights off the device
+
 _MODEL = "diffusion_model."
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
@@ -118,7 +120,10 @@ class HostedDit:
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
-            activation_bytes: Memory that the host should keep free beside the weights.
+            activation_bytes: Memory that the host should keep free beside the weights. With :data:`STREAMED` it keeps
+                no weights on the device and casts each layer's when it runs. A host that pages weights in and out by
+                itself ("dynamic VRAM") goes on doing that, and on other than NVIDIA's cards the host fills 40 % of what
+                is free with weights all the same.
 
         Yields:
             The denoiser, bound to this MODEL's captions.
@@ -134,6 +139,7 @@ class HostedDit:
         layers = [(layer, dict(layer._parameters)) for stand in replacements.values() for layer in stand.modules()]
         try:
             comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
+            evict_others(clone)
             with torch.inference_mode(False):
                 comfy.model_management.load_models_gpu([clone], memory_required=activation_bytes)
             clone.pre_run()
@@ -209,6 +215,14 @@ def unload(patcher: Any) -> None:
     management.free_memory(1e30, patcher.load_device, keep_loaded=others)
     if patcher.model is not None and patcher.object_patches_backup:  # the host keeps models that it thinks fit
         patcher.detach()
+
+
+def evict_others(patcher: Any) -> None:
+    """Unload every model on this one's device that is no clone of it: text encoders and VAEs have done their part."""
+    management = comfy.model_management
+    own = [loaded for loaded in management.current_loaded_models if _is_clone(loaded, patcher)]
+    if len(own) < len(management.current_loaded_models):
+        management.free_memory(1e30, patcher.load_device, keep_loaded=own)
 
 
 def _is_clone(loaded: Any, patcher: Any) -> bool:

@@ -79,3 +79,71 @@ def test_weights_that_were_moved_for_a_run_are_dropped_not_copied_back(comfyui):
         layer._parameters["weight"] = torch.nn.Parameter(own.detach().clone())
     assert layer.weight is own
     assert own.data_ptr() == dit.module(name).img_attn.qkv.weight.data_ptr()
+
+
+def test_text_encoder_and_vae_are_unloaded_before_the_model_comes(comfyui):
+    import comfy.model_management as management
+
+    others = [tiny_flux(seed=7), tiny_flux(seed=8)]
+    management.load_models_gpu(others)
+    patcher = tiny_flux()
+    with hosted(patcher).running({}):
+        assert [loaded.model.is_clone(patcher) for loaded in management.current_loaded_models] == [True]
+    for other in others:
+        management.load_models_gpu([other])  # and they come back when they are asked for
+        assert any(loaded.model is other for loaded in management.current_loaded_models)
+
+
+def free_memory_of(free):
+    """The host's question for free memory, answered."""
+
+    def get_free_memory(device=None, torch_free_too=False):
+        return (free, free) if torch_free_too else free
+
+    return get_free_memory
+
+
+@pytest.fixture
+def a_card(comfyui, monkeypatch):
+    """Let the meta device play a card with so many bytes free; return the patcher of a tiny model that runs on it."""
+    import comfy.model_management as management
+
+    def with_free_bytes(free):
+        monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
+        monkeypatch.setattr(management, "get_free_memory", free_memory_of(free))
+        monkeypatch.setattr(management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)  # as for NVIDIA's
+        monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
+        monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
+        patcher = tiny_flux()
+        patcher.load_device = torch.device("meta")
+        return patcher
+
+    return with_free_bytes
+
+
+def on_the_card(patcher, spans, activation_bytes=0):
+    """Names of the blocks with a weight matrix on the card while the kept ones are loaded for training."""
+    from blockskip_pack.blockskip_core.skipping_model import SkippingModel
+
+    dit = hosted(patcher)
+    model = SkippingModel(dit, spans, checkpointed=True, folded=False)
+    with dit.running(model.modules, activation_bytes=activation_bytes):
+        named = list(patcher.model.diffusion_model.named_parameters())
+        found = {".".join(name.split(".")[:2]) for name, p in named if "_blocks." in name and p.is_meta and p.ndim == 2}
+        patcher.model.model_sampling.to_empty(device="cpu")  # the meta device gives no data back
+    return found
+
+
+def test_resident_weights_of_kept_blocks_go_to_the_card_and_no_others(a_card):
+    patcher = a_card(10**12)
+    kept = {hosted(patcher).blocks[index].name for index in chosen(2, 1).kept}
+    assert on_the_card(patcher, chosen(2, 1)) == kept
+    assert not any(p.is_meta for p in patcher.model.parameters()), "and they are the model's own again afterwards"
+
+
+def test_streamed_weights_stay_off_the_card(a_card):
+    from blockskip_pack.blockskip_core.hosts.hosted_dit import STREAMED
+
+    patcher = a_card(10**12)
+    assert on_the_card(patcher, chosen(2, 1), STREAMED) == set()
+    assert not any(p.is_meta for p in patcher.model.parameters())

@@ -86,6 +86,7 @@ def parameters_read(nodes, node):
     if node is nodes.PrecomputeResiduals:  # read by `execute` itself, out of its widgets
         for name, default in (
             ("storage", inspect.Parameter.empty), ("chunk_size", 64), ("back_residual", "constant"),
+            ("residual_format", "exact"),
         ):  # fmt: skip
             read[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     assert not set(own) & set(read)

@@ -92,6 +92,24 @@ def test_a_linear_back_residual_starts_from_the_full_model_and_then_learns_other
     assert losses["linear"][1:] != losses["constant"][1:]
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_residuals_in_eight_bits_take_less_room_and_train_nearly_the_same(bench, form):
+    exact, small = (bench.precompute(residual_format=which)[0] for which in ("exact", form))
+    sizes = [sum(file.stat().st_size for file in some.folder.glob("*.safetensors")) for some in (exact, small)]
+    assert sizes[1] < 0.5 * sizes[0]  # from float32; the latents are stored as they are
+    expected, trained = (bench.train(residuals=some) for some in (exact, small))
+    assert trained[1]["loss"] == pytest.approx(expected[1]["loss"], rel=0.05)
+    assert f"residual format: {form}" in bench.apply(lora=trained[0]).args[1]
+
+
+@pytest.mark.parametrize("settings", [{"activation_budget": 0.25}, {"kept_weights": "streamed"}], ids=str)
+def test_ways_to_spend_or_save_memory_change_nothing_of_the_result(bench, settings):
+    residuals = bench.precompute()[0]
+    expected, trained = bench.train(residuals=residuals), bench.train(residuals=residuals, **settings)
+    assert trained[1] == expected[1]
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
+
+
 def test_a_linear_answer_fitted_on_other_draws_is_another_cache(bench):
     folders = {bench.precompute(back_residual="linear", chunk_size=size)[0].folder for size in (2, 4)}
     assert len(folders) == 2
