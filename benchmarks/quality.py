@@ -46,7 +46,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     schedule = draw(bench, arm, len(photos), seed, settings)
     latents = bench.encoded(subject, photos, schedule)
     dit = HostedDit(bench.model, captions, latents.shape[1:])
-    selection = choose(bench, arm)
+    selection = choose(bench, arm, subject, settings)
     config = TrainingConfig(
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -108,7 +108,7 @@ def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -
     )
 
 
-def choose(bench: Bench, arm: Arm) -> Any:
+def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
     """The arm's blocks."""
     from blockskip_pack.blockskip_core.block_selection import BlockSelection, num_skipped, preset_selection
 
@@ -117,23 +117,36 @@ def choose(bench: Bench, arm: Arm) -> Any:
     if arm.choice == "preset":
         return preset_selection(arm.ratio, blocks, "flux")
     spans = {"none": (0, 0), "first only": (count, 0), "last only": (0, count)}
-    front, back = influence(bench, blocks).select(count) if arm.choice == "measured" else spans[arm.choice]
+    if arm.choice in spans:
+        front, back = spans[arm.choice]
+    else:
+        about = subject if arm.choice == "measured on a trained model" else None
+        front, back = influence(bench, blocks, about, settings).select(count)
     return BlockSelection(front=front, back=back, num_blocks=blocks, family="flux")
 
 
-def influence(bench: Bench, num_blocks: int) -> Any:
-    """What masking the text does in each run of blocks (Eq. 2), measured once in the reader's features."""
+def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Settings) -> Any:
+    """What masking the text does in each run of blocks (Eq. 2), measured once in the reader's features.
+
+    With a subject, on the model with a LoRA on all blocks that was trained on it, and with its captions. The paper
+    measures on fine-tuned models (Fig. 3).
+    """
     from blockskip_pack.blockskip_core.block_selection import TextInfluence, cosine_distance
     from blockskip_pack.blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig
 
-    file = bench.results / f"quality_influence_{bench.identity}.json"
+    file = bench.results / f"quality_influence_{bench.identity}{'_' + subject if subject else ''}.json"
     if file.is_file():
         return TextInfluence.from_json(file.read_text(encoding="utf-8"))
     import random
 
     rng = random.Random(0)
-    texts = [bench.world.caption(bench.world.random_scene(rng)) for _ in range(PROBE_CAPTIONS)]
-    sampler = MaskedSampler(bench.model, ProbeConfig(size=SMALL, steps=12, cfg=3.0), 8)
+    model = bench.model
+    scenes = [bench.world.random_scene(rng) for _ in range(PROBE_CAPTIONS)]
+    if subject:
+        model, _ = train(bench, arm_named(BASELINE), subject, 0, settings)
+        scenes = bench.held_out(subject, PROBE_CAPTIONS)
+    texts = [bench.world.caption(scene) for scene in scenes]
+    sampler = MaskedSampler(model, ProbeConfig(size=SMALL, steps=12, cfg=3.0), 8)
     measured = TextInfluence(num_blocks, "reader's features", num_pictures=len(texts))
 
     def embeddings(masked: frozenset[int]) -> list[torch.Tensor]:
@@ -197,7 +210,7 @@ def run(bench: Bench, options: argparse.Namespace, settings: Settings) -> None:
     for name, subject, seed in cells(options):
         if (name, subject, seed) in done:
             continue
-        twin = twin_of(bench, name, [arm for arm, *cell in done if cell == [subject, seed]])
+        twin = twin_of(bench, name, subject, settings, [arm for arm, *cell in done if cell == [subject, seed]])
         found = done[twin, subject, seed] if twin else cell(bench, name, subject, seed, settings)
         row = {**found, "key": key, "arm": name, "subject": subject, "seed": seed}
         row = {field: round(value, 6) if isinstance(value, float) else value for field, value in row.items()}
@@ -213,11 +226,11 @@ def key_of(bench: Bench, settings: Settings) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
 
 
-def twin_of(bench: Bench, name: str, others: list[str]) -> str | None:
+def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: list[str]) -> str | None:
     """A finished arm that trains exactly as this one, its blocks being chosen the same by another way."""
 
     def training(arm: Arm) -> tuple:
-        selection = choose(bench, arm)
+        selection = choose(bench, arm, subject, settings)
         return arm.views, arm.stand_in, tuple(arm.changes.items()), selection.front, selection.back
 
     if name == "base":

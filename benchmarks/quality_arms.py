@@ -8,8 +8,10 @@ from typing import Literal
 FULL, SMALL = 256, 128  # the world's full picture size, and the size that is trained on otherwise
 
 Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
-Choice = Literal["none", "measured", "preset", "first only", "last only"]
-StandIn = Literal["cached", "on the fly", "nothing", "refreshed", "diagonal", "linear", "linear, refreshed"]
+Choice = Literal["none", "measured", "measured on a trained model", "preset", "first only", "last only"]
+StandIn = Literal[
+    "cached", "on the fly", "nothing", "refreshed", "diagonal", "linear", "linear, refreshed", "int8", "fp8"
+]
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,21 @@ ARMS: tuple[Arm, ...] = (
     Arm("skip only the first", "50 % skipped, patches", "Table 2", choice="first only", ratio=0.5),
     Arm("skip only the last", "50 % skipped, patches", "Table 2", choice="last only", ratio=0.5),
     Arm("the paper's choice, scaled", "50 % skipped, patches", "Table 4", choice="preset", ratio=0.5),
+    Arm(
+        "measured on a trained model",
+        "50 % skipped, patches",
+        "Fig. 3",
+        choice="measured on a trained model",
+        ratio=0.5,
+    ),
     Arm("on the fly (exact back residual)", DEEP, **HALF, stand_in="on the fly"),
     Arm("refreshed 4 times", DEEP, **HALF, stand_in="refreshed", changes={"refreshes": 4}),
     Arm("diagonal response", DEEP, **HALF, stand_in="diagonal"),
     Arm("linear response", DEEP, **HALF, stand_in="linear"),
     Arm("linear response, refreshed 4 times", DEEP, **HALF, stand_in="linear, refreshed", changes={"refreshes": 4}),
     Arm("a quarter of the draws", DEEP, **HALF, changes={"draws": 0.25}),
+    Arm("residuals in int8", DEEP, **HALF, stand_in="int8"),
+    Arm("residuals in fp8", DEEP, **HALF, stand_in="fp8"),
     Arm("rank x 2", DEEP, **HALF, changes={"rank": 2}),
     Arm("learning rate x 2", DEEP, **HALF, changes={"learning_rate": 2}),
 )

@@ -23,6 +23,7 @@ CLAIMS = (  # what is said, the arm that should be better, the one that should b
      "skip 50%, patches", "skip only the first"),
     ("the choice beats skipping only the last (Table 2)", "skip 50%, patches", "skip only the last"),
     ("the choice beats the paper's FLUX choice, scaled", "skip 50%, patches", "the paper's choice, scaled"),
+    ("measuring on a trained model beats measuring on the base", "measured on a trained model", "skip 50%, patches"),
     ("patches beat a plain resize (Tables 2, 11)", "patches, low to high", "resize to small"),
     ("low to high beats high to low (Table 11)", "patches, low to high", "patches, high to low"),
     ("low to high beats random (Table 11)", "patches, low to high", "patches, random"),
@@ -33,6 +34,8 @@ CLAIMS = (  # what is said, the arm that should be better, the one that should b
     ("a linear response beats a constant", "linear response", "skip 50%, patches"),
     ("refreshing beats a linear response alone", "linear response, refreshed 4 times", "linear response"),
     ("more draws beat fewer", "skip 50%, patches", "a quarter of the draws"),
+    ("residuals in int8 against exact ones", "residuals in int8", "skip 50%, patches"),
+    ("residuals in fp8 against exact ones", "residuals in fp8", "skip 50%, patches"),
     ("a doubled rank is better", "rank x 2", "skip 50%, patches"),
     ("a doubled learning rate is better", "learning rate x 2", "skip 50%, patches"),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from blockskip_pack.blockskip_core.draws import TrainingSchedule
 from blockskip_pack.blockskip_core.flow_matching import noisy_batch
 from blockskip_pack.blockskip_core.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residual_cache import Residual
+from blockskip_pack.blockskip_core.residual_format import RESIDUAL_FORMATS, packed, unpacked
 from blockskip_pack.blockskip_core.residual_sources import FoldedSource, with_response
 from blockskip_pack.blockskip_core.stand_ins import PassThrough, Recording, RecordingBlock
 from blockskip_pack.blockskip_core.streams import SkippableDit
@@ -28,7 +29,7 @@ Stretches = Iterator[AbstractContextManager[OpenResiduals]]
 class Cached:
     """Residuals of the base model, computed once; their answer to a changed input constant, diagonal or linear.
 
-    The answer is fitted on the first draws, as many as a chunk of the node has.
+    In int8 and fp8 they are constants, rounded as the cache on disk rounds them. An answer is fitted on the first draws, as many as a chunk of the node has.
     """
 
     dit: SkippableDit
@@ -45,15 +46,23 @@ class Cached:
         """Residuals from the weights that ``dit`` has now."""
         computed = precompute_residuals(
             dit, self.schedule, self.latents, self.selection, range(len(self.schedule)),
-            batch_size=PRECOMPUTE_BATCH, keep_entering=self.kind != "constant",
+            batch_size=PRECOMPUTE_BATCH, keep_entering=self.kind in ("diagonal", "linear"),
         )  # fmt: skip
         response = None
+        if self.kind in RESIDUAL_FORMATS:
+            rounded = {draw: _rounded(residual, self.kind) for draw, residual in computed.residuals.items()}
+            return OpenResiduals(micro_batches, rounded.__getitem__, computed.reference, form=self.kind)
         if self.kind != "constant":
             fitted = list(computed.entering)[:FITTED_DRAWS]
             pairs = [(computed.entering[draw], computed.residuals[draw].back) for draw in fitted]
             response = diagonal_response(pairs) if self.kind == "diagonal" else fit_response(pairs)
             computed = with_response(computed, response)
         return OpenResiduals(micro_batches, computed.residuals.__getitem__, computed.reference, response)
+
+
+def _rounded(residual: Residual, form: str) -> Residual:
+    dtype = next(iter(residual.tensors().values())).dtype
+    return Residual.from_tensors(unpacked(packed(residual.tensors(), form), dtype))
 
 
 def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

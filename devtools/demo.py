@@ -111,7 +111,21 @@ def requirements(workflow: Path) -> tuple[Path, dict[str, Path]]:
     missing = [str(file) for file in needed if not file.is_file()] + ([] if packs else ["its node pack"])
     if missing:
         raise DemoProblem(f"The demo lacks {', '.join(missing)}.")
+    for file in needed:
+        if file.suffix == ".safetensors":
+            require_whole(file)
     return Path(os.environ["COMFYUI_PATH"]), packs
+
+
+def require_whole(file: Path) -> None:
+    """Refuse a weights file that is cut off or no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise DemoProblem(f"{file} is damaged ({error}). Get the repository's copy again.") from error
 
 
 def overrides(triples: Sequence[Sequence[str]]) -> dict[str, Json]:

@@ -105,3 +105,24 @@ def test_results_show_every_text_and_the_training_pictures(script: ModuleType, p
     assert {path.name for path in folder.iterdir()} == {
         "one.safetensors", "before_after.png", "summary.md", *report.PICTURES.values()
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"<html>" + data], ids=["cut", "empty", "page"]
+)
+def test_a_damaged_weights_file_is_named_before_anything_starts(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage
+) -> None:
+    (whole,) = script.demo_models()["text_encoders"]
+    damaged = tmp_path / "text.safetensors"
+    damaged.write_bytes(damage(whole.read_bytes()))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    monkeypatch.setattr(script, "demo_models", lambda: {"text_encoders": [damaged]})
+    with pytest.raises(script.DemoProblem, match=r"text\.safetensors is damaged .* Get the repository's copy again"):
+        script.requirements(script.WORKFLOW)
+
+
+def test_the_shipped_weights_are_whole(script: ModuleType) -> None:
+    for files in script.demo_models().values():
+        for file in files:
+            script.require_whole(file)
