@@ -38,9 +38,9 @@ class Cached:
     selection: BlockSelection
     kind: str = "constant"
 
-    def stretches(self, config: TrainingConfig) -> Stretches:
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
         """The whole run in one."""
-        yield nullcontext(self.opened(self.dit, range(config.num_micro_batches)))
+        yield nullcontext(self.opened(self.dit, range(start, config.num_micro_batches)))
 
     def opened(self, dit: SkippableDit, micro_batches: range) -> OpenResiduals:
         """Residuals from the weights that ``dit`` has now."""
@@ -79,10 +79,10 @@ class Refreshed(Cached):
     current: Callable[[], SkippableDit]
     times: int
 
-    def stretches(self, config: TrainingConfig) -> Stretches:
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
         """Stretches of equal length; the first is the paper's."""
         length = -(-config.num_micro_batches // (self.times + 1))
-        for start in range(0, config.num_micro_batches, length):
+        for start in range(start, config.num_micro_batches, length):
             every = range(start, min(start + length, config.num_micro_batches))
             opened = self.opened(self.current() if start else self.dit, every)
             yield nullcontext(opened if start == 0 else replace(opened, reference=None))
@@ -97,12 +97,12 @@ class Nothing:
     latents: torch.Tensor
     selection: BlockSelection
 
-    def stretches(self, config: TrainingConfig) -> Stretches:
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
         """The whole run in one."""
         embedded = self._embedded()
         back = torch.zeros_like(embedded[0].img) if self.selection.back else None
         residuals = {draw: Residual(tokens, back) for draw, tokens in embedded.items()}
-        yield nullcontext(OpenResiduals(range(config.num_micro_batches), residuals.__getitem__, None))
+        yield nullcontext(OpenResiduals(range(start, config.num_micro_batches), residuals.__getitem__, None))
 
     @torch.inference_mode(False)
     @torch.no_grad()

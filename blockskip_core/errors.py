@@ -4,6 +4,7 @@
     +-- InvalidInputError       a setting, picture, caption or selection that cannot be used
     +-- UnsupportedModelError   the model is not a diffusion transformer that we know
     +-- CacheError              stored residuals that are stale, foreign, truncated or damaged
+    +-- CheckpointError         a training state of another run
     +-- StorageError            a disk that refuses to write
     +-- LoraFileError           a LoRA that does not fit the model or cannot be read
     +-- TrainingError           training cannot go on (a loss that is not finite, a failed self-check)
@@ -26,6 +27,10 @@ class UnsupportedModelError(BlockSkipError):
 
 class CacheError(BlockSkipError):
     """Stored residuals that must not be used."""
+
+
+class CheckpointError(BlockSkipError):
+    """A training state that must not be used."""
 
 
 class StorageError(BlockSkipError):

@@ -137,6 +137,25 @@ class LoraAdapters:
         state = peft.get_peft_model_state_dict(self._skeleton)
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values of :meth:`state_dict`, bit for bit; layers that are absent keep theirs.
+
+        Raises:
+            InvalidInputError: If a layer is not ours, or has another shape.
+        """
+        own = {f"{name}.lora_{part}.weight": tensor for name in self.names
+               for part, tensor in (("A", self.down(name)), ("B", self.up(name)))}  # fmt: skip
+        for name, tensor in state.items():
+            if name not in own:
+                raise InvalidInputError(f"The LoRA has a layer that is not trained here: {name}.")
+            if own[name].shape != tensor.shape:
+                raise InvalidInputError(
+                    f"The LoRA's {name} is {tuple(tensor.shape)}, here it is {tuple(own[name].shape)}. "
+                    "Choose the same rank and targets."
+                )
+            own[name].copy_(tensor)
+
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module], weight_for_backward: WeightForBackward) -> Iterator[None]:
         """Let the adapters act for the time of the context.

@@ -8,11 +8,11 @@ before a run does.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InvalidInputError
 
@@ -30,6 +30,35 @@ def build_optimizer(
     """
     kind = torch.optim.AdamW if name == "AdamW" else _bitsandbytes().AdamW8bit
     return kind(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimiser's moments and counters: what are tensors, on the CPU, and what are not, by path."""
+    values = dict(_leaves(optimizer.state_dict()["state"], ""))
+    tensors = {path: value.detach().to("cpu", copy=True) for path, value in values.items() if isinstance(value, Tensor)}
+    return tensors, {path: value for path, value in values.items() if path not in tensors}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Give an optimiser over the same parameters the state that :func:`optimizer_state` returned."""
+    state: dict[int, Any] = {}
+    for path, value in {**tensors, **numbers}.items():
+        index, *names, last = path.split("/")
+        place = state.setdefault(int(index), {})
+        for name in names:
+            place = place.setdefault(name, {})
+        place[last] = value.clone() if isinstance(value, Tensor) else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _leaves(content: Mapping[Any, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}/")
+        else:
+            yield f"{above}{key}", value
 
 
 def _bitsandbytes():

@@ -43,6 +43,7 @@ STORAGES: tuple[str, ...] = get_args(Storage)
 _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
 
+Stretches = Iterator[AbstractContextManager[OpenResiduals]]
 PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
 
 
@@ -245,10 +246,11 @@ class DiskSource:
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
 
-    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
-        """Yield one stretch: the whole run."""
-        write_cache(self._residuals, self._dit, self._progress)
-        yield _opened(self._residuals, config, range(config.num_micro_batches))
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+        """Yield one stretch: the whole run, from ``start`` on."""
+        if start < config.num_micro_batches:
+            write_cache(self._residuals, self._dit, self._progress)
+            yield _opened(self._residuals, config, range(start, config.num_micro_batches))
 
 
 class ChunkedSource:
@@ -258,17 +260,28 @@ class ChunkedSource:
         self._residuals, self._dit, self._progress = residuals, dit, progress
         self._response: Tensor | None = None
 
-    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
-        """Yield the run in stretches of as many micro-batches as a chunk of draws holds."""
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+        """Yield the run in stretches of as many micro-batches as a chunk of draws holds.
+
+        A run that starts within a chunk computes the rest of it. A linear answer belongs to the first chunk of all, so
+        that is computed once more for it.
+        """
         length = max(1, self._residuals.chunk_size // config.batch_size)
-        for start in range(0, config.num_micro_batches, length):
-            yield self._chunk(config, range(start, min(start + length, config.num_micro_batches)))
+        if 0 < start < config.num_micro_batches and _wants_response(self._residuals):
+            first = self._draws_of(config, range(min(length, config.num_micro_batches)))
+            self._response = _compute(self._residuals, self._dit, first, self._progress, None).response
+        while start < config.num_micro_batches:
+            end = min((start // length + 1) * length, config.num_micro_batches)
+            yield self._chunk(config, range(start, end))
+            start = end
+
+    def _draws_of(self, config: TrainingConfig, micro_batches: range) -> list[int]:
+        num_draws = len(self._residuals.schedule)
+        return list(dict.fromkeys(draw for batch in micro_batches for draw in config.draws_of(batch, num_draws)))
 
     @contextmanager
     def _chunk(self, config: TrainingConfig, micro_batches: range) -> Iterator[OpenResiduals]:
-        residuals = self._residuals
-        draws = [draw for batch in micro_batches for draw in config.draws_of(batch, len(residuals.schedule))]
-        draws = list(dict.fromkeys(draws))
+        residuals, draws = self._residuals, self._draws_of(config, micro_batches)
         _require_room(residuals, self._dit, draws)
         with _written(residuals) as writer:
             part = _compute(residuals, self._dit, draws, self._progress, self._response)
@@ -284,9 +297,10 @@ class ChunkedSource:
 class FoldedSource:
     """Nothing stored: every step runs the whole network first."""
 
-    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
-        """Yield one stretch: the whole run."""
-        yield nullcontext(OpenResiduals(range(config.num_micro_batches), None, None))
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+        """Yield one stretch: the whole run, from ``start`` on."""
+        if start < config.num_micro_batches:
+            yield nullcontext(OpenResiduals(range(start, config.num_micro_batches), None, None))
 
 
 @contextmanager

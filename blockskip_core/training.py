@@ -12,6 +12,7 @@ The loss is the model's own, unmodified: see ``flow_matching``.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +25,21 @@ from torch import Tensor
 
 from .activation_budget import ActivationBudget
 from .block_selection import BlockSelection
+from .checkpoints import Checkpoints, TrainingState
 from .draws import TrainingSchedule
-from .errors import InvalidInputError, TrainingError
+from .errors import InvalidInputError, StorageError, TrainingError
 from .flow_matching import LossWeighting, noisy_batch, velocity_loss
 from .lora import LoraAdapters
-from .optimizers import OptimizerName, build_optimizer
+from .optimizers import OptimizerName, build_optimizer, optimizer_state, restore_optimizer
 from .precompute import Reference
 from .residual_cache import Residual
 from .residual_format import ResidualFormat
 from .skipping_model import SkippingModel
 from .streams import Denoiser, SkippableDit, batches_of_equal_text
 
+logger = logging.getLogger(__name__)
+
+_OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
 _EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
 
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
@@ -135,11 +140,13 @@ class TrainingResult:
 
     Attributes:
         losses: Of every micro-batch.
-        step_seconds: Of every optimiser step.
+        step_seconds: Of every optimiser step since the run was started or resumed.
         steps: Optimiser steps done.
         self_check: Relative difference between the skipping and the full model before the first step, or None.
         saved_bytes: Bytes that a micro-batch kept for its backward pass, parameters not counted: the larger of the first
             two, for the second is the first with an activation budget.
+        resumed_at: Steps that an earlier run had done.
+        problems: What went wrong without ending the run, in sentences.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -147,6 +154,8 @@ class TrainingResult:
     steps: int = 0
     self_check: float | None = None
     saved_bytes: int = 0
+    resumed_at: int = 0
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -171,8 +180,8 @@ class OpenResiduals:
 class ResidualSource(Protocol):
     """Hands out residuals, stretch by stretch."""
 
-    def stretches(self, config: TrainingConfig) -> Iterator[AbstractContextManager[OpenResiduals]]:
-        """Yield the stretches of a run in order; each is open while it is trained on."""
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Iterator[AbstractContextManager[OpenResiduals]]:
+        """Yield the stretches of a run from a micro-batch on, in order; each is open while it is trained on."""
         ...
 
 
@@ -209,6 +218,7 @@ def train_lora(
     result: TrainingResult,
     on_step: Callable[[StepReport], None],
     activation_bytes: int = 0,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train ``adapters`` in place.
 
@@ -222,16 +232,22 @@ def train_lora(
         result: Filled in as the run goes.
         on_step: Called after every optimiser step; may raise to interrupt.
         activation_bytes: What the host should keep free beside the weights.
+        checkpoints: Where the run goes on from, and where its states are kept; None starts anew and keeps none.
 
     Raises:
+        CheckpointError: If a state is that of another run.
         TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
             the full model before the first step, or a kept block gets no gradient.
     """
-    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step)
-    for opening in source.stretches(config):
-        with opening as residuals, loop.running(residuals, activation_bytes) as step_micro_batch:
-            for micro_batch in residuals.micro_batches:
-                step_micro_batch(micro_batch)
+    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step, checkpoints)
+    loop.resume()
+    try:
+        for opening in source.stretches(config, start=result.steps * config.accumulation):
+            with opening as residuals, loop.running(residuals, activation_bytes) as step_micro_batch:
+                for micro_batch in residuals.micro_batches:
+                    step_micro_batch(micro_batch)
+    finally:
+        loop.save()
 
 
 @dataclass(frozen=True)
@@ -257,11 +273,13 @@ class _Loop:
         config: TrainingConfig,
         result: TrainingResult,
         on_step: Callable[[StepReport], None],
+        checkpoints: Checkpoints | None,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
         self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
         self.adapters, self.config, self.result, self.on_step = adapters, config, result, on_step
+        self.checkpoints = checkpoints
         adapters.to(dit.device)
         self.optimizer = build_optimizer(
             config.optimizer,
@@ -276,6 +294,7 @@ class _Loop:
             num_training_steps=config.steps,
         )
         self.pending: list[float] = []
+        self.num_counted = 0
         self.started = time.perf_counter()
 
     @contextmanager
@@ -301,13 +320,14 @@ class _Loop:
         for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
             with ExitStack() as stack:
                 # Twice, for a budget is used from the second micro-batch on.
-                counted = micro_batch < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
+                counted = self.num_counted < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
                 loss = self._loss(stretch, batch) / len(draws)
             if counted:
                 self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
             self._require_finite(loss.item(), "loss", micro_batch)
             (loss / self.config.accumulation).backward()
             total += loss.item()
+        self.num_counted += 1
         if micro_batch == 0:
             self._check_gradients()
         self.result.losses.append(total)
@@ -329,7 +349,7 @@ class _Loop:
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
         self._require_finite(norm, "gradient", micro_batch)
-        rate = self.lr_schedule.get_last_lr()[0]
+        rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -337,8 +357,39 @@ class _Loop:
         seconds = time.perf_counter() - self.started
         self.result.step_seconds.append(seconds)
         losses, self.pending = tuple(self.pending), []
+        if self.checkpoints and self.checkpoints.is_due(self.result.steps):
+            self.save()
         self.on_step(StepReport(self.result.steps, losses, rate, norm, seconds))
         self.started = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on from the newest state, if there is one."""
+        state = self.checkpoints and self.checkpoints.newest(self.config.steps)
+        if not state:
+            return
+        lora = {name: x for name, x in state.tensors.items() if not name.startswith(_OPTIMIZER)}
+        moments = {name.removeprefix(_OPTIMIZER): x for name, x in state.tensors.items() if name not in lora}
+        with torch.inference_mode(False):
+            self.adapters.load_state_dict(lora)
+            restore_optimizer(self.optimizer, moments, state.numbers)
+        self.lr_schedule.last_epoch = state.step
+        for group, factor in zip(self.optimizer.param_groups, self.lr_schedule.lr_lambdas, strict=True):
+            group["lr"] = self.config.learning_rate * factor(state.step)
+        self.result.steps = self.result.resumed_at = state.step
+        self.result.losses[:] = state.losses
+
+    def save(self) -> None:
+        """Write the state after the last whole step, if states are kept."""
+        if not self.checkpoints or not self.result.steps:
+            return
+        tensors, numbers = optimizer_state(self.optimizer)
+        tensors = self.adapters.state_dict() | {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
+        whole = self.result.losses[: self.result.steps * self.config.accumulation]
+        try:
+            self.checkpoints.save(TrainingState(self.result.steps, whole, tensors, numbers))
+        except StorageError as error:  # a run without states is better than no run
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
 
     def _check_against_full_model(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
         """Compare with the full model's recorded output, before the LoRA is attached: they must agree."""

@@ -334,9 +334,11 @@ class MemorySource:
     def __init__(self, dit, chosen, plan, clean, **options) -> None:
         self.computed = precompute_residuals(dit, plan, clean, chosen, range(len(plan)), **options)
 
-    def stretches(self, config):
+    def stretches(self, config, start=0):
         yield nullcontext(
-            OpenResiduals(range(config.num_micro_batches), self.computed.residuals.__getitem__, self.computed.reference)
+            OpenResiduals(
+                range(start, config.num_micro_batches), self.computed.residuals.__getitem__, self.computed.reference
+            )
         )
 
 
