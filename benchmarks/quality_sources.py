@@ -82,10 +82,10 @@ class Refreshed(Cached):
     def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
         """Stretches of equal length; the first is the paper's."""
         length = -(-config.num_micro_batches // (self.times + 1))
-        for start in range(start, config.num_micro_batches, length):
-            every = range(start, min(start + length, config.num_micro_batches))
-            opened = self.opened(self.current() if start else self.dit, every)
-            yield nullcontext(opened if start == 0 else replace(opened, reference=None))
+        for first in range(start, config.num_micro_batches, length):
+            every = range(first, min(first + length, config.num_micro_batches))
+            opened = self.opened(self.current() if first else self.dit, every)
+            yield nullcontext(opened if first == 0 else replace(opened, reference=None))
 
 
 @dataclass

@@ -147,7 +147,7 @@ class Checkpoints:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["blockskip"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             if about.pop("checksum") != _checksum(about, tensors) or about["version"] != STATE_VERSION:
                 raise _DamagedError("its checksum or version is another")
             losses = tensors.pop(_LOSSES).tolist()

@@ -12,6 +12,11 @@ def residuals_folder(key: str) -> Path:
     return _root() / "residuals" / key
 
 
+def run_folder(key: str) -> Path:
+    """Return the folder of one training run's states; ``key`` is a content hash."""
+    return _root() / "runs" / key
+
+
 def probe_file(key: str) -> Path:
     """Return the file of one block selection probe; ``key`` is a content hash."""
     return _root() / "probes" / f"{key}.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..atomic_files import write_atomically
 from ..errors import InvalidInputError, LoraFileError, StorageError
-from ..lora import metadata_from_strings, metadata_to_strings
+from ..lora import LoraAdapters, metadata_from_strings, metadata_to_strings
 
 
 class LoraModel(dict):
@@ -112,6 +112,37 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> tup
     _require_fitting_shapes(patcher.model.state_dict(), patches)
     clone = patcher.clone()
     return clone, len(clone.add_patches(patches, strength))
+
+
+def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraAdapters) -> dict[str, Tensor]:
+    """Return a LoRA in any of the host's formats as peft tensors that ``adapters`` can take.
+
+    Raises:
+        LoraFileError: If it changes layers that are not trained here, has another rank, or holds nothing for the model.
+    """
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
+    if not patches:
+        raise LoraFileError("The LoRA to start from holds nothing for this model: it was trained for another kind.")
+    _require_fitting_shapes(patcher.model.state_dict(), patches)
+    state: dict[str, Tensor] = {}
+    for key, patch in patches.items():
+        name = key.removeprefix("diffusion_model.").removesuffix(".weight") if isinstance(key, str) else None
+        if name not in adapters.names or getattr(patch, "name", "") != "lora":
+            raise LoraFileError(
+                f"The LoRA to start from also changes what is not trained here ({key}). Apply it to the MODEL with Load "
+                "LoRA before all BlockSkip nodes, and train a new LoRA on top; or keep more blocks."
+            )
+        up, down, alpha = (patch.weights[i] for i in (0, 1, 2))
+        if len(down) != adapters.settings.rank:
+            raise LoraFileError(
+                f"The LoRA to start from has rank {len(down)}, here it is {adapters.settings.rank}. Set rank to "
+                f"{len(down)}."
+            )
+        scale = 1.0 if alpha is None else float(alpha) / len(down)
+        state[f"{name}.lora_A.weight"] = down.float()
+        state[f"{name}.lora_B.weight"] = up.float() * (scale / adapters.scale)
+    return state
 
 
 def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> None:

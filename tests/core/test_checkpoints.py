@@ -8,7 +8,7 @@ import torch
 from blockskip_pack.blockskip_core import checkpoints as module
 from blockskip_pack.blockskip_core.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.errors import CheckpointError, InvalidInputError, StorageError
-from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResult, train_lora
+from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResult, _Loop, train_lora
 from safetensors.torch import load_file, save_file
 
 from .plain_dit import PlainDit, lora_for
@@ -103,27 +103,21 @@ def test_a_run_cut_off_between_two_states_goes_on_from_the_last(tmp_path):
 
 def test_a_failure_within_an_accumulated_step_goes_on_from_the_step_before(tmp_path, monkeypatch):
     expected, _ = train(tmp_path / "whole", accumulation=3)
-    calls = []
+    calls, loss = [], _Loop._loss
 
-    def fails_once(self, stretch, batch, loss=module_loss()):
+    def fails_once(self, stretch, batch):
         calls.append(batch)
         if len(calls) == 8:
             raise Cut
         return loss(self, stretch, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr("blockskip_pack.blockskip_core.training._Loop._loss", fails_once)
+        patch.setattr(_Loop, "_loss", fails_once)
         _, result = train(tmp_path / "cut", store(tmp_path), accumulation=3)
         assert (result.steps, len(result.losses)) == (2, 7)
     got, result = train(tmp_path / "cut", store(tmp_path), accumulation=3)
     assert result.resumed_at == 2
     assert_same(got, expected)
-
-
-def module_loss():
-    from blockskip_pack.blockskip_core.training import _Loop
-
-    return _Loop._loss
 
 
 @pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
