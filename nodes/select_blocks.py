@@ -224,8 +224,7 @@ class _Probe:
         self._negative = flatten_conditionings(negative)[0] if negative else None
         self._settings = settings
         self._metric = picture_metric(vae, clip_vision)
-        downscale = int(vae.spacial_compression_encode()) if vae is not None else 8
-        self._sampler = MaskedSampler(model, settings.probe, downscale)
+        self._sampler = MaskedSampler(model, settings.probe)
         self._num_blocks = num_blocks
         self._file = probe_file(self._key(model, vae, clip_vision))
 

@@ -70,7 +70,8 @@ def replayed(dit, spans, residuals, clean, draws, adapters=None):
 def flux_lora(dit, spans, **settings):
     """Adapters on the attention and MLP layers of the kept blocks."""
     settings = {"dtype": torch.float32, "size": 0.05, **settings}
-    return lora_for(dit, spans, wanted=lambda name: dit.adapter.is_lora_target(name, "attention and mlp"), **settings)
+    layers = dit.lora_layers(spans, "attention and mlp")
+    return lora_for(dit, spans, wanted=layers.__contains__, **settings)
 
 
 def run(patcher, spans, *, source=None, on_step=None, adapters=None, **settings):

@@ -127,12 +127,12 @@ def test_crops_are_encoded_in_the_models_scale_once(encoding):
 
 
 def test_a_vae_that_does_not_fit_is_refused(encoding):
-    model = SimpleNamespace(process_latent_in=lambda x: x, latent_format=SimpleNamespace(latent_channels=16))
+    latents = SimpleNamespace(latent_channels=16, latent_dimensions=2)
+    model = SimpleNamespace(process_latent_in=lambda x: x, latent_format=latents)
     with pytest.raises(InvalidInputError, match="latents of 16 channels, this VAE makes 4"):
         encoding.encode_crops(Vae(), model, [torch.rand(16, 16, 3)])
-    model = SimpleNamespace(
-        process_latent_in=lambda x: x * float("nan"), latent_format=SimpleNamespace(latent_channels=4)
-    )
+    latents.latent_channels = 4
+    model = SimpleNamespace(process_latent_in=lambda x: x * float("nan"), latent_format=latents)
     with pytest.raises(InvalidInputError, match="NaN or Inf"):
         encoding.encode_crops(Vae(), model, [torch.rand(16, 16, 3)])
 

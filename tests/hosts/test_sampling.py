@@ -23,7 +23,7 @@ def sampling(comfyui):
 
 
 def sample(sampling, patcher, masked, entry=None, **settings):
-    sampler = sampling.MaskedSampler(patcher, sampling.ProbeConfig(**PROBE), 8)
+    sampler = sampling.MaskedSampler(patcher, sampling.ProbeConfig(**PROBE))
     entry = entry or captions()[0]
     return sampler.sample(entry, entry, seed=3, masked=frozenset(masked), **settings)
 
@@ -40,7 +40,7 @@ def test_masking_nothing_is_the_plain_model(sampling):
     wrapper = hosted(patcher).adapter.text_masking_wrapper(frozenset())
     plain = sample(sampling, patcher, ())
     masked = patcher.clone()
-    masked.add_wrapper_with_key("diffusion_model", "test", wrapper)
+    masked.add_wrapper_with_key("apply_model", "test", wrapper)
     assert torch.equal(sample(sampling, masked, ()), plain)
     assert plain.shape == (1, 4, 8, 8)
 
