@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..lora import LoraTargets
 from ..streams import BlockInfo, BlockIO, TokenStreams
 
-TEXT_TOKENS = "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
+TEXT_TOKENS = (
+    "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
+)
 
 
 class FamilyAdapter(ABC):

@@ -45,7 +45,11 @@ class FluxAdapter(FamilyAdapter):
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:
-        return _is_flux(diffusion_model) and not getattr(diffusion_model.params, "global_modulation", False)
+        """Not what else uses the class: FLUX.2 below; Ovis and LongCat, with other text and other layers."""
+        return _is_flux(diffusion_model) and not any(
+            getattr(diffusion_model.params, name)
+            for name in ("global_modulation", "yak_mlp", "txt_norm", "txt_ids_dims")
+        )
 
     def blocks(self) -> Sequence[BlockInfo]:
         single = JoinedBlockIO(lambda options: options["img_slice"][0])
@@ -75,7 +79,7 @@ class Flux2Adapter(FluxAdapter):
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:
-        return _is_flux(diffusion_model) and getattr(diffusion_model.params, "global_modulation", False)
+        return _is_flux(diffusion_model) and diffusion_model.params.global_modulation
 
 
 class ChromaAdapter(FluxAdapter):

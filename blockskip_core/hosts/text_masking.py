@@ -42,9 +42,7 @@ def wrap_options(change: Callable[[dict[str, Any], int], None]) -> Callable[...,
     return wrapper
 
 
-def mask_by_index(
-    options: dict[str, Any], masked: Callable[[dict[str, Any]], bool], num_text_tokens: int
-) -> None:
+def mask_by_index(options: dict[str, Any], masked: Callable[[dict[str, Any]], bool], num_text_tokens: int) -> None:
     """Mask joint attention wherever ``masked(transformer_options of the call)`` says so."""
 
     def override(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
