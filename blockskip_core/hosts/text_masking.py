@@ -35,7 +35,6 @@ def wrap_options(change: Callable[[dict[str, Any], int], None]) -> Callable[...,
         **kwargs: Any,
     ) -> Any:
         options = dict(transformer_options or {})
-        options.pop("block_index", None)  # of an earlier call: modules before the first block would be taken for it
         change(options, c_crossattn.shape[1])
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

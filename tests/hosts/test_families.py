@@ -376,6 +376,18 @@ def test_no_parameter_of_a_skipped_block_is_loaded(watched, tiny, patcher):
         assert watched[-1] == {tiny.blocks[index] for index in spans.kept}
 
 
+def test_an_interrupted_run_leaves_the_model_as_it_was(tiny, patcher):
+    import comfy.model_management
+
+    def on_step(report):
+        raise comfy.model_management.InterruptProcessingException
+
+    for source in (None, FoldedSource()):
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            tiny.run(patcher, tiny.chosen(1, 1), steps=2, source=source, on_step=on_step)
+    assert comfy.model_management.in_training is False
+
+
 @pytest.mark.parametrize("form", ["peft", "kohya", "host"])
 def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(tiny, patcher, tmp_path, form):
     import comfy.sd
