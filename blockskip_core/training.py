@@ -340,7 +340,7 @@ class _Loop:
         noisy, clean, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
         captions = [self.schedule[draw].caption for draw in batch]
         stretch.model.replay(stretch.residuals.residual, batch, lambda: stretch.denoise(noisy, sigmas, captions))
-        tokens = self.dit.image_tokens(*clean.shape[-2:]) + self._text_length(batch[0])
+        tokens = self.dit.image_tokens(*clean.shape[-2:]) + self.dit.text_tokens(captions[0])
         with stretch.budget.forward(len(batch) * tokens):
             denoised = stretch.denoise(noisy, sigmas, captions)
         return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
