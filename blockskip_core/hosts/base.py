@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from ..lora import LoraTargets
 from ..streams import BlockInfo, BlockIO
+from ..weight_formats import stored_bytes
 
 
 class FamilyAdapter(Protocol):
@@ -65,8 +67,8 @@ def block_info(diffusion_model: nn.Module, list_name: str, io: BlockIO) -> list[
             BlockInfo(
                 name=f"{list_name}.{index}",
                 io=io,
-                num_parameters=sum(p.numel() for p in parameters),
-                num_bytes=sum(p.nbytes for p in parameters),
+                num_parameters=sum(math.prod(p.shape) for p in parameters),  # packed formats have fewer elements
+                num_bytes=sum(stored_bytes(p) for p in parameters),
             )
         )
     return infos

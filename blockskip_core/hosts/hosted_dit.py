@@ -22,8 +22,10 @@ import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import UnsupportedModelError
+from ..skipping_model import is_linear
 from ..streams import BlockInfo, Denoiser
 from . import adapter_for
 from .conditioning import join_arguments, model_arguments
@@ -50,6 +52,7 @@ class HostedDit:
         self.patcher = patcher
         self.adapter = adapter_for(patcher)
         _require_no_injections(patcher)
+        _require_plain_access(self.blocks, patcher.model.diffusion_model)
         self.family = self.adapter.family
         self.frozen_stem = self.adapter.frozen_stem
         self.trainable_head = self.adapter.trainable_head
@@ -170,14 +173,45 @@ class HostedDit:
     @contextmanager
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> Iterator[Tensor]:
         """Lend a linear layer's weight the way the host lends it to its own forward, whatever its storage."""
+        if hasattr(module, "cast_bias_weight"):  # other packs' packed layers (GGUF) bring a cast of their own
+            yield module.cast_bias_weight(like)[0]
+            return
         if not hasattr(module, "weight_function"):
-            yield module.weight.to(like)
+            yield _as_applied(module, module.weight.to(like))
             return
         weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
         try:
-            yield weight
+            yield _as_applied(module, weight)
         finally:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def _as_applied(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the plain matrix that a layer multiplies its input with.
+
+    The host leaves a weight quantised when its nominal dtype fits already, and a product with a quantised weight would
+    round the gradient as well. Smoothed formats scale the input, channel by channel, before the weight.
+    """
+    if is_traceable_wrapper_subclass(weight):
+        weight = weight.dequantize()
+    smoothing = getattr(module, "pre_quant_scale", None)
+    return weight if smoothing is None else weight * smoothing.to(weight)
+
+
+def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Module) -> None:
+    """Refuse layers whose weight nobody can lend: without it no gradient passes."""
+    for block in blocks:
+        for path, layer in diffusion_model.get_submodule(block.name).named_modules():
+            if not is_linear(layer) or hasattr(layer, "cast_bias_weight"):
+                continue
+            weight = getattr(layer, "weight", None)
+            if weight is None or tuple(weight.shape) != (layer.out_features, layer.in_features):
+                kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+                raise UnsupportedModelError(
+                    f"The layer {block.name}.{path} is a {kind}, which keeps its weight packed and does not say how "
+                    "to unpack it, so no gradient can pass. Load the model in bf16, fp8, one of ComfyUI's own "
+                    "quantised formats, or GGUF."
+                )
 
 
 def _differentiable_attention(attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
