@@ -96,6 +96,12 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
     twin._parameters = {name: _alias(parameter) for name, parameter in module._parameters.items()}
     twin._buffers = {name: _alias(buffer) for name, buffer in module._buffers.items()}
     twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
+    copy_hooks(module, twin)
+    return twin
+
+
+def copy_hooks(module: nn.Module, twin: nn.Module) -> None:
+    """Give a copy the forward hooks of a module, in collections of its own."""
     for hooks in (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -103,7 +109,6 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
         "_forward_pre_hooks_with_kwargs",
     ):
         setattr(twin, hooks, copy.copy(getattr(module, hooks)))
-    return twin
 
 
 def _alias(tensor: Tensor | None) -> Tensor | None:

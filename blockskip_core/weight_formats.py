@@ -68,6 +68,11 @@ def is_quantizable(layer: nn.Module) -> bool:
     return is_linear(layer) and plain and weight.dim() == 2 and weight.dtype.itemsize > 1
 
 
+def is_shrunk(layer: nn.Module, weight_format: str) -> bool:
+    """Return whether a layer is one that takes fewer bytes in a format; others are left as they are."""
+    return is_quantizable(layer) and WEIGHT_FORMATS[weight_format].num_bytes(*layer.weight.shape) < layer.weight.nbytes
+
+
 def predicted_bytes(block: nn.Module, weight_format: str) -> int:
     """Return the bytes of a block's weights after its linear layers were quantised.
 
@@ -81,6 +86,6 @@ def predicted_bytes(block: nn.Module, weight_format: str) -> int:
     total = sum(stored_bytes(parameter) for parameter in block.parameters())
     if weight_format == "off":
         return total
-    layers = [layer for layer in block.modules() if is_quantizable(layer)]
+    layers = [layer for layer in block.modules() if is_shrunk(layer, weight_format)]
     num_bytes = WEIGHT_FORMATS[weight_format].num_bytes
     return total + sum(num_bytes(*layer.weight.shape) - layer.weight.nbytes for layer in layers)

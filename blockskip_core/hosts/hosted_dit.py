@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -44,9 +44,14 @@ class HostedDit:
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
+    Attributes:
+        known_error: Nothing is added to the output by weights that are used as they are.
+
     Raises:
         UnsupportedModelError: If no adapter knows the model, or it carries what a copy of a block would not have.
     """
+
+    known_error = 0.0
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
         self.patcher = patcher
@@ -116,12 +121,19 @@ class HostedDit:
             return [model_arguments(model, caption, latent, cpu) for caption in self._captions]
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        baked: Collection[str] = frozenset(),
+    ) -> Iterator[Denoiser]:
         """Load the model with ``replacements`` in place; unload it and put everything back afterwards.
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
             activation_bytes: Memory that the host should keep free beside the weights.
+            baked: Keys of patches that the weights of ``replacements`` contain already.
 
         Yields:
             The denoiser, bound to this MODEL's captions.
@@ -130,6 +142,8 @@ class HostedDit:
         clone = self.patcher.clone()
         for name, module in replacements.items():
             clone.add_object_patch(_MODEL + name, module)
+        for key in baked:
+            del clone.patches[key]
         clone.patches_uuid = uuid.uuid4()
         clone.size = self._planned_bytes(replacements)
         was_training = comfy.model_management.in_training
