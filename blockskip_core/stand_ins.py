@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from .out_of_place import OutOfPlace
@@ -89,13 +90,20 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
     """Return a copy of a module tree that owns no weights of its own: same names, same memory.
 
     Loaders that run under ``torch.inference_mode`` leave inference tensors behind, which autograd refuses to save. A
-    tensor laid over the same memory outside inference mode is an ordinary one; the original is not touched. Tensor
-    subclasses (quantised weights) are kept as they are: the LoRA layers never save them.
+    tensor laid over the same memory outside inference mode is an ordinary one; the original is not touched. Quantised
+    weights that can be taken apart (torch's wrapper subclasses) are put together again from such tensors. Other
+    subclasses are kept as they are: the LoRA layers never save them.
     """
     twin = copy.copy(module)
     twin._parameters = {name: _alias(parameter) for name, parameter in module._parameters.items()}
     twin._buffers = {name: _alias(buffer) for name, buffer in module._buffers.items()}
     twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
+    copy_hooks(module, twin)
+    return twin
+
+
+def copy_hooks(module: nn.Module, twin: nn.Module) -> None:
+    """Give a copy the forward hooks of a module, in collections of its own."""
     for hooks in (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -103,16 +111,28 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
         "_forward_pre_hooks_with_kwargs",
     ):
         setattr(twin, hooks, copy.copy(getattr(module, hooks)))
-    return twin
 
 
 def _alias(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+    if tensor is None or tensor.is_meta:
         return tensor
     with torch.inference_mode(False):
+        if is_traceable_wrapper_subclass(tensor):
+            return _alias_parts(tensor)
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return tensor
         plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
         return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
+
+
+def _alias_parts(tensor: Tensor) -> Tensor:
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: _alias(getattr(tensor, name)) for name in names}
+    twin = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        twin._is_param = True  # what nn.Parameter does, but for detaching, which copies the scales of some formats
+    return twin
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

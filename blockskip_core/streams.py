@@ -96,8 +96,11 @@ class SkippableDit(Protocol):
         frozen_stem: Paths of the modules before the first block; no gradient is needed there.
         trainable_head: Paths of the modules after the last block; gradients pass through them.
         width: Width of a token, D.
+        known_error: Relative difference to the full model that the blocks as they are given may make in the output:
+            0, unless they are quantised for the run. The self-check allows for it.
     """
 
+    known_error: float
     family: str
     blocks: Sequence[BlockInfo]
     frozen_stem: Sequence[str]

@@ -400,12 +400,13 @@ class _Loop:
             denoised = denoise(noisy, sigmas, [self.schedule[reference.draw].caption]).cpu()
         removed = (noisy.cpu() - reference.denoised).norm().clamp_min(1e-12)
         difference = ((denoised - reference.denoised).norm() / removed).item()
-        tolerance = _self_check_tolerance(residuals.residual(reference.draw), residuals.form)
+        tolerance = _self_check_tolerance(residuals.residual(reference.draw), residuals.form) + self.dit.known_error
         if not difference <= tolerance:
             raise TrainingError(
                 f"With nothing learned yet, the model with skipped blocks differs from the full model by "
                 f"{difference:.2e} (at most {tolerance:.0e} was expected). Another node may have changed the model "
                 "after Precompute Residuals; connect the same MODEL to both nodes."
+                + (" Or quantisation costs this model too much; choose a finer one." if self.dit.known_error else "")
             )
         self.result.self_check = difference
 

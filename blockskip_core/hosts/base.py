@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..lora import LoraTargets
 from ..streams import BlockInfo, BlockIO, TokenStreams
+from ..weight_formats import stored_bytes
 
 TEXT_TOKENS = (
     "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
@@ -123,8 +125,8 @@ def block_info(diffusion_model: nn.Module, list_name: str, io: BlockIO) -> list[
             BlockInfo(
                 name=f"{list_name}.{index}",
                 io=io,
-                num_parameters=sum(p.numel() for p in parameters),
-                num_bytes=sum(p.nbytes for p in parameters),
+                num_parameters=sum(math.prod(p.shape) for p in parameters),  # packed formats have fewer elements
+                num_bytes=sum(stored_bytes(p) for p in parameters),
             )
         )
     return infos

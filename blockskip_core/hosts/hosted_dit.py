@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,11 +22,12 @@ import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..block_selection import BlockSelection
 from ..errors import UnsupportedModelError
 from ..lora import LoraTargets
-from ..skipping_model import linear_names
+from ..skipping_model import is_linear, linear_names
 from ..streams import BlockInfo, Denoiser
 from . import adapter_for
 from .base import TEXT_TOKENS
@@ -49,14 +50,20 @@ class HostedDit:
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
+    Attributes:
+        known_error: Nothing is added to the output by weights that are used as they are.
+
     Raises:
         UnsupportedModelError: If no adapter knows the model, or it carries what a copy of a block would not have.
     """
+
+    known_error = 0.0
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
         self.patcher = patcher
         self.adapter = adapter_for(patcher)
         _require_no_injections(patcher)
+        _require_plain_access(self.blocks, patcher.model.diffusion_model)
         self.family = self.adapter.family
         self.frozen_stem = self.adapter.frozen_stem
         self.trainable_head = self.adapter.trainable_head
@@ -137,7 +144,13 @@ class HostedDit:
             return [model_arguments(model, caption, latent, cpu) for caption in self._captions]
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        baked: Collection[str] = frozenset(),
+    ) -> Iterator[Denoiser]:
         """Load the model with ``replacements`` in place; unload it and put everything back afterwards.
 
         Args:
@@ -146,6 +159,7 @@ class HostedDit:
                 no weights on the device and casts each layer's when it runs. A host that pages weights in and out by
                 itself ("dynamic VRAM") goes on doing that, and on other than NVIDIA's cards the host fills 40 % of what
                 is free with weights all the same.
+            baked: Keys of patches that the weights of ``replacements`` contain already.
 
         Yields:
             The denoiser, bound to this MODEL's captions.
@@ -154,6 +168,8 @@ class HostedDit:
         clone = self.patcher.clone()
         for name, module in replacements.items():
             clone.add_object_patch(_MODEL + name, module)
+        for key in baked:
+            del clone.patches[key]
         clone.patches_uuid = uuid.uuid4()
         clone.size = self._planned_bytes(replacements)
         was_training = comfy.model_management.in_training
@@ -201,14 +217,45 @@ class HostedDit:
     @contextmanager
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> Iterator[Tensor]:
         """Lend a linear layer's weight the way the host lends it to its own forward, whatever its storage."""
+        if hasattr(module, "cast_bias_weight"):  # other packs' packed layers (GGUF) bring a cast of their own
+            yield module.cast_bias_weight(like)[0]
+            return
         if not hasattr(module, "weight_function"):
-            yield module.weight.to(like)
+            yield _as_applied(module, module.weight.to(like))
             return
         weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
         try:
-            yield weight
+            yield _as_applied(module, weight)
         finally:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def _as_applied(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the plain matrix that a layer multiplies its input with.
+
+    The host leaves a weight quantised when its nominal dtype fits already, and a product with a quantised weight would
+    round the gradient as well. Smoothed formats scale the input, channel by channel, before the weight.
+    """
+    if is_traceable_wrapper_subclass(weight):
+        weight = weight.dequantize()
+    smoothing = getattr(module, "pre_quant_scale", None)
+    return weight if smoothing is None else weight * smoothing.to(weight)
+
+
+def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Module) -> None:
+    """Refuse layers whose weight nobody can lend: without it no gradient passes."""
+    for block in blocks:
+        for path, layer in diffusion_model.get_submodule(block.name).named_modules():
+            if not is_linear(layer) or hasattr(layer, "cast_bias_weight"):
+                continue
+            weight = getattr(layer, "weight", None)
+            if weight is None or tuple(weight.shape) != (layer.out_features, layer.in_features):
+                kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+                raise UnsupportedModelError(
+                    f"The layer {block.name}.{path} is a {kind}, which keeps its weight packed and does not say how "
+                    "to unpack it, so no gradient can pass. Load the model in bf16, fp8, one of ComfyUI's own "
+                    "quantised formats, or GGUF."
+                )
 
 
 def _differentiable_attention(attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

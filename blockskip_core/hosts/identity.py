@@ -35,8 +35,10 @@ def model_identity(patcher: Any) -> str:
 
 def module_identity(module: nn.Module) -> str:
     """Return a content hash of a module's weights."""
+    state = module.state_dict()
+    own = dict(module.named_parameters())  # some packs list packed weights in a state dict by their size only
     digest = _Digest()
-    digest.add(dict(sorted(module.state_dict().items())))
+    digest.add({name: own.get(name, state[name]) if state[name].is_meta else state[name] for name in sorted(state)})
     return digest.hexdigest()
 
 
@@ -106,7 +108,9 @@ class _Digest:
         self._hash.update(text.encode() + b"\0")
 
     def _sampled(self, tensor: Tensor) -> bytes:
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.as_subclass(Tensor).detach().reshape(-1)
+        if flat.is_meta:
+            return b""
         if self._samples is not None and flat.numel() > self._samples:
             places = torch.linspace(0, flat.numel() - 1, self._samples, dtype=torch.float64).long()
             flat = flat[places.to(flat.device)]

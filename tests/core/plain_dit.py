@@ -139,6 +139,7 @@ class PlainDit:
     frozen_stem = ("img_in", "txt_in", "time_in")
     trainable_head = ("head",)
     width = WIDTH
+    known_error = 0.0
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():

@@ -8,6 +8,7 @@ import torch
 def tiny_flux(
     *, depth: int = 2, depth_single: int = 4, width: int = 64, heads: int = 2, guidance: bool = False,
     dtype: torch.dtype = torch.float32, cast_to: torch.dtype | None = None, seed: int = 0, scale: float = 1.0,
+    channels: int = 4, mlp_ratio: float = 2.0,
 ):  # fmt: skip
     """Return a ModelPatcher around a random FLUX.1; inputs that fit are latents (B, 4, 8, 8), context (B, L, 16).
 
@@ -22,13 +23,13 @@ def tiny_flux(
     third = head // 4 // 2 * 2
     config = {
         "image_model": "flux",
-        "in_channels": 4,
-        "out_channels": 4,
+        "in_channels": channels,
+        "out_channels": channels,
         "patch_size": 2,
         "vec_in_dim": 16,
         "context_in_dim": 16,
         "hidden_size": width,
-        "mlp_ratio": 2.0,
+        "mlp_ratio": mlp_ratio,
         "num_heads": heads,
         "depth": depth,
         "depth_single_blocks": depth_single,

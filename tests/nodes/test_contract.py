@@ -36,7 +36,7 @@ CONTRACT = {
             "model": "MODEL", "residuals": "BLOCKSKIP_RESIDUALS", "steps": "INT", "learning_rate": "FLOAT",
             "rank": "INT", "seed": "INT",
         },
-        "optional": {},
+        "optional": {"quantize_kept": "COMBO"},
         "outputs": [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
         "lists": True,
     },

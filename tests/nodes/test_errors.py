@@ -426,3 +426,12 @@ def test_apply_refuses_a_lora_of_another_size(bench, lora_file):
     name = lora_file("large.safetensors", pair("single_blocks.0.linear1", 640, 128))
     with refused(bench, r"single_blocks\.0\.linear1\.weight it has 640 x 128, the model has .* another size"):
         bench.apply(lora_name=name)
+
+
+def test_training_refuses_a_format_that_this_comfyui_does_not_have(bench, monkeypatch):
+    import comfy.quant_ops
+
+    residuals = bench.precompute(storage="chunked")[0]
+    monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, "int8_tensorwise")
+    with refused(bench, r"quantize_kept 'int8' is not a format of this ComfyUI .*Choose one of these, or update"):
+        bench.train(residuals=residuals, quantize_kept="int8")

@@ -160,6 +160,35 @@ def test_the_run_tells_figures_that_a_browser_can_read(bench):
     assert summary["self_check"] <= 1e-4
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("weight_format", ["fp8", "int8", "4-bit"])
+def test_kept_blocks_can_be_quantised_for_a_run(bench, core, weight_format, storage):
+    before = weights(bench.model)
+    residuals = bench.precompute(storage=storage, chunk_size=4)[0]
+    plain = bench.train(residuals=residuals, output_name="loras/plain").ui["blockskip"][0]
+    trained = bench.train(residuals=residuals, quantize_kept=weight_format, output_name="loras/quantised")
+    said = trained.ui["blockskip"][0]
+    blocks = bench.model.model.diffusion_model.single_blocks[:3]
+    predicted = core("weight_formats").predicted_bytes
+    assert said["quantize_kept"] == weight_format
+    assert said["kept_weights_bytes"] == sum(predicted(block, weight_format) for block in blocks)
+    assert said["kept_weights_bytes"] < 0.3 * plain["kept_weights_bytes"]  # of float32
+    assert said["all_weights_bytes"] == plain["all_weights_bytes"]
+    assert said["saved_for_backward_bytes"] == plain["saved_for_backward_bytes"]
+    if storage == "on the fly":
+        assert said["self_check"] is None
+    else:
+        assert plain["self_check"] < 1e-4 < said["self_check"] < 0.2
+    assert said["loss_of_first_tenth"] == pytest.approx(plain["loss_of_first_tenth"], rel=0.1)
+
+    patched, info = bench.apply(lora=trained[0]).args
+    assert f"{KEPT_LAYERS} layers patched" in info
+    after = weights(bench.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with safe_open(bench.folders.loras / "quantised_00001_.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["blockskip"])["quantize_kept"] == weight_format
+
+
 def test_a_lora_never_overwrites_another(bench):
     residuals = bench.precompute()[0]
     for _ in range(2):

@@ -1,0 +1,75 @@
+"""A stand-in for another pack's packed layers: what our pack knows of GGUF layers, and nothing else of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_GROUP = 32
+
+
+class PackedTensor(Tensor):
+    """Bytes that say of themselves that they are a matrix."""
+
+    logical: tuple[int, int]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(getattr(self, "logical", self.size()))
+
+    def to(self, *args: Any, **kwargs: Any) -> PackedTensor:
+        moved = super().to(*args, **kwargs)
+        moved.logical = self.logical
+        return moved
+
+    def detach(self) -> PackedTensor:
+        return self
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> PackedTensor:
+        """Eight bits per number and a float16 scale per 32 numbers, in one row of bytes per group."""
+        groups = weight.float().reshape(-1, _GROUP)
+        scales = (groups.abs().amax(1, keepdim=True) / 127).half()
+        numbers = (groups / scales.float()).round().to(torch.int8)
+        packed = torch.cat((scales.view(torch.uint8), numbers.view(torch.uint8)), 1).as_subclass(cls)
+        packed.logical = tuple(weight.shape)
+        return packed
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        raw = self.as_subclass(Tensor)
+        scales, numbers = raw[:, :2].contiguous().view(torch.float16), raw[:, 2:].contiguous().view(torch.int8)
+        return (numbers.to(dtype) * scales.to(dtype)).reshape(self.logical)
+
+
+def pack_blocks(diffusion_model: nn.Module) -> None:
+    """Put packed layers in the place of the blocks' linear layers."""
+    for block in (*diffusion_model.double_blocks, *diffusion_model.single_blocks):
+        for name, layer in list(block.named_modules()):
+            if hasattr(layer, "in_features"):
+                parent, _, leaf = name.rpartition(".")
+                block.get_submodule(parent)._modules[leaf] = _packed(layer)
+
+
+def _packed(layer: nn.Module) -> nn.Module:
+    import comfy.ops
+
+    class PackedLinear(comfy.ops.manual_cast.Linear):
+        """Casts its weight itself, and shows a state dict only its size."""
+
+        def cast_bias_weight(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.weight.unpack(like.dtype), None if self.bias is None else self.bias.to(like)
+
+        def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, *self.cast_bias_weight(x))
+
+        def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+            for name, tensor in self._parameters.items():
+                if tensor is not None:
+                    destination[prefix + name] = torch.empty(tuple(tensor.size()), dtype=tensor.dtype, device="meta")
+
+    packed = PackedLinear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    packed._parameters["weight"] = PackedTensor.pack(layer.weight)
+    packed._parameters["bias"] = layer.bias
+    return packed
