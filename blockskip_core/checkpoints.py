@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic_files import write_atomically
-from .errors import CheckpointError
+from .errors import CheckpointError, InvalidInputError
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +82,19 @@ class Checkpoints:
         identity: What the run is.
         every: Steps between two states; 0 writes one only when a run ends, however it ends.
         keep: So many of the newest states stay.
+        resume: Whether an earlier state is gone on from. Without, earlier states stay, for the run comes to the same.
+
+    Raises:
+        InvalidInputError: If a number is out of range.
     """
 
-    def __init__(self, folder: Path, identity: RunIdentity, *, every: int, keep: int) -> None:
+    def __init__(self, folder: Path, identity: RunIdentity, *, every: int, keep: int, resume: bool = True) -> None:
+        if every < 0 or keep < 1:
+            raise InvalidInputError(
+                f"save_every must not be negative and keep_last must be at least 1, got {every} and {keep}."
+            )
         self._folder, self._identity = folder, identity
-        self._every, self._keep = every, max(1, keep)
+        self._every, self._keep, self._resume = every, keep, resume
         self._saved: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -120,12 +128,14 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def newest(self, max_step: int) -> TrainingState | None:
-        """Return the newest state up to a step, or None. A damaged one is removed, with a warning, for the one before.
+        """Return the newest state up to a step to go on from, or None.
+
+        A damaged one is removed, with a warning, and the one before is taken.
 
         Raises:
             CheckpointError: If a state is that of another run.
         """
-        for path in self._states():
+        for path in self._states() if self._resume else ():
             if _step_of(path) > max_step:
                 continue
             try:

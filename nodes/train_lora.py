@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, get_args
 
 import psutil
@@ -13,11 +16,19 @@ import torch
 from comfy_api.latest import io
 
 from ..blockskip_core.block_selection import format_bytes
+from ..blockskip_core.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
 from ..blockskip_core.errors import CacheError, InvalidInputError, StorageError, TrainingError
 from ..blockskip_core.flow_matching import LossWeighting
+from ..blockskip_core.hosts.folders import run_folder
 from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
 from ..blockskip_core.hosts.identity import model_identity
-from ..blockskip_core.hosts.lora_files import LoraModel, output_path, require_writable, save_lora
+from ..blockskip_core.hosts.lora_files import (
+    LoraModel,
+    lora_to_start_from,
+    output_path,
+    require_writable,
+    save_lora,
+)
 from ..blockskip_core.hosts.quantised_blocks import QuantisedDit, available_formats
 from ..blockskip_core.lora import (
     LinearShape,
@@ -39,7 +50,7 @@ from ..blockskip_core.training import (
     train_lora,
 )
 from ..blockskip_core.version import VERSION
-from .inputs import singles
+from .inputs import single, singles
 from .progress import NodeProgress
 from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
 
@@ -235,6 +246,37 @@ class TrainLora(io.ComfyNode):
                     "memory, a less exact base. Your MODEL stays as it is. fp8 and int8 take half of bf16, 4-bit "
                     "(NVFP4) a bit more than a quarter. Weights that are quantised already are left as they are.",
                 ),
+                io.Int.Input(
+                    "save_every",
+                    default=100,
+                    min=0,
+                    max=1_000_000,
+                    optional=True,
+                    tooltip="Steps between two safe points: the LoRA so far, beside the final file, and the training "
+                    "state to go on from. 0: only when the run ends, by itself or by Cancel.",
+                ),
+                io.Int.Input(
+                    "keep_last",
+                    default=2,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="So many of the newest safe points stay on disk.",
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=True,
+                    optional=True,
+                    tooltip="Queueing the same graph again goes on where an interrupted run stopped, and ends with the "
+                    "same LoRA. More steps go on from a finished run. Off: start from the beginning.",
+                ),
+                LoraModelSocket.Input(
+                    "start_from",
+                    optional=True,
+                    tooltip="A LoRA to train further: ours, core's, or one from Load LoRA Model. Same rank, and no layers "
+                    "outside the kept blocks.",
+                ),
             ],
             outputs=[
                 LoraModelSocket.Output(
@@ -249,10 +291,12 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, residuals, **widgets) -> io.NodeOutput:
+    def execute(cls, model, residuals, start_from=None, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
-        run = _Run(model, residuals, NodeProgress(cls.hidden.unique_id), **singles(**widgets))
+        start_from = start_from and single(start_from, "start_from")
+        run = _Run(model, residuals, NodeProgress(cls.hidden.unique_id), start_from, **singles(**widgets))
         run.train()
+        run.say_how_it_went()
         lora = LoraModel(run.host_lora(), run.metadata())
         return io.NodeOutput(lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()]})
 
@@ -265,6 +309,7 @@ class _Run:
         model: Any,
         residuals: ResidualSet,
         progress: NodeProgress,
+        start_from: Mapping[str, torch.Tensor] | None,
         *,
         rank: int,
         alpha: float = 0.0,
@@ -274,6 +319,9 @@ class _Run:
         activation_budget: float = 0.0,
         kept_weights: str = "resident",
         quantize_kept: str = "off",
+        save_every: int = 100,
+        keep_last: int = 2,
+        resume: bool = True,
         **training: Any,
     ) -> None:
         self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
@@ -285,7 +333,7 @@ class _Run:
         self.saved_as: str | None = self.path.name
         _require_same_model(model, residuals)
         self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
-        self.quantize_kept = quantize_kept
+        self.quantize_kept, self.keep_last = quantize_kept, keep_last
         self.trained_dit = self._quantised(quantize_kept)
         self.result = TrainingResult()
         self.memory = _PeakMemory(self.dit.device)
@@ -293,6 +341,33 @@ class _Run:
         shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
         with torch.inference_mode(False):
             self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
+            if start_from:
+                self.adapters.load_state_dict(lora_to_start_from(model, start_from, self.adapters))
+        identity = self._identity()
+        self.checkpoints = Checkpoints(
+            run_folder(identity.key), identity, every=save_every, keep=keep_last, resume=resume
+        )
+        remove_old_runs(run_folder(identity.key).parent, keep=KEPT_RUNS - 1, but=identity.key)
+        self.safe_files: list[Path] = []
+
+    def _identity(self) -> RunIdentity:
+        """What decides the LoRA's values after so many steps."""
+        no_effect = ("steps", "checkpointing", "activation_budget")
+        config = {name: value for name, value in asdict(self.config).items() if name not in no_effect}
+        first_values = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.adapters.state_dict().items()):
+            first_values.update(name.encode() + tensor.numpy().tobytes())
+        return RunIdentity(
+            {
+                **{f"residuals: {name}": value for name, value in asdict(self.residuals.identity).items()},
+                "storage": "on the fly" if self.residuals.storage == "on the fly" else "stored",
+                "scale": self.adapters.scale,
+                "quantize_kept": self.quantize_kept,
+                "first values": first_values.hexdigest(),
+                "made by": f"BlockSkip {VERSION}",
+                **config,
+            }
+        )
 
     def train(self) -> None:
         """Train, and save the LoRA however the run ends, if it has learned anything.
@@ -320,7 +395,17 @@ class _Run:
         except StorageError as error:
             self.saved_as = None
             logger.error("BlockSkip: %s", error)
-            self.progress.say(f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+            self.result.problems.append(f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+
+    def say_how_it_went(self) -> None:
+        """Leave a line under the node: what was trained, and what went wrong on the way."""
+        done = f"{self.result.steps} steps"
+        if self.result.resumed_at == self.result.steps:
+            done = f"This run had finished before: {done}, nothing left to train"
+        elif self.result.resumed_at:
+            done += f", of which {self.result.resumed_at} by an earlier run that this one went on from"
+        saved = f"saved as {self.saved_as}" if self.saved_as else "not saved"
+        self.progress.say(". ".join([f"{done}; {saved}", *dict.fromkeys(self.result.problems)]))
 
     def _quantised(self, weight_format: str) -> HostedDit | QuantisedDit:
         """Return the model as it is trained on; residuals are those of the model as loaded."""
@@ -343,6 +428,7 @@ class _Run:
             result=self.result,
             on_step=self._on_step,
             activation_bytes=self._activation_bytes(),
+            checkpoints=self.checkpoints,
         )
 
     def _activation_bytes(self) -> int:
@@ -364,13 +450,30 @@ class _Run:
         pace = sum(self.result.step_seconds) / len(self.result.step_seconds)
         left = timedelta(seconds=round(pace * (self.config.steps - report.step)))
         detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self.memory.peak)}"
+        if self.checkpoints.is_due(report.step) and report.step < self.config.steps:
+            self._save_safe_file(report.step)
         self.progress("training step", report.step, self.config.steps, detail)
 
-    def _save(self) -> None:
+    def _save_safe_file(self, step: int) -> None:
+        """Write the LoRA so far beside the final file. If the disk refuses, say so and go on."""
+        path = self.path.with_name(f"{self.path.stem}step{step:06}.safetensors")
+        try:
+            self._save(path)
+        except StorageError as error:
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
+            return
+        self.safe_files.append(path)
+        for old in self.safe_files[: -self.keep_last]:
+            old.unlink(missing_ok=True)
+        del self.safe_files[: -self.keep_last]
+
+    def _save(self, path: Path | None = None) -> None:
+        path = path or self.path
         state = self.adapters.state_dict()
         tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
-        save_lora(tensors, self.metadata(), self.path)
-        logger.info("BlockSkip: saved %s after step %d", self.path.name, self.result.steps)
+        save_lora(tensors, self.metadata(), path)
+        logger.info("BlockSkip: saved %s after step %d", path.name, self.result.steps)
 
     @torch.inference_mode(False)  # the tensors are ordinary ones, as core's are
     def host_lora(self) -> dict[str, torch.Tensor]:
@@ -439,6 +542,8 @@ class _Run:
             "loss_of_first_tenth": _mean(self.result.losses[:tenth]),
             "loss_of_last_tenth": _mean(self.result.losses[-tenth:]),
             "self_check": self.result.self_check,
+            "resumed_at": self.result.resumed_at,
+            "problems": list(dict.fromkeys(self.result.problems)),
         }
 
 
