@@ -12,13 +12,15 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
 
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
 does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
-to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished.
+to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until
+then a manifest under another name tells which shards are whole, and a writer that was cut off goes on behind them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -36,8 +38,11 @@ from .errors import CacheError, InvalidInputError
 from .residual_format import SCALE_BYTES, ResidualFormat, unpacked
 from .streams import TokenStreams
 
+logger = logging.getLogger(__name__)
+
 CACHE_VERSION = 1
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"  # the manifest of what is there so far
 DISK_RESERVE_BYTES = 256 * 2**20  # left free for everybody else
 
 
@@ -155,18 +160,23 @@ class CacheWriter:
     """Writes a cache: shard by shard, the manifest last.
 
     Args:
-        folder: Its own folder; an unfinished cache in it is replaced.
+        folder: Its own folder.
         identity: What the residuals are computed from.
+        resume: Whether to go on behind the whole shards of an unfinished cache; otherwise it is replaced.
+
+    Attributes:
+        draws: What is in whole shards.
     """
 
-    def __init__(self, folder: Path, identity: CacheIdentity) -> None:
+    def __init__(self, folder: Path, identity: CacheIdentity, *, resume: bool = False) -> None:
         self._folder = folder
         self._identity = identity
-        self._tensors: dict[str, dict[str, object]] = {}
-        if folder.exists():
+        self._tensors = _unfinished_tensors(folder, identity) if resume else {}
+        self._num_shards = len({entry["shard"] for entry in self._tensors.values()})
+        self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
+        if not self._tensors and folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        self._num_shards = 0
+        folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Write one shard: draw index -> name -> tensor.
@@ -181,13 +191,24 @@ class CacheWriter:
             form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
             self._tensors[key] = {"shard": name, "checksum": _checksum(tensor), **form}
         self._num_shards += 1
+        self.draws.update(records)
+        self._write_manifest(UNFINISHED)
+
+    def read(self, key: str) -> Tensor | None:
+        """Return a tensor that was written, by "draw/name", or None."""
+        entry = self._tensors.get(key)
+        return entry and _read_checked(self._folder / str(entry["shard"]), key, entry)
 
     def finish(self) -> None:
         """Write the manifest: from here on the cache is whole."""
+        self._write_manifest(MANIFEST)
+        (self._folder / UNFINISHED).unlink(missing_ok=True)
+
+    def _write_manifest(self, name: str) -> None:
         body = json.dumps({"identity": asdict(self._identity), "tensors": self._tensors}, sort_keys=True)
         digest = hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
         text = json.dumps({"digest": digest, "body": body})
-        write_atomically(self._folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(self._folder / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def discard(self) -> None:
         """Remove the folder and everything in it."""
@@ -208,7 +229,7 @@ class ResidualCache:
     def __init__(self, folder: Path, identity: CacheIdentity) -> None:
         self._folder = folder
         self._identity = identity
-        body = _read_manifest(folder)
+        body = _read_manifest(folder, MANIFEST)
         differing = identity.difference(body["identity"])
         if differing:
             raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
@@ -262,13 +283,11 @@ class ResidualCache:
     def _read_tensor(self, key: str) -> Tensor:
         entry = self._tensors[key]
         try:
-            tensor = self._shard(entry["shard"]).get_tensor(key)
-        except (SafetensorError, OSError) as error:
+            return _checked(self._shard(entry["shard"]).get_tensor(key), entry)
+        except CacheError:
+            raise
+        except (SafetensorError, OSError, ValueError) as error:
             raise CacheError(_damaged(self._folder, str(entry["shard"]))) from error
-        form = (list(tensor.shape), str(tensor.dtype))
-        if form != (entry["shape"], entry["dtype"]) or _checksum(tensor) != entry["checksum"]:
-            raise CacheError(_damaged(self._folder, str(entry["shard"])))
-        return tensor
 
     def _shard(self, name: str) -> safe_open:
         if name not in self._shards:
@@ -283,19 +302,58 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def _read_manifest(folder: Path) -> dict:
-    path = folder / MANIFEST
+def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict[str, object]]:
+    """Return what is whole of an unfinished cache; nothing of it counts if anything is wrong with it."""
+    if not (folder / UNFINISHED).is_file():
+        return {}
+    try:
+        body = _read_manifest(folder, UNFINISHED)
+        if identity.difference(body["identity"]):
+            return {}
+        for key, entry in body["tensors"].items():
+            _read_checked(folder / Path(str(entry["shard"])).name, key, entry)
+    except CacheError as error:
+        logger.warning("BlockSkip: the unfinished residuals cannot be gone on with, they are computed anew: %s", error)
+        return {}
+    return body["tensors"]
+
+
+def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
+    """Read one tensor of a shard.
+
+    Raises:
+        CacheError: If it is not the one that was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return _checked(shard.get_tensor(key), entry)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CacheError(_damaged(path.parent, path.name)) from error
+
+
+def _checked(tensor: Tensor, entry: Mapping[str, object]) -> Tensor:
+    """Return a tensor that is as its entry says; ValueError otherwise."""
+    form = (list(tensor.shape), str(tensor.dtype))
+    if form != (entry["shape"], entry["dtype"]) or _checksum(tensor) != entry["checksum"]:
+        raise ValueError("It is not what was written.")
+    return tensor
+
+
+def _read_manifest(folder: Path, name: str) -> dict:
+    path = folder / name
     if not path.is_file():
         raise CacheError("The stored residuals are missing or unfinished.")
     try:
         outer = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.blake2b(outer["body"].encode(), digest_size=16).hexdigest() != outer["digest"]:
-            raise CacheError(_damaged(folder, MANIFEST))
+            raise CacheError(_damaged(folder, name))
         body = json.loads(outer["body"])
         _require_form(body)
         return body
+    except CacheError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise CacheError(_damaged(folder, MANIFEST)) from error
+        raise CacheError(_damaged(folder, name)) from error
 
 
 def _require_form(body: dict) -> None:

@@ -24,6 +24,7 @@ from .errors import CacheError, InvalidInputError
 from .precompute import Precomputed, Reference, precompute_residuals
 from .prefetch import prefetched
 from .residual_cache import (
+    UNFINISHED,
     CacheIdentity,
     CacheWriter,
     Residual,
@@ -119,7 +120,7 @@ def _wants_response(residuals: ResidualSet) -> bool:
 
 
 def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
-    """Compute the residuals of all draws and store them; reuses a finished cache.
+    """Compute the residuals of all draws and store them; a finished cache is used, an unfinished one gone on with.
 
     Args:
         residuals: What to compute.
@@ -132,16 +133,25 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     """
     if is_finished(residuals.folder):
         return
-    _require_room(residuals, dit, range(len(residuals.schedule)))
-    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1)
-    draws = range(len(residuals.schedule))
+    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, but=residuals.folder.name)
+    writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+    try:
+        _write_missing(residuals, dit, progress, writer)
+    finally:
+        if not writer.draws:
+            writer.discard()
+
+
+def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, writer: CacheWriter) -> None:
+    draws = [draw for draw in range(len(residuals.schedule)) if draw not in writer.draws]
+    _require_room(residuals, dit, draws)
     chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
-    response = None
-    with _written(residuals) as writer:
-        for number, chunk in enumerate(chunks):
-            part = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
-            writer.write(_records(residuals, part.computed, part.response if response is None else None))
-            response = part.response
+    response = writer.read("0/response")
+    for number, chunk in enumerate(chunks):
+        part = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
+        writer.write(_records(residuals, part.computed, part.response if response is None else None))
+        response = part.response
+    writer.finish()
 
 
 def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Tensor | None:
@@ -163,7 +173,7 @@ def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int
 
 @contextmanager
 def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
-    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong."""
+    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong. For a chunk."""
     writer = CacheWriter(residuals.folder, residuals.identity)
     try:
         yield writer
@@ -230,11 +240,16 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
     return lambda phase, done, total: progress(phase, number * total + done, count * total)
 
 
-def remove_old_caches(parent: Path, *, keep: int) -> None:
-    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours."""
+def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
+    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours.
+
+    ``but`` is the name of one that stays in any case and is not counted.
+    """
     if not parent.is_dir():
         return
-    caches = sorted((path for path in parent.iterdir() if is_finished(path)), key=lambda path: -path.stat().st_mtime)
+    own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
+    own = [path for path in own if path.name != but]
+    caches = sorted(own, key=lambda path: -path.stat().st_mtime)
     for path in caches[keep:]:
         logger.info("BlockSkip: removing the old residuals %s", path.name)
         shutil.rmtree(path, ignore_errors=True)

@@ -112,7 +112,7 @@ def test_an_interrupt_removes_the_chunk_that_is_open(tmp_path):
 
 @pytest.mark.parametrize("storage", ["disk", "chunked"])
 @pytest.mark.parametrize("problem", [Interrupt, RuntimeError])
-def test_precomputing_that_ends_early_leaves_nothing(tmp_path, storage, problem):
+def test_precomputing_that_ends_early_leaves_whole_shards_or_nothing(tmp_path, storage, problem):
     residuals, calls = residual_set(tmp_path, storage), []
 
     def progress(phase, done, total):
@@ -122,7 +122,8 @@ def test_precomputing_that_ends_early_leaves_nothing(tmp_path, storage, problem)
 
     with pytest.raises(problem):
         run(residuals, progress=progress, steps=5)
-    assert not residuals.folder.exists()
+    left = sorted(path.name for path in residuals.folder.glob("*"))
+    assert left == (["shard-00000.safetensors", "unfinished.json"] if storage == "disk" else [])
 
 
 def test_a_finished_cache_is_not_computed_again(tmp_path):
@@ -241,3 +242,87 @@ def test_writing_a_cache_makes_room_for_it_among_the_old_ones(tmp_path):
     caches = {path.name for path in tmp_path.iterdir() if (path / MANIFEST).is_file()}
     assert caches == {residuals.folder.name, "old-0", "old-1"}
     assert len(caches) == residual_sources.KEPT_CACHES
+
+
+# --- going on with an unfinished cache ---------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Somebody pressed Cancel."""
+
+
+def stop_in_chunk(number):
+    """A progress callback that stops within a chunk of the five-block model."""
+
+    def progress(phase, done, total):
+        if done == 5 * number + 2:
+            raise Stopped
+
+    return progress
+
+
+def contents(folder):
+    """All files by name, the manifest by what it says."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("back_residual", ["constant", "linear"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_unfinished_cache_is_gone_on_with_and_ends_the_same(tmp_path, number, back_residual):
+    whole = residual_set(tmp_path / "whole", back_residual=back_residual)
+    write_cache(whole, PlainDit(), quiet)
+    cut = residual_set(tmp_path / "cut", back_residual=back_residual)
+    with pytest.raises(Stopped):
+        write_cache(cut, PlainDit(), stop_in_chunk(number))
+    assert not is_finished(cut.folder)
+    assert len(list(cut.folder.glob("shard-*"))) == number
+    calls = []
+    write_cache(cut, PlainDit(), lambda *report: calls.append(report))
+    assert calls[0][1:] == (1, 5 * (3 - number))
+    assert contents(cut.folder) == contents(whole.folder)
+
+
+def test_it_is_gone_on_with_in_chunks_of_another_size(tmp_path):
+    with pytest.raises(Stopped):
+        write_cache(residual_set(tmp_path, chunk_size=2), PlainDit(), stop_in_chunk(1))
+    residuals = residual_set(tmp_path, chunk_size=3)
+    write_cache(residuals, PlainDit(), quiet)
+    expected = residual_set(tmp_path / "whole")
+    write_cache(expected, PlainDit(), quiet)
+    for draw in range(len(PLAN)):
+        ours, theirs = (ResidualCache(some.folder, some.identity).read(draw) for some in (residuals, expected))
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])], ids=["cut", "flip"]
+)
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "unfinished.json"])
+def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, caplog):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(2))
+    path = residuals.folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    calls = []
+    write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
+    assert calls[0][1:] == (1, 15)
+    assert "are computed anew" in caplog.text
+    ResidualCache(residuals.folder, residuals.identity).verify()
+
+
+def test_stopping_in_the_first_chunk_leaves_no_folder(tmp_path):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(0))
+    assert not residuals.folder.exists()
+
+
+def test_an_unfinished_cache_counts_as_one_of_the_kept(tmp_path):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(1))
+    remove_old_caches(tmp_path, keep=0, but=residuals.folder.name)
+    assert residuals.folder.exists()
+    remove_old_caches(tmp_path, keep=0)
+    assert not residuals.folder.exists()
