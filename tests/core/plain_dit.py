@@ -139,6 +139,7 @@ class PlainDit:
     frozen_stem = ("img_in", "txt_in", "time_in")
     trainable_head = ("head",)
     width = WIDTH
+    room_for_blocks = 0  # one at a time
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():
