@@ -61,7 +61,7 @@ def attempt(lab: Any, arm: Any, steps: int) -> Row:
 
     settle()
     try:
-        return {"seconds": [round(value, 5) for value in arm.run(lab, steps)]}
+        return {"seconds": [round(value, 5) for value in arm.run(lab, steps * arm.times)]}
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         logger.debug("%s failed", arm.name, exc_info=True)
         return {"error": speed_report.first_sentence(error)}
@@ -74,12 +74,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of an arm in a round; one more goes before")
+    parser.add_argument("--steps", type=int, default=1, help="counted steps of an arm in a round; one more goes before")
     parser.add_argument("--quick", action="store_true", help="one round of one counted step")
     parser.add_argument("--shape", help="mid, flux-dev or tiny; by default flux-dev on a GPU, mid without one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not the fastest")
     parser.add_argument("--sizes", nargs=2, type=int, default=(512, 256), metavar="PIXELS")
-    parser.add_argument("--draws", type=int, help="draws that are precomputed together; 64 on a GPU, 4 without one")
+    parser.add_argument("--draws", type=int, help="draws that are precomputed together; 64 on a GPU, 3 without one")
     parser.add_argument("--only", metavar="TEXT", help="only arms whose name has this in it")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and plot go")
     parser.add_argument("--report", action="store_true", help="run nothing, write the table and the plot")
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace, device: torch.device, file: Path) -> None:
     dtype, reason = speed_model.fastest_dtype(device)
     if options.dtype:
         dtype, reason = getattr(torch, options.dtype), f"The model is in {options.dtype}."
-    draws = options.draws or (4 if device.type == "cpu" else 64)
+    draws = options.draws or (3 if device.type == "cpu" else 64)
     large, small = options.sizes
     arms = [arm for arm in all_arms(large, small) if (options.only or "") in arm.name]
     shared = {"machine": machine(device), "versions": versions(), "shape": shape, "dtype": str(dtype), "reason": reason,
