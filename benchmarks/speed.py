@@ -92,13 +92,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, then write the report."""
     options = parse()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
     use_pack(options.comfyui)
     import host
 
     device = host.use_comfyui(options.comfyui)
-    logging.getLogger().setLevel(logging.WARNING)
-    logger.setLevel(logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING)  # the host has its own idea of what is worth telling
     options.results.mkdir(parents=True, exist_ok=True)
     stem = options.results / f"speed_{device.type}"
     if not options.report:
