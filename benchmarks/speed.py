@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -32,16 +33,24 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
 
-def measure(lab: Any, arms: Iterable[Any], rounds: int, steps: int, shared: Row, file: Path) -> None:
+def measure(
+    lab: Any, arms: Iterable[Any], rounds: int, steps: int, shared: Row, file: Path, minutes: float = math.inf
+) -> None:
     """Time what is not in ``file`` yet; every arm of every round becomes a line of it.
 
-    An arm that fails is a line too, with what the error says instead of seconds, and is not tried again.
+    An arm that fails is a line too, with what the error says instead of seconds, and is not tried again. A round that
+    would not be done after ``minutes``, going by the longest so far, is not begun; the first always is.
     """
     rows = [row for row in speed_report.rows(file) if row["key"] == shared["key"]]
     done = {(row["arm"], row["round"]) for row in rows}
     failed = {row["arm"] for row in rows if "error" in row}
     arms = list(arms)
+    started, longest = time.monotonic(), 0.0
     for number in range(rounds):
+        begun = time.monotonic()
+        if begun - started + longest > 60 * minutes:
+            logger.info("no time is left for round %d of %d", number + 1, rounds)
+            break
         for arm in arms if number % 2 == 0 else reversed(arms):
             if (arm.name, number) in done or arm.name in failed:
                 continue
@@ -53,6 +62,7 @@ def measure(lab: Any, arms: Iterable[Any], rounds: int, steps: int, shared: Row,
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
             logger.info("round %d, %s: %s", number + 1, arm.name, speed_report.told(outcome))
+        longest = max(longest, time.monotonic() - begun)
 
 
 def attempt(lab: Any, arm: Any, steps: int) -> Row:
@@ -75,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="counted steps of an arm in a round; one more goes before")
+    parser.add_argument("--minutes", type=float, default=20, help="begin no round that would not be done by then")
     parser.add_argument("--quick", action="store_true", help="one round of one counted step")
     parser.add_argument("--shape", help="mid, flux-dev or tiny; by default flux-dev on a GPU, mid without one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not the fastest")
@@ -123,7 +134,7 @@ def run(options: argparse.Namespace, device: torch.device, file: Path) -> None:
     shared["key"] = key_of(shared)
     with tempfile.TemporaryDirectory(prefix="blockskip-speed-", dir=options.results) as folder:
         lab = speed_model.Lab(speed_model.SHAPES[shape], dtype, Path(folder), sizes=(large, small), draws=draws)
-        measure(lab, arms, options.rounds, options.steps, shared, file)
+        measure(lab, arms, options.rounds, options.steps, shared, file, options.minutes)
 
 
 def key_of(shared: Row) -> str:

@@ -81,6 +81,21 @@ def test_arms_take_turns_and_every_second_round_runs_backwards(small, comfyui) -
     assert "".join(order) == "abccbaabc"
 
 
+def test_no_round_is_begun_that_would_take_too_long(small, comfyui, monkeypatch) -> None:
+    clock = [0.0]
+
+    def takes_a_minute(lab, count):
+        clock[0] += 60
+        return [1.0]
+
+    monkeypatch.setattr(small.speed.time, "monotonic", lambda: clock[0])
+    arms = [small.speed_arms.Arm("part", name, LARGE, takes_a_minute) for name in "ab"]
+    small.speed.measure(small.lab, arms, 9, 1, SHARED, small.file, minutes=5)
+    assert [r["round"] for r in small.speed_report.rows(small.file)] == [0, 0, 1, 1]
+    small.speed.measure(small.lab, arms, 9, 1, {**SHARED, "key": "another"}, small.file, minutes=0.1)
+    assert [r["round"] for r in small.speed_report.rows(small.file)[4:]] == [0, 0]
+
+
 def test_the_plain_lora_and_ours_at_no_skip_train_the_same_layers(small, comfyui) -> None:
     """Both must do the same work, or their times say nothing: as many trainable numbers, and no others."""
     import peft
