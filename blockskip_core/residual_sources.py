@@ -206,6 +206,7 @@ def _compute(
         residuals.selection,
         draws,
         keep_entering=_wants_response(residuals),
+        room=dit.room_for_blocks,
         progress=lambda done, total: progress("precomputing residuals", done, total),
     )
     if not computed.entering:

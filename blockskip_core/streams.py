@@ -134,6 +134,11 @@ class SkippableDit(Protocol):
         """Where the model runs."""
         ...
 
+    @property
+    def room_for_blocks(self) -> int:
+        """Bytes of blocks that may be loaded together while residuals are computed."""
+        ...
+
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
         """Lend the weight of a linear layer, shape (out, in), in the dtype and on the device of ``like``."""
         ...

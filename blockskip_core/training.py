@@ -324,9 +324,10 @@ class _Loop:
                 loss = self._loss(stretch, batch) / len(draws)
             if counted:
                 self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
-            self._require_finite(loss.item(), "loss", micro_batch)
+            value = loss.item()  # once: on a GPU every reading waits for what is still running
+            self._require_finite(value, "loss", micro_batch)
             (loss / self.config.accumulation).backward()
-            total += loss.item()
+            total += value
         self.num_counted += 1
         if micro_batch == 0:
             self._check_gradients()

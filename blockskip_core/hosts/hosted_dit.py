@@ -90,6 +90,14 @@ class HostedDit:
         return self.patcher.load_device
 
     @property
+    def room_for_blocks(self) -> int:
+        """Bytes of blocks that may be loaded together: a quarter of what is free, or all where nothing is moved."""
+        if self.device.type == "cpu":
+            return sum(self.block_bytes)
+        unload(self.patcher)
+        return comfy.model_management.get_free_memory(self.device) // 4
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the token streams."""
         return self.patcher.model.get_dtype_inference()

@@ -140,6 +140,7 @@ class PlainDit:
     trainable_head = ("head",)
     width = WIDTH
     known_error = 0.0
+    room_for_blocks = 0  # one at a time
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():

@@ -7,9 +7,10 @@ import torch
 from blockskip_pack.blockskip_core.block_selection import BlockSelection
 from blockskip_pack.blockskip_core.errors import TrainingError
 from blockskip_pack.blockskip_core.flow_matching import noisy_batch
-from blockskip_pack.blockskip_core.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.precompute import _runs_that_fit, precompute_residuals
 from blockskip_pack.blockskip_core.residual_cache import Residual
 from blockskip_pack.blockskip_core.skipping_model import SkippingModel
+from blockskip_pack.blockskip_core.stand_ins import RecordingBlock
 from blockskip_pack.blockskip_core.streams import TokenStreams, batches_of_equal_text
 
 from .plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, reference_denoise, schedule, selection
@@ -143,6 +144,61 @@ def test_one_real_block_at_a_time_is_in_the_model():
     dit.running = watched
     precompute_residuals(dit, plan, clean, selection(1, 2), range(4))
     assert held == [[block.name] for block in dit.blocks]
+
+
+@pytest.mark.parametrize(
+    ("room", "cut", "expected"),
+    [
+        (0, 0, [1, 1, 1, 1]),
+        (7, 0, [2, 1, 1]),
+        (8, 0, [2, 2]),
+        (100, 0, [4]),
+        (100, 3, [3, 1]),
+        (8, 1, [1, 1, 2]),
+        (100, 4, [4]),
+    ],
+)
+def test_blocks_go_together_as_far_as_they_fit_and_not_across_the_cut(room, cut, expected):
+    runs = list(_runs_that_fit([3, 4, 5, 3], room, cut))
+    assert [len(run) for run in runs] == expected
+    assert [index for run in runs for index in run] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spans", [(0, 0), (3, 0), (0, 2), (1, 2), (2, 2)])
+def test_blocks_that_go_together_leave_the_same_bits_as_one_at_a_time(spans, dtype, batch_size):
+    dit, plan, clean = PlainDit(dtype=dtype), schedule(), latents(dtype=dtype)
+    settings = {"batch_size": batch_size, "keep_entering": True}
+    one = precompute_residuals(dit, plan, clean, selection(*spans), range(4), **settings)
+    for blocks_at_once in (2, 3, NUM_BLOCKS):
+        room = max(block.num_bytes for block in dit.blocks) * blocks_at_once
+        more = precompute_residuals(dit, plan, clean, selection(*spans), range(4), room=room, **settings)
+        assert torch.equal(more.reference.denoised, one.reference.denoised)
+        assert more.entering.keys() == one.entering.keys()
+        assert all(torch.equal(more.entering[draw], one.entering[draw]) for draw in one.entering)
+        for draw in range(4):
+            expected = one.residuals[draw].tensors()
+            assert more.residuals[draw].tensors().keys() == expected.keys()
+            assert all(torch.equal(x, expected[name]) for name, x in more.residuals[draw].tensors().items())
+
+
+def test_with_room_for_all_blocks_the_model_runs_once_per_draw_and_can_be_interrupted_between_draws():
+    dit, calls = PlainDit(), []
+    denoise, before = dit.denoise, dit.weights_hash()
+    dit.denoise = lambda *args: calls.append(args) or denoise(*args)
+    seen = []
+
+    def interrupt(done, total):
+        seen.append((done, total))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        precompute_residuals(dit, schedule(), latents(), selection(1, 2), range(4), room=10**9, progress=interrupt)
+    assert seen == [(1, NUM_BLOCKS), (2, NUM_BLOCKS), (3, NUM_BLOCKS)]
+    assert dit.weights_hash() == before
+    assert not any(isinstance(module, RecordingBlock) for module in dit.net.modules())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

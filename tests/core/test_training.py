@@ -447,3 +447,22 @@ def test_a_kept_block_without_gradient_is_noticed():
             adapters.up(name).register_hook(torch.zeros_like)
     with pytest.raises(TrainingError, match=re.escape("Block double_blocks.1 got no gradient in the first step")):
         train(dit, chosen, MemorySource(dit, chosen, schedule(), latents()), adapters)
+
+
+# --- waiting for the device --------------------------------------------------------------------------------------
+
+
+def test_each_loss_is_read_once(monkeypatch):
+    """Each reading of a number makes the processor wait for the GPU. The optimiser reads numbers of its own."""
+    readings, read = [], torch.Tensor.item
+    dit, plan, clean, chosen = PlainDit(), schedule(), latents(), selection(1, 2)
+    source, adapters = MemorySource(dit, chosen, plan, clean), lora_for(dit, chosen)
+    steps = []
+    monkeypatch.setattr(
+        torch.Tensor, "item", lambda tensor: readings.extend([1] * tensor.requires_grad) or read(tensor)
+    )
+    train(
+        dit, chosen, source, adapters, plan=plan, clean=clean, steps=3, accumulation=2,
+        on_step=lambda report: steps.append(len(readings)),
+    )  # fmt: skip
+    assert [b - a for a, b in zip(steps, steps[1:], strict=False)] == [2, 2]

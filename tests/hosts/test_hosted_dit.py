@@ -78,6 +78,28 @@ def test_batches_of_captions_agree_with_single_rows(model):
     torch.testing.assert_close(together, full_forward(dit, clean, [1, 3]), atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spans", [(3, 0), (1, 2), (0, 4)])
+def test_blocks_that_are_loaded_together_leave_the_same_residuals_to_the_last_bit(comfyui, dtype, spans):
+    dit, clean, spans = hosted(tiny_flux(dtype=dtype)), clean_latents(), chosen(*spans)
+    one = precompute_residuals(dit, PLAN, clean, spans, range(4))
+    for room in (dit.blocks[0].num_bytes * 2, dit.room_for_blocks):
+        more = precompute_residuals(dit, PLAN, clean, spans, range(4), room=room)
+        assert torch.equal(more.reference.denoised, one.reference.denoised)
+        for draw, residual in one.residuals.items():
+            assert all(torch.equal(more.residuals[draw].tensors()[n], x) for n, x in residual.tensors().items())
+
+
+def test_all_blocks_go_together_on_a_processor_and_a_quarter_of_what_is_free_on_a_gpu(model, monkeypatch):
+    import comfy.model_management
+
+    dit = hosted(model)
+    assert dit.room_for_blocks == sum(dit.block_bytes)
+    monkeypatch.setattr(model, "load_device", torch.device("cuda"))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, **rest: 4000)
+    assert dit.room_for_blocks == 1000
+
+
 def test_guidance_is_passed_to_models_that_are_distilled(comfyui):
     patcher, clean = tiny_flux(guidance=True), clean_latents()
     outputs = []

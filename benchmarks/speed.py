@@ -1,0 +1,170 @@
+"""How long does a training step take? Core's trainer, a plain LoRA and BlockSkip, side by side in one run.
+
+    python dev.py benchmark speed                 # about 20 minutes on two cores; goes on where it was stopped
+    python dev.py benchmark speed -- --quick      # one round of one step
+    python dev.py benchmark speed -- --report     # only write the table and the plot anew
+
+All arms run in turn, round after round, every second round backwards, so that whatever slows the machine down for a
+while hits all of them alike. Ratios are taken within a round. Without a GPU the model is a FLUX of a twentieth of the
+size (ComfyUI's own class, random weights); with one it has the size of FLUX.1-dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import speed_report
+import torch
+from quality_world import use_pack
+
+logger = logging.getLogger("speed")
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, Any]
+
+
+def measure(
+    lab: Any, arms: Iterable[Any], rounds: int, steps: int, shared: Row, file: Path, minutes: float = math.inf
+) -> None:
+    """Time what is not in ``file`` yet; every arm of every round becomes a line of it.
+
+    An arm that fails is a line too, with what the error says instead of seconds, and is not tried again. A round that
+    would not be done after ``minutes``, going by the longest so far, is not begun; the first always is.
+    """
+    rows = [row for row in speed_report.rows(file) if row["key"] == shared["key"]]
+    done = {(row["arm"], row["round"]) for row in rows}
+    failed = {row["arm"] for row in rows if "error" in row}
+    arms = list(arms)
+    started, longest = time.monotonic(), 0.0
+    for number in range(rounds):
+        begun = time.monotonic()
+        if begun - started + longest > 60 * minutes:
+            logger.info("no time is left for round %d of %d", number + 1, rounds)
+            break
+        for arm in arms if number % 2 == 0 else reversed(arms):
+            if (arm.name, number) in done or arm.name in failed:
+                continue
+            outcome = attempt(lab, arm, steps)
+            if "error" in outcome:
+                failed.add(arm.name)
+            row = {**shared, "date": time.strftime("%Y-%m-%d %H:%M"), "round": number, "part": arm.part,
+                   "arm": arm.name, "size": arm.size, "unit": arm.unit, **outcome}  # fmt: skip
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            logger.info("round %d, %s: %s", number + 1, arm.name, speed_report.told(outcome))
+        longest = max(longest, time.monotonic() - begun)
+
+
+def attempt(lab: Any, arm: Any, steps: int) -> Row:
+    """Seconds of an arm, or the first sentence of what went wrong."""
+    from speed_model import settle
+
+    settle()
+    try:
+        return {"seconds": [round(value, 5) for value in arm.run(lab, steps * arm.times)]}
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        logger.debug("%s failed", arm.name, exc_info=True)
+        return {"error": speed_report.first_sentence(error)}
+    finally:
+        settle()
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="counted steps of an arm in a round; one more goes before")
+    parser.add_argument("--minutes", type=float, default=20, help="begin no round that would not be done by then")
+    parser.add_argument("--quick", action="store_true", help="one round of one counted step")
+    parser.add_argument("--shape", help="mid, flux-dev or tiny; by default flux-dev on a GPU, mid without one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not the fastest")
+    parser.add_argument("--sizes", nargs=2, type=int, default=(512, 256), metavar="PIXELS")
+    parser.add_argument("--draws", type=int, help="draws that are precomputed together; 64 on a GPU, 3 without one")
+    parser.add_argument("--only", metavar="TEXT", help="only arms whose name has this in it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and plot go")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the table and the plot")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds = options.steps = 1
+    return options
+
+
+def main() -> None:
+    """Measure, then write the report."""
+    options = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    use_pack(options.comfyui)
+    import host
+
+    device = host.use_comfyui(options.comfyui)
+    logging.getLogger().setLevel(logging.WARNING)  # the host has its own idea of what is worth telling
+    options.results.mkdir(parents=True, exist_ok=True)
+    stem = options.results / f"speed_{device.type}"
+    if not options.report:
+        run(options, device, stem.with_suffix(".jsonl"))
+    speed_report.write(stem)
+
+
+def run(options: argparse.Namespace, device: torch.device, file: Path) -> None:
+    """Measure everything that was asked for."""
+    import speed_model
+    from speed_arms import all_arms
+
+    shape = options.shape or ("mid" if device.type == "cpu" else "flux-dev")
+    dtype, reason = speed_model.fastest_dtype(device)
+    if options.dtype:
+        dtype, reason = getattr(torch, options.dtype), f"The model is in {options.dtype}."
+    draws = options.draws or (3 if device.type == "cpu" else 64)
+    large, small = options.sizes
+    arms = [arm for arm in all_arms(large, small) if (options.only or "") in arm.name]
+    shared = {"machine": machine(device), "versions": versions(), "shape": shape, "dtype": str(dtype), "reason": reason,
+              "large": large, "small": small, "steps": options.steps, "draws": draws}  # fmt: skip
+    shared["key"] = key_of(shared)
+    with tempfile.TemporaryDirectory(prefix="blockskip-speed-", dir=options.results) as folder:
+        lab = speed_model.Lab(speed_model.SHAPES[shape], dtype, Path(folder), sizes=(large, small), draws=draws)
+        measure(lab, arms, options.rounds, options.steps, shared, file, options.minutes)
+
+
+def key_of(shared: Row) -> str:
+    """What rows must share to stand in one table: machine, software and settings, but not what was said about them."""
+    parts = {name: value for name, value in shared.items() if name != "reason"}
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def machine(device: torch.device) -> str:
+    """The processor and the GPU, if there is one."""
+    processor = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
+    told = f"{os.cpu_count()} cores ({processor or platform.machine()}), {torch.get_num_threads()} threads"
+    return f"{told}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{told}, no GPU"
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
+def versions() -> str:
+    """Of the software that computes."""
+    import importlib.metadata as installed
+
+    import comfyui_version
+    from blockskip_pack.blockskip_core.version import VERSION
+
+    told = [f"{name} {installed.version(name)}" for name in ("torch", "peft", "diffusers")]
+    return ", ".join([f"BlockSkip {VERSION}", f"ComfyUI {comfyui_version.__version__}", *told])
+
+
+if __name__ == "__main__":
+    main()
