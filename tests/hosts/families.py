@@ -73,7 +73,7 @@ class TinyFamily:
     latent_shape: tuple[int, int, int]
     text_width: int
     layers: frozenset[str]
-    settings: Callable[[torch.Generator], dict[str, Any]] = lambda generator: {}
+    settings: Callable[[torch.Generator], dict[str, Any]] = lambda generator: {"pooled_output": None}
     extra: Callable[[Tensor, Sequence[dict]], dict[str, Any]] = lambda text, rows: {"c_crossattn": text}
     frames: bool = False
     text_outputs: frozenset[str] = frozenset()

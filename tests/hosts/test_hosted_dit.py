@@ -13,6 +13,7 @@ from blockskip_pack.blockskip_core.skipping_model import SkippingModel
 from torch import nn
 
 from ..core.plain_dit import MemorySource, train
+from .families import FAMILIES
 from .hosted_runs import (
     NUM_BLOCKS,
     PLAN,
@@ -391,6 +392,21 @@ def test_other_models_that_share_the_class_are_refused(comfyui, name, value):
     patcher = tiny_flux()
     setattr(patcher.model.diffusion_model.params, name, value)
     with pytest.raises(UnsupportedModelError, match="got Flux"):
+        adapter_for(patcher)
+
+
+@pytest.mark.parametrize(
+    ("family", "attribute", "value"),
+    [("wan21", "model_type", "i2v"), ("wan21", "in_dim", 36), ("wan21", "ref_conv", nn.Identity()),
+     ("lumina2", "clip_text_pooled_proj", nn.Identity()), ("z_image", "siglip_embedder", nn.Identity())],
+)  # fmt: skip
+def test_variants_that_are_given_more_than_text_are_refused(comfyui, family, attribute, value):
+    from blockskip_pack.blockskip_core.hosts import adapter_for
+
+    patcher = next(tiny for tiny in FAMILIES if tiny.name == family).build()
+    adapter_for(patcher)
+    setattr(patcher.model.diffusion_model, attribute, value)
+    with pytest.raises(UnsupportedModelError, match="Expected a diffusion transformer of a supported family"):
         adapter_for(patcher)
 
 
