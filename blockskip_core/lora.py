@@ -184,7 +184,7 @@ def _detach_from_graph(module: nn.Module, weight_for_backward: WeightForBackward
     """Let a layer run without a graph and give its input's gradient afterwards."""
 
     def detach_input(module: nn.Module, args: tuple) -> tuple:
-        detached = Tensor.detach(args[0])  # some packs' tensors return themselves from their own method
+        detached = args[0].detach()
         detached.attached_input = args[0]  # travels with the tensor, so nested and repeated calls cannot mix
         return (detached, *args[1:])
 
