@@ -91,8 +91,8 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
 
     Loaders that run under ``torch.inference_mode`` leave inference tensors behind, which autograd refuses to save. A
     tensor laid over the same memory outside inference mode is an ordinary one; the original is not touched. Quantised
-    weights that can be taken apart (torch's wrapper subclasses) are put together again from such tensors. Other
-    subclasses are kept as they are: the LoRA layers never save them.
+    weights that can be taken apart (torch's wrapper subclasses) are put together again from such tensors. Packed bytes
+    of other classes are kept as they are: the LoRA layers never save them.
     """
     twin = copy.copy(module)
     twin._parameters = {name: _alias(parameter) for name, parameter in module._parameters.items()}
@@ -119,11 +119,20 @@ def _alias(tensor: Tensor | None) -> Tensor | None:
     with torch.inference_mode(False):
         if is_traceable_wrapper_subclass(tensor):
             return _alias_parts(tensor)
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) not in (Tensor, nn.Parameter) and not _is_unpacked(tensor):
             return tensor
         plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
         return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
+
+
+def _is_unpacked(tensor: Tensor) -> bool:
+    """Tell numbers in another class, as some file formats give small tensors, from packed bytes.
+
+    The first are used as ordinary tensors: what is computed with them would be of that class too, and such classes
+    may not let themselves be detached.
+    """
+    return tensor.is_floating_point() and tuple(tensor.shape) == tuple(tensor.size())
 
 
 def _alias_parts(tensor: Tensor) -> Tensor:

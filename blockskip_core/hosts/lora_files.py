@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> tup
             f"This LoRA holds nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
             "kind of model."
         )
-    _require_fitting_shapes(patcher.model.state_dict(), patches)
+    # A state dict has the packed shapes of quantised weights, the parameters their own.
+    _require_fitting_shapes({**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}, patches)
     clone = patcher.clone()
     return clone, len(clone.add_patches(patches, strength))
 
@@ -153,7 +155,7 @@ def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any,
             continue  # other formats, and slices of fused layers, are the host's to judge
         rows, columns = tensors[0].shape[0], tensors[1].flatten(1).shape[1]
         weight = weights[name]
-        if (rows, columns) != (weight.shape[0], weight.flatten(1).shape[1]):
+        if (rows, columns) != (weight.shape[0], math.prod(weight.shape[1:])):
             raise LoraFileError(
                 f"This LoRA does not fit: for {name} it has {rows} x {columns}, the model has "
                 f"{' x '.join(map(str, weight.shape))}. It was trained for a model of another size."

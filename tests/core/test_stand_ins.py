@@ -109,7 +109,24 @@ def test_a_copy_keeps_the_strides_and_the_offset_of_a_view():
 
 
 class Marked(nn.Parameter):
-    """A parameter of another class, as quantised weights are."""
+    """A parameter of another class that says to be a larger matrix than it takes numbers, as packed weights do."""
+
+    @property
+    def shape(self):
+        return torch.Size((4, 6))
+
+
+class Dressed(nn.Parameter):
+    """Plain numbers in another class, as some files give small tensors."""
+
+
+def test_plain_numbers_in_another_class_become_an_ordinary_tensor_over_the_same_memory():
+    original = nn.Linear(3, 4)
+    original.weight = Dressed(torch.randn(4, 3))
+    twin = weight_sharing_copy(original).weight
+    assert type(twin) is nn.Parameter
+    assert twin.data_ptr() == original.weight.data_ptr()
+    assert type(original.weight) is Dressed
 
 
 def test_a_frozen_copy_runs_without_gradients_also_over_weights_that_are_kept_as_they_are():

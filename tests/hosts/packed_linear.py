@@ -21,11 +21,18 @@ class PackedTensor(Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> PackedTensor:
         moved = super().to(*args, **kwargs)
-        moved.logical = self.logical
+        moved.logical = tuple(self.shape)
         return moved
 
     def detach(self) -> PackedTensor:
         return self
+
+    @classmethod
+    def dress(cls, parameter: Tensor) -> PackedTensor:
+        """The same numbers, not packed, in this class: files give small tensors so."""
+        dressed = parameter.as_subclass(cls)
+        dressed.logical = tuple(parameter.shape)
+        return nn.Parameter(dressed, requires_grad=False)
 
     @classmethod
     def pack(cls, weight: Tensor) -> PackedTensor:
@@ -44,12 +51,16 @@ class PackedTensor(Tensor):
 
 
 def pack_blocks(diffusion_model: nn.Module) -> None:
-    """Put packed layers in the place of the blocks' linear layers."""
+    """Put packed layers in the place of the blocks' linear layers, and the file's class around all other weights."""
     for block in (*diffusion_model.double_blocks, *diffusion_model.single_blocks):
         for name, layer in list(block.named_modules()):
             if hasattr(layer, "in_features"):
                 parent, _, leaf = name.rpartition(".")
                 block.get_submodule(parent)._modules[leaf] = _packed(layer)
+    for module in diffusion_model.modules():
+        for name, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter:
+                module._parameters[name] = PackedTensor.dress(parameter)
 
 
 def _packed(layer: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -99,6 +100,12 @@ def load(path: Any, stored: StoredAs) -> Any:
 
 def stored_flux(folder: Any, name: str, seed: int = 0) -> Any:
     """A MODEL that was kept in a format."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    stored = FORMATS[name]
+    known = QUANT_ALGOS.get(stored.algorithm)
+    if stored.algorithm and (known is None or (stored.smoothed and "pre_quant_scale" not in known["parameters"])):
+        pytest.skip("this ComfyUI does not have the format")
     path = folder / "model.safetensors"
     write(path, FORMATS[name], plain_tensors(seed))
     return load(path, FORMATS[name])

@@ -218,6 +218,30 @@ def test_scales_are_part_of_the_identity(tmp_path, name):
     assert model_identity(patcher) != first
 
 
+@pytest.mark.parametrize("name", ["fp8 cast", "fp8 scaled", "int8", "nvfp4", "convrot w4a4"])
+def test_a_lora_that_the_user_has_applied_stays_in_force(tmp_path, name):
+    """The host rounds the patched weights to the format again, the same way in every load."""
+    from blockskip_pack.blockskip_core.hosts.hosted_dit import unload
+    from blockskip_pack.blockskip_core.hosts.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.lora import to_file_tensors
+
+    plain = make(tmp_path, name)
+    dit = hosted(plain)
+    users = lora_for(
+        dit, ALL, wanted=lambda name: dit.adapter.is_lora_target(name, "attention and mlp"),
+        dtype=torch.float32, zero=False, size=1.0,
+    )  # fmt: skip
+    before, alone = parameters(plain), forward(plain)
+    patcher = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, 2, "peft"), 0.7)[0]
+    with_lora = forward(patcher)
+    assert (with_lora - alone).norm() > 0.02 * alone.norm()
+    assert trained(patcher, SPANS, steps=2)[0].self_check < 1e-4
+    assert torch.equal(forward(patcher), with_lora)
+    unload(patcher)
+    after = parameters(plain)
+    assert all(torch.equal(after[key][1], raw) for key, (_, raw) in before.items())
+
+
 def test_weights_stay_in_the_models_own_memory(tmp_path):
     patcher = make(tmp_path, "nvfp4")
     block = patcher.model.diffusion_model.single_blocks[0]
