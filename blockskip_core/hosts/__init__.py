@@ -2,6 +2,7 @@
 
 base            what a family's adapter must say
 flux            FLUX.1
+published_sizes full-size models without memory, for counting bytes
 hosted_dit      a loaded MODEL as a SkippableDit: run it with blocks replaced, and leave it as it was
 conditioning    CONDITIONING -> what the model is called with
 identity        content hashes of models, pictures and conditionings
