@@ -9,7 +9,7 @@ counts come out of a real run. Three conventions:
                  tensors on the CPU beside it are host memory.
     operations   Multiplications and additions of matrix products and attention, forward, recomputed and backward, by
                  torch's own formulas: one multiply-add is 2.
-    attention    On ``meta`` as a fused kernel does it: the matrix of scores is never there.
+    attention    On ``meta``, inside :class:`FusedAttention`, as a fused kernel does it: no matrix of scores.
 
 Values on ``meta`` mean nothing. Where a loop asks for a number it is told 1, and where tensors come to the CPU they
 are zeros, so that the real loops can be counted without a second copy of them.
@@ -47,15 +47,6 @@ class Counting(TorchDispatchMode):
         self._live: dict[str, int] = defaultdict(int)
         self._peak: dict[str, int] = defaultdict(int)
         self._watched: dict[int, weakref.ref] = {}
-        self._attention = _FusedAttention()
-
-    def __enter__(self) -> Counting:
-        self._attention.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._attention.__exit__(*raised)
 
     def live(self, device: torch.device) -> int:
         """Return the bytes that live now on a kind of device."""
@@ -121,8 +112,11 @@ def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Lets ``meta`` tensors attend by a fused kernel's shapes; torch would choose the one that is written out."""
+class FusedAttention(TorchFunctionMode):
+    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would take the one that is written out.
+
+    To be entered around the attention itself: a recomputation in backward does not see contexts around the backward.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
