@@ -77,6 +77,8 @@ class Counting(TorchDispatchMode):
         if func.overloadpacket in _FORMULAS:
             self.operations += _FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        if func is aten.lift_fresh.default and result.ndim:
+            given = set()  # torch.tensor has just made what it hands on here; single numbers are left out
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _identity(tensor) not in given:
                 self._watch(tensor)

@@ -24,6 +24,7 @@ from .patch_sampling import PatchConfig
 from .precompute import precompute_residuals
 from .residual_cache import Residual
 from .skipping_model import linear_names
+from .stand_ins import PassThrough
 from .streams import Denoiser, SkippableDit
 from .training import OpenResiduals, TrainingConfig, TrainingResult, train_lora
 
@@ -80,8 +81,8 @@ def count_precompute(
     draws: int = 1,
     caption: int = 0,
     keep_entering: bool = False,
-) -> tuple[PhaseCount, Residual]:
-    """Count the precomputing of a chunk, and return a residual of the shapes that training will be given.
+) -> PhaseCount:
+    """Count the precomputing of a chunk.
 
     Args:
         dit: The model.
@@ -94,10 +95,31 @@ def count_precompute(
     schedule, latents = _stand_in_draws(draws, caption), torch.zeros(draws, *latent_shape)
     with Counting() as counting:
         watched = _Watched(dit, counting)
-        computed = precompute_residuals(
-            watched, schedule, latents, selection, range(draws), keep_entering=keep_entering
-        )
-    return watched.count(operations=counting.operations // draws), computed.residuals[0]
+        precompute_residuals(watched, schedule, latents, selection, range(draws), keep_entering=keep_entering)
+    return watched.count(operations=counting.operations // draws)
+
+
+def stand_in_residual(
+    dit: SkippableDit, latent_shape: Sequence[int], selection: BlockSelection, *, caption: int = 0
+) -> Residual:
+    """Return zeros on the CPU in the shapes and dtype in which a draw's residual is replayed.
+
+    One pass is made for it through stand-ins without weights; the family's stem decides how many tokens there are.
+
+    Args:
+        dit: The model.
+        latent_shape: (C, H, W).
+        selection: Blocks to be skipped.
+        caption: Index of the conditioning.
+    """
+    recording = _Passing(dit.blocks[max(0, selection.front - 1)].io)
+    modules = {block.name: PassThrough(block.io) for block in dit.blocks}
+    modules[dit.blocks[max(0, selection.front - 1)].name] = recording
+    with torch.inference_mode(False), torch.no_grad(), Counting(), dit.running(modules) as denoise:
+        noisy = torch.zeros(1, *latent_shape).to(dit.device)
+        denoise(noisy, noisy.new_full((1,), 0.5), [caption])
+        zeros = recording.seen.map(lambda x: torch.zeros(x.shape, dtype=x.dtype))
+    return Residual(zeros if selection.front else None, zeros.img.clone() if selection.back else None)
 
 
 def count_training(
@@ -119,7 +141,7 @@ def count_training(
         selection: Blocks to be skipped.
         adapters: The LoRA, on the model's device; see :func:`adapters_on`.
         config: The settings; how many steps they ask for is not read.
-        residual: Of one draw, from :func:`count_precompute`; None for the folded form.
+        residual: Of one draw, see :func:`stand_in_residual`; None for the folded form.
         caption: Index of the conditioning of all draws.
         response: The back span's linear answer, shape (D, D), or None.
     """
@@ -184,6 +206,14 @@ class _Watched:
         counting, device = self._counting, self._dit.device
         host = 0 if device.type == "cpu" else counting.peak(torch.device("cpu"))
         return PhaseCount(weights=self._weights, peak=counting.peak(device), host=host, **further)
+
+
+class _Passing(PassThrough):
+    """Hands its tokens on and keeps them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen = self.io.entering(args, kwargs)
+        return super().forward(*args, **kwargs)
 
 
 class _OneStretch:
