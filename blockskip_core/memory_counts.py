@@ -8,7 +8,8 @@ Axis legend: ``C H W`` latent channels, rows, columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from .precompute import precompute_residuals
 from .residual_cache import Residual
 from .skipping_model import linear_names
 from .stand_ins import PassThrough
-from .streams import Denoiser, SkippableDit
+from .streams import Denoiser, SkippableDit, TokenStreams
 from .training import OpenResiduals, TrainingConfig, TrainingResult, train_lora
 
 
@@ -99,27 +100,28 @@ def count_precompute(
     return watched.count(operations=counting.operations // draws)
 
 
-def stand_in_residual(
-    dit: SkippableDit, latent_shape: Sequence[int], selection: BlockSelection, *, caption: int = 0
-) -> Residual:
-    """Return zeros on the CPU in the shapes and dtype in which a draw's residual is replayed.
+def token_shapes(dit: SkippableDit, latent_shape: Sequence[int], *, block: int = 0, caption: int = 0) -> TokenStreams:
+    """Return zeros on the CPU in the shapes and dtype of the tokens that enter a block.
 
     One pass is made for it through stand-ins without weights; the family's stem decides how many tokens there are.
 
     Args:
         dit: The model.
         latent_shape: (C, H, W).
-        selection: Blocks to be skipped.
+        block: Index of the block.
         caption: Index of the conditioning.
     """
-    recording = _Passing(dit.blocks[max(0, selection.front - 1)].io)
-    modules = {block.name: PassThrough(block.io) for block in dit.blocks}
-    modules[dit.blocks[max(0, selection.front - 1)].name] = recording
+    modules = {info.name: PassThrough(info.io) for info in dit.blocks}
+    seen = modules[dit.blocks[block].name] = _Seen(dit.blocks[block].io)
     with torch.inference_mode(False), torch.no_grad(), Counting(), dit.running(modules) as denoise:
         noisy = torch.zeros(1, *latent_shape).to(dit.device)
         denoise(noisy, noisy.new_full((1,), 0.5), [caption])
-        zeros = recording.seen.map(lambda x: torch.zeros(x.shape, dtype=x.dtype))
-    return Residual(zeros if selection.front else None, zeros.img.clone() if selection.back else None)
+    return seen.tokens.map(lambda x: torch.zeros(x.shape, dtype=x.dtype))
+
+
+def residual_of_zeros(tokens: TokenStreams, selection: BlockSelection) -> Residual:
+    """Return a draw's residual as it is replayed, for tokens of these shapes."""
+    return Residual(tokens if selection.front else None, tokens.img.clone() if selection.back else None)
 
 
 def count_training(
@@ -141,7 +143,7 @@ def count_training(
         selection: Blocks to be skipped.
         adapters: The LoRA, on the model's device; see :func:`adapters_on`.
         config: The settings; how many steps they ask for is not read.
-        residual: Of one draw, see :func:`stand_in_residual`; None for the folded form.
+        residual: Of one draw, see :func:`residual_of_zeros`; None for the folded form.
         caption: Index of the conditioning of all draws.
         response: The back span's linear answer, shape (D, D), or None.
     """
@@ -183,6 +185,138 @@ def adapters_on(
         return LoraAdapters(shapes, settings, seed=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """What a model's weights take as they are loaded, whatever their format.
+
+    Attributes:
+        blocks: Bytes of each block.
+        others: Bytes of all that is no block.
+    """
+
+    blocks: Sequence[int]
+    others: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is asked to do.
+
+    Attributes:
+        latent_shape: (C, H, W) of the training crops.
+        probe_shape: (C, H, W) of the pictures that block selection samples.
+        selection: Blocks to be skipped.
+        lora: Rank, alpha, targets.
+        wanted: Whether the linear layer of a native name gets an adapter.
+        config: Settings of the training.
+        on_the_fly: Whether residuals are computed in every step; nothing is precomputed then.
+        linear: Whether the back residual follows its input linearly.
+        draws: Training examples.
+        chunk: Examples that go through the blocks together.
+        stored: Examples whose residuals are on the disk at a time.
+        caption: Index of the longest conditioning.
+    """
+
+    latent_shape: Sequence[int]
+    probe_shape: Sequence[int]
+    selection: BlockSelection
+    lora: LoraSettings
+    wanted: Callable[[str], bool]
+    config: TrainingConfig
+    on_the_fly: bool = False
+    linear: bool = False
+    draws: int = 1
+    chunk: int = 1
+    stored: int = 1
+    caption: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """What a run takes.
+
+    Attributes:
+        selecting, training: On the device, by phase.
+        precomputing: The same; None if nothing is precomputed.
+        lora: Bytes of the LoRA's tensors.
+        replayed: Bytes on the device of what stands in for the skipped blocks.
+        host: At most as many bytes of host memory, beside the model, captions and libraries.
+        disk: Bytes of residuals on the disk, without headers and latents.
+    """
+
+    selecting: PhaseCount
+    precomputing: PhaseCount | None
+    training: PhaseCount
+    lora: int
+    replayed: int
+    host: int
+    disk: int
+
+
+def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None) -> MemoryNeeds:
+    """Return what a run will take.
+
+    Args:
+        dit: The model, without weights.
+        plan: The run.
+        weights: What the weights take as loaded, if not what the tensors of ``dit`` say.
+    """
+    selection, shape = plan.selection, plan.latent_shape
+    passing = not plan.on_the_fly
+    tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
+    residual = residual_of_zeros(tokens, selection)
+    response = None
+    if plan.linear and selection.back and passing:
+        response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
+    adapters = adapters_on(dit, selection, plan.lora, plan.wanted)
+    selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)
+    training = count_training(
+        dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
+        response=response,
+    )  # fmt: skip
+    precomputing = None
+    if passing and selection.front + selection.back:
+        precomputing = count_precompute(dit, shape, selection, caption=plan.caption, keep_entering=plan.linear)
+    if weights is not None:
+        kept = selection.kept if passing else range(len(weights.blocks))
+        selecting = selecting.with_weights(sum(weights.blocks) + weights.others)
+        training = training.with_weights(sum(weights.blocks[index] for index in kept) + weights.others)
+        precomputing = precomputing and precomputing.with_weights(max(weights.blocks) + weights.others)
+    one = _bytes(residual.tensors().values())
+    lora = _bytes(adapters.parameters())
+    latents = plan.draws * math.prod(shape) * 4
+    ahead = (2 * plan.config.batch_size + 1) * one if passing else 0  # see ``prefetch``
+    host = max(
+        _host_precompute(plan, tokens, precomputing) if precomputing else 0,
+        training.host + ahead,
+        2 * lora,  # the LoRA's tensors and the file's, when it is saved
+    )
+    return MemoryNeeds(
+        selecting=selecting,
+        precomputing=precomputing,
+        training=training,
+        lora=lora,
+        replayed=plan.config.batch_size * one + (0 if response is None else response.nbytes),
+        host=latents + host,
+        disk=(plan.stored * one + (0 if response is None else response.nbytes)) * passing,
+    )
+
+
+def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -> int:
+    """Return the most that a chunk's tokens, residuals and outputs take; ``counted`` is that of one draw."""
+    stream, img = _bytes(tokens.tensors().values()), tokens.img
+    per_draw = stream
+    if plan.selection.back:  # summed up in float32 at least, and stored as the stream is, while the sum is still there
+        summed = img.numel() * max(4, img.itemsize)
+        per_draw += summed + img.nbytes + math.prod(plan.latent_shape) * 4
+        per_draw += stream * (plan.selection.front > 0) + img.nbytes * plan.linear
+    return counted.host + (plan.chunk - 1) * per_draw
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 class _Watched:
     """A model whose runs tell a :class:`Counting` how much they load."""
 
@@ -208,11 +342,11 @@ class _Watched:
         return PhaseCount(weights=self._weights, peak=counting.peak(device), host=host, **further)
 
 
-class _Passing(PassThrough):
-    """Hands its tokens on and keeps them."""
+class _Seen(PassThrough):
+    """Hands its tokens on and keeps them in ``tokens``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen = self.io.entering(args, kwargs)
+        self.tokens = self.io.entering(args, kwargs)
         return super().forward(*args, **kwargs)
 
 

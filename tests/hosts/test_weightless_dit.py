@@ -12,7 +12,9 @@ from blockskip_pack.blockskip_core.memory_counts import (
     count_pass,
     count_precompute,
     count_training,
-    stand_in_residual,
+    memory_needs,
+    residual_of_zeros,
+    token_shapes,
 )
 from blockskip_pack.blockskip_core.training import TrainingConfig
 
@@ -41,7 +43,7 @@ def twins(**options):
 def count(dit, spans, *, folded=False, **settings):
     adapters = adapters_on(dit, spans, LoraSettings(rank=4), lambda name: dit.adapter.is_lora_target(name, "all linear"))
     config = TrainingConfig(steps=1, **settings)
-    residual = None if folded else stand_in_residual(dit, LATENT_SHAPE, spans)
+    residual = None if folded else residual_of_zeros(token_shapes(dit, LATENT_SHAPE, block=spans.front), spans)
     return count_training(dit, LATENT_SHAPE, spans, adapters, config, residual)
 
 
@@ -64,3 +66,61 @@ def test_folded_batches_and_accumulation_are_counted_as_they_are():
     assert without_weights(count(weightless, chosen(2, 1), **settings)) == without_weights(
         count(real, chosen(2, 1), **settings)
     )
+
+
+def test_a_pass_and_the_precomputing_are_counted_as_they_are():
+    real, weightless = twins(guidance=False)
+    for spans in (chosen(2, 1), chosen(0, 3)):
+        for keep_entering in (False, True):
+            options = {"draws": 1, "keep_entering": keep_entering}
+            counted = count_precompute(weightless, LATENT_SHAPE, spans, **options)
+            assert counted.operations == count_precompute(real, LATENT_SHAPE, spans, **options).operations
+    assert without_weights(count_pass(weightless, LATENT_SHAPE)) == without_weights(count_pass(real, LATENT_SHAPE))
+
+
+def test_loaded_weights_are_stem_head_and_what_is_kept():
+    real, weightless = twins(dtype=torch.bfloat16)
+    model = real.patcher.model.diffusion_model
+    stem_and_head = sum(p.nbytes for name, p in model.named_parameters() if "blocks" not in name)
+    whole = sum(p.nbytes for p in model.parameters())
+    assert count_pass(weightless, LATENT_SHAPE).weights == whole
+    spans = chosen(2, 1)
+    assert count(weightless, spans).weights == stem_and_head + sum(real.block_bytes[index] for index in spans.kept)
+    assert count(weightless, spans, folded=True).weights == whole
+    assert count_precompute(weightless, LATENT_SHAPE, spans).weights == stem_and_head + max(real.block_bytes)
+
+
+def test_token_shapes_are_those_of_real_residuals():
+    from blockskip_pack.blockskip_core.precompute import precompute_residuals
+
+    from .hosted_runs import PLAN, clean_latents
+
+    real, weightless = twins(dtype=torch.bfloat16)
+    for front, back in ((1, 2), (3, 1), (0, 2), (4, 0)):
+        spans = chosen(front, back)
+        expected = precompute_residuals(real, PLAN, clean_latents(), spans, [0]).residuals[0].tensors()
+        tokens = token_shapes(weightless, LATENT_SHAPE, block=max(0, front - 1))
+        made = residual_of_zeros(tokens, spans).tensors()
+        assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
+            name: (x.shape, x.dtype) for name, x in expected.items()
+        }
+
+
+def test_the_model_is_left_as_it_was_and_nothing_becomes_real():
+    import comfy.model_management
+
+    patcher = tiny_flux(guidance=False)
+    before, modules = weights(patcher), dict(patcher.model.named_modules())
+    real = hosted(patcher)
+    weightless = type(twins()[1]).of(real)
+    tree = dict(weightless.model.named_modules())
+    count(weightless, chosen(2, 1))
+    count_precompute(weightless, LATENT_SHAPE, chosen(2, 1))
+    assert_same_weights(patcher, before)
+    assert dict(patcher.model.named_modules()) == modules
+    assert dict(weightless.model.named_modules()) == tree
+    assert all(tensor.is_meta for tensor in weightless.model.state_dict().values())
+    assert not comfy.model_management.in_training
+    with pytest.raises(RuntimeError, match="stop"), weightless.running({}):
+        raise RuntimeError("stop")
+    assert not comfy.model_management.in_training
