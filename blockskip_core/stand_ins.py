@@ -177,7 +177,7 @@ class SavedBytes:
 
     def add(self, value: Any) -> None:
         """Count a tensor that is kept; anything else is ignored."""
-        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter):
             return
         storage = value.untyped_storage()
         identity = StorageWeakRef(storage)  # an address would do for memory, but tensors on `meta` have none
