@@ -88,7 +88,7 @@ def test_between_steps_there_are_weights_lora_moments_and_what_is_replayed():
     count, adapters = counted(dit, spans), adapters_on(dit, spans, LORA, wanted)
     lora = sum(tensor.nbytes for tensor in adapters.parameters())
     replayed = 4 * WIDTH * (TOKENS + TEXT_LENGTHS[0] + TOKENS)
-    assert count.between == count.weights + 3 * lora + replayed
+    assert count.between == count.weights + 3 * lora + replayed + 4  # the loss is still there
     assert count.peak > count.between + count.saved
 
 
