@@ -38,7 +38,6 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
     from blockskip_pack.blockskip_core.hosts.lora_files import apply_lora
     from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, to_host_lora
-    from blockskip_pack.blockskip_core.skipping_model import linear_names
     from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResult, train_lora
     from quality_sources import source_for
 
@@ -55,7 +54,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
         seed=seed,
         checkpointing=False,
     )
-    layers = linear_names(dit, selection, lambda name: dit.adapter.is_lora_target(name, "attention and mlp"))
+    layers = dit.lora_layers(selection, "attention and mlp")
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     rank = round(settings.rank * arm.changes.get("rank", 1))
     adapters = LoraAdapters(shapes, LoraSettings(rank=rank, alpha=rank), seed=seed)

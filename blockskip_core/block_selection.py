@@ -31,6 +31,7 @@ MAX_SKIP_RATIO = 0.9
 # paper's table is only known to us through a third party's README; the parameter memory it implies agrees with the
 # paper's memory tables.
 PAPER_FLUX_SELECTIONS: dict[float, tuple[int, int]] = {0.3: (7, 10), 0.4: (13, 10), 0.5: (19, 10)}
+PAPER_FAMILY = "flux"  # another family can have as many blocks (Chroma has)
 PAPER_FLUX_BLOCKS = 57
 PAPER_WINDOW = 14  # consecutive blocks masked at a time in the paper's Fig. 3
 
@@ -156,10 +157,8 @@ def preset_selection(
     """
     budget = num_skipped(skip_ratio, num_blocks)
     front = math.floor(budget * _front_share(skip_ratio) + 0.5)
-    exact = num_blocks == PAPER_FLUX_BLOCKS and PAPER_FLUX_SELECTIONS.get(round(skip_ratio, 6)) == (
-        front,
-        budget - front,
-    )
+    of_the_paper = PAPER_FLUX_SELECTIONS.get(round(skip_ratio, 6)) == (front, budget - front)
+    exact = family == PAPER_FAMILY and num_blocks == PAPER_FLUX_BLOCKS and of_the_paper
     note = (
         "These are the paper's indices for FLUX.1 (DINO)."
         if exact

@@ -101,7 +101,7 @@ def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[in
         front=residuals.selection.front > 0,
         back=residuals.selection.back > 0,
         img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
-        txt_tokens={draw: dit.text_length(residuals.schedule[draw].caption) for draw in draws},
+        txt_tokens={draw: dit.text_tokens(residuals.schedule[draw].caption) for draw in draws},
         width=dit.width,
         itemsize=itemsize,
     )

@@ -115,7 +115,11 @@ class SkippableDit(Protocol):
         ...
 
     def text_length(self, caption: int) -> int:
-        """Return the number of text tokens of a caption; rows of one batch have equal lengths."""
+        """Return the number of text tokens that the model is given; rows of one batch have equal lengths."""
+        ...
+
+    def text_tokens(self, caption: int) -> int:
+        """Return the number of text tokens between the blocks: with padding, or 0 if the text is not there."""
         ...
 
     def image_tokens(self, rows: int, columns: int) -> int:

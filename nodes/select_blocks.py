@@ -48,7 +48,11 @@ class SelectBlocks(io.ComfyNode):
             is_input_list=True,
             is_experimental=True,
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion transformer that you want to train on (FLUX.1)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The diffusion transformer that you want to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image, Wan, "
+                    "Chroma, SD3.5).",
+                ),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="Prompts for the probe pictures. Name the kind of subject you will train, e.g. "
@@ -59,7 +63,7 @@ class SelectBlocks(io.ComfyNode):
                     options=["attention mask", "preset", "manual"],
                     default="attention mask",
                     tooltip="attention mask: measure on this model (samples many small pictures once, then they are remembered). "
-                    "preset: the paper's choice for FLUX.1, at once. manual: `front` and `back` below.",
+                    "preset: the paper's choice for FLUX.1, scaled for other models, at once. manual: `front` and `back` below.",
                 ),
                 io.Float.Input(
                     "skip_ratio",
@@ -116,7 +120,7 @@ class SelectBlocks(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Guidance of the probe pictures: 1 for FLUX.1-dev and schnell, more for models without "
-                    "guidance distillation.",
+                    "guidance distillation, such as Qwen-Image, Wan, Chroma and SD3.5.",
                 ),
                 io.Int.Input(
                     "probe_seeds",
@@ -224,8 +228,7 @@ class _Probe:
         self._negative = flatten_conditionings(negative)[0] if negative else None
         self._settings = settings
         self._metric = picture_metric(vae, clip_vision)
-        downscale = int(vae.spacial_compression_encode()) if vae is not None else 8
-        self._sampler = MaskedSampler(model, settings.probe, downscale)
+        self._sampler = MaskedSampler(model, settings.probe)
         self._num_blocks = num_blocks
         self._file = probe_file(self._key(model, vae, clip_vision))
 

@@ -28,7 +28,6 @@ from ..blockskip_core.lora import (
     to_host_lora,
 )
 from ..blockskip_core.residual_sources import ResidualSet
-from ..blockskip_core.skipping_model import linear_names
 from ..blockskip_core.training import (
     LearningRateSchedule,
     StepReport,
@@ -242,9 +241,7 @@ class _Run:
         self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
         self.result = TrainingResult()
         self.memory = _PeakMemory(self.dit.device)
-        layers = linear_names(
-            self.dit, residuals.selection, lambda name: self.dit.adapter.is_lora_target(name, targets)
-        )
+        layers = self.dit.lora_layers(residuals.selection, targets)
         shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
         with torch.inference_mode(False):
             self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
@@ -292,7 +289,7 @@ class _Run:
         )
 
     def _activation_bytes(self) -> int:
-        text = max(self.dit.text_length(caption) for caption in range(len(self.residuals.captions)))
+        text = max(self.dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
         return estimated_activation_bytes(
             num_kept=len(self.residuals.selection.kept),
             tokens=self.dit.image_tokens(*self.residuals.latents.shape[-2:]) + text,

@@ -1,7 +1,13 @@
 """ComfyUI as the host: the only part of the core that imports ``comfy``.
 
 base            what a family's adapter must say
-flux            FLUX.1
+flux            FLUX.1, FLUX.2, Chroma
+qwen_image      Qwen-Image
+lumina2         Z-Image, Lumina 2
+wan             Wan 2.1 and 2.2, text to video, at one frame
+sd3             SD3.5
+text_masking    hide the text from some blocks while the host samples
+frames          pictures for models of videos
 published_sizes full-size models without memory, for counting bytes
 hosted_dit      a loaded MODEL as a SkippableDit: run it with blocks replaced, and leave it as it was
 conditioning    CONDITIONING -> what the model is called with
@@ -16,9 +22,21 @@ from __future__ import annotations
 
 from ..errors import UnsupportedModelError
 from .base import FamilyAdapter
-from .flux import FluxAdapter
+from .flux import ChromaAdapter, Flux2Adapter, FluxAdapter
+from .lumina2 import Lumina2Adapter
+from .qwen_image import QwenImageAdapter
+from .sd3 import Sd3Adapter
+from .wan import WanAdapter
 
-ADAPTERS: tuple[type[FamilyAdapter], ...] = (FluxAdapter,)
+ADAPTERS: tuple[type[FamilyAdapter], ...] = (
+    FluxAdapter,
+    Flux2Adapter,
+    QwenImageAdapter,
+    Lumina2Adapter,
+    WanAdapter,
+    ChromaAdapter,
+    Sd3Adapter,
+)
 
 
 def adapter_for(patcher) -> FamilyAdapter:

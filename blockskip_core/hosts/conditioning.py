@@ -65,8 +65,17 @@ def _plain(value: Any) -> Any:
 
 
 def join_arguments(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis."""
+    """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
+
+    Raises:
+        InvalidInputError: If one row has what another lacks (a mask over the text, say): they cannot be one batch.
+    """
     first = rows[0]
+    if any(row.keys() != first.keys() for row in rows):
+        raise InvalidInputError(
+            "Two captions of one batch carry different settings. Encode all captions in the same way, or set "
+            "batch_size to 1."
+        )
     return {
         name: torch.cat([row[name] for row in rows]) if isinstance(value, Tensor) else value
         for name, value in first.items()

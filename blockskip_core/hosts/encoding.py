@@ -11,6 +11,7 @@ from torch import Tensor
 from ..draws import TrainingSchedule
 from ..errors import InvalidInputError
 from ..patch_sampling import crop_and_resize, reference_size, resize
+from .frames import has_frames, without_frame
 
 
 def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
@@ -68,16 +69,26 @@ def encode_crops(
     latents = []
     for index, crop in enumerate(crops):
         latent = vae.encode(crop.unsqueeze(0))
-        latents.append(model.process_latent_in(latent).float().cpu())
+        _require_fitting(latent, model)
+        latents.append(without_frame(model, model.process_latent_in(latent)).float().cpu())
         if progress:
             progress(index + 1, len(crops))
     stacked = torch.cat(latents)
-    channels = model.latent_format.latent_channels
-    if stacked.shape[1] != channels:
-        raise InvalidInputError(
-            f"The model works on latents of {channels} channels, this VAE makes {stacked.shape[1]}. "
-            "Load the VAE that belongs to the model."
-        )
     if not torch.isfinite(stacked).all():
         raise InvalidInputError("The VAE made latents with NaN or Inf. Load it in fp32 or bf16.")
     return stacked
+
+
+def _require_fitting(latent: Tensor, model: Any) -> None:
+    """Refuse latents of another VAE before they are scaled: broadcasting could make something of them."""
+    channels, frames = model.latent_format.latent_channels, has_frames(model)
+    if latent.shape[1] != channels:
+        raise InvalidInputError(
+            f"The model works on latents of {channels} channels, this VAE makes {latent.shape[1]}. "
+            "Load the VAE that belongs to the model."
+        )
+    if latent.ndim != (5 if frames else 4) or (frames and latent.shape[2] != 1):
+        raise InvalidInputError(
+            f"The model works on latents with {'one frame' if frames else 'no axis of frames'}, this VAE makes latents "
+            f"of shape {tuple(latent.shape)}. Load the VAE that belongs to the model."
+        )

@@ -23,10 +23,15 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
+from ..block_selection import BlockSelection
 from ..errors import UnsupportedModelError
+from ..lora import LoraTargets
+from ..skipping_model import linear_names
 from ..streams import BlockInfo, Denoiser
 from . import adapter_for
+from .base import TEXT_TOKENS
 from .conditioning import join_arguments, model_arguments
+from .frames import with_frame, without_frame
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +105,33 @@ class HostedDit:
         """Return the number of text tokens that the model is given for a caption."""
         return self._arguments[caption]["c_crossattn"].shape[1]
 
+    def text_tokens(self, caption: int) -> int:
+        """Return the number of text tokens that are in the stream for a caption."""
+        return self.adapter.text_tokens(self.text_length(caption))
+
     def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent; the host pads to whole patches."""
-        patch = self.adapter.patch_size
-        return -(-rows // patch) * -(-columns // patch)
+        """Return the number of image tokens of a latent, with those that the host pads with."""
+        return self.adapter.image_tokens(rows, columns)
+
+    def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Module]:
+        """Return the linear layers that get an adapter, by their native names.
+
+        Not those of the last kept block whose only effect is on text tokens: behind it nothing that is trained reads
+        them, so they would have no gradient.
+        """
+        last = self.blocks[selection.kept[-1]].name + "."
+
+        def wanted(name: str) -> bool:
+            without_effect = name.startswith(last) and self.adapter.is_text_output(name)
+            return self.adapter.is_lora_target(name, targets) and not without_effect
+
+        return linear_names(self, selection, wanted)
 
     @cached_property
     def _arguments(self) -> list[dict[str, Any]]:
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
-            latent = torch.zeros(1, *self._latent_shape)
+            latent = with_frame(model, torch.zeros(1, *self._latent_shape))
             return [model_arguments(model, caption, latent, cpu) for caption in self._captions]
 
     @contextmanager
@@ -163,7 +185,10 @@ class HostedDit:
             joined = join_arguments([self._arguments[caption] for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
-            return clone.model.apply_model(noisy, sigmas, transformer_options=call_options, **joined)
+            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            latents = with_frame(clone.model, noisy)
+            denoised = clone.model.apply_model(latents, sigmas, transformer_options=call_options, **joined)
+            return without_frame(clone.model, denoised)
 
         return denoise
 

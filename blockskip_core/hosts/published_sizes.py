@@ -102,6 +102,7 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "Z-Image": PublishedSize("ZImage", _Z_IMAGE),
         "Wan2.1-T2V-1.3B": _wan(1536, 8960, num_layers=30),
         "Wan2.1-T2V-14B": _wan(5120, 13824, num_layers=40),
+        "Wan2.2-TI2V-5B": _wan(3072, 14336, num_layers=30, channels=48),
         "Chroma": PublishedSize("Chroma", _CHROMA),
         "SD3.5-Large": _sd35(38, 192, []),
         "SD3.5-Medium": _sd35(24, 384, list(range(13))),

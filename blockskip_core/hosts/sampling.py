@@ -15,6 +15,7 @@ from torch import Tensor
 from ..block_selection import cosine_distance
 from ..errors import InvalidInputError
 from . import adapter_for
+from .frames import with_frame
 
 _WRAPPER = "blockskip_text_mask"
 
@@ -54,14 +55,12 @@ class MaskedSampler:
     Args:
         patcher: The MODEL; clones are sampled from, it is left as it is.
         probe: Size, steps, guidance.
-        downscale: Pixels per latent cell.
     """
 
-    def __init__(self, patcher: Any, probe: ProbeConfig, downscale: int) -> None:
+    def __init__(self, patcher: Any, probe: ProbeConfig) -> None:
         self._patcher = patcher
         self._probe = probe
         self._adapter = adapter_for(patcher)
-        self._downscale = downscale
 
     def sample(
         self,
@@ -72,7 +71,7 @@ class MaskedSampler:
         masked: frozenset[int],
         on_step: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Return one picture's latent, shape (1, C, H, W), as a VAE would decode it.
+        """Return one picture's latent as a VAE would decode it, (1, C, H, W), or (1, C, 1, H, W) of a video model.
 
         Args:
             positive, negative: CONDITIONINGs.
@@ -84,12 +83,13 @@ class MaskedSampler:
         if masked:
             patcher = patcher.clone()
             patcher.add_wrapper_with_key(
-                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL,
+                comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 _WRAPPER,
                 self._adapter.text_masking_wrapper(masked),
             )
-        cells = self._probe.size // self._downscale
-        empty = torch.zeros(1, self._patcher.model.latent_format.latent_channels, cells, cells)
+        latents = self._patcher.model.latent_format
+        cells = self._probe.size // latents.spacial_downscale_ratio
+        empty = with_frame(self._patcher.model, torch.zeros(1, latents.latent_channels, cells, cells))
         return comfy.sample.sample(
             patcher,
             comfy.sample.prepare_noise(empty, seed),
@@ -112,7 +112,7 @@ class PictureMetric:
 
     Attributes:
         name: For people.
-        embed: Latent (1, C, H, W) -> vector.
+        embed: Latent, as a sampler gives it -> vector.
     """
 
     name: str
@@ -133,7 +133,8 @@ def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
     kind = getattr(clip_vision, "model_type", "clip_vision_model")
 
     def embed(latent: Tensor) -> Tensor:
-        output = clip_vision.encode_image(vae.decode(latent))
+        decoded = vae.decode(latent)
+        output = clip_vision.encode_image(decoded.reshape(-1, *decoded.shape[-3:]))  # a video's frames are a batch
         if output["image_embeds"] is not None and not kind.startswith("dino"):
             return output["image_embeds"]
         return output["last_hidden_state"][:, 0]  # the class token, which is DINO's embedding

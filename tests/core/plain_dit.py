@@ -167,6 +167,9 @@ class PlainDit:
     def text_length(self, caption: int) -> int:
         return self.texts[caption].shape[1]
 
+    def text_tokens(self, caption: int) -> int:
+        return self.text_length(caption)
+
     def weight_for_backward(self, module: nn.Module, like: Tensor):
         return plain_weight(module, like)
 

@@ -59,6 +59,13 @@ def test_the_presets_are_the_papers(ratio, chosen):
     assert "paper's indices for FLUX.1 (DINO)" in preset.note
 
 
+@pytest.mark.parametrize("family", ["chroma", "flux2", ""])
+def test_another_family_with_as_many_blocks_is_not_said_to_be_the_papers(family):
+    preset = preset_selection(0.5, FLUX_BLOCKS, family)
+    assert (preset.front, preset.back) == (19, 10)
+    assert "not measured on this model" in preset.note
+
+
 def test_scaled_presets_are_valid_for_every_number_of_blocks_and_ratio():
     for num_blocks in range(2, 81):
         for step in range(91):

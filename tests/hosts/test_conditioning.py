@@ -1,13 +1,16 @@
 """CONDITIONINGs and pictures of the host on their way in."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.patch_sampling import PatchConfig, crop_and_resize
+from blockskip_pack.blockskip_core.precompute import precompute_residuals
 
 from ..core.plain_dit import schedule
+from .families import FAMILIES, PLAN, replayed
 from .hosted_runs import LATENT_SHAPE
 from .tiny_flux import captions, tiny_flux
 
@@ -85,6 +88,24 @@ def test_rows_are_joined_along_the_batch(conditioning):
     assert (joined["b"], joined["c"]) == ("same", None)
 
 
+def test_captions_with_a_mask_over_padding_are_run_as_the_host_runs_them(comfyui):
+    """Qwen-Image is given a mask by some text encoders."""
+    tiny = next(family for family in FAMILIES if family.name == "qwen_image")
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    patcher, clean, spans = tiny.build(), tiny.clean_latents(), tiny.chosen(1, 2)
+    dit = tiny.hosted(patcher, (5, 5, 5), attention_mask=mask)
+    residuals = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
+    found = replayed(dit, spans, residuals, clean, [0])
+    masked = replace(tiny, extra=lambda text, rows: {"c_crossattn": text, "attention_mask": mask})
+    torch.testing.assert_close(found, masked.full_forward(dit, clean, [0]), atol=1e-5, rtol=0.0)
+    assert not torch.allclose(found, tiny.full_forward(dit, clean, [0]), atol=1e-4)
+
+
+def test_rows_with_different_settings_are_not_one_batch(conditioning):
+    with pytest.raises(InvalidInputError, match="different settings"):
+        conditioning.join_arguments([{"a": torch.ones(1, 2)}, {"a": torch.ones(1, 2), "mask": torch.ones(1, 2)}])
+
+
 def test_pictures_are_flattened_and_brought_into_range(encoding):
     pictures = encoding.flatten_pictures([torch.rand(2, 8, 9, 3), torch.rand(1, 5, 6, 4) * 3 - 1])
     assert [tuple(p.shape) for p in pictures] == [(8, 9, 3), (8, 9, 3), (5, 6, 3)]
@@ -127,12 +148,12 @@ def test_crops_are_encoded_in_the_models_scale_once(encoding):
 
 
 def test_a_vae_that_does_not_fit_is_refused(encoding):
-    model = SimpleNamespace(process_latent_in=lambda x: x, latent_format=SimpleNamespace(latent_channels=16))
+    latents = SimpleNamespace(latent_channels=16, latent_dimensions=2)
+    model = SimpleNamespace(process_latent_in=lambda x: x, latent_format=latents)
     with pytest.raises(InvalidInputError, match="latents of 16 channels, this VAE makes 4"):
         encoding.encode_crops(Vae(), model, [torch.rand(16, 16, 3)])
-    model = SimpleNamespace(
-        process_latent_in=lambda x: x * float("nan"), latent_format=SimpleNamespace(latent_channels=4)
-    )
+    latents.latent_channels = 4
+    model = SimpleNamespace(process_latent_in=lambda x: x * float("nan"), latent_format=latents)
     with pytest.raises(InvalidInputError, match="NaN or Inf"):
         encoding.encode_crops(Vae(), model, [torch.rand(16, 16, 3)])
 

@@ -348,12 +348,12 @@ class SomeUnet(nn.Module):
 
 
 def test_a_model_of_another_kind_is_refused_by_name(comfyui):
-    import comfy.ldm.chroma.model
+    import comfy.ldm.chroma_radiance.model
     from blockskip_pack.blockskip_core.hosts import adapter_for
     from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
 
-    chroma = comfy.ldm.chroma.model.Chroma.__new__(comfy.ldm.chroma.model.Chroma)
-    for kind, model in (("SomeUnet", SomeUnet()), ("Chroma", chroma)):
+    radiance = comfy.ldm.chroma_radiance.model.ChromaRadiance.__new__(comfy.ldm.chroma_radiance.model.ChromaRadiance)
+    for kind, model in (("SomeUnet", SomeUnet()), ("ChromaRadiance", radiance)):
         patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model))
         with pytest.raises(UnsupportedModelError, match=rf"supported family \(.*FLUX\.1.*\), got {kind}\."):
             adapter_for(patcher)
@@ -361,11 +361,13 @@ def test_a_model_of_another_kind_is_refused_by_name(comfyui):
             HostedDit(patcher)
 
 
-def test_flux_2_which_shares_the_class_is_refused(comfyui):
+@pytest.mark.parametrize(("name", "value"), [("yak_mlp", True), ("txt_norm", True), ("txt_ids_dims", [1, 2])])
+def test_other_models_that_share_the_class_are_refused(comfyui, name, value):
+    """Ovis and LongCat."""
     from blockskip_pack.blockskip_core.hosts import adapter_for
 
     patcher = tiny_flux()
-    patcher.model.diffusion_model.params.global_modulation = True
+    setattr(patcher.model.diffusion_model.params, name, value)
     with pytest.raises(UnsupportedModelError, match="got Flux"):
         adapter_for(patcher)
 
@@ -382,10 +384,7 @@ def test_flux_2_which_shares_the_class_is_refused(comfyui):
     ],
 )  # fmt: skip
 def test_targets_are_the_layers_they_name(model, targets, double, single):
-    from blockskip_pack.blockskip_core.skipping_model import linear_names
-
-    dit = hosted(model)
-    names = linear_names(dit, chosen(1, 3), lambda name: dit.adapter.is_lora_target(name, targets))
+    names = hosted(model).lora_layers(chosen(1, 3), targets)
     assert set(names) == {f"double_blocks.1.{n}" for n in double} | {f"single_blocks.0.{n}" for n in single}
 
 

@@ -1,5 +1,7 @@
 """Published models on the meta device: as many bytes as their files have, and not one of them in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
@@ -30,6 +32,27 @@ def test_sizes_are_those_of_the_published_files(name):
     gib, lists = SIZES[name]
     assert sum(parameter.nbytes for parameter in model.parameters()) / 2**30 == pytest.approx(gib, abs=0.006)
     assert {key: len(getattr(model, key)) for key in lists} == lists
+
+
+def test_every_published_model_has_an_adapter_that_lists_its_blocks():
+    from blockskip_pack.blockskip_core.hosts import adapter_for
+    from blockskip_pack.blockskip_core.hosts.published_sizes import PUBLISHED_SIZES, published_model
+
+    families = {}
+    for name in PUBLISHED_SIZES:
+        adapter = adapter_for(SimpleNamespace(model=published_model(name)))
+        families[name] = adapter.family
+        if name in SIZES:
+            assert len(adapter.blocks()) == sum(SIZES[name][1].values())
+            assert sum(block.num_bytes for block in adapter.blocks()) / 2**30 < SIZES[name][0]
+    assert sorted(set(families.values())) == ["chroma", "flux", "flux2", "lumina2", "qwen_image", "sd3", "wan"]
+
+
+def test_the_small_wan_2_2_has_five_thousand_million_parameters():
+    from blockskip_pack.blockskip_core.hosts.published_sizes import published_model
+
+    parameters = published_model("Wan2.2-TI2V-5B").diffusion_model.parameters()
+    assert sum(parameter.numel() for parameter in parameters) == pytest.approx(5.0e9, rel=0.01)
 
 
 def test_bytes_follow_the_dtype():

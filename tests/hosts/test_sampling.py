@@ -23,7 +23,7 @@ def sampling(comfyui):
 
 
 def sample(sampling, patcher, masked, entry=None, **settings):
-    sampler = sampling.MaskedSampler(patcher, sampling.ProbeConfig(**PROBE), 8)
+    sampler = sampling.MaskedSampler(patcher, sampling.ProbeConfig(**PROBE))
     entry = entry or captions()[0]
     return sampler.sample(entry, entry, seed=3, masked=frozenset(masked), **settings)
 
@@ -40,7 +40,7 @@ def test_masking_nothing_is_the_plain_model(sampling):
     wrapper = hosted(patcher).adapter.text_masking_wrapper(frozenset())
     plain = sample(sampling, patcher, ())
     masked = patcher.clone()
-    masked.add_wrapper_with_key("diffusion_model", "test", wrapper)
+    masked.add_wrapper_with_key("apply_model", "test", wrapper)
     assert torch.equal(sample(sampling, masked, ()), plain)
     assert plain.shape == (1, 4, 8, 8)
 
@@ -170,3 +170,13 @@ def test_the_embedding_is_the_class_token_of_dino_and_the_projection_of_clip(sam
     embedded = metric.embed(clean_latents()[:1])
     assert torch.equal(embedded, tokens[:, 0] if kind == "dinov2" else projected)
     assert metric.name == f"{kind} embedding"
+
+
+def test_frames_of_a_video_model_are_pictures_for_the_encoder(sampling):
+    def encode_image(pixels):
+        assert pixels.shape == (1, 48, 80, 3)
+        return Output(image_embeds=pixels.mean((1, 2)), last_hidden_state=None)
+
+    vae = SimpleNamespace(decode=lambda latent: torch.ones(1, 1, 48, 80, 3))
+    metric = sampling.picture_metric(vae, SimpleNamespace(encode_image=encode_image))
+    assert metric.embed(torch.zeros(1, 16, 1, 6, 10)).tolist() == [[1.0, 1.0, 1.0]]

@@ -1,0 +1,60 @@
+"""The four nodes in a row on every supported family: measure, precompute onto the disk, train, apply."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ..hosts.families import FAMILIES
+from .conftest import PATCHES, TRAINING
+
+MEASURE = {"method": "attention mask", "skip_ratio": 0.5, "front": 0, "back": 0}
+PROBE = {"probe_size": 64, "probe_steps": 1, "window_profile": False}
+
+
+class FamilyVae:
+    """Averages squares of pixels, in as many channels as the model wants, with one frame if it wants frames."""
+
+    def __init__(self, latent_format, frames: bool) -> None:
+        self.first_stage_model = torch.nn.Identity()
+        self._format, self._frames = latent_format, frames
+
+    def spacial_compression_encode(self) -> int:
+        return self._format.spacial_downscale_ratio
+
+    def encode(self, pixels):
+        cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), self._format.spacial_downscale_ratio)
+        cells = cells[:, torch.arange(self._format.latent_channels) % 3]
+        return cells[:, :, None] if self._frames else cells
+
+
+@pytest.mark.parametrize("tiny", FAMILIES, ids=lambda family: family.name)
+def test_the_four_nodes_in_a_row(nodes, run_node, pictures, folders, tiny):
+    model = tiny.build()
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    positive = tiny.captions((5,))[0]
+
+    selection, _, report = run_node(nodes.SelectBlocks, model=model, positive=positive, **MEASURE, **PROBE).args
+    assert selection.family == tiny.family
+    assert selection.front + selection.back == math.floor(0.5 * tiny.num_blocks + 0.5)
+    assert "distance" in report
+
+    patches = {**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 3}
+    residuals, _ = run_node(
+        nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model.latent_format, tiny.frames), images=pictures,
+        positive=positive, selection=selection, **patches,
+    ).args  # fmt: skip
+    assert list(folders.output.glob("blockskip/residuals/*/manifest.json"))
+
+    trained = run_node(nodes.TrainLora, model=model, residuals=residuals, **TRAINING)
+    lora, loss_map, steps = trained.args
+    assert steps == len(loss_map["loss"]) == TRAINING["steps"]
+    assert trained.ui["blockskip"][0]["self_check"] < 1e-5
+
+    patched, info = run_node(nodes.ApplyLora, model=model, strength_model=1.0, lora=lora).args
+    assert f"{len(lora) // 3} layers patched" in info
+    assert len(patched.patches) == len(lora) // 3
+    after = model.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
