@@ -9,7 +9,7 @@ Axis legend: ``C H W`` latent channels, rows, columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,6 @@ from .measuring import Counting
 from .patch_sampling import PatchConfig
 from .precompute import precompute_residuals
 from .residual_cache import Residual
-from .skipping_model import linear_names
 from .stand_ins import PassThrough
 from .streams import Denoiser, SkippableDit, TokenStreams
 from .training import OpenResiduals, TrainingConfig, TrainingResult, train_lora
@@ -168,18 +167,14 @@ def count_training(
     return watched.count(operations=both - first, between=between, saved=result.saved_bytes)
 
 
-def adapters_on(
-    dit: SkippableDit, selection: BlockSelection, settings: LoraSettings, wanted: Callable[[str], bool]
-) -> LoraAdapters:
-    """Return a LoRA for the kept blocks that is made on the model's device; on ``meta`` it takes no memory.
+def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Module], settings: LoraSettings) -> LoraAdapters:
+    """Return a LoRA that is made on the model's device; on ``meta`` it takes no memory.
 
     Args:
         dit: The model.
-        selection: Blocks to be skipped.
+        layers: Native name -> linear layer that gets an adapter.
         settings: Rank, alpha, targets.
-        wanted: Whether the linear layer of a native name gets an adapter.
     """
-    layers = linear_names(dit, selection, wanted)
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     with torch.inference_mode(False), torch.device(dit.device):
         return LoraAdapters(shapes, settings, seed=0)
@@ -207,7 +202,7 @@ class RunPlan:
         probe_shape: (C, H, W) of the pictures that block selection samples.
         selection: Blocks to be skipped.
         lora: Rank, alpha, targets.
-        wanted: Whether the linear layer of a native name gets an adapter.
+        layers: Native name -> linear layer that gets an adapter.
         config: Settings of the training.
         on_the_fly: Whether residuals are computed in every step; nothing is precomputed then.
         linear: Whether the back residual follows its input linearly.
@@ -221,7 +216,7 @@ class RunPlan:
     probe_shape: Sequence[int]
     selection: BlockSelection
     lora: LoraSettings
-    wanted: Callable[[str], bool]
+    layers: Mapping[str, nn.Module]
     config: TrainingConfig
     on_the_fly: bool = False
     linear: bool = False
@@ -268,7 +263,7 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
     response = None
     if plan.linear and selection.back and passing:
         response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
-    adapters = adapters_on(dit, selection, plan.lora, plan.wanted)
+    adapters = adapters_on(dit, plan.layers, plan.lora)
     selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)
     training = count_training(
         dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,

@@ -22,8 +22,11 @@ from ..measuring import FusedAttention
 from ..streams import BlockInfo, Denoiser
 from ..weightless import replaced, weightless_copy
 from . import adapter_for
-from .conditioning import join_arguments
+from .base import TEXT_TOKENS
+from .conditioning import join_arguments, model_arguments
+from .frames import with_frame, without_frame
 from .hosted_dit import HostedDit
+from .published_sizes import published_model
 
 # Marks of the host's memory management and of patches on single layers; with them a layer would look for its weights.
 _MARKS = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
@@ -53,6 +56,24 @@ class WeightlessDit:
         model.current_patcher = None
         return cls(model, dit._arguments)
 
+    @classmethod
+    def published(
+        cls, name: str, caption: list, latent_shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    ) -> WeightlessDit:
+        """Return a published model at its full size.
+
+        Args:
+            name: A key of ``published_sizes.PUBLISHED_SIZES``.
+            caption: A conditioning, ``[[tensor, settings]]``.
+            latent_shape: (C, H, W).
+            dtype: Of the weights. Of one that the host cannot compute in, it casts to bfloat16 for every use.
+        """
+        cast_to = torch.bfloat16 if dtype.itemsize < 2 else None
+        model = published_model(name, dtype, cast_to)
+        with torch.inference_mode(False), torch.no_grad():
+            latent = with_frame(model, torch.zeros(1, *latent_shape))
+            return cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))])
+
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
         """All blocks in execution order."""
@@ -72,11 +93,11 @@ class WeightlessDit:
         """Return the module at a path; never to be changed."""
         return self.model.diffusion_model.get_submodule(name)
 
-    def text_length(self, caption: int) -> int:
-        """Return the number of text tokens of a caption."""
-        return self._arguments[caption]["c_crossattn"].shape[1]
-
+    text_length = HostedDit.text_length
+    text_tokens = HostedDit.text_tokens
     image_tokens = HostedDit.image_tokens
+    lora_layers = HostedDit.lora_layers
+    weight_for_backward = HostedDit.weight_for_backward
 
     @contextmanager
     def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
@@ -105,11 +126,11 @@ class WeightlessDit:
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
             joined = join_arguments([self._arguments[caption] for caption in captions])
             call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
-            return model.apply_model(noisy, sigmas, transformer_options=call_options, **joined)
+            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            latents = with_frame(model, noisy)
+            return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
 
         return denoise
-
-    weight_for_backward = HostedDit.weight_for_backward
 
 
 def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -21,6 +21,7 @@ from blockskip_pack.blockskip_core.memory_counts import (
     token_shapes,
 )
 from blockskip_pack.blockskip_core.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.skipping_model import linear_names
 from blockskip_pack.blockskip_core.training import TrainingConfig
 from blockskip_pack.blockskip_core.weightless import weightless_copy
 
@@ -48,13 +49,13 @@ class Weightless(PlainDit):
             loaded.clear()
 
 
-def wanted(name: str) -> bool:
-    return not name.endswith("gate")
+def layers(dit, spans):
+    return linear_names(dit, spans, lambda name: not name.endswith("gate"))
 
 
 def counted(dit, spans, *, folded=False, response=None, **settings):
     residual = None if folded else residual_of_zeros(token_shapes(dit, LATENT_SHAPE), spans)
-    adapters = adapters_on(dit, spans, LORA, wanted)
+    adapters = adapters_on(dit, layers(dit, spans), LORA)
     config = TrainingConfig(steps=1, **settings)
     return count_training(dit, LATENT_SHAPE, spans, adapters, config, residual, response=response)
 
@@ -85,7 +86,7 @@ def test_operations_grow_with_accumulation_and_activations_with_the_batch():
 
 def test_between_steps_there_are_weights_lora_moments_and_what_is_replayed():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
-    count, adapters = counted(dit, spans), adapters_on(dit, spans, LORA, wanted)
+    count, adapters = counted(dit, spans), adapters_on(dit, layers(dit, spans), LORA)
     lora = sum(tensor.nbytes for tensor in adapters.parameters())
     replayed = 4 * WIDTH * (TOKENS + TEXT_LENGTHS[0] + TOKENS)
     assert count.between == count.weights + 3 * lora + replayed + 4  # the loss is still there
@@ -120,9 +121,10 @@ def test_operations_of_a_pass_are_those_of_its_products():
     assert count_pass(dit, LATENT_SHAPE).operations == ops
 
 
-def plan(spans, **changes):
+def plan(dit, spans, **changes):
     settings = {
-        "latent_shape": LATENT_SHAPE, "probe_shape": LATENT_SHAPE, "selection": spans, "lora": LORA, "wanted": wanted,
+        "latent_shape": LATENT_SHAPE, "probe_shape": LATENT_SHAPE, "selection": spans, "lora": LORA,
+        "layers": layers(dit, spans),
         "config": TrainingConfig(steps=1),
     }  # fmt: skip
     return RunPlan(**{**settings, **changes})
@@ -130,33 +132,33 @@ def plan(spans, **changes):
 
 def test_needs_are_the_counts_of_their_phases():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
-    needs = memory_needs(dit, plan(spans, draws=9, chunk=2, stored=9))
+    needs = memory_needs(dit, plan(dit, spans, draws=9, chunk=2, stored=9))
     assert needs.selecting == count_pass(dit, LATENT_SHAPE)
     assert needs.precomputing == count_precompute(dit, LATENT_SHAPE, spans)
     assert needs.training == counted(dit, spans)
     one = 4 * WIDTH * (TOKENS + TEXT_LENGTHS[0] + TOKENS)
     assert (needs.replayed, needs.disk) == (one, 9 * one)
-    assert needs.lora == sum(t.nbytes for t in adapters_on(dit, spans, LORA, wanted).parameters())
-    assert memory_needs(dit, plan(selection(0, 0))).precomputing is None
+    assert needs.lora == sum(t.nbytes for t in adapters_on(dit, layers(dit, spans), LORA).parameters())
+    assert memory_needs(dit, plan(dit, selection(0, 0))).precomputing is None
 
 
 def test_needs_of_training_on_the_fly():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
-    needs = memory_needs(dit, plan(spans, on_the_fly=True, linear=True))
+    needs = memory_needs(dit, plan(dit, spans, on_the_fly=True, linear=True))
     assert (needs.precomputing, needs.disk) == (None, 0)
     assert needs.training == counted(dit, spans, folded=True)
 
 
 def test_needs_with_a_linear_answer():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
-    constant, linear = (memory_needs(dit, plan(spans, linear=flag)) for flag in (False, True))
+    constant, linear = (memory_needs(dit, plan(dit, spans, linear=flag)) for flag in (False, True))
     assert linear.disk - constant.disk == linear.replayed - constant.replayed == 4 * WIDTH**2
 
 
 def test_stored_weights_take_the_place_of_those_of_the_tensors():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
     quarter = StoredWeights(blocks=[info.num_bytes // 4 for info in dit.blocks], others=100)
-    plain, packed = memory_needs(dit, plan(spans)), memory_needs(dit, plan(spans), quarter)
+    plain, packed = memory_needs(dit, plan(dit, spans)), memory_needs(dit, plan(dit, spans), quarter)
     kept = sum(quarter.blocks[index] for index in spans.kept) + 100
     assert packed.training.weights == kept
     assert packed.training.peak - kept == plain.training.peak - plain.training.weights
@@ -169,7 +171,7 @@ def test_stored_weights_take_the_place_of_those_of_the_tensors():
 @pytest.mark.parametrize("linear", [False, True])
 def test_host_memory_of_a_chunk_is_at_most_what_is_said(front, back, linear):
     dit, spans, draws = Weightless(dtype=torch.float32), selection(front, back), 12
-    needs = memory_needs(dit, plan(spans, linear=linear, draws=draws, chunk=draws))
+    needs = memory_needs(dit, plan(dit, spans, linear=linear, draws=draws, chunk=draws))
     host = count_precompute(dit, LATENT_SHAPE, spans, draws=draws, keep_entering=linear).host
     host += draws * 4 * latents(1)[0].numel()
     assert 0.8 * needs.host <= host <= needs.host
@@ -190,5 +192,5 @@ def test_tokens_have_the_shapes_of_a_real_residual():
 def test_counting_leaves_the_model_alone():
     dit = PlainDit(dtype=torch.float32)
     before, net = dit.weights_hash(), copy.copy(dit.modules_by_name())
-    memory_needs(dit, plan(selection(1, 1)))
+    memory_needs(dit, plan(dit, selection(1, 1)))
     assert (dit.weights_hash(), dit.modules_by_name()) == (before, net)

@@ -41,7 +41,7 @@ def twins(**options):
 
 
 def count(dit, spans, *, folded=False, **settings):
-    adapters = adapters_on(dit, spans, LoraSettings(rank=4), lambda name: dit.adapter.is_lora_target(name, "all linear"))
+    adapters = adapters_on(dit, dit.lora_layers(spans, "all linear"), LoraSettings(rank=4))
     config = TrainingConfig(steps=1, **settings)
     residual = None if folded else residual_of_zeros(token_shapes(dit, LATENT_SHAPE, block=spans.front), spans)
     return count_training(dit, LATENT_SHAPE, spans, adapters, config, residual)
