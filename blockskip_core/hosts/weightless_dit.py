@@ -140,8 +140,9 @@ def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """Return what is loaded: parameters and buffers, each once."""
-    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+    """Return what is loaded: parameters and buffers, each once; what is trained is not the model's."""
+    tensors = (*module.parameters(), *module.buffers())
+    return list({id(tensor): tensor for tensor in tensors if not tensor.requires_grad}.values())
 
 
 def _shape_of(value: Any) -> Any:
