@@ -76,7 +76,10 @@ def targets(rows: Sequence[Row]) -> list[str]:
     before = {"part": "before training", "size": 256}
     run = next((row for row in rows if row["name"].startswith("a whole run")), None)
     prepared = find(rows, **before, name="precomputing, 50% skipped", weights_format="bf16")
-    lines = ["| target, FLUX.1-dev, first 19 and last 10 blocks skipped, 256 px | aim | counted | met |", "|---|---|---|---|"]
+    lines = [
+        "| target, FLUX.1-dev, first 19 and last 10 blocks skipped, 256 px | aim | counted | met |",
+        "|---|---|---|---|",
+    ]
 
     def say(text: str, aim: str, counted: str, met: bool) -> None:
         lines.append(f"| {text} | {aim} | {counted} | {'yes' if met else 'no'} |")

@@ -77,7 +77,9 @@ def test_every_arm_has_a_key_of_its_own_and_a_stopped_run_goes_on(bench, tiny, t
             raise RuntimeError("it does not run\nat all")
         return tiny.arms.PhaseCount(weights=1, peak=2, operations=3, host=4)
 
-    few = [tiny.arms.Arm(part="p", name=name, size=256, count=lambda name=name: count(name)) for name in ("good", "bad")]
+    few = [
+        tiny.arms.Arm(part="p", name=name, size=256, count=lambda name=name: count(name)) for name in ("good", "bad")
+    ]
     file = tmp_path / "memory.jsonl"
     memory.run(few, file, "today")
     memory.run(few, file, "tomorrow")

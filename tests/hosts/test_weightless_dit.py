@@ -12,7 +12,6 @@ from blockskip_pack.blockskip_core.memory_counts import (
     count_pass,
     count_precompute,
     count_training,
-    memory_needs,
     residual_of_zeros,
     token_shapes,
 )
