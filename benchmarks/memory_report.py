@@ -168,7 +168,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         parts = (row["part"], row["name"], row["source"], row["weights_format"], f"{row['size']} px")
         names.append(", ".join(filter(None, parts)) + (", checkpointing" if row["checkpointing"] else ""))
     axes.set_yticks(range(len(shown)), names, fontsize=7)
-    axes.set_xlabel("peak of live tensor bytes in a training step of FLUX.1-dev, GiB (counted, not measured on a GPU)")
+    axes.set_xlabel("peak of live tensor bytes, FLUX.1-dev, GiB (counted, no GPU)")
     labels = ("weights", "LoRA, optimiser state, residuals", "activations, gradients, unpacked weights")
     axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(3)], labels, fontsize=8)
     figure.savefig(file, dpi=110)
