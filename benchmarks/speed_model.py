@@ -243,11 +243,11 @@ class InMemory:
 
     computed: Precomputed
 
-    def stretches(self, config: TrainingConfig) -> Any:
+    def stretches(self, config: TrainingConfig, start: int = 0) -> Any:
         """The whole run in one."""
         computed = self.computed
         yield nullcontext(
-            OpenResiduals(range(config.num_micro_batches), computed.residuals.__getitem__, computed.reference)
+            OpenResiduals(range(start, config.num_micro_batches), computed.residuals.__getitem__, computed.reference)
         )
 
 

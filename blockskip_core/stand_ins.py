@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
@@ -203,15 +204,16 @@ class SavedBytes:
 
     def __init__(self) -> None:
         self.total = 0
-        self._seen: set[int] = set()
+        self._seen: set[StorageWeakRef] = set()  # they keep an identity from being given twice
 
     def add(self, value: Any) -> None:
         """Count a tensor that is kept; anything else is ignored."""
-        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter):
             return
         storage = value.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        identity = StorageWeakRef(storage)  # an address would do for memory, but tensors on `meta` have none
+        if identity not in self._seen:
+            self._seen.add(identity)
             self.total += storage.nbytes()
 
     @contextmanager

@@ -110,12 +110,13 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
 )
 
 
-def published_model(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+def published_model(name: str, dtype: torch.dtype = torch.bfloat16, cast_to: torch.dtype | None = None) -> Any:
     """Return the host's model (a BaseModel) of a published size, with every weight on the meta device.
 
     Args:
         name: A key of :data:`PUBLISHED_SIZES`.
         dtype: Of the weights; the host keeps a few of some families in float32 whatever is asked for.
+        cast_to: What the host casts them to for every use, if it is not the same.
 
     Raises:
         InvalidInputError: If there is no such name.
@@ -125,5 +126,5 @@ def published_model(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     size = PUBLISHED_SIZES[name]
     supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
     supported.custom_operations = None
-    supported.set_inference_dtype(dtype, None)
+    supported.set_inference_dtype(dtype, cast_to)
     return supported.get_model({}, "", device=torch.device("meta"))

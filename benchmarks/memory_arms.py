@@ -1,0 +1,344 @@
+"""What is counted: core's trainer, a plain LoRA, this package in many settings; on models without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from blockskip_pack.blockskip_core.block_selection import PAPER_FLUX_SELECTIONS, BlockSelection
+from blockskip_pack.blockskip_core.flow_matching import velocity_loss
+from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
+from blockskip_pack.blockskip_core.lora import LoraSettings
+from blockskip_pack.blockskip_core.measuring import Counting
+from blockskip_pack.blockskip_core.memory_counts import (
+    PhaseCount,
+    RunPlan,
+    StoredWeights,
+    adapters_on,
+    count_pass,
+    count_precompute,
+    count_training,
+    memory_needs,
+    residual_of_zeros,
+    token_shapes,
+)
+from blockskip_pack.blockskip_core.out_of_place import OutOfPlace
+from blockskip_pack.blockskip_core.skipping_model import SkippingModel
+from blockskip_pack.blockskip_core.stand_ins import SavedBytes
+from blockskip_pack.blockskip_core.training import TrainingConfig
+from blockskip_pack.blockskip_core.weight_formats import predicted_bytes
+from blockskip_pack.blockskip_core.weightless import weightless_copy
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CORE, PLAIN, OURS, PREPARE = "ComfyUI's Train LoRA", "plain LoRA (peft)", "BlockSkip", "before training"
+WHOLE_RUN = "a whole run: 400 draws, 64 at a time"
+FORMATS = ("bf16", "fp8", "int8", "4-bit")
+SIZES = (512, 256)
+TEXT_TOKENS, RANK, CELL = 512, 16, 8  # CELL: pixels per latent cell
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model as it is counted.
+
+    Attributes:
+        name: A key of ``published_sizes``.
+        text_width: Features of a text token.
+        channels, cell: Of its latents: channels, and pixels per cell.
+        halves: (front, back) with half of the blocks skipped: the paper's if it has one, else as much from each end.
+    """
+
+    name: str
+    text_width: int
+    channels: int = 16
+    cell: int = CELL
+    halves: tuple[int, int] = (0, 0)
+
+
+FLUX = Published("FLUX.1-dev", 4096, halves=PAPER_FLUX_SELECTIONS[0.5])
+FAMILIES = (
+    FLUX,
+    Published("FLUX.2-dev", 15360, channels=128, cell=16, halves=(14, 14)),
+    Published("Qwen-Image", 3584, halves=(15, 15)),
+    Published("Z-Image", 2560, halves=(8, 7)),
+    Published("Wan2.1-T2V-14B", 4096, halves=(10, 10)),
+    Published("Wan2.1-T2V-1.3B", 4096, halves=(8, 7)),
+    Published("FLUX.2-klein-4B", 7680, channels=128, cell=16, halves=(6, 6)),
+    Published("Chroma", 4096, halves=(14, 14)),
+    Published("SD3.5-Large", 4096, halves=(10, 9)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One row.
+
+    Attributes:
+        part: Whose it is.
+        name: For people.
+        size: Pixels per side.
+        checkpointing: Whether activations are recomputed.
+        weights: Format of the base's weights.
+        skipped: (front, back).
+        source: Where residuals come from: "cached" or "on the fly".
+        count: Counts it.
+        host_copies: Copies of the model's weights that it makes in host memory beside the loaded one.
+    """
+
+    part: str
+    name: str
+    size: int
+    count: Callable[[], PhaseCount]
+    checkpointing: bool = False
+    weights: str = "bf16"
+    skipped: tuple[int, int] = (0, 0)
+    source: str = ""
+    host_copies: int = 0
+
+
+class Subject:
+    """A published model in two forms: weights in bfloat16, and in eight bits that are unpacked for every use."""
+
+    def __init__(self, published: Published) -> None:
+        self.published = published
+        text = torch.zeros(1, TEXT_TOKENS, published.text_width)
+        caption = [[text, {"pooled_output": torch.zeros(1, 2048 if "SD3" in published.name else 768), "guidance": 3.5}]]
+        self._forms = {
+            dtype: WeightlessDit.published(published.name, caption, self.latent_shape(256), dtype)
+            for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+        }
+
+    @property
+    def dit(self) -> WeightlessDit:
+        """The model in bfloat16."""
+        return self._forms[torch.bfloat16]
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(C, H, W) of a picture of this many pixels per side."""
+        side = size // self.published.cell
+        return (self.published.channels, side, side)
+
+    def stored(self, weights: str) -> StoredWeights:
+        """What the weights take in a format: linear layers of the blocks are packed, all else stays in bfloat16."""
+        blocks = [predicted_bytes(self.dit.module(info.name), _OFF.get(weights, weights)) for info in self.dit.blocks]
+        model = self.dit.model.diffusion_model
+        others = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        return StoredWeights(blocks=blocks, others=others - sum(info.num_bytes for info in self.dit.blocks))
+
+    def selection(self, front: int, back: int) -> BlockSelection:
+        """A selection of its blocks."""
+        return BlockSelection(front=front, back=back, num_blocks=len(self.dit.blocks), family=self.dit.family)
+
+    def ours(self, size: int, spans: tuple[int, int], checkpointing: bool, weights: str, source: str) -> PhaseCount:
+        """Count a step of this package's training loop."""
+        count = self._ours(size, spans, checkpointing, weights == "bf16", source)
+        stored = self.stored(weights)
+        kept = range(len(stored.blocks)) if source == "on the fly" else self.selection(*spans).kept
+        return count.with_weights(sum(stored.blocks[index] for index in kept) + stored.others)
+
+    @cache  # noqa: B019  the formats of eight bits and less differ in what is kept only
+    def _ours(self, size: int, spans: tuple[int, int], checkpointing: bool, plain: bool, source: str) -> PhaseCount:
+        dit, shape, selection = self._form(plain), self.latent_shape(size), self.selection(*spans)
+        adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
+        tokens = token_shapes(dit, shape, block=max(0, spans[0] - 1))
+        residual = None if source == "on the fly" else residual_of_zeros(tokens, selection)
+        config = TrainingConfig(steps=1, checkpointing=checkpointing)
+        return count_training(dit, shape, selection, adapters, config, residual)
+
+    def precompute(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
+        """Count the precomputing of one draw."""
+        count = count_precompute(self._form(weights == "bf16"), self.latent_shape(size), self.selection(*spans))
+        stored = self.stored(weights)
+        return count.with_weights(max(stored.blocks) + stored.others)
+
+    def whole_pass(self, size: int, weights: str) -> PhaseCount:
+        """Count a pass of the whole model, as block selection samples with it."""
+        stored = self.stored(weights)
+        count = count_pass(self._form(weights == "bf16"), self.latent_shape(size))
+        return count.with_weights(sum(stored.blocks) + stored.others)
+
+    def needs(self, spans: tuple[int, int], draws: int, chunk: int) -> PhaseCount:
+        """Count training at 256 px; ``host`` is that of a whole run with this many draws, as ``memory_needs`` says it."""
+        selection, shape = self.selection(*spans), self.latent_shape(256)
+        plan = RunPlan(
+            latent_shape=shape, probe_shape=shape, selection=selection, lora=LoraSettings(rank=RANK),
+            layers=self.dit.lora_layers(selection, "attention and mlp"), config=TrainingConfig(steps=1), draws=draws,
+            chunk=chunk, stored=draws,
+        )  # fmt: skip
+        needs = memory_needs(self.dit, plan)
+        return replace(needs.training, host=needs.host)
+
+    def plain(self, size: int, checkpointing: bool) -> PhaseCount:
+        """Count a step of peft's own LoRA on the same layers of all blocks."""
+        import peft
+
+        stand_ins = SkippingModel(self.dit, self.selection(0, 0), checkpointing, folded=False).modules
+        names = self.dit.lora_layers(self.selection(0, 0), "attention and mlp")
+        for block, module in stand_ins.items():
+            targets = [name.removeprefix(block + ".") for name in names if name.startswith(block + ".")]
+            if targets:
+                config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+                peft.inject_adapter_in_model(config, module)
+        parameters = [p for module in stand_ins.values() for p in module.parameters() if p.requires_grad]
+        return _count_loop(self.dit, stand_ins, parameters, self.latent_shape(size))
+
+    def core(self, size: int, checkpointing: bool, bypass: bool) -> PhaseCount:
+        """Count a step with the adapters of core's node, set up by core's own functions on a model of their own.
+
+        Core's loop runs under autocast, which ``meta`` does not have: it would keep some tensors in float32 instead.
+        Blocks run out of place, or autograd would raise. With checkpointing each block is recomputed by itself, which
+        is ``checkpoint_depth`` 2 of the node. Its default, 1, takes the whole model as one block: it computes everything
+        twice and saves nothing at the peak.
+        """
+        import comfy_extras.nodes_train as core
+
+        model = weightless_copy(self.dit.model)
+        patcher = SimpleNamespace(model=model, add_weight_wrapper=lambda key, adapter: _wrap(model, key, adapter))
+        with torch.device("meta"):
+            if bypass:
+                tensors, _, manager = core._setup_lora_adapters_bypass(patcher, {}, "LoRA", torch.bfloat16, RANK)
+                manager.create_injections(model)
+                for hook in manager.hooks:  # its own inject() moves the adapter to the host's device first
+                    hook.original_forward = hook.module.forward
+                    hook.module.forward = hook._bypass_forward
+            else:
+                tensors, _ = core._setup_lora_adapters(patcher, {}, "LoRA", torch.bfloat16, RANK)
+        dit = WeightlessDit(model, self.dit._arguments)
+        for info in dit.blocks:
+            block = dit.module(info.name)
+            block.forward = _guarded(block.forward, checkpointing)
+        return _count_loop(dit, {}, list(tensors.values()), self.latent_shape(size))
+
+    def _form(self, plain: bool) -> WeightlessDit:
+        return self._forms[torch.bfloat16 if plain else torch.float8_e4m3fn]
+
+
+_OFF = {"bf16": "off"}
+
+
+def arms_of(flux: Subject) -> list[Arm]:
+    """All arms of FLUX.1-dev, in the order of the table."""
+    arms = [
+        Arm(part=CORE, name=("bypass mode" if bypass else "weight wrappers") + (", checkpoint_depth 2" if on else ""),
+            size=512, checkpointing=on, host_copies=1, count=lambda on=on, bypass=bypass: flux.core(512, on, bypass))
+        for bypass in (False, True) for on in (False, True)
+    ]  # fmt: skip
+    arms += [
+        Arm(part=PLAIN, name="all blocks", size=size, checkpointing=on,
+            count=lambda size=size, on=on: flux.plain(size, on))
+        for size in SIZES for on in (False, True)
+    ]  # fmt: skip
+    spans = {0.0: (0, 0), **PAPER_FLUX_SELECTIONS}
+    for weights in FORMATS:
+        for size in SIZES:
+            for ratio, skipped in spans.items():
+                if weights != "bf16" and ratio not in (0.0, 0.5):
+                    continue
+                for source in ("cached", "on the fly") if ratio == 0.5 else ("cached",):
+                    arms += [
+                        Arm(part=OURS, name=f"{ratio:.0%} skipped", size=size, checkpointing=on, weights=weights,
+                            skipped=skipped, source=source if ratio else "",
+                            count=lambda a=(size, skipped, on, weights, source): flux.ours(*a))
+                        for on in ((False, True) if source == "cached" else (True,))
+                    ]  # fmt: skip
+    arms += [
+        Arm(part=PREPARE, name="precomputing, 50% skipped", size=size, weights=weights, skipped=(19, 10),
+            count=lambda a=(size, (19, 10), weights): flux.precompute(*a))
+        for weights in FORMATS for size in SIZES
+    ]  # fmt: skip
+    arms.append(
+        Arm(part=PREPARE, name=WHOLE_RUN, size=256, checkpointing=True, skipped=(19, 10), source="cached",
+            count=lambda: flux.needs((19, 10), 400, 64))
+    )  # fmt: skip
+    arms += [
+        Arm(part=PREPARE, name="choosing blocks", size=512, weights=weights,
+            count=lambda weights=weights: flux.whole_pass(512, weights))
+        for weights in FORMATS
+    ]  # fmt: skip
+    return arms
+
+
+def arms_of_family(published: Published) -> list[Arm]:
+    """What is counted of every other family: half of the model skipped, at 256 px."""
+    subject = cache(lambda: Subject(published))
+    return [
+        Arm(part=published.name, name="half skipped", size=256, checkpointing=True, weights=weights,
+            skipped=published.halves, source="cached",
+            count=lambda weights=weights: subject().ours(256, published.halves, True, weights, "cached"))
+        for weights in FORMATS
+    ]  # fmt: skip
+
+
+def _count_loop(
+    dit: WeightlessDit, modules: Mapping[str, nn.Module], parameters: Sequence[Tensor], latent_shape: Sequence[int]
+) -> PhaseCount:
+    """Count two steps of a plain loop: loss, backward, clipping, AdamW. The second is reported."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    before = 0
+    with torch.inference_mode(False), torch.enable_grad(), Counting() as counting:
+        counting.hold(parameters)
+        lora = counting.live(dit.device)
+        with dit.running(modules) as denoise:
+            weights = counting.live(dit.device) - lora
+            for _ in range(2):
+                between, before = counting.live(dit.device), counting.operations
+                saved = SavedBytes()
+                noisy, clean = (torch.zeros(1, *latent_shape, device="meta") for _ in range(2))
+                sigmas = noisy.new_ones(1)
+                with _saving_into(saved, modules):
+                    loss = velocity_loss(denoise(noisy, sigmas, [0]), clean, sigmas).sum()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                del loss
+    return PhaseCount(
+        weights=weights, peak=counting.peak(dit.device), between=between, saved=saved.total,
+        operations=counting.operations - before, host=counting.peak(torch.device("cpu")),
+    )  # fmt: skip
+
+
+@contextmanager
+def _saving_into(saved: SavedBytes, modules: Mapping[str, nn.Module]):
+    """Count what is kept for the backward pass: by autograd, and by the checkpoints of our stand-ins."""
+    for module in modules.values():
+        if hasattr(module, "checkpointed"):
+            module.saved = saved
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor)
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+    finally:
+        for module in modules.values():
+            if hasattr(module, "checkpointed"):
+                module.saved = None
+
+
+def _wrap(model: nn.Module, key: str, adapter: Any) -> None:
+    """Put a function around a weight, as the host's loader does for what a patcher was given."""
+    path, _, kind = key.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, f"{kind}_function", [*getattr(module, f"{kind}_function"), adapter])  # the list may be the class's
+    module.comfy_cast_weights = True
+
+
+def _guarded(forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with OutOfPlace():
+            return forward(*args, **kwargs)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        kwargs["transformer_options"] = dict(kwargs.get("transformer_options", {}))  # the host writes into it
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputed if checkpointing else run

@@ -1,0 +1,157 @@
+"""What a run takes, counted: bytes of tensors that live at the same time, and operations. No GPU is needed.
+
+:class:`Counting` looks at every operation on its way to a kernel. On the ``meta`` device tensors have shapes but no
+memory, so a step of a model of any size is counted in seconds and in little memory; on any other device the same
+counts come out of a real run. Three conventions:
+
+    bytes        Each storage once, from the operation that makes it to the moment nothing holds it. What an allocator
+                 rounds up or cannot reuse, and what kernels use inside, is not in it. ``meta`` stands for the device;
+                 tensors on the CPU beside it are host memory.
+    operations   Multiplications and additions of matrix products and attention, forward, recomputed and backward, by
+                 torch's own formulas: one multiply-add is 2.
+    attention    On ``meta``, inside :class:`FusedAttention`, as a fused kernel does it: no matrix of scores.
+
+Values on ``meta`` mean nothing. Where a loop asks for a number it is told 1, and where tensors come to the CPU they
+are zeros, so that the real loops can be counted without a second copy of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+_META = torch.device("meta")
+
+
+class Counting(TorchDispatchMode):
+    """Context in which operations and live bytes are counted, for one device or for ``meta`` and the CPU beside it.
+
+    Tensors that were there before are not counted, nor are views of them; see :meth:`hold`.
+
+    Attributes:
+        operations: Since the context was entered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self._live: dict[str, int] = defaultdict(int)
+        self._peak: dict[str, int] = defaultdict(int)
+        self._watched: dict[int, weakref.ref] = {}
+
+    def live(self, device: torch.device) -> int:
+        """Return the bytes that live now on a kind of device."""
+        return self._live[device.type]
+
+    def peak(self, device: torch.device) -> int:
+        """Return the most bytes that lived at one time since the last :meth:`reset_peak`."""
+        return self._peak[device.type]
+
+    def reset_peak(self) -> None:
+        """Forget the peaks; they start at what lives now."""
+        self._peak = defaultdict(int, self._live)
+
+    def hold(self, tensors: Any) -> None:
+        """Count tensors that were made outside the context from now on, for as long as they live."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in _FORMULAS:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = _without_values(func, args, kwargs)
+        if func.overloadpacket in _FORMULAS:
+            self.operations += _FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
+        given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        if func is aten.lift_fresh.default and result.ndim:
+            given = set()  # torch.tensor has just made what it hands on here; single numbers are left out
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _identity(tensor) not in given:
+                self._watch(tensor)
+        return result
+
+    def _watch(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
+        storage, key = tensor.untyped_storage(), _identity(tensor)
+        if key in self._watched:
+            return
+        kind, size = tensor.device.type, storage.nbytes()
+
+        def freed(_: weakref.ref) -> None:
+            self._live[kind] -= size
+            del self._watched[key]
+
+        self._watched[key] = weakref.ref(storage, freed)
+        self._live[kind] += size
+        self._peak[kind] = max(self._peak[kind], self._live[kind])
+
+
+def _identity(tensor: Tensor) -> int:
+    """Return a number that tensors share if they share memory; ``meta`` tensors have no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Run an operation; answer those that need the values of a ``meta`` tensor."""
+    if func is aten._local_scalar_dense.default and args[0].is_meta:
+        return 1.0
+    if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", _META).type == "cpu":
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    return func(*args, **kwargs)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would take the one that is written out.
+
+    To be entered around the attention itself: a recomputation in backward does not see contexts around the backward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _attention_operations(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward_operations(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+_FORMULAS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,  # torch has no formula for the CPU's
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_operations,
+}
