@@ -21,7 +21,7 @@ from blockskip_pack.blockskip_core.skipping_model import linear_names
 from blockskip_pack.blockskip_core.training import (
     TrainingConfig,
     TrainingResult,
-    estimated_activation_bytes,
+    estimated_step_bytes,
     train_lora,
 )
 from speed_model import Lab, settle, timed
@@ -267,7 +267,7 @@ def our_steps(
             config,
             result=result,
             on_step=lambda report: None,
-            activation_bytes=_activation_bytes(lab, dit, size, selection, checkpointing, source),
+            activation_bytes=_step_bytes(lab, dit, size, selection, checkpointing, source, _numbers(adapters)),
         )
     return result.step_seconds[WARM_UP:]
 
@@ -286,19 +286,26 @@ def _residuals(lab: Lab, dit: Any, size: int, ratio: float, source: str) -> Iter
         yield lab.in_memory(size, ratio)
 
 
-def _activation_bytes(lab: Lab, dit: Any, size: int, selection: Any, checkpointing: bool, source: str) -> int:
+def _numbers(adapters: LoraAdapters) -> int:
+    return sum(tensor.numel() for tensor in adapters.parameters())
+
+
+def _step_bytes(
+    lab: Lab, dit: Any, size: int, selection: Any, checkpointing: bool, source: str, lora_numbers: int
+) -> int:
     """What the host is asked to keep free. Asked for everything, it keeps the weights in main memory."""
     if source == "weights streamed":
         import comfy.model_management
 
         return comfy.model_management.get_total_memory(dit.device)
-    return estimated_activation_bytes(
+    return estimated_step_bytes(
         num_kept=len(selection.kept),
         tokens=dit.image_tokens(*lab.latents(size).shape[-2:]) + lab.shape.text_tokens,
         width=dit.width,
         itemsize=lab.dtype.itemsize,
         batch_size=1,
         checkpointing=checkpointing,
+        lora_numbers=lora_numbers,
     )
 
 

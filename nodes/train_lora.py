@@ -46,7 +46,7 @@ from ..blockskip_core.training import (
     StepReport,
     TrainingConfig,
     TrainingResult,
-    estimated_activation_bytes,
+    estimated_step_bytes,
     train_lora,
 )
 from ..blockskip_core.version import VERSION
@@ -435,15 +435,16 @@ class _Run:
         if self.streamed:
             return STREAMED
         text = max(self.dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
-        recomputed = estimated_activation_bytes(
+        estimated = estimated_step_bytes(
             num_kept=len(self.residuals.selection.kept),
             tokens=self.dit.image_tokens(*self.residuals.latents.shape[-2:]) + text,
             width=self.dit.width,
             itemsize=self.dit.dtype.itemsize,
             batch_size=self.config.batch_size,
             checkpointing=self.config.checkpointing,
+            lora_numbers=sum(tensor.numel() for tensor in self.adapters.parameters()),
         )
-        return recomputed + round(self.config.activation_budget) * self.config.checkpointing
+        return estimated + round(self.config.activation_budget) * self.config.checkpointing
 
     def _on_step(self, report: StepReport) -> None:
         self.memory.sample()

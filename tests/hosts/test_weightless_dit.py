@@ -123,3 +123,26 @@ def test_the_model_is_left_as_it_was_and_nothing_becomes_real():
     with pytest.raises(RuntimeError, match="stop"), weightless.running({}):
         raise RuntimeError("stop")
     assert not comfy.model_management.in_training
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_the_host_is_asked_to_keep_free_is_enough_at_full_size(checkpointing):
+    """FLUX.1-dev at 256 px with 512 text tokens, the first 19 and the last 10 blocks skipped."""
+    from blockskip_pack.blockskip_core.block_selection import BlockSelection
+    from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
+    from blockskip_pack.blockskip_core.training import estimated_step_bytes
+
+    shape, text = (16, 32, 32), 512
+    caption = [[torch.zeros(1, text, 4096), {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+    dit = WeightlessDit.published("FLUX.1-dev", caption, shape)
+    spans = BlockSelection(front=19, back=10, num_blocks=57, family="flux")
+    adapters = adapters_on(dit, dit.lora_layers(spans, "attention and mlp"), LoraSettings(rank=16))
+    residual = residual_of_zeros(token_shapes(dit, shape, block=18), spans)
+    counted = count_training(
+        dit, shape, spans, adapters, TrainingConfig(steps=1, checkpointing=checkpointing), residual
+    )
+    estimated = estimated_step_bytes(
+        num_kept=28, tokens=256 + text, width=3072, itemsize=2, batch_size=1, checkpointing=checkpointing,
+        lora_numbers=sum(tensor.numel() for tensor in adapters.parameters()),
+    )  # fmt: skip
+    assert 1.0 <= estimated / (counted.peak - counted.weights) < 1.3
