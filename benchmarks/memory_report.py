@@ -107,8 +107,12 @@ def targets(rows: Sequence[Row]) -> list[str]:
             say(f"peak device memory, {text}", f"<= {aim} GiB", counted, row["peak"] <= aim * GIB)
     if bf16:
         streamed = bf16["peak"] - bf16["weights"] + LARGEST_LAYER
-        say("peak device memory, bf16, kept blocks streamed", "<= 2 GiB",
-            f"{gib(streamed)} GiB by arithmetic: all but the weights, and FLUX.1's largest layer", streamed <= 2 * GIB)
+        say(
+            "peak device memory, bf16, kept blocks streamed",
+            "<= 2 GiB",
+            f"{gib(streamed)} GiB by arithmetic: all but the weights, and FLUX.1's largest layer",
+            streamed <= 2 * GIB,
+        )
     if run:
         say("host memory above the loaded model", "<= 2 GiB", f"{gib(run['host'])} GiB ({run['name']})",
             run["host"] <= 2 * GIB)  # fmt: skip

@@ -6,7 +6,7 @@ Pillow because the host has it, and plotting libraries are not worth a dependenc
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from .block_selection import BlockSelection, TextInfluence, format_bytes, window
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
 FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # told apart in grey too
 MAX_CROPS = 64
+TOO_MUCH = (178, 24, 43)
 PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
 
 
@@ -66,6 +67,30 @@ def selection_heatmap(
         _draw_profile(draw, label, values, (left, 142 + 54 * number), cell)
     note = textwrap.fill(selection.note, max(60, (left + width) // 8))
     draw.multiline_text((20, height - 42), note, fill=INK, font=_font(13))
+    return picture
+
+
+def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict: str) -> Image.Image:
+    """Return a bar for every phase's peak, in bytes, against what there is; the training's weights are marked."""
+    left, width, row = 200, 560, 46
+    lines = textwrap.wrap(verdict, 100)
+    top = 24 + 20 * len(lines)
+    picture = Image.new("RGB", (left + width + 120, top + row * len(peaks) + 40), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((20, 12), "\n".join(lines), fill=INK, font=_font(15))
+    longest = max([available, *peaks.values()])
+    for number, (phase, peak) in enumerate(peaks.items()):
+        y = top + row * number
+        end = left + width * peak // longest
+        draw.text((20, y + 8), phase, fill=INK, font=_font(14))
+        draw.rectangle((left, y, end, y + 30), fill=KEPT if peak <= available else TOO_MUCH)
+        if phase == "training":
+            draw.rectangle((left, y + 22, left + width * weights // longest, y + 30), fill=FRONT)
+        draw.text((end + 8, y + 8), format_bytes(peak), fill=INK, font=_font(14))
+    line = left + width * available // longest
+    bottom = top + row * len(peaks)
+    draw.line((line, top - 6, line, bottom), fill=INK, width=2)
+    draw.text((max(left, line - 150), bottom + 4), f"there are {format_bytes(available)}", fill=INK, font=_font(13))
     return picture
 
 

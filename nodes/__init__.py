@@ -5,11 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_lora import ApplyLora
+from .memory_plan import MemoryPlan
 from .precompute_residuals import PrecomputeResiduals
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
 
-NODE_CLASSES: list[type[io.ComfyNode]] = [SelectBlocks, PrecomputeResiduals, TrainLora, ApplyLora]
+NODE_CLASSES: list[type[io.ComfyNode]] = [SelectBlocks, MemoryPlan, PrecomputeResiduals, TrainLora, ApplyLora]
 
 
 class BlockSkipExtension(ComfyExtension):

@@ -21,6 +21,16 @@ CONTRACT = {
         "outputs": [("selection", "BLOCKSKIP_SELECTION"), ("heatmap", "IMAGE"), ("report", "STRING")],
         "lists": True,
     },
+    "BlockSkip_MemoryPlan": {
+        "required": {
+            "model": "MODEL", "positive": "CONDITIONING", "selection": "BLOCKSKIP_SELECTION", "patch_min": "INT",
+            "draws": "INT", "storage": "COMBO", "rank": "INT", "batch_size": "INT", "checkpointing": "BOOLEAN",
+            "quantize_kept": "COMBO", "activation_budget": "FLOAT", "card_memory": "FLOAT",
+        },
+        "optional": {},
+        "outputs": [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE")],
+        "lists": True,
+    },
     "BlockSkip_PrecomputeResiduals": {
         "required": {
             "model": "MODEL", "vae": "VAE", "images": "IMAGE", "positive": "CONDITIONING",
@@ -74,6 +84,7 @@ def parameters_read(nodes, node):
     assert rest.kind is inspect.Parameter.VAR_KEYWORD
     handed_on = {
         nodes.SelectBlocks: [nodes.select_blocks._Settings],
+        nodes.MemoryPlan: [nodes.memory_plan._Plan],
         nodes.PrecomputeResiduals: [nodes.precompute_residuals._schedule],
         nodes.TrainLora: [nodes.train_lora._Run, nodes.train_lora.TrainingConfig],
     }[node]

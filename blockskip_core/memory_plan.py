@@ -1,0 +1,203 @@
+"""Does a run fit, and if not, what is the smallest change that makes it fit? On counts of ``memory_counts``.
+
+A plan is a run's settings as far as memory depends on them. Changes are tried one by one, those that cost nothing of the
+result first; if none is enough by itself they are added up in that order. What a card needs beside the counted bytes (the
+allocator's rounding, workspaces of kernels) is not known before a run: :data:`MARGIN` is left for it, which has not been
+measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .block_selection import format_bytes
+from .memory_counts import MemoryNeeds
+from .training import TrainingConfig
+
+MARGIN = 0.05  # of the counted peak
+PHASES = ("choosing blocks", "precomputing", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What of a run's settings memory depends on, beside model, captions and selection.
+
+    Attributes:
+        config: Settings of the training.
+        storage: "disk", "chunked" or "on the fly".
+        quantize_kept: Format of the kept blocks' weights for the run, or "off".
+        patch_min: Side of a training crop in pixels.
+        measured: Whether blocks are chosen by sampling pictures with the whole model.
+    """
+
+    config: TrainingConfig
+    storage: str = "disk"
+    quantize_kept: str = "off"
+    patch_min: int = 256
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way to need less.
+
+    Attributes:
+        text: What to set, for people.
+        apply: Settings -> changed settings; the same object if there is nothing to change.
+    """
+
+    text: str
+    apply: Callable[[MemorySettings], MemorySettings]
+
+
+def _config(**fields: object) -> Callable[[MemorySettings], MemorySettings]:
+    def apply(settings: MemorySettings) -> MemorySettings:
+        changed = replace(settings.config, **fields)
+        return settings if changed == settings.config else replace(settings, config=changed)
+
+    return apply
+
+
+def _off_the_fly(settings: MemorySettings) -> MemorySettings:
+    return replace(settings, storage="chunked") if settings.storage == "on the fly" else settings
+
+
+def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
+    order = ("off", "int8", "4-bit")
+
+    def apply(settings: MemorySettings) -> MemorySettings:
+        now = {"fp8": "int8"}.get(settings.quantize_kept, settings.quantize_kept)
+        finer = order.index(now) < order.index(weight_format)
+        return replace(settings, quantize_kept=weight_format) if finer else settings
+
+    return apply
+
+
+def _smaller(side: int) -> Callable[[MemorySettings], MemorySettings]:
+    return lambda settings: replace(settings, patch_min=side) if settings.patch_min > side else settings
+
+
+def _batch_of_one(settings: MemorySettings) -> MemorySettings:
+    config = settings.config
+    if config.batch_size == 1:
+        return settings
+    return replace(settings, config=replace(config, batch_size=1, accumulation=config.accumulation * config.batch_size))
+
+
+CHANGES: tuple[Change, ...] = (  # those that do not change the result come first
+    Change("switch `checkpointing` on", _config(checkpointing=True)),
+    Change("set `activation_budget` to 0", _config(activation_budget=0.0)),
+    Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
+    Change("set `storage` to chunked", _off_the_fly),
+    Change("set `patch_min` to 256", _smaller(256)),
+    Change("set `quantize_kept` to int8", _quantised("int8")),
+    Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
+    Change("set `patch_min` to 128", _smaller(128)),
+)
+
+
+def phase_peaks(needs: MemoryNeeds) -> dict[str, int]:
+    """Return the counted peak of each phase that there is, in bytes."""
+    counts = zip(PHASES, (needs.selecting, needs.precomputing, needs.training), strict=True)
+    return {phase: count.peak for phase, count in counts if count is not None}
+
+
+def peak_of(settings: MemorySettings, needs: MemoryNeeds) -> int:
+    """Return the peak of the phases that must fit.
+
+    The probe is left out if nothing is measured. A host that cannot load a whole model for sampling streams it, so the probe
+    is slow there rather than impossible; it is shown, but a run is not refused for it.
+    """
+    return max(peak for phase, peak in phase_peaks(needs).items() if phase != PHASES[0])
+
+
+def fits(peak: int, available: int) -> bool:
+    """Return whether a counted peak fits into so many bytes."""
+    return peak * (1.0 + MARGIN) <= available
+
+
+def changes_that_fit(
+    settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
+) -> tuple[list[Change], MemoryNeeds] | None:
+    """Return the smallest change that makes a run fit, and what it then takes; several if one is not enough.
+
+    Args:
+        settings: Those that do not fit.
+        available: Bytes.
+        count: What a run with some settings takes.
+
+    Returns:
+        None if all changes together are not enough.
+    """
+    useful = [change for change in CHANGES if change.apply(settings) is not settings]
+    for change in useful:
+        needs = count(change.apply(settings))
+        if fits(peak_of(settings, needs), available):
+            return [change], needs
+    taken: list[Change] = []
+    for change in useful:
+        changed = change.apply(settings)
+        if changed is settings:  # an earlier change has done more
+            continue
+        settings, taken = changed, [*taken, change]
+        needs = count(settings)
+        if fits(peak_of(settings, needs), available):
+            return taken, needs
+    return None
+
+
+def report(
+    settings: MemorySettings,
+    needs: MemoryNeeds,
+    available: int,
+    place: str,
+    found: tuple[list[Change], MemoryNeeds] | None,
+) -> str:
+    """Return the plan for people, several lines.
+
+    Args:
+        settings, needs: The run and what it takes.
+        available: Bytes of the device that it may take.
+        place: The device's name.
+        found: What :func:`changes_that_fit` gave, if it does not fit.
+    """
+    lines = [_verdict(settings, needs, available, place, found), ""]
+    for phase, peak in phase_peaks(needs).items():
+        note = ""
+        if phase == "training":
+            note = f", of which weights {format_bytes(needs.training.weights)}"
+        if phase == PHASES[0] and not settings.measured:
+            note = ", only with method attention mask"
+        lines.append(f"{phase}: {format_bytes(peak)} on the device{note}")
+    lines.append(f"host memory beside the model: up to {format_bytes(needs.host)}")
+    lines.append(f"disk: {format_bytes(needs.disk)} of residuals" if needs.disk else "disk: no residuals")
+    lines.append("")
+    lines.append(
+        f"Counted, not estimated: bytes of all tensors that live at the same time. The device needs more than that; "
+        f"{MARGIN:.0%} are added for it in the verdict."
+    )
+    return "\n".join(lines)
+
+
+def _verdict(
+    settings: MemorySettings,
+    needs: MemoryNeeds,
+    available: int,
+    place: str,
+    found: tuple[list[Change], MemoryNeeds] | None,
+) -> str:
+    peak = peak_of(settings, needs)
+    has = f"{format_bytes(available)} of {place}"
+    if fits(peak, available):
+        return f"It fits: {format_bytes(peak)} of {has}."
+    if found is None:
+        return (
+            f"It does not fit: {format_bytes(peak)}, and there are {has}. No change of settings is enough. Skip more blocks at "
+            "Select Blocks, set `kept_weights` to streamed, or load a quantised model."
+        )
+    changes, then = found
+    return (
+        f"It does not fit: {format_bytes(peak)}, and there are {has}. It will if you "
+        f"{' and '.join(change.text for change in changes)}: {format_bytes(peak_of(settings, then))}."
+    )

@@ -1,0 +1,242 @@
+"""Memory Plan: what a run will take, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..blockskip_core.back_response import BACK_RESIDUALS
+from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.hosts.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.hosted_dit import HostedDit
+from ..blockskip_core.hosts.quantised_blocks import available_formats, require_available
+from ..blockskip_core.hosts.weightless_dit import WeightlessDit
+from ..blockskip_core.lora import LoraSettings, LoraTargets
+from ..blockskip_core.memory_counts import MemoryNeeds, RunPlan, StoredWeights, memory_needs
+from ..blockskip_core.memory_plan import (
+    MemorySettings,
+    changes_that_fit,
+    fits,
+    peak_of,
+    phase_peaks,
+    report,
+)
+from ..blockskip_core.pictures import as_image, memory_bars
+from ..blockskip_core.residual_cache import predicted_bytes as residual_bytes
+from ..blockskip_core.residual_format import RESIDUAL_FORMATS
+from ..blockskip_core.residual_sources import STORAGES
+from ..blockskip_core.training import TrainingConfig
+from ..blockskip_core.weight_formats import predicted_bytes, stored_bytes
+from .inputs import singles
+from .progress import NodeProgress
+from .types import BlockSelectionSocket
+
+GIB = 2**30
+
+
+class MemoryPlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BlockSkip_MemoryPlan",
+            display_name="Memory Plan",
+            category="BlockSkip/training",
+            description=(
+                "Says before a run starts how much GPU memory, host memory and disk it will take, whether that fits, and "
+                "the smallest change that makes it fit. The run's own code is counted on tensors that have shapes and no "
+                "memory, so nothing is loaded. Set the widgets as at the other nodes."
+            ),
+            search_aliases=["blockskip", "vram", "out of memory", "oom", "memory estimate", "will it fit"],
+            is_input_list=True,
+            is_output_node=True,
+            is_experimental=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that you will train on."),
+                io.Conditioning.Input("positive", tooltip="The captions; the longest decides."),
+                BlockSelectionSocket.Input("selection", tooltip="From Select Blocks."),
+                io.Int.Input("patch_min", default=256, min=16, max=4096, step=16, tooltip="As at Precompute Residuals."),
+                io.Int.Input("draws", default=400, min=1, max=1_000_000, tooltip="As at Precompute Residuals."),
+                io.Combo.Input("storage", options=list(STORAGES), default="disk", tooltip="As at Precompute Residuals."),
+                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="As at Dynamic Patch Trainer."),
+                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="As at Dynamic Patch Trainer."),
+                io.Boolean.Input("checkpointing", default=True, tooltip="As at Dynamic Patch Trainer."),
+                io.Combo.Input(
+                    "quantize_kept", options=available_formats(), default="off", tooltip="As at Dynamic Patch Trainer."
+                ),
+                io.Float.Input(
+                    "activation_budget", default=0.0, min=0.0, max=1024.0, step=0.25, tooltip="As at Dynamic Patch Trainer."
+                ),
+                io.Float.Input(
+                    "card_memory",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="GiB that the run may take, to plan for another card. 0: what this device has free once other "
+                    "models are unloaded.",
+                ),
+                io.Int.Input(
+                    "chunk_size", default=64, min=1, max=100_000, optional=True, advanced=True,
+                    tooltip="As at Precompute Residuals.",
+                ),
+                io.Combo.Input(
+                    "back_residual", options=list(BACK_RESIDUALS), default="constant", optional=True, advanced=True,
+                    tooltip="As at Precompute Residuals.",
+                ),
+                io.Combo.Input(
+                    "residual_format", options=list(RESIDUAL_FORMATS), default="exact", optional=True, advanced=True,
+                    tooltip="As at Precompute Residuals.",
+                ),
+                io.Combo.Input(
+                    "targets", options=list(get_args(LoraTargets)), default="attention and mlp", optional=True,
+                    advanced=True, tooltip="As at Dynamic Patch Trainer.",
+                ),
+                io.Int.Input(
+                    "probe_size", default=512, min=64, max=4096, step=16, optional=True, advanced=True,
+                    tooltip="As at Select Blocks; only its method attention mask needs it.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="The plan, for Preview as Text."),
+                io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits as it is set."),
+                io.Image.Output("chart", display_name="chart", tooltip="Each phase against what there is."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, positive, selection, **widgets) -> io.NodeOutput:
+        model, selection = singles(model=model, selection=selection).values()
+        plan = _Plan(model, flatten_conditionings(positive), selection, **singles(**widgets))
+        progress = NodeProgress(cls.hidden.unique_id)
+        needs = plan.count(plan.settings)
+        enough, found = fits(peak_of(plan.settings, needs), plan.available), None
+        if not enough:
+            progress("looking for what would fit", 1, 2)
+            found = changes_that_fit(plan.settings, plan.available, plan.count)
+        text = report(plan.settings, needs, plan.available, plan.place, found)
+        progress.say(text.splitlines()[0])
+        chart = memory_bars(phase_peaks(needs), needs.training.weights, plan.available, text.splitlines()[0])
+        return io.NodeOutput(text, enough, as_image(chart), ui={"text": [text]})
+
+
+class _Plan:
+    """A run's settings, and how it is counted with others."""
+
+    def __init__(
+        self,
+        model: Any,
+        captions: list,
+        selection: Any,
+        *,
+        patch_min: int,
+        draws: int,
+        storage: str,
+        rank: int,
+        batch_size: int,
+        checkpointing: bool,
+        quantize_kept: str,
+        activation_budget: float,
+        card_memory: float,
+        chunk_size: int = 64,
+        back_residual: str = "constant",
+        residual_format: str = "exact",
+        targets: str = "attention and mlp",
+        probe_size: int = 512,
+    ) -> None:
+        for name, value, known in (
+            ("storage", storage, STORAGES),
+            ("back_residual", back_residual, BACK_RESIDUALS),
+            ("residual_format", residual_format, RESIDUAL_FORMATS),
+            ("targets", targets, get_args(LoraTargets)),
+        ):
+            if value not in known:
+                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        for name, value in (
+            ("patch_min", patch_min),
+            ("probe_size", probe_size),
+            ("draws", draws),
+            ("chunk_size", chunk_size),
+        ):
+            if value < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {value}.")
+        require_available(quantize_kept)
+        self.dit = HostedDit(model, captions, self._latent_shape(model, patch_min))
+        if (selection.num_blocks, selection.family) != (len(self.dit.blocks), self.dit.family):
+            raise InvalidInputError(
+                f"The selection was made for {selection.num_blocks} blocks of {selection.family}, this model has "
+                f"{len(self.dit.blocks)} of {self.dit.family}. Connect the same MODEL to Select Blocks."
+            )
+        self._weightless = WeightlessDit.of(self.dit)
+        self._model, self._selection = model, selection
+        self._draws, self._chunk, self._linear = draws, chunk_size, back_residual == "linear"
+        self._form, self._probe_size = residual_format, probe_size
+        self._lora = LoraSettings(rank=rank, alpha=rank, targets=targets)
+        self._longest = max(range(len(captions)), key=self.dit.text_length)
+        self.settings = MemorySettings(
+            config=TrainingConfig(
+                steps=1, batch_size=batch_size, checkpointing=checkpointing, activation_budget=activation_budget * GIB
+            ),
+            storage=storage,
+            quantize_kept=quantize_kept,
+            patch_min=patch_min,
+            measured=selection.method == "attention mask",
+        )
+        self.available, self.place = self._room(card_memory)
+
+    @staticmethod
+    def _latent_shape(model: Any, side: int) -> tuple[int, int, int]:
+        form = model.model.latent_format
+        cells = max(1, side // form.spacial_downscale_ratio)
+        return (form.latent_channels, cells, cells)
+
+    def _room(self, card_memory: float) -> tuple[int, str]:
+        """Return the bytes that the run may take, and of what."""
+        if not 0.0 <= card_memory < float("inf"):
+            raise InvalidInputError(f"card_memory must not be negative, got {card_memory}.")
+        if card_memory:
+            return round(card_memory * GIB), "that card"
+        management, device = comfy.model_management, self.dit.device
+        loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
+        free = management.get_free_memory(device) + (loaded if device.type != "cpu" else 0)
+        return int(free), management.get_torch_device_name(device)
+
+    def count(self, settings: MemorySettings) -> MemoryNeeds:
+        """Count a run with these settings."""
+        stored = self._draws if settings.storage == "disk" else min(self._draws, self._chunk)
+        plan = RunPlan(
+            latent_shape=self._latent_shape(self._model, settings.patch_min),
+            probe_shape=self._latent_shape(self._model, self._probe_size),
+            selection=self._selection,
+            lora=self._lora,
+            layers=self._weightless.lora_layers(self._selection, self._lora.targets),
+            config=settings.config,
+            on_the_fly=settings.storage == "on the fly",
+            linear=self._linear,
+            draws=self._draws,
+            chunk=min(self._chunk, self._draws),
+            stored=stored,
+            caption=self._longest,
+        )
+        needs = memory_needs(self._weightless, plan, self._weights(settings.quantize_kept))
+        return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan, stored))
+
+    def _weights(self, weight_format: str) -> StoredWeights:
+        module = self._model.model.diffusion_model
+        everything = sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
+        blocks = [
+            predicted_bytes(module.get_submodule(block.name), weight_format if index in self._selection.kept else "off")
+            for index, block in enumerate(self.dit.blocks)
+        ]
+        return StoredWeights(blocks=blocks, others=everything - sum(block.num_bytes for block in self.dit.blocks))
+
+    def _disk(self, plan: RunPlan, stored: int) -> int:
+        return residual_bytes(
+            range(stored), front=self._selection.front > 0, back=self._selection.back > 0,
+            img_tokens=self.dit.image_tokens(*plan.latent_shape[1:]),
+            txt_tokens=dict.fromkeys(range(stored), self.dit.text_tokens(self._longest)), width=self.dit.width,
+            itemsize=self.dit.dtype.itemsize, form=self._form,
+        ) + self._linear * (self._selection.back > 0) * self.dit.width**2 * self.dit.dtype.itemsize  # fmt: skip

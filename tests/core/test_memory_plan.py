@@ -1,0 +1,127 @@
+"""Does it fit, and what to change: on counts that are given."""
+
+from dataclasses import replace
+
+import pytest
+from blockskip_pack.blockskip_core.memory_counts import MemoryNeeds, PhaseCount
+from blockskip_pack.blockskip_core.memory_plan import (
+    CHANGES,
+    MARGIN,
+    MemorySettings,
+    changes_that_fit,
+    fits,
+    peak_of,
+    phase_peaks,
+    report,
+)
+from blockskip_pack.blockskip_core.training import TrainingConfig
+
+GIB = 2**30
+BIG = MemorySettings(
+    config=TrainingConfig(steps=1, batch_size=4, accumulation=2, checkpointing=False, activation_budget=GIB),
+    storage="on the fly",
+    patch_min=512,
+)
+
+
+def phase(peak, weights=0):
+    return PhaseCount(weights=weights, peak=peak, operations=0, host=0)
+
+
+def needs(training, *, selecting=0, precomputing=None, weights=0, host=0, disk=0):
+    return MemoryNeeds(
+        selecting=phase(selecting), precomputing=None if precomputing is None else phase(precomputing),
+        training=phase(training, weights), lora=0, replayed=0, host=host, disk=disk,
+    )  # fmt: skip
+
+
+def price(settings):
+    """A made-up count: every extravagance has its price, in GiB."""
+    config = settings.config
+    total = 1.0 * config.batch_size + 8.0 * (not config.checkpointing) + 2.0 * (settings.patch_min / 256)
+    total += {"off": 8.0, "fp8": 4.0, "int8": 4.0, "4-bit": 2.0}[settings.quantize_kept]
+    total += 10.0 * (settings.storage == "on the fly") + config.activation_budget / GIB * config.checkpointing
+    return needs(round(total * GIB))
+
+
+def test_a_peak_needs_a_margin():
+    assert fits(100, 105)
+    assert not fits(100, 104)
+    assert MARGIN == 0.05
+
+
+def test_the_worst_phase_that_must_fit_decides():
+    assert peak_of(BIG, needs(5, selecting=99, precomputing=7)) == 7
+    assert peak_of(BIG, needs(5, selecting=99)) == 5
+    assert phase_peaks(needs(5, selecting=9)) == {"choosing blocks": 9, "training": 5}
+
+
+@pytest.mark.parametrize(
+    ("available", "texts"),
+    [
+        (30, ["checkpointing"]),  # 34 as it is; 27 with checkpointing and its budget
+        (26, ["storage"]),
+        (22, ["checkpointing", "activation_budget", "batch_size"]),
+    ],
+)
+def test_the_first_change_that_is_enough_is_taken(available, texts):
+    assert price(BIG).training.peak == 34 * GIB
+    found, then = changes_that_fit(BIG, round(available * GIB * 1.05), price)
+    assert [change.text.split("`")[1] for change in found][: len(texts)] == texts
+    assert fits(then.training.peak, round(available * GIB * 1.05))
+
+
+def test_changes_add_up_until_it_fits():
+    found, then = changes_that_fit(BIG, 8 * GIB, price)
+    assert [change.text.split("`")[1] for change in found] == [
+        "checkpointing", "activation_budget", "batch_size", "storage", "patch_min", "quantize_kept",
+    ]  # fmt: skip
+    assert then.training.peak == 7 * GIB
+
+
+def test_what_cannot_fit_is_not_promised():
+    assert changes_that_fit(BIG, GIB, price) is None
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.text)
+def test_a_change_asks_for_no_more_than_before_and_is_done_once(change):
+    changed = change.apply(BIG)
+    assert changed is not BIG
+    assert price(changed).training.peak <= price(BIG).training.peak + GIB  # the budget counts with checkpointing only
+    assert change.apply(changed) is changed
+
+
+def test_a_batch_of_one_keeps_the_examples_of_a_step():
+    config = next(c for c in CHANGES if "batch_size" in c.text).apply(BIG).config
+    assert (config.batch_size, config.accumulation) == (1, 8)
+
+
+def test_a_finer_format_is_not_proposed_in_place_of_a_coarser_one():
+    coarse = replace(BIG, quantize_kept="4-bit")
+    assert all(change.apply(coarse).quantize_kept == "4-bit" for change in CHANGES)
+    fp8 = replace(BIG, quantize_kept="fp8")
+    assert {change.apply(fp8).quantize_kept for change in CHANGES} == {"fp8", "4-bit"}
+
+
+def test_the_report_says_all():
+    whole = needs(8 * GIB, selecting=22 * GIB, precomputing=GIB, weights=7 * GIB, host=GIB // 2, disk=2 * GIB)
+    text = report(BIG, whole, 10 * GIB, "a card", None)
+    assert text.startswith("It fits: 8.00 GiB of 10.00 GiB of a card.")
+    for line in (
+        "choosing blocks: 22.00 GiB on the device, only with method attention mask",
+        "precomputing: 1.00 GiB on the device",
+        "training: 8.00 GiB on the device, of which weights 7.00 GiB",
+        "host memory beside the model: up to 512.0 MiB",
+        "disk: 2.00 GiB of residuals",
+    ):
+        assert line in text.splitlines()
+    assert "only with" not in report(replace(BIG, measured=True), whole, 10 * GIB, "a card", None)
+    assert "disk: no residuals" in report(BIG, needs(1), 10 * GIB, "a card", None)
+
+
+def test_the_verdict_names_the_change_or_says_that_there_is_none():
+    found = changes_that_fit(BIG, 8 * GIB, price)
+    text = report(BIG, price(BIG), 8 * GIB, "a card", found).splitlines()[0]
+    assert text.startswith("It does not fit: 34.00 GiB, and there are 8.00 GiB of a card. It will if you switch `check")
+    assert text.endswith("and set `quantize_kept` to int8: 7.00 GiB.")
+    assert "No change of settings is enough. Skip more blocks" in report(BIG, price(BIG), GIB, "a card", None)

@@ -1,0 +1,103 @@
+"""The plan of a run, through the node, against the run itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+PLAN = {
+    "patch_min": 32, "draws": 6, "storage": "disk", "rank": 4, "batch_size": 1, "checkpointing": True,
+    "quantize_kept": "off", "activation_budget": 0.0, "card_memory": 0.0, "chunk_size": 4, "probe_size": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan(bench, nodes, run_node):
+    def run(**changes):
+        selection = changes.pop("selection", None) or bench.select()[0]
+        ordinary = {"model": bench.model, "positive": bench.prompt, "selection": selection}
+        return run_node(nodes.MemoryPlan, **{**ordinary, **PLAN, **changes})
+
+    return run
+
+
+def test_a_small_run_fits_this_machine(plan):
+    text, enough, chart = plan().args
+    assert enough is True
+    assert text.startswith("It fits: ")
+    assert {line.split(":")[0] for line in text.splitlines()} >= {
+        "choosing blocks", "precomputing", "training", "host memory beside the model", "disk",
+    }  # fmt: skip
+    assert chart.shape[0] == 1
+    assert chart.shape[-1] == 3
+    assert chart.min() >= 0
+    assert chart.max() <= 1
+
+
+def test_a_card_that_is_too_small_is_told_what_to_change(plan):
+    text, enough, _ = plan(card_memory=0.0009, checkpointing=False, patch_min=64).args
+    assert enough is False
+    assert text.startswith("It does not fit: ")
+    assert "It will if you" in text or "No change of settings is enough" in text
+
+
+@pytest.mark.parametrize("residual_format", ["exact", "int8"])
+@pytest.mark.parametrize("back_residual", ["constant", "linear"])
+@pytest.mark.parametrize("storage", ["disk", "chunked"])
+def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, back_residual, storage):
+    settings = {"residual_format": residual_format, "back_residual": back_residual, "chunk_size": 4, "storage": storage}
+    residuals = bench.precompute(draws=6, patch_min=32, patch_max=48, **settings)[0]
+    planned = nodes.memory_plan._Plan(
+        bench.model, [bench.prompt], residuals.selection, **{**PLAN, **settings, "patch_min": 32}
+    )
+    from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.residual_sources import residual_bytes
+
+    dit = HostedDit(bench.model, residuals.captions, residuals.latents.shape[1:])
+    stored = range(6 if storage == "disk" else 4)
+    assert planned.count(planned.settings).disk == residual_bytes(dit, residuals, stored)
+
+
+def test_saved_bytes_and_weights_are_those_of_the_run(bench, nodes):
+    trained = bench.train(residuals=bench.precompute(patch_min=32, patch_max=48)[0]).ui["blockskip"][0]
+    planned = nodes.memory_plan._Plan(bench.model, [bench.prompt], bench.select()[0], **PLAN)
+    counted = planned.count(planned.settings).training
+    assert counted.saved == trained["saved_for_backward_bytes"]
+    assert counted.weights >= trained["kept_weights_bytes"]
+
+
+def test_the_model_is_not_loaded_and_not_changed(bench, plan):
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    before = {name: tensor.clone() for name, tensor in bench.model.model.state_dict().items()}
+    plan()
+    assert not comfy.model_management.current_loaded_models
+    after = bench.model.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"card_memory": -1.0}, "card_memory must not be negative, got -1.0"),
+        ({"card_memory": float("nan")}, "card_memory must not be negative, got nan"),
+        ({"activation_budget": float("nan")}, "activation_budget must not be negative, got nan"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"storage": "cloud"}, "storage must be one of disk, chunked, on the fly, got 'cloud'"),
+        ({"quantize_kept": "2-bit"}, "quantize_kept '2-bit' is not a format of this ComfyUI"),
+        ({"targets": "all"}, "targets must be one of .*, got 'all'"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(plan, changes, match):
+    with pytest.raises(ValueError, match=match):
+        plan(**changes)
+
+
+def test_a_selection_of_another_model_is_refused(bench, plan, tiny):
+    other = tiny.tiny_flux(depth=1, depth_single=2)
+    selection = bench.select(model=other, front=1, back=1)[0]
+    with pytest.raises(ValueError, match="The selection was made for 3 blocks of flux, this model has 6"):
+        plan(selection=selection)
