@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
+import folder_paths
 import psutil
 import torch
 from comfy_api.latest import io
@@ -24,6 +25,7 @@ from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
 from ..blockskip_core.hosts.identity import model_identity
 from ..blockskip_core.hosts.lora_files import (
     LoraModel,
+    load_lora_file,
     lora_to_start_from,
     output_path,
     require_writable,
@@ -50,6 +52,7 @@ from ..blockskip_core.training import (
     train_lora,
 )
 from ..blockskip_core.version import VERSION
+from .apply_lora import NO_FILE
 from .inputs import single, singles
 from .progress import NodeProgress
 from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
@@ -274,8 +277,17 @@ class TrainLora(io.ComfyNode):
                 LoraModelSocket.Input(
                     "start_from",
                     optional=True,
-                    tooltip="A LoRA to train further: ours, core's, or one from Load LoRA Model. Same rank, and no layers "
-                    "outside the kept blocks.",
+                    tooltip="A LoRA to train further, from another Dynamic Patch Trainer in the graph. Takes precedence "
+                    "over `start_file`.",
+                ),
+                io.Combo.Input(
+                    "start_file",
+                    options=[NO_FILE, *folder_paths.get_filename_list("loras")],
+                    default=NO_FILE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A LoRA file to train further, of any trainer. Its rank must be the same, and it must change "
+                    "nothing but linear layers of the kept blocks.",
                 ),
             ],
             outputs=[
@@ -293,7 +305,7 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, residuals, start_from=None, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
-        start_from = start_from and single(start_from, "start_from")
+        start_from = _lora_to_start_from(start_from, single(widgets.pop("start_file", NO_FILE), "start_file"))
         run = _Run(model, residuals, NodeProgress(cls.hidden.unique_id), start_from, **singles(**widgets))
         run.train()
         run.say_how_it_went()
@@ -327,6 +339,10 @@ class _Run:
         self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
         self.streamed = _is_streamed(kept_weights)
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
+        if file_format not in get_args(LoraFileFormat):
+            raise InvalidInputError(
+                f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
+            )
         self.residuals, self.progress, self.file_format = residuals, progress, file_format
         self.path = output_path(output_name)
         require_writable(self.path)
@@ -341,7 +357,7 @@ class _Run:
         shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
         with torch.inference_mode(False):
             self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
-            if start_from:
+            if start_from is not None:
                 self.adapters.load_state_dict(lora_to_start_from(model, start_from, self.adapters))
         identity = self._identity()
         self.checkpoints = Checkpoints(
@@ -352,7 +368,10 @@ class _Run:
 
     def _identity(self) -> RunIdentity:
         """What decides the LoRA's values after so many steps."""
-        no_effect = ("steps", "checkpointing", "activation_budget")
+        no_effect = {"checkpointing", "activation_budget"}
+        no_effect.add("warmup_steps" if self.config.lr_schedule == "constant" else "")
+        if self.config.lr_schedule not in ("linear", "cosine"):  # their rates depend on how long the run is
+            no_effect.add("steps")
         config = {name: value for name, value in asdict(self.config).items() if name not in no_effect}
         first_values = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.adapters.state_dict().items()):
@@ -381,11 +400,14 @@ class _Run:
         except TrainingError as error:
             if not self.result.steps:
                 raise
+            self._save()
             raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
+        except BaseException:  # Cancel too, and at any moment of the last step
+            if self.result.steps:
+                self._save()
+            raise
         finally:
             self.memory.sample()
-            if 0 < self.result.steps < self.config.steps:
-                self._save()
         self._save_finished()
 
     def _save_finished(self) -> None:
@@ -573,6 +595,13 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
             "The residuals were computed from another model than the one connected here. Connect the same MODEL "
             "to Precompute Residuals and to Dynamic Patch Trainer."
         )
+
+
+def _lora_to_start_from(given: Any, name: str) -> Mapping[str, torch.Tensor] | None:
+    """Return the LoRA of either input, or None."""
+    if given is not None:
+        return single(given, "start_from")
+    return None if name == NO_FILE else load_lora_file(name)
 
 
 def _is_streamed(kept_weights: str) -> bool:

@@ -255,6 +255,8 @@ def residuals(bench):
         ({"alpha": -1.0}, "alpha must be positive, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"lr_schedule": "zigzag"}, "lr_schedule must be one of .*, got 'zigzag'"),
+        ({"targets": "everything"}, "targets must be one of .*, got 'everything'"),
+        ({"file_format": "onnx"}, "file_format must be one of peft, kohya, got 'onnx'"),
         ({"loss_weighting": "heavy"}, "loss_weighting must be one of .*, got 'heavy'"),
     ],
     ids=str,
