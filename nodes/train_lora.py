@@ -303,9 +303,9 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, residuals, start_from=None, **widgets) -> io.NodeOutput:
+    def execute(cls, model, residuals, start_from=None, start_file=NO_FILE, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
-        start_from = _lora_to_start_from(start_from, single(widgets.pop("start_file", NO_FILE), "start_file"))
+        start_from = _lora_to_start_from(start_from, single(start_file, "start_file"))
         run = _Run(model, residuals, NodeProgress(cls.hidden.unique_id), start_from, **singles(**widgets))
         run.train()
         run.say_how_it_went()
