@@ -6,8 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +42,7 @@ from ..blockskip_core.lora import (
 )
 from ..blockskip_core.optimizers import OPTIMIZERS
 from ..blockskip_core.residual_sources import ResidualSet
+from ..blockskip_core.run_report import RunReport, write_report
 from ..blockskip_core.training import (
     LearningRateSchedule,
     StepReport,
@@ -56,6 +56,7 @@ from .apply_lora import NO_FILE
 from .inputs import single, singles
 from .progress import NodeProgress
 from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
+from .versions import software_versions, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -347,6 +348,7 @@ class _Run:
         self.path = output_path(output_name)
         require_writable(self.path)
         self.saved_as: str | None = self.path.name
+        self.summary_path: Path | None = None
         _require_same_model(model, residuals)
         self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
         self.quantize_kept, self.keep_last = quantize_kept, keep_last
@@ -365,6 +367,21 @@ class _Run:
         )
         remove_old_runs(run_folder(identity.key).parent, keep=KEPT_RUNS - 1, but=identity.key)
         self.safe_files: list[Path] = []
+        self.shown_settings = {
+            **asdict(self.config),
+            "activation_budget": f"{activation_budget:g} GiB",
+            "rank": rank,
+            "alpha": self.settings.alpha,
+            "targets": targets,
+            "output_name": output_name,
+            "file_format": file_format,
+            "kept_weights": kept_weights,
+            "quantize_kept": quantize_kept,
+            "save_every": save_every,
+            "keep_last": keep_last,
+            "resume": resume,
+            "start_from": "another LoRA" if start_from else "nothing",
+        }
 
     def _identity(self) -> RunIdentity:
         """What decides the LoRA's values after so many steps."""
@@ -400,11 +417,11 @@ class _Run:
         except TrainingError as error:
             if not self.result.steps:
                 raise
-            self._save()
+            self._save_early()
             raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
         except BaseException:  # Cancel too, and at any moment of the last step
             if self.result.steps:
-                self._save()
+                self._save_early()
             raise
         finally:
             self.memory.sample()
@@ -418,6 +435,24 @@ class _Run:
             self.saved_as = None
             logger.error("BlockSkip: %s", error)
             self.result.problems.append(f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+        else:
+            self._save_summary()
+
+    def _save_early(self) -> None:
+        """Save a run that did not get to its end."""
+        self._save()
+        self._save_summary()
+
+    def _save_summary(self) -> None:
+        """Write the summary beside the LoRA that it is of. If the disk refuses, say so and go on."""
+        path = self.path.with_suffix(".html")
+        try:
+            write_report(self.report(), path)
+        except (StorageError, OSError) as error:  # OSError: the LoRA that was written just now is gone
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
+            return
+        self.summary_path = path
 
     def say_how_it_went(self) -> None:
         """Leave a line under the node: what was trained, and what went wrong on the way."""
@@ -427,6 +462,8 @@ class _Run:
         elif self.result.resumed_at:
             done += f", of which {self.result.resumed_at} by an earlier run that this one went on from"
         saved = f"saved as {self.saved_as}" if self.saved_as else "not saved"
+        if self.summary_path:
+            saved += f", summary in {self.summary_path.name}"
         self.progress.say(". ".join([f"{done}; {saved}", *dict.fromkeys(self.result.problems)]))
 
     def _quantised(self, weight_format: str) -> HostedDit | QuantisedDit:
@@ -536,7 +573,7 @@ class _Run:
             "quantize_kept": self.quantize_kept,
             "seed": self.config.seed,
             "draws_seed": self.residuals.schedule.seed,
-            "peft_version": _version_of("peft"),
+            "peft_version": version_of("peft"),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -547,6 +584,7 @@ class _Run:
         tenth = max(1, len(self.result.losses) // 10)
         return {
             "file": self.saved_as,
+            "summary_file": self.summary_path and self.summary_path.name,
             "quantize_kept": self.quantize_kept,
             "blocks": selection.num_blocks,
             "skipped_first": selection.front,
@@ -568,6 +606,36 @@ class _Run:
             "resumed_at": self.result.resumed_at,
             "problems": list(dict.fromkeys(self.result.problems)),
         }
+
+    def report(self) -> RunReport:
+        """Return everything that the summary file says; the LoRA's file is there."""
+        said = self.summary()
+        return RunReport(
+            file=self.path.name,
+            file_bytes=self.path.stat().st_size,
+            family=self.dit.adapter.title,
+            selection=self.residuals.selection,
+            block_names=[block.name for block in self.dit.blocks],
+            schedule=self.residuals.schedule,
+            num_captions=len(self.residuals.captions),
+            storage={
+                "Residuals": self.residuals.storage,
+                "Stored as": self.residuals.identity.residual_format,
+                "Back residual": self.residuals.back_residual,
+            },
+            settings=self.shown_settings,
+            config=self.config,
+            result=self.result,
+            peak_bytes=self.memory.peak,
+            peak_of=self.memory.what,
+            kept_parameters=said["kept_parameters"],
+            all_parameters=said["all_parameters"],
+            kept_bytes=said["kept_weights_bytes"],
+            all_bytes=said["all_weights_bytes"],
+            lora_parameters=said["lora_parameters"],
+            versions=software_versions(self.dit.device),
+            written=datetime.now().astimezone().isoformat(" ", "minutes"),
+        )
 
 
 class _PeakMemory:
@@ -612,10 +680,3 @@ def _is_streamed(kept_weights: str) -> bool:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

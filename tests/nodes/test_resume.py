@@ -123,6 +123,7 @@ def test_other_residuals_are_another_run(bench):
 def test_safe_points_lie_beside_the_final_file_and_the_newest_stay(bench, nodes):
     bench.train(steps=STEPS, save_every=1, keep_last=2, output_name="loras/toy", resume=True)
     assert sorted(path.name for path in bench.folders.loras.iterdir()) == [
+        "toy_00001_.html",
         "toy_00001_.safetensors",
         "toy_00001_step000003.safetensors",
         "toy_00001_step000004.safetensors",
