@@ -58,8 +58,8 @@ class LossCurve:
 
 
 def smoothing_span(steps: int) -> float:
-    """Return over how many steps the loss of a run of so many is smoothed: a twentieth of it, 5 to 50."""
-    return min(50.0, max(5.0, steps / 20.0))
+    """Return over how many steps the loss of a run of so many is smoothed: a tenth of it, 10 to 50."""
+    return min(50.0, max(10.0, steps / 10.0))
 
 
 def finite(value: float | None) -> float | None:

@@ -3,10 +3,11 @@
 //   node devtools/check_chart.mjs SERVER PROMPT.json [--screenshots DIR]
 //
 // PROMPT.json is an API-format prompt with one Dynamic Patch Trainer. Looked at: the chart after a run, in the page that
-// queued it and in a second browser; after a reload; when the run comes out of the cache; with the Vue renderer
-// (Nodes 2.0); inside a subgraph; and that the saved workflow's values stay in their places.
+// queued it and in a second browser; after a reload; in a tab that was left; when the run comes out of the cache; with
+// the Vue renderer (Nodes 2.0); inside a subgraph; and that the saved workflow's values stay in their places.
 // The exit status is 1 when something is wrong, 2 when it could not be checked.
 
+import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -29,49 +30,76 @@ async function main() {
   const browser = await launch();
   try {
     const page = await newPage(browser, server);
-    await page.evaluate((graph) => window.app.loadApiJson(graph, "chart"), prompt);
-    await page.waitForTimeout(1_000);
-    const workflow = await page.evaluate(() => window.app.graphToPrompt());
-    checkValues(workflow, Object.keys(trainer.inputs));
+    const workflow = await asWorkflow(page, prompt);
+    checkValues(workflow);
 
     const second = await newPage(browser, server);
-    await second.evaluate((graph) => window.app.loadGraphData(graph, true, true, "the same"), workflow.workflow);
+    for (const one of [page, second]) {
+      await one.evaluate((graph) => window.app.loadGraphData(graph, true, true, "chart"), workflow.workflow);
+    }
     await show(page);
-    await queue(page);
-    await expectChart(page, "after a run", finished);
+    await Promise.all([queue(page), watch(page, trainer.inputs.steps)]);
+    const { run } = await expectChart(page, "after a run", finished);
+    finished.run = run;
     await expectChart(second, "in a second browser", finished);
     await second.context().close();
     await picture(page, "classic");
 
     await reload(page);
     await expectChart(page, "after a reload", finished);
-    const reloaded = await page.evaluate(() => window.app.graphToPrompt());
-    checkValues(reloaded, Object.keys(trainer.inputs));
+    await checkSame(page, workflow, "after a reload");
+    await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.NewBlankWorkflow"));
+    await page.evaluate(() => window.app.extensionManager.command.execute("Workspace.PreviousOpenedWorkflow"));
+    await expectChart(page, "in a tab that was left", finished);
 
     await page.route("**/blockskip/last_run*", (route) => route.fulfill({ json: { run: null } }));
     await configure(server, { ...PERSIST, "Comfy.VueNodes.Enabled": true });
     await reload(page);
     await expectChart(page, "with an empty history", { points: 0, status: "none" });
     await queue(page);
+    await checkSame(page, workflow, "before it is queued again");
     await expectChart(page, "out of the cache", finished);
     await page.unroute("**/blockskip/last_run*");
 
     await reload(page);
     await expectChart(page, "in Nodes 2.0", finished, { onPage: true });
     await picture(page, "vue");
+    await page.evaluate(() => window.app.extensionManager.setting.set("Comfy.ColorPalette", "light"));
+    await picture(page, "light");
     await page.evaluate(() => {
       const node = window.app.rootGraph.nodes.find((one) => one.comfyClass === "BlockSkip_TrainLora");
+      node.widgets.find(({ name }) => name === "seed").value += 1; // a run of its own, not one out of the cache
       window.app.graph.convertToSubgraph(new Set([node]));
     });
     await page.waitForTimeout(500);
     await queue(page);
-    await expectChart(page, "inside a subgraph", finished);
+    const inside = await expectChart(page, "inside a subgraph", { points: finished.points, status: "done" });
+    if (inside.run === run) problems.push("inside a subgraph: the chart still shows the run from outside");
   } finally {
     await browser.close();
   }
   problems.forEach((problem) => console.log(`problem: ${problem}`));
   console.log(`chart: ${problems.length} problem(s)`);
   return problems.length ? 1 : 0;
+}
+
+/** The prompt as a workflow with an id, which graphs from elsewhere do not have. */
+async function asWorkflow(page, prompt) {
+  await page.evaluate((graph) => window.app.loadApiJson(graph, "chart"), prompt);
+  await page.waitForTimeout(1_000);
+  const { workflow, output } = await page.evaluate(() => window.app.graphToPrompt());
+  return { workflow: { ...workflow, id: randomUUID() }, output };
+}
+
+/** Require points on the chart before the run has ended. */
+async function watch(page, steps) {
+  let chart = null;
+  do {
+    await page.waitForTimeout(100);
+    chart = await page.evaluate(readChart);
+  } while (chart?.status === "none" || (chart?.status === "running" && chart.points < 0.6 * steps));
+  if (chart?.status !== "running") problems.push(`while it trained the chart was ${JSON.stringify(chart)}`);
+  await picture(page, "training");
 }
 
 async function newPage(browser, server) {
@@ -89,14 +117,22 @@ async function reload(page) {
 }
 
 /** Every value of the trainer is in its place and the chart has left none, in the workflow and in the prompt. */
-function checkValues({ workflow, output }, inputs) {
+function checkValues({ workflow, output }) {
   const node = workflow.nodes.find(({ type }) => type === "BlockSkip_TrainLora");
   if (node.widgets_values.includes(null)) problems.push(`a hole in ${JSON.stringify(node.widgets_values)}`);
   if (node.widgets_values.includes("")) problems.push(`the chart is in ${JSON.stringify(node.widgets_values)}`);
   const sent = Object.keys(Object.values(output).find((one) => one.class_type === "BlockSkip_TrainLora").inputs);
   if (sent.includes("loss_chart")) problems.push("the chart is in the prompt");
-  const missing = inputs.filter((name) => !sent.includes(name));
-  if (missing.length) problems.push(`inputs that got lost: ${missing}`);
+}
+
+/** The page's graph has the same values, and would be queued as the same prompt. */
+async function checkSame(page, before, when) {
+  const after = await page.evaluate(() => window.app.graphToPrompt());
+  checkValues(after);
+  for (const [id, node] of Object.entries(before.output)) {
+    const [was, is] = [node, after.output[id]].map((one) => JSON.stringify(one?.inputs));
+    if (was !== is) problems.push(`${when}: node ${id} (${node.class_type}) went from ${was} to ${is}`);
+  }
 }
 
 /** Queue the graph in the page and wait for its end. */
@@ -120,22 +156,22 @@ function readChart() {
   const element = trainer?.widgets?.find((widget) => widget.name === "loss_chart")?.element;
   if (!element) return null;
   const { width, height } = element.getBoundingClientRect();
-  return { points: Number(element.dataset.points), status: element.dataset.status, text: element.innerText, width, height };
+  const { points, status, run } = element.dataset;
+  return { points: Number(points), status, run, text: element.innerText, width, height };
 }
 
-async function expectChart(page, when, { points, status }, { onPage = false } = {}) {
+/** Wait for a chart of so many points and that status (and of that run); returns what it is at last. */
+async function expectChart(page, when, wanted, { onPage = false } = {}) {
+  const fits = (chart) => chart && Object.entries(wanted).every(([name, value]) => chart[name] === value);
   const deadline = Date.now() + 15_000;
-  let chart = null;
-  while (Date.now() < deadline) {
-    chart = await page.evaluate(readChart);
-    if (chart?.points === points && chart.status === status) break;
+  let chart = await page.evaluate(readChart);
+  while (!fits(chart) && Date.now() < deadline) {
     await page.waitForTimeout(200);
+    chart = await page.evaluate(readChart);
   }
-  if (chart?.points !== points || chart.status !== status) {
-    problems.push(`${when}: expected ${points} points and ${status}, got ${JSON.stringify(chart)}`);
-  } else if (onPage && !(chart.width > 100 && chart.height > 100)) {
-    problems.push(`${when}: the chart is ${chart.width} x ${chart.height} px`);
-  }
+  const told = `${when}: expected ${JSON.stringify(wanted)}, got ${JSON.stringify(chart)}`;
+  if (!fits(chart) || (onPage && !(chart.width > 100 && chart.height > 100))) problems.push(told);
+  return chart ?? {};
 }
 
 /** Bring the trainer into view. */
@@ -146,7 +182,7 @@ async function show(page) {
     node.setSize([420, node.computeSize()[1]]);
     canvas.ds.scale = 1;
     canvas.ds.offset[0] = -node.pos[0] + 120;
-    canvas.ds.offset[1] = -node.pos[1] + 100;
+    canvas.ds.offset[1] = -node.pos[1] + 170;
     canvas.setDirty(true, true);
   });
 }
@@ -156,7 +192,15 @@ async function picture(page, name) {
   await page.addStyleTag({ content: ".p-toast, .p-dialog-mask { display: none !important; }" });
   await show(page);
   await page.waitForTimeout(1_000);
-  await page.screenshot({ path: join(options.screenshots, `${name}.png`) });
+  const clip = await page.evaluate(() => {
+    const { canvas, rootGraph } = window.app;
+    const node = rootGraph.nodes.find((one) => one.comfyClass === "BlockSkip_TrainLora");
+    const [left, top, width, height] = node.boundingRect;
+    const room = canvas.canvas.getBoundingClientRect();
+    const [x, y] = [left + canvas.ds.offset[0] + room.x - 10, top + canvas.ds.offset[1] + room.y - 10];
+    return { x, y, width: width + 20, height: Math.min(height + 20, room.bottom - y) };
+  });
+  await page.screenshot({ path: join(options.screenshots, `${name}.png`), clip });
 }
 
 try {

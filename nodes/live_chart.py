@@ -21,6 +21,8 @@ SECONDS_BETWEEN_EVENTS = 0.25
 POINTS_IN_OUTPUT = 500
 """In the node's output, which the host keeps in its history, the curve is thinned to so many."""
 LONGEST_ID = 200
+NO_ID = "00000000-0000-0000-0000-000000000000"
+"""The page's word for a graph that did not come from a workflow file; each reload gives such a graph another id."""
 TRAINER = "BlockSkip_TrainLora"
 
 HISTORY = RunHistory()
@@ -122,7 +124,7 @@ def workflow_of(hidden: Any) -> str | None:
     info = hidden.extra_pnginfo
     workflow = info.get("workflow") if isinstance(info, Mapping) else None
     name = workflow.get("id") if isinstance(workflow, Mapping) else None
-    return name if isinstance(name, str) and name and len(name) <= LONGEST_ID else None
+    return name if isinstance(name, str) and name and len(name) <= LONGEST_ID and name != NO_ID else None
 
 
 def send(data: Mapping[str, Any]) -> None:

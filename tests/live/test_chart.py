@@ -16,7 +16,14 @@ from .conftest import ROOT, WORKFLOWS
 from .test_workflows import SMALL, part_of, succeed
 
 STEPS = 24
-SELECT = {"method": "attention mask", "probe_size": 64, "probe_steps": 1, "skip_ratio": 0.5, "seed": 41}
+SELECT = {
+    "method": "attention mask",
+    "probe_size": 64,
+    "probe_steps": 1,
+    "skip_ratio": 0.2,
+    "window_profile": False,
+    "seed": 41,
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = ["", "1' OR 1=1", "../../etc/passwd", "\x00", "<script>", "x" * 3000, "ø", "1:1:1:1"]
 
