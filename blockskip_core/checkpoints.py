@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic_files import write_atomically
-from .errors import CheckpointError, InvalidInputError
+from .errors import CheckpointError, InvalidInputError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +102,17 @@ class Checkpoints:
         return self._every > 0 and step % self._every == 0
 
     def save(self, state: TrainingState) -> None:
-        """Write a state, unless that step's is there, and remove the oldest ones.
+        """Write a state, unless that step's is there, and remove the oldest before it.
 
         Raises:
             StorageError: If the disk refuses; earlier states are untouched.
         """
         if state.step == self._saved:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"The folder for training states cannot be made: {error}.") from error
         tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
         tensors[_LOSSES] = torch.tensor(state.losses, dtype=torch.float64)
         about = {
@@ -124,8 +127,12 @@ class Checkpoints:
             self._folder / f"state-{state.step:08d}.safetensors", lambda p: save_file(tensors, p, metadata)
         )
         self._saved = state.step
-        for path in self._states()[self._keep :]:
-            path.unlink(missing_ok=True)
+        earlier = [path for path in self._states() if _step_of(path) <= state.step]  # later ones are another length's
+        try:
+            for path in earlier[self._keep :]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"An old training state cannot be removed: {error}.") from error
 
     def newest(self, max_step: int) -> TrainingState | None:
         """Return the newest state up to a step to go on from, or None.

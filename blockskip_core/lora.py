@@ -23,7 +23,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class LoraSettings:
         targets: Which linear layers of the kept blocks get an adapter.
 
     Raises:
-        InvalidInputError: If rank or alpha is not positive.
+        InvalidInputError: If rank or alpha is not positive, or the targets are unknown.
     """
 
     rank: int = 16
@@ -57,6 +57,8 @@ class LoraSettings:
             raise InvalidInputError(f"The rank must be at least 1, got {self.rank}.")
         if not self.alpha > 0.0:
             raise InvalidInputError(f"alpha must be positive, got {self.alpha}.")
+        if self.targets not in get_args(LoraTargets):
+            raise InvalidInputError(f"targets must be one of {', '.join(get_args(LoraTargets))}, got {self.targets!r}.")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .atomic_files import write_atomically
 from .block_selection import format_bytes
-from .errors import CacheError, InvalidInputError
+from .errors import CacheError, InvalidInputError, StorageError
 from .residual_format import SCALE_BYTES, ResidualFormat, unpacked
 from .streams import TokenStreams
 
@@ -286,8 +286,10 @@ class ResidualCache:
             return _checked(self._shard(entry["shard"]).get_tensor(key), entry)
         except CacheError:
             raise
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, FileNotFoundError, ValueError) as error:
             raise CacheError(_damaged(self._folder, str(entry["shard"]))) from error
+        except OSError as error:
+            raise _unreadable(self._folder, error) from error
 
     def _shard(self, name: str) -> safe_open:
         if name not in self._shards:
@@ -327,8 +329,10 @@ def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
     try:
         with safe_open(path, framework="pt") as shard:
             return _checked(shard.get_tensor(key), entry)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise CacheError(_damaged(path.parent, path.name)) from error
+    except OSError as error:
+        raise _unreadable(path.parent, error) from error
 
 
 def _checked(tensor: Tensor, entry: Mapping[str, object]) -> Tensor:
@@ -352,6 +356,8 @@ def _read_manifest(folder: Path, name: str) -> dict:
         return body
     except CacheError:
         raise
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CacheError(_damaged(folder, name)) from error
 
@@ -366,6 +372,13 @@ def _require_form(body: dict) -> None:
             raise TypeError(key)
         if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
             raise TypeError(key)
+
+
+def _unreadable(folder: Path, error: OSError) -> StorageError:
+    """A disk that fails now may be there again later: nothing is removed for it."""
+    return StorageError(
+        f"The stored residuals in {folder.name} cannot be read: {error}. Queue again when the disk is back."
+    )
 
 
 def _damaged(folder: Path, name: str) -> str:

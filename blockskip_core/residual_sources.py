@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import psutil
 import torch
 from torch import Tensor
 
 from .back_response import BACK_RESIDUALS, BackResidual, constant_part, fit_response
-from .block_selection import BlockSelection
+from .block_selection import BlockSelection, format_bytes
 from .draws import TrainingSchedule
 from .errors import CacheError, InvalidInputError
 from .precompute import Precomputed, Reference, precompute_residuals
@@ -166,6 +167,24 @@ def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Ten
         return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
 
 
+def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
+    """Check that latents and residuals will find room, before anything is computed; latents may be on ``meta``.
+
+    Raises:
+        InvalidInputError: With predicted and free bytes.
+    """
+    free = psutil.virtual_memory().available
+    needed = 2 * residuals.latents.nbytes  # joined in the end
+    if needed > free:
+        raise InvalidInputError(
+            f"The latents of {len(residuals.schedule)} draws take {format_bytes(needed)} of host memory, "
+            f"{format_bytes(free)} are free. Use fewer draws."
+        )
+    if residuals.storage != "on the fly":
+        count = len(residuals.schedule) if residuals.storage == "disk" else residuals.chunk_size
+        _require_room(residuals, dit, range(min(count, len(residuals.schedule))))
+
+
 def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int]) -> None:
     latents = len(draws) * residuals.latents[0].nbytes
     require_free_space(residuals.folder, residual_bytes(dit, residuals, draws) + latents)
@@ -279,13 +298,14 @@ class ChunkedSource:
     def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
         """Yield the run in stretches of as many micro-batches as a chunk of draws holds.
 
-        A run that starts within a chunk computes the rest of it. A linear answer belongs to the first chunk of all, so
-        that is computed once more for it.
+        A run that starts within a chunk computes the rest of it. A linear answer is that of the first ``chunk_size`` draws,
+        as on the disk; if the first stretch has others, these are computed for it.
         """
         length = max(1, self._residuals.chunk_size // config.batch_size)
-        if 0 < start < config.num_micro_batches and _wants_response(self._residuals):
-            first = self._draws_of(config, range(min(length, config.num_micro_batches)))
-            self._response = _compute(self._residuals, self._dit, first, self._progress, None).response
+        if start < config.num_micro_batches and _wants_response(self._residuals):
+            fitted = list(range(min(self._residuals.chunk_size, len(self._residuals.schedule))))
+            if start or self._draws_of(config, range(min(length, config.num_micro_batches))) != fitted:
+                self._response = _compute(self._residuals, self._dit, fitted, self._progress, None).response
         while start < config.num_micro_batches:
             end = min((start // length + 1) * length, config.num_micro_batches)
             yield self._chunk(config, range(start, end))

@@ -24,6 +24,7 @@ from .stand_ins import (
     SavedBytes,
     TrainedBlock,
     frozen_copy,
+    weight_sharing_copy,
 )
 from .streams import SkippableDit
 
@@ -54,7 +55,7 @@ class SkippingModel:
         for name in dit.frozen_stem:
             self.modules[name] = frozen_copy(dit.module(name))
         for name in dit.trainable_head:
-            self.modules[name] = TrainedBlock(dit.module(name), checkpointed=False)
+            self.modules[name] = _trained_head(dit.module(name))
 
     def _skipped(self, index: int) -> nn.Module:
         block = self._dit.blocks[index]
@@ -73,11 +74,11 @@ class SkippingModel:
 
     def linears(self) -> dict[str, nn.Module]:
         """Return the linear layers that gradients pass through, by their native names."""
+        kept = (self._dit.blocks[index].name for index in self._selection.kept)
         return {
-            f"{stem}.{path}": layer
-            for stem, module in self.modules.items()
-            if isinstance(module, TrainedBlock)
-            for path, layer in module.named_modules()
+            f"{stem}.{path}".removesuffix("."): layer
+            for stem in (*kept, *self._dit.trainable_head)
+            for path, layer in self.modules[stem].named_modules()
             if is_linear(layer)
         }
 
@@ -121,6 +122,16 @@ class SkippingModel:
         finally:
             for module in trained:
                 module.saved = None
+
+
+def _trained_head(module: nn.Module) -> nn.Module:
+    """Return a copy of a module behind the blocks that gradients pass through.
+
+    A single layer is copied as it is: a host writes its marks for low memory onto layers, and reads them in their forward.
+    """
+    if next(module.children(), None) is None:
+        return weight_sharing_copy(module)
+    return TrainedBlock(module, checkpointed=False)
 
 
 def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:

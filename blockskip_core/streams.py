@@ -135,6 +135,11 @@ class SkippableDit(Protocol):
         ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token streams."""
+        ...
+
+    @property
     def room_for_blocks(self) -> int:
         """Bytes of blocks that may be loaded together while residuals are computed."""
         ...

@@ -39,6 +39,7 @@ from .streams import Denoiser, SkippableDit, batches_of_equal_text
 
 logger = logging.getLogger(__name__)
 
+_FLOAT16_LOSS_SCALE = 1024.0  # gradients of a mean over a whole picture are near the smallest numbers of float16
 _OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
 _EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
 
@@ -296,8 +297,10 @@ class _Loop:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.steps,
         )
+        self.loss_scale = _FLOAT16_LOSS_SCALE if dit.dtype == torch.float16 else 1.0
         self.pending: list[float] = []
         self.num_counted = 0
+        self.within_step = False  # left on by an error in the middle of an update: the tensors are of no step then
         self.started = time.perf_counter()
 
     @contextmanager
@@ -329,7 +332,7 @@ class _Loop:
                 self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
             value = loss.item()  # once: on a GPU every reading waits for what is still running
             self._require_finite(value, "loss", micro_batch)
-            (loss / self.config.accumulation).backward()
+            (loss * (self.loss_scale / self.config.accumulation)).backward()
             total += value
         self.num_counted += 1
         if micro_batch == 0:
@@ -350,14 +353,19 @@ class _Loop:
         return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
 
     def _optimizer_step(self, micro_batch: int) -> None:
+        for parameter in self.adapters.parameters():
+            if parameter.grad is not None and self.loss_scale != 1.0:
+                parameter.grad.div_(self.loss_scale)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
         self._require_finite(norm, "gradient", micro_batch)
         rate = self.optimizer.param_groups[0]["lr"]
+        self.within_step = True
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.result.steps += 1
+        self.within_step = False
         seconds = time.perf_counter() - self.started
         self.result.step_seconds.append(seconds)
         losses, self.pending = tuple(self.pending), []
@@ -384,7 +392,7 @@ class _Loop:
 
     def save(self) -> None:
         """Write the state after the last whole step, if states are kept."""
-        if not self.checkpoints or not self.result.steps:
+        if not self.checkpoints or not self.result.steps or self.within_step:
             return
         tensors, numbers = optimizer_state(self.optimizer)
         tensors = self.adapters.state_dict() | {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}

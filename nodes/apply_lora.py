@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -59,6 +61,8 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength_model, lora=None, lora_name=NO_FILE) -> io.NodeOutput:
+        if not math.isfinite(strength_model):
+            raise InvalidInputError(f"strength_model must be a finite number, got {strength_model}.")
         if lora is None:
             if lora_name == NO_FILE:
                 raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from comfy_api.latest import io
 
 from ..blockskip_core import pictures
@@ -23,7 +26,7 @@ from ..blockskip_core.hosts.identity import (
 from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
 from ..blockskip_core.residual_cache import CacheIdentity
 from ..blockskip_core.residual_format import RESIDUAL_FORMATS
-from ..blockskip_core.residual_sources import STORAGES, ResidualSet, stored_latents, write_cache
+from ..blockskip_core.residual_sources import STORAGES, ResidualSet, require_room, stored_latents, write_cache
 from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
 from .inputs import single, singles
 from .live_chart import announcer
@@ -190,6 +193,10 @@ class PrecomputeResiduals(io.ComfyNode):
         _require_same_model(selection, bare)
         multiple = crop_multiple(vae, bare.adapter.patch_size)
         storage, back_residual = widgets["storage"], widgets.get("back_residual", "constant")
+        residual_format = widgets.get("residual_format", "exact")
+        if storage == "on the fly":  # neither is read, so neither makes the run another one
+            back_residual = "constant" if back_residual in BACK_RESIDUALS else back_residual
+            residual_format = "exact" if residual_format in RESIDUAL_FORMATS else residual_format
         chunk_size = widgets.get("chunk_size", 64)
         schedule = _schedule(model, photos, len(captions), multiple, **widgets)
         crops = TrainingCrops(photos, schedule)
@@ -203,16 +210,13 @@ class PrecomputeResiduals(io.ComfyNode):
             dtype=str(bare.dtype),
             host=host_identity(),
             # A linear answer is fitted on the first chunk, so its size decides what is stored.
-            residual_format=widgets.get("residual_format", "exact"),
+            residual_format=residual_format,
             back_residual=f"linear, {chunk_size} draws" if back_residual == "linear" else back_residual,
         )
         folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))
-        latents = stored_latents(folder, identity, len(schedule)) if storage == "disk" else None
-        if latents is None:
-            latents = encode_crops(vae, model.model, crops, lambda done, total: progress("encoding crops", done, total))
         residuals = ResidualSet(
             schedule=schedule,
-            latents=latents,
+            latents=_shapes_of_latents(model, schedule),
             selection=selection,
             captions=captions,
             identity=identity,
@@ -222,6 +226,13 @@ class PrecomputeResiduals(io.ComfyNode):
             family=bare.family,
             back_residual=back_residual,
         )
+        latents = stored_latents(folder, identity, len(schedule)) if storage == "disk" else None
+        if latents is None:
+            require_room(
+                residuals, HostedDit(model, captions, residuals.latents.shape[1:])
+            )  # before an hour is spent on pictures
+            latents = encode_crops(vae, model.model, crops, lambda done, total: progress("encoding crops", done, total))
+        residuals = replace(residuals, latents=latents)
         if storage == "disk":
             write_cache(residuals, HostedDit(model, captions, latents.shape[1:]), progress)
         sheet = _contact_sheet(crops, schedule)
@@ -235,6 +246,13 @@ def _require_same_model(selection: BlockSelection, dit: HostedDit) -> None:
             f"The selection was made for {selection.num_blocks} blocks of {selection.family}, this model has "
             f"{len(dit.blocks)} of {dit.family}. Connect the same MODEL to Select Blocks."
         )
+
+
+def _shapes_of_latents(model, schedule) -> torch.Tensor:
+    """Return what the latents will be, without memory."""
+    form = model.model.latent_format
+    side = schedule.patches.patch_min // form.spacial_downscale_ratio
+    return torch.empty(len(schedule), form.latent_channels, side, side, device="meta")
 
 
 def _schedule(

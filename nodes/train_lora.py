@@ -6,11 +6,11 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
+import folder_paths
 import psutil
 import torch
 from comfy_api.latest import io
@@ -24,6 +24,7 @@ from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
 from ..blockskip_core.hosts.identity import model_identity
 from ..blockskip_core.hosts.lora_files import (
     LoraModel,
+    load_lora_file,
     lora_to_start_from,
     output_path,
     require_writable,
@@ -41,6 +42,7 @@ from ..blockskip_core.lora import (
 )
 from ..blockskip_core.optimizers import OPTIMIZERS
 from ..blockskip_core.residual_sources import ResidualSet
+from ..blockskip_core.run_report import RunReport, write_report
 from ..blockskip_core.training import (
     LearningRateSchedule,
     StepReport,
@@ -50,10 +52,12 @@ from ..blockskip_core.training import (
     train_lora,
 )
 from ..blockskip_core.version import VERSION
+from .apply_lora import NO_FILE
 from .inputs import single, singles
 from .live_chart import LiveChart
 from .progress import NodeProgress
 from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
+from .versions import software_versions, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -278,8 +282,17 @@ class TrainLora(io.ComfyNode):
                 LoraModelSocket.Input(
                     "start_from",
                     optional=True,
-                    tooltip="A LoRA to train further: ours, core's, or one from Load LoRA Model. Same rank, and no layers "
-                    "outside the kept blocks.",
+                    tooltip="A LoRA to train further, from another Dynamic Patch Trainer in the graph. Takes precedence "
+                    "over `start_file`.",
+                ),
+                io.Combo.Input(
+                    "start_file",
+                    options=[NO_FILE, *folder_paths.get_filename_list("loras")],
+                    default=NO_FILE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A LoRA file to train further, of any trainer. Its rank must be the same, and it must change "
+                    "nothing but linear layers of the kept blocks.",
                 ),
             ],
             outputs=[
@@ -295,16 +308,18 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, residuals, start_from=None, **widgets) -> io.NodeOutput:
+    def execute(cls, model, residuals, start_from=None, start_file=NO_FILE, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
-        start_from = start_from and single(start_from, "start_from")
+        start_from = _lora_to_start_from(start_from, single(start_file, "start_file"))
         with LiveChart(cls.hidden) as chart:
             progress = NodeProgress(cls.hidden.unique_id, chart.phase)
-            run = _Run(model, residuals, progress, start_from, chart=chart, **singles(**widgets))
+            run = _Run(model, residuals, progress, chart, start_from, **singles(**widgets))
             run.train()
         run.say_how_it_went()
         lora = LoraModel(run.host_lora(), run.metadata())
-        return io.NodeOutput(lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()], **chart.output()})
+        return io.NodeOutput(
+            lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()], **chart.output()}
+        )
 
 
 class _Run:
@@ -315,9 +330,9 @@ class _Run:
         model: Any,
         residuals: ResidualSet,
         progress: NodeProgress,
+        chart: LiveChart,
         start_from: Mapping[str, torch.Tensor] | None,
         *,
-        chart: LiveChart,
         rank: int,
         alpha: float = 0.0,
         targets: str = "attention and mlp",
@@ -334,10 +349,15 @@ class _Run:
         self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
         self.streamed = _is_streamed(kept_weights)
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
+        if file_format not in get_args(LoraFileFormat):
+            raise InvalidInputError(
+                f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
+            )
         self.residuals, self.progress, self.chart, self.file_format = residuals, progress, chart, file_format
         self.path = output_path(output_name)
         require_writable(self.path)
         self.saved_as: str | None = self.path.name
+        self.summary_path: Path | None = None
         _require_same_model(model, residuals)
         self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
         self.quantize_kept, self.keep_last = quantize_kept, keep_last
@@ -348,7 +368,7 @@ class _Run:
         shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
         with torch.inference_mode(False):
             self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
-            if start_from:
+            if start_from is not None:
                 self.adapters.load_state_dict(lora_to_start_from(model, start_from, self.adapters))
         identity = self._identity()
         self.checkpoints = Checkpoints(
@@ -356,10 +376,28 @@ class _Run:
         )
         remove_old_runs(run_folder(identity.key).parent, keep=KEPT_RUNS - 1, but=identity.key)
         self.safe_files: list[Path] = []
+        self.shown_settings = {
+            **asdict(self.config),
+            "activation_budget": f"{activation_budget:g} GiB",
+            "rank": rank,
+            "alpha": self.settings.alpha,
+            "targets": targets,
+            "output_name": output_name,
+            "file_format": file_format,
+            "kept_weights": kept_weights,
+            "quantize_kept": quantize_kept,
+            "save_every": save_every,
+            "keep_last": keep_last,
+            "resume": resume,
+            "start_from": "another LoRA" if start_from else "nothing",
+        }
 
     def _identity(self) -> RunIdentity:
         """What decides the LoRA's values after so many steps."""
-        no_effect = ("steps", "checkpointing", "activation_budget")
+        no_effect = {"checkpointing", "activation_budget"}
+        no_effect.add("warmup_steps" if self.config.lr_schedule == "constant" else "")
+        if self.config.lr_schedule not in ("linear", "cosine"):  # their rates depend on how long the run is
+            no_effect.add("steps")
         config = {name: value for name, value in asdict(self.config).items() if name not in no_effect}
         first_values = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.adapters.state_dict().items()):
@@ -388,13 +426,16 @@ class _Run:
         except TrainingError as error:
             if not self.result.steps:
                 raise
+            self._save_early()
             raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
+        except BaseException:  # Cancel too, and at any moment of the last step
+            if self.result.steps:
+                self._save_early()
+            raise
         finally:
             self.memory.sample()
             if self.result.resumed_at == self.result.steps:
                 self._chart_earlier_steps()  # nothing was left to train, or it ended before the first step
-            if 0 < self.result.steps < self.config.steps:
-                self._save()
         self._save_finished()
 
     def _save_finished(self) -> None:
@@ -405,6 +446,24 @@ class _Run:
             self.saved_as = None
             logger.error("BlockSkip: %s", error)
             self.result.problems.append(f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+        else:
+            self._save_summary()
+
+    def _save_early(self) -> None:
+        """Save a run that did not get to its end."""
+        self._save()
+        self._save_summary()
+
+    def _save_summary(self) -> None:
+        """Write the summary beside the LoRA that it is of. If the disk refuses, say so and go on."""
+        path = self.path.with_suffix(".html")
+        try:
+            write_report(self.report(), path)
+        except (StorageError, OSError) as error:  # OSError: the LoRA that was written just now is gone
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
+            return
+        self.summary_path = path
 
     def say_how_it_went(self) -> None:
         """Leave a line under the node: what was trained, and what went wrong on the way."""
@@ -414,6 +473,8 @@ class _Run:
         elif self.result.resumed_at:
             done += f", of which {self.result.resumed_at} by an earlier run that this one went on from"
         saved = f"saved as {self.saved_as}" if self.saved_as else "not saved"
+        if self.summary_path:
+            saved += f", summary in {self.summary_path.name}"
         self.progress.say(". ".join([f"{done}; {saved}", *dict.fromkeys(self.result.problems)]))
 
     def _quantised(self, weight_format: str) -> HostedDit | QuantisedDit:
@@ -544,7 +605,7 @@ class _Run:
             "quantize_kept": self.quantize_kept,
             "seed": self.config.seed,
             "draws_seed": self.residuals.schedule.seed,
-            "peft_version": _version_of("peft"),
+            "peft_version": version_of("peft"),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -555,6 +616,7 @@ class _Run:
         tenth = max(1, len(self.result.losses) // 10)
         return {
             "file": self.saved_as,
+            "summary_file": self.summary_path and self.summary_path.name,
             "quantize_kept": self.quantize_kept,
             "blocks": selection.num_blocks,
             "skipped_first": selection.front,
@@ -576,6 +638,36 @@ class _Run:
             "resumed_at": self.result.resumed_at,
             "problems": list(dict.fromkeys(self.result.problems)),
         }
+
+    def report(self) -> RunReport:
+        """Return everything that the summary file says; the LoRA's file is there."""
+        said = self.summary()
+        return RunReport(
+            file=self.path.name,
+            file_bytes=self.path.stat().st_size,
+            family=self.dit.adapter.title,
+            selection=self.residuals.selection,
+            block_names=[block.name for block in self.dit.blocks],
+            schedule=self.residuals.schedule,
+            num_captions=len(self.residuals.captions),
+            storage={
+                "Residuals": self.residuals.storage,
+                "Stored as": self.residuals.identity.residual_format,
+                "Back residual": self.residuals.back_residual,
+            },
+            settings=self.shown_settings,
+            config=self.config,
+            result=self.result,
+            peak_bytes=self.memory.peak,
+            peak_of=self.memory.what,
+            kept_parameters=said["kept_parameters"],
+            all_parameters=said["all_parameters"],
+            kept_bytes=said["kept_weights_bytes"],
+            all_bytes=said["all_weights_bytes"],
+            lora_parameters=said["lora_parameters"],
+            versions=software_versions(self.dit.device),
+            written=datetime.now().astimezone().isoformat(" ", "minutes"),
+        )
 
 
 class _PeakMemory:
@@ -606,6 +698,13 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
         )
 
 
+def _lora_to_start_from(given: Any, name: str) -> Mapping[str, torch.Tensor] | None:
+    """Return the LoRA of either input, or None."""
+    if given is not None:
+        return single(given, "start_from")
+    return None if name == NO_FILE else load_lora_file(name)
+
+
 def _is_streamed(kept_weights: str) -> bool:
     if kept_weights not in ("resident", "streamed"):
         raise InvalidInputError(f"kept_weights must be resident or streamed, got {kept_weights!r}.")
@@ -614,10 +713,3 @@ def _is_streamed(kept_weights: str) -> bool:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -126,7 +126,7 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
     if not patches:
         raise LoraFileError("The LoRA to start from holds nothing for this model: it was trained for another kind.")
-    _require_fitting_shapes(patcher.model.state_dict(), patches)
+    _require_fitting_shapes({**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}, patches)
     state: dict[str, Tensor] = {}
     for key, patch in patches.items():
         name = key.removeprefix("diffusion_model.").removesuffix(".weight") if isinstance(key, str) else None
@@ -135,7 +135,9 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
                 f"The LoRA to start from also changes what is not trained here ({key}). Apply it to the MODEL with Load "
                 "LoRA before all BlockSkip nodes, and train a new LoRA on top; or keep more blocks."
             )
-        up, down, alpha = (patch.weights[i] for i in (0, 1, 2))
+        up, down, alpha, *further = patch.weights
+        if any(part is not None for part in further):
+            raise LoraFileError(f"The LoRA to start from is no plain LoRA: {key} has more parts, as in DoRA or LoCon.")
         if len(down) != adapters.settings.rank:
             raise LoraFileError(
                 f"The LoRA to start from has rank {len(down)}, here it is {adapters.settings.rank}. Set rank to "

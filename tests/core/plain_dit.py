@@ -160,6 +160,10 @@ class PlainDit:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.net.img_in.weight.dtype
+
     def module(self, name: str) -> nn.Module:
         return self.net.get_submodule(name)
 

@@ -11,7 +11,7 @@ SHIPPED = [ROOT / "__init__.py", *sorted(CORE.rglob("*.py")), *sorted((ROOT / "n
 PURE = [path for path in CORE.rglob("*.py") if CORE / "hosts" not in path.parents]
 
 HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "node_helpers",
-                "execution", "latent_preview"}  # fmt: skip
+                "execution", "latent_preview", "comfyui_version"}  # fmt: skip
 FORBIDDEN_MODULES = {"pickle", "subprocess", "requests", "urllib", "urllib3", "http", "httpx", "socket", "ctypes", "shelve",
                      "marshal", "huggingface_hub", "aiohttp"}  # fmt: skip
 FORBIDDEN_CALLS = {"print", "eval", "exec", "compile", "__import__", "input", "breakpoint"}

@@ -303,3 +303,36 @@ def residual_set_selection():
 def test_states_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ME.parts = {}
+
+
+def test_a_folder_that_cannot_be_made_does_not_end_the_run(tmp_path):
+    expected, _ = train(tmp_path / "whole")
+    (tmp_path / "run").write_text("in the way")
+    got, result = train(tmp_path / "a", store(tmp_path))
+    assert_same(got, expected)
+    assert "The folder for training states cannot be made" in result.problems[0]
+
+
+def test_states_of_a_longer_run_do_not_push_out_those_of_a_shorter_one(tmp_path):
+    kept = store(tmp_path, keep=1)
+    for step in (400, 500, 100, 200):
+        kept.save(state(step))
+    assert [int(path.stem[-8:]) for path in sorted((tmp_path / "run").iterdir())] == [200, 500]
+    assert store(tmp_path).newest(300).step == 200
+
+
+def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
+    real = torch.optim.AdamW.step
+
+    def runs_out_of_memory(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        runs_out_of_memory.calls += 1
+        if runs_out_of_memory.calls == 3:
+            raise Cut
+
+    runs_out_of_memory.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", runs_out_of_memory)
+        train(tmp_path / "a", store(tmp_path, every=1))
+    assert store(tmp_path).newest(9).step == 2
+    assert_same(train(tmp_path / "a", store(tmp_path))[0], train(tmp_path / "whole")[0])

@@ -1,12 +1,13 @@
 """Where a run's residuals come from: disk, chunks, or folded into each step."""
 
+import dataclasses
 import os
 import shutil
 
 import pytest
 import torch
 from blockskip_pack.blockskip_core import residual_sources
-from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError
+from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.residual_cache import (
     MANIFEST,
     CacheIdentity,
@@ -18,6 +19,7 @@ from blockskip_pack.blockskip_core.residual_sources import (
     FoldedSource,
     ResidualSet,
     remove_old_caches,
+    require_room,
     residual_bytes,
     stored_latents,
     write_cache,
@@ -326,3 +328,41 @@ def test_an_unfinished_cache_counts_as_one_of_the_kept(tmp_path):
     assert residuals.folder.exists()
     remove_old_caches(tmp_path, keep=0)
     assert not residuals.folder.exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_linear_answer_is_that_of_the_same_draws_wherever_residuals_are_kept(tmp_path, batch_size):
+    settings = {"back_residual": "linear", "chunk_size": 4}
+    disk, a = run(residual_set(tmp_path / "disk", **settings), steps=3, batch_size=batch_size)
+    chunked, b = run(residual_set(tmp_path / "chunked", "chunked", **settings), steps=3, batch_size=batch_size)
+    assert chunked.losses == disk.losses
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_residuals(tmp_path, monkeypatch):
+    residuals = residual_set(tmp_path)
+    write_cache(residuals, PlainDit(), quiet)
+    before = contents(residuals.folder)
+
+    def gone(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blockskip_pack.blockskip_core.residual_cache.safe_open", gone)
+        with pytest.raises(StorageError, match=r"cannot be read: .*Input/output error\. Queue again"):
+            run(residuals, steps=1)
+    assert contents(residuals.folder) == before
+
+
+def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
+    residuals, dit = residual_set(tmp_path), PlainDit()
+    require_room(residuals, dit)
+    require_room(dataclasses.replace(residuals, latents=residuals.latents.to("meta")), dit)
+    huge = dataclasses.replace(residuals, latents=torch.empty(5, 2**40, 2, 3, device="meta"))
+    with pytest.raises(InvalidInputError, match=r"latents of 5 draws take .* of host memory, .* Use fewer draws"):
+        require_room(huge, dit)
+    dit.width = 2**40
+    with pytest.raises(InvalidInputError, match="on disk"):
+        require_room(residuals, dit)
+    require_room(residual_set(tmp_path, "on the fly"), dit)

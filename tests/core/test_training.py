@@ -466,3 +466,36 @@ def test_each_loss_is_read_once(monkeypatch):
         on_step=lambda report: steps.append(len(readings)),
     )  # fmt: skip
     assert [b - a for a, b in zip(steps, steps[1:], strict=False)] == [2, 2]
+
+
+# --- the head, and half precision --------------------------------------------------------------------------------
+
+
+def test_a_head_of_one_layer_runs_as_that_layer():
+    """A host writes marks onto layers, and reads them in their forward."""
+    dit = PlainDit()
+    model = SkippingModel(dit, selection(1, 1), checkpointed=True, folded=False)
+    head = model.modules["head"]
+    assert type(head) is nn.Linear
+    assert head is not dit.module("head")
+    assert head.weight.data_ptr() == dit.module("head").weight.data_ptr()
+    assert model.linears()["head"] is head
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradients_in_half_precision_are_neither_scaled_nor_lost(dtype):
+    """float16 has no numbers for gradients this small; the loss is scaled for it, and the gradients scaled back."""
+    dit, plan = PlainDit(dtype=dtype), schedule()
+    wide = PlainDit(dtype=torch.float64)
+    wide.net.load_state_dict({name: x.double() for name, x in dit.net.state_dict().items()})
+    wide.texts = [text.double() for text in dit.texts]
+    chosen, clean = selection(1, 1), latents()
+    settings = {"plan": plan, "max_grad_norm": 0.0}
+    norms = {}
+    for name, model in (("narrow", dit), ("wide", wide)):
+        reports = []
+        source = MemorySource(model, chosen, plan, clean.to(model.dtype))
+        adapters = lora_for(model, chosen, zero=False, dtype=torch.float32)
+        train(model, chosen, source, adapters, clean=clean.to(model.dtype), on_step=reports.append, **settings)
+        norms[name] = reports[0].grad_norm
+    assert norms["narrow"] == pytest.approx(norms["wide"], rel=0.05)

@@ -41,6 +41,15 @@ def test_every_node_has_a_help_page(client: Any, pack_nodes: dict[str, Any]) -> 
     assert statuses == dict.fromkeys(pack_nodes, 200)
 
 
+def test_every_node_is_there_in_chinese(client: Any, pack_nodes: dict[str, Any]) -> None:
+    """Where the frontend asks: ``/i18n`` for the texts, and a page for each node in a folder of its name."""
+    texts = client.get_json("/i18n")["zh"]["nodeDefs"]
+    assert pack_nodes.keys() <= texts.keys()
+    assert pack_nodes
+    statuses = {name: client.status(f"/extensions/{FOLDER}/docs/{name}/zh.md") for name in pack_nodes}
+    assert statuses == dict.fromkeys(pack_nodes, 200)
+
+
 def test_every_script_is_served(client: Any) -> None:
     scripts = [path for path in client.get_json("/extensions") if path.startswith(f"/extensions/{FOLDER}/")]
     assert len(scripts) == len(list(ROOT.glob("web/**/*.js")))

@@ -255,6 +255,8 @@ def residuals(bench):
         ({"alpha": -1.0}, "alpha must be positive, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"lr_schedule": "zigzag"}, "lr_schedule must be one of .*, got 'zigzag'"),
+        ({"targets": "everything"}, "targets must be one of .*, got 'everything'"),
+        ({"file_format": "onnx"}, "file_format must be one of peft, kohya, got 'onnx'"),
         ({"loss_weighting": "heavy"}, "loss_weighting must be one of .*, got 'heavy'"),
     ],
     ids=str,
@@ -302,7 +304,7 @@ def test_the_trainer_keeps_what_it_had_when_a_later_loss_is_not_finite(bench, re
 
     with pytest.raises(ValueError, match=r"is not finite in step 2\. The LoRA is left as it was after step 1"):
         bench.train(residuals=residuals, learning_rate=1e30)
-    (path,) = bench.folders.loras.iterdir()
+    (path,) = bench.folders.loras.glob("*.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
     assert core("hosts.lora_files").load_lora_file(path.name).metadata["steps"] == 1
 
@@ -320,7 +322,7 @@ def test_cancel_keeps_what_was_learned(bench, residuals, nodes, monkeypatch, cor
     monkeypatch.setattr(nodes.train_lora.NodeProgress, "__call__", cancel)
     with pytest.raises(Cancelled):
         bench.train(residuals=residuals)
-    (path,) = bench.folders.loras.iterdir()
+    (path,) = bench.folders.loras.glob("*.safetensors")
     metadata = core("hosts.lora_files").load_lora_file(path.name).metadata
     assert (metadata["steps"], metadata["steps_planned"]) == (2, 3)
 

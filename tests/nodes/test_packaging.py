@@ -26,6 +26,8 @@ NEEDED = [
     "README.md",
     "LICENSE",
     "web/docs/BlockSkip_TrainLora.md",
+    "web/docs/BlockSkip_TrainLora/zh.md",
+    "locales/zh/nodeDefs.json",
 ]
 FOR_DEVELOPERS = ["tests/", "demo/", "devtools/", "benchmarks/", ".ci/", ".github/", "dev.py", "CONTRIBUTING.md"]
 # Words, not syntax: the registry's review reads text, comments and strings too. `tests/core` looks at the syntax.
@@ -61,7 +63,8 @@ def requirements():
 
 def test_everything_that_a_user_needs_is_shipped(shipped):
     assert [name for name in NEEDED if name not in shipped] == []
-    for folder, pattern in (("workflows", "*"), ("web", "**/*"), ("nodes", "*.py"), ("blockskip_core", "**/*.py")):
+    folders = ("workflows", "*"), ("web", "**/*"), ("locales", "**/*"), ("nodes", "*.py"), ("blockskip_core", "**/*.py")
+    for folder, pattern in folders:
         there = {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern) if path.is_file()}
         assert there
         assert there <= set(shipped)

@@ -103,7 +103,7 @@ def test_more_steps_go_on_from_a_finished_run(bench):
         ({}, True), ({"checkpointing": False}, True), ({"activation_budget": 0.5}, True), ({"save_every": 7}, True),
         ({"output_name": "loras/other"}, True), ({"file_format": "kohya"}, True), ({"kept_weights": "streamed"}, True),
         ({"seed": 6}, False), ({"learning_rate": 2e-2}, False), ({"rank": 3}, False), ({"alpha": 9.0}, False),
-        ({"batch_size": 2}, False), ({"targets": "all linear"}, False), ({"weight_decay": 0.0}, False),
+        ({"warmup_steps": 3}, True), ({"batch_size": 2}, False), ({"targets": "all linear"}, False), ({"weight_decay": 0.0}, False),
     ],
     ids=str,
 )  # fmt: skip
@@ -123,6 +123,7 @@ def test_other_residuals_are_another_run(bench):
 def test_safe_points_lie_beside_the_final_file_and_the_newest_stay(bench, nodes):
     bench.train(steps=STEPS, save_every=1, keep_last=2, output_name="loras/toy", resume=True)
     assert sorted(path.name for path in bench.folders.loras.iterdir()) == [
+        "toy_00001_.html",
         "toy_00001_.safetensors",
         "toy_00001_step000003.safetensors",
         "toy_00001_step000004.safetensors",
@@ -190,3 +191,33 @@ def test_starting_from_another_lora_is_another_run(bench, earlier):
     residuals = bench.precompute()[0]
     bench.train(residuals=residuals, steps=1, resume=True)
     assert said(bench.train(residuals=residuals, steps=1, resume=True, start_from=earlier))["resumed_at"] == 0
+
+
+def test_a_file_can_be_trained_further(bench, earlier):
+    further = bench.train(steps=1, learning_rate=1e-8, weight_decay=0.0, start_file="peft_00001_.safetensors")[0]
+    for name in (name for name in earlier if name.endswith("lora_up.weight")):
+        down = name.replace("lora_up", "lora_down")
+        torch.testing.assert_close(further[name] @ further[down], earlier[name] @ earlier[down], atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_with_more_parts_or_none_is_refused(bench, earlier):
+    layer = next(name.removesuffix(".lora_up.weight") for name in earlier if name.endswith("lora_up.weight"))
+    dora = {**earlier, f"{layer}.dora_scale": torch.ones(len(earlier[f"{layer}.lora_up.weight"]), 1)}
+    with pytest.raises(ValueError, match="is no plain LoRA"):
+        bench.train(start_from=dora)
+    with pytest.raises(ValueError, match="holds nothing for this model"):
+        bench.train(start_from={})
+
+
+@pytest.mark.parametrize("lr_schedule", ["cosine", "linear"])
+def test_where_the_rates_depend_on_the_length_another_length_is_another_run(bench, lr_schedule):
+    residuals = bench.precompute()[0]
+    bench.train(residuals=residuals, steps=3, resume=True, lr_schedule=lr_schedule)
+    longer = bench.train(residuals=residuals, steps=STEPS, resume=True, lr_schedule=lr_schedule)
+    assert said(longer)["resumed_at"] == 0
+
+
+def test_cancel_in_the_last_step_saves_the_lora_too(bench, nodes, monkeypatch):
+    with cancelled_after(nodes, monkeypatch, STEPS):
+        bench.train(steps=STEPS, output_name="loras/last")
+    assert (bench.folders.loras / "last_00001_.safetensors").is_file()

@@ -194,7 +194,9 @@ def test_a_lora_never_overwrites_another(bench):
     for _ in range(2):
         bench.train(residuals=residuals, steps=1, output_name="loras/toy")
     assert sorted(path.name for path in bench.folders.loras.iterdir()) == [
+        "toy_00001_.html",
         "toy_00001_.safetensors",
+        "toy_00002_.html",
         "toy_00002_.safetensors",
     ]
 

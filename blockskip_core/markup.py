@@ -1,0 +1,55 @@
+"""HTML and SVG out of nested calls. Text is escaped unless it is markup already, so no place can forget it."""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+
+VOID = {"meta"}  # HTML elements without content
+SVG_SHAPES = {"circle", "line", "path", "rect"}  # may be closed at once, being foreign to HTML
+
+
+class Markup(str):
+    """Text that is markup already."""
+
+
+def element(tag: str, *children: object, **attributes: object) -> Markup:
+    """Return ``<tag attributes>children</tag>``, well-formed as HTML and as XML.
+
+    Children that are not :class:`Markup` are escaped, and so are all attributes. In names of attributes an underscore
+    stands for a hyphen, one at the end for nothing (``class_``).
+    """
+    names = {name.removesuffix("_").replace("_", "-"): value for name, value in attributes.items()}
+    start = tag + "".join(f' {name}="{escaped(value)}"' for name, value in names.items())
+    if tag in VOID or (tag in SVG_SHAPES and not children):
+        return Markup(f"<{start}/>")
+    return Markup(f"<{start}>{joined(*children)}</{tag}>")
+
+
+def joined(*children: object) -> Markup:
+    """Return markup and text one behind the other, the text escaped."""
+    return Markup("".join(child if isinstance(child, Markup) else escaped(child) for child in children))
+
+
+def escaped(value: object) -> str:
+    """Return a value as text that is safe between tags and in quotes; what no document may hold becomes U+FFFD."""
+    return html.escape("".join(character if _is_allowed(character) else "\ufffd" for character in str(value)))
+
+
+def place(value: float) -> str:
+    """Return a coordinate with at most one decimal.
+
+    Raises:
+        ValueError: If it is not finite; browsers would drop the whole drawing.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"A coordinate must be finite, got {value}.")
+    return f"{value + 0.0:.1f}".removesuffix(".0")
+
+
+def _is_allowed(character: str) -> bool:
+    """Tell whether XML and UTF-8 can hold a character: no controls, lone surrogates or non-characters."""
+    if character in "\n\t":
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cs") and ord(character) & 0xFFFE != 0xFFFE
