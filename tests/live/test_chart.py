@@ -15,7 +15,7 @@ import pytest
 from .conftest import ROOT, WORKFLOWS
 from .test_workflows import SMALL, part_of, succeed
 
-STEPS = 24
+STEPS = 16
 SELECT = {
     "method": "attention mask",
     "probe_size": 64,
