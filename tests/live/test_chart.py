@@ -88,3 +88,27 @@ def test_the_chart_in_the_real_frontend(server: Any, prompt: dict[str, Any], tra
     command += ["--screenshots", pictures] if pictures else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log_tail(20)}"
+
+
+ODD_DATA = """
+const { readRun, extended } = await import(process.argv[1]);
+const odd = [undefined, null, 7, "x", [], {}, { run: 5 }, { run: "" }];
+const points = [[1, 0.5, 0.5, 1e-4], [2, "x", null], "y", null, [null, 1], [NaN, 1], [3, Infinity, 0.4, {}]];
+const run = readRun({ run: "a", points, first: -4, step: "z", memory_now: {}, detail: 8, steps: NaN, more: [1] });
+const long = readRun({ run: "a", points: Array.from({ length: 9000 }, (_, i) => [i, 1, 1, 1]) });
+console.log(JSON.stringify([odd.map(readRun), run, extended(long, { ...long, points: [[9000, 1, 1, 1]] }).points.length]));
+"""
+
+
+def test_odd_data_is_no_run_or_left_out() -> None:
+    """What the page makes of data that no server of ours sends."""
+    if not shutil.which("node"):
+        pytest.skip("needs node")
+    script = ROOT / "web" / "js" / "loss_chart.js"
+    command = ["node", "--no-warnings", "--input-type=module", "-e", ODD_DATA, script.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    odd, run, length = json.loads(done.stdout)
+    assert odd == [None] * 8
+    assert run["points"] == [[1, 0.5, 0.5, 1e-4], [2, None, None, None], [3, None, 0.4, None]]
+    assert [run[name] for name in ("first", "step", "memoryNow", "detail", "steps")] == [0, None, None, "", None]
+    assert 2000 < length <= 9001 / 2 + 2
