@@ -17,49 +17,26 @@
 // A tool to be used by hand; it needs `npm install --prefix ~/.cache/blockskip/node playwright-core` and a Chromium.
 // The exit status is 1 when the workflow has a problem, 2 when it could not be checked.
 
-import { execFileSync } from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { readFileSync, writeFileSync } from "node:fs";
-import { createRequire } from "node:module";
-import { homedir } from "node:os";
-import { basename, join } from "node:path";
+import { basename } from "node:path";
 import { parseArgs } from "node:util";
 
-const SETTINGS = {
-  "Comfy.TutorialCompleted": true,
-  "Comfy.Workflow.Persist": false,
-  "Comfy.Validation.Workflows": true, // the schema's complaints become toasts
-  "Comfy.Workflow.ShowMissingModelsWarning": false,
-  "Comfy.Minimap.Visible": false,
-  "Comfy.Graph.CanvasInfo": false,
-  "LiteGraph.Canvas.MinFontSizeForLOD": 0, // draw text at any zoom
-};
-const BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"];
-const BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"];
-const HARMLESS = [
-  /user\.css/,
-  /userdata/,
-  /favicon/,
-  /MaskEditor/i,
-  /graph accessed before initialization/,
-  /legacy queue\/history menu/,
-  /missingModelDownload/, // looks up the sizes of models, which the server's security policy refuses
-];
-const WATCHED_ADDRESSES = /\/extensions\/|\/docs\/|workflow_templates/;
-const MODEL_FILE = /\.(safetensors|sft|ckpt|pth|pt|gguf)$/;
+import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
 
-class NotChecked extends Error {}
+const MODEL_FILE = /\.(safetensors|sft|ckpt|pth|pt|gguf)$/;
 
 async function main() {
   const { server, options, source } = readArguments();
   const report = { problems: [], notes: [] };
-  await configure(server, options.vue);
+  await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
   const browser = await launch(options);
   try {
     const [width, height] = options.size.split("x").map(Number);
     const page = await browser.newPage({ viewport: { width, height } });
     listen(page, report);
     await open(page, server);
+    await watchForMissingNodes(page);
     const before = JSON.parse(readFileSync(source, "utf8"));
     await load(page, before, basename(source, ".json"), Boolean(options["from-api"]));
     const after = await converted(page, report);
@@ -101,59 +78,7 @@ function readArguments() {
   return { server: server.replace(/\/$/, ""), options: values, source };
 }
 
-/** Put the settings in place that make the page quiet and strict; they have to be there before it opens. */
-async function configure(server, vue) {
-  for (const [key, value] of Object.entries({ ...SETTINGS, "Comfy.VueNodes.Enabled": vue })) {
-    const reply = await fetch(`${server}/api/settings/${key}`, { method: "POST", body: JSON.stringify(value) });
-    if (!reply.ok) throw new NotChecked(`the server refused the setting ${key}: ${reply.status}`);
-  }
-}
-
-async function launch({ browser, modules }) {
-  const cache = process.env.XDG_CACHE_HOME ?? join(homedir(), ".cache");
-  const folder = modules ?? join(cache, "blockskip", "node");
-  let chromium;
-  try {
-    ({ chromium } = createRequire(join(folder, "index.js"))("playwright-core"));
-  } catch {
-    throw new NotChecked(`playwright-core is not installed in ${folder}`);
-  }
-  return chromium.launch({ executablePath: browser ?? findBrowser(), args: BROWSER_FLAGS });
-}
-
-function findBrowser() {
-  for (const name of BROWSERS) {
-    try {
-      return execFileSync("which", [name], { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim();
-    } catch {
-      continue;
-    }
-  }
-  throw new NotChecked("no Chromium on PATH: name one with --browser");
-}
-
-/** Note what the page complains about from now on. */
-function listen(page, { problems }) {
-  const complain = (kind, text) => {
-    if (!HARMLESS.some((pattern) => pattern.test(text))) problems.push(`${kind}: ${text}`);
-  };
-  page.on("console", (message) => {
-    if (["error", "warning"].includes(message.type())) {
-      complain(`console ${message.type()}`, `${message.text()} ${message.location().url ?? ""}`.trim());
-    }
-  });
-  page.on("pageerror", (error) => complain("page error", error.message));
-  page.on("response", (reply) => {
-    if (reply.status() >= 400 && WATCHED_ADDRESSES.test(reply.url())) {
-      complain("request", `${reply.url()} answered ${reply.status()}`);
-    }
-  });
-}
-
-async function open(page, server) {
-  await page.goto(server);
-  await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, { timeout: 60_000 });
-  await page.waitForTimeout(1_000);
+async function watchForMissingNodes(page) {
   await page.evaluate(() => {
     window.missingNodes = [];
     window.app.registerExtension({

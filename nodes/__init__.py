@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_lora import ApplyLora
+from .live_chart import add_route
 from .memory_plan import MemoryPlan
 from .precompute_residuals import PrecomputeResiduals
 from .select_blocks import SelectBlocks
@@ -15,6 +16,10 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [SelectBlocks, MemoryPlan, PrecomputeRe
 
 class BlockSkipExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
+
+    async def on_load(self) -> None:
+        """Offer the last runs to the chart on the trainer's node."""
+        add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""

@@ -29,6 +29,7 @@ from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES, ResidualSet, require_room, stored_latents, write_cache
 from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
 from .inputs import single, singles
+from .live_chart import announcer
 from .progress import NodeProgress
 from .types import BlockSelectionSocket, ResidualsSocket
 
@@ -168,7 +169,7 @@ class PrecomputeResiduals(io.ComfyNode):
                     tooltip="What training will see: crops with their noise level t and side in pixels.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -186,7 +187,7 @@ class PrecomputeResiduals(io.ComfyNode):
         model, vae, selection = singles(model=model, vae=vae, selection=selection).values()
         widgets = singles(**widgets)
         photos, captions = flatten_pictures(images), flatten_conditionings(positive)
-        progress = NodeProgress(cls.hidden.unique_id)
+        progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
 
         bare = HostedDit(model)
         _require_same_model(selection, bare)

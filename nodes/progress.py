@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
@@ -19,10 +20,12 @@ class NodeProgress:
 
     Args:
         node_id: The running node.
+        tell: Told of every part as well, before the node is: the phase, how many parts are done, of how many.
     """
 
-    def __init__(self, node_id: str | None) -> None:
+    def __init__(self, node_id: str | None, tell: Callable[[str, int, int], None] | None = None) -> None:
         self._node_id = node_id
+        self._tell = tell
         self._bar: comfy.utils.ProgressBar | None = None
         self._total = 0
         self._last_text = 0.0
@@ -37,6 +40,8 @@ class NodeProgress:
         if self._bar is None or total != self._total or done == 1:
             self._bar, self._total = comfy.utils.ProgressBar(total), total
         self._bar.update_absolute(done, total)
+        if self._tell:
+            self._tell(phase, done, total)
         self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
 
     def say(self, text: str) -> None:

@@ -26,6 +26,7 @@ from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import conditionings_identity, model_identity, module_identity
 from ..blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig, picture_metric
 from .inputs import singles
+from .live_chart import announcer
 from .progress import NodeProgress
 from .types import BlockSelectionSocket
 
@@ -159,7 +160,7 @@ class SelectBlocks(io.ComfyNode):
                     "report", display_name="report", tooltip="The choice in blocks and bytes, and for other ratios."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -171,7 +172,7 @@ class SelectBlocks(io.ComfyNode):
         if settings.method == "attention mask":
             budget = num_skipped(settings.skip_ratio, len(dit.blocks))
             probe = _Probe(model, positive, negative, vae, clip_vision, settings, len(dit.blocks))
-            influence = probe.measured(budget, NodeProgress(cls.hidden.unique_id))
+            influence = probe.measured(budget, NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "selecting")))
             selection = measured_selection(influence, settings.skip_ratio, dit.family, dit.block_bytes)
         else:
             selection = settings.choose(dit)

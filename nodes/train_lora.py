@@ -54,11 +54,15 @@ from ..blockskip_core.training import (
 from ..blockskip_core.version import VERSION
 from .apply_lora import NO_FILE
 from .inputs import single, singles
+from .live_chart import LiveChart
 from .progress import NodeProgress
 from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
 from .versions import software_versions, version_of
 
 logger = logging.getLogger(__name__)
+
+STEPS_OF_PACE = 20
+"""The chart's time per step is the mean of so many of the last steps."""
 
 
 class TrainLora(io.ComfyNode):
@@ -307,11 +311,15 @@ class TrainLora(io.ComfyNode):
     def execute(cls, model, residuals, start_from=None, start_file=NO_FILE, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
         start_from = _lora_to_start_from(start_from, single(start_file, "start_file"))
-        run = _Run(model, residuals, NodeProgress(cls.hidden.unique_id), start_from, **singles(**widgets))
-        run.train()
+        with LiveChart(cls.hidden) as chart:
+            progress = NodeProgress(cls.hidden.unique_id, chart.phase)
+            run = _Run(model, residuals, progress, chart, start_from, **singles(**widgets))
+            run.train()
         run.say_how_it_went()
         lora = LoraModel(run.host_lora(), run.metadata())
-        return io.NodeOutput(lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()]})
+        return io.NodeOutput(
+            lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()], **chart.output()}
+        )
 
 
 class _Run:
@@ -322,6 +330,7 @@ class _Run:
         model: Any,
         residuals: ResidualSet,
         progress: NodeProgress,
+        chart: LiveChart,
         start_from: Mapping[str, torch.Tensor] | None,
         *,
         rank: int,
@@ -344,7 +353,7 @@ class _Run:
             raise InvalidInputError(
                 f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
             )
-        self.residuals, self.progress, self.file_format = residuals, progress, file_format
+        self.residuals, self.progress, self.chart, self.file_format = residuals, progress, chart, file_format
         self.path = output_path(output_name)
         require_writable(self.path)
         self.saved_as: str | None = self.path.name
@@ -425,6 +434,8 @@ class _Run:
             raise
         finally:
             self.memory.sample()
+            if self.result.resumed_at == self.result.steps:
+                self._chart_earlier_steps()  # nothing was left to train, or it ended before the first step
         self._save_finished()
 
     def _save_finished(self) -> None:
@@ -509,10 +520,31 @@ class _Run:
         self.memory.sample()
         pace = sum(self.result.step_seconds) / len(self.result.step_seconds)
         left = timedelta(seconds=round(pace * (self.config.steps - report.step)))
+        self._chart(report, left)
         detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self.memory.peak)}"
         if self.checkpoints.is_due(report.step) and report.step < self.config.steps:
             self._save_safe_file(report.step)
         self.progress("training step", report.step, self.config.steps, detail)
+
+    def _chart(self, report: StepReport, left: timedelta) -> None:
+        if report.step == self.result.resumed_at + 1:
+            self._chart_earlier_steps()
+        self.chart.step(
+            report.step,
+            self.config.steps,
+            report.loss,
+            report.learning_rate,
+            seconds_per_step=_mean(self.result.step_seconds[-STEPS_OF_PACE:]),
+            seconds_left=left.total_seconds(),
+            memory_now=self.memory.now,
+            memory_peak=self.memory.peak,
+            memory_of=self.memory.what,
+        )
+
+    def _chart_earlier_steps(self) -> None:
+        size = self.config.accumulation
+        ends = range(size, self.result.resumed_at * size + 1, size)
+        self.chart.earlier([sum(self.result.losses[end - size : end]) / size for end in ends], self.config.steps)
 
     def _save_safe_file(self, step: int) -> None:
         """Write the LoRA so far beside the final file. If the disk refuses, say so and go on."""
@@ -643,7 +675,7 @@ class _PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.peak = 0
+        self.now = self.peak = 0
         self.what = "GPU memory allocated" if device.type == "cuda" else "process memory (RSS)"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -651,10 +683,11 @@ class _PeakMemory:
     def sample(self) -> None:
         """Look at the memory now."""
         if self._device.type == "cuda":
-            now = torch.cuda.max_memory_allocated(self._device)
+            self.now = torch.cuda.memory_allocated(self._device)
+            top = torch.cuda.max_memory_allocated(self._device)
         else:
-            now = psutil.Process().memory_info().rss
-        self.peak = max(self.peak, now)
+            top = self.now = psutil.Process().memory_info().rss
+        self.peak = max(self.peak, top)
 
 
 def _require_same_model(model: Any, residuals: ResidualSet) -> None:

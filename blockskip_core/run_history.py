@@ -1,0 +1,107 @@
+"""The last runs of this session, kept in memory for pages that open while one goes, or after it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from .loss_curve import LossCurve, LossPoint, finite, smoothing_span
+
+MAX_RUNS = 8
+MAX_POINTS_AT_ONCE = 200
+
+
+class RunRecord:
+    """One run of one node: its curve and its latest figures. Safe to read while another thread writes.
+
+    Args:
+        node: The node's id in the prompt.
+        workflow: The id of the workflow that it belongs to, None where the prompt does not say.
+    """
+
+    def __init__(self, node: str, workflow: str | None) -> None:
+        self.run = uuid.uuid4().hex
+        self.node, self.workflow = node, workflow
+        self.started = time.time()
+        self._lock = threading.Lock()
+        self._curve: LossCurve | None = None
+        self._figures: dict[str, Any] = {"status": "running", "phase": "starting", "detail": ""}
+        self._unsent: list[LossPoint] = []
+
+    def note(self, **figures: Any) -> None:
+        """Take in the latest figures; numbers that are not finite become None."""
+        with self._lock:
+            self._figures.update({name: _plain(value) for name, value in figures.items()})
+
+    def add_earlier(self, losses: Sequence[float], steps: int) -> None:
+        """Take in the steps that an interrupted run had done, before the first of this one's ``steps``."""
+        with self._lock:
+            curve = self._curve_for(steps)
+            for step, loss in enumerate(losses, 1):
+                curve.add(step, loss)
+            self._figures.update(step=len(losses), steps=steps)
+
+    def add_step(self, step: int, steps: int, loss: float, learning_rate: float) -> None:
+        """Take in a finished step of ``steps``."""
+        with self._lock:
+            self._unsent.append(self._curve_for(steps).add(step, loss, learning_rate))
+            self._figures.update(step=step, steps=steps)
+
+    def news(self) -> dict[str, Any]:
+        """Return the figures and the points since the last call; ``first`` says how many points there were before them.
+
+        After a long silence only the newest points are given; a reader sees that from ``first``.
+        """
+        with self._lock:
+            points, self._unsent = self._unsent[-MAX_POINTS_AT_ONCE:], []
+            return {**self._head(), "first": self._count() - len(points), "points": points}
+
+    def snapshot(self, max_points: int | None = None) -> dict[str, Any]:
+        """Return everything, with the curve thinned; ``count`` is how many points went into it."""
+        with self._lock:
+            points = self._curve.points(max_points) if self._curve else []
+            return {**self._head(), "count": self._count(), "points": points}
+
+    def _curve_for(self, steps: int) -> LossCurve:
+        self._curve = self._curve or LossCurve(smoothing_span(steps))
+        return self._curve
+
+    def _count(self) -> int:
+        return self._curve.count if self._curve else 0
+
+    def _head(self) -> dict[str, Any]:
+        ids = {"run": self.run, "node": self.node, "workflow": self.workflow, "started": self.started}
+        return {**ids, **self._figures}
+
+
+class RunHistory:
+    """The last run of each node, ``limit`` of them at most: the oldest go."""
+
+    def __init__(self, limit: int = MAX_RUNS) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._runs: OrderedDict[tuple[str | None, str], RunRecord] = OrderedDict()
+
+    def begin(self, node: str, workflow: str | None) -> RunRecord:
+        """Return a new run, which takes the place of the node's last one."""
+        record = RunRecord(node, workflow)
+        with self._lock:
+            self._runs.pop((workflow, node), None)
+            self._runs[workflow, node] = record
+            while len(self._runs) > self._limit:
+                self._runs.popitem(last=False)
+        return record
+
+    def last(self, node: str, workflow: str | None) -> RunRecord | None:
+        """Return the node's last run in that workflow, or in a prompt that named no workflow, whichever is newer."""
+        with self._lock:
+            found = [self._runs.get((workflow, node)), self._runs.get((None, node))]
+        return max((run for run in found if run), key=lambda run: run.started, default=None)
+
+
+def _plain(value: Any) -> Any:
+    return finite(value) if isinstance(value, float) else value

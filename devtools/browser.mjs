@@ -1,0 +1,90 @@
+// ComfyUI's real frontend in a headless Chromium, for the tools beside this file.
+//
+// They need `npm install --prefix ~/.cache/blockskip/node playwright-core` and a Chromium on PATH.
+
+import { execFileSync } from "node:child_process";
+import { createRequire } from "node:module";
+import { homedir } from "node:os";
+import { join } from "node:path";
+
+const SETTINGS = {
+  "Comfy.TutorialCompleted": true,
+  "Comfy.Workflow.Persist": false,
+  "Comfy.Validation.Workflows": true, // the schema's complaints become toasts
+  "Comfy.Workflow.ShowMissingModelsWarning": false,
+  "Comfy.Minimap.Visible": false,
+  "Comfy.Graph.CanvasInfo": false,
+  "LiteGraph.Canvas.MinFontSizeForLOD": 0, // draw text at any zoom
+};
+const BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"];
+const BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"];
+const HARMLESS = [
+  /user\.css/,
+  /userdata/,
+  /favicon/,
+  /MaskEditor/i,
+  /graph accessed before initialization/,
+  /legacy queue\/history menu/,
+  /missingModelDownload/, // looks up the sizes of models, which the server's security policy refuses
+];
+const WATCHED_ADDRESSES = /\/extensions\/|\/docs\/|workflow_templates/;
+
+/** Why nothing could be checked, as opposed to something found wrong. */
+export class NotChecked extends Error {}
+
+/** Put the settings in place that make the page quiet and strict; they have to be there before it opens. */
+export async function configure(server, further = {}) {
+  for (const [key, value] of Object.entries({ ...SETTINGS, ...further })) {
+    const reply = await fetch(`${server}/api/settings/${key}`, { method: "POST", body: JSON.stringify(value) });
+    if (!reply.ok) throw new NotChecked(`the server refused the setting ${key}: ${reply.status}`);
+  }
+}
+
+/** A headless Chromium. */
+export async function launch({ browser, modules } = {}) {
+  const cache = process.env.XDG_CACHE_HOME ?? join(homedir(), ".cache");
+  const folder = modules ?? join(cache, "blockskip", "node");
+  let chromium;
+  try {
+    ({ chromium } = createRequire(join(folder, "index.js"))("playwright-core"));
+  } catch {
+    throw new NotChecked(`playwright-core is not installed in ${folder}`);
+  }
+  return chromium.launch({ executablePath: browser ?? findBrowser(), args: BROWSER_FLAGS });
+}
+
+function findBrowser() {
+  for (const name of BROWSERS) {
+    try {
+      return execFileSync("which", [name], { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim();
+    } catch {
+      continue;
+    }
+  }
+  throw new NotChecked("no Chromium on PATH: name one with --browser");
+}
+
+/** Note what the page complains about from now on. */
+export function listen(page, { problems }) {
+  const complain = (kind, text) => {
+    if (!HARMLESS.some((pattern) => pattern.test(text))) problems.push(`${kind}: ${text}`);
+  };
+  page.on("console", (message) => {
+    if (["error", "warning"].includes(message.type())) {
+      complain(`console ${message.type()}`, `${message.text()} ${message.location().url ?? ""}`.trim());
+    }
+  });
+  page.on("pageerror", (error) => complain("page error", error.message));
+  page.on("response", (reply) => {
+    if (reply.status() >= 400 && WATCHED_ADDRESSES.test(reply.url())) {
+      complain("request", `${reply.url()} answered ${reply.status()}`);
+    }
+  });
+}
+
+/** Open the frontend and wait until it can be used. */
+export async function open(page, server) {
+  await page.goto(server);
+  await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, { timeout: 60_000 });
+  await page.waitForTimeout(1_000);
+}

@@ -1,0 +1,159 @@
+// Puts a chart on Dynamic Patch Trainer and keeps it up to date: by events while something runs, from the server's
+// memory on a new page, from the node's output when a run comes out of the cache. The server's side is
+// nodes/live_chart.py.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { LossChart, MIN_HEIGHT, extended, readRun } from "./loss_chart.js";
+
+const TRAINER = "BlockSkip_TrainLora";
+const EVENT = "blockskip.train";
+const ROUTE = "/blockskip/last_run";
+const DEEPEST = 32; // subgraphs in subgraphs
+
+const charts = new WeakMap(); // node -> its chart
+const shown = new Set(); // weak references to all charts, for changes of the theme
+let refreshing = null;
+
+const root = () => app.rootGraph ?? app.graph;
+
+/** The node of an execution id such as "5", or "2:1" for node 1 inside subgraph node 2. */
+function nodeOfExecution(id) {
+  let [graph, node] = [root(), null];
+  for (const part of String(id).split(":").slice(0, DEEPEST)) {
+    node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** The node of an output's key: "5", or "<id of the subgraph's definition>:1". */
+function nodeOfLocator(key) {
+  const [definition, id] = key.includes(":") ? key.split(":") : [null, key];
+  const graph = definition === null ? root() : root()?.subgraphs?.get(definition);
+  return graph?.getNodeById(Number(id)) ?? graph?.getNodeById(id);
+}
+
+/** Every trainer of the open workflow with its execution id. */
+function* trainers(graph = root(), prefix = "", depth = 0) {
+  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
+    const id = `${prefix}${node.id}`;
+    if (charts.has(node)) yield [id, charts.get(node)];
+    if (node.subgraph && depth < DEEPEST) yield* trainers(node.subgraph, `${id}:`, depth + 1);
+  }
+}
+
+/** Show a run that was read from memory or an output, unless the chart knows the run better or a later one. */
+function offer(chart, run) {
+  const now = chart.run;
+  const older = now && (run.started < now.started || (run.run === now.run && run.count <= now.count));
+  if (!older || (run.run === now.run && run.count === now.count && run.status !== "running")) chart.show(run);
+}
+
+/** Ask the server for the last run of a node; once more when it is asked for again meanwhile. */
+async function fetchRun(id, chart) {
+  chart.asked = true;
+  if (chart.fetching) return;
+  chart.fetching = true;
+  try {
+    while (chart.asked) {
+      chart.asked = false;
+      const run = await askServer(id);
+      if (run) offer(chart, run);
+      else if (chart.run?.status === "running") chart.show({ ...chart.run, status: "lost", phase: "lost" });
+    }
+  } catch (error) {
+    console.warn("BlockSkip: the last run could not be read.", error);
+  } finally {
+    chart.fetching = false;
+  }
+}
+
+async function askServer(id) {
+  const query = new URLSearchParams({ node: id });
+  if (root()?.id) query.set("workflow", root().id);
+  const reply = await api.fetchApi(`${ROUTE}?${query}`, { cache: "no-store" });
+  if (!reply.ok) throw new Error(`${ROUTE} answered ${reply.status}`);
+  return readRun((await reply.json())?.run);
+}
+
+/** Fill all charts of the open workflow, soon: node ids and the workflow's id come after the nodes themselves. */
+function refreshAll() {
+  clearTimeout(refreshing);
+  refreshing = setTimeout(() => {
+    for (const [id, chart] of trainers()) fetchRun(id, chart);
+  }, 100);
+}
+
+function onEvent({ detail }) {
+  if (!detail || typeof detail !== "object") return;
+  if (detail.workflow && root()?.id && detail.workflow !== root().id) return; // another workflow's
+  const chart = charts.get(nodeOfExecution(detail.node));
+  if (!chart) return;
+  const news = readRun(detail);
+  if (!news) {
+    const words = [detail.phase, detail.detail].filter((word) => typeof word === "string");
+    chart.announce(words.join(" · ").slice(0, 200));
+    return;
+  }
+  chart.announce("");
+  if (chart.run?.run === news.run && chart.run.count === news.first) chart.show(extended(chart.run, news));
+  else if (news.first === 0) chart.show(news);
+  else fetchRun(String(detail.node), chart); // points were missed
+}
+
+function addChart(node) {
+  const chart = new LossChart();
+  charts.set(node, chart);
+  shown.add(new WeakRef(chart));
+  const widget = node.addDOMWidget("loss_chart", "blockskip_chart", chart.element, {
+    serialize: false, // keeps it out of the prompt
+    hideOnZoom: false,
+    hideInPanel: true, // one element cannot be in the node and in the side panel
+    getMinHeight: () => MIN_HEIGHT,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // keeps it out of saved workflows, whose values are told apart by their places
+  const before = node.onExecuted;
+  node.onExecuted = function (output) {
+    before?.apply(this, arguments);
+    const run = readRun(output?.blockskip_chart?.[0]);
+    if (run && run.run !== chart.run?.run) chart.show(run); // from the cache: what the node's outputs are now
+  };
+  refreshAll();
+}
+
+function redrawAll() {
+  for (const reference of shown) {
+    const chart = reference.deref();
+    if (chart) chart.redraw();
+    else shown.delete(reference);
+  }
+}
+
+app.registerExtension({
+  name: "BlockSkip.LiveChart",
+  setup() {
+    api.addEventListener(EVENT, onEvent);
+    api.addEventListener("reconnected", refreshAll);
+    api.addEventListener("status", ({ detail }) => {
+      if (detail?.exec_info?.queue_remaining === 0) for (const [, chart] of trainers()) chart.announce("");
+    });
+    const observer = new MutationObserver(redrawAll);
+    for (const element of [document.documentElement, document.body]) {
+      observer.observe(element, { attributes: true, attributeFilter: ["class", "style"] });
+    }
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === TRAINER) addChart(node);
+  },
+  afterConfigureGraph: refreshAll,
+  onNodeOutputsUpdated(outputs) {
+    for (const [key, output] of Object.entries(outputs ?? {})) {
+      const chart = charts.get(nodeOfLocator(key) ?? {});
+      const run = chart && readRun(output?.blockskip_chart?.[0]);
+      if (run) offer(chart, run);
+    }
+  },
+});
