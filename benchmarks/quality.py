@@ -145,7 +145,7 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
         model, _ = train(bench, arm_named(BASELINE), subject, 0, settings)
         scenes = bench.held_out(subject, PROBE_CAPTIONS)
     texts = [bench.world.caption(scene) for scene in scenes]
-    sampler = MaskedSampler(model, ProbeConfig(size=SMALL, steps=12, cfg=3.0), 8)
+    sampler = MaskedSampler(model, ProbeConfig(size=SMALL, steps=12, cfg=3.0))
     measured = TextInfluence(num_blocks, "reader's features", num_pictures=len(texts))
 
     def embeddings(masked: frozenset[int]) -> list[torch.Tensor]:

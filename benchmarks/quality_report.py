@@ -104,7 +104,7 @@ def table(cells: Cells) -> list[str]:
         lines.append(
             f"| {arm.name} | {arm.source} | {spans} | **{mean:.3f}** ± {error:.3f} | {small:.3f} ± {spread:.3f} | "
             f"{_shares(own)} | "
-            f"{_median(own, 'saved_bytes') / MIB:.1f} MiB | {_median(own, 'block_bytes') / MIB:.1f} MiB | "
+            f"{_least(own, 'saved_bytes') / MIB:.1f} MiB | {_median(own, 'block_bytes') / MIB:.1f} MiB | "
             f"{_least(own, 'step_seconds') / slowest:.2f} |"
         )
     return lines

@@ -308,9 +308,9 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, residuals, start_from=None, start_file=NO_FILE, **widgets) -> io.NodeOutput:
+    def execute(cls, model, residuals, start_from=None, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
-        start_from = _lora_to_start_from(start_from, single(start_file, "start_file"))
+        start_from = single(start_from, "start_from")
         with LiveChart(cls.hidden) as chart:
             progress = NodeProgress(cls.hidden.unique_id, chart.phase)
             run = _Run(model, residuals, progress, chart, start_from, **singles(**widgets))
@@ -343,12 +343,15 @@ class _Run:
         quantize_kept: str = "off",
         save_every: int = 100,
         keep_last: int = 2,
+        start_file: str = NO_FILE,
         resume: bool = True,
         **training: Any,
     ) -> None:
         self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
         self.streamed = _is_streamed(kept_weights)
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
+        if start_from is None and start_file != NO_FILE:
+            start_from = load_lora_file(start_file)
         if file_format not in get_args(LoraFileFormat):
             raise InvalidInputError(
                 f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
@@ -389,7 +392,8 @@ class _Run:
             "save_every": save_every,
             "keep_last": keep_last,
             "resume": resume,
-            "start_from": "another LoRA" if start_from else "nothing",
+            "start_from": "another LoRA" if start_from is not None and start_file == NO_FILE else "nothing",
+            "start_file": start_file,
         }
 
     def _identity(self) -> RunIdentity:
@@ -696,13 +700,6 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
             "The residuals were computed from another model than the one connected here. Connect the same MODEL "
             "to Precompute Residuals and to Dynamic Patch Trainer."
         )
-
-
-def _lora_to_start_from(given: Any, name: str) -> Mapping[str, torch.Tensor] | None:
-    """Return the LoRA of either input, or None."""
-    if given is not None:
-        return single(given, "start_from")
-    return None if name == NO_FILE else load_lora_file(name)
 
 
 def _is_streamed(kept_weights: str) -> bool:
