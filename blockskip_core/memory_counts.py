@@ -300,11 +300,11 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
 def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -> int:
     """Return the most that a chunk's tokens, residuals and outputs take; ``counted`` is that of one draw."""
     stream, img = _bytes(tokens.tensors().values()), tokens.img
-    per_draw = stream
+    per_draw = stream + stream * (plan.selection.front > 0)  # on its way, and as the front's output
     if plan.selection.back:  # summed up in float32 at least, and stored as the stream is, while the sum is still there
         summed = img.numel() * max(4, img.itemsize)
         per_draw += summed + img.nbytes + math.prod(plan.latent_shape) * 4
-        per_draw += stream * (plan.selection.front > 0) + img.nbytes * plan.linear
+        per_draw += img.nbytes * plan.linear
     return counted.host + (plan.chunk - 1) * per_draw
 
 

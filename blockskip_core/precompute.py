@@ -30,7 +30,7 @@ from .errors import TrainingError
 from .flow_matching import noisy_batch
 from .residual_cache import Residual
 from .stand_ins import PassThrough, Recording, RecordingBlock, Replay, ReplayFront, frozen_copy
-from .streams import Denoiser, SkippableDit, TokenStreams, batches_of_equal_text
+from .streams import Denoiser, SkippableDit, TokenStreams, batches_of_equal_text, plain_copy
 
 Progress = Callable[[int, int], None]  # (done, total); may raise to interrupt
 
@@ -214,7 +214,7 @@ class _BlockStream:
 
 def _rows(tensor: Tensor) -> list[Tensor]:
     """Return the rows of a batch, on the CPU, each its own memory; the batch axis stays."""
-    return [row.to("cpu", copy=True) for row in tensor.split(1)]
+    return [plain_copy(row) for row in tensor.split(1)]
 
 
 def _difference(leaving: TokenStreams, entering: TokenStreams) -> Tensor:

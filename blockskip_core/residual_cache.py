@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,7 @@ from .streams import TokenStreams
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
+_SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of what is there so far
 DISK_RESERVE_BYTES = 256 * 2**20  # left free for everybody else
@@ -293,7 +295,7 @@ class ResidualCache:
 
     def _shard(self, name: str) -> safe_open:
         if name not in self._shards:
-            if Path(name).name != name:
+            if not _SHARD_NAME.fullmatch(name):
                 raise CacheError(_damaged(self._folder, MANIFEST))
             self._shards[name] = safe_open(self._folder / name, framework="pt")
         return self._shards[name]
@@ -313,7 +315,9 @@ def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict
         if identity.difference(body["identity"]):
             return {}
         for key, entry in body["tensors"].items():
-            _read_checked(folder / Path(str(entry["shard"])).name, key, entry)
+            if not _SHARD_NAME.fullmatch(str(entry["shard"])):
+                raise CacheError(_damaged(folder, UNFINISHED))
+            _read_checked(folder / str(entry["shard"]), key, entry)
     except CacheError as error:
         logger.warning("BlockSkip: the unfinished residuals cannot be gone on with, they are computed anew: %s", error)
         return {}

@@ -41,13 +41,18 @@ class TokenStreams:
         """Return one stream per row of the batch, on the CPU, each its own memory; the batch axis stays."""
         txt = [None] * len(self.img) if self.txt is None else self.txt.split(1)
         pairs = zip(self.img.split(1), txt, strict=True)
-        return [TokenStreams(img, text).map(lambda x: x.to("cpu", copy=True)) for img, text in pairs]
+        return [TokenStreams(img, text).map(plain_copy) for img, text in pairs]
 
     @staticmethod
     def cat(streams: Sequence[TokenStreams]) -> TokenStreams:
         """Return the streams joined along the batch axis."""
         txt = None if streams[0].txt is None else torch.cat([s.txt for s in streams])
         return TokenStreams(torch.cat([s.img for s in streams]), txt)
+
+
+def plain_copy(tensor: Tensor) -> Tensor:
+    """Return an ordinary CPU tensor of its own memory; weights in another pack's class give tokens in that class."""
+    return tensor.as_subclass(Tensor).to("cpu", copy=True)
 
 
 class BlockIO(Protocol):

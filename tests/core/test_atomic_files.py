@@ -68,6 +68,7 @@ def test_every_error_is_a_value_error_of_one_family():
         "InvalidInputError",
         "UnsupportedModelError",
         "CacheError",
+        "CheckpointError",
         "StorageError",
         "LoraFileError",
         "TrainingError",

@@ -352,12 +352,14 @@ def test_a_training_does_not_see_another_clones_patches(comfyui):
     assert run(plain, chosen(1, 2), steps=2)[0].losses == expected
 
 
-def test_other_loaded_models_stay_loaded(comfyui):
+def test_unloading_a_model_leaves_others_loaded(comfyui):
     import comfy.model_management
+    from blockskip_pack.blockskip_core.hosts.hosted_dit import unload
 
     other, patcher = tiny_flux(seed=9), tiny_flux()
-    comfy.model_management.load_models_gpu([other])
     run(patcher, chosen(1, 2))
+    comfy.model_management.load_models_gpu([patcher, other])
+    unload(patcher)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
     assert other in loaded
     assert not any(entry is not None and entry.is_clone(patcher) for entry in loaded)
