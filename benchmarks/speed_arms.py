@@ -267,7 +267,7 @@ def our_steps(
             config,
             result=result,
             on_step=lambda report: None,
-            activation_bytes=_step_bytes(lab, dit, size, selection, checkpointing, source, _numbers(adapters)),
+            activation_bytes=_step_bytes(lab, dit, size, selection, checkpointing, source, adapters.num_parameters),
         )
     return result.step_seconds[WARM_UP:]
 
@@ -284,10 +284,6 @@ def _residuals(lab: Lab, dit: Any, size: int, ratio: float, source: str) -> Iter
             shutil.rmtree(stored.folder, ignore_errors=True)
     else:
         yield lab.in_memory(size, ratio)
-
-
-def _numbers(adapters: LoraAdapters) -> int:
-    return sum(tensor.numel() for tensor in adapters.parameters())
 
 
 def _step_bytes(

@@ -108,6 +108,14 @@ class BlockSelection:
         content = json.dumps([self.front, self.back, self.num_blocks, self.family])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
+    def require_for(self, num_blocks: int, family: str) -> None:
+        """Raise InvalidInputError unless this is a selection for a model with these blocks."""
+        if (self.num_blocks, self.family) != (num_blocks, family):
+            raise InvalidInputError(
+                f"The selection was made for {self.num_blocks} blocks of {self.family}, this model has {num_blocks} of "
+                f"{family}. Connect the same MODEL to Select Blocks."
+            )
+
     @property
     def kept_bytes(self) -> int:
         """Weight bytes of the blocks that stay."""

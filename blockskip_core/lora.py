@@ -126,6 +126,11 @@ class LoraAdapters:
         """Return all trainable tensors, A before B, layer by layer."""
         return [tensor for name in self._layers for tensor in (self.down(name), self.up(name))]
 
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(tensor.numel() for tensor in self.parameters())
+
     @torch.inference_mode(False)  # hosts run their nodes under it, and what is made there cannot be trained
     def to(self, device: torch.device) -> None:
         """Move the trainable tensors, keeping the parameter objects."""

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..blockskip_core.back_response import BACK_RESIDUALS
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.frames import latent_shape
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.quantised_blocks import available_formats, require_available
 from ..blockskip_core.hosts.weightless_dit import WeightlessDit
@@ -164,12 +165,8 @@ class _Plan:
             if value < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {value}.")
         require_available(quantize_kept)
-        self.dit = HostedDit(model, captions, self._latent_shape(model, patch_min))
-        if (selection.num_blocks, selection.family) != (len(self.dit.blocks), self.dit.family):
-            raise InvalidInputError(
-                f"The selection was made for {selection.num_blocks} blocks of {selection.family}, this model has "
-                f"{len(self.dit.blocks)} of {self.dit.family}. Connect the same MODEL to Select Blocks."
-            )
+        self.dit = HostedDit(model, captions, latent_shape(model.model, patch_min))
+        selection.require_for(len(self.dit.blocks), self.dit.family)
         self._weightless = WeightlessDit.of(self.dit)
         self._model, self._selection = model, selection
         self._draws, self._chunk, self._linear = draws, chunk_size, back_residual == "linear"
@@ -187,12 +184,6 @@ class _Plan:
         )
         self.available, self.place = self._room(card_memory)
 
-    @staticmethod
-    def _latent_shape(model: Any, side: int) -> tuple[int, int, int]:
-        form = model.model.latent_format
-        cells = max(1, side // form.spacial_downscale_ratio)
-        return (form.latent_channels, cells, cells)
-
     def _room(self, card_memory: float) -> tuple[int, str]:
         """Return the bytes that the run may take, and of what."""
         if not 0.0 <= card_memory < float("inf"):
@@ -208,8 +199,8 @@ class _Plan:
         """Count a run with these settings."""
         stored = self._draws if settings.storage == "disk" else min(self._draws, self._chunk)
         plan = RunPlan(
-            latent_shape=self._latent_shape(self._model, settings.patch_min),
-            probe_shape=self._latent_shape(self._model, self._probe_size),
+            latent_shape=latent_shape(self._model.model, settings.patch_min),
+            probe_shape=latent_shape(self._model.model, self._probe_size),
             selection=self._selection,
             lora=self._lora,
             layers=self._weightless.lora_layers(self._selection, self._lora.targets),

@@ -9,12 +9,11 @@ from comfy_api.latest import io
 
 from ..blockskip_core import pictures
 from ..blockskip_core.back_response import BACK_RESIDUALS
-from ..blockskip_core.block_selection import BlockSelection
 from ..blockskip_core.draws import draw_schedule, largest_crop
-from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.encoding import TrainingCrops, crop_multiple, encode_crops, flatten_pictures
 from ..blockskip_core.hosts.folders import residuals_folder
+from ..blockskip_core.hosts.frames import latent_shape
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import (
     conditionings_identity,
@@ -190,7 +189,7 @@ class PrecomputeResiduals(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
 
         bare = HostedDit(model)
-        _require_same_model(selection, bare)
+        selection.require_for(len(bare.blocks), bare.family)
         multiple = crop_multiple(vae, bare.adapter.patch_size)
         storage, back_residual = widgets["storage"], widgets.get("back_residual", "constant")
         residual_format = widgets.get("residual_format", "exact")
@@ -216,7 +215,9 @@ class PrecomputeResiduals(io.ComfyNode):
         folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))
         residuals = ResidualSet(
             schedule=schedule,
-            latents=_shapes_of_latents(model, schedule),
+            latents=torch.empty(
+                len(schedule), *latent_shape(model.model, schedule.patches.patch_min), device="meta"
+            ),  # what they will be, without memory
             selection=selection,
             captions=captions,
             identity=identity,
@@ -238,21 +239,6 @@ class PrecomputeResiduals(io.ComfyNode):
         sheet = _contact_sheet(crops, schedule)
         progress.say(_size_note(photos, schedule))
         return io.NodeOutput(residuals, pictures.as_image(sheet))
-
-
-def _require_same_model(selection: BlockSelection, dit: HostedDit) -> None:
-    if (selection.num_blocks, selection.family) != (len(dit.blocks), dit.family):
-        raise InvalidInputError(
-            f"The selection was made for {selection.num_blocks} blocks of {selection.family}, this model has "
-            f"{len(dit.blocks)} of {dit.family}. Connect the same MODEL to Select Blocks."
-        )
-
-
-def _shapes_of_latents(model, schedule) -> torch.Tensor:
-    """Return what the latents will be, without memory."""
-    form = model.model.latent_format
-    side = schedule.patches.patch_min // form.spacial_downscale_ratio
-    return torch.empty(len(schedule), form.latent_channels, side, side, device="meta")
 
 
 def _schedule(

@@ -1,4 +1,4 @@
-"""Pictures for models of videos: latents (B, C, H, W) of this package, (B, C, 1, H, W) for the host.
+"""Latents (B, C, H, W) of this package, and (B, C, 1, H, W) of the host's models of videos.
 
 Wan and Qwen-Image work on latents with an axis of frames. A picture is a video of one frame.
 """
@@ -15,6 +15,13 @@ _FRAMES = 2  # the axis
 def has_frames(model: Any) -> bool:
     """Return whether the host's model works on latents with an axis of frames."""
     return model.latent_format.latent_dimensions == 3
+
+
+def latent_shape(model: Any, side: int) -> tuple[int, int, int]:
+    """Return (C, H, W) of the latent of a square picture with ``side`` pixels."""
+    form = model.latent_format
+    cells = max(1, side // form.spacial_downscale_ratio)
+    return (form.latent_channels, cells, cells)
 
 
 def with_frame(model: Any, latents: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..block_selection import cosine_distance
 from ..errors import InvalidInputError
 from . import adapter_for
-from .frames import with_frame
+from .frames import latent_shape, with_frame
 
 _WRAPPER = "blockskip_text_mask"
 
@@ -87,9 +87,8 @@ class MaskedSampler:
                 _WRAPPER,
                 self._adapter.text_masking_wrapper(masked),
             )
-        latents = self._patcher.model.latent_format
-        cells = self._probe.size // latents.spacial_downscale_ratio
-        empty = with_frame(self._patcher.model, torch.zeros(1, latents.latent_channels, cells, cells))
+        model = self._patcher.model
+        empty = with_frame(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
         return comfy.sample.sample(
             patcher,
             comfy.sample.prepare_noise(empty, seed),

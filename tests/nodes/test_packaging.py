@@ -19,6 +19,7 @@ NEEDED = [
     "__init__.py",
     "nodes/__init__.py",
     "nodes/train_lora.py",
+    "nodes/training_run.py",
     "blockskip_core/__init__.py",
     "blockskip_core/hosts/flux.py",
     "requirements.txt",

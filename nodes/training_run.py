@@ -1,0 +1,444 @@
+"""One training run: settings in, LoRA and figures out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import psutil
+import torch
+
+from ..blockskip_core.block_selection import format_bytes
+from ..blockskip_core.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ..blockskip_core.errors import CacheError, InvalidInputError, StorageError, TrainingError
+from ..blockskip_core.hosts.folders import run_folder
+from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
+from ..blockskip_core.hosts.identity import model_identity, tensors_identity
+from ..blockskip_core.hosts.lora_files import (
+    load_lora_file,
+    lora_to_start_from,
+    output_path,
+    require_writable,
+    save_lora,
+)
+from ..blockskip_core.hosts.quantised_blocks import QuantisedDit
+from ..blockskip_core.lora import (
+    LinearShape,
+    LoraAdapters,
+    LoraFileFormat,
+    LoraSettings,
+    to_file_tensors,
+    to_host_lora,
+)
+from ..blockskip_core.residual_sources import ResidualSet
+from ..blockskip_core.run_report import RunReport, write_report
+from ..blockskip_core.training import (
+    StepReport,
+    TrainingConfig,
+    TrainingResult,
+    estimated_step_bytes,
+    train_lora,
+)
+from ..blockskip_core.version import VERSION
+from .apply_lora import NO_FILE
+from .live_chart import LiveChart
+from .progress import NodeProgress
+from .versions import software_versions, version_of
+
+logger = logging.getLogger(__name__)
+
+STEPS_OF_PACE = 20
+"""The chart's time per step is the mean of so many of the last steps."""
+
+
+class TrainingRun:
+    """One training run: settings in, LoRA and figures out."""
+
+    def __init__(
+        self,
+        model: Any,
+        residuals: ResidualSet,
+        progress: NodeProgress,
+        chart: LiveChart,
+        start_from: Mapping[str, torch.Tensor] | None,
+        *,
+        rank: int,
+        alpha: float = 0.0,
+        targets: str = "attention and mlp",
+        output_name: str = "loras/blockskip",
+        file_format: str = "peft",
+        activation_budget: float = 0.0,
+        kept_weights: str = "resident",
+        quantize_kept: str = "off",
+        save_every: int = 100,
+        keep_last: int = 2,
+        start_file: str = NO_FILE,
+        resume: bool = True,
+        **training: Any,
+    ) -> None:
+        self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
+        self.streamed = _is_streamed(kept_weights)
+        self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
+        if start_from is None and start_file != NO_FILE:
+            start_from = load_lora_file(start_file)
+        if file_format not in get_args(LoraFileFormat):
+            raise InvalidInputError(
+                f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
+            )
+        self.residuals, self.progress, self.chart, self.file_format = residuals, progress, chart, file_format
+        self.path = output_path(output_name)
+        require_writable(self.path)
+        self.saved_as: str | None = self.path.name
+        self.summary_path: Path | None = None
+        _require_same_model(model, residuals)
+        self.dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+        self.quantize_kept, self.keep_last = quantize_kept, keep_last
+        self.trained_dit = self._quantised(quantize_kept)
+        self.result = TrainingResult()
+        self.memory = PeakMemory(self.dit.device)
+        layers = self.dit.lora_layers(residuals.selection, targets)
+        shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+        with torch.inference_mode(False):
+            self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
+            if start_from is not None:
+                self.adapters.load_state_dict(lora_to_start_from(model, start_from, self.adapters))
+        identity = self._identity()
+        self.checkpoints = Checkpoints(
+            run_folder(identity.key), identity, every=save_every, keep=keep_last, resume=resume
+        )
+        remove_old_runs(run_folder(identity.key).parent, keep=KEPT_RUNS - 1, but=identity.key)
+        self.safe_files: list[Path] = []
+        self.shown_settings = {
+            **asdict(self.config),
+            "activation_budget": f"{activation_budget:g} GiB",
+            "rank": rank,
+            "alpha": self.settings.alpha,
+            "targets": targets,
+            "output_name": output_name,
+            "file_format": file_format,
+            "kept_weights": kept_weights,
+            "quantize_kept": quantize_kept,
+            "save_every": save_every,
+            "keep_last": keep_last,
+            "resume": resume,
+            "start_from": "another LoRA" if start_from is not None and start_file == NO_FILE else "nothing",
+            "start_file": start_file,
+        }
+
+    def _identity(self) -> RunIdentity:
+        """What decides the LoRA's values after so many steps."""
+        no_effect = {"checkpointing", "activation_budget"}
+        no_effect.add("warmup_steps" if self.config.lr_schedule == "constant" else "")
+        if self.config.lr_schedule not in ("linear", "cosine"):  # their rates depend on how long the run is
+            no_effect.add("steps")
+        config = {name: value for name, value in asdict(self.config).items() if name not in no_effect}
+        first_values = self.adapters.state_dict()
+        return RunIdentity(
+            {
+                **{f"residuals: {name}": value for name, value in asdict(self.residuals.identity).items()},
+                "storage": "on the fly" if self.residuals.storage == "on the fly" else "stored",
+                "scale": self.adapters.scale,
+                "quantize_kept": self.quantize_kept,
+                "targets": self.settings.targets,
+                "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
+                "made by": f"BlockSkip {VERSION}",
+                **config,
+            }
+        )
+
+    def train(self) -> None:
+        """Train, and save the LoRA however the run ends, if it has learned anything.
+
+        Raises:
+            TrainingError: If training cannot go on; the message names the file that holds what was learned.
+            StorageError: If a run that ended early cannot be saved.
+        """
+        try:
+            self._train()
+        except TrainingError as error:
+            if not self.result.steps:
+                raise
+            self._save_early()
+            raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
+        except BaseException:  # Cancel too, and at any moment of the last step
+            if self.result.steps:
+                self._save_early()
+            raise
+        finally:
+            self.memory.sample()
+            if self.result.resumed_at == self.result.steps:
+                self._chart_earlier_steps()  # nothing was left to train, or it ended before the first step
+        self._save_finished()
+
+    def _save_finished(self) -> None:
+        """Save a finished run. If the disk refuses, say so and go on: the LoRA is still on the node's output."""
+        try:
+            self._save()
+        except StorageError as error:
+            self.saved_as = None
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+        else:
+            self._save_summary()
+
+    def _save_early(self) -> None:
+        """Save a run that did not get to its end."""
+        self._save()
+        self._save_summary()
+
+    def _save_summary(self) -> None:
+        """Write the summary beside the LoRA that it is of. If the disk refuses, say so and go on."""
+        path = self.path.with_suffix(".html")
+        try:
+            write_report(self.report(), path)
+        except (StorageError, OSError) as error:  # OSError: the LoRA that was written just now is gone
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
+            return
+        self.summary_path = path
+
+    def say_how_it_went(self) -> None:
+        """Leave a line under the node: what was trained, and what went wrong on the way."""
+        done = f"{self.result.steps} steps"
+        if self.result.resumed_at == self.result.steps:
+            done = f"This run had finished before: {done}, nothing left to train"
+        elif self.result.resumed_at:
+            done += f", of which {self.result.resumed_at} by an earlier run that this one went on from"
+        saved = f"saved as {self.saved_as}" if self.saved_as else "not saved"
+        if self.summary_path:
+            saved += f", summary in {self.summary_path.name}"
+        self.progress.say(". ".join([f"{done}; {saved}", *dict.fromkeys(self.result.problems)]))
+
+    def _quantised(self, weight_format: str) -> HostedDit | QuantisedDit:
+        """Return the model as it is trained on; residuals are those of the model as loaded."""
+        if weight_format == "off":
+            return self.dit
+        kept = [self.dit.blocks[index].name for index in self.residuals.selection.kept]
+        return QuantisedDit(self.dit, kept, weight_format)
+
+    def _train(self) -> None:
+        if self.trained_dit is not self.dit:
+            self.trained_dit.quantise(lambda done, total: self.progress("layers quantised", done, total))
+        train_lora(
+            self.trained_dit,
+            self.residuals.schedule,
+            self.residuals.latents,
+            self.residuals.selection,
+            self.residuals.source(self.dit, self.progress),
+            self.adapters,
+            self.config,
+            result=self.result,
+            on_step=self._on_step,
+            activation_bytes=self._activation_bytes(),
+            checkpoints=self.checkpoints,
+        )
+
+    def _activation_bytes(self) -> int:
+        if self.streamed:
+            return STREAMED
+        text = max(self.dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
+        estimated = estimated_step_bytes(
+            num_kept=len(self.residuals.selection.kept),
+            tokens=self.dit.image_tokens(*self.residuals.latents.shape[-2:]) + text,
+            width=self.dit.width,
+            itemsize=self.dit.dtype.itemsize,
+            batch_size=self.config.batch_size,
+            checkpointing=self.config.checkpointing,
+            lora_numbers=self.adapters.num_parameters,
+        )
+        return estimated + round(self.config.activation_budget) * self.config.checkpointing
+
+    def _on_step(self, report: StepReport) -> None:
+        self.memory.sample()
+        pace = sum(self.result.step_seconds) / len(self.result.step_seconds)
+        left = timedelta(seconds=round(pace * (self.config.steps - report.step)))
+        self._chart(report, left)
+        detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self.memory.peak)}"
+        if self.checkpoints.is_due(report.step) and report.step < self.config.steps:
+            self._save_safe_file(report.step)
+        self.progress("training step", report.step, self.config.steps, detail)
+
+    def _chart(self, report: StepReport, left: timedelta) -> None:
+        if report.step == self.result.resumed_at + 1:
+            self._chart_earlier_steps()
+        self.chart.step(
+            report.step,
+            self.config.steps,
+            report.loss,
+            report.learning_rate,
+            seconds_per_step=_mean(self.result.step_seconds[-STEPS_OF_PACE:]),
+            seconds_left=left.total_seconds(),
+            memory_now=self.memory.now,
+            memory_peak=self.memory.peak,
+            memory_of=self.memory.what,
+        )
+
+    def _chart_earlier_steps(self) -> None:
+        size = self.config.accumulation
+        ends = range(size, self.result.resumed_at * size + 1, size)
+        self.chart.earlier([sum(self.result.losses[end - size : end]) / size for end in ends], self.config.steps)
+
+    def _save_safe_file(self, step: int) -> None:
+        """Write the LoRA so far beside the final file. If the disk refuses, say so and go on."""
+        path = self.path.with_name(f"{self.path.stem}step{step:06}.safetensors")
+        try:
+            self._save(path)
+        except StorageError as error:
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
+            return
+        self.safe_files.append(path)
+        for old in self.safe_files[: -self.keep_last]:
+            old.unlink(missing_ok=True)
+        del self.safe_files[: -self.keep_last]
+
+    def _save(self, path: Path | None = None) -> None:
+        path = path or self.path
+        state = self.adapters.state_dict()
+        tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
+        save_lora(tensors, self.metadata(), path)
+        logger.info("BlockSkip: saved %s after step %d", path.name, self.result.steps)
+
+    @torch.inference_mode(False)  # the tensors are ordinary ones, as core's are
+    def host_lora(self) -> dict[str, torch.Tensor]:
+        """Return the LoRA as core's trainer would."""
+        return to_host_lora(self.adapters.state_dict(), self.adapters.scale, self.settings.rank)
+
+    def loss_map(self) -> dict[str, list[float]]:
+        """Return the losses for core's Plot Loss Graph."""
+        return {"loss": self.result.losses}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the file says of itself."""
+        selection, patches = self.residuals.selection, self.residuals.schedule.patches
+        return {
+            "trained_with": f"BlockSkip {VERSION}",
+            "base_model": self.dit.adapter.title,
+            "base_model_identity": self.residuals.identity.model,
+            "rank": self.settings.rank,
+            "alpha": self.settings.alpha,
+            "targets": self.settings.targets,
+            "skipped_first": selection.front,
+            "skipped_last": selection.back,
+            "blocks": selection.num_blocks,
+            "selection_method": selection.method,
+            "patch_min": patches.patch_min,
+            "patch_max": patches.patch_max,
+            "patch_order": patches.order,
+            "timesteps": self.residuals.schedule.timesteps,
+            "residuals": self.residuals.storage,
+            "back_residual": self.residuals.back_residual,
+            "residual_format": self.residuals.identity.residual_format,
+            "steps": self.result.steps,
+            "steps_planned": self.config.steps,
+            "batch_size": self.config.batch_size,
+            "accumulation": self.config.accumulation,
+            "learning_rate": self.config.learning_rate,
+            "quantize_kept": self.quantize_kept,
+            "seed": self.config.seed,
+            "draws_seed": self.residuals.schedule.seed,
+            "peft_version": version_of("peft"),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Return figures of the run, all finite, for the node's display and the history."""
+        selection = self.residuals.selection
+        kept = [self.trained_dit.blocks[index] for index in selection.kept]
+        seconds = self.result.step_seconds
+        tenth = max(1, len(self.result.losses) // 10)
+        return {
+            "file": self.saved_as,
+            "summary_file": self.summary_path and self.summary_path.name,
+            "quantize_kept": self.quantize_kept,
+            "blocks": selection.num_blocks,
+            "skipped_first": selection.front,
+            "skipped_last": selection.back,
+            "kept_blocks": len(kept),
+            "kept_parameters": sum(block.num_parameters for block in kept),
+            "kept_weights_bytes": sum(block.num_bytes for block in kept),
+            "all_parameters": sum(block.num_parameters for block in self.dit.blocks),
+            "all_weights_bytes": sum(block.num_bytes for block in self.dit.blocks),
+            "saved_for_backward_bytes": self.result.saved_bytes,
+            "lora_parameters": self.adapters.num_parameters,
+            "peak_memory_bytes": self.memory.peak,
+            "peak_memory_of": self.memory.what,
+            "seconds_per_step": _mean(seconds),
+            "steps": self.result.steps,
+            "loss_of_first_tenth": _mean(self.result.losses[:tenth]),
+            "loss_of_last_tenth": _mean(self.result.losses[-tenth:]),
+            "self_check": self.result.self_check,
+            "resumed_at": self.result.resumed_at,
+            "problems": list(dict.fromkeys(self.result.problems)),
+        }
+
+    def report(self) -> RunReport:
+        """Return everything that the summary file says; the LoRA's file is there."""
+        said = self.summary()
+        return RunReport(
+            file=self.path.name,
+            file_bytes=self.path.stat().st_size,
+            family=self.dit.adapter.title,
+            selection=self.residuals.selection,
+            block_names=[block.name for block in self.dit.blocks],
+            schedule=self.residuals.schedule,
+            num_captions=len(self.residuals.captions),
+            storage={
+                "Residuals": self.residuals.storage,
+                "Stored as": self.residuals.identity.residual_format,
+                "Back residual": self.residuals.back_residual,
+            },
+            settings=self.shown_settings,
+            config=self.config,
+            result=self.result,
+            peak_bytes=self.memory.peak,
+            peak_of=self.memory.what,
+            kept_parameters=said["kept_parameters"],
+            all_parameters=said["all_parameters"],
+            kept_bytes=said["kept_weights_bytes"],
+            all_bytes=said["all_weights_bytes"],
+            lora_parameters=said["lora_parameters"],
+            versions=software_versions(self.dit.device),
+            written=datetime.now().astimezone().isoformat(" ", "minutes"),
+        )
+
+
+class PeakMemory:
+    """Peak memory of a run: allocated on the GPU where there is one, resident in the process otherwise."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.now = self.peak = 0
+        self.what = "GPU memory allocated" if device.type == "cuda" else "process memory (RSS)"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def sample(self) -> None:
+        """Look at the memory now."""
+        if self._device.type == "cuda":
+            self.now = torch.cuda.memory_allocated(self._device)
+            top = torch.cuda.max_memory_allocated(self._device)
+        else:
+            top = self.now = psutil.Process().memory_info().rss
+        self.peak = max(self.peak, top)
+
+
+def _require_same_model(model: Any, residuals: ResidualSet) -> None:
+    if model_identity(model) != residuals.identity.model:
+        raise CacheError(
+            "The residuals were computed from another model than the one connected here. Connect the same MODEL "
+            "to Precompute Residuals and to Dynamic Patch Trainer."
+        )
+
+
+def _is_streamed(kept_weights: str) -> bool:
+    if kept_weights not in ("resident", "streamed"):
+        raise InvalidInputError(f"kept_weights must be resident or streamed, got {kept_weights!r}.")
+    return kept_weights == "streamed"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
