@@ -24,6 +24,7 @@ from ..blockskip_core.hosts.lora_files import (
     output_path,
     require_writable,
     save_lora,
+    unused_path,
 )
 from ..blockskip_core.hosts.quantised_blocks import QuantisedDit
 from ..blockskip_core.hosts.training_samples import SampleRequest
@@ -377,11 +378,17 @@ class TrainingRun:
             return
         self.safe_files.append(path)
         for old in self.safe_files[: -self.keep_last]:
-            old.unlink(missing_ok=True)
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                logger.error("BlockSkip: %s", error)
+                self.result.problems.append(f"An old safe point cannot be removed: {error}.")
         del self.safe_files[: -self.keep_last]
 
     def _save(self, path: Path | None = None) -> None:
-        path = path or self.path
+        if path is None:  # another program may have taken the name since
+            path = self.path = unused_path(self.path)
+            self.saved_as = path.name
         state = self.adapters.state_dict()
         tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
         save_lora(tensors, self.metadata(), path)
