@@ -264,6 +264,9 @@ def report(
     available: int,
     place: str,
     found: tuple[list[Change], MemoryNeeds] | None,
+    *,
+    draws: int = 1,
+    speed: float | None = None,
 ) -> str:
     """Return the plan for people, several lines.
 
@@ -272,6 +275,8 @@ def report(
         available: Bytes of the device that it may take.
         place: The device's name.
         found: What :func:`changes_that_fit` gave, if it does not fit.
+        draws: Training examples, all of which are precomputed.
+        speed: Operations per second of the device, see ``throughput``; None for a card that is not here.
     """
     lines = [_verdict(settings, needs, available, place, found), ""]
     for phase, peak in phase_peaks(needs).items():
@@ -283,12 +288,28 @@ def report(
         lines.append(f"{phase}: {format_bytes(peak)} on the device{note}")
     lines.append(f"host memory beside the model: up to {format_bytes(needs.host)}")
     lines.append(f"disk: {format_bytes(needs.disk)} of residuals" if needs.disk else "disk: no residuals")
+    lines.append(_time(needs, draws, speed))
     lines.append("")
     lines.append(
         f"Counted, not estimated: bytes of all tensors that live at the same time. The device needs more than that; "
         f"{MARGIN:.0%} are added for it in the verdict."
     )
     return "\n".join(lines)
+
+
+def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
+    parts = {"a training step": needs.training.operations}
+    if needs.precomputing is not None:
+        parts[f"precomputing {draws:,} draws"] = draws * needs.precomputing.operations
+    counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
+    if speed is None:
+        return f"work: {counted}. How long that takes on a card that is not here is not known."
+    times = ", ".join(f"{what} {_duration(operations / speed)}" for what, operations in parts.items())
+    return f"work: {counted}. At least: {times}, at the {speed / 1e12:,.3g} TFLOP/s of this device's matrix products."
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100.0 else f"{seconds / 60:,.0f} min"
 
 
 def _verdict(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from blockskip_pack.blockskip_core.memory_counts import MemoryNeeds, PhaseCount
 from blockskip_pack.blockskip_core.memory_plan import (
     CARDS,
@@ -19,6 +20,7 @@ from blockskip_pack.blockskip_core.memory_plan import (
     verdict_on_training,
     with_spare_used,
 )
+from blockskip_pack.blockskip_core.throughput import operations_per_second
 from blockskip_pack.blockskip_core.training import TrainingConfig
 
 GIB = 2**30
@@ -183,3 +185,23 @@ def test_settings_say_what_they_are():
     )
     kept = replace(BIG, config=TrainingConfig(steps=1, activation_budget=1.5 * GIB))
     assert "checkpointing on, activation_budget 1.5, quantize_kept off." in kept.describe()
+
+
+def test_work_is_counted_and_timed_where_the_device_is_here():
+    whole = MemoryNeeds(
+        selecting=phase(1), precomputing=PhaseCount(weights=0, peak=1, operations=2 * 10**12, host=0),
+        training=PhaseCount(weights=0, peak=1, operations=5 * 10**12, host=0), lora=0, replayed=0, host=0, disk=0,
+    )  # fmt: skip
+    text = report(BIG, whole, GIB, "a card", None, draws=400, speed=10.0 * 10**12)
+    assert (
+        "work: a training step 5 TFLOP, precomputing 400 draws 800 TFLOP. At least: a training step 0.5 s, precomputing 400 "
+        "draws 80 s, at the 10 TFLOP/s of this device's matrix products."
+    ) in text.splitlines()
+    text = report(BIG, whole, GIB, "a card", None, draws=40_000, speed=10.0 * 10**12)
+    assert "precomputing 40,000 draws 133 min" in text
+    assert "on a card that is not here is not known." in report(BIG, whole, GIB, "a card", None)
+
+
+def test_the_speed_is_that_of_a_product():
+    speed = operations_per_second(torch.device("cpu"), torch.float32, width=256, tokens=64)
+    assert 1e8 < speed < 1e15
