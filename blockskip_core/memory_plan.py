@@ -19,8 +19,8 @@ from .training import TrainingConfig
 MARGIN = 0.05  # of the counted peak
 CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
 """Presets: the card's memory in GiB."""
-NOT_OURS = 1.0
-"""GiB of a card that driver, desktop and browser take; a guess that leaves room for two screens."""
+NOT_OURS = (1 / 8, 0.5)
+"""Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
 _PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
 
@@ -176,7 +176,8 @@ def room_of_card(card: str) -> int:
     """
     if card not in CARDS:
         raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
-    return round((CARDS[card] - NOT_OURS) * 2**30)
+    share, more = NOT_OURS
+    return round((CARDS[card] * (1 - share) - more) * 2**30)
 
 
 def with_spare_used(

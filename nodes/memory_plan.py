@@ -104,8 +104,8 @@ class MemoryPlan(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=[OFF, *CARDS], default=OFF, optional=True,
-                    tooltip="Plan for a card of this size, with 1 GiB of it left to the desktop. Takes precedence over "
-                    "`card_memory`.",
+                    tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left to the desktop, the driver and "
+                    "other programs. Takes precedence over `card_memory`.",
                 ),
                 io.Boolean.Input(
                     "use_spare", default=True, optional=True, advanced=True,
