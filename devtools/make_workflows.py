@@ -18,6 +18,7 @@ from typing import Any
 
 from workflow_graphs import GRAPHS, Column, Graph
 from workflow_stand_ins import twin_of
+from workflow_thumbnails import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKER = ROOT / "devtools" / "check_workflow.mjs"
@@ -193,14 +194,18 @@ def write(server: str, graph: Graph) -> None:
     with tempfile.TemporaryDirectory() as folder:
         workflow = arrange(convert(server, graph, Path(folder)), graph)
     target = ROOT / "workflows" / f"{graph.name}.json"
+    if target.exists():  # it is the same workflow, to whoever has it open
+        workflow["id"] = json.loads(target.read_text(encoding="utf-8"))["id"]
     target.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
     if graph.twin:
         twin = twin_of(numbered(graph))
         (TWINS / f"{graph.twin}.api.json").write_text(json.dumps(twin, indent=1) + "\n", encoding="utf-8")
-    subprocess.run(
-        ["node", str(CHECKER), server, str(target), "--screenshot", str(target.with_suffix(".jpg")), "--size", "1400x800"],
-        check=False,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "graph.png"
+        subprocess.run(
+            ["node", str(CHECKER), server, str(target), "--screenshot", str(picture), "--size", "1400x800"], check=False
+        )
+        draw(graph, picture).save(target.with_suffix(".jpg"), quality=88)
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ class Graph:
         prompt: The nodes.
         columns: Where they stand, from left to right.
         note: What stands at the left.
+        headline, subline: What the thumbnail says.
+        shows: A picture of the help pages and the part of it that the thumbnail shows; the graph itself without.
         twin: Name of the same graph with the demo's small models in ``tests/workflows``; "" where that is written by hand.
         muted: Nodes that do not run until the user says so.
     """
@@ -43,6 +45,9 @@ class Graph:
     prompt: Prompt
     columns: tuple[Column, ...]
     note: str
+    headline: str
+    subline: str
+    shows: tuple[str, tuple[int, int, int, int]] | None = None
     twin: str = ""
     muted: frozenset[str] = field(default=frozenset())
 
@@ -289,6 +294,8 @@ TRAIN = Graph(
 
 Short of memory? Load the model with `weight_dtype` fp8_e4m3fn, or lower `patch_min`.
 Short of disk? Set **storage** to *chunked*.""",
+    headline="Train a LoRA",
+    subline="FLUX.1, the paper's setting\nbf16, half of the blocks skipped",
 )
 
 FIRST = Graph(
@@ -392,6 +399,8 @@ These are small settings, to see soon that everything works. For a better likene
 Nobody has measured on a GPU yet how long this takes or how good it gets with FLUX.1. Tell us.
 
 {PRACTICE}""",
+    headline="My first LoRA",
+    subline="notes at every step\none caption for all pictures",
     twin="my_first_lora",
 )
 
@@ -403,6 +412,7 @@ def card(
     skip_ratio: float,
     room: float,
     counted: float,
+    summary: str,
     why: str,
 ) -> Graph:
     """Training on a card of so many GB.
@@ -410,7 +420,7 @@ def card(
     Args:
         room: GiB of it that Memory Plan lets the run take; the rest is for the screen, other programs and the driver.
         counted: GiB that Memory Plan counts at the peak, with captions of 512 tokens.
-        why: What the settings are, for people.
+        summary, why: What the settings are, for people, in short and at length.
     """
     return Graph(
         f"BlockSkip - Train {size} GB",
@@ -449,6 +459,8 @@ Crop size, storage, batch size, checkpointing and quantisation are set at **Memo
 from there.
 
 {PRACTICE}""",
+        headline=f"Train on {size} GB",
+        subline=f"{summary}\n{counted:g} GiB counted",
         twin=f"train_{size}_gb",
     )
 
@@ -457,16 +469,32 @@ CARD_8 = card(
     8,
     ONE_FP8_FILE,
     skip_ratio=0.5,
+<<<<<<< HEAD
     room=6.5,
     counted=5.6,
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper, 256 px.""",
+=======
+    card_memory=6.5,
+    activation_budget=1.0,
+    counted=5.1,
+    summary="fp8, half of the blocks skipped",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper, 256 px,
+and 1 GiB of activations kept instead of computed twice (`activation_budget`), which is faster.""",
+>>>>>>> wt-ship
 )
 CARD_12 = card(
     12,
     ONE_FP8_FILE,
     skip_ratio=0.3,
+<<<<<<< HEAD
     room=10.0,
     counted=9.2,
+=======
+    card_memory=10.0,
+    activation_budget=0.5,
+    counted=8.7,
+    summary="fp8, 30 % of the blocks skipped",
+>>>>>>> wt-ship
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), and only 30 % of the blocks skipped: more blocks
 learn, which the paper and our small model both found better.""",
 )
@@ -474,10 +502,19 @@ CARD_24 = card(
     24,
     THREE_FILES,
     skip_ratio=0.3,
+<<<<<<< HEAD
     room=20.5,
     counted=19.4,
     why="""The model in bf16, as it was published (needs about 24 GB of RAM as well), and 30 % of the blocks
 skipped.""",
+=======
+    card_memory=21.0,
+    activation_budget=2.0,
+    counted=17.6,
+    summary="bf16, 30 % of the blocks skipped",
+    why="""The model in bf16, as it was published (needs about 24 GB of RAM as well), 30 % of the blocks skipped, and
+2 GiB of activations kept instead of computed twice (`activation_budget`), which is faster.""",
+>>>>>>> wt-ship
 )
 
 RESUME = Graph(
@@ -548,6 +585,8 @@ The states of the three newest runs lie in `output/blockskip/runs`.
 **B. From a LoRA file.** Of this trainer or another one. Its rank must be the same, and it must change nothing but linear
 layers of the blocks that are trained here; the node says so if it does not. The two columns at the right are muted, because
 they need your file. Its optimiser starts anew.""",
+    headline="Resume",
+    subline="more steps for a run\nor from a LoRA file",
     twin="resume",
     muted=frozenset({"other residuals", "other patches", "further", "further loss"}),
 )
@@ -620,6 +659,8 @@ starting point, not measured. If the two get mixed up, name them more differentl
 
 A dataset in sub-folders works as well: one **Load Image-Text (from Folder)** reads `my_subjects/1_toy` and
 `my_subjects/1_dog` together, and the number says how often each picture counts.""",
+    headline="Several subjects",
+    subline="two folders, two names\none LoRA",
     twin="several_subjects",
 )
 
@@ -646,6 +687,9 @@ Runs once per model and prompt, then it is remembered: any other `skip_ratio` up
 
 The paper does this with a model that already knows the subject: put **Load LoRA** between the model and the node to
 do the same. Its encoder is DINO; Load CLIP Vision reads CLIP-ViT and DINOv2. Without one, latents are compared.""",
+    headline="Select blocks",
+    subline="which can be left out?\nmeasured on your model",
+    shows=("heatmap.png", (10, 56, 836, 305)),
 )
 
 APPLY = Graph(
@@ -675,6 +719,9 @@ Choose your LoRA in **Apply BlockSkip LoRA** (`lora_name`); the trainer saves to
 prompt are sampled from the plain model and from the model with the LoRA.
 
 Nothing is skipped here: sampling uses the whole model, so the LoRA also works in every other loader.""",
+    headline="Apply and compare",
+    subline="the same prompt and seed\nwithout and with the LoRA",
+    shows=("before_after.png", (280, 237, 804, 493)),
 )
 
 GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY)

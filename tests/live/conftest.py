@@ -29,7 +29,7 @@ def load_devtool(name: str) -> ModuleType:
 
 def load_file(folder: str, name: str) -> ModuleType:
     """A module of one of the repository's folders, under an alias of its own."""
-    alias = f"blockskip_{folder}_{name}"
+    alias = f"blockskip_{folder.replace('/', '_')}_{name}"
     if alias not in sys.modules:
         spec = importlib.util.spec_from_file_location(alias, ROOT / folder / f"{name}.py")
         sys.modules[alias] = importlib.util.module_from_spec(spec)

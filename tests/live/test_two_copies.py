@@ -1,23 +1,38 @@
-"""The pack twice in one server, as after a git clone and an install by the Manager: one copy works, none is in the way."""
+"""The pack twice in one server, as after a git clone and an install by the Manager: one copy works, none is in the way.
+
+The second copy holds the files of a release and no other. It also runs by itself.
+"""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import ROOT, browser_or_skip, host_or_skip, load_devtool
+from .conftest import ROOT, browser_or_skip, host_or_skip, load_devtool, load_file
 from .test_workflows import output_of, succeed
 
 COPIES = ("dit-blockskip", "dit-blockskip-copy")
 
 
 @pytest.fixture(scope="module")
-def crowded(start_server: Callable[..., Any], demo_parts: dict[str, Any]) -> Iterator[Any]:
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a release holds."""
+    folder = tmp_path_factory.mktemp("release") / "dit-blockskip"
+    for name in load_file("tests/nodes", "test_packaging").shipped_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crowded(start_server: Callable[..., Any], demo_parts: dict[str, Any], release: Path) -> Iterator[Any]:
     """A server with both copies."""
-    packs = {**demo_parts["packs"], "dit-blockskip-copy": ROOT}
+    packs = {**demo_parts["packs"], "dit-blockskip-copy": release}
     with start_server(host_or_skip("COMFYUI_PATH"), **{**demo_parts, "packs": packs}) as running:
         yield running
 
@@ -67,3 +82,14 @@ def test_the_frontend_opens_a_workflow_without_a_complaint(crowded: Any) -> None
     command = ["node", str(ROOT / "devtools" / "check_workflow.mjs"), crowded.url, str(template)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def test_the_files_of_a_release_are_enough(
+    start_server: Callable[..., Any], demo_parts: dict[str, Any], release: Path, load_workflow: Callable[..., Any]
+) -> None:
+    packs = {**demo_parts["packs"], "dit-blockskip": release}  # instead of the working copy
+    prompt = load_workflow("my_first_lora")
+    with start_server(host_or_skip("COMFYUI_PATH"), **{**demo_parts, "packs": packs}) as server:
+        alone = load_devtool("comfy_client").ComfyClient(server.url)
+        assert alone.status("/extensions/dit-blockskip/docs/BlockSkip_TrainLora.md") == 200
+        assert output_of(succeed(alone, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]["steps"] == 4

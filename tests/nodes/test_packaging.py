@@ -46,13 +46,18 @@ def git(*arguments, stdin=None):
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def shipped():
+def shipped_files():
     """The files in git (or about to be) that .comfyignore lets through; both read the same patterns."""
     files = git("ls-files", "--cached", "--others", f"--exclude-from={ROOT / '.gitignore'}")
     files = [name for name in files if (ROOT / name).is_file()]
     kept_back = set(git("check-ignore", "--no-index", "--stdin", stdin="\n".join(files)))
     return sorted(set(files) - kept_back)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """Their names."""
+    return shipped_files()
 
 
 def pyproject():
