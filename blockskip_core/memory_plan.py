@@ -12,10 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .block_selection import format_bytes
+from .errors import InvalidInputError
 from .memory_counts import MemoryNeeds
 from .training import TrainingConfig
 
 MARGIN = 0.05  # of the counted peak
+CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
+"""Presets: the card's memory in GiB."""
+NOT_OURS = 1.0
+"""GiB of a card that driver, desktop and browser take; a guess that leaves room for two screens."""
+_PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
 
 
@@ -36,6 +42,21 @@ class MemorySettings:
     quantize_kept: str = "off"
     patch_min: int = 256
     measured: bool = False
+
+    def describe(self) -> str:
+        """Return the settings for people, on one line."""
+        config = self.config
+        kept = f"activation_budget {config.activation_budget / 2**30:g}" if config.checkpointing else ""
+        parts = [
+            f"patch_min {self.patch_min}",
+            f"storage {self.storage}",
+            f"batch_size {config.batch_size}",
+            f"accumulation times {config.accumulation}" if config.accumulation > 1 else "",
+            f"checkpointing {'on' if config.checkpointing else 'off'}",
+            kept,
+            f"quantize_kept {self.quantize_kept}",
+        ]
+        return ", ".join(part for part in parts if part) + "."
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,96 @@ def changes_that_fit(
         if fits(peak_of(settings, needs), available):
             return taken, needs
     return None
+
+
+def room_of_card(card: str) -> int:
+    """Return the bytes of a preset card that a run may take.
+
+    Raises:
+        InvalidInputError: If it is not one of :data:`CARDS`.
+    """
+    if card not in CARDS:
+        raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
+    return round((CARDS[card] - NOT_OURS) * 2**30)
+
+
+def with_spare_used(
+    settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
+) -> MemorySettings:
+    """Return settings that fit, with memory that is left put to use: activations are kept instead of recomputed.
+
+    That changes nothing of the result and makes a step faster. Half a GiB is the smallest portion.
+
+    Args:
+        settings: Some that fit.
+        available: Bytes.
+        count: What a run with some settings takes.
+    """
+    if not settings.config.checkpointing:
+        return settings
+
+    def possible(**fields: object) -> MemorySettings | None:
+        changed = _config(**fields)(settings)
+        return changed if fits(peak_of(changed, count(changed)), available) else None
+
+    everything = possible(checkpointing=False, activation_budget=0.0)
+    if everything:
+        return everything
+    spare = available / (1.0 + MARGIN) - peak_of(settings, count(settings))
+    budget = settings.config.activation_budget + spare // _PORTION * _PORTION
+    while budget > settings.config.activation_budget:
+        larger = possible(activation_budget=budget)
+        if larger:
+            return larger
+        budget -= _PORTION
+    return settings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a training will fit.
+
+    Attributes:
+        starts: Whether it can start at all.
+        problem: What is wrong, one sentence for people; empty if nothing is.
+    """
+
+    starts: bool
+    problem: str = ""
+
+
+def verdict_on_training(peak: int, weights: int, largest_block: int, available: int, place: str) -> Verdict:
+    """Judge a training by its counted peak.
+
+    Hosts that run out of room for weights keep them in host memory and bring them over when they are used. So what does
+    not fit with all weights is slow; what does not fit without them fails.
+
+    Args:
+        peak: Bytes of all that lives at the same time, weights included.
+        weights: Of these, the weights.
+        largest_block: Bytes of the weights that must be there at the same time.
+        available: Bytes of the device.
+        place: Its name.
+    """
+    if fits(peak, available):
+        return Verdict(True)
+    has = f"{place} has {format_bytes(available)} free"
+    least = peak - weights + largest_block
+    if fits(least, available):
+        return Verdict(
+            True,
+            f"Training takes {format_bytes(peak)} and {has}, so weights are moved in every step, which is slow.",
+        )
+    return Verdict(
+        False, f"Training takes {format_bytes(least)} even without most of its weights, and {has}. It was not started."
+    )
+
+
+def advice(found: tuple[list[Change], MemoryNeeds] | None) -> str:
+    """Return what :func:`changes_that_fit` found as a sentence."""
+    if found is None:
+        return "No change of settings makes it fit; skip more blocks at Select Blocks or load a quantised model."
+    return f"It fits if you {' and '.join(change.text for change in found[0])}."
 
 
 def report(
