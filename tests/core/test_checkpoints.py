@@ -346,7 +346,8 @@ def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)
-    monkeypatch.setattr(kept, "_states", lambda found=kept._states(): found)
+    found = kept._states()
+    monkeypatch.setattr(kept, "_states", lambda: found)
     with too_many_open_files(), pytest.raises(StorageError, match=f"state-00000003.safetensors {said}"):
         kept.newest(9)
     assert store(tmp_path).newest(9).step == 3
