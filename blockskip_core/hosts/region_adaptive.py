@@ -9,7 +9,7 @@ Source: RALU (arXiv 2507.08422), algorithm 1; see ``ralu`` for its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,29 @@ class Sampled:
     tokens: tuple[int, ...]
 
 
+def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
+    """Return a LATENT's tensor in the form that the MODEL takes, as the host's samplers do it.
+
+    Returns:
+        Shape (B, C, H, W), or with an axis of frames.
+
+    Raises:
+        InvalidInputError: If it is no latent of a picture, or says what to keep of one.
+    """
+    samples = latent["samples"]
+    if samples.is_nested:
+        raise InvalidInputError(
+            "Expected the latent of a picture, got several latents in one. Use an empty latent image."
+        )
+    if latent.get("noise_mask") is not None:
+        raise InvalidInputError(
+            "Region-adaptive sampling makes whole pictures, got a latent with a noise mask (inpainting). Use an empty latent "
+            "image, or KSampler."
+        )
+    ratio = latent.get("downscale_ratio_spacial")
+    return comfy.sample.fix_empty_latent_channels(patcher, samples, ratio)
+
+
 class RegionAdaptiveSampler:
     """Samples from a MODEL in the stages of a plan.
 
@@ -124,7 +147,7 @@ class RegionAdaptiveSampler:
         Args:
             positive, negative: CONDITIONINGs.
             cfg: Guidance scale; 1 for guidance-distilled models.
-            latent: Shape (B, C, H, W), or with an axis of one frame for models that take one.
+            latent: See :func:`empty_latent`.
             seed: Of all noise.
             batch_indices: Which of a seed's pictures these are, as the host's latents may say.
             on_step: The host's callback, (step, clean estimate, noisy latent, steps of all stages).
@@ -132,7 +155,6 @@ class RegionAdaptiveSampler:
         Raises:
             InvalidInputError: If the latent's size or a conditioning cannot be used.
         """
-        latent = comfy.sample.fix_empty_latent_channels(self.strips.patcher, latent)
         _check_conditionings(positive, negative)
         self._check_size(latent)
         noise = comfy.sample.prepare_noise(latent, seed, batch_indices)
