@@ -287,7 +287,7 @@ class _Run:
     def _sample(self, number: int, noise: Tensor) -> Tensor:
         """Run one stage as a sampling run of the host; return what that gives."""
         start = None if number == 0 else with_frame(self._model, self._latent)
-        euler = _EulerFrom(start)
+        euler = EulerFrom(start)
         positive, negative, cfg = self._conditionings
         result = comfy.sample.sample_custom(
             self._strips.patcher,
@@ -321,7 +321,7 @@ def _for_batch(flags: Tensor, batch: int) -> Tensor:
     return flags if len(flags) == 1 else flags[torch.arange(batch) % len(flags)]
 
 
-class _EulerFrom(comfy.samplers.Sampler):
+class EulerFrom(comfy.samplers.Sampler):
     """The host's Euler sampler from a given state instead of from noise; keeps the last state and clean estimate.
 
     That estimate is Tweedie's, of the velocity of the last step: x - sigma v.
