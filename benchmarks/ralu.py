@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and pictures go")
-    parser.add_argument("--parts", nargs="+", default=["operations", "pictures"], help="operations, pictures")
+    parser.add_argument("--parts", nargs="+", default=["operations", "pictures", "caches"], help="and panel")
     parser.add_argument("--prompts", type=int, default=20, help="pictures of each arm")
     parser.add_argument("--steps", type=int, default=50, help="of plain sampling at full length")
     parser.add_argument("--report", action="store_true", help="run nothing, write the table")
@@ -73,6 +73,10 @@ def main() -> None:
     if "pictures" in options.parts and not options.report:
         world = ralu_pictures.World(options.assets, options.prompts)
         add(file, "pictures", ralu_pictures.rows(world, options.steps, options.results / "ralu_samples.jpg"))
+    if "caches" in options.parts and not options.report:
+        add(file, "caches", ralu_pictures.rows_with_cache(ralu_pictures.World(options.assets, options.prompts)))
+    if "panel" in options.parts:
+        ralu_pictures.panel(ralu_pictures.World(options.assets, 4), ROOT / "web" / "docs" / "img" / "ralu.png")
     ralu_report.write(rows_in(file), options.results)
 
 

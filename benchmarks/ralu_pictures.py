@@ -195,6 +195,38 @@ def rows(world: World, full_steps: int, sheet: Path) -> list[dict[str, Any]]:
     return [{"prompts": len(drawn), **row} for row in found]
 
 
+def rows_with_cache(world: World) -> list[dict[str, Any]]:
+    """FLUX 5x and plain sampling with core's EasyCache: how often the model itself is called, and what comes out.
+
+    In bfloat16: in float32 that cache writes into the latent that its caller goes on with, staged or not.
+    """
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    own, drawn, found = world.model, world.drawn(), []
+    in_bfloat16 = own.clone()
+    in_bfloat16.set_model_compute_dtype(torch.bfloat16)
+    try:
+        for threshold in (0.0, 0.1, 0.2, 0.3):
+            world.model = (
+                EasyCacheNode.execute(in_bfloat16, threshold, 0.15, 0.95, False)[0] if threshold else in_bfloat16
+            )
+            for arm in (staged(world, "FLUX 5x", 0.2), plain(world, "plain", 15)):
+                calls: list[int] = []
+                entrance = world.model.model.diffusion_model.img_in
+                handle = entrance.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[0].shape[1]))
+                with torch.inference_mode():
+                    pictures = pictures_of(world, arm)
+                handle.remove()
+                batches = -(-len(world.scenes) // BATCH)
+                per_stage = [calls.count(tokens) / batches for tokens in sorted(set(calls))]
+                row = {"name": arm.name, "threshold": threshold, "steps": arm.steps, "calls": per_stage}
+                found.append({**row, "prompts": len(drawn), **measures(world, pictures, drawn)})
+                logger.info("%s, threshold %s: %s", arm.name, threshold, per_stage)
+    finally:
+        world.model = own
+    return found
+
+
 def side_by_side(shown: list[tuple[str, Tensor]]) -> Image.Image:
     """One row of pictures per arm, its name above."""
     from PIL import ImageDraw
@@ -210,3 +242,19 @@ def side_by_side(shown: list[tuple[str, Tensor]]) -> Image.Image:
             values = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
             canvas.paste(Image.fromarray(values).resize((SHOWN, SHOWN), Image.LANCZOS), (column * SHOWN, top + label))
     return canvas
+
+
+def panel(world: World, target: Path) -> None:
+    """Draw the help page's picture: early regions, the stages' pictures, plain ones at 50 steps; a column per prompt."""
+    positive, negative = world.conditionings(world.scenes)
+    empty = torch.zeros(len(world.scenes), 16, SIZE // CELL, SIZE // CELL)
+    choice = RegionChoice(method="edges", ratio=0.2, vae=world.vae)
+    with torch.inference_mode():
+        sampler = RegionAdaptiveSampler(world.model, PRESETS["FLUX 5x"], choice)
+        sampled = sampler.sample(positive, negative, CFG, empty, SEED)
+        full = plain(world, "plain", 50).sample(comfy.sample.prepare_noise(empty, SEED), positive, negative, SEED)
+        fast, slow = (world.vae.decode(latent).clamp(0, 1) for latent in (sampled.latent, full))
+    shown = torch.cat([torch.cat(list(row), dim=1) for row in (sampled.overlay, fast, slow)])
+    drawn = Image.fromarray((shown * 255).round().to(torch.uint8).numpy())
+    drawn = drawn.resize((drawn.width * 3 // 4, drawn.height * 3 // 4), Image.LANCZOS)
+    drawn.quantize(160, dither=Image.Dither.NONE).save(target, optimize=True)

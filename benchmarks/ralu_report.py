@@ -15,12 +15,14 @@ TERA = 1e12
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write ``ralu.md``."""
-    parts = {part: [row for row in rows if row["part"] == part] for part in ("operations", "pictures")}
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("operations", "pictures", "caches")}
     text = ["# RALU Sampler: operations and pictures", ""]
     if parts["operations"]:
         text += _operations(parts["operations"])
     if parts["pictures"]:
         text += _pictures(parts["pictures"])
+    if parts["caches"]:
+        text += _caches(parts["caches"])
     (folder / "ralu.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
@@ -120,3 +122,20 @@ def _pictures(rows: list[dict[str, Any]]) -> list[str]:
             f"| {row['seconds']:.0f} |"
         )
     return [*text, "", "![One row per way of sampling, one column per prompt](ralu_samples.jpg)"]
+
+
+def _caches(rows: list[dict[str, Any]]) -> list[str]:
+    text = [
+        "", "## With core's EasyCache", "",
+        f"{rows[0]['about']} The same world in bfloat16, {rows[0]['prompts']} prompts in batches of ten. Every stage is a run of "
+        "its own for a cache. Calls: how often the model itself was called in each stage, mean of the batches; a fraction "
+        "where they differ.", "",
+        "| sampling | threshold | steps | calls | shape | likeness |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        calls = " + ".join(f"{number:g}" for number in row["calls"])
+        text.append(
+            f"| {row['name']} | {row['threshold'] or 'off'} | {row['steps']} | {calls} | {100 * row['shape']:.0f} % | "
+            f"{row['likeness']:.3f} |"
+        )
+    return text
