@@ -230,7 +230,50 @@ prompt are sampled from the plain model and from the model with the LoRA.
 Nothing is skipped here: sampling uses the whole model, so the LoRA also works in every other loader.""",
 )
 
-GRAPHS = (TRAIN, SELECT_BLOCKS, APPLY)
+RALU = Graph(
+    "BlockSkip - Fast sampling (RALU)",
+    {
+        **LOADERS,
+        "prompt": text("Prompt", "a photo of a red fox in a snowy forest, sharp details"),
+        "guided": node("FluxGuidance", "Guidance", conditioning=["prompt", 0], guidance=3.5),
+        "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
+        "sample": node(
+            "BlockSkip_RALUSampler",
+            "RALU Sampler",
+            model=["model", 0],
+            positive=["guided", 0],
+            latent_image=["size", 0],
+            seed=0,
+            cfg=1.0,
+            preset="FLUX 5x",
+            upsample_ratio=0.2,
+            regions="edges",
+            vae=["vae", 0],
+        ),
+        "early": node("PreviewImage", "What became fine early", images=["sample", 1]),
+        "report": node("PreviewAny", "Stages", source=["sample", 2]),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=["vae", 0]),
+        "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="ralu"),
+    },
+    (
+        Column("1  Load", "#3f789e", ("model", "clip", "vae")),
+        Column("2  Prompt", "#8a5", ("prompt", "guided", "size")),
+        Column("3  Sample in three stages", "#a1309b", ("sample", "report")),
+        Column("4  Look", "#3f789e", ("decode", "picture", "early"), 480),
+    ),
+    """## Fast sampling with RALU
+
+**RALU Sampler** takes the place of KSampler. It samples at half the side first, then brings the regions with edges to
+full resolution, then all the rest. FLUX 5x takes 15 steps, most of them on fewer tokens: counted, 1 / 5.4 of the
+operations of 50 plain steps. FLUX 7x takes 1 / 7.3 and is rougher; FLUX 4x takes 1 / 4.4.
+
+Width and height must be multiples of 32 px. A LoRA goes between **Load FLUX.1-dev** and the sampler.
+
+For SD3.5 load its model, text encoders and VAE, set **preset** to *SD3 2x* or *SD3 3x*, connect a negative prompt, and
+raise **cfg**.""",
+)
+
+GRAPHS = (TRAIN, SELECT_BLOCKS, APPLY, RALU)
 
 
 def convert(server: str, graph: Graph, folder: Path) -> dict[str, Any]:
