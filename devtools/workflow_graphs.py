@@ -210,16 +210,30 @@ def trainer(loaders: Loaders, title: str = "Dynamic Patch Trainer", **settings: 
     return node("BlockSkip_TrainLora", title, model=loaders.link("model"), **inputs)
 
 
-def trained(loaders: Loaders, **settings: Any) -> Prompt:
-    """Train, and draw the loss."""
+def trained(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
+    """Train, sampling the prompt meanwhile, and draw the loss."""
     return {
-        "train": trainer(loaders, **settings),
+        "samples": node(
+            "BlockSkip_SampleWhileTraining",
+            "Sample While Training",
+            positive=["guided", 0],
+            vae=loaders.link("vae"),
+            every=100,
+            at_start=True,
+            width=side,
+            height=side,
+            sampler_steps=20,
+            cfg=1.0,
+            scheduler="simple",
+            seed=0,
+        ),
+        "train": trainer(loaders, samples=["samples", 0], **settings),
         "loss": node("LossGraphNode", "Plot Loss Graph", loss=["train", 1], filename_prefix="loss_graph"),
     }
 
 
-def planned(loaders: Loaders, card_memory: float, *, draws: int = 500, activation_budget: float = 0.0) -> Prompt:
-    """Say before the run whether it fits a card; the widgets say the same as those of the nodes behind it."""
+def planned(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
+    """Say before the run whether it fits a card, and set the nodes behind it so that it does."""
     return {
         "plan": node(
             "BlockSkip_MemoryPlan",
@@ -234,14 +248,15 @@ def planned(loaders: Loaders, card_memory: float, *, draws: int = 500, activatio
             batch_size=1,
             checkpointing=True,
             quantize_kept="off",
-            activation_budget=activation_budget,
-            card_memory=card_memory,
+            activation_budget=0.0,
+            card_memory=0.0,
+            preset=preset,
         ),
         "planned": node("PreviewImage", "The plan", images=["plan", 2]),
     }
 
 
-FROM_PLAN: dict[str, Link] = {}
+FROM_PLAN: dict[str, Link] = {"memory_settings": ["plan", 3]}
 """Inputs of Precompute Residuals and of the trainer that Memory Plan ("plan") fills, in the graphs that have one."""
 
 PRACTICE = """Guidance 1 while training and 3.5 while sampling is common practice for FLUX.1-dev; the paper does not say.
@@ -262,7 +277,7 @@ TRAIN = Graph(
         Column("1  Load", BLUE, (*THREE_FILES.names(), "dataset")),
         Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
         Column("3  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
-        Column("4  Train", PURPLE, ("train", "loss")),
+        Column("4  Train", PURPLE, ("samples", "train", "loss")),
         TRY,
         LOOK,
     ),
@@ -290,7 +305,7 @@ FIRST = Graph(
         "images": node("LoadImageDataSetFromFolder", "Pictures of your subject", folder="my_subject"),
         **captions(ONE_FP8_FILE, "a photo of sks toy", "One caption for all pictures"),
         **select(ONE_FP8_FILE, 0.5),
-        **planned(ONE_FP8_FILE, 0.0, draws=200),
+        **planned(ONE_FP8_FILE, "off", draws=200),
         **prepared(ONE_FP8_FILE, ["images", 0], draws=200, **FROM_PLAN),
         **trained(
             ONE_FP8_FILE,
@@ -339,7 +354,8 @@ change here.""",
             ("plan", "planned"),
             note="""**Before anything runs.**
 
-Counts what the run will take, and says whether your card has it. If not, it names what to change.""",
+Counts what the run will take, and says whether your card has it. If not, it makes the smallest change that helps, and
+says which. **Prepare** and **Train** take these settings from here.""",
         ),
         Column(
             "5  Prepare",
@@ -353,10 +369,10 @@ each is computed now and kept on disk: about 0.9 GiB.""",
         Column(
             "6  Train",
             PURPLE,
-            ("train", "loss"),
+            ("samples", "train", "loss"),
             note="""**The learning.**
 
-400 steps. Watch the chart: the blue line should fall. **Cancel** whenever you like: what was learned is saved, and
+400 steps. Every 100 a picture of the prompt in step 7 appears on the trainer: is it your subject yet? Watch the chart: the blue line should fall. **Cancel** whenever you like: what was learned is saved, and
 queueing again goes on. The LoRA goes to `output/loras`.""",
         ),
         Column(
@@ -394,8 +410,7 @@ def card(
     loaders: Loaders,
     *,
     skip_ratio: float,
-    card_memory: float,
-    activation_budget: float,
+    room: float,
     counted: float,
     summary: str,
     why: str,
@@ -403,7 +418,7 @@ def card(
     """Training on a card of so many GB.
 
     Args:
-        card_memory: GiB of it that the run may take; the rest is for the screen, other programs and the CUDA context.
+        room: GiB of it that Memory Plan lets the run take; the rest is for the screen, other programs and the driver.
         counted: GiB that Memory Plan counts at the peak, with captions of 512 tokens.
         summary, why: What the settings are, for people, in short and at length.
     """
@@ -414,9 +429,9 @@ def card(
             **dataset(),
             **captions(loaders, ["dataset", 1]),
             **select(loaders, skip_ratio),
-            **planned(loaders, card_memory, activation_budget=activation_budget),
+            **planned(loaders, f"{size} GB"),
             **prepared(loaders, ["dataset", 0], **FROM_PLAN),
-            **trained(loaders, activation_budget=activation_budget, **FROM_PLAN),
+            **trained(loaders, **FROM_PLAN),
             **sampled(loaders),
         },
         (
@@ -424,7 +439,7 @@ def card(
             Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
             Column("3  Will it fit?", BLUE, ("captions", "guidance", "plan", "planned")),
             Column("4  Prepare", YELLOW, ("residuals", "patches")),
-            Column("5  Train", PURPLE, ("train", "loss")),
+            Column("5  Train", PURPLE, ("samples", "train", "loss")),
             Column("6  Try it", BLUE, TRY.nodes),
             Column("7  Look", BLUE, LOOK.nodes),
         ),
@@ -434,12 +449,14 @@ def card(
 
 1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
    `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
-2. Queue. **Memory Plan** first says whether the run fits into {card_memory:g} GiB, so that the rest is left for
-   the screen and other programs. It counts {counted:g} GiB; no GPU has confirmed that yet.
-3. The LoRA is saved to `output/loras` and listed in Load LoRA. **Cancel** saves too; queueing again goes on.
+2. Queue. **Memory Plan** first makes the run fit into {room:g} GiB, so that the rest is left for the screen and other
+   programs, and uses what is left to be faster. It counts {counted:g} GiB; no GPU has confirmed that yet.
+3. Every 100 steps a picture of the prompt in **6 Try it** appears on the trainer.
+4. The LoRA is saved to `output/loras` and listed in Load LoRA. **Cancel** saves too; queueing again goes on.
 
 500 draws take about 2.2 GiB of disk. 500 steps of 4 draws each (`accumulation`) use every draw four times.
-Did you change a setting at a node? Change it at **Memory Plan** as well.
+Crop size, storage, batch size, checkpointing and quantisation are set at **Memory Plan**; the nodes behind it take them
+from there.
 
 {PRACTICE}""",
         headline=f"Train on {size} GB",
@@ -452,20 +469,17 @@ CARD_8 = card(
     8,
     ONE_FP8_FILE,
     skip_ratio=0.5,
-    card_memory=6.5,
-    activation_budget=1.0,
-    counted=5.1,
+    room=6.5,
+    counted=5.6,
     summary="fp8, half of the blocks skipped",
-    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper, 256 px,
-and 1 GiB of activations kept instead of computed twice (`activation_budget`), which is faster.""",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper, 256 px.""",
 )
 CARD_12 = card(
     12,
     ONE_FP8_FILE,
     skip_ratio=0.3,
-    card_memory=10.0,
-    activation_budget=0.5,
-    counted=8.7,
+    room=10.0,
+    counted=9.2,
     summary="fp8, 30 % of the blocks skipped",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), and only 30 % of the blocks skipped: more blocks
 learn, which the paper and our small model both found better.""",
@@ -474,12 +488,11 @@ CARD_24 = card(
     24,
     THREE_FILES,
     skip_ratio=0.3,
-    card_memory=21.0,
-    activation_budget=2.0,
-    counted=17.6,
+    room=20.5,
+    counted=19.4,
     summary="bf16, 30 % of the blocks skipped",
-    why="""The model in bf16, as it was published (needs about 24 GB of RAM as well), 30 % of the blocks skipped, and
-2 GiB of activations kept instead of computed twice (`activation_budget`), which is faster.""",
+    why="""The model in bf16, as it was published (needs about 24 GB of RAM as well), and 30 % of the blocks
+skipped.""",
 )
 
 RESUME = Graph(
@@ -512,7 +525,7 @@ RESUME = Graph(
         Column(
             "A  More steps",
             PURPLE,
-            ("train", "loss"),
+            ("samples", "train", "loss"),
             note="""**The same run, longer.**
 
 Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is found, and goes on behind its last step.""",
@@ -606,7 +619,7 @@ name alone as their caption.""",
         ),
         Column("3  Choose blocks", GREEN, ("probe", "select", "heatmap")),
         Column("4  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
-        Column("5  Train", PURPLE, ("train", "loss")),
+        Column("5  Train", PURPLE, ("samples", "train", "loss")),
         Column("6  Try it", BLUE, TRY.nodes),
         Column("7  Look", BLUE, LOOK.nodes),
     ),
@@ -689,4 +702,49 @@ Nothing is skipped here: sampling uses the whole model, so the LoRA also works i
     shows=("before_after.png", (280, 237, 804, 493)),
 )
 
-GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY)
+RALU = Graph(
+    "BlockSkip - Fast sampling (RALU)",
+    {
+        **THREE_FILES.prompt,
+        "prompt": text("Prompt", "a photo of a red fox in a snowy forest, sharp details", ["clip", 0]),
+        "guided": node("FluxGuidance", "Guidance", conditioning=["prompt", 0], guidance=3.5),
+        "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
+        "sample": node(
+            "BlockSkip_RALUSampler",
+            "RALU Sampler",
+            model=["model", 0],
+            positive=["guided", 0],
+            latent_image=["size", 0],
+            seed=0,
+            cfg=1.0,
+            preset="FLUX 5x",
+            upsample_ratio=0.2,
+            regions="edges",
+            vae=["vae", 0],
+        ),
+        "early": node("PreviewImage", "What became fine early", images=["sample", 1]),
+        "report": node("PreviewAny", "Stages", source=["sample", 2]),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=["vae", 0]),
+        "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="ralu"),
+    },
+    (
+        Column("1  Load", BLUE, THREE_FILES.names()),
+        Column("2  Prompt", GREEN, ("prompt", "guided", "size")),
+        Column("3  Sample in three stages", PURPLE, ("sample", "report")),
+        Column("4  Look", BLUE, ("decode", "picture", "early"), 480),
+    ),
+    """## Fast sampling with RALU
+
+**RALU Sampler** takes the place of KSampler. It samples at half the side first, then brings the regions with edges to
+full resolution, then all the rest. FLUX 5x takes 15 steps, most of them on fewer tokens: counted, 1 / 5.4 of the
+operations of 50 plain steps. FLUX 7x takes 1 / 7.3 and is rougher; FLUX 4x takes 1 / 4.4.
+
+Width and height must be multiples of 32 px. A LoRA goes between **Load FLUX.1-dev** and the sampler.
+
+For SD3.5 load its model, text encoders and VAE, set **preset** to *SD3 2x* or *SD3 3x*, connect a negative prompt, and
+raise **cfg**.""",
+    headline="Fast sampling",
+    subline="RALU: fine tokens where they matter\n1/5 of the operations",
+)
+
+GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU)

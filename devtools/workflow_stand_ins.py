@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "BlockSkip_MemoryPlan": {"draws": 6, "patch_min": 64},
     "BlockSkip_PrecomputeResiduals": {"draws": 6, "patch_min": 64, "patch_max": 128},
     "BlockSkip_TrainLora": {"steps": 4},
+    "BlockSkip_SampleWhileTraining": {"every": 2, "width": 64, "height": 64, "sampler_steps": 2},
     "EmptySD3LatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..lora import LoraTargets
 from ..streams import BlockInfo, BlockIO, TokenStreams
 from ..weight_formats import stored_bytes
+from .token_positions import TokenPositions
 
 TEXT_TOKENS = (
     "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
@@ -54,6 +55,10 @@ class FamilyAdapter(ABC):
     @abstractmethod
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         """Return an APPLY_MODEL wrapper under which image tokens of these blocks cannot see the text."""
+
+    @abstractmethod
+    def token_positions(self) -> TokenPositions:
+        """Return how image tokens are told where they lie, for tokens of two sizes."""
 
     @property
     def frozen_stem(self) -> Sequence[str]:
