@@ -324,8 +324,8 @@ FIRST = Graph(
             (*ONE_FP8_FILE.names(), "images"),
             note="""**The model and your pictures.**
 
-If ComfyUI says that the model is missing, let it download it (17 GB, text encoders and VAE are in the same file), or
-choose a FLUX.1 file that you have.
+Does ComfyUI say that the model is missing? Press *View details*, *Download* (17 GB; text encoders and VAE are in the same
+file), and put the file into `models/checkpoints`. Or choose a FLUX.1 checkpoint that you have.
 
 Make a folder `my_subject` inside ComfyUI's `input` folder. Put 4 to 20 pictures of *one* thing into it: your toy, your
 dog, your mug. 512 px or more, sharp, from several sides. Press **R**, then choose the folder.""",
