@@ -28,7 +28,6 @@ from ..ralu.overlay import refined_overlay
 from ..ralu.regions import choose_regions, edge_scores, gradient_scores, masked_tokens
 from ..ralu.timestep_matching import StagePlan
 from ..ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
-from . import adapter_for
 from .frames import with_frame, without_frame
 from .token_strips import TokenStrips
 
@@ -128,7 +127,6 @@ class RegionAdaptiveSampler:
                 "something else. Load such a model, or remove the node that changes its sampling."
             )
         self.strips = TokenStrips(patcher)
-        self.patch = adapter_for(patcher).patch_size
         self.plan, self.regions = plan, regions
 
     def sample(
@@ -171,7 +169,7 @@ class RegionAdaptiveSampler:
                 "to 1."
             )
         cells = self.strips.patcher.model.latent_format.spacial_downscale_ratio
-        side = 2 * self.patch * cells
+        side = 2 * self.strips.patch * cells
         height, width = (length * cells for length in latent.shape[-2:])
         if len(self.plan.steps) > 1 and (height % side or width % side):
             raise InvalidInputError(
@@ -211,7 +209,7 @@ class _Run:
         cfg: float,
         on_step: Callable[[int, Tensor, Tensor, int], None] | None,
     ) -> None:
-        self._strips, self._patch, self._plan = sampler.strips, sampler.patch, sampler.plan
+        self._strips, self._patch, self._plan = sampler.strips, sampler.strips.patch, sampler.plan
         self._regions = sampler.regions
         self._model = sampler.strips.patcher.model
         self._noise, self._seed, self._on_step = noise, seed, on_step

@@ -13,19 +13,20 @@ from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, StageP
 from blockskip_pack.blockskip_core.ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 
 from .families import FAMILIES, FLUX
+from .sampled_families import SAMPLED
 from .tiny_flux import assert_same_weights, captions, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 PLAN = StagePlan((2, 3, 2), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.025)
 GRID = (2, 3)  # of coarse tokens
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+each_family = pytest.mark.parametrize("family", SAMPLED, ids=lambda family: family.name)
 
 
 def empty(family=FLUX, batch=1, patch=2):
-    from blockskip_pack.blockskip_core.hosts import adapter_for
+    from blockskip_pack.blockskip_core.hosts.sampled_families import positions_of
 
-    patch = adapter_for(family.build()).patch_size if family is not FLUX else patch
+    patch = positions_of(family.build())[1] if family is not FLUX else patch
     shape = (family.latent_shape[0], *((1,) if family.frames else ()), 2 * patch * GRID[0], 2 * patch * GRID[1])
     return torch.zeros(batch, *shape)
 
