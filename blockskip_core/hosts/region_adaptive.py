@@ -243,12 +243,12 @@ class _Run:
         """Bring the regions that are prone to artefacts to full resolution, and sample on."""
         fine = self._chosen()
         self._restart(number, fine)
-        self._strips.grid = grid = MixedGrid(fine)
-        self._tokens.append(grid.num_tokens)
+        self._strips.grid = MixedGrid(fine)
+        self._tokens.append(self._strips.grid.num_tokens)
         self._sample(number, self._noise)
-        self._strips.grid = None
         # A mask on a conditioning may have pulled the four places of a coarse token apart.
-        self._latent = grid.to(self._latent.device).spread(grid.to(self._latent.device).pick(self._latent, self._patch))
+        grid, self._strips.grid = self._strips.grid.to(self._latent.device), None
+        self._latent = grid.spread(grid.pick(self._latent, self._patch))
 
     def _full(self, number: int) -> Tensor:
         """Bring everything to full resolution, and sample to the end."""

@@ -68,7 +68,7 @@ class TokenStrips:
         options = transformer_options or {}
         if self.grid is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        grid = self.grid.to(x.device)
+        grid = self.grid = self.grid.to(x.device)
         latent = without_frame(self._model, x)
         strip = with_frame(self._model, strip_of(grid.pick(latent, self.patch)))
         with self._positions.placed(grid.places(len(latent)), options):
