@@ -23,7 +23,7 @@ class RaluSampler(io.ComfyNode):
             description=(
                 "Takes the place of KSampler and needs a fraction of its operations: it samples at half the side first, "
                 "then brings the regions with edges to full resolution, then all the rest (RALU). Nothing is trained. "
-                "For FLUX, Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5, HiDream-I1, Krea 2 and HunyuanImage."
+                "For FLUX, Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5 and others; the help page has the list."
             ),
             search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
             is_experimental=True,

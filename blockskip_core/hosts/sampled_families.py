@@ -41,6 +41,11 @@ def _is_hunyuan_image(model: nn.Module) -> bool:
     return len(model.patch_size) == 2 and model.in_channels == model.out_channels
 
 
+def _is_ovis(model: nn.Module) -> bool:
+    """Not LongCat-Image, which moves its positions where a wrapper does not see it."""
+    return model.params.yak_mlp and model.params.txt_norm
+
+
 SAMPLED_ONLY: tuple[SampledFamily, ...] = (
     SampledFamily(
         title="HiDream-I1",
@@ -60,6 +65,25 @@ SAMPLED_ONLY: tuple[SampledFamily, ...] = (
         positions=lambda model: RotaryPositions(model.pe_embedder, last_tokens, stretched=False),
         patch=lambda model: model.patch_size[-1],
         fits=_is_hunyuan_image,
+    ),
+    SampledFamily(
+        title="OmniGen2",
+        of="comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",
+        positions=lambda model: RotaryPositions(model.rope_embedder.rope_embedder, last_tokens, stretched=False),
+        patch=lambda model: model.patch_size,
+    ),
+    SampledFamily(
+        title="Ernie-Image",
+        of="comfy.ldm.ernie.model.ErnieImageModel",
+        positions=lambda model: RotaryPositions(model.pos_embed, first_tokens, stretched=True),
+        patch=lambda model: model.patch_size,
+    ),
+    SampledFamily(
+        title="Ovis-Image",
+        of="comfy.ldm.flux.model.Flux",
+        positions=lambda model: RotaryPositions(model.pe_embedder, last_tokens, stretched=True),
+        patch=lambda model: model.patch_size,
+        fits=_is_ovis,
     ),
 )
 

@@ -41,6 +41,14 @@ def _with_guidance(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
     return {"c_crossattn": text, "guidance": torch.full((len(rows),), 6.0)}
 
 
+def _unmasked(generator: torch.Generator) -> dict[str, Any]:
+    return {"pooled_output": None, "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+
+
+def _with_length(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+    return {"c_crossattn": text, "num_tokens": text.shape[1]}
+
+
 SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     TinyFamily(
         name="hidream", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20, settings=_llama,
@@ -68,6 +76,31 @@ SAMPLED_ONLY: tuple[TinyFamily, ...] = (
             "depth_single_blocks": 2, "axes_dim": [8, 8], "theta": 256, "qkv_bias": True, "guidance_embed": False,
             "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
             "meanflow_sum": False,
+        }),
+    ),
+    TinyFamily(
+        name="omnigen2", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20,
+        extra=_with_length, settings=_unmasked,
+        build=partial(_built, "Omnigen2", {
+            "image_model": "omnigen2", "axes_dim_rope": [4, 4, 4], "axes_lens": [64, 64, 64], "hidden_size": 48,
+            "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 3,
+            "num_refiner_layers": 1, "patch_size": 2, "text_feat_dim": 20, "timestep_scale": 1000.0,
+        }),
+    ),
+    TinyFamily(
+        name="ernie", family="", blocks=(), layers=frozenset(), latent_shape=(128, 6, 10), text_width=20,
+        build=partial(_built, "ErnieImage", {
+            "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 3, "ffn_hidden_size": 48,
+            "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
+        }),
+    ),
+    TinyFamily(
+        name="ovis", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20,
+        build=partial(_built, "Flux", {
+            "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": None,
+            "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
+            "depth_single_blocks": 3, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True, "guidance_embed": False,
+            "yak_mlp": True, "txt_norm": True, "txt_ids_dims": [1, 2],
         }),
     ),
 )  # fmt: skip
