@@ -177,8 +177,17 @@ def test_distilled_guidance_is_read():
     assert not torch.equal(*runs)
 
 
-def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole():
-    """Its edge goes through tokens; each of them still is one."""
+def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole(monkeypatch):
+    """Its edge goes through tokens; when the last stage begins, each coarse one still is there four times."""
+    from blockskip_pack.blockskip_core.hosts import region_adaptive
+
+    handed_over = []
+
+    def watched(groups, before, after, *rest):
+        handed_over.append((groups, before))
+        return restarted(groups, before, after, *rest)
+
+    monkeypatch.setattr(region_adaptive, "restarted", watched)
     positive, negative = FLUX.captions((5, 5), seed=4)
     mask = torch.zeros(1, 64, 96)
     mask[:, :, :41] = 1.0
@@ -186,6 +195,10 @@ def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole():
     masked = [[positive[0][0], {**positive[0][1], "mask": mask}], *other]
     found = sample(tiny_flux(), conditionings=(masked, negative))
     assert bool(found.latent.isfinite().all())
+    groups, fine = handed_over[1]
+    assert fine.sum() == 2
+    assert torch.equal(groups[~fine], groups[~fine][:, :1].expand(-1, 4, -1))
+    assert not torch.equal(groups[fine], groups[fine][:, :1].expand(-1, 4, -1))
 
 
 def test_forced_regions_are_refined():
