@@ -6,7 +6,8 @@ import latent_preview
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.region_adaptive import REGIONS, RegionAdaptiveSampler, RegionChoice, Sampled, empty_latent
+from ..blockskip_core.hosts.early_regions import REGIONS, RegionChoice
+from ..blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
 from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
 from .progress import NodeProgress
 

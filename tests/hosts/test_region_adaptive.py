@@ -32,7 +32,8 @@ def empty(family=FLUX, batch=1, patch=2):
 
 
 def sample(patcher, family=FLUX, *, plan=PLAN, latent=None, cfg=1.0, seed=3, ratio=0.34, on_step=None, **changes):
-    from blockskip_pack.blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, RegionChoice
+    from blockskip_pack.blockskip_core.hosts.early_regions import RegionChoice
+    from blockskip_pack.blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler
 
     positive, negative = changes.pop("conditionings", None) or family.captions((5, 5), seed=4)
     regions = RegionChoice(**{"method": "latent gradient", "ratio": ratio, **changes})
