@@ -189,6 +189,6 @@ def plot(found: list[Row], file: Path) -> None:
     axes.set_yticks(range(len(parts)), list(reversed(parts)), fontsize=8)
     axes.set_xlabel("seconds per step (per draw for precomputing)")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}", alpha=0.55) for i in range(len(colours))]
-    axes.legend(handles, colours, fontsize=7, loc="best")
+    axes.legend(handles, colours, fontsize=7, loc="lower right")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

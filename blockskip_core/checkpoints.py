@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic_files import write_atomically
+from .atomic_files import open_tensors, write_atomically
 from .errors import CheckpointError, InvalidInputError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 KEPT_RUNS = 3  # folders with states that stay on disk, newest first
 _LOSSES = "losses"
+_LATER = "Queue again when the disk is back, or turn resume off."
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,8 @@ class Checkpoints:
         )
         self._saved = state.step
         earlier = [path for path in self._states() if _step_of(path) <= state.step]  # later ones are another length's
-        try:
-            for path in earlier[self._keep :]:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"An old training state cannot be removed: {error}.") from error
+        for path in earlier[self._keep :]:
+            self._remove(path)
 
     def newest(self, max_step: int) -> TrainingState | None:
         """Return the newest state up to a step to go on from, or None.
@@ -141,6 +139,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If a state is that of another run.
+            StorageError: If the disk refuses to read one; it may be whole, so it stays.
         """
         for path in self._states() if self._resume else ():
             if _step_of(path) > max_step:
@@ -149,20 +148,32 @@ class Checkpoints:
                 state = self._read(path)
             except _DamagedError as error:
                 logger.warning("BlockSkip: the training state %s is damaged (%s) and is removed", path.name, error)
-                path.unlink(missing_ok=True)
+                self._remove(path)
                 continue
             self._saved = state.step
             return state
         return None
 
+    @staticmethod
+    def _remove(path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"An old training state cannot be removed: {error}.") from error
+
     def _states(self) -> list[Path]:
         """The files of this run, newest first."""
-        found = [path for path in self._folder.glob("state-*.safetensors") if _step_of(path) >= 0]
+        try:
+            found = [path for path in self._folder.iterdir() if _step_of(path) >= 0]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise StorageError(f"The folder of training states cannot be read: {error}. {_LATER}") from error
         return sorted(found, key=_step_of, reverse=True)
 
     def _read(self, path: Path) -> TrainingState:
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 about = json.loads((file.metadata() or {})["blockskip"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if about.pop("checksum") != _checksum(about, tensors) or about["version"] != STATE_VERSION:
@@ -170,7 +181,11 @@ class Checkpoints:
             losses = tensors.pop(_LOSSES).tolist()
             differing = self._identity.difference(about["identity"])
             state = TrainingState(int(about["step"]), losses, tensors, dict(about["numbers"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except FileNotFoundError as error:
+            raise _DamagedError(str(error)) from error
+        except OSError as error:
+            raise StorageError(f"The training state {path.name} cannot be read: {error}. {_LATER}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise _DamagedError(str(error)) from error
         if differing:
             raise CheckpointError(
@@ -188,10 +203,13 @@ def remove_old_runs(parent: Path, *, keep: int, but: str) -> None:
     """Remove the folders of all but the ``keep`` newest runs below ``parent``; ``but`` is a folder that stays."""
     if not parent.is_dir():
         return
-    runs = [path for path in parent.iterdir() if path.name != but and any(path.glob("state-*.safetensors"))]
-    for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
-        logger.info("BlockSkip: removing the states of the old run %s", path.name)
-        shutil.rmtree(path, ignore_errors=True)
+    try:
+        runs = [path for path in parent.iterdir() if path.name != but and any(path.glob("state-*.safetensors"))]
+        for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
+            logger.info("BlockSkip: removing the states of the old run %s", path.name)
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:  # another program may be removing the same
+        logger.warning("BlockSkip: the states of old runs cannot be removed: %s", error)
 
 
 def _step_of(path: Path) -> int:

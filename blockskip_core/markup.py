@@ -6,7 +6,7 @@ import html
 import math
 import unicodedata
 
-VOID = {"meta"}  # HTML elements without content
+VOID = {"img", "meta"}  # HTML elements without content
 SVG_SHAPES = {"circle", "line", "path", "rect"}  # may be closed at once, being foreign to HTML
 
 

@@ -247,6 +247,15 @@ class MemoryNeeds:
     host: int
     disk: int
 
+    def without_weights(self) -> MemoryNeeds:
+        """Return the same without the model's weights."""
+        return replace(
+            self,
+            selecting=self.selecting.with_weights(0),
+            precomputing=self.precomputing and self.precomputing.with_weights(0),
+            training=self.training.with_weights(0),
+        )
+
 
 def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None) -> MemoryNeeds:
     """Return what a run will take.

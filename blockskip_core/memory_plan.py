@@ -12,10 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .block_selection import format_bytes
+from .errors import InvalidInputError
 from .memory_counts import MemoryNeeds
 from .training import TrainingConfig
 
 MARGIN = 0.05  # of the counted peak
+CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
+"""Presets: the card's memory in GiB."""
+NOT_OURS = (1 / 8, 0.5)
+"""Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
+_PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
 
 
@@ -36,6 +42,21 @@ class MemorySettings:
     quantize_kept: str = "off"
     patch_min: int = 256
     measured: bool = False
+
+    def describe(self) -> str:
+        """Return the settings for people, on one line."""
+        config = self.config
+        kept = f"activation_budget {config.activation_budget / 2**30:g}" if config.checkpointing else ""
+        parts = [
+            f"patch_min {self.patch_min}",
+            f"storage {self.storage}",
+            f"batch_size {config.batch_size}",
+            f"accumulation times {config.accumulation}" if config.accumulation > 1 else "",
+            f"checkpointing {'on' if config.checkpointing else 'off'}",
+            kept,
+            f"quantize_kept {self.quantize_kept}",
+        ]
+        return ", ".join(part for part in parts if part) + "."
 
 
 @dataclass(frozen=True)
@@ -147,12 +168,106 @@ def changes_that_fit(
     return None
 
 
+def room_of_card(card: str) -> int:
+    """Return the bytes of a preset card that a run may take.
+
+    Raises:
+        InvalidInputError: If it is not one of :data:`CARDS`.
+    """
+    if card not in CARDS:
+        raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
+    share, more = NOT_OURS
+    return round((CARDS[card] * (1 - share) - more) * 2**30)
+
+
+def with_spare_used(
+    settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
+) -> MemorySettings:
+    """Return settings that fit, with memory that is left put to use: activations are kept instead of recomputed.
+
+    That changes nothing of the result and makes a step faster. Half a GiB is the smallest portion.
+
+    Args:
+        settings: Some that fit.
+        available: Bytes.
+        count: What a run with some settings takes.
+    """
+    if not settings.config.checkpointing:
+        return settings
+
+    def possible(**fields: object) -> MemorySettings | None:
+        changed = _config(**fields)(settings)
+        return changed if fits(peak_of(changed, count(changed)), available) else None
+
+    everything = possible(checkpointing=False, activation_budget=0.0)
+    if everything:
+        return everything
+    spare = available / (1.0 + MARGIN) - peak_of(settings, count(settings))
+    budget = settings.config.activation_budget + spare // _PORTION * _PORTION
+    while budget > settings.config.activation_budget:
+        larger = possible(activation_budget=budget)
+        if larger:
+            return larger
+        budget -= _PORTION
+    return settings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a training will fit.
+
+    Attributes:
+        starts: Whether it can start at all.
+        problem: What is wrong, one sentence for people; empty if nothing is.
+    """
+
+    starts: bool
+    problem: str = ""
+
+
+def verdict_on_training(peak: int, weights: int, largest_block: int, available: int, place: str) -> Verdict:
+    """Judge a training by its counted peak.
+
+    Hosts that run out of room for weights keep them in host memory and bring them over when they are used. So what does
+    not fit with all weights is slow; what does not fit without them fails.
+
+    Args:
+        peak: Bytes of all that lives at the same time, weights included.
+        weights: Of these, the weights.
+        largest_block: Bytes of the weights that must be there at the same time.
+        available: Bytes of the device.
+        place: Its name.
+    """
+    if fits(peak, available):
+        return Verdict(True)
+    has = f"{place} has {format_bytes(available)} free"
+    least = peak - weights + largest_block
+    if fits(least, available):
+        return Verdict(
+            True,
+            f"Training takes {format_bytes(peak)} and {has}, so weights are moved in every step, which is slow.",
+        )
+    return Verdict(
+        False, f"Training takes {format_bytes(least)} even without most of its weights, and {has}. It was not started."
+    )
+
+
+def advice(found: tuple[list[Change], MemoryNeeds] | None) -> str:
+    """Return what :func:`changes_that_fit` found as a sentence."""
+    if found is None:
+        return "No change of settings makes it fit; skip more blocks at Select Blocks or load a quantised model."
+    return f"It fits if you {' and '.join(change.text for change in found[0])}."
+
+
 def report(
     settings: MemorySettings,
     needs: MemoryNeeds,
     available: int,
     place: str,
     found: tuple[list[Change], MemoryNeeds] | None,
+    *,
+    draws: int = 1,
+    speed: float | None = None,
 ) -> str:
     """Return the plan for people, several lines.
 
@@ -161,6 +276,8 @@ def report(
         available: Bytes of the device that it may take.
         place: The device's name.
         found: What :func:`changes_that_fit` gave, if it does not fit.
+        draws: Training examples, all of which are precomputed.
+        speed: Operations per second of the device, see ``throughput``; None for a card that is not here.
     """
     lines = [_verdict(settings, needs, available, place, found), ""]
     for phase, peak in phase_peaks(needs).items():
@@ -172,12 +289,28 @@ def report(
         lines.append(f"{phase}: {format_bytes(peak)} on the device{note}")
     lines.append(f"host memory beside the model: up to {format_bytes(needs.host)}")
     lines.append(f"disk: {format_bytes(needs.disk)} of residuals" if needs.disk else "disk: no residuals")
+    lines.append(_time(needs, draws, speed))
     lines.append("")
     lines.append(
         f"Counted, not estimated: bytes of all tensors that live at the same time. The device needs more than that; "
         f"{MARGIN:.0%} are added for it in the verdict."
     )
     return "\n".join(lines)
+
+
+def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
+    parts = {"a training step": needs.training.operations}
+    if needs.precomputing is not None:
+        parts[f"precomputing {draws:,} draws"] = draws * needs.precomputing.operations
+    counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
+    if speed is None:
+        return f"work: {counted}. How long that takes on a card that is not here is not known."
+    times = ", ".join(f"{what} {_duration(operations / speed)}" for what, operations in parts.items())
+    return f"work: {counted}. At least: {times}, at the {speed / 1e12:,.3g} TFLOP/s of this device's matrix products."
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100.0 else f"{seconds / 60:,.0f} min"
 
 
 def _verdict(

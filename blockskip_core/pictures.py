@@ -27,6 +27,11 @@ def as_image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0).unsqueeze(0)
 
 
+def as_picture(image: Tensor) -> Image.Image:
+    """Return one (H, W, 3) of the host's IMAGE as a picture."""
+    return Image.fromarray((image.numpy() * 255.0).round().astype(np.uint8))
+
+
 def evenly(count: int, limit: int = MAX_CROPS) -> list[int]:
     """Return at most ``limit`` of ``count`` indices, spread evenly, first and last included."""
     if count <= limit:
@@ -44,7 +49,7 @@ def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int =
     for place, (crop, label) in enumerate(zip(crops, labels, strict=True)):
         left = gap + place % columns * (cell + gap)
         top = gap + place // columns * (cell + line + gap)
-        picture = Image.fromarray((crop.numpy() * 255.0).round().astype(np.uint8))
+        picture = as_picture(crop)
         sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
         draw.text((left + 2, top + cell + 4), label, fill=INK, font=_font(13))
     return sheet

@@ -18,6 +18,7 @@ then a manifest under another name tells which shards are whole, and a writer th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -33,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic_files import write_atomically
+from .atomic_files import open_tensors, write_atomically
 from .block_selection import format_bytes
 from .errors import CacheError, InvalidInputError, StorageError
 from .residual_format import SCALE_BYTES, ResidualFormat, unpacked
@@ -168,6 +169,9 @@ class CacheWriter:
 
     Attributes:
         draws: What is in whole shards.
+
+    Raises:
+        StorageError: If the disk refuses.
     """
 
     def __init__(self, folder: Path, identity: CacheIdentity, *, resume: bool = False) -> None:
@@ -176,9 +180,12 @@ class CacheWriter:
         self._tensors = _unfinished_tensors(folder, identity) if resume else {}
         self._num_shards = len({entry["shard"] for entry in self._tensors.values()})
         self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
-        if not self._tensors and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if not self._tensors and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"The folder for residuals cannot be made: {error}.") from error
 
     def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Write one shard: draw index -> name -> tensor.
@@ -204,7 +211,8 @@ class CacheWriter:
     def finish(self) -> None:
         """Write the manifest: from here on the cache is whole."""
         self._write_manifest(MANIFEST)
-        (self._folder / UNFINISHED).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the other manifest is the one that counts
+            (self._folder / UNFINISHED).unlink()
 
     def _write_manifest(self, name: str) -> None:
         body = json.dumps({"identity": asdict(self._identity), "tensors": self._tensors}, sort_keys=True)
@@ -214,7 +222,7 @@ class CacheWriter:
 
     def discard(self) -> None:
         """Remove the folder and everything in it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_cache(self._folder)
 
 
 class ResidualCache:
@@ -297,13 +305,21 @@ class ResidualCache:
         if name not in self._shards:
             if not _SHARD_NAME.fullmatch(name):
                 raise CacheError(_damaged(self._folder, MANIFEST))
-            self._shards[name] = safe_open(self._folder / name, framework="pt")
+            self._shards[name] = open_tensors(self._folder / name)
         return self._shards[name]
 
 
 def is_finished(folder: Path) -> bool:
     """Return whether a cache has been written to the end in this folder."""
     return (folder / MANIFEST).is_file()
+
+
+def remove_cache(folder: Path) -> None:
+    """Remove a cache. The manifests go first, so that one that is removed by half is not taken for a whole one."""
+    for name in (MANIFEST, UNFINISHED):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict[str, object]]:
@@ -331,7 +347,7 @@ def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
         CacheError: If it is not the one that was written.
     """
     try:
-        with safe_open(path, framework="pt") as shard:
+        with open_tensors(path) as shard:
             return _checked(shard.get_tensor(key), entry)
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise CacheError(_damaged(path.parent, path.name)) from error

@@ -7,7 +7,6 @@ node that trains: light, and complete enough that a source can compute what is m
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from .residual_cache import (
     ResidualCache,
     is_finished,
     predicted_bytes,
+    remove_cache,
     require_free_space,
 )
 from .residual_format import RESIDUAL_FORMATS, packed
@@ -267,12 +267,16 @@ def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
     """
     if not parent.is_dir():
         return
-    own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
-    own = [path for path in own if path.name != but]
-    caches = sorted(own, key=lambda path: -path.stat().st_mtime)
+    try:
+        own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
+        own = [path for path in own if path.name != but]
+        caches = sorted(own, key=lambda path: -path.stat().st_mtime)
+    except OSError as error:  # another program may be removing the same
+        logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
+        return
     for path in caches[keep:]:
         logger.info("BlockSkip: removing the old residuals %s", path.name)
-        shutil.rmtree(path, ignore_errors=True)
+        remove_cache(path)
 
 
 class DiskSource:
@@ -361,7 +365,7 @@ def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCac
     except CacheError as error:
         if cache is not None:
             cache.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_cache(folder)
         raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error
     finally:
         if cache is not None:

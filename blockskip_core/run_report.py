@@ -7,21 +7,51 @@ the browser). Names and sentences come from files and people, so all text passes
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from .atomic_files import write_atomically
 from .block_selection import BlockSelection, format_bytes
 from .draws import TrainingSchedule
 from .markup import Markup, element, joined
-from .pictures import BACK, FRONT, KEPT
+from .pictures import BACK, FRONT, KEPT, evenly
 from .run_charts import block_row, crop_chart, loss_chart, smoothing_window
 from .training import TrainingConfig, TrainingResult
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+MAX_SAMPLES = 48
+SAMPLE_SIDE = 320
+"""Pixels of a sample's longer side in the summary."""
+
+
+@dataclass(frozen=True)
+class ReportSample:
+    """A picture that was sampled while the run went on.
+
+    Attributes:
+        label: For people, e.g. "step 100".
+        jpeg: The file's bytes.
+    """
+
+    label: str
+    jpeg: bytes
+
+
+def sample_of(picture: Image.Image, label: str) -> ReportSample:
+    """Return a picture in the size that the summary shows."""
+    small, file = picture.convert("RGB"), BytesIO()
+    small.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+    small.save(file, format="JPEG", quality=88)
+    return ReportSample(label, file.getvalue())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +76,7 @@ class RunReport:
         lora_parameters: Trainable numbers.
         versions: Name -> version of what it ran on.
         written: When, for people.
+        samples: Pictures of the run, in order; see :func:`sample_of`.
     """
 
     file: str
@@ -68,6 +99,7 @@ class RunReport:
     lora_parameters: int
     versions: Mapping[str, str]
     written: str
+    samples: Sequence[ReportSample] = ()
 
 
 def write_report(report: RunReport, path: Path) -> None:
@@ -86,6 +118,7 @@ def report_page(report: RunReport) -> str:
         _problems(report.result.problems),
         _section("Figures", _table(figures(report))),
         _section("Loss", *_loss(report)),
+        _samples(report.samples),
         _section("Blocks", *_blocks(report)),
         _section("Crops", *_crops(report)),
         _section("Settings", _table(report.settings)),
@@ -154,6 +187,21 @@ def _loss(report: RunReport) -> list[Markup]:
     if 0 < resumed < report.result.steps:
         note += f" The dashed line: here the run went on from step {resumed:,}."
     return [loss_chart(losses, report.config.accumulation, resumed), element("p", note, class_="note")]
+
+
+def _samples(samples: Sequence[ReportSample]) -> Markup:
+    if not samples:
+        return Markup()
+    figures = [
+        element(
+            "figure",
+            element("img", src=f"data:image/jpeg;base64,{b64encode(sample.jpeg).decode()}", alt=sample.label),
+            element("figcaption", sample.label),
+        )
+        for sample in (samples[place] for place in evenly(len(samples), MAX_SAMPLES))
+    ]
+    note = "Sampled while training, from the same noise each time."
+    return _section("Samples", element("div", *figures, class_="samples"), element("p", note, class_="note"))
 
 
 def _blocks(report: RunReport) -> list[Markup]:
@@ -261,6 +309,9 @@ th {{ width: 40%; padding-right: 1rem; color: var(--faint); }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; margin: 0.25rem 0 0; font-size: 0.9rem; }}
 .key {{ display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; }}
 .key.front {{ background: var(--front); }} .key.kept {{ background: var(--kept); }} .key.back {{ background: var(--back); }}
+.samples {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.75rem; }}
+figure {{ margin: 0; font-size: 0.9rem; color: var(--faint); }}
+figure img {{ display: block; width: 100%; border-radius: 6px; }}
 .drawing {{ display: block; width: 100%; height: auto; }}
 .front {{ fill: var(--front); }} .kept {{ fill: var(--kept); }} .back {{ fill: var(--back); }}
 .label {{ fill: var(--faint); font-size: 14px; }}

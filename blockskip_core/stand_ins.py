@@ -217,12 +217,17 @@ class SavedBytes:
             self.total += storage.nbytes()
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what autograd saves in this context."""
+    def counting(self, *, dropped: bool = False) -> Iterator[None]:
+        """Count what autograd saves in this context.
 
-        def pack(tensor: Tensor) -> Tensor:
+        Args:
+            dropped: Whether nothing is to be saved, for there will be no backward pass.
+        """
+
+        def pack(tensor: Tensor) -> Tensor | None:
             self.add(tensor)
-            return tensor
+            # Detached: an operation that saves its own output would hold itself alive otherwise, out of Python's reach.
+            return None if dropped else tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
@@ -263,7 +268,7 @@ class TrainedBlock(_Stand):
     def _count(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set ``activation_bytes`` to what the block would keep for its backward if it were not checkpointed."""
         kept = SavedBytes()
-        with kept.counting():
+        with kept.counting(dropped=True):
             self.run(*args, **kwargs)
         self.activation_bytes = kept.total
 

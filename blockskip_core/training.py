@@ -186,6 +186,18 @@ class ResidualSource(Protocol):
         ...
 
 
+class Interlude(Protocol):
+    """What is done between two steps while the model that is trained on is unloaded, e.g. sampling a picture."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is wanted after so many steps; 0 is before the first."""
+        ...
+
+    def __call__(self, step: int) -> None:
+        """Do it. What it takes of random numbers and memory it gives back."""
+        ...
+
+
 def estimated_step_bytes(
     *, num_kept: int, tokens: int, width: int, itemsize: int, batch_size: int, checkpointing: bool, lora_numbers: int
 ) -> int:
@@ -223,6 +235,7 @@ def train_lora(
     on_step: Callable[[StepReport], None],
     activation_bytes: int = 0,
     checkpoints: Checkpoints | None = None,
+    interlude: Interlude | None = None,
 ) -> None:
     """Train ``adapters`` in place.
 
@@ -237,6 +250,7 @@ def train_lora(
         on_step: Called after every optimiser step; may raise to interrupt.
         activation_bytes: What the host should keep free beside the weights.
         checkpoints: Where the run goes on from, and where its states are kept; None starts anew and keeps none.
+        interlude: Done between steps, outside the model's run.
 
     Raises:
         CheckpointError: If a state is that of another run.
@@ -246,12 +260,30 @@ def train_lora(
     loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step, checkpoints)
     loop.resume()
     try:
+        if interlude and not result.steps and interlude.is_due(0):
+            loop.pause(interlude)
         for opening in source.stretches(config, start=result.steps * config.accumulation):
-            with opening as residuals, loop.running(residuals, activation_bytes) as step_micro_batch:
-                for micro_batch in residuals.micro_batches:
-                    step_micro_batch(micro_batch)
+            with opening as residuals:
+                for part in _between_interludes(residuals.micro_batches, config, interlude):
+                    loop.run(residuals, part, activation_bytes)
+                    if interlude and _interlude_after(part, config, interlude):
+                        loop.pause(interlude)
     finally:
         loop.save()
+
+
+def _between_interludes(micro_batches: range, config: TrainingConfig, interlude: Interlude | None) -> Iterator[range]:
+    """Cut a stretch after every step behind which there is an interlude."""
+    start = micro_batches.start
+    for end in range(start + 1, micro_batches.stop + 1):
+        part = range(start, end)
+        if end == micro_batches.stop or (interlude and _interlude_after(part, config, interlude)):
+            yield part
+            start = end
+
+
+def _interlude_after(part: range, config: TrainingConfig, interlude: Interlude) -> bool:
+    return part.stop % config.accumulation == 0 and interlude.is_due(part.stop // config.accumulation)
 
 
 @dataclass(frozen=True)
@@ -302,6 +334,18 @@ class _Loop:
         self.num_counted = 0
         self.within_step = False  # left on by an error in the middle of an update: the tensors are of no step then
         self.started = time.perf_counter()
+
+    def run(self, residuals: OpenResiduals, micro_batches: range, activation_bytes: int) -> None:
+        """Train on some micro-batches of a stretch."""
+        with self.running(residuals, activation_bytes) as step_micro_batch:
+            for micro_batch in micro_batches:
+                step_micro_batch(micro_batch)
+
+    def pause(self, interlude: Interlude) -> None:
+        """Do the interlude, whose time belongs to no step."""
+        before = time.perf_counter()
+        interlude(self.result.steps)
+        self.started += time.perf_counter() - before
 
     @contextmanager
     def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:

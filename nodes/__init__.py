@@ -9,6 +9,7 @@ from .live_chart import add_route
 from .memory_plan import MemoryPlan
 from .precompute_residuals import PrecomputeResiduals
 from .ralu_sampler import RaluSampler
+from .sample_while_training import SampleWhileTraining
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
 
@@ -16,6 +17,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     SelectBlocks,
     MemoryPlan,
     PrecomputeResiduals,
+    SampleWhileTraining,
     TrainLora,
     ApplyLora,
     RaluSampler,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.memory_plan import MemorySettings
 
 
 def single(value: Any, name: str = "") -> Any:
@@ -29,3 +30,11 @@ def _equal(a: Any, b: Any) -> bool:
 def singles(**values: Any) -> dict[str, Any]:
     """Return the only element of each list input, by name."""
     return {name: single(value, name) for name, value in values.items()}
+
+
+def require_memory_settings(value: Any) -> None:
+    """Raise InvalidInputError unless this is what Memory Plan gives."""
+    if not isinstance(value, MemorySettings):
+        raise InvalidInputError(
+            f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."
+        )

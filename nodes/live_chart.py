@@ -55,7 +55,7 @@ class LiveChart:
         """Show what else the node is doing; the training steps speak for themselves."""
         if phase == "training step":
             return
-        word = "precomputing" if phase.startswith("precomputing") else "preparing"
+        word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
         self._record.note(phase=word, detail=f"{phase}: {done} of {total}")
         self._send()
 

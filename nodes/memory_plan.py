@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache
 from typing import Any, get_args
 
-import comfy.model_management
 from comfy_api.latest import io
 
 from ..blockskip_core.back_response import BACK_RESIDUALS
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.frames import latent_shape
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.quantised_blocks import available_formats, require_available
-from ..blockskip_core.hosts.weightless_dit import WeightlessDit
 from ..blockskip_core.lora import LoraSettings, LoraTargets
-from ..blockskip_core.memory_counts import MemoryNeeds, RunPlan, StoredWeights, memory_needs
+from ..blockskip_core.memory_counts import MemoryNeeds
 from ..blockskip_core.memory_plan import (
+    CARDS,
+    Change,
     MemorySettings,
     changes_that_fit,
     fits,
     peak_of,
     phase_peaks,
     report,
+    room_of_card,
+    with_spare_used,
 )
 from ..blockskip_core.pictures import as_image, memory_bars
-from ..blockskip_core.residual_cache import predicted_bytes as residual_bytes
 from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES
+from ..blockskip_core.throughput import operations_per_second
 from ..blockskip_core.training import TrainingConfig
-from ..blockskip_core.weight_formats import predicted_bytes, stored_bytes
 from .inputs import singles
 from .progress import NodeProgress
-from .types import BlockSelectionSocket
+from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30
+OFF = "off"
 
 
 class MemoryPlan(io.ComfyNode):
@@ -99,11 +102,26 @@ class MemoryPlan(io.ComfyNode):
                     "probe_size", default=512, min=64, max=4096, step=16, optional=True, advanced=True,
                     tooltip="As at Select Blocks; only its method attention mask needs it.",
                 ),
+                io.Combo.Input(
+                    "preset", options=[OFF, *CARDS], default=OFF, optional=True,
+                    tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left to the desktop, the driver and "
+                    "other programs. Takes precedence over `card_memory`.",
+                ),
+                io.Boolean.Input(
+                    "use_spare", default=True, optional=True, advanced=True,
+                    tooltip="Let `settings` put memory that is left to use: activations are kept instead of recomputed, "
+                    "which is faster and changes nothing of the result.",
+                ),
             ],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="The plan, for Preview as Text."),
                 io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits as it is set."),
                 io.Image.Output("chart", display_name="chart", tooltip="Each phase against what there is."),
+                MemorySettingsSocket.Output(
+                    "settings", display_name="settings",
+                    tooltip="The smallest change that fits, or what you set if that fits. For `memory_settings` of "
+                    "Precompute Residuals and of Dynamic Patch Trainer.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
@@ -118,14 +136,16 @@ class MemoryPlan(io.ComfyNode):
         if not enough:
             progress("looking for what would fit", 1, 2)
             found = changes_that_fit(plan.settings, plan.available, plan.count)
-        text = report(plan.settings, needs, plan.available, plan.place, found)
+        settings = plan.settings_that_fit(found, enough)
+        text = report(plan.settings, needs, plan.available, plan.place, found, draws=plan.draws, speed=plan.speed())
+        text += f"\n\nOn the output `settings`: {settings.describe()}"
         progress.say(text.splitlines()[0])
         chart = memory_bars(phase_peaks(needs), needs.training.weights, plan.available, text.splitlines()[0])
-        return io.NodeOutput(text, enough, as_image(chart), ui={"text": [text]})
+        return io.NodeOutput(text, enough, as_image(chart), settings, ui={"text": [text]})
 
 
 class _Plan:
-    """A run's settings, and how it is counted with others."""
+    """A run's settings, what counts it, and the room that there is."""
 
     def __init__(
         self,
@@ -147,6 +167,8 @@ class _Plan:
         residual_format: str = "exact",
         targets: str = "attention and mlp",
         probe_size: int = 512,
+        preset: str = OFF,
+        use_spare: bool = True,
     ) -> None:
         for name, value, known in (
             ("storage", storage, STORAGES),
@@ -165,14 +187,14 @@ class _Plan:
             if value < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {value}.")
         require_available(quantize_kept)
-        self.dit = HostedDit(model, captions, latent_shape(model.model, patch_min))
-        selection.require_for(len(self.dit.blocks), self.dit.family)
-        self._weightless = WeightlessDit.of(self.dit)
-        self._model, self._selection = model, selection
-        self._draws, self._chunk, self._linear = draws, chunk_size, back_residual == "linear"
-        self._form, self._probe_size = residual_format, probe_size
-        self._lora = LoraSettings(rank=rank, alpha=rank, targets=targets)
-        self._longest = max(range(len(captions)), key=self.dit.text_length)
+        dit = HostedDit(model, captions, latent_shape(model.model, patch_min))
+        selection.require_for(len(dit.blocks), dit.family)
+        self.run = CountedRun(
+            dit, selection, LoraSettings(rank=rank, alpha=rank, targets=targets), captions=len(captions), draws=draws,
+            chunk_size=chunk_size, linear=back_residual == "linear", residual_format=residual_format,
+            probe_size=probe_size,
+        )  # fmt: skip
+        self.count, self._use_spare = cache(self.run.needs), use_spare
         self.settings = MemorySettings(
             config=TrainingConfig(
                 steps=1, batch_size=batch_size, checkpointing=checkpointing, activation_budget=activation_budget * GIB
@@ -182,52 +204,30 @@ class _Plan:
             patch_min=patch_min,
             measured=selection.method == "attention mask",
         )
-        self.available, self.place = self._room(card_memory)
+        self.draws, self._is_here = draws, preset == OFF and not card_memory
+        self.available, self.place = self._room(card_memory, preset)
 
-    def _room(self, card_memory: float) -> tuple[int, str]:
+    def _room(self, card_memory: float, preset: str) -> tuple[int, str]:
         """Return the bytes that the run may take, and of what."""
         if not 0.0 <= card_memory < float("inf"):
             raise InvalidInputError(f"card_memory must not be negative, got {card_memory}.")
-        if card_memory:
-            return round(card_memory * GIB), "that card"
-        management, device = comfy.model_management, self.dit.device
-        loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
-        free = management.get_free_memory(device) + (loaded if device.type != "cpu" else 0)
-        return int(free), management.get_torch_device_name(device)
+        if preset != OFF:
+            return room_of_card(preset), f"a card with {preset}"
+        return (round(card_memory * GIB), "that card") if card_memory else room_on(self.run.dit.device)
 
-    def count(self, settings: MemorySettings) -> MemoryNeeds:
-        """Count a run with these settings."""
-        stored = self._draws if settings.storage == "disk" else min(self._draws, self._chunk)
-        plan = RunPlan(
-            latent_shape=latent_shape(self._model.model, settings.patch_min),
-            probe_shape=latent_shape(self._model.model, self._probe_size),
-            selection=self._selection,
-            lora=self._lora,
-            layers=self._weightless.lora_layers(self._selection, self._lora.targets),
-            config=settings.config,
-            on_the_fly=settings.storage == "on the fly",
-            linear=self._linear,
-            draws=self._draws,
-            chunk=min(self._chunk, self._draws),
-            stored=stored,
-            caption=self._longest,
-        )
-        needs = memory_needs(self._weightless, plan, self._weights(settings.quantize_kept))
-        return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan, stored))
+    def speed(self) -> float | None:
+        """Return the operations per second of this device; None if another card is planned for."""
+        if not self._is_here:
+            return None
+        dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)
+        tokens = dit.image_tokens(*shape[1:]) + dit.text_tokens(0)
+        return operations_per_second(dit.device, dit.dtype, dit.width, tokens * self.settings.config.batch_size)
 
-    def _weights(self, weight_format: str) -> StoredWeights:
-        module = self._model.model.diffusion_model
-        everything = sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
-        blocks = [
-            predicted_bytes(module.get_submodule(block.name), weight_format if index in self._selection.kept else "off")
-            for index, block in enumerate(self.dit.blocks)
-        ]
-        return StoredWeights(blocks=blocks, others=everything - sum(block.num_bytes for block in self.dit.blocks))
-
-    def _disk(self, plan: RunPlan, stored: int) -> int:
-        return residual_bytes(
-            range(stored), front=self._selection.front > 0, back=self._selection.back > 0,
-            img_tokens=self.dit.image_tokens(*plan.latent_shape[1:]),
-            txt_tokens=dict.fromkeys(range(stored), self.dit.text_tokens(self._longest)), width=self.dit.width,
-            itemsize=self.dit.dtype.itemsize, form=self._form,
-        ) + self._linear * (self._selection.back > 0) * self.dit.width**2 * self.dit.dtype.itemsize  # fmt: skip
+    def settings_that_fit(self, found: tuple[list[Change], MemoryNeeds] | None, enough: bool) -> MemorySettings:
+        """Return the settings with the changes that make the run fit, and what is left over put to use."""
+        settings = self.settings
+        for change in found[0] if found else ():
+            settings = change.apply(settings)
+        if self._use_spare and (enough or found):
+            settings = with_spare_used(settings, self.available, self.count)
+        return settings

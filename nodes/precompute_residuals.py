@@ -22,15 +22,16 @@ from ..blockskip_core.hosts.identity import (
     module_identity,
     tensors_identity,
 )
+from ..blockskip_core.memory_plan import MemorySettings
 from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
 from ..blockskip_core.residual_cache import CacheIdentity
 from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES, ResidualSet, require_room, stored_latents, write_cache
 from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
-from .inputs import single, singles
+from .inputs import require_memory_settings, single, singles
 from .live_chart import announcer
 from .progress import NodeProgress
-from .types import BlockSelectionSocket, ResidualsSocket
+from .types import BlockSelectionSocket, MemorySettingsSocket, ResidualsSocket
 
 
 class PrecomputeResiduals(io.ComfyNode):
@@ -159,6 +160,11 @@ class PrecomputeResiduals(io.ComfyNode):
                     tooltip="exact: as the model computes them. int8 and fp8: half the disk for models in bf16, "
                     "slightly rounded; int8 rounds less. Not read by `on the fly`.",
                 ),
+                MemorySettingsSocket.Input(
+                    "memory_settings",
+                    optional=True,
+                    tooltip="From Memory Plan. Takes precedence over `patch_min` and `storage`.",
+                ),
             ],
             outputs=[
                 ResidualsSocket.Output("residuals", display_name="residuals", tooltip="For Dynamic Patch Trainer."),
@@ -184,7 +190,7 @@ class PrecomputeResiduals(io.ComfyNode):
     @classmethod
     def execute(cls, model, vae, images, positive, selection, **widgets) -> io.NodeOutput:
         model, vae, selection = singles(model=model, vae=vae, selection=selection).values()
-        widgets = singles(**widgets)
+        widgets = _with_memory_settings(**singles(**widgets))
         photos, captions = flatten_pictures(images), flatten_conditionings(positive)
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
 
@@ -239,6 +245,13 @@ class PrecomputeResiduals(io.ComfyNode):
         sheet = _contact_sheet(crops, schedule)
         progress.say(_size_note(photos, schedule))
         return io.NodeOutput(residuals, pictures.as_image(sheet))
+
+
+def _with_memory_settings(memory_settings: MemorySettings | None = None, **widgets) -> dict:
+    if memory_settings is None:
+        return widgets
+    require_memory_settings(memory_settings)
+    return {**widgets, "patch_min": memory_settings.patch_min, "storage": memory_settings.storage}
 
 
 def _schedule(

@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
+from PIL import Image
 from server import PromptServer
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_TEXTS = 0.5
+LARGEST_PREVIEW = 512
+"""Pixels of the longer side."""
 
 
 class NodeProgress:
@@ -27,7 +30,7 @@ class NodeProgress:
         self._node_id = node_id
         self._tell = tell
         self._bar: comfy.utils.ProgressBar | None = None
-        self._total = 0
+        self._done = self._total = 0
         self._last_text = 0.0
 
     def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
@@ -39,10 +42,16 @@ class NodeProgress:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._bar is None or total != self._total or done == 1:
             self._bar, self._total = comfy.utils.ProgressBar(total), total
+        self._done = done
         self._bar.update_absolute(done, total)
         if self._tell:
             self._tell(phase, done, total)
         self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
+
+    def show(self, picture: Image.Image) -> None:
+        """Show a picture on the node, as samplers show theirs; at the place where the bar stands."""
+        self._bar = self._bar or comfy.utils.ProgressBar(1)
+        self._bar.update_absolute(self._done, preview=("JPEG", picture, LARGEST_PREVIEW))
 
     def say(self, text: str) -> None:
         """Show a sentence that stays under the node when it is done, and log it."""

@@ -241,7 +241,6 @@ class _Probe:
             return influence
         steps = self._settings.probe.steps
         ticks = _Ticks(progress, total=(1 + len(runs)) * influence.num_pictures * steps)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         plain = self._embeddings(frozenset(), ticks)
         for run, masked in runs.items():
             pairs = zip(plain, self._embeddings(masked, ticks), strict=True)
@@ -273,7 +272,7 @@ class _Probe:
             return fresh
         try:
             return TextInfluence.from_json(self._file.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             logger.warning("BlockSkip: the remembered probe %s is damaged (%s); measuring anew", self._file.name, error)
             return fresh
 

@@ -18,7 +18,7 @@ from .inputs import single, singles
 from .live_chart import LiveChart
 from .progress import NodeProgress
 from .training_run import TrainingRun
-from .types import LoraModelSocket, LossMapSocket, ResidualsSocket
+from .types import LoraModelSocket, LossMapSocket, MemorySettingsSocket, ResidualsSocket, SamplesSocket
 
 
 class TrainLora(io.ComfyNode):
@@ -250,6 +250,25 @@ class TrainLora(io.ComfyNode):
                     tooltip="A LoRA file to train further, of any trainer. Its rank must be the same, and it must change "
                     "nothing but linear layers of the kept blocks.",
                 ),
+                SamplesSocket.Input(
+                    "samples",
+                    optional=True,
+                    tooltip="From Sample While Training: pictures while it trains.",
+                ),
+                MemorySettingsSocket.Input(
+                    "memory_settings",
+                    optional=True,
+                    tooltip="From Memory Plan. Takes precedence over `batch_size`, `checkpointing`, `activation_budget` and "
+                    "`quantize_kept`. Connect it to Precompute Residuals too.",
+                ),
+                io.Boolean.Input(
+                    "check_memory",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Refuse a run that cannot fit, before it starts, and say what would make it fit. Off: only "
+                    "warn.",
+                ),
             ],
             outputs=[
                 LoraModelSocket.Output(
@@ -264,15 +283,14 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, residuals, start_from=None, **widgets) -> io.NodeOutput:
+    def execute(cls, model, residuals, start_from=None, samples=None, **widgets) -> io.NodeOutput:
         model, residuals = singles(model=model, residuals=residuals).values()
-        start_from = single(start_from, "start_from")
+        start_from, samples = single(start_from, "start_from"), single(samples, "samples")
         with LiveChart(cls.hidden) as chart:
             progress = NodeProgress(cls.hidden.unique_id, chart.phase)
-            run = TrainingRun(model, residuals, progress, chart, start_from, **singles(**widgets))
+            run = TrainingRun(model, residuals, progress, chart, start_from, samples, **singles(**widgets))
             run.train()
         run.say_how_it_went()
         lora = LoraModel(run.host_lora(), run.metadata())
-        return io.NodeOutput(
-            lora, run.loss_map(), run.result.steps, ui={"blockskip": [run.summary()], **chart.output()}
-        )
+        ui = {"blockskip": [run.summary()], **chart.output(), **(run.samples.output() if run.samples else {})}
+        return io.NodeOutput(lora, run.loss_map(), run.result.steps, ui=ui)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
 import torch
 
 from ..blockskip_core.block_selection import format_bytes
 from ..blockskip_core.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
 from ..blockskip_core.errors import CacheError, InvalidInputError, StorageError, TrainingError
+from ..blockskip_core.hosts.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.folders import run_folder
 from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
 from ..blockskip_core.hosts.identity import model_identity, tensors_identity
@@ -24,8 +24,10 @@ from ..blockskip_core.hosts.lora_files import (
     output_path,
     require_writable,
     save_lora,
+    unused_path,
 )
 from ..blockskip_core.hosts.quantised_blocks import QuantisedDit
+from ..blockskip_core.hosts.training_samples import SampleRequest
 from ..blockskip_core.lora import (
     LinearShape,
     LoraAdapters,
@@ -34,6 +36,8 @@ from ..blockskip_core.lora import (
     to_file_tensors,
     to_host_lora,
 )
+from ..blockskip_core.memory_counts import MemoryNeeds
+from ..blockskip_core.memory_plan import MemorySettings, advice, changes_that_fit, fits, verdict_on_training
 from ..blockskip_core.residual_sources import ResidualSet
 from ..blockskip_core.run_report import RunReport, write_report
 from ..blockskip_core.training import (
@@ -45,8 +49,11 @@ from ..blockskip_core.training import (
 )
 from ..blockskip_core.version import VERSION
 from .apply_lora import NO_FILE
+from .inputs import require_memory_settings
 from .live_chart import LiveChart
+from .peak_memory import PeakMemory
 from .progress import NodeProgress
+from .run_samples import RunSamples
 from .versions import software_versions, version_of
 
 logger = logging.getLogger(__name__)
@@ -65,6 +72,7 @@ class TrainingRun:
         progress: NodeProgress,
         chart: LiveChart,
         start_from: Mapping[str, torch.Tensor] | None,
+        samples: SampleRequest | None,
         *,
         rank: int,
         alpha: float = 0.0,
@@ -78,9 +86,13 @@ class TrainingRun:
         keep_last: int = 2,
         start_file: str = NO_FILE,
         resume: bool = True,
+        check_memory: bool = True,
+        memory_settings: MemorySettings | None = None,
         **training: Any,
     ) -> None:
         self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
+        if memory_settings is not None:
+            self.config, quantize_kept = _planned(self.config, memory_settings, residuals)
         self.streamed = _is_streamed(kept_weights)
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
         if start_from is None and start_file != NO_FILE:
@@ -114,7 +126,7 @@ class TrainingRun:
         self.safe_files: list[Path] = []
         self.shown_settings = {
             **asdict(self.config),
-            "activation_budget": f"{activation_budget:g} GiB",
+            "activation_budget": f"{self.config.activation_budget / 2**30:g} GiB",
             "rank": rank,
             "alpha": self.settings.alpha,
             "targets": targets,
@@ -125,9 +137,24 @@ class TrainingRun:
             "save_every": save_every,
             "keep_last": keep_last,
             "resume": resume,
+            "samples": "from Sample While Training" if samples is not None else "none",
             "start_from": "another LoRA" if start_from is not None and start_file == NO_FILE else "nothing",
             "start_file": start_file,
+            "check_memory": check_memory,
+            "memory_settings": "from Memory Plan" if memory_settings is not None else "none",
         }
+        self.check_memory = check_memory
+        self.samples = samples and RunSamples(
+            model,
+            samples,
+            residuals.selection,
+            self.adapters,
+            lora_path=self.path,
+            last_step=self.config.steps,
+            memory=self.memory,
+            progress=progress,
+            problems=self.result.problems,
+        )
 
     def _identity(self) -> RunIdentity:
         """What decides the LoRA's values after so many steps."""
@@ -220,7 +247,62 @@ class TrainingRun:
         kept = [self.dit.blocks[index].name for index in self.residuals.selection.kept]
         return QuantisedDit(self.dit, kept, weight_format)
 
+    def _require_memory(self) -> None:
+        """Count the run where a rough upper bound does not fit, and refuse what cannot; say what is slow.
+
+        The bound is twice the rule of thumb of ``estimated_step_bytes``, which tests find to be no less than the count.
+
+        Raises:
+            TrainingError: If not even a step without its weights fits, unless `check_memory` is off.
+        """
+        run, settings = self._counted_run()
+        available, place = room_on(self.dit.device)
+        weights, block = run.trained_weights(settings), max(self.dit.block_bytes)
+        on_cpu = self.dit.device.type == "cpu"  # the weights are in that memory already
+        if on_cpu:
+            weights = block = 0
+
+        def count(settings: MemorySettings) -> MemoryNeeds:
+            needs = run.needs(settings).without_weights() if on_cpu else run.needs(settings)
+            return replace(needs, precomputing=None) if settings.storage == "disk" else needs  # that is done
+
+        if self.samples:
+            self.samples.training_peak = weights + self._estimated_bytes()
+        if fits(weights * (not self.streamed) + 2 * self._estimated_bytes(), available):
+            return
+        self.progress("counting memory", 1, 2)
+        counted = count(settings).training
+        verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
+        if not verdict.problem or (verdict.starts and self.streamed):
+            return
+        problem = f"{verdict.problem} {advice(changes_that_fit(settings, available, count))}"
+        if self.check_memory and not verdict.starts:
+            raise TrainingError(f"{problem} Or switch `check_memory` off to try it all the same.")
+        logger.warning("BlockSkip: %s", problem)
+        self.result.problems.append(problem)
+
+    def _counted_run(self) -> tuple[CountedRun, MemorySettings]:
+        residuals = self.residuals
+        run = CountedRun(
+            self.dit,
+            residuals.selection,
+            self.settings,
+            captions=len(residuals.captions),
+            draws=len(residuals.schedule),
+            chunk_size=residuals.chunk_size,
+            linear=residuals.back_residual == "linear",
+            residual_format=residuals.identity.residual_format,
+        )
+        settings = MemorySettings(
+            config=self.config,
+            storage=residuals.storage,
+            quantize_kept=self.quantize_kept,
+            patch_min=residuals.schedule.patches.patch_min,
+        )
+        return run, settings
+
     def _train(self) -> None:
+        self._require_memory()
         if self.trained_dit is not self.dit:
             self.trained_dit.quantise(lambda done, total: self.progress("layers quantised", done, total))
         train_lora(
@@ -235,11 +317,14 @@ class TrainingRun:
             on_step=self._on_step,
             activation_bytes=self._activation_bytes(),
             checkpoints=self.checkpoints,
+            interlude=self.samples,
         )
 
     def _activation_bytes(self) -> int:
-        if self.streamed:
-            return STREAMED
+        return STREAMED if self.streamed else self._estimated_bytes()
+
+    def _estimated_bytes(self) -> int:
+        """Return about what a step takes beside the weights."""
         text = max(self.dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
         estimated = estimated_step_bytes(
             num_kept=len(self.residuals.selection.kept),
@@ -293,11 +378,17 @@ class TrainingRun:
             return
         self.safe_files.append(path)
         for old in self.safe_files[: -self.keep_last]:
-            old.unlink(missing_ok=True)
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                logger.error("BlockSkip: %s", error)
+                self.result.problems.append(f"An old safe point cannot be removed: {error}.")
         del self.safe_files[: -self.keep_last]
 
     def _save(self, path: Path | None = None) -> None:
-        path = path or self.path
+        if path is None:  # another program may have taken the name since
+            path = self.path = unused_path(self.path)
+            self.saved_as = path.name
         state = self.adapters.state_dict()
         tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
         save_lora(tensors, self.metadata(), path)
@@ -403,27 +494,8 @@ class TrainingRun:
             lora_parameters=said["lora_parameters"],
             versions=software_versions(self.dit.device),
             written=datetime.now().astimezone().isoformat(" ", "minutes"),
+            samples=self.samples.for_report() if self.samples else (),
         )
-
-
-class PeakMemory:
-    """Peak memory of a run: allocated on the GPU where there is one, resident in the process otherwise."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.now = self.peak = 0
-        self.what = "GPU memory allocated" if device.type == "cuda" else "process memory (RSS)"
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def sample(self) -> None:
-        """Look at the memory now."""
-        if self._device.type == "cuda":
-            self.now = torch.cuda.memory_allocated(self._device)
-            top = torch.cuda.max_memory_allocated(self._device)
-        else:
-            top = self.now = psutil.Process().memory_info().rss
-        self.peak = max(self.peak, top)
 
 
 def _require_same_model(model: Any, residuals: ResidualSet) -> None:
@@ -432,6 +504,30 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
             "The residuals were computed from another model than the one connected here. Connect the same MODEL "
             "to Precompute Residuals and to Dynamic Patch Trainer."
         )
+
+
+def _planned(config: TrainingConfig, settings: MemorySettings, residuals: ResidualSet) -> tuple[TrainingConfig, str]:
+    """Return the settings that Memory Plan gave: the config, and the format of the kept weights.
+
+    Raises:
+        InvalidInputError: If the residuals were made with other settings than the plan counted.
+    """
+    require_memory_settings(settings)
+    made = (residuals.schedule.patches.patch_min, residuals.storage == "on the fly")
+    if made != (settings.patch_min, settings.storage == "on the fly"):
+        raise InvalidInputError(
+            f"Memory Plan counted crops of {settings.patch_min} px with storage {settings.storage}; the residuals have "
+            f"{made[0]} px and {residuals.storage}. Connect its `settings` to Precompute Residuals too."
+        )
+    planned = settings.config
+    config = replace(
+        config,
+        batch_size=planned.batch_size,
+        accumulation=config.accumulation * planned.accumulation,
+        checkpointing=planned.checkpointing,
+        activation_budget=planned.activation_budget,
+    )
+    return config, settings.quantize_kept
 
 
 def _is_streamed(kept_weights: str) -> bool:

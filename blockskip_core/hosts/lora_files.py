@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import folder_paths
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic_files import write_atomically
+from ..atomic_files import open_tensors, remove_leftovers, write_atomically
 from ..errors import InvalidInputError, LoraFileError, StorageError
 from ..lora import LoraAdapters, metadata_from_strings, metadata_to_strings
 
@@ -31,25 +33,48 @@ def output_path(prefix: str) -> Path:
     """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
 
     Raises:
-        InvalidInputError: If the prefix would leave the output folder.
+        InvalidInputError: If the prefix is no name or would leave the output folder.
+        StorageError: If its folder cannot be made.
     """
     if not prefix.isprintable():
         raise InvalidInputError("The file name must not contain control characters. Use a plain name.")
+    if os.path.basename(os.path.normpath(prefix)) in ("", ".", ".."):
+        raise InvalidInputError(f"The file name {prefix!r} names no file. Use a plain name such as loras/my_lora.")
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except OSError as error:
+        raise StorageError(f"The folder of {prefix!r} cannot be made: {error}. Choose another output_name.") from error
     except Exception as error:
         raise InvalidInputError(
             f"The file name {prefix!r} must stay inside ComfyUI's output folder. Use a plain name such as loras/my_lora."
         ) from error
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    return unused_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
+
+
+_COUNTED = re.compile(r"(?P<name>.*)_(?P<counter>\d{5,})_\.safetensors", re.DOTALL)
+
+
+def unused_path(path: Path) -> Path:
+    """Return the path, or one with the next number that no file has.
+
+    The host counts files by their names as typed, so it misses those of "loras/" and the like; and another program may
+    have taken a name since.
+    """
+    while os.path.lexists(path):  # says no of a name that is too long, where Path.exists raises
+        counted = _COUNTED.fullmatch(path.name)
+        path = path.with_name(f"{counted['name']}_{int(counted['counter']) + 1:05}_.safetensors")
+    return path
 
 
 def require_writable(path: Path) -> None:
-    """Check before a long run that a file of this name can be written at its end.
+    """Check before a long run that a file of this name can be written at its end; remove what killed ones have left.
 
     Raises:
         StorageError: If the disk refuses.
     """
+    name = re.escape(_COUNTED.fullmatch(path.name)["name"])
+    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+)?\.(safetensors|html)\.(part|trial)")
+    remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
     trial = path.with_name(path.name + ".trial")
     try:
         trial.touch()
@@ -89,7 +114,7 @@ def load_lora_file(name: str) -> LoraModel:
     if Path(path).suffix not in (".safetensors", ".sft"):
         raise LoraFileError(f"{name} is not a safetensors file; other formats can carry code and are not read.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             strings = file.metadata()
     except (SafetensorError, OSError) as error:

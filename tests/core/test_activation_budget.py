@@ -1,5 +1,6 @@
 """Blocks that keep their activations within a budget: the same gradients, and no more bytes than allowed."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from blockskip_pack.blockskip_core.activation_budget import ActivationBudget
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.skipping_model import SkippingModel
-from blockskip_pack.blockskip_core.stand_ins import TrainedBlock
+from blockskip_pack.blockskip_core.stand_ins import SavedBytes, TrainedBlock
 from blockskip_pack.blockskip_core.training import TrainingConfig
 
 from .plain_dit import MemorySource, PlainDit, latents, lora_for, schedule, selection, train
@@ -39,6 +40,37 @@ def counted_blocks():
             with budget.forward(11):
                 denoise(latents()[:1], torch.tensor([0.5], dtype=torch.float64), [0])
     return model.trained_blocks
+
+
+class KeepsItsOutput(torch.nn.Module):
+    """A block of two operations that save their own output for backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def forward(self, x):
+        for operation in (torch.tanh, lambda y: y.softmax(-1)):
+            x = operation(x)
+            self.made.append(weakref.ref(x.untyped_storage()))
+        return x
+
+
+def test_what_was_counted_is_freed_at_once():
+    block = KeepsItsOutput()
+    trained = TrainedBlock(block, checkpointed=True)
+    trained.counting = True
+    out = trained(torch.ones(2, 3, requires_grad=True))
+    assert trained.activation_bytes > 0
+    assert [made() is None for made in block.made[:2]] == [True, True], "the pass that only counted"
+    out.sum().backward()
+
+
+def test_a_step_that_fails_between_forward_and_backward_leaves_nothing_behind():
+    block = KeepsItsOutput()
+    with SavedBytes().counting():
+        block(torch.ones(2, 3, requires_grad=True))
+    assert [made() is None for made in block.made] == [True, True]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 10.0])

@@ -2,11 +2,15 @@
 
 import inspect
 import os
+import time
+from contextlib import contextmanager
 
 import pytest
+import torch
 from blockskip_pack.blockskip_core import atomic_files, errors
-from blockskip_pack.blockskip_core.atomic_files import write_atomically
+from blockskip_pack.blockskip_core.atomic_files import open_tensors, remove_leftovers, write_atomically
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 
 def test_the_file_is_written_under_another_name_first(tmp_path):
@@ -77,3 +81,50 @@ def test_every_error_is_a_value_error_of_one_family():
         assert issubclass(kind, errors.BlockSkipError)
         assert issubclass(kind, ValueError)
         assert kind.__name__ in errors.__doc__ or kind is errors.BlockSkipError
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    write_atomically(tmp_path / "a" / "b" / "file.txt", lambda path: path.write_text("x"))
+    assert (tmp_path / "a" / "b" / "file.txt").read_text() == "x"
+
+
+def test_a_name_that_no_file_can_have_is_said(tmp_path):
+    """The temporary file cannot be removed then, for the same reason; that is not what is told."""
+    with pytest.raises(errors.StorageError, match="could not be written: .*File name too long"):
+        write_atomically(tmp_path / ("x" * 255), lambda path: path.write_text("x"))
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    for name, age in (("a.part", 61), ("b.part", 50), ("c.txt", 1000), ("mine.part", 1000)):
+        (tmp_path / name).write_text("half")
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
+    remove_leftovers(tmp_path, lambda name: name.endswith(".part") and name != "mine.part")
+    assert sorted(os.listdir(tmp_path)) == ["b.part", "c.txt", "mine.part"]
+    remove_leftovers(tmp_path / "nowhere", lambda name: True)  # in nobody's way
+
+
+def test_a_file_that_the_system_does_not_open_is_not_told_to_be_missing(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with open_tensors(tmp_path / "a.safetensors") as file:
+        assert list(file.keys()) == ["a"]
+    with pytest.raises(FileNotFoundError):
+        open_tensors(tmp_path / "b.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(b"12")
+    with pytest.raises(SafetensorError):
+        open_tensors(tmp_path / "half.safetensors")
+    with too_many_open_files(), pytest.raises(OSError, match="Too many open files") as caught:
+        open_tensors(tmp_path / "a.safetensors")
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+@contextmanager
+def too_many_open_files():
+    """Let this process open no file."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

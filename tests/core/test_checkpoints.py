@@ -12,6 +12,7 @@ from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResul
 from safetensors.torch import load_file, save_file
 
 from .plain_dit import PlainDit, lora_for
+from .test_atomic_files import too_many_open_files
 from .test_residual_sources import PLAN, quiet, residual_set
 
 STEPS = 7
@@ -336,3 +337,30 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
         train(tmp_path / "a", store(tmp_path, every=1))
     assert store(tmp_path).newest(9).step == 2
     assert_same(train(tmp_path / "a", store(tmp_path))[0], train(tmp_path / "whole")[0])
+
+
+def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
+    """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
+    store(tmp_path).save(state())
+    said = "cannot be read: .*Too many open files.*Queue again when the disk is back"
+    with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
+        store(tmp_path).newest(9)
+    kept = store(tmp_path)
+    found = kept._states()
+    monkeypatch.setattr(kept, "_states", lambda: found)
+    with too_many_open_files(), pytest.raises(StorageError, match=f"state-00000003.safetensors {said}"):
+        kept.newest(9)
+    assert store(tmp_path).newest(9).step == 3
+
+
+def test_a_damaged_state_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    store(tmp_path).save(state())
+    path = tmp_path / "run" / "state-00000003.safetensors"
+    path.write_bytes(b"half")
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "unlink", refuse)
+    with pytest.raises(StorageError, match="cannot be removed: .*Permission denied"):
+        store(tmp_path).newest(9)

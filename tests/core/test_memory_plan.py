@@ -3,17 +3,24 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from blockskip_pack.blockskip_core.memory_counts import MemoryNeeds, PhaseCount
 from blockskip_pack.blockskip_core.memory_plan import (
+    CARDS,
     CHANGES,
     MARGIN,
     MemorySettings,
+    advice,
     changes_that_fit,
     fits,
     peak_of,
     phase_peaks,
     report,
+    room_of_card,
+    verdict_on_training,
+    with_spare_used,
 )
+from blockskip_pack.blockskip_core.throughput import operations_per_second
 from blockskip_pack.blockskip_core.training import TrainingConfig
 
 GIB = 2**30
@@ -125,3 +132,77 @@ def test_the_verdict_names_the_change_or_says_that_there_is_none():
     assert text.startswith("It does not fit: 34.00 GiB, and there are 8.00 GiB of a card. It will if you switch `check")
     assert text.endswith("and set `quantize_kept` to int8: 7.00 GiB.")
     assert "No change of settings is enough. Skip more blocks" in report(BIG, price(BIG), GIB, "a card", None)
+
+
+def test_spare_memory_keeps_activations():
+    small = replace(BIG, config=TrainingConfig(steps=1), storage="disk", patch_min=256)
+    assert price(small).training.peak == 11 * GIB
+    assert with_spare_used(small, round(11.2 * GIB), price) == small
+    some = with_spare_used(small, 15 * GIB, price)  # 15 / 1.05 - 11 = 3.29
+    assert (some.config.checkpointing, some.config.activation_budget) == (True, 3 * GIB)
+    all_kept = with_spare_used(small, 20 * GIB, price)  # 19 without checkpointing
+    assert (all_kept.config.checkpointing, all_kept.config.activation_budget) == (False, 0.0)
+    assert with_spare_used(all_kept, 90 * GIB, price) is all_kept
+
+
+def test_a_budget_that_costs_more_than_it_says_is_lowered():
+    def dear(settings):
+        more = settings.config.activation_budget if settings.config.checkpointing else 50 * GIB
+        return needs(round(11 * GIB + 2 * more))
+
+    small = replace(BIG, config=TrainingConfig(steps=1), storage="disk", patch_min=256)
+    chosen = with_spare_used(small, 15 * GIB, dear)
+    assert chosen.config.activation_budget == 1.5 * GIB
+    assert fits(dear(chosen).training.peak, 15 * GIB)
+
+
+def test_a_card_keeps_room_for_the_desktop():
+    assert {card: room_of_card(card) / GIB for card in CARDS} == {
+        "6 GB": 4.75, "8 GB": 6.5, "12 GB": 10.0, "16 GB": 13.5, "24 GB": 20.5,
+    }  # fmt: skip
+
+
+def test_a_training_starts_if_all_but_its_weights_fit():
+    judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 11 * GIB, "the card")
+    assert (judged.starts, judged.problem) == (True, "")
+    judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 4 * GIB, "the card")
+    assert judged.starts
+    assert judged.problem == (
+        "Training takes 10.00 GiB and the card has 4.00 GiB free, so weights are moved in every step, which is slow."
+    )
+    judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 3 * GIB, "the card")
+    assert not judged.starts
+    assert judged.problem.startswith("Training takes 3.00 GiB even without most of its weights, and the card has 3.00")
+
+
+def test_advice_is_a_sentence():
+    assert advice(changes_that_fit(BIG, 30 * GIB, price)) == "It fits if you switch `checkpointing` on."
+    assert advice(None).startswith("No change of settings makes it fit;")
+
+
+def test_settings_say_what_they_are():
+    assert BIG.describe() == (
+        "patch_min 512, storage on the fly, batch_size 4, accumulation times 2, checkpointing off, quantize_kept off."
+    )
+    kept = replace(BIG, config=TrainingConfig(steps=1, activation_budget=1.5 * GIB))
+    assert "checkpointing on, activation_budget 1.5, quantize_kept off." in kept.describe()
+
+
+def test_work_is_counted_and_timed_where_the_device_is_here():
+    whole = MemoryNeeds(
+        selecting=phase(1), precomputing=PhaseCount(weights=0, peak=1, operations=2 * 10**12, host=0),
+        training=PhaseCount(weights=0, peak=1, operations=5 * 10**12, host=0), lora=0, replayed=0, host=0, disk=0,
+    )  # fmt: skip
+    text = report(BIG, whole, GIB, "a card", None, draws=400, speed=10.0 * 10**12)
+    assert (
+        "work: a training step 5 TFLOP, precomputing 400 draws 800 TFLOP. At least: a training step 0.5 s, precomputing 400 "
+        "draws 80 s, at the 10 TFLOP/s of this device's matrix products."
+    ) in text.splitlines()
+    text = report(BIG, whole, GIB, "a card", None, draws=40_000, speed=10.0 * 10**12)
+    assert "precomputing 40,000 draws 133 min" in text
+    assert "on a card that is not here is not known." in report(BIG, whole, GIB, "a card", None)
+
+
+def test_the_speed_is_that_of_a_product():
+    speed = operations_per_second(torch.device("cpu"), torch.float32, width=256, tokens=64)
+    assert 1e8 < speed < 1e15

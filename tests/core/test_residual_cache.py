@@ -23,6 +23,8 @@ from blockskip_pack.blockskip_core.residual_cache import (
     require_free_space,
 )
 
+from .test_atomic_files import too_many_open_files
+
 IDENTITY = CacheIdentity(model="m", schedule="s", selection="e", pictures="p", captions="c", dtype="torch.float32")
 IMAGE, TEXT, WIDTH = 6, 5, 4
 
@@ -327,3 +329,37 @@ def test_a_disk_that_fills_up_is_reported_and_leaves_nothing_half_written(tmp_pa
     writer.discard()
     assert not (tmp_path / "c").exists()
     writer.discard()
+
+
+def test_too_many_open_files_are_no_damage(tmp_path):
+    folder = written(tmp_path / "c")
+    cache = ResidualCache(folder, IDENTITY)
+    with (
+        too_many_open_files(),
+        pytest.raises(StorageError, match="cannot be read: .*Queue again when the disk is back"),
+    ):
+        cache.read(0)
+    assert same_bits(cache.read(0)["back"], records()[0]["back"])
+    unfinished = CacheWriter(tmp_path / "d", IDENTITY)
+    unfinished.write(records())
+    with too_many_open_files(), pytest.raises(StorageError, match="cannot be read"):
+        unfinished.read("0/back")
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "residuals").write_text("in the way")
+    with pytest.raises(StorageError, match="The folder for residuals cannot be made"):
+        CacheWriter(tmp_path / "residuals" / "c", IDENTITY)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_cache_that_is_removed_by_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch, finished):
+    """The process may be killed at any file."""
+    writer = CacheWriter(tmp_path / "c", IDENTITY)
+    writer.write(records())
+    if finished:
+        writer.finish()
+    monkeypatch.setattr(residual_cache.shutil, "rmtree", lambda *args, **kwargs: None)
+    residual_cache.remove_cache(tmp_path / "c")
+    assert not is_finished(tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["shard-00000.safetensors"]

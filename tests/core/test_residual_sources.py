@@ -349,7 +349,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_residuals(tmp_path, monkeypatch)
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("blockskip_pack.blockskip_core.residual_cache.safe_open", gone)
+        patch.setattr("blockskip_pack.blockskip_core.residual_cache.open_tensors", gone)
         with pytest.raises(StorageError, match=r"cannot be read: .*Input/output error\. Queue again"):
             run(residuals, steps=1)
     assert contents(residuals.folder) == before

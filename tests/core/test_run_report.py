@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 from xml.etree import ElementTree
 
 import pytest
@@ -14,8 +16,16 @@ from blockskip_pack.blockskip_core.block_selection import BlockSelection
 from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule
 from blockskip_pack.blockskip_core.errors import StorageError
 from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
-from blockskip_pack.blockskip_core.run_report import RunReport, figures, report_page, write_report
+from blockskip_pack.blockskip_core.run_report import (
+    ReportSample,
+    RunReport,
+    figures,
+    report_page,
+    sample_of,
+    write_report,
+)
 from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResult
+from PIL import Image
 
 NAMES = [f"double_blocks.{index}" for index in range(2)] + [f"single_blocks.{index}" for index in range(4)]
 SELECTION = BlockSelection(
@@ -143,6 +153,34 @@ def test_the_document_fetches_nothing_and_runs_nothing():
     assert "url(" not in report_page(RUNS["problems"])
     assert "@import" not in report_page(RUNS["problems"])
     assert any("default-src 'none'" in str(value) for _, _, value in shown.attributes)
+
+
+def test_samples_are_in_the_document_itself():
+    pictures = [Image.new("RGB", (640, 320), (40 * place, 90, 200)) for place in range(3)]
+    samples = [sample_of(picture, f"step {place}, {HOSTILE}") for place, picture in enumerate(pictures)]
+    page = report_page(made(samples=samples))
+    ElementTree.fromstring(page)
+    shown = Page(page)
+    sources = [value for tag, name, value in shown.attributes if (tag, name) == ("img", "src")]
+    assert len(sources) == 3
+    for source, sample, picture in zip(sources, samples, pictures, strict=True):
+        kind, data = source.split(",")
+        assert kind == "data:image/jpeg;base64"
+        assert b64decode(data) == sample.jpeg
+        with Image.open(BytesIO(sample.jpeg)) as read:
+            assert read.size == (320, 160)
+            assert max(abs(a - b) for a, b in zip(read.getpixel((9, 9)), picture.getpixel((9, 9)), strict=True)) < 6
+    assert "script" not in shown.tags
+    assert "step 2, " in shown.text
+    assert any("img-src data:" in str(value) for _, _, value in shown.attributes)
+
+
+def test_of_very_many_samples_some_are_shown():
+    samples = [ReportSample(f"step {place}", b"x") for place in range(200)]
+    shown = Page(report_page(made(samples=samples)))
+    assert shown.tags.count("img") == 48
+    assert "step 0" in shown.text
+    assert "step 199" in shown.text
 
 
 def test_it_is_readable_on_a_phone_and_in_the_dark():

@@ -27,8 +27,10 @@ CONTRACT = {
             "draws": "INT", "storage": "COMBO", "rank": "INT", "batch_size": "INT", "checkpointing": "BOOLEAN",
             "quantize_kept": "COMBO", "activation_budget": "FLOAT", "card_memory": "FLOAT",
         },
-        "optional": {},
-        "outputs": [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE")],
+        "optional": {"preset": "COMBO"},
+        "outputs": [
+            ("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY"),
+        ],
         "lists": True,
     },
     "BlockSkip_PrecomputeResiduals": {
@@ -37,8 +39,17 @@ CONTRACT = {
             "selection": "BLOCKSKIP_SELECTION", "draws": "INT", "patch_min": "INT", "patch_max": "INT",
             "storage": "COMBO", "seed": "INT",
         },
-        "optional": {},
+        "optional": {"memory_settings": "BLOCKSKIP_MEMORY"},
         "outputs": [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
+        "lists": True,
+    },
+    "BlockSkip_SampleWhileTraining": {
+        "required": {
+            "positive": "CONDITIONING", "vae": "VAE", "every": "INT", "at_start": "BOOLEAN", "width": "INT",
+            "height": "INT", "sampler_steps": "INT", "cfg": "FLOAT", "scheduler": "COMBO", "seed": "INT",
+        },
+        "optional": {"negative": "CONDITIONING", "memory_budget": "FLOAT"},
+        "outputs": [("samples", "BLOCKSKIP_SAMPLES")],
         "lists": True,
     },
     "BlockSkip_TrainLora": {
@@ -46,7 +57,9 @@ CONTRACT = {
             "model": "MODEL", "residuals": "BLOCKSKIP_RESIDUALS", "steps": "INT", "learning_rate": "FLOAT",
             "rank": "INT", "seed": "INT",
         },
-        "optional": {"quantize_kept": "COMBO"},
+        "optional": {
+            "quantize_kept": "COMBO", "samples": "BLOCKSKIP_SAMPLES", "memory_settings": "BLOCKSKIP_MEMORY",
+        },
         "outputs": [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
         "lists": True,
     },
@@ -109,7 +122,7 @@ def parameters_read(nodes, node):
     if node is nodes.PrecomputeResiduals:  # read by `execute` itself, out of its widgets
         for name, default in (
             ("storage", inspect.Parameter.empty), ("chunk_size", 64), ("back_residual", "constant"),
-            ("residual_format", "exact"),
+            ("residual_format", "exact"), ("memory_settings", None),
         ):  # fmt: skip
             read[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     assert not set(own) & set(read)

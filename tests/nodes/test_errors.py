@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -270,6 +271,58 @@ def test_the_trainer_refuses_settings_that_make_no_sense(bench, residuals, setti
 def test_the_trainer_writes_nowhere_but_below_the_output_folder(bench, residuals, name):
     with refused(bench, "must stay inside ComfyUI's output folder"):
         bench.train(residuals=residuals, output_name=name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "./", "a/.."])
+def test_the_trainer_refuses_names_that_name_no_file(bench, residuals, name):
+    with refused(bench, "names no file. Use a plain name such as loras/my_lora"):
+        bench.train(residuals=residuals, output_name=name)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/a"])
+def test_the_trainer_refuses_names_that_are_too_long_before_it_trains(bench, residuals, name):
+    with refused(bench, "File name too long.*Choose another output_name"):
+        bench.train(residuals=residuals, output_name=name)
+
+
+@pytest.mark.parametrize("name", ["loras/", "loras/toy", "loras//toy", "loras/toy/."])
+def test_no_earlier_file_is_written_over_whatever_the_name(bench, residuals, name):
+    """The host counts files by the name as it was typed, and finds none of those of a name with a slash at its end."""
+    before = {}
+    for seed in range(3):
+        bench.train(residuals=residuals, output_name=name, seed=seed, steps=1)
+        files = {path: path.read_bytes() for path in bench.folders.output.rglob("*_.safetensors")}
+        assert before.items() < files.items()
+        before = files
+    assert len(before) == 3
+
+
+def test_a_name_that_was_taken_while_it_trained_is_left_to_the_other(bench, residuals, nodes, monkeypatch):
+    """Two programs may share an output folder."""
+    show, other = nodes.train_lora.NodeProgress.__call__, bench.folders.loras / "toy_00001_.safetensors"
+
+    def meanwhile(self, phase, done, total, detail=""):
+        if phase == "training step" and done == 1:
+            other.write_text("theirs")
+        show(self, phase, done, total, detail)
+
+    monkeypatch.setattr(nodes.train_lora.NodeProgress, "__call__", meanwhile)
+    trained = bench.train(residuals=residuals, output_name="loras/toy")
+    assert other.read_text() == "theirs"
+    assert trained.ui["blockskip"][0]["file"] == "toy_00002_.safetensors"
+    assert (bench.folders.loras / "toy_00002_.html").is_file()
+
+
+def test_what_a_killed_run_left_under_a_temporary_name_is_removed(bench, residuals):
+    names = ["toy_00001_.safetensors.part", "toy_00001_step000100.safetensors.part", "toy_00002_.html.part",
+             "toy_00003_.safetensors.trial", "toys_00001_.safetensors.part", "toy_00001_.safetensors", "toy.part"]  # fmt: skip
+    for name in names:
+        (bench.folders.loras / name).write_text("half")
+        os.utime(bench.folders.loras / name, (1000, 1000))
+    (bench.folders.loras / "toy_00009_.safetensors.part").write_text("just now, by another program")
+    bench.train(residuals=residuals, output_name="loras/toy")
+    left = sorted(path.name for path in bench.folders.loras.iterdir() if "00010" not in path.name)
+    assert left == ["toy.part", "toy_00001_.safetensors", "toy_00009_.safetensors.part", "toys_00001_.safetensors.part"]
 
 
 def test_the_trainer_refuses_names_that_no_one_can_read(bench, residuals):

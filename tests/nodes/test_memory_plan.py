@@ -22,11 +22,11 @@ def plan(bench, nodes, run_node):
 
 
 def test_a_small_run_fits_this_machine(plan):
-    text, enough, chart = plan().args
+    text, enough, chart, _ = plan().args
     assert enough is True
     assert text.startswith("It fits: ")
     assert {line.split(":")[0] for line in text.splitlines()} >= {
-        "choosing blocks", "precomputing", "training", "host memory beside the model", "disk",
+        "choosing blocks", "precomputing", "training", "host memory beside the model", "disk", "work",
     }  # fmt: skip
     assert chart.shape[0] == 1
     assert chart.shape[-1] == 3
@@ -35,7 +35,7 @@ def test_a_small_run_fits_this_machine(plan):
 
 
 def test_a_card_that_is_too_small_is_told_what_to_change(plan):
-    text, enough, _ = plan(card_memory=0.0009, checkpointing=False, patch_min=64).args
+    text, enough, *_ = plan(card_memory=0.0009, checkpointing=False, patch_min=64).args
     assert enough is False
     assert text.startswith("It does not fit: ")
     assert "It will if you" in text or "No change of settings is enough" in text
@@ -101,3 +101,55 @@ def test_a_selection_of_another_model_is_refused(bench, plan, tiny):
     selection = bench.select(model=other, front=1, back=1)[0]
     with pytest.raises(ValueError, match="The selection was made for 3 blocks of flux, this model has 6"):
         plan(selection=selection)
+
+
+def test_settings_that_fit_are_handed_on_unchanged_but_for_what_is_left(plan):
+    settings = plan(use_spare=False, quantize_kept="off", patch_min=48, storage="chunked").args[3]
+    assert (settings.patch_min, settings.storage, settings.quantize_kept) == (48, "chunked", "off")
+    assert settings.config.checkpointing
+    generous = plan(use_spare=True).args[3]
+    assert not generous.config.checkpointing  # there is room to keep everything
+
+
+def test_settings_that_do_not_fit_are_handed_on_with_the_change_that_helps(plan, nodes):
+    wasteful = {"checkpointing": False, "patch_min": 64, "batch_size": 4, "use_spare": False}
+    needed = plan(**wasteful).args[0].split("It fits: ")[1].split(" of")[0]
+    number, unit = needed.split()
+    gib = float(number) * {"KiB": 2.0**-20, "MiB": 2.0**-10, "GiB": 1.0}[unit]
+    text, enough, _, settings = plan(card_memory=gib * 0.9, **wasteful).args
+    assert not enough
+    assert "It will if you" in text
+    assert settings.config.checkpointing or settings.config.batch_size == 1 or settings.patch_min < 64
+    assert f"On the output `settings`: {settings.describe()}" in text
+
+
+def test_a_preset_is_a_card_with_room_for_the_desktop(plan):
+    text = plan(preset="8 GB", card_memory=99.0).args[0]
+    assert "of 6.50 GiB of a card with 8 GB." in text
+    assert "How long that takes on a card that is not here is not known." in text
+    with pytest.raises(ValueError, match="preset must be off or one of 6 GB, 8 GB, 12 GB, 16 GB, 24 GB, got '7 GB'"):
+        plan(preset="7 GB")
+
+
+def test_the_plan_s_settings_rule_at_the_nodes_that_they_are_connected_to(bench, plan):
+    settings = plan(storage="chunked", patch_min=32, batch_size=2, use_spare=False, checkpointing=False).args[3]
+    residuals = bench.precompute(memory_settings=settings, patch_min=48, storage="on the fly")[0]
+    assert (residuals.schedule.patches.patch_min, residuals.storage) == (32, "chunked")
+    trained = bench.train(residuals=residuals, memory_settings=settings, batch_size=1, accumulation=2, steps=2)
+    expected = bench.train(residuals=residuals, batch_size=2, accumulation=2, steps=2, checkpointing=False)
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
+    assert trained[1] == expected[1]
+
+
+def test_residuals_that_the_plan_did_not_count_are_refused(bench, plan):
+    settings = plan(patch_min=48).args[3]
+    with pytest.raises(
+        ValueError, match="Memory Plan counted crops of 48 px with storage disk; the residuals have 32 px"
+    ):
+        bench.train(memory_settings=settings)
+
+
+@pytest.mark.parametrize("node", ["precompute", "train"])
+def test_memory_settings_from_elsewhere_are_refused(bench, node):
+    with pytest.raises(ValueError, match="memory_settings must come from Memory Plan's output `settings`, got a str"):
+        getattr(bench, node)(memory_settings="8 GB")

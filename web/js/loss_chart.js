@@ -9,6 +9,7 @@ const PHASES = {
   preparing: "Preparing",
   selecting: "Selecting blocks",
   precomputing: "Precomputing",
+  sampling: "Sampling",
   training: "Training",
   done: "Done",
   cancelled: "Cancelled",

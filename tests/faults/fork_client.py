@@ -1,0 +1,119 @@
+"""Starts ``fork_server`` and gives it orders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+PROGRAM = Path(__file__).with_name("fork_server.py")
+LONGEST_RUN_S = 120.0
+BETWEEN_LOOKS_S = 0.05
+
+
+NAMESPACES = (("unshare", "-m"), ("unshare", "-rm"))
+"""Commands under which a process may mount what nobody else sees: for the administrator, and for anybody."""
+
+
+def may_mount(namespace: Sequence[str]) -> bool:
+    """Whether this system lets us mount something under that command."""
+    trial = "mount -t tmpfs -o size=1m tmpfs /tmp"
+    try:
+        return subprocess.run([*namespace, "sh", "-c", trial], capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+class ForkServer:
+    """A fork server for a ``with`` block.
+
+    Args:
+        wrapper: A command that starts it, one of ``NAMESPACES`` or none.
+
+    Attributes:
+        may_mount: Whether it may mount a small file system.
+    """
+
+    def __init__(self, wrapper: Sequence[str] = ()) -> None:
+        self.may_mount = bool(wrapper)
+        command = [*wrapper, sys.executable, str(PROGRAM)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment
+        )
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+        self._said.close()
+
+    def ask(self, do: str, **order: Any) -> Any:
+        """Give an order; the answer."""
+        self._process.stdin.write(json.dumps({"do": do, **order}) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._said.seek(0)
+            raise RuntimeError(f"The fork server has ended: {self._said.read()[-2000:]}")
+        return json.loads(answer)
+
+    def run(
+        self,
+        base: Path,
+        graph: dict[str, Any] | None = None,
+        fault: dict[str, Any] | None = None,
+        *,
+        kill_after: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> SimpleNamespace:
+        """Run the graph with its files below ``base/disk`` and wait for its end.
+
+        Args:
+            base: A folder; made if it is not there.
+            graph: Settings that differ from ``tiny_graph``'s.
+            fault: What harms it, see ``fork_server``.
+            kill_after: Seconds after which it is killed.
+            meanwhile: Called again and again while it runs.
+
+        Returns:
+            ``killed``; ``seconds``; and unless it was killed, ``error`` (names of the error's classes, or None),
+            ``sentence``, ``ui`` and ``events``.
+        """
+        base.mkdir(parents=True, exist_ok=True)
+        (base / "outcome.json").unlink(missing_ok=True)
+        began, looked = time.monotonic(), 0.0
+        process = self.ask("start", base=str(base), graph=graph or {}, fault=fault)
+        while not (end := self.ask("wait", process=process))["ended"]:
+            passed = time.monotonic() - began
+            if passed > LONGEST_RUN_S:
+                os.kill(process, signal.SIGKILL)
+                raise TimeoutError((base / "log.txt").read_text(encoding="utf-8")[-2000:])
+            if kill_after is not None and passed >= kill_after:
+                os.kill(process, signal.SIGKILL)  # its number is not given to another before it was waited for
+            if passed >= looked + BETWEEN_LOOKS_S:
+                meanwhile()
+                looked = passed
+            time.sleep(0.005)
+        found = SimpleNamespace(killed=end["signal"] == signal.SIGKILL, seconds=time.monotonic() - began)
+        if not found.killed:
+            assert end["signal"] is None, (base / "log.txt").read_text(encoding="utf-8")[-2000:]
+            vars(found).update(json.loads((base / "outcome.json").read_text(encoding="utf-8")))
+        return found
