@@ -26,9 +26,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and pictures go")
-    parser.add_argument("--parts", nargs="+", default=["operations", "pictures", "caches"], help="and panel")
+    parser.add_argument(
+        "--parts", nargs="+", default=["operations", "pictures", "caches"], help="also seconds, and panel"
+    )
     parser.add_argument("--prompts", type=int, default=20, help="pictures of each arm")
     parser.add_argument("--steps", type=int, default=50, help="of plain sampling at full length")
+    parser.add_argument("--shape", default="mid", help="seconds: of speed_model.SHAPES")
+    parser.add_argument("--side", type=int, default=512, help="seconds: of the picture")
+    parser.add_argument("--plain-steps", type=int, default=5, help="seconds: plain steps that are run")
+    parser.add_argument("--repeats", type=int, default=1, help="seconds: the median of so many")
     parser.add_argument("--report", action="store_true", help="run nothing, write the table")
     return parser.parse_args()
 
@@ -75,6 +81,11 @@ def main() -> None:
         add(file, "pictures", ralu_pictures.rows(world, options.steps, options.results / "ralu_samples.jpg"))
     if "caches" in options.parts and not options.report:
         add(file, "caches", ralu_pictures.rows_with_cache(ralu_pictures.World(options.assets, options.prompts)))
+    if "seconds" in options.parts and not options.report:
+        import ralu_seconds
+
+        found = ralu_seconds.rows(options.shape, options.side, options.plain_steps, options.repeats)
+        add(file, f"seconds, {options.shape}, {options.side} px", found)
     if "panel" in options.parts:
         ralu_pictures.panel(ralu_pictures.World(options.assets, 4), ROOT / "web" / "docs" / "img" / "ralu.png")
     ralu_report.write(rows_in(file), options.results)

@@ -13,8 +13,9 @@ import comfy.sample
 import comfy.samplers
 import numpy as np
 import torch
+from blockskip_pack.blockskip_core.hosts.early_regions import RegionChoice
 from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-from blockskip_pack.blockskip_core.hosts.region_adaptive import EulerFrom, RegionAdaptiveSampler, RegionChoice
+from blockskip_pack.blockskip_core.hosts.region_adaptive import EulerFrom, RegionAdaptiveSampler
 from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
 from blockskip_pack.blockskip_core.measuring import Counting
 from blockskip_pack.blockskip_core.ralu.regions import edge_scores

@@ -23,6 +23,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
         text += _pictures(parts["pictures"])
     if parts["caches"]:
         text += _caches(parts["caches"])
+    text += _seconds([row for row in rows if row["part"].startswith("seconds")])
     (folder / "ralu.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
@@ -139,3 +140,20 @@ def _caches(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['likeness']:.3f} |"
         )
     return text
+
+
+def _seconds(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    text = [
+        "", "## Seconds", "",
+        "FLUX.1 models with random weights. Of plain sampling the steps under \"run\" were run, and the time of 50 is worked out; "
+        "regions by latent gradient, without decoding.", "",
+        "| model | device | side | sampling | run | seconds | of plain |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        text.append(
+            f"| {row['shape']}, {row['dtype']} | {row['device']} | {row['side']} | {row['name']} | {row['run']} | "
+            f"{row['seconds']:.2f} | 1 / {row['ratio']:.2f} |"
+        )
+    return [*text, "", *sorted({row["about"] for row in rows})]

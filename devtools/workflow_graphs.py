@@ -745,6 +745,7 @@ For SD3.5 load its model, text encoders and VAE, set **preset** to *SD3 2x* or *
 raise **cfg**.""",
     headline="Fast sampling",
     subline="RALU: fine tokens where they matter\n1/5 of the operations",
+    shows=("ralu.png", (0, 0, 768, 384)),
 )
 
 GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU)

@@ -135,7 +135,7 @@ class MemoryPlan(io.ComfyNode):
         enough, found = fits(peak_of(plan.settings, needs), plan.available), None
         if not enough:
             progress("looking for what would fit", 1, 2)
-            found = changes_that_fit(plan.settings, plan.available, plan.count)
+            found = changes_that_fit(plan.settings, plan.available, plan.count, available_formats())
         settings = plan.settings_that_fit(found, enough)
         text = report(plan.settings, needs, plan.available, plan.place, found, draws=plan.draws, speed=plan.speed())
         text += f"\n\nOn the output `settings`: {settings.describe()}"

@@ -6,7 +6,8 @@ import latent_preview
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.region_adaptive import REGIONS, RegionAdaptiveSampler, RegionChoice, Sampled, empty_latent
+from ..blockskip_core.hosts.early_regions import REGIONS, RegionChoice
+from ..blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
 from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
 from .progress import NodeProgress
 
@@ -23,7 +24,7 @@ class RaluSampler(io.ComfyNode):
             description=(
                 "Takes the place of KSampler and needs a fraction of its operations: it samples at half the side first, "
                 "then brings the regions with edges to full resolution, then all the rest (RALU). Nothing is trained. "
-                "For FLUX, Qwen-Image, Z-Image, Wan at one frame, Chroma and SD3.5."
+                "For FLUX, Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5 and others; the help page has the list."
             ),
             search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
             is_experimental=True,

@@ -73,7 +73,7 @@ def require_writable(path: Path) -> None:
         StorageError: If the disk refuses.
     """
     name = re.escape(_COUNTED.fullmatch(path.name)["name"])
-    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+)?\.(safetensors|html)\.(part|trial)")
+    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+(_\d+)?)?\.(safetensors|html|png)\.(part|trial)")
     remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
     trial = path.with_name(path.name + ".trial")
     try:

@@ -25,14 +25,12 @@ from torch import Tensor
 from ..errors import InvalidInputError, UnsupportedModelError
 from ..ralu.noise_matching import restarted, seeded_noise
 from ..ralu.overlay import refined_overlay
-from ..ralu.regions import choose_regions, edge_scores, gradient_scores, masked_tokens
 from ..ralu.timestep_matching import StagePlan
 from ..ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
-from . import adapter_for
+from .early_regions import RegionChoice
 from .frames import with_frame, without_frame
 from .token_strips import TokenStrips
 
-REGIONS = ("edges", "latent gradient", "edges (as published)")
 _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a picture
     "area": "an area",
     "control": "a ControlNet",
@@ -40,35 +38,6 @@ _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a 
     "reference_latents": "a reference picture",
     "concat_latent_image": "a picture to inpaint or to start from",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionChoice:
-    """How the early regions are found.
-
-    Attributes:
-        method: One of :data:`REGIONS`.
-        ratio: Share of the coarse tokens.
-        vae: Decodes the estimate; edges need it.
-        mask: Regions that are taken first, shape (B or 1, H, W), any size.
-
-    Raises:
-        InvalidInputError: If there is no such method, or a VAE is missing.
-    """
-
-    method: str
-    ratio: float
-    vae: Any | None = None
-    mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in REGIONS:
-            raise InvalidInputError(f"regions must be one of {', '.join(REGIONS)}, got {self.method!r}.")
-        if self.method != "latent gradient" and self.vae is None:
-            raise InvalidInputError(
-                f"Regions by {self.method} are found in the decoded picture, and no VAE came in. Connect `vae`, or set "
-                "`regions` to latent gradient."
-            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +97,6 @@ class RegionAdaptiveSampler:
                 "something else. Load such a model, or remove the node that changes its sampling."
             )
         self.strips = TokenStrips(patcher)
-        self.patch = adapter_for(patcher).patch_size
         self.plan, self.regions = plan, regions
 
     def sample(
@@ -171,7 +139,7 @@ class RegionAdaptiveSampler:
                 "to 1."
             )
         cells = self.strips.patcher.model.latent_format.spacial_downscale_ratio
-        side = 2 * self.patch * cells
+        side = 2 * self.strips.patch * cells
         height, width = (length * cells for length in latent.shape[-2:])
         if len(self.plan.steps) > 1 and (height % side or width % side):
             raise InvalidInputError(
@@ -211,7 +179,7 @@ class _Run:
         cfg: float,
         on_step: Callable[[int, Tensor, Tensor, int], None] | None,
     ) -> None:
-        self._strips, self._patch, self._plan = sampler.strips, sampler.patch, sampler.plan
+        self._strips, self._patch, self._plan = sampler.strips, sampler.strips.patch, sampler.plan
         self._regions = sampler.regions
         self._model = sampler.strips.patcher.model
         self._noise, self._seed, self._on_step = noise, seed, on_step
@@ -243,14 +211,15 @@ class _Run:
 
     def _mixed(self, number: int) -> None:
         """Bring the regions that are prone to artefacts to full resolution, and sample on."""
-        fine = self._chosen()
+        fine, pictures = self._regions.found(self._model, self._clean, self._grid, self._seed)
+        self._overlay = refined_overlay(fine, self._pixels, pictures)
         self._restart(number, fine)
-        self._strips.grid = grid = MixedGrid(fine)
-        self._tokens.append(grid.num_tokens)
+        self._strips.grid = MixedGrid(fine)
+        self._tokens.append(self._strips.grid.num_tokens)
         self._sample(number, self._noise)
-        self._strips.grid = None
         # A mask on a conditioning may have pulled the four places of a coarse token apart.
-        self._latent = grid.to(self._latent.device).spread(grid.to(self._latent.device).pick(self._latent, self._patch))
+        grid, self._strips.grid = self._strips.grid.to(self._latent.device), None
+        self._latent = grid.spread(grid.pick(self._latent, self._patch))
 
     def _full(self, number: int) -> Tensor:
         """Bring everything to full resolution, and sample to the end."""
@@ -267,22 +236,6 @@ class _Run:
         groups = restarted(groups, before, after, self._plan.restarts[number - 1], noise)
         self._latent = latent_of_groups(groups, self._grid[1], self._patch)
         self._fine = fine
-
-    def _chosen(self) -> Tensor:
-        """Return the regions to refine now, from the clean estimate of the last step."""
-        choice, pictures = self._regions, None
-        if choice.vae is not None:
-            latent = self._model.process_latent_out(with_frame(self._model, self._clean).float())
-            pictures = choice.vae.decode(latent.to(comfy.model_management.intermediate_device()))
-            pictures = pictures.reshape(-1, *pictures.shape[-3:]).float().cpu()  # a video's frames are a batch
-        if choice.method == "latent gradient":
-            scores = gradient_scores(self._clean.float().cpu(), self._grid)
-        else:
-            scores = edge_scores(pictures, self._grid, bright_half_only=choice.method != "edges")
-        forced = None if choice.mask is None else _for_batch(masked_tokens(choice.mask, self._grid), len(scores))
-        fine = choose_regions(scores, choice.ratio, forced, seeded_noise(scores.shape, self._seed, 0))
-        self._overlay = refined_overlay(fine, self._pixels, pictures)
-        return fine
 
     def _sample(self, number: int, noise: Tensor) -> Tensor:
         """Run one stage as a sampling run of the host; return what that gives."""
@@ -314,11 +267,6 @@ class _Run:
                 self._on_step(done + step, clean, noisy, total)
 
         return seen
-
-
-def _for_batch(flags: Tensor, batch: int) -> Tensor:
-    """Return one mask per picture; fewer masks than pictures repeat, as the host does it."""
-    return flags if len(flags) == 1 else flags[torch.arange(batch) % len(flags)]
 
 
 class EulerFrom(comfy.samplers.Sampler):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..ralu.token_grid import TokenPlaces
 
 Rewrite = Callable[[Tensor, TokenPlaces], Tensor]
-_ROW, _COLUMN = 1, 2  # axes of a token's coordinates, in every family
 
 
 class TokenPositions(ABC):
@@ -77,10 +76,21 @@ def _scaled(places: TokenPlaces, rope: Mapping[str, float]) -> TokenPlaces:
 
 def last_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
     """Put the image tokens, the last ones, at ``places``; a :data:`Rewrite` for text and image in one call."""
+    return _put(coordinates, places, coordinates.shape[1] - places.rows.shape[1])
+
+
+def first_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
+    """The same for families that have the image first."""
+    return _put(coordinates, places, 0)
+
+
+def _put(coordinates: Tensor, places: TokenPlaces, first: int) -> Tensor:
+    """Return coordinates with ``places`` from token ``first`` on."""
     coordinates = _for_samples(coordinates, places)
-    first = coordinates.shape[1] - places.rows.shape[1]
-    coordinates[:, first:, _ROW] = places.rows.to(coordinates.device)
-    coordinates[:, first:, _COLUMN] = places.columns.to(coordinates.device)
+    row = min(1, coordinates.shape[-1] - 2)  # behind an axis of time, where there is one
+    tokens = slice(first, first + places.rows.shape[1])
+    coordinates[:, tokens, row] = places.rows.to(coordinates.device)
+    coordinates[:, tokens, row + 1] = places.columns.to(coordinates.device)
     return coordinates
 
 
@@ -102,13 +112,8 @@ def first_tokens_of_image(coordinates: Tensor, places: TokenPlaces) -> Tensor:
     For families that place text and image in two calls, and fill both up with tokens at the end. Text counts up along
     the first axis, an image lies at one place of it.
     """
-    coordinates = _for_samples(coordinates, places)
     is_text = coordinates.shape[1] < places.rows.shape[1] or bool((coordinates[0, 0] != coordinates[0, 1])[0])
-    if not is_text:
-        number = places.rows.shape[1]
-        coordinates[:, :number, _ROW] = places.rows.to(coordinates.device)
-        coordinates[:, :number, _COLUMN] = places.columns.to(coordinates.device)
-    return coordinates
+    return _for_samples(coordinates, places) if is_text else first_tokens(coordinates, places)
 
 
 def _for_samples(coordinates: Tensor, places: TokenPlaces) -> Tensor:

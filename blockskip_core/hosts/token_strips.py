@@ -14,11 +14,20 @@ from torch import Tensor
 
 from ..errors import InvalidInputError
 from ..ralu.token_grid import MixedGrid, strip_of, tokens_of_strip
-from . import adapter_for
 from .frames import with_frame, without_frame
+from .sampled_families import positions_of
 
 _WRAPPER = "blockskip_token_strips"
-_PICTURES = ("ref_latents", "reference_latent", "context_latents", "time_dim_concat", "clip_fea", "ref_contexts")
+_PICTURES = (
+    "ref_latents",
+    "reference_latent",
+    "context_latents",
+    "time_dim_concat",
+    "clip_fea",
+    "ref_contexts",
+    "image_cond",
+    "ref_latent",
+)
 
 
 class TokenStrips:
@@ -27,6 +36,7 @@ class TokenStrips:
     Attributes:
         patcher: The clone; sample from this one.
         grid: Which tokens there are. None: the latent is an ordinary one.
+        patch: Side of a token in latent cells.
 
     Args:
         patcher: The MODEL; it is left as it is.
@@ -36,9 +46,7 @@ class TokenStrips:
     """
 
     def __init__(self, patcher: Any) -> None:
-        adapter = adapter_for(patcher)
-        self._positions = adapter.token_positions()
-        self._patch = adapter.patch_size
+        self._positions, self.patch = positions_of(patcher)
         self._model = patcher.model
         self.grid: MixedGrid | None = None
         self.patcher = patcher.clone()
@@ -60,12 +68,12 @@ class TokenStrips:
         options = transformer_options or {}
         if self.grid is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        grid = self.grid.to(x.device)
+        grid = self.grid = self.grid.to(x.device)
         latent = without_frame(self._model, x)
-        strip = with_frame(self._model, strip_of(grid.pick(latent, self._patch)))
+        strip = with_frame(self._model, strip_of(grid.pick(latent, self.patch)))
         with self._positions.placed(grid.places(len(latent)), options):
             answer = executor(strip, t, c_concat, c_crossattn, control, options, **kwargs)
-        tokens = tokens_of_strip(without_frame(self._model, answer), self._patch)
+        tokens = tokens_of_strip(without_frame(self._model, answer), self.patch)
         return with_frame(self._model, grid.spread(tokens))
 
 

@@ -69,6 +69,14 @@ def test_a_part_takes_the_place_of_its_old_rows(bench, tmp_path):
     assert all(json.dumps(row) for row in ralu.rows_in(file))
 
 
+def test_seconds_of_plain_steps_are_worked_out_for_fifty(bench):
+    found = bench("ralu_seconds").rows("tiny", 64, plain_steps=2, repeats=1)
+    assert [row["name"] for row in found] == ["plain, 50 steps", "FLUX 4x", "FLUX 5x", "FLUX 7x"]
+    assert [row["run"] for row in found] == [2, 18, 15, 10]
+    assert all(row["ratio"] == pytest.approx(found[0]["seconds"] / row["seconds"]) for row in found)
+    assert bench("ralu_report")._seconds([{"about": "here", **row} for row in found])[-1] == "here"
+
+
 def test_contrast_at_the_borders_of_tokens(bench):
     contrast = bench("ralu_pictures").border_contrast
     ramp = torch.linspace(0, 1, 256)

@@ -13,25 +13,27 @@ from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, StageP
 from blockskip_pack.blockskip_core.ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 
 from .families import FAMILIES, FLUX
+from .sampled_families import SAMPLED
 from .tiny_flux import assert_same_weights, captions, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 PLAN = StagePlan((2, 3, 2), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.025)
 GRID = (2, 3)  # of coarse tokens
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+each_family = pytest.mark.parametrize("family", SAMPLED, ids=lambda family: family.name)
 
 
 def empty(family=FLUX, batch=1, patch=2):
-    from blockskip_pack.blockskip_core.hosts import adapter_for
+    from blockskip_pack.blockskip_core.hosts.sampled_families import positions_of
 
-    patch = adapter_for(family.build()).patch_size if family is not FLUX else patch
+    patch = positions_of(family.build())[1] if family is not FLUX else patch
     shape = (family.latent_shape[0], *((1,) if family.frames else ()), 2 * patch * GRID[0], 2 * patch * GRID[1])
     return torch.zeros(batch, *shape)
 
 
 def sample(patcher, family=FLUX, *, plan=PLAN, latent=None, cfg=1.0, seed=3, ratio=0.34, on_step=None, **changes):
-    from blockskip_pack.blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, RegionChoice
+    from blockskip_pack.blockskip_core.hosts.early_regions import RegionChoice
+    from blockskip_pack.blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler
 
     positive, negative = changes.pop("conditionings", None) or family.captions((5, 5), seed=4)
     regions = RegionChoice(**{"method": "latent gradient", "ratio": ratio, **changes})
@@ -176,8 +178,17 @@ def test_distilled_guidance_is_read():
     assert not torch.equal(*runs)
 
 
-def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole():
-    """Its edge goes through tokens; each of them still is one."""
+def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole(monkeypatch):
+    """Its edge goes through tokens; when the last stage begins, each coarse one still is there four times."""
+    from blockskip_pack.blockskip_core.hosts import region_adaptive
+
+    handed_over = []
+
+    def watched(groups, before, after, *rest):
+        handed_over.append((groups, before))
+        return restarted(groups, before, after, *rest)
+
+    monkeypatch.setattr(region_adaptive, "restarted", watched)
     positive, negative = FLUX.captions((5, 5), seed=4)
     mask = torch.zeros(1, 64, 96)
     mask[:, :, :41] = 1.0
@@ -185,6 +196,10 @@ def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole():
     masked = [[positive[0][0], {**positive[0][1], "mask": mask}], *other]
     found = sample(tiny_flux(), conditionings=(masked, negative))
     assert bool(found.latent.isfinite().all())
+    groups, fine = handed_over[1]
+    assert fine.sum() == 2
+    assert torch.equal(groups[~fine], groups[~fine][:, :1].expand(-1, 4, -1))
+    assert not torch.equal(groups[fine], groups[fine][:, :1].expand(-1, 4, -1))
 
 
 def test_forced_regions_are_refined():

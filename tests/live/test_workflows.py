@@ -218,6 +218,16 @@ def test_training_workflow_runs_on_the_oldest_supported_comfyui(
     assert output_of(result, prompt, "Train")["blockskip"][0]["self_check"] < 1e-4
 
 
+def test_ralu_workflow_runs_on_the_oldest_supported_comfyui(
+    start_server: Any, demo_parts: dict[str, Any], load_workflow: Any, devtool: Any
+) -> None:
+    prompt = load_workflow("ralu_sampler", {"Picture size": {"width": 128, "height": 96, "batch_size": 2}})
+    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
+        result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
+    assert "4 x 12, 5 x 18, 6 x 48." in output_of(result, prompt, "Stages")["text"][0]
+    assert len(output_of(result, prompt, "Early regions")["images"]) == 2
+
+
 @pytest.mark.parametrize(("twin", "shipped"), TWINS.items())
 def test_shipped_workflow_and_its_twin_use_the_same_nodes_of_ours(twin: str, shipped: str) -> None:
     ui = json.loads((ROOT / "workflows" / f"{shipped}.json").read_text(encoding="utf-8"))
