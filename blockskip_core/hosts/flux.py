@@ -42,6 +42,8 @@ class FluxAdapter(FamilyAdapter):
     attention_layers = ("attn.qkv", "attn.proj", "linear1", "linear2")  # single blocks fuse attention and MLP in two
     mlp_layers = ("mlp.0", "mlp.2", "linear1", "linear2")
     text_output_layers = ("txt_attn.proj", "txt_mlp.0", "txt_mlp.2")
+    text_entry = "txt_in"
+    pooled_entry = "vector_in.in_layer"
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:
