@@ -98,7 +98,7 @@ _SOCKETS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def connected(**values: Any) -> dict[str, Any]:
-    """Return the only element of each cable, by name, and that it is what belongs there.
+    """Return the only element of each input that is no widget, by name, if it is what belongs there.
 
     Raises:
         InvalidInputError: If it is something else, or nothing: loaders give nothing for what a file does not hold.

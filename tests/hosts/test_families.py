@@ -127,7 +127,6 @@ def test_the_stream_has_as_many_tokens_as_the_adapter_says(tiny, patcher):
 
 
 def test_texts_of_another_encoder_are_refused(tiny, patcher):
-    from blockskip_pack.blockskip_core.errors import InvalidInputError
     from blockskip_pack.blockskip_core.hosts import adapter_for
 
     adapter, texts = adapter_for(patcher), tiny.captions((5, 7))
