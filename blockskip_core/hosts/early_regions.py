@@ -28,7 +28,7 @@ class RegionChoice:
         mask: Regions that are taken first, shape (B or 1, H, W), any size.
 
     Raises:
-        InvalidInputError: If there is no such method, or a VAE is missing.
+        InvalidInputError: If there is no such method.
     """
 
     method: str
@@ -39,6 +39,13 @@ class RegionChoice:
     def __post_init__(self) -> None:
         if self.method not in REGIONS:
             raise InvalidInputError(f"regions must be one of {', '.join(REGIONS)}, got {self.method!r}.")
+
+    def check(self) -> None:
+        """Make sure that regions can be found, before anything is sampled.
+
+        Raises:
+            InvalidInputError: If a VAE is missing.
+        """
         if self.method != "latent gradient" and self.vae is None:
             raise InvalidInputError(
                 f"Regions by {self.method} are found in the decoded picture, and no VAE came in. Connect `vae`, or set "

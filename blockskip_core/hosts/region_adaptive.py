@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import InvalidInputError, UnsupportedModelError
 from ..ralu.noise_matching import restarted, seeded_noise
 from ..ralu.overlay import refined_overlay
-from ..ralu.timestep_matching import StagePlan
+from ..ralu.timestep_matching import MAX_STAGES, StagePlan
 from ..ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 from .early_regions import RegionChoice
 from .frames import with_frame, without_frame
@@ -88,6 +88,7 @@ class RegionAdaptiveSampler:
 
     Raises:
         UnsupportedModelError: If the model is of an unknown family, or not a flow-matching model.
+        InvalidInputError: If regions are needed and a VAE is missing.
     """
 
     def __init__(self, patcher: Any, plan: StagePlan, regions: RegionChoice) -> None:
@@ -96,6 +97,8 @@ class RegionAdaptiveSampler:
                 "Expected a flow-matching model, for the added noise is matched to one, got a model that predicts "
                 "something else. Load such a model, or remove the node that changes its sampling."
             )
+        if len(plan.steps) == MAX_STAGES:
+            regions.check()
         self.strips = TokenStrips(patcher)
         self.plan, self.regions = plan, regions
 

@@ -384,6 +384,10 @@ def test_edges_need_a_vae():
         sample(tiny_flux(), method="edges")
 
 
+def test_fewer_stages_need_no_regions_and_no_vae():
+    assert sample(tiny_flux(), method="edges", plan=solved_plan((2, 2), (0.3, 1.0))).tokens == (6, 24)
+
+
 def test_an_unknown_method_is_refused():
     with pytest.raises(InvalidInputError, match="regions must be one of"):
         sample(tiny_flux(), method="sharpness")
