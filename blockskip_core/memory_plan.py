@@ -8,7 +8,7 @@ measured on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from .block_selection import format_bytes
@@ -19,8 +19,8 @@ from .training import TrainingConfig
 MARGIN = 0.05  # of the counted peak
 CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
 """Presets: the card's memory in GiB."""
-NOT_OURS = 1.0
-"""GiB of a card that driver, desktop and browser take; a guess that leaves room for two screens."""
+NOT_OURS = (1 / 8, 0.5)
+"""Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
 _PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
 
@@ -84,12 +84,12 @@ def _off_the_fly(settings: MemorySettings) -> MemorySettings:
     return replace(settings, storage="chunked") if settings.storage == "on the fly" else settings
 
 
-def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
-    order = ("off", "int8", "4-bit")
+_COARSENESS = {"off": 0, "fp8": 1, "int8": 1, "4-bit": 2}
 
+
+def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
     def apply(settings: MemorySettings) -> MemorySettings:
-        now = {"fp8": "int8"}.get(settings.quantize_kept, settings.quantize_kept)
-        finer = order.index(now) < order.index(weight_format)
+        finer = _COARSENESS[settings.quantize_kept] < _COARSENESS[weight_format]
         return replace(settings, quantize_kept=weight_format) if finer else settings
 
     return apply
@@ -113,6 +113,7 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("set `storage` to chunked", _off_the_fly),
     Change("set `patch_min` to 256", _smaller(256)),
     Change("set `quantize_kept` to int8", _quantised("int8")),
+    Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
     Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
     Change("set `patch_min` to 128", _smaller(128)),
 )
@@ -139,7 +140,10 @@ def fits(peak: int, available: int) -> bool:
 
 
 def changes_that_fit(
-    settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
+    settings: MemorySettings,
+    available: int,
+    count: Callable[[MemorySettings], MemoryNeeds],
+    formats: Collection[str] = tuple(_COARSENESS),
 ) -> tuple[list[Change], MemoryNeeds] | None:
     """Return the smallest change that makes a run fit, and what it then takes; several if one is not enough.
 
@@ -147,11 +151,13 @@ def changes_that_fit(
         settings: Those that do not fit.
         available: Bytes.
         count: What a run with some settings takes.
+        formats: What the host offers for the kept weights.
 
     Returns:
         None if all changes together are not enough.
     """
-    useful = [change for change in CHANGES if change.apply(settings) is not settings]
+    changed_by = [(change, change.apply(settings)) for change in CHANGES]
+    useful = [change for change, to in changed_by if to is not settings and to.quantize_kept in formats]
     for change in useful:
         needs = count(change.apply(settings))
         if fits(peak_of(settings, needs), available):
@@ -176,7 +182,8 @@ def room_of_card(card: str) -> int:
     """
     if card not in CARDS:
         raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
-    return round((CARDS[card] - NOT_OURS) * 2**30)
+    share, more = NOT_OURS
+    return round((CARDS[card] * (1 - share) - more) * 2**30)
 
 
 def with_spare_used(
@@ -264,6 +271,9 @@ def report(
     available: int,
     place: str,
     found: tuple[list[Change], MemoryNeeds] | None,
+    *,
+    draws: int = 1,
+    speed: float | None = None,
 ) -> str:
     """Return the plan for people, several lines.
 
@@ -272,6 +282,8 @@ def report(
         available: Bytes of the device that it may take.
         place: The device's name.
         found: What :func:`changes_that_fit` gave, if it does not fit.
+        draws: Training examples, all of which are precomputed.
+        speed: Operations per second of the device, see ``throughput``; None for a card that is not here.
     """
     lines = [_verdict(settings, needs, available, place, found), ""]
     for phase, peak in phase_peaks(needs).items():
@@ -283,12 +295,28 @@ def report(
         lines.append(f"{phase}: {format_bytes(peak)} on the device{note}")
     lines.append(f"host memory beside the model: up to {format_bytes(needs.host)}")
     lines.append(f"disk: {format_bytes(needs.disk)} of residuals" if needs.disk else "disk: no residuals")
+    lines.append(_time(needs, draws, speed))
     lines.append("")
     lines.append(
         f"Counted, not estimated: bytes of all tensors that live at the same time. The device needs more than that; "
         f"{MARGIN:.0%} are added for it in the verdict."
     )
     return "\n".join(lines)
+
+
+def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
+    parts = {"a training step": needs.training.operations}
+    if needs.precomputing is not None:
+        parts[f"precomputing {draws:,} draws"] = draws * needs.precomputing.operations
+    counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
+    if speed is None:
+        return f"work: {counted}. How long that takes on a card that is not here is not known."
+    times = ", ".join(f"{what} {_duration(operations / speed)}" for what, operations in parts.items())
+    return f"work: {counted}. At least: {times}, at the {speed / 1e12:,.3g} TFLOP/s of this device's matrix products."
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100.0 else f"{seconds / 60:,.0f} min"
 
 
 def _verdict(

@@ -1,13 +1,15 @@
-// Opens a workflow in ComfyUI's real frontend, in a headless Chromium, and reports whatever is wrong with it.
+// Opens workflows in ComfyUI's real frontend, in a headless Chromium, and reports whatever is wrong with them.
 //
-//   node devtools/check_workflow.mjs SERVER WORKFLOW.json [options]
+//   node devtools/check_workflow.mjs SERVER WORKFLOW.json [MORE.json ...] [options]
 //   node devtools/check_workflow.mjs SERVER --from-api PROMPT.json --out WORKFLOW.json [options]
 //
 //   --vue                draw the nodes with the Vue renderer (Nodes 2.0)
 //   --run                queue the workflow in the page and wait until it has ended
 //   --screenshot FILE    save a picture of the whole graph, as .png or .jpg
+//   --screenshots DIR    the same for each of several workflows, as DIR/<its name>.png
 //   --size WxH           size of the window, which is the largest size of the picture (default 1600x1000)
 //   --api-out FILE       save the API-format prompt that the frontend would queue
+//   --api-outs DIR       the same for each of several workflows, as DIR/<its name>.json
 //   --from-api FILE      load an API-format prompt, and lay its nodes out, instead of a workflow
 //   --out FILE           save the workflow in the frontend's own format
 //   --pack-version V     the version to write for the nodes of custom packs in --out (default "unknown")
@@ -19,7 +21,7 @@
 
 import { randomUUID } from "node:crypto";
 import { readFileSync, writeFileSync } from "node:fs";
-import { basename } from "node:path";
+import { basename, join } from "node:path";
 import { parseArgs } from "node:util";
 
 import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
@@ -27,31 +29,49 @@ import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
 const MODEL_FILE = /\.(safetensors|sft|ckpt|pth|pt|gguf)$/;
 
 async function main() {
-  const { server, options, source } = readArguments();
+  const { server, options, sources } = readArguments();
   const report = { problems: [], notes: [] };
   await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
   const browser = await launch(options);
+  let found = 0;
   try {
     const [width, height] = options.size.split("x").map(Number);
     const page = await browser.newPage({ viewport: { width, height } });
     listen(page, report);
     await open(page, server);
     await watchForMissingNodes(page);
-    const before = JSON.parse(readFileSync(source, "utf8"));
-    await load(page, before, basename(source, ".json"), Boolean(options["from-api"]));
-    const after = await converted(page, report);
-    await inspect(page, report, options["from-api"] ? null : before, after?.workflow);
-    if (options.run) await run(page, report);
-    if (options["api-out"] && after) writeJson(options["api-out"], after.output);
-    if (options.out && after) writeJson(options.out, await stamped(server, after.workflow, options["pack-version"]));
-    if (options.screenshot) await picture(page, options.screenshot);
+    for (const source of sources) {
+      await check(page, source, server, options, report);
+      found += tell(source, report);
+    }
   } finally {
     await browser.close();
   }
-  report.notes.forEach((note) => console.log(`note: ${note}`));
-  report.problems.forEach((problem) => console.log(`problem: ${problem}`));
-  console.log(`${basename(source)}: ${report.problems.length} problem(s)`);
-  return report.problems.length ? 1 : 0;
+  return found ? 1 : 0;
+}
+
+/** Load one workflow and do with it what the options say. */
+async function check(page, source, server, options, report) {
+  const name = basename(source, ".json");
+  const before = JSON.parse(readFileSync(source, "utf8"));
+  await load(page, before, name, Boolean(options["from-api"]));
+  const after = await converted(page, report);
+  await inspect(page, report, options["from-api"] ? null : before, after?.workflow);
+  if (options.run) await run(page, report);
+  const prompt = options["api-outs"] ? join(options["api-outs"], `${name}.json`) : options["api-out"];
+  if (prompt && after) writeJson(prompt, after.output);
+  if (options.out && after) writeJson(options.out, await stamped(server, after.workflow, options["pack-version"]));
+  const file = options.screenshots ? join(options.screenshots, `${name}.png`) : options.screenshot;
+  if (file) await picture(page, file);
+}
+
+/** Say what was found in a workflow, forget it, and return how much it was. */
+function tell(source, report) {
+  report.notes.splice(0).forEach((note) => console.log(`note: ${note}`));
+  const problems = report.problems.splice(0);
+  problems.forEach((problem) => console.log(`problem: ${problem}`));
+  console.log(`${basename(source)}: ${problems.length} problem(s)`);
+  return problems.length;
 }
 
 function readArguments() {
@@ -63,8 +83,10 @@ function readArguments() {
       vue: flag,
       run: flag,
       screenshot: text,
+      screenshots: text,
       size: { type: "string", default: "1600x1000" },
       "api-out": text,
+      "api-outs": text,
       "from-api": text,
       out: text,
       "pack-version": { type: "string", default: "unknown" },
@@ -72,10 +94,10 @@ function readArguments() {
       modules: text,
     },
   });
-  const [server, workflow] = positionals;
-  const source = values["from-api"] ?? workflow;
-  if (!server || !source) throw new NotChecked("give the server's address and a workflow file");
-  return { server: server.replace(/\/$/, ""), options: values, source };
+  const [server, ...workflows] = positionals;
+  const sources = values["from-api"] ? [values["from-api"]] : workflows;
+  if (!server || !sources.length) throw new NotChecked("give the server's address and a workflow file");
+  return { server: server.replace(/\/$/, ""), options: values, sources };
 }
 
 async function watchForMissingNodes(page) {
@@ -92,6 +114,7 @@ async function watchForMissingNodes(page) {
 async function load(page, graph, name, isApi) {
   await page.evaluate(
     async ({ graph, name, isApi }) => {
+      window.missingNodes = [];
       if (!isApi) return window.app.loadGraphData(graph, true, true, name);
       const known = window.LiteGraph.registered_node_types;
       window.missingNodes = Object.values(graph).map((node) => node.class_type).filter((type) => !known[type]);
@@ -213,7 +236,7 @@ async function stamped(server, workflow, version) {
 
 /** Fit the graph into the window, put everything else away and save what is left. */
 async function picture(page, file) {
-  await page.addStyleTag({ content: ".p-toast, .p-dialog-mask { display: none !important; }" });
+  await page.addStyleTag({ content: ".p-toast, .p-dialog-mask { opacity: 0 !important; }" });
   await page.evaluate(() => (window.app.extensionManager.focusMode = true));
   await page.waitForTimeout(500);
   const clip = await page.evaluate(fitView);

@@ -8,6 +8,7 @@ from .apply_lora import ApplyLora
 from .live_chart import add_route
 from .memory_plan import MemoryPlan
 from .precompute_residuals import PrecomputeResiduals
+from .ralu_sampler import RaluSampler
 from .sample_while_training import SampleWhileTraining
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
@@ -19,6 +20,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     SampleWhileTraining,
     TrainLora,
     ApplyLora,
+    RaluSampler,
 ]
 
 

@@ -31,6 +31,7 @@ from ..blockskip_core.memory_plan import (
 from ..blockskip_core.pictures import as_image, memory_bars
 from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES
+from ..blockskip_core.throughput import operations_per_second
 from ..blockskip_core.training import TrainingConfig
 from .inputs import checked, connected
 from .progress import NodeProgress
@@ -103,8 +104,8 @@ class MemoryPlan(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=[OFF, *CARDS], default=OFF, optional=True,
-                    tooltip="Plan for a card of this size, with 1 GiB of it left to the desktop. Takes precedence over "
-                    "`card_memory`.",
+                    tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left to the desktop, the driver and "
+                    "other programs. Takes precedence over `card_memory`.",
                 ),
                 io.Boolean.Input(
                     "use_spare", default=True, optional=True, advanced=True,
@@ -134,9 +135,9 @@ class MemoryPlan(io.ComfyNode):
         enough, found = fits(peak_of(plan.settings, needs), plan.available), None
         if not enough:
             progress("looking for what would fit", 1, 2)
-            found = changes_that_fit(plan.settings, plan.available, plan.count)
+            found = changes_that_fit(plan.settings, plan.available, plan.count, available_formats())
         settings = plan.settings_that_fit(found, enough)
-        text = report(plan.settings, needs, plan.available, plan.place, found)
+        text = report(plan.settings, needs, plan.available, plan.place, found, draws=plan.draws, speed=plan.speed())
         text += f"\n\nOn the output `settings`: {settings.describe()}"
         progress.say(text.splitlines()[0])
         chart = memory_bars(phase_peaks(needs), needs.training.weights, plan.available, text.splitlines()[0])
@@ -203,6 +204,7 @@ class _Plan:
             patch_min=patch_min,
             measured=selection.method == "attention mask",
         )
+        self.draws, self._is_here = draws, preset == OFF and not card_memory
         self.available, self.place = self._room(card_memory, preset)
 
     def _room(self, card_memory: float, preset: str) -> tuple[int, str]:
@@ -212,6 +214,14 @@ class _Plan:
         if preset != OFF:
             return room_of_card(preset), f"a card with {preset}"
         return (round(card_memory * GIB), "that card") if card_memory else room_on(self.run.dit.device)
+
+    def speed(self) -> float | None:
+        """Return the operations per second of this device; None if another card is planned for."""
+        if not self._is_here:
+            return None
+        dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)
+        tokens = dit.image_tokens(*shape[1:]) + dit.text_tokens(0)
+        return operations_per_second(dit.device, dit.dtype, dit.width, tokens * self.settings.config.batch_size)
 
     def settings_that_fit(self, found: tuple[list[Change], MemoryNeeds] | None, enough: bool) -> MemorySettings:
         """Return the settings with the changes that make the run fit, and what is left over put to use."""

@@ -10,6 +10,11 @@ text_masking    hide the text from some blocks while the host samples
 frames          pictures for models of videos
 published_sizes full-size models without memory, for counting bytes
 hosted_dit      a loaded MODEL as a SkippableDit: run it with blocks replaced, and leave it as it was
+token_positions tells a model where the tokens of a strip lie
+token_strips    a MODEL called on a latent with tokens of two sizes
+sampled_families  which families that works for
+early_regions   which regions become fine early
+region_adaptive RALU's stages with the host's sampler
 conditioning    CONDITIONING -> what the model is called with
 identity        content hashes of models, pictures and conditionings
 sampling        probe pictures, and their distance

@@ -14,6 +14,7 @@ from ..errors import InvalidInputError
 from ..lora import LoraTargets
 from ..streams import BlockInfo, BlockIO, TokenStreams
 from ..weight_formats import stored_bytes
+from .token_positions import TokenPositions
 
 TEXT_TOKENS = (
     "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
@@ -59,6 +60,10 @@ class FamilyAdapter(ABC):
     @abstractmethod
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         """Return an APPLY_MODEL wrapper under which image tokens of these blocks cannot see the text."""
+
+    @abstractmethod
+    def token_positions(self) -> TokenPositions:
+        """Return how image tokens are told where they lie, for tokens of two sizes."""
 
     @property
     def frozen_stem(self) -> Sequence[str]:

@@ -17,6 +17,7 @@ from torch import nn
 from ..streams import BlockInfo, TokenStreams
 from .base import FamilyAdapter, JoinedBlockIO, block_info
 from .text_masking import mask_by_index, wrap_options
+from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
 
 class DoubleBlockIO:
@@ -42,6 +43,7 @@ class FluxAdapter(FamilyAdapter):
     attention_layers = ("attn.qkv", "attn.proj", "linear1", "linear2")  # single blocks fuse attention and MLP in two
     mlp_layers = ("mlp.0", "mlp.2", "linear1", "linear2")
     text_output_layers = ("txt_attn.proj", "txt_mlp.0", "txt_mlp.2")
+    reads_rope_options = True  # of the host: stretch and move the picture's positions
     text_entry = "txt_in"
     pooled_entry = "vector_in.in_layer"
 
@@ -59,6 +61,9 @@ class FluxAdapter(FamilyAdapter):
             *block_info(self._model, "double_blocks", DoubleBlockIO()),
             *block_info(self._model, "single_blocks", single),
         ]
+
+    def token_positions(self) -> TokenPositions:
+        return RotaryPositions(self._model.pe_embedder, last_tokens, stretched=self.reads_rope_options)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         offsets = {"double": 0, "single": len(self._model.double_blocks)}
@@ -90,6 +95,7 @@ class ChromaAdapter(FluxAdapter):
     family = "chroma"
     title = "Chroma"
     stem = ("img_in", "txt_in", "distilled_guidance_layer")
+    reads_rope_options = False
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:

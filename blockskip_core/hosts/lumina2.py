@@ -15,6 +15,7 @@ from torch import nn
 from ..streams import BlockInfo
 from .base import TEXT_TOKENS, FamilyAdapter, JoinedBlockIO, block_info
 from .text_masking import mask_by_index, wrap_options
+from .token_positions import RotaryPositions, TokenPositions, first_tokens_of_image
 
 
 class Lumina2Adapter(FamilyAdapter):
@@ -62,6 +63,9 @@ class Lumina2Adapter(FamilyAdapter):
     def _filled_up(self, tokens: int) -> int:
         multiple = self._model.pad_tokens_multiple or 1
         return -(-tokens // multiple) * multiple
+
+    def token_positions(self) -> TokenPositions:
+        return RotaryPositions(self._model.rope_embedder, first_tokens_of_image, stretched=True)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         def masked(options: Mapping[str, Any]) -> bool:

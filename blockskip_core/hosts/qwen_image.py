@@ -14,6 +14,7 @@ from torch import nn
 from ..streams import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
 from .text_masking import mask_by_index, wrap_options
+from .token_positions import RotaryPositions, TokenPositions, centred_tokens
 
 
 class QwenBlockIO:
@@ -55,6 +56,9 @@ class QwenImageAdapter(FamilyAdapter):
     @property
     def width(self) -> int:
         return self._model.inner_dim
+
+    def token_positions(self) -> TokenPositions:
+        return RotaryPositions(self._model.pe_embedder, centred_tokens, stretched=False)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         def masked(options: Mapping[str, Any]) -> bool:

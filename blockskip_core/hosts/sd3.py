@@ -13,10 +13,12 @@ from typing import Any
 import comfy.ldm.modules.diffusionmodules.mmdit
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from ..masked_attention import attend_without_text
 from ..streams import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
 from .text_masking import mask_by_block, wrap_options
+from .token_positions import TablePositions, TokenPositions
 
 
 class JointBlockIO:
@@ -53,6 +55,15 @@ class Sd3Adapter(FamilyAdapter):
 
     def blocks(self) -> Sequence[BlockInfo]:
         return block_info(self._model, "joint_blocks", JointBlockIO())
+
+    def token_positions(self) -> TokenPositions:
+        side = self._model.pos_embed_max_size
+        if self._model.pos_embed is None or side is None:
+            raise UnsupportedModelError(
+                "This model makes its positions from the size of the picture and has no table of them, so tokens of two sizes "
+                "have no places. Load SD3 or SD3.5."
+            )
+        return TablePositions("diffusion_model.cropped_pos_embed", self.patch_size, side)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         return wrap_options(lambda options, _: mask_by_block(options, blocks, _joint_attention_masked))

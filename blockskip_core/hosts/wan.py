@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..streams import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
 from .text_masking import mask_by_block, without_cross_attention, wrap_options
+from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
 
 class WanBlockIO:
@@ -64,6 +65,9 @@ class WanAdapter(FamilyAdapter):
 
     def text_tokens(self, text_length: int) -> int:
         return 0
+
+    def token_positions(self) -> TokenPositions:
+        return RotaryPositions(self._model.rope_embedder, last_tokens, stretched=True)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallSeesNothing()))

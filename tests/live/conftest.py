@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "tests" / "workflows"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def load_devtool(name: str) -> ModuleType:
@@ -27,12 +29,19 @@ def load_devtool(name: str) -> ModuleType:
 
 def load_file(folder: str, name: str) -> ModuleType:
     """A module of one of the repository's folders, under an alias of its own."""
-    alias = f"blockskip_{folder}_{name}"
+    alias = f"blockskip_{folder.replace('/', '_')}_{name}"
     if alias not in sys.modules:
         spec = importlib.util.spec_from_file_location(alias, ROOT / folder / f"{name}.py")
         sys.modules[alias] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[alias])
     return sys.modules[alias]
+
+
+def browser_or_skip() -> None:
+    """Skip the test where the real frontend cannot be opened."""
+    modules = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockskip" / "node" / "node_modules"
+    if not (shutil.which("node") and any(map(shutil.which, BROWSERS)) and (modules / "playwright-core").is_dir()):
+        pytest.skip("needs node, a Chromium and playwright-core: see devtools/browser.mjs")
 
 
 def host_or_skip(variable: str) -> Path:
@@ -54,13 +63,32 @@ def start_server() -> Callable[..., Any]:
     return load_devtool("comfy_server").ComfyServer
 
 
+# What the shipped workflows name: empty files, so that the frontend finds every choice. Nothing loads them.
+NAMED_MODELS = {
+    "checkpoints": ["flux1-dev-fp8.safetensors"],
+    "diffusion_models": ["flux1-dev.safetensors"],
+    "text_encoders": ["clip_l.safetensors", "t5xxl_fp16.safetensors"],
+    "vae": ["ae.safetensors"],
+    "clip_vision": ["clip_vision_h.safetensors"],
+}
+FOLDERS = {"blockskip_toby": "toby", "blockskip_mila": "mila", "my_subject": "toby", "my_second_subject": "mila"}
+
+
 @pytest.fixture(scope="session")
 def demo_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a server needs beside the pack to run the workflows: the demo's nodes, models and pictures."""
+    """What a server needs beside the pack to show and run the workflows: the demo's nodes, models and pictures."""
     tools = load_devtool("comfy_server")
-    dataset = tmp_path_factory.mktemp("inputs") / "blockskip_toby"
-    load_file("demo", "world").write_subject_folder(dataset, "toby", count=2, size=256, seed=0)
-    return {"packs": tools.demo_pack(), "models": tools.demo_models(), "inputs": [dataset]}
+    inputs = tmp_path_factory.mktemp("inputs")
+    for folder, subject in FOLDERS.items():
+        load_file("demo", "world").write_subject_folder(inputs / folder, subject, count=2, size=256, seed=0)
+    models = tools.demo_models()
+    empty = tmp_path_factory.mktemp("models")
+    for folder, names in NAMED_MODELS.items():
+        (empty / folder).mkdir()
+        for name in names:
+            (empty / folder / name).touch()
+            models.setdefault(folder, []).append(empty / folder / name)
+    return {"packs": tools.demo_pack(), "models": models, "inputs": [inputs / folder for folder in FOLDERS]}
 
 
 @pytest.fixture(scope="session")

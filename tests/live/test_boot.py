@@ -16,6 +16,7 @@ HEADLINE_NODES = (
     "BlockSkip_PrecomputeResiduals",
     "BlockSkip_TrainLora",
     "BlockSkip_ApplyLora",
+    "BlockSkip_RALUSampler",
 )
 TEMPLATES = sorted(ROOT.glob("workflows/*.json"))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT, WORKFLOWS
+from .conftest import ROOT, WORKFLOWS, browser_or_skip
 from .test_workflows import SMALL, part_of, succeed
 
 STEPS = 16
@@ -24,7 +24,6 @@ SELECT = {
     "window_profile": False,
     "seed": 41,
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = ["", "1' OR 1=1", "../../etc/passwd", "\x00", "<script>", "x" * 3000, "ø", "1:1:1:1"]
 
 
@@ -77,9 +76,7 @@ def test_the_route_answers_any_question(client: Any, text: str) -> None:
 
 def test_the_chart_in_the_real_frontend(server: Any, prompt: dict[str, Any], trainer: str, tmp_path: Path) -> None:
     """Classic and Nodes 2.0, two browsers, reload, cache, subgraph; see the top of check_chart.mjs."""
-    modules = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockskip" / "node" / "node_modules"
-    if not (shutil.which("node") and any(map(shutil.which, BROWSERS)) and (modules / "playwright-core").is_dir()):
-        pytest.skip("needs node, a Chromium and playwright-core: see devtools/browser.mjs")
+    browser_or_skip()
     file = tmp_path / "prompt.json"
     fresh = {**prompt[trainer], "inputs": {**prompt[trainer]["inputs"], "seed": 6}}
     file.write_text(json.dumps({**prompt, trainer: fresh}), encoding="utf-8")

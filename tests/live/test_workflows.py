@@ -26,6 +26,7 @@ TWINS = {
     "train_lora": "BlockSkip - Train FLUX.1 LoRA",
     "select_blocks": "BlockSkip - Select blocks",
     "apply_lora": "BlockSkip - Apply and compare",
+    "ralu_sampler": "BlockSkip - Fast sampling (RALU)",
 }
 
 
@@ -174,6 +175,40 @@ def test_cancelled_training_keeps_what_was_learned(server: Any) -> None:
     assert not list((Path(server.base) / "output").rglob("*.part"))
 
 
+def test_ralu_workflow_samples_in_three_stages_and_shows_them(client: Any, load_workflow: Any) -> None:
+    """128 x 96 px: twelve coarse tokens, of which two become fine early; two pictures."""
+    prompt = load_workflow("ralu_sampler", {"Picture size": {"width": 128, "height": 96, "batch_size": 2}})
+    result = succeed(client, prompt)
+    stages = output_of(result, prompt, "Stages")["text"][0]
+    assert "FLUX 5x: 15 steps. Steps and image tokens of each stage: 4 x 12, 5 x 18, 6 x 48." in stages
+    for title in ("Picture", "Early regions"):
+        shown = [pixels(client.view(image)) for image in output_of(result, prompt, title)["images"]]
+        assert [picture.shape for picture in shown] == [(96, 128, 3)] * 2
+        assert shown[0].std() > 0
+    sampler = next(key for key, node in prompt.items() if node["_meta"]["title"] == "Sample in stages")
+    moved = [event.data["nodes"].get(sampler, {}) for event in result.of_kind("progress_state")]
+    assert max(state.get("value", 0) for state in moved) == 15
+    assert {state["max"] for state in moved if state.get("value")} == {15}
+
+
+def test_ralu_sampling_can_be_cancelled_and_leaves_the_model_as_it_was(client: Any, load_workflow: Any) -> None:
+    prompt = load_workflow("ralu_sampler", {"Picture size": {"width": 128, "height": 128, "batch_size": 1}})
+    sampler = next(key for key, node in prompt.items() if node["_meta"]["title"] == "Sample in stages")
+    before = pixels(client.view(output_of(succeed(client, prompt), prompt, "Picture")["images"][0]))
+    prompt[sampler]["inputs"]["seed"] = 8
+
+    def cancel_when_it_moves(event: Any) -> None:
+        if event.kind == "progress_state" and event.data["nodes"].get(sampler, {}).get("value", 0) >= 2:
+            client.interrupt()
+
+    larger = {**prompt, "17": {**prompt["17"], "inputs": {"width": 512, "height": 512, "batch_size": 2}}}
+    assert client.run(larger, on_event=cancel_when_it_moves, timeout=300).status == "interrupted"
+    client.free()
+    prompt[sampler]["inputs"]["seed"] = 7
+    after = pixels(client.view(output_of(succeed(client, prompt), prompt, "Picture")["images"][0]))
+    assert (before == after).all()
+
+
 def test_training_workflow_runs_on_the_oldest_supported_comfyui(
     start_server: Any, demo_parts: dict[str, Any], load_workflow: Any, devtool: Any
 ) -> None:
@@ -181,6 +216,16 @@ def test_training_workflow_runs_on_the_oldest_supported_comfyui(
     with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
         result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
     assert output_of(result, prompt, "Train")["blockskip"][0]["self_check"] < 1e-4
+
+
+def test_ralu_workflow_runs_on_the_oldest_supported_comfyui(
+    start_server: Any, demo_parts: dict[str, Any], load_workflow: Any, devtool: Any
+) -> None:
+    prompt = load_workflow("ralu_sampler", {"Picture size": {"width": 128, "height": 96, "batch_size": 2}})
+    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
+        result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
+    assert "4 x 12, 5 x 18, 6 x 48." in output_of(result, prompt, "Stages")["text"][0]
+    assert len(output_of(result, prompt, "Early regions")["images"]) == 2
 
 
 @pytest.mark.parametrize(("twin", "shipped"), TWINS.items())

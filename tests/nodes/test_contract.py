@@ -69,6 +69,18 @@ CONTRACT = {
         "outputs": [("model", "MODEL"), ("info", "STRING")],
         "lists": False,
     },
+    "BlockSkip_RALUSampler": {
+        "required": {
+            "model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT", "seed": "INT", "cfg": "FLOAT",
+            "preset": "COMBO", "upsample_ratio": "FLOAT", "regions": "COMBO",
+        },
+        "optional": {
+            "negative": "CONDITIONING", "vae": "VAE", "mask": "MASK", "custom_steps": "STRING", "custom_ends": "STRING",
+            "custom_shift": "FLOAT",
+        },
+        "outputs": [("latent", "LATENT"), ("early_regions", "IMAGE"), ("report", "STRING")],
+        "lists": False,
+    },
 }  # fmt: skip
 IDS = list(CONTRACT)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no cable

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +26,7 @@ NEEDED = [
     "requirements.txt",
     "pyproject.toml",
     "README.md",
+    "MEASURED.md",
     "LICENSE",
     "web/docs/BlockSkip_TrainLora.md",
     "web/docs/BlockSkip_TrainLora/zh.md",
@@ -44,13 +46,18 @@ def git(*arguments, stdin=None):
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def shipped():
+def shipped_files():
     """The files in git (or about to be) that .comfyignore lets through; both read the same patterns."""
     files = git("ls-files", "--cached", "--others", f"--exclude-from={ROOT / '.gitignore'}")
     files = [name for name in files if (ROOT / name).is_file()]
     kept_back = set(git("check-ignore", "--no-index", "--stdin", stdin="\n".join(files)))
     return sorted(set(files) - kept_back)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """Their names."""
+    return shipped_files()
 
 
 def pyproject():
@@ -115,6 +122,22 @@ def test_the_readme_and_the_licence_of_the_metadata_exist():
     licence = (ROOT / project["license"]["file"]).read_text(encoding="utf-8")
     assert "GNU GENERAL PUBLIC LICENSE" in licence
     assert "Version 3, 29 June 2007" in licence
+
+
+def test_the_icon_is_what_the_registry_takes(shipped):
+    """Square, at most 400 px, PNG, by the address of the raw file."""
+    address = pyproject()["tool"]["comfy"]["Icon"]
+    owner_and_name = pyproject()["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+    assert address == f"https://raw.githubusercontent.com/{owner_and_name}/main/icon.png"
+    with Image.open(ROOT / "icon.png") as icon:
+        assert icon.format == "PNG"
+        assert icon.width == icon.height <= 400
+    assert "icon.png" in shipped, "the README shows it"
+
+
+def test_the_least_comfyui_is_said_in_three_parts():
+    """comfy-cli drops any other form."""
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", pyproject()["tool"]["comfy"]["requires-comfyui"])
 
 
 def test_shipped_code_holds_no_word_that_a_security_review_stops_at(shipped):

@@ -132,7 +132,7 @@ function redrawAll() {
   }
 }
 
-app.registerExtension({
+const extension = {
   name: "BlockSkip.LiveChart",
   setup() {
     api.addEventListener(EVENT, onEvent);
@@ -156,4 +156,7 @@ app.registerExtension({
       if (run) offer(chart, run);
     }
   },
-});
+};
+
+// Where the pack is installed twice, the other copy has registered it; the frontend refuses a name that it has.
+if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""RALU Sampler: its operations, counted at full size, and its pictures on the demo's world, read back.
+
+Every finished row is a line in ``results/ralu.jsonl``, so a run may be stopped and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from quality_world import ROOT, use_pack
+
+RESULTS = Path(__file__).resolve().parent / "results"
+logger = logging.getLogger(__name__)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and pictures go")
+    parser.add_argument(
+        "--parts", nargs="+", default=["operations", "pictures", "caches"], help="also seconds, and panel"
+    )
+    parser.add_argument("--prompts", type=int, default=20, help="pictures of each arm")
+    parser.add_argument("--steps", type=int, default=50, help="of plain sampling at full length")
+    parser.add_argument("--shape", default="mid", help="seconds: of speed_model.SHAPES")
+    parser.add_argument("--side", type=int, default=512, help="seconds: of the picture")
+    parser.add_argument("--plain-steps", type=int, default=5, help="seconds: plain steps that are run")
+    parser.add_argument("--repeats", type=int, default=1, help="seconds: the median of so many")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the table")
+    return parser.parse_args()
+
+
+def about() -> str:
+    """Date, machine and software, one line."""
+    import comfyui_version
+    import torch
+
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {torch.get_num_threads()} of them used, no GPU; ComfyUI "
+        f"{comfyui_version.__version__}, torch {torch.__version__.split('+')[0]}."
+    )
+
+
+def rows_in(file: Path) -> list[dict[str, Any]]:
+    """All rows of a file of lines."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    """Put a part's rows in the place of its old ones."""
+    kept = [row for row in rows_in(file) if row["part"] != part]
+    new = [{"part": part, **row, "about": about()} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
+
+
+def main() -> None:
+    """Count and sample, then write the report."""
+    options = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    use_pack(options.comfyui)
+    import ralu_operations
+    import ralu_pictures
+    import ralu_report
+
+    options.results.mkdir(parents=True, exist_ok=True)
+    file = options.results / "ralu.jsonl"
+    if "operations" in options.parts and not options.report:
+        add(file, "operations", ralu_operations.rows())
+    if "pictures" in options.parts and not options.report:
+        world = ralu_pictures.World(options.assets, options.prompts)
+        add(file, "pictures", ralu_pictures.rows(world, options.steps, options.results / "ralu_samples.jpg"))
+    if "caches" in options.parts and not options.report:
+        add(file, "caches", ralu_pictures.rows_with_cache(ralu_pictures.World(options.assets, options.prompts)))
+    if "seconds" in options.parts and not options.report:
+        import ralu_seconds
+
+        found = ralu_seconds.rows(options.shape, options.side, options.plain_steps, options.repeats)
+        add(file, f"seconds, {options.shape}, {options.side} px", found)
+    if "panel" in options.parts:
+        ralu_pictures.panel(ralu_pictures.World(options.assets, 4), ROOT / "web" / "docs" / "img" / "ralu.png")
+    ralu_report.write(rows_in(file), options.results)
+
+
+if __name__ == "__main__":
+    main()

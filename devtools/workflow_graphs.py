@@ -1,0 +1,751 @@
+"""The shipped workflows, written down: what is in them, where it stands, and what their notes say.
+
+A graph is an API prompt whose nodes have names instead of numbers. ``make_workflows.py`` makes the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Prompt = dict[str, dict[str, Any]]
+Link = list[Any]
+
+BLUE, GREEN, YELLOW, PURPLE = "#7ab8e0", "#9fce63", "#e0b25a", "#d78fdc"  # also of the groups' titles
+
+
+@dataclass(frozen=True)
+class Column:
+    """Nodes under each other, in a group of that title, with a note above them if there is one."""
+
+    title: str
+    colour: str
+    nodes: tuple[str, ...]
+    width: int = 400
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One workflow.
+
+    Attributes:
+        name: The file's, and what the template browser shows.
+        prompt: The nodes.
+        columns: Where they stand, from left to right.
+        note: What stands at the left.
+        headline, subline: What the thumbnail says.
+        shows: A picture of the help pages and the part of it that the thumbnail shows; the graph itself without.
+        twin: Name of the same graph with the demo's small models in ``tests/workflows``; "" where that is written by hand.
+        muted: Nodes that do not run until the user says so.
+    """
+
+    name: str
+    prompt: Prompt
+    columns: tuple[Column, ...]
+    note: str
+    headline: str
+    subline: str
+    shows: tuple[str, tuple[int, int, int, int]] | None = None
+    twin: str = ""
+    muted: frozenset[str] = field(default=frozenset())
+
+
+def node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
+    """A node of a prompt."""
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+
+
+def text(title: str, words: str | Link, clip: Link) -> dict[str, Any]:
+    """A prompt's text."""
+    return node("CLIPTextEncode", title, text=words, clip=clip)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The nodes that load FLUX.1-dev, and what they give."""
+
+    prompt: Mapping[str, dict[str, Any]]
+    model: tuple[str, int]
+    clip: tuple[str, int]
+    vae: tuple[str, int]
+
+    def names(self) -> tuple[str, ...]:
+        """Their names, for a column."""
+        return tuple(self.prompt)
+
+    def link(self, what: str) -> Link:
+        """A cable to ``model``, ``clip`` or ``vae``."""
+        return list(getattr(self, what))
+
+
+THREE_FILES = Loaders(
+    {
+        "model": node("UNETLoader", "Load FLUX.1-dev", unet_name="flux1-dev.safetensors", weight_dtype="default"),
+        "clip": node(
+            "DualCLIPLoader",
+            "Load text encoders",
+            clip_name1="clip_l.safetensors",
+            clip_name2="t5xxl_fp16.safetensors",
+            type="flux",
+            device="default",
+        ),
+        "vae": node("VAELoader", "Load VAE", vae_name="ae.safetensors"),
+    },
+    model=("model", 0),
+    clip=("clip", 0),
+    vae=("vae", 0),
+)
+ONE_FP8_FILE = Loaders(
+    {"checkpoint": node("CheckpointLoaderSimple", "Load FLUX.1-dev in fp8", ckpt_name="flux1-dev-fp8.safetensors")},
+    model=("checkpoint", 0),
+    clip=("checkpoint", 1),
+    vae=("checkpoint", 2),
+)
+
+SAMPLE = {
+    "positive": ["guided", 0],
+    "negative": ["negative", 0],
+    "latent_image": ["size", 0],
+    "seed": 0,
+    "steps": 20,
+    "cfg": 1.0,
+    "sampler_name": "euler",
+    "scheduler": "simple",
+    "denoise": 1.0,
+}
+TRY = Column("5  Try it", BLUE, ("apply", "prompt", "guided", "negative", "size", "samples"))
+LOOK = Column("6  Look", BLUE, ("sample", "decode", "picture"))
+
+
+def picture(loaders: Loaders, words: str = "a photo of sks toy on the beach", side: int = 1024) -> Prompt:
+    """What a sampler needs beside the model."""
+    return {
+        "prompt": text("Prompt", words, loaders.link("clip")),
+        "guided": node("FluxGuidance", "Guidance while sampling", conditioning=["prompt", 0], guidance=3.5),
+        "negative": node("ConditioningZeroOut", "No negative prompt", conditioning=["prompt", 0]),
+        "size": node("EmptySD3LatentImage", "Picture size", width=side, height=side, batch_size=1),
+    }
+
+
+def sampled(loaders: Loaders, *, filename: str = "my_subject", title: str = "Your subject", **shown: Any) -> Prompt:
+    """Try the trained LoRA: apply, sample, decode, save."""
+    return {
+        **picture(loaders, **shown),
+        "apply": node(
+            "BlockSkip_ApplyLora", "Apply BlockSkip LoRA", model=loaders.link("model"), lora=["train", 0], strength_model=1.0
+        ),
+        "sample": node("KSampler", "Sample with the LoRA", model=["apply", 0], **SAMPLE),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=loaders.link("vae")),
+        "picture": node("SaveImage", title, images=["decode", 0], filename_prefix=filename),
+    }  # fmt: skip
+
+
+def select(loaders: Loaders, skip_ratio: float, method: str = "preset", **more: Any) -> Prompt:
+    """Choose the blocks, and show which."""
+    return {
+        "probe": text("Probe prompt", "a photo of a toy on a table", loaders.link("clip")),
+        "select": node(
+            "BlockSkip_SelectBlocks",
+            "Select Blocks (attention mask)",
+            model=loaders.link("model"),
+            positive=["probe", 0],
+            method=method,
+            skip_ratio=skip_ratio,
+            front=19,
+            back=10,
+            **more,
+        ),
+        "heatmap": node("PreviewImage", "Which blocks are skipped", images=["select", 1]),
+    }
+
+
+def dataset() -> Prompt:
+    """Pictures with a caption each."""
+    return {
+        "dataset": node("LoadImageTextDataSetFromFolder", "Pictures and captions of your subject", folder="my_subject")
+    }
+
+
+def captions(loaders: Loaders, words: str | Link, title: str = "Encode the captions") -> Prompt:
+    """Captions, with the guidance that FLUX.1-dev is trained with."""
+    return {
+        "captions": text(title, words, loaders.link("clip")),
+        "guidance": node("FluxGuidance", "Guidance while training: 1", conditioning=["captions", 0], guidance=1.0),
+    }
+
+
+def residuals(loaders: Loaders, images: Link, *, draws: int = 500, seed: int = 0, **more: Any) -> dict[str, Any]:
+    """Precompute Residuals with the paper's crops."""
+    return node(
+        "BlockSkip_PrecomputeResiduals",
+        "Precompute Residuals",
+        model=loaders.link("model"),
+        vae=loaders.link("vae"),
+        images=images,
+        positive=["guidance", 0],
+        selection=["select", 0],
+        draws=draws,
+        patch_min=256,
+        patch_max=512,
+        storage="disk",
+        seed=seed,
+        **more,
+    )
+
+
+def prepared(loaders: Loaders, images: Link, **more: Any) -> Prompt:
+    """Compute the residuals, and show the crops."""
+    return {
+        "residuals": residuals(loaders, images, **more),
+        "patches": node("PreviewImage", "What training will see", images=["residuals", 1]),
+    }
+
+
+def trainer(loaders: Loaders, title: str = "Dynamic Patch Trainer", **settings: Any) -> dict[str, Any]:
+    """Dynamic Patch Trainer with what is reported for the paper."""
+    reported = {"steps": 500, "learning_rate": 1e-4, "rank": 16, "seed": 0, "accumulation": 4}
+    inputs = {"residuals": ["residuals", 0], **reported, "output_name": "loras/my_subject", **settings}
+    return node("BlockSkip_TrainLora", title, model=loaders.link("model"), **inputs)
+
+
+def trained(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
+    """Train, sampling the prompt meanwhile, and draw the loss."""
+    return {
+        "samples": node(
+            "BlockSkip_SampleWhileTraining",
+            "Sample While Training",
+            positive=["guided", 0],
+            vae=loaders.link("vae"),
+            every=100,
+            at_start=True,
+            width=side,
+            height=side,
+            sampler_steps=20,
+            cfg=1.0,
+            scheduler="simple",
+            seed=0,
+        ),
+        "train": trainer(loaders, samples=["samples", 0], **settings),
+        "loss": node("LossGraphNode", "Plot Loss Graph", loss=["train", 1], filename_prefix="loss_graph"),
+    }
+
+
+def planned(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
+    """Say before the run whether it fits a card, and set the nodes behind it so that it does."""
+    return {
+        "plan": node(
+            "BlockSkip_MemoryPlan",
+            "Memory Plan: will it fit?",
+            model=loaders.link("model"),
+            positive=["guidance", 0],
+            selection=["select", 0],
+            patch_min=256,
+            draws=draws,
+            storage="disk",
+            rank=16,
+            batch_size=1,
+            checkpointing=True,
+            quantize_kept="off",
+            activation_budget=0.0,
+            card_memory=0.0,
+            preset=preset,
+        ),
+        "planned": node("PreviewImage", "The plan", images=["plan", 2]),
+    }
+
+
+FROM_PLAN: dict[str, Link] = {"memory_settings": ["plan", 3]}
+"""Inputs of Precompute Residuals and of the trainer that Memory Plan ("plan") fills, in the graphs that have one."""
+
+PRACTICE = """Guidance 1 while training and 3.5 while sampling is common practice for FLUX.1-dev; the paper does not say.
+FLUX.1-dev comes under a licence of its own: read it before you use the results commercially."""
+
+TRAIN = Graph(
+    "BlockSkip - Train FLUX.1 LoRA",
+    {
+        **THREE_FILES.prompt,
+        **dataset(),
+        **captions(THREE_FILES, ["dataset", 1]),
+        **select(THREE_FILES, 0.5),
+        **prepared(THREE_FILES, ["dataset", 0]),
+        **trained(THREE_FILES),
+        **sampled(THREE_FILES),
+    },
+    (
+        Column("1  Load", BLUE, (*THREE_FILES.names(), "dataset")),
+        Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
+        Column("3  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
+        Column("4  Train", PURPLE, ("train", "loss")),
+        TRY,
+        LOOK,
+    ),
+    f"""## Train a FLUX.1 LoRA with BlockSkip
+
+1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
+   `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
+2. Queue. **Precompute Residuals** runs once: 500 draws take about 2.2 GiB of disk. Training then loads only the 28
+   kept blocks of 57. 500 steps of 4 draws each (`accumulation`) use every draw four times; more draws take more disk.
+3. The LoRA is saved to `output/loras` and listed in Load LoRA.
+
+`preset` uses the paper's choice of blocks for FLUX.1. Set **method** to *attention mask* to measure it on your model.
+{PRACTICE}
+
+Short of memory? Load the model with `weight_dtype` fp8_e4m3fn, or lower `patch_min`.
+Short of disk? Set **storage** to *chunked*.""",
+    headline="Train a LoRA",
+    subline="FLUX.1, the paper's setting\nbf16, half of the blocks skipped",
+)
+
+FIRST = Graph(
+    "BlockSkip - My first LoRA",
+    {
+        **ONE_FP8_FILE.prompt,
+        "images": node("LoadImageDataSetFromFolder", "Pictures of your subject", folder="my_subject"),
+        **captions(ONE_FP8_FILE, "a photo of sks toy", "One caption for all pictures"),
+        **select(ONE_FP8_FILE, 0.5),
+        **planned(ONE_FP8_FILE, "off", draws=200),
+        **prepared(ONE_FP8_FILE, ["images", 0], draws=200, **FROM_PLAN),
+        **trained(
+            ONE_FP8_FILE,
+            steps=400,
+            learning_rate=4e-4,
+            accumulation=1,
+            output_name="loras/my_first_lora",
+            **FROM_PLAN,
+        ),
+        **sampled(ONE_FP8_FILE, filename="my_first_lora", side=512),
+    },
+    (
+        Column(
+            "1  Load",
+            BLUE,
+            (*ONE_FP8_FILE.names(), "images"),
+            note="""**The model and your pictures.**
+
+Does ComfyUI say that the model is missing? Press *View details*, *Download* (17 GB; text encoders and VAE are in the same
+file), and put the file into `models/checkpoints`. Or choose a FLUX.1 checkpoint that you have.
+
+Make a folder `my_subject` inside ComfyUI's `input` folder. Put 4 to 20 pictures of *one* thing into it: your toy, your
+dog, your mug. 512 px or more, sharp, from several sides. Press **R**, then choose the folder.""",
+        ),
+        Column(
+            "2  Name it",
+            YELLOW,
+            ("captions", "guidance"),
+            note="""**What is in the pictures.**
+
+*sks* is a word that means nothing yet: it will become the name of your subject. The word behind it says what kind of
+thing it is. Write *a photo of sks dog* for a dog.""",
+        ),
+        Column(
+            "3  Choose blocks",
+            GREEN,
+            ("probe", "select", "heatmap"),
+            note="""**Which half of the model is left out.**
+
+FLUX.1 has 57 blocks in a row. *preset* leaves out the first 19 and the last 10, as the paper does. Nothing to
+change here.""",
+        ),
+        Column(
+            "4  Will it fit?",
+            BLUE,
+            ("plan", "planned"),
+            note="""**Before anything runs.**
+
+Counts what the run will take, and says whether your card has it. If not, it makes the smallest change that helps, and
+says which. **Prepare** and **Train** take these settings from here.""",
+        ),
+        Column(
+            "5  Prepare",
+            YELLOW,
+            ("residuals", "patches"),
+            note="""**What training will see.**
+
+200 crops of your pictures: large ones with much noise, small ones with little. What the left-out blocks would say to
+each is computed now and kept on disk: about 0.9 GiB.""",
+        ),
+        Column(
+            "6  Train",
+            PURPLE,
+            ("train", "loss"),
+            note="""**The learning.**
+
+400 steps. Every 100 a picture of the prompt in step 7 appears on the trainer: is it your subject yet? Watch the chart:
+the blue line should fall. **Cancel** whenever you like: what was learned is saved, and queueing again goes on. The LoRA goes to `output/loras`.""",
+        ),
+        Column(
+            "7  Try it",
+            BLUE,
+            ("apply", "prompt", "guided", "negative", "size", "samples"),
+            note="""**A new picture.**
+
+The prompt must contain the words of your caption: *sks toy*. Too weak? Set `strength_model` to 1.2. Too much like
+the training pictures? 0.8.""",
+        ),
+        Column("8  Look", BLUE, ("sample", "decode", "picture")),
+    ),
+    f"""## My first LoRA
+
+Teach FLUX.1 one thing of yours. Read the notes from left to right, do what they say, then press **Run**.
+
+You need about 17 GB of disk for the model, and a graphics card of 8 GB or more (**Memory Plan** in step 4 says whether
+yours will do).
+
+These are small settings, to see soon that everything works. For a better likeness go on with *BlockSkip - Train 8 GB*,
+*12 GB* or *24 GB*: more crops, more steps, a caption for each picture.
+
+Nobody has measured on a GPU yet how long this takes or how good it gets with FLUX.1. Tell us.
+
+{PRACTICE}""",
+    headline="My first LoRA",
+    subline="notes at every step\none caption for all pictures",
+    twin="my_first_lora",
+)
+
+
+def card(
+    size: int,
+    loaders: Loaders,
+    *,
+    skip_ratio: float,
+    room: float,
+    counted: float,
+    summary: str,
+    why: str,
+) -> Graph:
+    """Training on a card of so many GB.
+
+    Args:
+        room: GiB of it that Memory Plan lets the run take; the rest is for the screen, other programs and the driver.
+        counted: GiB that Memory Plan counts at the peak, with captions of 512 tokens.
+        summary, why: What the settings are, for people, in short and at length.
+    """
+    return Graph(
+        f"BlockSkip - Train {size} GB",
+        {
+            **loaders.prompt,
+            **dataset(),
+            **captions(loaders, ["dataset", 1]),
+            **select(loaders, skip_ratio),
+            **planned(loaders, f"{size} GB"),
+            **prepared(loaders, ["dataset", 0], **FROM_PLAN),
+            **trained(loaders, **FROM_PLAN),
+            **sampled(loaders),
+        },
+        (
+            Column("1  Load", BLUE, (*loaders.names(), "dataset")),
+            Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
+            Column("3  Will it fit?", BLUE, ("captions", "guidance", "plan", "planned")),
+            Column("4  Prepare", YELLOW, ("residuals", "patches")),
+            Column("5  Train", PURPLE, ("train", "loss")),
+            Column("6  Try it", BLUE, TRY.nodes),
+            Column("7  Look", BLUE, LOOK.nodes),
+        ),
+        f"""## Train a FLUX.1 LoRA on a card with {size} GB
+
+{why}
+
+1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
+   `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
+2. Queue. **Memory Plan** first makes the run fit into {room:g} GiB, so that the rest is left for the screen and other
+   programs, and uses what is left to be faster. It counts {counted:g} GiB; no GPU has confirmed that yet.
+3. Every 100 steps a picture of the prompt in **6 Try it** appears on the trainer.
+4. The LoRA is saved to `output/loras` and listed in Load LoRA. **Cancel** saves too; queueing again goes on.
+
+500 draws take about 2.2 GiB of disk. 500 steps of 4 draws each (`accumulation`) use every draw four times.
+Crop size, storage, batch size, checkpointing and quantisation are set at **Memory Plan**; the nodes behind it take them
+from there.
+
+{PRACTICE}""",
+        headline=f"Train on {size} GB",
+        subline=f"{summary}\n{counted:g} GiB counted",
+        twin=f"train_{size}_gb",
+    )
+
+
+CARD_8 = card(
+    8,
+    ONE_FP8_FILE,
+    skip_ratio=0.5,
+    room=6.5,
+    counted=5.6,
+    summary="fp8, half of the blocks skipped",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper, 256 px.""",
+)
+CARD_12 = card(
+    12,
+    ONE_FP8_FILE,
+    skip_ratio=0.3,
+    room=10.0,
+    counted=9.2,
+    summary="fp8, 30 % of the blocks skipped",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), and only 30 % of the blocks skipped: more blocks
+learn, which the paper and our small model both found better.""",
+)
+CARD_24 = card(
+    24,
+    THREE_FILES,
+    skip_ratio=0.3,
+    room=20.5,
+    counted=19.4,
+    summary="bf16, 30 % of the blocks skipped",
+    why="""The model in bf16, as it was published (needs about 24 GB of RAM as well), and 30 % of the blocks
+skipped.""",
+)
+
+RESUME = Graph(
+    "BlockSkip - Resume",
+    {
+        **THREE_FILES.prompt,
+        **dataset(),
+        **captions(THREE_FILES, ["dataset", 1]),
+        **select(THREE_FILES, 0.5),
+        **prepared(THREE_FILES, ["dataset", 0]),
+        **trained(THREE_FILES, title="Go on: more steps", steps=1000),
+        "other residuals": residuals(THREE_FILES, ["dataset", 0], seed=1),
+        "other patches": node("PreviewImage", "New crops", images=["other residuals", 1]),
+        "further": trainer(
+            THREE_FILES,
+            "Train a LoRA file further",
+            residuals=["other residuals", 0],
+            steps=250,
+            learning_rate=5e-5,
+            start_file="none",
+            output_name="loras/my_subject_further",
+        ),
+        "further loss": node("LossGraphNode", "Plot Loss Graph", loss=["further", 1], filename_prefix="loss_graph"),
+        **sampled(THREE_FILES),
+    },
+    (
+        Column("1  Load", BLUE, (*THREE_FILES.names(), "dataset")),
+        Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
+        Column("3  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
+        Column(
+            "A  More steps",
+            PURPLE,
+            ("train", "loss"),
+            note="""**The same run, longer.**
+
+Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is found, and goes on behind its last step.""",
+        ),
+        TRY,
+        LOOK,
+        Column(
+            "B  New crops (muted)",
+            YELLOW,
+            ("other residuals", "other patches"),
+            note="""**For a file as the start.**
+
+Select these two nodes and the two at the right, and press **Ctrl+M**: they are muted until you have a file. Another
+`seed` gives other crops than last time.""",
+        ),
+        Column(
+            "B  From a LoRA file (muted)",
+            PURPLE,
+            ("further", "further loss"),
+            note="""**Train it further.**
+
+Choose the file in `start_file` (in Nodes 2.0 under *Show advanced inputs*) and set `rank` to the file's. A lower learning
+rate keeps what is there.""",
+        ),
+    ),
+    """## Train further
+
+**A. More steps.** A run goes on where it stopped: after Cancel, after a crash, or because `steps` is higher now. Nothing
+has to be switched on; `resume` is on by default. All other settings must be those of the run, and the pictures too.
+Here they are those of *BlockSkip - Train FLUX.1 LoRA*, with 1000 steps instead of 500. It ends with the same LoRA as
+1000 steps at once (with `lr_schedule` constant or constant_with_warmup).
+
+The states of the three newest runs lie in `output/blockskip/runs`.
+
+**B. From a LoRA file.** Of this trainer or another one. Its rank must be the same, and it must change nothing but linear
+layers of the blocks that are trained here; the node says so if it does not. The two columns at the right are muted, because
+they need your file. Its optimiser starts anew.""",
+    headline="Resume",
+    subline="more steps for a run\nor from a LoRA file",
+    twin="resume",
+    muted=frozenset({"other residuals", "other patches", "further", "further loss"}),
+)
+
+SEVERAL = Graph(
+    "BlockSkip - Several subjects",
+    {
+        **ONE_FP8_FILE.prompt,
+        "first": node("LoadImageTextDataSetFromFolder", "Pictures of the first subject", folder="my_subject"),
+        "first name": node(
+            "StringConcatenate",
+            "Name of the first subject",
+            string_a="a photo of sks toy",
+            string_b=["first", 1],
+            delimiter=", ",
+        ),
+        "second": node("LoadImageTextDataSetFromFolder", "Pictures of the second subject", folder="my_second_subject"),
+        "second name": node(
+            "StringConcatenate",
+            "Name of the second subject",
+            string_a="a photo of zwx dog",
+            string_b=["second", 1],
+            delimiter=", ",
+        ),
+        "all images": node(
+            "CreateList", "All pictures", **{"inputs.input0": ["first", 0], "inputs.input1": ["second", 0]}
+        ),
+        "all texts": node(
+            "CreateList", "All captions", **{"inputs.input0": ["first name", 0], "inputs.input1": ["second name", 0]}
+        ),
+        **captions(ONE_FP8_FILE, ["all texts", 0]),
+        **select(ONE_FP8_FILE, 0.5),
+        **prepared(ONE_FP8_FILE, ["all images", 0], draws=800),
+        **trained(ONE_FP8_FILE, steps=1000, rank=32, output_name="loras/my_subjects"),
+        **sampled(
+            ONE_FP8_FILE,
+            words="a photo of sks toy beside zwx dog on the beach",
+            filename="my_subjects",
+            title="Both of them",
+        ),
+    },
+    (
+        Column("1  Load", BLUE, (*ONE_FP8_FILE.names(),)),
+        Column(
+            "2  Subjects",
+            YELLOW,
+            ("first", "first name", "second", "second name", "all images", "all texts"),
+            note="""**One folder for each.**
+
+Below ComfyUI's `input` folder. The name goes in front of every caption of its folder. Pictures without a `.txt` have the
+name alone as their caption.""",
+        ),
+        Column("3  Choose blocks", GREEN, ("probe", "select", "heatmap")),
+        Column("4  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
+        Column("5  Train", PURPLE, ("train", "loss")),
+        Column("6  Try it", BLUE, TRY.nodes),
+        Column("7  Look", BLUE, LOOK.nodes),
+    ),
+    """## Several subjects in one LoRA
+
+Two folders of pictures, each with a name of its own: *sks toy* and *zwx dog*. **Create List** puts them one behind the
+other, pictures and captions in the same order, so every picture keeps its caption. A third subject: one more folder, one
+more name, one more cable into each **Create List**.
+
+Draws go through all pictures in turn. So the folders should hold about equally many pictures; a subject with
+twice as many is seen twice as often.
+
+Two subjects have more to learn than one: here 800 draws (about 3.5 GiB of disk), 1000 steps and rank 32. That is a
+starting point, not measured. If the two get mixed up, name them more differently.
+
+A dataset in sub-folders works as well: one **Load Image-Text (from Folder)** reads `my_subjects/1_toy` and
+`my_subjects/1_dog` together, and the number says how often each picture counts.""",
+    headline="Several subjects",
+    subline="two folders, two names\none LoRA",
+    twin="several_subjects",
+)
+
+SELECT_BLOCKS = Graph(
+    "BlockSkip - Select blocks",
+    {
+        **THREE_FILES.prompt,
+        "vision": node("CLIPVisionLoader", "Load a vision encoder", clip_name="clip_vision_h.safetensors"),
+        **select(THREE_FILES, 0.5, "attention mask", vae=["vae", 0], clip_vision=["vision", 0]),
+        "heatmap": node("PreviewImage", "How much the text matters where", images=["select", 1]),
+        "report": node("PreviewAny", "Report", source=["select", 2]),
+    },
+    (
+        Column("1  Load", BLUE, (*THREE_FILES.names(), "vision")),
+        Column("2  Measure", GREEN, ("probe", "select")),
+        Column("3  Look", YELLOW, ("heatmap", "report"), 640),
+    ),
+    """## Which blocks can be skipped?
+
+The text is hidden from the picture in the first few, the last few, and a sliding run of blocks; the more the picture
+changes, the more those blocks matter for your subject.
+
+Runs once per model and prompt, then it is remembered: any other `skip_ratio` up to the measured one is a look-up.
+
+The paper does this with a model that already knows the subject: put **Load LoRA** between the model and the node to
+do the same. Its encoder is DINO; Load CLIP Vision reads CLIP-ViT and DINOv2. Without one, latents are compared.""",
+    headline="Select blocks",
+    subline="which can be left out?\nmeasured on your model",
+    shows=("heatmap.png", (10, 56, 836, 305)),
+)
+
+APPLY = Graph(
+    "BlockSkip - Apply and compare",
+    {
+        **THREE_FILES.prompt,
+        **picture(THREE_FILES),
+        "apply": node("BlockSkip_ApplyLora", "Apply BlockSkip LoRA", model=["model", 0], strength_model=1.0),
+        "info": node("PreviewAny", "What the LoRA says of itself", source=["apply", 1]),
+        "sample before": node("KSampler", "Sample the plain model", model=["model", 0], **SAMPLE),
+        "decode before": node("VAEDecode", "Decode", samples=["sample before", 0], vae=["vae", 0]),
+        "before": node("SaveImage", "Before: the plain model", images=["decode before", 0], filename_prefix="before"),
+        "sample after": node("KSampler", "Sample with the LoRA", model=["apply", 0], **SAMPLE),
+        "decode after": node("VAEDecode", "Decode", samples=["sample after", 0], vae=["vae", 0]),
+        "after": node("SaveImage", "After: with the LoRA", images=["decode after", 0], filename_prefix="after"),
+    },
+    (
+        Column("1  Load", BLUE, THREE_FILES.names()),
+        Column("2  Apply", PURPLE, ("apply", "info")),
+        Column("3  Prompt", GREEN, ("prompt", "guided", "negative", "size")),
+        Column("4  Before", YELLOW, ("sample before", "decode before", "before")),
+        Column("5  After", YELLOW, ("sample after", "decode after", "after")),
+    ),
+    """## Before and after
+
+Choose your LoRA in **Apply BlockSkip LoRA** (`lora_name`); the trainer saves to `output/loras`. The same seed and
+prompt are sampled from the plain model and from the model with the LoRA.
+
+Nothing is skipped here: sampling uses the whole model, so the LoRA also works in every other loader.""",
+    headline="Apply and compare",
+    subline="the same prompt and seed\nwithout and with the LoRA",
+    shows=("before_after.png", (280, 237, 804, 493)),
+)
+
+RALU = Graph(
+    "BlockSkip - Fast sampling (RALU)",
+    {
+        **THREE_FILES.prompt,
+        "prompt": text("Prompt", "a photo of a red fox in a snowy forest, sharp details", ["clip", 0]),
+        "guided": node("FluxGuidance", "Guidance", conditioning=["prompt", 0], guidance=3.5),
+        "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
+        "sample": node(
+            "BlockSkip_RALUSampler",
+            "RALU Sampler",
+            model=["model", 0],
+            positive=["guided", 0],
+            latent_image=["size", 0],
+            seed=0,
+            cfg=1.0,
+            preset="FLUX 5x",
+            upsample_ratio=0.2,
+            regions="edges",
+            vae=["vae", 0],
+        ),
+        "early": node("PreviewImage", "What became fine early", images=["sample", 1]),
+        "report": node("PreviewAny", "Stages", source=["sample", 2]),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=["vae", 0]),
+        "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="ralu"),
+    },
+    (
+        Column("1  Load", BLUE, THREE_FILES.names()),
+        Column("2  Prompt", GREEN, ("prompt", "guided", "size")),
+        Column("3  Sample in three stages", PURPLE, ("sample", "report")),
+        Column("4  Look", BLUE, ("decode", "picture", "early"), 480),
+    ),
+    """## Fast sampling with RALU
+
+**RALU Sampler** takes the place of KSampler. It samples at half the side first, then brings the regions with edges to
+full resolution, then all the rest. FLUX 5x takes 15 steps, most of them on fewer tokens: counted, 1 / 5.4 of the
+operations of 50 plain steps. FLUX 7x takes 1 / 7.3 and is rougher; FLUX 4x takes 1 / 4.4.
+
+Width and height must be multiples of 32 px. A LoRA goes between **Load FLUX.1-dev** and the sampler.
+
+For SD3.5 load its model, text encoders and VAE, set **preset** to *SD3 2x* or *SD3 3x*, connect a negative prompt, and
+raise **cfg**.""",
+    headline="Fast sampling",
+    subline="RALU: fine tokens where they matter\n1/5 of the operations",
+    shows=("ralu.png", (0, 0, 768, 384)),
+)
+
+GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU)

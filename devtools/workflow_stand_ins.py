@@ -1,0 +1,70 @@
+"""The shipped workflows with the demo's small models in them, so that they can be run anywhere: their twins.
+
+What loads a model becomes the demo's loader, words become words that the demo's text encoder knows, and numbers that
+decide how long it takes become small. Everything else stays as it is in the workflow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Prompt = dict[str, dict[str, Any]]
+
+LOADERS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "UNETLoader": (("UNETLoader", "unet_name", "blockskip_world_dit.safetensors"),),
+    "DualCLIPLoader": (("BlockSkipDemo_LoadTextEncoder", "text_file", "blockskip_world_text.safetensors"),),
+    "VAELoader": (("VAELoader", "vae_name", "blockskip_world_vae.safetensors"),),
+}
+LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoader"] + LOADERS["VAELoader"]
+"""Loader -> what stands for each of its outputs: node, input, file."""
+
+FOLDERS = {"my_subject": "blockskip_toby", "my_second_subject": "blockskip_mila"}
+WORDS = {
+    "a photo of a toy on a table": "a big red star on grass, left",
+    "a photo of sks toy": "a big orange toby circle",
+    "a photo of sks toy on the beach": "a big orange toby circle on water, right",
+    "a photo of sks toy beside zwx dog on the beach": "a big orange toby circle on water, right",
+}
+NAMES = {"a photo of sks toy": "toby", "a photo of zwx dog": "mila"}  # in front of captions, which say the rest
+SMALL: dict[str, dict[str, Any]] = {
+    "BlockSkip_MemoryPlan": {"draws": 6, "patch_min": 64},
+    "BlockSkip_PrecomputeResiduals": {"draws": 6, "patch_min": 64, "patch_max": 128},
+    "BlockSkip_TrainLora": {"steps": 4},
+    "BlockSkip_SampleWhileTraining": {"every": 2, "width": 64, "height": 64, "sampler_steps": 2},
+    "EmptySD3LatentImage": {"width": 64, "height": 64},
+    "KSampler": {"steps": 2},
+}
+
+
+def twin_of(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
+    """Return the twin of a workflow's API prompt; ids are those of the prompt, or begin with them."""
+    twin: Prompt = {}
+    outputs: dict[str, list[str]] = {}
+    for key, spec in json.loads(json.dumps(prompt)).items():
+        stand_ins = LOADERS.get(spec["class_type"])
+        if stand_ins is None:
+            twin[key] = _small(spec)
+            continue
+        outputs[key] = [key if len(stand_ins) == 1 else f"{key}0{place}" for place in range(len(stand_ins))]
+        for name, (kind, widget, file) in zip(outputs[key], stand_ins, strict=True):
+            inputs = {widget: file, **({"weight_dtype": "default"} if kind == "UNETLoader" else {})}
+            twin[name] = {"class_type": kind, "inputs": inputs, "_meta": spec["_meta"]}
+    for spec in twin.values():
+        for name, value in spec["inputs"].items():
+            if isinstance(value, list) and value[0] in outputs:
+                replaced = outputs[value[0]]
+                spec["inputs"][name] = [replaced[value[1]], 0]
+    return twin
+
+
+def _small(spec: dict[str, Any]) -> dict[str, Any]:
+    inputs = {**spec["inputs"], **SMALL.get(spec["class_type"], {})}
+    if isinstance(inputs.get("text"), str):
+        inputs["text"] = WORDS[inputs["text"]]
+    if spec["class_type"] == "StringConcatenate":
+        inputs["string_a"] = NAMES[inputs["string_a"]]
+    if "folder" in inputs:
+        inputs["folder"] = FOLDERS[inputs["folder"]]
+    return {**spec, "inputs": inputs}

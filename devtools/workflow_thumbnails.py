@@ -1,0 +1,54 @@
+"""Draws a template's thumbnail: what it is for, in words that can be read in the browser of templates, and its graph.
+
+That browser shows thumbnails about 220 px wide and square. A picture of the graph alone looks there like any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from workflow_graphs import Graph
+
+PICTURES = Path(__file__).resolve().parents[1] / "web" / "docs" / "img"
+SIDE, MARGIN, LOWER = 720, 40, 330  # px; LOWER: where the graph or another picture has its place
+GROUND, HEAD, SAID = (24, 27, 33), (240, 242, 246), (176, 182, 194)
+FRONT, TRAINED, BACK = (240, 150, 60), (64, 142, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
+FLUX_BLOCKS, SKIPPED = 57, {0.5: (19, 10), 0.3: (7, 10)}  # first and last: the paper's choice
+
+
+def draw(graph: Graph, screenshot: Path) -> Image.Image:
+    """Return the thumbnail of a graph; its screenshot is below the words, unless the graph names another picture."""
+    image = Image.new("RGB", (SIDE, SIDE), GROUND)
+    pen = ImageDraw.Draw(image)
+    _write(pen, graph.headline, 36, 76, HEAD)
+    for place, line in enumerate(graph.subline.split("\n")):
+        _write(pen, line, 134 + 46 * place, 38, SAID)
+    blocks = graph.prompt.get("select", {}).get("inputs", {})
+    if blocks.get("method") == "preset":
+        _draw_blocks(pen, *SKIPPED[blocks["skip_ratio"]])
+    shown = Image.open(PICTURES / graph.shows[0]).crop(graph.shows[1]) if graph.shows else Image.open(screenshot)
+    shown = shown.convert("RGB")
+    width, height = SIDE - 2 * MARGIN, SIDE - LOWER - MARGIN
+    scale = min(width / shown.width, height / shown.height)
+    shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
+    image.paste(shown, ((SIDE - shown.width) // 2, LOWER + (height - shown.height) // 2))
+    return image
+
+
+def _write(pen: ImageDraw.ImageDraw, words: str, top: int, size: int, colour: tuple[int, int, int]) -> None:
+    """Write a line, smaller if it would be too long."""
+    while pen.textlength(words, ImageFont.load_default(size)) > SIDE - 2 * MARGIN:
+        size -= 1
+    pen.text((MARGIN, top), words, fill=colour, font=ImageFont.load_default(size))
+
+
+def _draw_blocks(pen: ImageDraw.ImageDraw, front: int, back: int) -> None:
+    """FLUX.1's blocks in a row: filled if they are trained, an outline if they are skipped."""
+    pitch = (SIDE - 2 * MARGIN) / FLUX_BLOCKS
+    for block in range(FLUX_BLOCKS):
+        left = MARGIN + block * pitch
+        kept = front <= block < FLUX_BLOCKS - back
+        colour = TRAINED if kept else FRONT if block < front else BACK
+        box = (left, 242 if kept else 250, left + pitch - 3, 306 if kept else 298)
+        pen.rectangle(box, fill=colour if kept else None, outline=colour, width=2)

@@ -1,0 +1,149 @@
+"""The workflows as they are shipped: opened in the real frontend, and their twins run with the demo's small models.
+
+The frontend's own prompt of a shipped workflow, with the small models in it, must be the twin. So what runs here is what a
+user would run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, WORKFLOWS, browser_or_skip, host_or_skip, load_devtool
+from .test_workflows import output_of, pixels, succeed
+
+SHIPPED = sorted(ROOT.glob("workflows/*.json"))
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    """``devtools/make_workflows.py``, which looks for its parts beside it."""
+    for name in ("workflow_graphs", "workflow_stand_ins", "workflow_thumbnails"):
+        sys.modules[name] = load_devtool(name)
+    return load_devtool("make_workflows")
+
+
+@pytest.fixture(scope="module")
+def graphs(maker: ModuleType) -> dict[str, Any]:
+    """The graphs by name."""
+    return {graph.name: graph for graph in maker.GRAPHS}
+
+
+@pytest.fixture(scope="module")
+def prompts(server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the frontend would queue for each shipped workflow, by name; opens them all in both kinds of nodes."""
+    browser_or_skip()
+    folder = tmp_path_factory.mktemp("prompts")
+    pictures = os.environ.get("BLOCKSKIP_SCREENSHOTS")
+    for kind in ("classic", "vue"):
+        command = ["node", str(ROOT / "devtools" / "check_workflow.mjs"), server.url, *map(str, SHIPPED)]
+        command += ["--api-outs", str(folder)] if kind == "classic" else ["--vue"]
+        if pictures:
+            (Path(pictures) / kind).mkdir(parents=True, exist_ok=True)
+            command += ["--screenshots", str(Path(pictures) / kind)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, f"{kind} nodes:\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.count(": 0 problem(s)") == len(SHIPPED)
+    return {path.stem: json.loads((folder / path.name).read_text(encoding="utf-8")) for path in SHIPPED}
+
+
+def test_every_workflow_is_written_down_and_shipped(graphs: dict[str, Any]) -> None:
+    assert sorted(graphs) == [path.stem for path in SHIPPED]
+
+
+def test_the_frontend_opens_every_workflow_without_a_complaint(prompts: dict[str, Any], graphs: dict[str, Any]) -> None:
+    """No missing node, no error in the console, no value that moves: `prompts` asserts it. And all nodes are queued."""
+    for name, prompt in prompts.items():
+        assert len(prompt) == len(graphs[name].prompt) - len(graphs[name].muted)
+
+
+def test_what_the_frontend_queues_is_what_is_written_down(
+    prompts: dict[str, Any], graphs: dict[str, Any], maker: ModuleType
+) -> None:
+    for name, graph in graphs.items():
+        muted = {str(place) for place, node in enumerate(graph.prompt, 1) if node in graph.muted}
+        expected = {key: spec for key, spec in maker.numbered(graph).items() if key not in muted}
+        for key, spec in expected.items():
+            queued = prompts[name][key]
+            assert queued["class_type"] == spec["class_type"]
+            assert {k: queued["inputs"].get(k) for k in spec["inputs"]} == spec["inputs"], f"{name}: {spec['_meta']}"
+
+
+def test_the_twins_are_up_to_date(graphs: dict[str, Any], maker: ModuleType) -> None:
+    for graph in graphs.values():
+        if graph.twin:
+            twin = json.loads((WORKFLOWS / f"{graph.twin}.api.json").read_text(encoding="utf-8"))
+            assert twin == maker.twin_of(maker.numbered(graph)), "run devtools/make_workflows.py"
+
+
+@pytest.mark.parametrize(
+    ("seed", "twin"), [(71, "my_first_lora"), (72, "train_8_gb"), (73, "train_12_gb"), (74, "train_24_gb")]
+)
+def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..., Any], seed: int, twin: str) -> None:
+    prompt = load_workflow(twin, {"Dynamic Patch Trainer": {"seed": seed}})  # or one would go on where another ended
+    result = succeed(client, prompt)
+    summary = output_of(result, prompt, "Dynamic Patch Trainer")["blockskip"][0]
+    assert (summary["steps"], summary["problems"]) == (4, [])
+    assert summary["self_check"] < 1e-4
+    assert output_of(result, prompt, "Memory Plan: will it fit?")["text"][0].startswith("It fits")
+    for title in ("Which blocks are skipped", "The plan", "What training will see", "Plot Loss Graph", "Your subject"):
+        assert output_of(result, prompt, title)["images"], title
+
+
+def test_several_subjects_keep_their_captions(client: Any, load_workflow: Callable[..., Any]) -> None:
+    prompt = load_workflow("several_subjects")
+    titles = {node["_meta"]["title"]: key for key, node in prompt.items()}
+    look = {
+        "texts": {"class_type": "PreviewAny", "inputs": {"source": [titles["All captions"], 0]}},
+        "images": {"class_type": "PreviewImage", "inputs": {"images": [titles["All pictures"], 0]}},
+    }
+    folders = [titles[f"Pictures of the {which} subject"] for which in ("first", "second")]
+    for number, folder in enumerate(folders):
+        look[f"own {number}"] = {"class_type": "PreviewImage", "inputs": {"images": [folder, 0]}}
+    for node in look.values():
+        node["_meta"] = {"title": "look"}
+    result = succeed(client, {**prompt, **look})
+    texts = result.outputs["texts"]["text"]
+    assert [text.split(",")[0] for text in texts] == ["toby", "toby", "mila", "mila"]
+    assert ["toby" in text.split(", ", 1)[1] for text in texts] == [True, True, False, False], (
+        "the folder's own caption"
+    )
+    together = [pixels(client.view(image)) for image in result.outputs["images"]["images"]]
+    apart = [pixels(client.view(image)) for number in range(2) for image in result.outputs[f"own {number}"]["images"]]
+    assert len(together) == len(apart) == 4
+    assert all((one == other).all() for one, other in zip(together, apart, strict=True))
+    assert output_of(result, prompt, "Dynamic Patch Trainer")["blockskip"][0]["steps"] == 4
+    assert output_of(result, prompt, "Both of them")["images"]
+
+
+def test_resume_goes_on_with_the_run_of_the_training_workflow(
+    client: Any, load_workflow: Callable[..., Any], graphs: dict[str, Any], maker: ModuleType
+) -> None:
+    first = maker.twin_of(maker.numbered(graphs["BlockSkip - Train FLUX.1 LoRA"]))
+    done = output_of(succeed(client, first), first, "Dynamic Patch Trainer")["blockskip"][0]
+    longer = {"Go on: more steps": {"steps": 6}, "Train a LoRA file further": {"start_file": done["file"]}}
+    prompt = load_workflow("resume", longer)
+    result = succeed(client, prompt)
+    more = output_of(result, prompt, "Go on: more steps")["blockskip"][0]
+    assert (more["resumed_at"], more["steps"]) == (4, 6)
+    further = output_of(result, prompt, "Train a LoRA file further")["blockskip"][0]
+    assert (further["resumed_at"], further["steps"], further["problems"]) == (0, 4, [])
+
+
+def test_the_twins_run_on_the_oldest_supported_comfyui(
+    start_server: Callable[..., Any], demo_parts: dict[str, Any], load_workflow: Callable[..., Any]
+) -> None:
+    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
+        client = load_devtool("comfy_client").ComfyClient(older.url)
+        for twin in ("my_first_lora", "several_subjects"):
+            prompt = load_workflow(twin)
+            summary = output_of(succeed(client, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]
+            assert summary["steps"] == 4

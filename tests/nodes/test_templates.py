@@ -1,0 +1,89 @@
+"""The shipped workflows as files: what ComfyUI's template browser and its dialogs for missing nodes and models read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+DRAWN_BY_THE_PAGE = {"MarkdownNote"}  # no node of the server
+LOADS_A_MODEL = {"UNETLoader", "CheckpointLoaderSimple", "DualCLIPLoader", "VAELoader", "CLIPVisionLoader"}
+MODEL_SITE = "https://huggingface.co/"  # the dialog offers downloads from here and one other site only
+ELSEWHERE = ("example", "examples", "example_workflows", "workflow")  # one of these beside ours would hide it
+
+
+def each_workflow(test):
+    return pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)(test)
+
+
+def nodes_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))["nodes"]
+
+
+def test_there_are_some_and_no_other_folder_hides_them():
+    assert len(WORKFLOWS) >= 9
+    assert not [name for name in ELSEWHERE if (ROOT / name).exists()]
+
+
+@each_workflow
+def test_every_node_says_where_it_comes_from(path, nodes):
+    version = nodes.versions.VERSION
+    for node in nodes_of(path):
+        if node["type"] in DRAWN_BY_THE_PAGE:
+            continue
+        ours = node["type"].startswith("BlockSkip_")
+        assert node["properties"]["cnr_id"] == ("dit-blockskip" if ours else "comfy-core"), node["type"]
+        assert node["properties"]["ver"] == version if ours else node["properties"]["ver"]
+
+
+@each_workflow
+def test_every_loader_says_where_its_files_are(path):
+    loaders = [node for node in nodes_of(path) if node["type"] in LOADS_A_MODEL]
+    assert loaders
+    for node in loaders:
+        models = node["properties"]["models"]
+        assert {model["name"] for model in models} == {v for v in node["widgets_values"] if v.endswith(".safetensors")}
+        for model in models:
+            assert model["url"].startswith(MODEL_SITE)
+            assert model["url"].endswith("/" + model["name"])
+            assert model["directory"]
+
+
+@each_workflow
+def test_a_note_at_the_left_explains_it(path):
+    note = next(node for node in nodes_of(path) if node["type"] == "MarkdownNote")
+    assert note["title"] == "Read me"
+    assert note["widgets_values"][0].startswith("## ")
+    assert "`" not in note["widgets_values"][0], "Nodes 2.0 shows code in blue on brown"
+
+
+@each_workflow
+def test_seeds_stay_as_they_are(path):
+    assert "randomize" not in json.dumps(nodes_of(path))
+
+
+@each_workflow
+def test_nothing_lies_on_something_else(path):
+    boxes = [(*node["pos"], *node["size"]) for node in nodes_of(path)]
+    for place, (x, y, width, height) in enumerate(boxes):
+        for left, top, wide, high in boxes[place + 1 :]:
+            assert x + width <= left or left + wide <= x or y + height <= top or top + high <= y
+
+
+@each_workflow
+def test_the_thumbnail_is_a_small_jpeg(path):
+    thumbnail = path.with_suffix(".jpg")
+    assert thumbnail.stat().st_size < 200_000
+    with Image.open(thumbnail) as picture:
+        assert picture.format == "JPEG"
+        assert picture.width == picture.height >= 440, "square in the browser of templates, on fine screens too"
+
+
+def test_the_readme_names_every_workflow_and_no_other():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Workflows", 1)[1].split("\n## ", 1)[0]
+    named = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(named) == [path.name for path in WORKFLOWS]
