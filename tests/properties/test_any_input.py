@@ -242,6 +242,32 @@ def test_sample_while_training(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
+@examples(120)
+@given(data=st.data())
+def test_ralu_sampler(world, data):
+    node = world.nodes.RaluSampler
+    usual = {
+        "preset": st.just("custom"), "custom_steps": st.sampled_from(["1, 1, 1", "2, 1", "1"]),
+        "custom_ends": st.sampled_from(["0.3, 0.45, 1", "0.4, 1", "1"]), "regions": st.just("latent gradient"),
+        "upsample_ratio": st.floats(0.0, 1.0),
+    }  # fmt: skip
+    latents = {"samples": torch.zeros(1, 4, 8, 8)}
+    odd_latents = st.fixed_dictionaries(
+        {}, optional={"samples": strategies.odd_tensors() | strategies.STRANGERS, "batch_index": strategies.STRANGERS}
+    )
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditioning(WIDTH),
+        "latent_image": strategies.Input(st.just(latents), odd_latents | strategies.STRANGERS),
+        "vae": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        "mask": strategies.Input(
+            st.just(torch.ones(1, 8, 8)), strategies.odd_tensors() | strategies.STRANGERS, optional=True
+        ),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
 @examples(100)
 @given(name=strategies.NAMES, absolute=st.booleans())
 def test_a_name_reaches_no_other_folder(world, name, absolute):
