@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..blockskip_core.block_selection import BlockSelection
 from ..blockskip_core.errors import InvalidInputError
@@ -86,10 +87,19 @@ def _wrong(name: str, expected: str, value: Any) -> InvalidInputError:
     return InvalidInputError(f"`{name}` must be {expected}, got a {type(value).__name__}. Connect one, or type it in.")
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 _SOCKETS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a MODEL, from Load Diffusion Model", lambda x: hasattr(getattr(x, "model", None), "diffusion_model")),
     "vae": ("a VAE, from Load VAE", lambda x: hasattr(x, "encode") and hasattr(x, "first_stage_model")),
     "clip_vision": ("a CLIP_VISION, from Load CLIP Vision", lambda x: hasattr(x, "encode_image")),
+    "latent_image": (
+        "a LATENT, from Empty Latent Image",
+        lambda x: isinstance(x, Mapping) and hasattr(x.get("samples"), "is_nested"),
+    ),
+    "mask": ("a MASK", _is_tensor),
     "selection": ("a selection, from Select Blocks", lambda x: isinstance(x, BlockSelection)),
     "residuals": ("residuals, from Precompute Residuals", lambda x: isinstance(x, ResidualSet)),
     "lora": ("a LoRA, from Dynamic Patch Trainer", lambda x: isinstance(x, Mapping)),

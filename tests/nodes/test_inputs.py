@@ -147,3 +147,21 @@ def test_a_lora_that_is_none_is_refused(bench, residuals, damage):
     for start in (lambda: bench.apply(lora=lora), lambda: bench.train(residuals=residuals, start_from=lora)):
         with pytest.raises(ValueError, match="cannot read this as a LoRA|This LoRA is damaged|This LoRA does not fit"):
             start()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model": None}, "`model` must be a MODEL"),
+        ({"vae": "x"}, "`vae` must be a VAE"),
+        ({"mask": "x"}, "`mask` must be a MASK, got a str"),
+        ({"latent_image": {}}, "`latent_image` must be a LATENT, from Empty Latent Image, got a dict"),
+        ({"custom_steps": 5.0}, "`custom_steps` must be a text, got a float"),
+    ],
+    ids=str,
+)
+def test_the_sampler_refuses_what_does_not_belong_to_it(bench, nodes, run_node, change, match):
+    ordinary = {"model": bench.model, "positive": bench.prompt, "latent_image": {"samples": torch.zeros(1, 4, 8, 8)}}
+    settings = {"seed": 0, "cfg": 1.0, "preset": "custom", "upsample_ratio": 0.2, "regions": "latent gradient"}
+    with pytest.raises(ValueError, match=match):
+        run_node(nodes.RaluSampler, **{**ordinary, **settings, **change})

@@ -125,6 +125,12 @@ def conditionings(width: int, *, optional: bool = False) -> Input:
     )
 
 
+def conditioning(width: int) -> Input:
+    """One CONDITIONING, for a node that takes no lists."""
+    several = conditionings(width)
+    return Input(several.usual.map(lambda found: found[0]), several.odd.map(lambda found: found[0] if found else None))
+
+
 def loras(good: dict[str, torch.Tensor]) -> st.SearchStrategy:
     """LORA_MODELs: a good one, and the same with names, shapes and numbers changed."""
     name = (

@@ -21,6 +21,13 @@ WIDTH = 16  # of a text's tokens
 LONGEST_SENTENCE = 1500
 
 
+class World(SimpleNamespace):
+    """What the nodes are called with. Hypothesis shows it with every example that fails, so it says little."""
+
+    def __repr__(self):
+        return "world"
+
+
 @pytest.fixture(scope="module")
 def world(nodes, core, tiny, run_node, tmp_path_factory):
     """A model, what belongs to it, and a folder whose every change is seen."""
@@ -38,7 +45,7 @@ def world(nodes, core, tiny, run_node, tmp_path_factory):
         loras = ([str(base / "output" / "loras")], {".safetensors"})
         patch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
         patch.setattr(folder_paths, "filename_list_cache", {})
-        found = SimpleNamespace(
+        found = World(
             sandbox=sandbox, base=base, model=model, vae=TinyVae(), caption=tiny.captions((5,))[0], nodes=nodes, core=core,
             run_node=run_node,
         )  # fmt: skip
@@ -144,7 +151,7 @@ def test_select_blocks_that_measures(world, data):
     holds(world, node, **values)
 
 
-@examples(40)
+@examples(25)
 @given(data=st.data())
 def test_memory_plan(world, data):
     node = world.nodes.MemoryPlan
@@ -231,6 +238,32 @@ def test_sample_while_training(world, data):
         "negative": strategies.conditionings(WIDTH, optional=True),
         "vae": strategies.socket(world.vae),
         **strategies.widgets(node, {"width": st.just(64), "height": st.just(64)}),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(120)
+@given(data=st.data())
+def test_ralu_sampler(world, data):
+    node = world.nodes.RaluSampler
+    usual = {
+        "preset": st.just("custom"), "custom_steps": st.sampled_from(["1, 1, 1", "2, 1", "1"]),
+        "custom_ends": st.sampled_from(["0.3, 0.45, 1", "0.4, 1", "1"]), "regions": st.just("latent gradient"),
+        "upsample_ratio": st.floats(0.0, 1.0),
+    }  # fmt: skip
+    latents = {"samples": torch.zeros(1, 4, 8, 8)}
+    odd_latents = st.fixed_dictionaries(
+        {}, optional={"samples": strategies.odd_tensors() | strategies.STRANGERS, "batch_index": strategies.STRANGERS}
+    )
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditioning(WIDTH),
+        "latent_image": strategies.Input(st.just(latents), odd_latents | strategies.STRANGERS),
+        "vae": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        "mask": strategies.Input(
+            st.just(torch.ones(1, 8, 8)), strategies.odd_tensors() | strategies.STRANGERS, optional=True
+        ),
+        **strategies.widgets(node, usual),
     }
     holds(world, node, **strategies.drawn(data, inputs))
 
