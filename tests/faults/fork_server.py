@@ -105,7 +105,7 @@ def _faults(disk: Path, fault: dict[str, Any], events: list[str]) -> Iterator[No
 def _watch(output: str, last: int | None, events: list[str]) -> None:
     """Note every event of the file system below a folder; at the event number ``last`` this process is killed.
 
-    A temporary file that is about to be flushed is cut in half first: as if the process had died while writing it.
+    A file that is about to be flushed is cut in half first: as if the process had died while writing it.
     """
 
     def hook(event: str, args: tuple) -> None:
@@ -115,7 +115,7 @@ def _watch(output: str, last: int | None, events: list[str]) -> None:
         if not path.startswith(output) or (event == "open" and not _writes(args)):
             return
         if len(events) == last:
-            if event == "open" and path.endswith(".part") and os.path.exists(path):
+            if event == "open" and os.path.exists(path):
                 os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         events.append(f"{event} {os.path.relpath(path, output)}")

@@ -105,7 +105,8 @@ def damaged(base: Path) -> list[str]:
     found = []
     for path in sorted(base.rglob("*")):
         try:
-            if path.is_file() and not _is_whole(path):
+            # Twice: safetensors opens a file by its name more than once, and a run may remove or replace it in between.
+            if path.is_file() and not _is_whole(path) and path.is_file() and not _is_whole(path):
                 found.append(str(path.relative_to(base)))
         except FileNotFoundError:  # a run that goes on has removed or renamed it
             continue
