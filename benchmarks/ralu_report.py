@@ -148,7 +148,8 @@ def _seconds(rows: list[dict[str, Any]]) -> list[str]:
     text = [
         "", "## Seconds", "",
         "FLUX.1 models with random weights. Of plain sampling the steps under \"run\" were run, and the time of 50 is worked out; "
-        "regions by latent gradient, without decoding.", "",
+        "regions by latent gradient, without decoding. On a processor: processor time, for it was shared; neighbours still slow it "
+        "down through memory, so these are rough.", "",
         "| model | device | side | sampling | run | seconds | of plain |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
