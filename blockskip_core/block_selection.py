@@ -269,17 +269,25 @@ class TextInfluence:
         return min(((n, budget - n) for n in range(budget + 1)), key=lambda nm: self.front[nm[0]] + self.back[nm[1]])
 
     def to_json(self) -> str:
-        """Return the measurement as text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Return the measurement as text, with a checksum."""
+        content = json.loads(json.dumps(asdict(self)))
+        return json.dumps({**content, "checksum": _checksum(content)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> TextInfluence:
         """Read what :meth:`to_json` wrote; raises ValueError, TypeError, KeyError or
         AttributeError if it is something else."""
         content = json.loads(text)
+        checksum = content.pop("checksum", None)  # not in older files
+        if checksum not in (None, _checksum(content)):
+            raise ValueError("its checksum is another")
         for kind in ("front", "back", "window"):
             content[kind] = {int(key): float(value) for key, value in content[kind].items()}
         return cls(**content)
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def measured_selection(

@@ -20,6 +20,7 @@ Axis legend: ``r`` rank, ``in`` and ``out`` features of a layer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InvalidInputError(f"The rank must be at least 1, got {self.rank}.")
-        if not self.alpha > 0.0:
+        if not 0.0 < self.alpha < math.inf:
             raise InvalidInputError(f"alpha must be positive, got {self.alpha}.")
         if self.targets not in get_args(LoraTargets):
             raise InvalidInputError(f"targets must be one of {', '.join(get_args(LoraTargets))}, got {self.targets!r}.")

@@ -8,7 +8,7 @@ measured on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from .block_selection import format_bytes
@@ -84,12 +84,12 @@ def _off_the_fly(settings: MemorySettings) -> MemorySettings:
     return replace(settings, storage="chunked") if settings.storage == "on the fly" else settings
 
 
-def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
-    order = ("off", "int8", "4-bit")
+_COARSENESS = {"off": 0, "fp8": 1, "int8": 1, "4-bit": 2}
 
+
+def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
     def apply(settings: MemorySettings) -> MemorySettings:
-        now = {"fp8": "int8"}.get(settings.quantize_kept, settings.quantize_kept)
-        finer = order.index(now) < order.index(weight_format)
+        finer = _COARSENESS[settings.quantize_kept] < _COARSENESS[weight_format]
         return replace(settings, quantize_kept=weight_format) if finer else settings
 
     return apply
@@ -113,6 +113,7 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("set `storage` to chunked", _off_the_fly),
     Change("set `patch_min` to 256", _smaller(256)),
     Change("set `quantize_kept` to int8", _quantised("int8")),
+    Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
     Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
     Change("set `patch_min` to 128", _smaller(128)),
 )
@@ -139,7 +140,10 @@ def fits(peak: int, available: int) -> bool:
 
 
 def changes_that_fit(
-    settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
+    settings: MemorySettings,
+    available: int,
+    count: Callable[[MemorySettings], MemoryNeeds],
+    formats: Collection[str] = tuple(_COARSENESS),
 ) -> tuple[list[Change], MemoryNeeds] | None:
     """Return the smallest change that makes a run fit, and what it then takes; several if one is not enough.
 
@@ -147,11 +151,13 @@ def changes_that_fit(
         settings: Those that do not fit.
         available: Bytes.
         count: What a run with some settings takes.
+        formats: What the host offers for the kept weights.
 
     Returns:
         None if all changes together are not enough.
     """
-    useful = [change for change in CHANGES if change.apply(settings) is not settings]
+    changed_by = [(change, change.apply(settings)) for change in CHANGES]
+    useful = [change for change, to in changed_by if to is not settings and to.quantize_kept in formats]
     for change in useful:
         needs = count(change.apply(settings))
         if fits(peak_of(settings, needs), available):

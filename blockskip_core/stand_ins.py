@@ -120,14 +120,14 @@ def _alias(tensor: Tensor | None) -> Tensor | None:
     with torch.inference_mode(False):
         if is_traceable_wrapper_subclass(tensor):
             return _alias_parts(tensor)
-        if type(tensor) not in (Tensor, nn.Parameter) and not _is_unpacked(tensor):
+        if type(tensor) not in (Tensor, nn.Parameter) and not is_unpacked(tensor):
             return tensor
         plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
         return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
 
 
-def _is_unpacked(tensor: Tensor) -> bool:
+def is_unpacked(tensor: Tensor) -> bool:
     """Tell numbers in another class, as some file formats give small tensors, from packed bytes.
 
     The first are used as ordinary tensors: what is computed with them would be of that class too, and such classes

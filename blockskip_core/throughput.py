@@ -10,6 +10,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 _SECONDS = 0.2
+_MOST_ROWS = 2048  # enough to be busy, and little memory
+_MOST_ROWS_ON_CPU = 64
 
 
 def operations_per_second(device: torch.device, dtype: torch.dtype, width: int, tokens: int) -> float:
@@ -19,8 +21,9 @@ def operations_per_second(device: torch.device, dtype: torch.dtype, width: int, 
         device: Where.
         dtype: Of the numbers.
         width: D; the layer is D x 4 D, as in a block's MLP.
-        tokens: Rows.
+        tokens: Rows; of very many not all are taken.
     """
+    tokens = min(tokens, _MOST_ROWS_ON_CPU if device.type == "cpu" else _MOST_ROWS)
     streams = torch.ones(tokens, width, device=device, dtype=dtype)
     weight = torch.ones(width, 4 * width, device=device, dtype=dtype)
     timer = Timer(

@@ -7,6 +7,7 @@ trainers in the field use them. The densities are those of diffusers (``compute_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -43,7 +44,7 @@ def sigma_sampler(
         raise InvalidInputError(
             f"The timestep distribution must be one of {', '.join(TIMESTEP_DISTRIBUTIONS)}, got {distribution!r}."
         )
-    if shift <= 0.0:
+    if not 0.0 < shift < math.inf:
         raise InvalidInputError(f"The timestep shift must be positive, got {shift}.")
 
     def sample(count: int, generator: torch.Generator) -> Tensor:

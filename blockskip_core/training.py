@@ -88,6 +88,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulation"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {self.seed}.")
         if not 0.0 < self.learning_rate < math.inf:
             raise InvalidInputError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
         for name in ("warmup_steps", "max_grad_norm", "weight_decay", "activation_budget"):
@@ -260,7 +262,7 @@ def train_lora(
     loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step, checkpoints)
     loop.resume()
     try:
-        if interlude and not result.steps and interlude.is_due(0):
+        if interlude and interlude.is_due(result.steps):  # before the first step, or the one that a resumed run lacks
             loop.pause(interlude)
         for opening in source.stretches(config, start=result.steps * config.accumulation):
             with opening as residuals:
@@ -334,18 +336,21 @@ class _Loop:
         self.num_counted = 0
         self.within_step = False  # left on by an error in the middle of an update: the tensors are of no step then
         self.started = time.perf_counter()
+        self.paused = False
 
     def run(self, residuals: OpenResiduals, micro_batches: range, activation_bytes: int) -> None:
         """Train on some micro-batches of a stretch."""
         with self.running(residuals, activation_bytes) as step_micro_batch:
+            if self.paused:
+                self.started, self.paused = time.perf_counter(), False
             for micro_batch in micro_batches:
                 step_micro_batch(micro_batch)
 
     def pause(self, interlude: Interlude) -> None:
-        """Do the interlude, whose time belongs to no step."""
-        before = time.perf_counter()
+        """Keep the state, for the interlude may take much memory, and do it; its time belongs to no step."""
+        self.save()
         interlude(self.result.steps)
-        self.started += time.perf_counter() - before
+        self.paused = True
 
     @contextmanager
     def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:

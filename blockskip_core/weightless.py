@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_PACKED = torch.float8_e4m3fn  # what stands in for weights in a format of the host's own: has to be unpacked for use
+from .stand_ins import is_unpacked
+
+PACKED = torch.float8_e4m3fn  # what stands in for weights in a format of the host's own: has to be unpacked for use
 
 
 def weightless_copy(module: nn.Module, *, without: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a copy of a module tree whose tensors have shape and dtype but no memory; the original is not touched.
 
-    Tensor subclasses (quantised weights) become 8-bit tensors of their logical shape, so that they are unpacked for
+    Tensor subclasses (quantised weights; not those around plain numbers) become 8-bit tensors of their logical shape, so that they are unpacked for
     every use as the real ones are. What they take themselves must be counted from the original.
 
     Args:
@@ -68,10 +71,12 @@ def _shape_of(tensor: Tensor, seen: dict[int, Any]) -> Tensor:
     if id(tensor) in seen:
         return seen[id(tensor)]
     with torch.inference_mode(False):  # hosts load under it
-        if type(tensor) in (Tensor, nn.Parameter):
+        if type(tensor) in (Tensor, nn.Parameter) or (
+            not is_traceable_wrapper_subclass(tensor) and is_unpacked(tensor)
+        ):
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         else:
-            made = torch.empty(tensor.shape, dtype=_PACKED, device="meta")
+            made = torch.empty(tensor.shape, dtype=PACKED, device="meta")
     if isinstance(tensor, nn.Parameter):
         made = nn.Parameter(made, requires_grad=False)
     seen[id(tensor)] = made

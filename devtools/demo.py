@@ -94,7 +94,7 @@ def show(options: argparse.Namespace) -> None:
         client = ComfyClient(server.url)
         result = run(client, prompt, options.timeout)
         summary = {**training_summary(result), "wall_time_seconds": time.monotonic() - start}
-        loras = sorted((server.base / "output" / "loras").glob("*.safetensors"))
+        loras = sorted((server.base / "output" / "loras").glob("*.*"))  # the LoRAs, and the summary of the last one
         demo_report.write(output, prompt, result.outputs, client.view, loras, summary, pictures)
         say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
         if options.keep:

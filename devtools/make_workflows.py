@@ -26,6 +26,11 @@ TWINS = ROOT / "tests" / "workflows"
 GAP, GROUP_TOP, TITLE = 40, 60, 30
 NOTE_WIDTH, LINE, LETTER = 460, 16, 5.9  # px of a note's line and letter
 NEVER = 2  # the mode of a muted node
+SAYS_SOMETHING = {  # px: nodes that grow by a few lines of text when they have run
+    "BlockSkip_MemoryPlan": 90,
+    "BlockSkip_PrecomputeResiduals": 50,
+    "BlockSkip_TrainLora": 90,
+}
 
 MODELS = {
     "UNETLoader": [("flux1-dev.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", "diffusion_models")],
@@ -140,7 +145,7 @@ def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], lef
         made = by_name[name]
         height = _height(made)
         made["pos"], made["size"] = [left, top], [column.width, height]
-        top += height + GAP + TITLE
+        top += height + GAP + TITLE + SAYS_SOMETHING.get(made["type"], 0)
     return top - TITLE
 
 

@@ -12,7 +12,7 @@ from typing import Any
 Prompt = dict[str, dict[str, Any]]
 Link = list[Any]
 
-BLUE, GREEN, YELLOW, PURPLE = "#3f789e", "#8a5", "#b58b2a", "#a1309b"
+BLUE, GREEN, YELLOW, PURPLE = "#7ab8e0", "#9fce63", "#e0b25a", "#d78fdc"  # also of the groups' titles
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ SAMPLE = {
     "scheduler": "simple",
     "denoise": 1.0,
 }
-TRY = Column("5  Try it", BLUE, ("apply", "prompt", "guided", "negative", "size"))
+TRY = Column("5  Try it", BLUE, ("apply", "prompt", "guided", "negative", "size", "samples"))
 LOOK = Column("6  Look", BLUE, ("sample", "decode", "picture"))
 
 
@@ -277,7 +277,7 @@ TRAIN = Graph(
         Column("1  Load", BLUE, (*THREE_FILES.names(), "dataset")),
         Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
         Column("3  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
-        Column("4  Train", PURPLE, ("samples", "train", "loss")),
+        Column("4  Train", PURPLE, ("train", "loss")),
         TRY,
         LOOK,
     ),
@@ -324,8 +324,8 @@ FIRST = Graph(
             (*ONE_FP8_FILE.names(), "images"),
             note="""**The model and your pictures.**
 
-If ComfyUI says that the model is missing, let it download it (17 GB, text encoders and VAE are in the same file), or
-choose a FLUX.1 file that you have.
+Does ComfyUI say that the model is missing? Press *View details*, *Download* (17 GB; text encoders and VAE are in the same
+file), and put the file into `models/checkpoints`. Or choose a FLUX.1 checkpoint that you have.
 
 Make a folder `my_subject` inside ComfyUI's `input` folder. Put 4 to 20 pictures of *one* thing into it: your toy, your
 dog, your mug. 512 px or more, sharp, from several sides. Press **R**, then choose the folder.""",
@@ -369,16 +369,16 @@ each is computed now and kept on disk: about 0.9 GiB.""",
         Column(
             "6  Train",
             PURPLE,
-            ("samples", "train", "loss"),
+            ("train", "loss"),
             note="""**The learning.**
 
-400 steps. Every 100 a picture of the prompt in step 7 appears on the trainer: is it your subject yet? Watch the chart: the blue line should fall. **Cancel** whenever you like: what was learned is saved, and
-queueing again goes on. The LoRA goes to `output/loras`.""",
+400 steps. Every 100 a picture of the prompt in step 7 appears on the trainer: is it your subject yet? Watch the chart:
+the blue line should fall. **Cancel** whenever you like: what was learned is saved, and queueing again goes on. The LoRA goes to `output/loras`.""",
         ),
         Column(
             "7  Try it",
             BLUE,
-            ("apply", "prompt", "guided", "negative", "size"),
+            ("apply", "prompt", "guided", "negative", "size", "samples"),
             note="""**A new picture.**
 
 The prompt must contain the words of your caption: *sks toy*. Too weak? Set `strength_model` to 1.2. Too much like
@@ -439,7 +439,7 @@ def card(
             Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
             Column("3  Will it fit?", BLUE, ("captions", "guidance", "plan", "planned")),
             Column("4  Prepare", YELLOW, ("residuals", "patches")),
-            Column("5  Train", PURPLE, ("samples", "train", "loss")),
+            Column("5  Train", PURPLE, ("train", "loss")),
             Column("6  Try it", BLUE, TRY.nodes),
             Column("7  Look", BLUE, LOOK.nodes),
         ),
@@ -525,7 +525,7 @@ RESUME = Graph(
         Column(
             "A  More steps",
             PURPLE,
-            ("samples", "train", "loss"),
+            ("train", "loss"),
             note="""**The same run, longer.**
 
 Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is found, and goes on behind its last step.""",
@@ -619,7 +619,7 @@ name alone as their caption.""",
         ),
         Column("3  Choose blocks", GREEN, ("probe", "select", "heatmap")),
         Column("4  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
-        Column("5  Train", PURPLE, ("samples", "train", "loss")),
+        Column("5  Train", PURPLE, ("train", "loss")),
         Column("6  Try it", BLUE, TRY.nodes),
         Column("7  Look", BLUE, LOOK.nodes),
     ),
@@ -745,6 +745,7 @@ For SD3.5 load its model, text encoders and VAE, set **preset** to *SD3 2x* or *
 raise **cfg**.""",
     headline="Fast sampling",
     subline="RALU: fine tokens where they matter\n1/5 of the operations",
+    shows=("ralu.png", (0, 0, 768, 384)),
 )
 
 GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU)

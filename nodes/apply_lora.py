@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.lora_files import apply_lora, describe, file_stamp, load_lora_file
+from .inputs import checked, connected
 from .types import LoraModelSocket
 
 NO_FILE = "none"
@@ -61,12 +62,16 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength_model, lora=None, lora_name=NO_FILE) -> io.NodeOutput:
+        values = checked(cls, strength_model=strength_model, lora_name=lora_name)
+        strength_model, lora_name = values["strength_model"], values["lora_name"]
+        model = connected(model=model)["model"]
         if not math.isfinite(strength_model):
             raise InvalidInputError(f"strength_model must be a finite number, got {strength_model}.")
         if lora is None:
             if lora_name == NO_FILE:
                 raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
             lora = load_lora_file(lora_name)
+        lora = connected(lora=lora)["lora"]
         patched, num_patched = apply_lora(model, lora, strength_model)
         info = describe(getattr(lora, "metadata", {}), lora, num_patched)
         return io.NodeOutput(model if strength_model == 0.0 else patched, info)

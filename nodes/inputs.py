@@ -1,11 +1,23 @@
-"""Helpers for nodes that take lists: every input of such a node, widgets included, arrives as a list."""
+"""What comes in at a node, unpacked and checked.
+
+Every input of a node that takes lists, widgets included, arrives as a list. The host checks numbers and choices that are
+typed into a widget, but not what a link brings; and a link of a wildcard type brings anything.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..blockskip_core.block_selection import BlockSelection
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.memory_plan import MemorySettings
+from ..blockskip_core.residual_sources import ResidualSet
 
 
 def single(value: Any, name: str = "") -> Any:
@@ -30,6 +42,83 @@ def _equal(a: Any, b: Any) -> bool:
 def singles(**values: Any) -> dict[str, Any]:
     """Return the only element of each list input, by name."""
     return {name: single(value, name) for name, value in values.items()}
+
+
+def checked(node: type[io.ComfyNode], **values: Any) -> dict[str, Any]:
+    """Return the only element of each list input, by name; those of widgets are of the type that the node declares.
+
+    Raises:
+        InvalidInputError: If one is of another type, or a whole number larger than the node takes.
+    """
+    found = singles(**values)
+    for declared in node.define_schema().inputs:  # a running node is a locked class that cannot keep its schema
+        if declared.id in found:
+            found[declared.id] = _of_type(declared, found[declared.id])
+    return found
+
+
+def _of_type(declared: Any, value: Any) -> Any:
+    name = declared.id
+    if isinstance(declared, io.Int.Input):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise _wrong(name, "a whole number", value) from None
+        if number > declared.max:
+            raise InvalidInputError(f"`{name}` must be at most {declared.max}, got {number}.")
+        return number
+    if isinstance(declared, io.Float.Input):
+        if not isinstance(value, Real):
+            raise _wrong(name, "a number", value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number beyond all floats
+            raise InvalidInputError(
+                f"`{name}` must be at most {declared.max:g}, got a number of another size."
+            ) from None
+    if isinstance(declared, io.Boolean.Input) and not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    if isinstance(declared, (io.String.Input, io.Combo.Input)) and not isinstance(value, str):
+        raise _wrong(name, "a text", value)
+    return value
+
+
+def _wrong(name: str, expected: str, value: Any) -> InvalidInputError:
+    return InvalidInputError(f"`{name}` must be {expected}, got a {type(value).__name__}. Connect one, or type it in.")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+_SOCKETS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("a MODEL, from Load Diffusion Model", lambda x: hasattr(getattr(x, "model", None), "diffusion_model")),
+    "vae": ("a VAE, from Load VAE", lambda x: hasattr(x, "encode") and hasattr(x, "first_stage_model")),
+    "clip_vision": ("a CLIP_VISION, from Load CLIP Vision", lambda x: hasattr(x, "encode_image")),
+    "latent_image": (
+        "a LATENT, from Empty Latent Image",
+        lambda x: isinstance(x, Mapping) and hasattr(x.get("samples"), "is_nested"),
+    ),
+    "mask": ("a MASK", _is_tensor),
+    "selection": ("a selection, from Select Blocks", lambda x: isinstance(x, BlockSelection)),
+    "residuals": ("residuals, from Precompute Residuals", lambda x: isinstance(x, ResidualSet)),
+    "lora": ("a LoRA, from Dynamic Patch Trainer", lambda x: isinstance(x, Mapping)),
+    "start_from": ("a LoRA, from Dynamic Patch Trainer", lambda x: isinstance(x, Mapping)),
+}
+
+
+def connected(**values: Any) -> dict[str, Any]:
+    """Return the only element of each input that is no widget, by name, if it is what belongs there.
+
+    Raises:
+        InvalidInputError: If it is something else, or nothing: loaders give nothing for what a file does not hold.
+    """
+    found = singles(**values)
+    for name, value in found.items():
+        expected, is_one = _SOCKETS[name]
+        if not is_one(value):
+            raise InvalidInputError(f"`{name}` must be {expected}, got a {type(value).__name__}.")
+    return found
 
 
 def require_memory_settings(value: Any) -> None:

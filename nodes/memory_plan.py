@@ -33,7 +33,7 @@ from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES
 from ..blockskip_core.throughput import operations_per_second
 from ..blockskip_core.training import TrainingConfig
-from .inputs import singles
+from .inputs import checked, connected
 from .progress import NodeProgress
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
@@ -128,14 +128,14 @@ class MemoryPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, selection, **widgets) -> io.NodeOutput:
-        model, selection = singles(model=model, selection=selection).values()
-        plan = _Plan(model, flatten_conditionings(positive), selection, **singles(**widgets))
+        model, selection = connected(model=model, selection=selection).values()
+        plan = _Plan(model, flatten_conditionings(positive), selection, **checked(cls, **widgets))
         progress = NodeProgress(cls.hidden.unique_id)
         needs = plan.count(plan.settings)
         enough, found = fits(peak_of(plan.settings, needs), plan.available), None
         if not enough:
             progress("looking for what would fit", 1, 2)
-            found = changes_that_fit(plan.settings, plan.available, plan.count)
+            found = changes_that_fit(plan.settings, plan.available, plan.count, available_formats())
         settings = plan.settings_that_fit(found, enough)
         text = report(plan.settings, needs, plan.available, plan.place, found, draws=plan.draws, speed=plan.speed())
         text += f"\n\nOn the output `settings`: {settings.describe()}"

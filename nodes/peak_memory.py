@@ -22,8 +22,13 @@ class PeakMemory:
         self._device = device
         self.now = self.peak = self.peak_apart = 0
         self.what = "GPU memory allocated" if device.type == "cuda" else "process memory (RSS)"
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was before."""
+        self.peak = 0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def sample(self) -> None:
         """Look at the memory now."""

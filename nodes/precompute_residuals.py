@@ -28,7 +28,7 @@ from ..blockskip_core.residual_cache import CacheIdentity
 from ..blockskip_core.residual_format import RESIDUAL_FORMATS
 from ..blockskip_core.residual_sources import STORAGES, ResidualSet, require_room, stored_latents, write_cache
 from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
-from .inputs import require_memory_settings, single, singles
+from .inputs import checked, connected, require_memory_settings, single
 from .live_chart import announcer
 from .progress import NodeProgress
 from .types import BlockSelectionSocket, MemorySettingsSocket, ResidualsSocket
@@ -189,8 +189,8 @@ class PrecomputeResiduals(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, images, positive, selection, **widgets) -> io.NodeOutput:
-        model, vae, selection = singles(model=model, vae=vae, selection=selection).values()
-        widgets = _with_memory_settings(**singles(**widgets))
+        model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
+        widgets = _with_memory_settings(**checked(cls, **widgets))
         photos, captions = flatten_pictures(images), flatten_conditionings(positive)
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
 

@@ -9,6 +9,7 @@ from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.early_regions import REGIONS, RegionChoice
 from ..blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
 from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
+from .inputs import checked, connected
 from .progress import NodeProgress
 
 CUSTOM = "custom"
@@ -149,6 +150,12 @@ class RaluSampler(io.ComfyNode):
         custom_ends="0.3, 0.45, 1",
         custom_shift=3.0,
     ) -> io.NodeOutput:
+        seed, cfg, preset, upsample_ratio, regions, custom_steps, custom_ends, custom_shift = checked(
+            cls, seed=seed, cfg=cfg, preset=preset, upsample_ratio=upsample_ratio, regions=regions,
+            custom_steps=custom_steps, custom_ends=custom_ends, custom_shift=custom_shift,
+        ).values()  # fmt: skip
+        model, latent_image = connected(model=model, latent_image=latent_image).values()
+        connected(**{name: x for name, x in (("vae", vae), ("mask", mask)) if x is not None})
         plan = _plan(preset, custom_steps, custom_ends, custom_shift)
         if negative is None and cfg != 1.0:
             raise InvalidInputError(f"cfg is {cfg}, and no negative came in. Connect `negative`, or set `cfg` to 1.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ class Sample:
         step: Training steps before it.
         prompt: Its place among the prompts, from 1.
         path: Where it is.
-        picture: What is in the file.
+        small: What is in the file, as the run's summary shows it.
     """
 
     step: int
     prompt: int
     path: Path
-    picture: Image.Image
+    small: ReportSample
 
 
 class RunSamples:
@@ -110,29 +111,24 @@ class RunSamples:
     def _keep(self, picture: Image.Image, step: int, prompt: int) -> None:
         path = self._lora_path.with_name(f"{self._lora_path.stem}step{step:06}_{prompt}.png")
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-        self.samples.append(Sample(step, prompt, path, picture))
+        label = f"step {step:,}" + (f", prompt {prompt}" if len(self._sampler.request.positive) > 1 else "")
+        self.samples.append(Sample(step, prompt, path, sample_of(picture, label)))
         self._progress.show(picture)
 
     def for_report(self) -> list[ReportSample]:
         """Return the pictures for the run's summary."""
-        several = len(self._sampler.request.positive) > 1
-        return [
-            sample_of(sample.picture, f"step {sample.step:,}" + (f", prompt {sample.prompt}" if several else ""))
-            for sample in self.samples
-        ]
+        return [sample.small for sample in self.samples]
 
     def output(self) -> dict[str, Any]:
         """Return the pictures as an entry of the node's ``ui``, which shows them."""
         if not self.samples:
             return {}
-        root = Path(folder_paths.get_output_directory()).resolve()
+        folder = os.path.relpath(self._lora_path.parent, folder_paths.get_output_directory())
+        if folder.split(os.sep)[0] == os.pardir:  # behind a link, where the host shows no pictures
+            return {}
+        subfolder = "" if folder == os.curdir else Path(folder).as_posix()
         return {
             "images": [
-                {
-                    "filename": sample.path.name,
-                    "subfolder": sample.path.resolve().parent.relative_to(root).as_posix(),
-                    "type": "output",
-                }
-                for sample in self.samples
+                {"filename": sample.path.name, "subfolder": subfolder, "type": "output"} for sample in self.samples
             ]
         }

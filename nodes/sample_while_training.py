@@ -6,7 +6,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..blockskip_core.hosts.training_samples import sample_request
-from .inputs import single, singles
+from .inputs import checked, connected
 from .types import SamplesSocket
 
 
@@ -72,9 +72,10 @@ class SampleWhileTraining(io.ComfyNode):
         cls, positive, vae, every, at_start, width, height, sampler_steps, cfg, scheduler, seed, negative=None,
         memory_budget=2.0,
     ) -> io.NodeOutput:  # fmt: skip
-        settings = singles(
-            vae=vae, every=every, at_start=at_start, width=width, height=height, steps=sampler_steps, cfg=cfg,
-            scheduler=scheduler, seed=seed,
+        settings = checked(
+            cls, every=every, at_start=at_start, width=width, height=height, sampler_steps=sampler_steps, cfg=cfg,
+            scheduler=scheduler, seed=seed, memory_budget=memory_budget,
         )  # fmt: skip
-        budget = single(memory_budget, "memory_budget") * 2**30
-        return io.NodeOutput(sample_request(positive, negative, budget_bytes=budget, **settings))
+        steps, budget = settings.pop("sampler_steps"), settings.pop("memory_budget") * 2**30
+        vae = connected(vae=vae)["vae"]
+        return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **settings))

@@ -20,12 +20,13 @@ from ..blockskip_core.block_selection import (
     selection_table,
 )
 from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.hosts import adapter_for
 from ..blockskip_core.hosts.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.folders import probe_file
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import conditionings_identity, model_identity, module_identity
 from ..blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig, picture_metric
-from .inputs import singles
+from .inputs import checked, connected
 from .live_chart import announcer
 from .progress import NodeProgress
 from .types import BlockSelectionSocket
@@ -165,8 +166,10 @@ class SelectBlocks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, vae=None, clip_vision=None, negative=None, **widgets) -> io.NodeOutput:
-        model, vae, clip_vision = singles(model=model, vae=vae, clip_vision=clip_vision).values()
-        settings = _Settings(**singles(**widgets))
+        model = connected(model=model)["model"]
+        vae = None if vae is None else connected(vae=vae)["vae"]
+        clip_vision = None if clip_vision is None else connected(clip_vision=clip_vision)["clip_vision"]
+        settings = _Settings(**checked(cls, **widgets))
         dit = HostedDit(model)
         influence = None
         if settings.method == "attention mask":
@@ -227,6 +230,7 @@ class _Probe:
     def __init__(self, model, positive, negative, vae, clip_vision, settings: _Settings, num_blocks: int) -> None:
         self._positive = flatten_conditionings(positive)
         self._negative = flatten_conditionings(negative)[0] if negative else None
+        adapter_for(model).require_texts([*self._positive, *([self._negative] if self._negative else [])])
         self._settings = settings
         self._metric = picture_metric(vae, clip_vision)
         self._sampler = MaskedSampler(model, settings.probe)

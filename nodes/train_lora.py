@@ -14,7 +14,7 @@ from ..blockskip_core.lora import LoraFileFormat, LoraTargets
 from ..blockskip_core.optimizers import OPTIMIZERS
 from ..blockskip_core.training import LearningRateSchedule
 from .apply_lora import NO_FILE
-from .inputs import single, singles
+from .inputs import checked, connected, single
 from .live_chart import LiveChart
 from .progress import NodeProgress
 from .training_run import TrainingRun
@@ -284,11 +284,12 @@ class TrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, residuals, start_from=None, samples=None, **widgets) -> io.NodeOutput:
-        model, residuals = singles(model=model, residuals=residuals).values()
-        start_from, samples = single(start_from, "start_from"), single(samples, "samples")
+        model, residuals = connected(model=model, residuals=residuals).values()
+        samples = single(samples, "samples")
+        start_from = None if start_from is None else connected(start_from=start_from)["start_from"]
         with LiveChart(cls.hidden) as chart:
             progress = NodeProgress(cls.hidden.unique_id, chart.phase)
-            run = TrainingRun(model, residuals, progress, chart, start_from, samples, **singles(**widgets))
+            run = TrainingRun(model, residuals, progress, chart, start_from, samples, **checked(cls, **widgets))
             run.train()
         run.say_how_it_went()
         lora = LoraModel(run.host_lora(), run.metadata())

@@ -13,10 +13,10 @@ import torch
 
 from ..blockskip_core.block_selection import format_bytes
 from ..blockskip_core.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
-from ..blockskip_core.errors import CacheError, InvalidInputError, StorageError, TrainingError
+from ..blockskip_core.errors import BlockSkipError, CacheError, InvalidInputError, StorageError, TrainingError
 from ..blockskip_core.hosts.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.folders import run_folder
-from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit
+from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit, evict_others
 from ..blockskip_core.hosts.identity import model_identity, tensors_identity
 from ..blockskip_core.hosts.lora_files import (
     load_lora_file,
@@ -26,7 +26,7 @@ from ..blockskip_core.hosts.lora_files import (
     save_lora,
     unused_path,
 )
-from ..blockskip_core.hosts.quantised_blocks import QuantisedDit
+from ..blockskip_core.hosts.quantised_blocks import QuantisedDit, available_formats
 from ..blockskip_core.hosts.training_samples import SampleRequest
 from ..blockskip_core.lora import (
     LinearShape,
@@ -257,29 +257,47 @@ class TrainingRun:
         """
         run, settings = self._counted_run()
         available, place = room_on(self.dit.device)
-        weights, block = run.trained_weights(settings), max(self.dit.block_bytes)
+        weights, block = run.trained_weights(settings), run.largest_trained_block(settings)
         on_cpu = self.dit.device.type == "cpu"  # the weights are in that memory already
         if on_cpu:
             weights = block = 0
+        resident = weights * (not self.streamed)
+        if self.samples:
+            self.samples.training_peak = resident + self._estimated_bytes()
+        if fits(resident + 2 * self._estimated_bytes(), available) or self._has_finished():
+            return
 
         def count(settings: MemorySettings) -> MemoryNeeds:
             needs = run.needs(settings).without_weights() if on_cpu else run.needs(settings)
             return replace(needs, precomputing=None) if settings.storage == "disk" else needs  # that is done
 
-        if self.samples:
-            self.samples.training_peak = weights + self._estimated_bytes()
-        if fits(weights * (not self.streamed) + 2 * self._estimated_bytes(), available):
-            return
         self.progress("counting memory", 1, 2)
-        counted = count(settings).training
-        verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
-        if not verdict.problem or (verdict.starts and self.streamed):
+        try:
+            counted = count(settings).training
+            verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
+            if not verdict.problem or (verdict.starts and self.streamed):
+                return
+            help_ = advice(changes_that_fit(settings, available, count, available_formats()))
+        except BlockSkipError:
+            raise
+        except Exception as error:  # layers of other packs may not let themselves be counted, and yet be trained
+            logger.exception("BlockSkip: memory could not be counted")
+            self.result.problems.append(
+                f"Whether this run fits could not be counted ({type(error).__name__}: {error}). It was started."
+            )
             return
-        problem = f"{verdict.problem} {advice(changes_that_fit(settings, available, count))}"
+        problem = f"{verdict.problem} {help_}"
+        if self.shown_settings["memory_settings"] != "none":
+            problem += " Some of these are set at Memory Plan."
         if self.check_memory and not verdict.starts:
             raise TrainingError(f"{problem} Or switch `check_memory` off to try it all the same.")
         logger.warning("BlockSkip: %s", problem)
         self.result.problems.append(problem)
+
+    def _has_finished(self) -> bool:
+        """Whether an earlier run has done all steps."""
+        state = self.checkpoints.newest(self.config.steps)
+        return state is not None and state.step >= self.config.steps
 
     def _counted_run(self) -> tuple[CountedRun, MemorySettings]:
         residuals = self.residuals
@@ -303,6 +321,8 @@ class TrainingRun:
 
     def _train(self) -> None:
         self._require_memory()
+        evict_others(self.dit.patcher)
+        self.memory.restart()  # text encoder and VAE are no part of the run's peak
         if self.trained_dit is not self.dit:
             self.trained_dit.quantise(lambda done, total: self.progress("layers quantised", done, total))
         train_lora(

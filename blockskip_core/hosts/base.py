@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidInputError
 from ..lora import LoraTargets
 from ..streams import BlockInfo, BlockIO, TokenStreams
 from ..weight_formats import stored_bytes
@@ -30,6 +31,8 @@ class FamilyAdapter(ABC):
         trainable_head: Modules after the last block.
         attention_layers, mlp_layers: How the names of a block's linear layers end.
         text_output_layers: How the names of those end that change a block's text tokens and nothing else.
+        text_entry: The linear layer that a text's tokens enter by.
+        pooled_entry: The one that a text's pooled vector enters by, if there is one.
     """
 
     family: ClassVar[str]
@@ -39,6 +42,8 @@ class FamilyAdapter(ABC):
     attention_layers: ClassVar[tuple[str, ...]]
     mlp_layers: ClassVar[tuple[str, ...]]
     text_output_layers: ClassVar[tuple[str, ...]] = ()
+    text_entry: ClassVar[str]
+    pooled_entry: ClassVar[str] = ""
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         self._model = diffusion_model
@@ -83,6 +88,33 @@ class FamilyAdapter(ABC):
     def text_tokens(self, text_length: int) -> int:
         """Return how many text tokens are in the stream for a text of this length."""
         return text_length
+
+    def require_texts(self, conditionings: Sequence[list]) -> None:
+        """Check that texts come from the text encoder of this family.
+
+        Args:
+            conditionings: Each ``[[tensor, settings]]``.
+
+        Raises:
+            InvalidInputError: If one is of another width than the model reads.
+        """
+        width, pooled_width = self._features(self.text_entry), self._features(self.pooled_entry)
+        for index, [[embedding, settings]] in enumerate(conditionings):
+            pooled = settings.get("pooled_output")
+            if width and embedding.shape[-1] != width:
+                self._refuse_text(index, embedding.shape[-1], width)
+            if pooled_width and pooled is not None and pooled.shape[-1] < pooled_width:  # what is more is not read
+                self._refuse_text(index, pooled.shape[-1], pooled_width)
+
+    def _features(self, name: str) -> int | None:
+        layer = dict(self._model.named_modules()).get(name) if name else None
+        return getattr(layer, "in_features", None)
+
+    def _refuse_text(self, index: int, got: int, expected: int) -> None:
+        raise InvalidInputError(
+            f"Conditioning {index} is {got} numbers wide, {self.title} reads {expected}. Encode the text with the text "
+            "encoder that belongs to the model."
+        )
 
     def is_lora_target(self, name: str, targets: LoraTargets) -> bool:
         """Return whether the linear layer of this native name gets an adapter."""

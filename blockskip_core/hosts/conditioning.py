@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
@@ -23,12 +23,13 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
     several entries. Both are taken.
 
     Raises:
-        InvalidInputError: If there is none, one is not finite, or one carries settings that training cannot follow.
+        InvalidInputError: If there is none, one is no text, is not finite, or carries settings that training cannot follow.
     """
-    entries = [entry for conditioning in positive for entry in conditioning]
+    entries = [entry for conditioning in positive if _is_list(conditioning) for entry in conditioning]
     if not entries:
         raise InvalidInputError("No conditioning came in. Connect CLIP Text Encode or a dataset node to `positive`.")
-    for index, (embedding, settings) in enumerate(entries):
+    for index, entry in enumerate(entries):
+        embedding, settings = _require_text(index, entry)
         refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
         if refused:
             raise InvalidInputError(
@@ -36,9 +37,31 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
                 "Connect a plain text conditioning."
             )
         tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
-        if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor is not None):
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise InvalidInputError(f"Conditioning {index} contains NaN or Inf. Check the text encoder.")
     return [[entry] for entry in entries]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return what an entry of a CONDITIONING is made of, if it is one text."""
+    embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
+    if not isinstance(embedding, Tensor) or not isinstance(settings, Mapping):
+        raise InvalidInputError(f"Conditioning {index} holds no text. Connect CLIP Text Encode or a dataset node.")
+    form = tuple(embedding.shape)
+    if len(form) != 3 or form[0] != 1 or 0 in form or not embedding.is_floating_point():
+        raise InvalidInputError(
+            f"Conditioning {index} must be one text of shape (1, tokens, width), got {form} of {embedding.dtype}. "
+            "Connect each text as a conditioning of its own."
+        )
+    pooled = settings.get("pooled_output")
+    if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != 1):
+        what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise InvalidInputError(f"The pooled output of conditioning {index} must have shape (1, width), got {what}.")
+    return embedding, settings
 
 
 def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:

@@ -95,6 +95,12 @@ class CountedRun:
         used = range(len(weights.blocks)) if settings.storage == "on the fly" else self.selection.kept
         return sum(weights.blocks[index] for index in used) + weights.others
 
+    def largest_trained_block(self, settings: MemorySettings) -> int:
+        """Return the bytes of the largest block that a training step uses."""
+        blocks = self.weights(settings.quantize_kept).blocks
+        used = range(len(blocks)) if settings.storage == "on the fly" else self.selection.kept
+        return max(blocks[index] for index in used)
+
     def _disk(self, shape: Sequence[int], stored: int) -> int:
         draws, itemsize = range(stored), self.dit.dtype.itemsize
         residuals = residual_bytes(
@@ -113,6 +119,7 @@ class CountedRun:
 def room_on(device: Any) -> tuple[int, str]:
     """Return the bytes of a device that are free once other models are unloaded, and the device's name."""
     management = comfy.model_management
-    loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
+    models = [m for m in management.current_loaded_models if m.model is not None and m.device == device]
+    loaded = sum(model.model_loaded_memory() for model in models)
     free = management.get_free_memory(device) + (loaded if device.type != "cpu" else 0)
     return int(free), management.get_torch_device_name(device)

@@ -20,11 +20,14 @@ def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         InvalidInputError: If there is none, or one is not a finite picture with colour channels.
     """
+    for index, batch in enumerate(images):
+        if not isinstance(batch, Tensor) or batch.ndim < 2:
+            raise InvalidInputError(f"Number {index} of `images` is no picture. Connect Load Image or a dataset node.")
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
         raise InvalidInputError("No pictures came in. Connect Load Image or a dataset node to `images`.")
     for index, picture in enumerate(pictures):
-        if picture.ndim != 3 or picture.shape[-1] < 3:
+        if picture.ndim != 3 or picture.shape[-1] < 3 or 0 in picture.shape:
             raise InvalidInputError(
                 f"Picture {index} must have rows, columns and 3 colours, got shape {tuple(picture.shape)}."
             )

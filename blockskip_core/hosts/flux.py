@@ -44,6 +44,8 @@ class FluxAdapter(FamilyAdapter):
     mlp_layers = ("mlp.0", "mlp.2", "linear1", "linear2")
     text_output_layers = ("txt_attn.proj", "txt_mlp.0", "txt_mlp.2")
     reads_rope_options = True  # of the host: stretch and move the picture's positions
+    text_entry = "txt_in"
+    pooled_entry = "vector_in.in_layer"
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:

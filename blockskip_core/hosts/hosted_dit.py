@@ -55,6 +55,7 @@ class HostedDit:
 
     Raises:
         UnsupportedModelError: If no adapter knows the model, or it carries what a copy of a block would not have.
+        InvalidInputError: If a caption comes from another model's text encoder.
     """
 
     known_error = 0.0
@@ -68,6 +69,7 @@ class HostedDit:
         self.frozen_stem = self.adapter.frozen_stem
         self.trainable_head = self.adapter.trainable_head
         self.width = self.adapter.width
+        self.adapter.require_texts(captions)
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
         self._reserved = False

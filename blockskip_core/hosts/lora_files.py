@@ -48,7 +48,7 @@ def output_path(prefix: str) -> Path:
         raise InvalidInputError(
             f"The file name {prefix!r} must stay inside ComfyUI's output folder. Use a plain name such as loras/my_lora."
         ) from error
-    return unused_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
+    return unused_path(Path(folder) / f"{name}_{max(counter, 1):05}_.safetensors")
 
 
 _COUNTED = re.compile(r"(?P<name>.*)_(?P<counter>\d{5,})_\.safetensors", re.DOTALL)
@@ -73,7 +73,7 @@ def require_writable(path: Path) -> None:
         StorageError: If the disk refuses.
     """
     name = re.escape(_COUNTED.fullmatch(path.name)["name"])
-    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+)?\.(safetensors|html)\.(part|trial)")
+    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+(_\d+)?)?\.(safetensors|html|png)\.(part|trial)")
     remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
     trial = path.with_name(path.name + ".trial")
     try:
@@ -128,8 +128,7 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> tup
     Raises:
         LoraFileError: If the LoRA holds nothing for this model, or tensors of other sizes.
     """
-    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
+    patches = _patches(patcher, lora)
     if not patches:
         raise LoraFileError(
             f"This LoRA holds nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
@@ -147,8 +146,7 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
     Raises:
         LoraFileError: If it changes layers that are not trained here, has another rank, or holds nothing for the model.
     """
-    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
+    patches = _patches(patcher, lora)
     if not patches:
         raise LoraFileError("The LoRA to start from holds nothing for this model: it was trained for another kind.")
     _require_fitting_shapes({**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}, patches)
@@ -174,14 +172,28 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
     return state
 
 
+def _patches(patcher: Any, lora: Mapping[str, Tensor]) -> dict[Any, Any]:
+    """Return what the host makes of a LoRA; it takes for granted that the tensors are what their names say."""
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    try:
+        return comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise LoraFileError(f"ComfyUI cannot read this as a LoRA: {error}.") from error
+
+
 def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> None:
     for key, patch in patches.items():
         tensors = getattr(patch, "weights", None)
         name = key if isinstance(key, str) else key[0]
         if tensors is None or not isinstance(key, str) or getattr(patch, "name", "") != "lora":
             continue  # other formats, and slices of fused layers, are the host's to judge
-        rows, columns = tensors[0].shape[0], tensors[1].flatten(1).shape[1]
-        weight = weights[name]
+        up, down, weight = tensors[0], tensors[1], weights[name]
+        if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+            raise LoraFileError(
+                f"This LoRA is damaged: for {name} it has matrices of the shapes {tuple(up.shape)} and "
+                f"{tuple(down.shape)}, which do not fit each other."
+            )
+        rows, columns = up.shape[0], down.flatten(1).shape[1]
         if (rows, columns) != (weight.shape[0], math.prod(weight.shape[1:])):
             raise LoraFileError(
                 f"This LoRA does not fit: for {name} it has {rows} x {columns}, the model has "

@@ -27,6 +27,7 @@ class Lumina2Adapter(FamilyAdapter):
     trainable_head = ("final_layer",)
     attention_layers = ("attention.qkv", "attention.out")
     mlp_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    text_entry = "cap_embedder.1"
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:

@@ -44,6 +44,7 @@ class QwenImageAdapter(FamilyAdapter):
     )  # fmt: skip
     mlp_layers = ("mlp.net.0.proj", "mlp.net.2")
     text_output_layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    text_entry = "txt_in"
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:

@@ -32,7 +32,7 @@ class ProbeConfig:
         num_seeds: Pictures per prompt.
 
     Raises:
-        InvalidInputError: If a count is less than 1 or the size no multiple of 16.
+        InvalidInputError: If a count or the guidance is less than 1, or the size no multiple of 16.
     """
 
     size: int = 512
@@ -45,6 +45,8 @@ class ProbeConfig:
         for name in ("steps", "num_seeds"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 1.0 <= self.cfg < float("inf"):
+            raise InvalidInputError(f"cfg must be at least 1, got {self.cfg}.")
         if self.size < 16 or self.size % 16:
             raise InvalidInputError(f"The probe size must be a positive multiple of 16 px, got {self.size}.")
 

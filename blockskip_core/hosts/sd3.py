@@ -46,6 +46,8 @@ class Sd3Adapter(FamilyAdapter):
     attention_layers = ("attn.qkv", "attn.proj", "attn2.qkv", "attn2.proj")
     mlp_layers = ("mlp.fc1", "mlp.fc2")
     text_output_layers = ("context_block.attn.proj", "context_block.mlp.fc1", "context_block.mlp.fc2")
+    text_entry = "context_embedder"
+    pooled_entry = "y_embedder.mlp.0"
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:

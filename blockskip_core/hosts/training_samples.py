@@ -29,7 +29,7 @@ from ..stand_ins import weight_sharing_copy
 from ..streams import Denoiser
 from .conditioning import flatten_conditionings
 from .frames import with_frame, without_frame
-from .hosted_dit import HostedDit
+from .hosted_dit import HostedDit, evict_others, unload
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +144,16 @@ class TrainingSampler:
             training_peak: Bytes on the device that the training takes.
             on_step: Called after every sampler step with those done and all; may raise to interrupt.
         """
+        unload(self._dit.patcher)
+        evict_others(self._dit.patcher)  # before looking what is free
         copies = {name: weight_sharing_copy(self._dit.module(name)) for name in self._kept}
         layers = {name: _layer(copies, name) for name in adapters.names}
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.random.fork_rng(devices=()),  # the host draws noise from torch's global generator
+            torch.random.fork_rng(
+                devices=range(torch.cuda.device_count())
+            ),  # the host draws noise from torch's global generator
             self._dit.running(copies, activation_bytes=self._to_keep_free(training_peak)) as denoise,
             adapters.attached(layers, self._dit.weight_for_backward),
         ):

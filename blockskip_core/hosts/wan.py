@@ -40,6 +40,7 @@ class WanAdapter(FamilyAdapter):
     trainable_head = ("head",)
     attention_layers = ("attn.q", "attn.k", "attn.v", "attn.o")
     mlp_layers = ("ffn.0", "ffn.2")
+    text_entry = "text_embedding.0"
 
     @classmethod
     def matches(cls, diffusion_model: nn.Module) -> bool:

@@ -19,8 +19,9 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ..measuring import FusedAttention
+from ..skipping_model import is_linear
 from ..streams import BlockInfo, Denoiser
-from ..weightless import replaced, weightless_copy
+from ..weightless import PACKED, replaced, weightless_copy
 from . import adapter_for
 from .base import TEXT_TOKENS
 from .conditioning import join_arguments, model_arguments
@@ -56,6 +57,7 @@ class WeightlessDit:
     def of(cls, dit: HostedDit) -> WeightlessDit:
         """Return the weightless twin of a loaded MODEL, with the same captions."""
         model = weightless_copy(dit.patcher.model, without=_MARKS)
+        _replace_packed_layers(model.diffusion_model)
         model.current_patcher = None
         return cls(model, dit._arguments)
 
@@ -150,3 +152,19 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def _shape_of(value: Any) -> Any:
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _replace_packed_layers(module: nn.Module) -> None:
+    """Put the host's own layers in the place of other packs' packed ones, which cannot unpack a shape.
+
+    Like those, they make a weight in the dtype of the computation whenever they run.
+    """
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if is_linear(child) and hasattr(child, "cast_bias_weight"):
+            module._modules[name] = comfy.ops.manual_cast.Linear(
+                child.in_features, child.out_features, bias=child.bias is not None, device="meta", dtype=PACKED
+            )
+        else:
+            _replace_packed_layers(child)

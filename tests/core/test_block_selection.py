@@ -1,6 +1,7 @@
 """Which blocks to skip: counts, presets, Eq. 2."""
 
 import itertools
+import json
 from random import Random
 
 import pytest
@@ -239,3 +240,23 @@ def test_cosine_distance_is_that_of_the_definition():
     assert cosine_distance(a, -a) == pytest.approx(2.0, abs=1e-15)
     assert cosine_distance(a, torch.zeros(1, 2)) == 1.0
     assert cosine_distance(torch.zeros(2), torch.zeros(2)) == 0.0
+
+
+def test_a_changed_bit_in_a_remembered_measurement_is_found():
+    """A digit of a distance could choose other blocks."""
+    influence = TextInfluence(
+        4, front={0: 0.0, 1: 0.25, 2: 0.5}, back={0: 0.0, 1: 0.125}, window={0: 0.75}, num_pictures=2
+    )
+    text = influence.to_json().encode()
+    for place in range(len(text)):
+        for bit in (1, 2, 4):
+            changed = bytearray(text)
+            changed[place] ^= bit
+            try:
+                read = TextInfluence.from_json(changed.decode())
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+            assert read == influence, changed
+    without = json.loads(text)
+    del without["checksum"]
+    assert TextInfluence.from_json(json.dumps(without)) == influence  # as older versions wrote it

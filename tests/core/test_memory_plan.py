@@ -98,6 +98,11 @@ def test_a_change_asks_for_no_more_than_before_and_is_done_once(change):
     assert change.apply(changed) is changed
 
 
+def test_formats_that_the_host_lacks_are_not_proposed():
+    assert changes_that_fit(BIG, 8 * GIB, price, ("off", "fp8", "4-bit"))[0][-1].text == "set `quantize_kept` to fp8"
+    assert changes_that_fit(BIG, 8 * GIB, price, ("off",)) is None
+
+
 def test_a_batch_of_one_keeps_the_examples_of_a_step():
     config = next(c for c in CHANGES if "batch_size" in c.text).apply(BIG).config
     assert (config.batch_size, config.accumulation) == (1, 8)

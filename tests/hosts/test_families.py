@@ -126,6 +126,18 @@ def test_the_stream_has_as_many_tokens_as_the_adapter_says(tiny, patcher):
         assert stored.front.txt is None
 
 
+def test_texts_of_another_encoder_are_refused(tiny, patcher):
+    from blockskip_pack.blockskip_core.hosts import adapter_for
+
+    adapter, texts = adapter_for(patcher), tiny.captions((5, 7))
+    adapter.require_texts(texts)
+    (embedding, settings), *_ = texts[1]
+    for width in (1, embedding.shape[-1] + 1):
+        wrong = [texts[0], [[torch.zeros(1, 7, width), settings]]]
+        with pytest.raises(InvalidInputError, match=f"Conditioning 1 is {width} numbers wide, .* reads"):
+            adapter.require_texts(wrong)
+
+
 def test_batches_of_captions_agree_with_single_rows(tiny, patcher):
     dit, clean, spans = tiny.hosted(patcher), tiny.clean_latents(), tiny.chosen(1, 2)
     one = precompute_residuals(dit, PLAN, clean, spans, range(4)).residuals

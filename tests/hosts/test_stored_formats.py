@@ -266,3 +266,21 @@ def test_the_formats_here_are_all_that_the_host_has():
 
     tested = {stored.algorithm for stored in FORMATS.values()} | {"float8_e5m2"}
     assert set(QUANT_ALGOS) <= tested
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_on_it_can_be_counted_before_it_starts(tmp_path, name):
+    """Other packs' packed layers too: they cannot be asked for shapes, so the host's own take their places."""
+    from blockskip_pack.blockskip_core.hosts.counted_run import CountedRun
+    from blockskip_pack.blockskip_core.lora import LoraSettings
+    from blockskip_pack.blockskip_core.memory_plan import MemorySettings
+    from blockskip_pack.blockskip_core.training import TrainingConfig
+
+    dit = hosted(make(tmp_path, name))
+    run = CountedRun(dit, SPANS, LoraSettings(rank=2, alpha=2), captions=3, draws=4, chunk_size=2)
+    side = LATENT_SHAPE[1] * dit.patcher.model.latent_format.spacial_downscale_ratio
+    settings = MemorySettings(config=TrainingConfig(steps=1, checkpointing=False), patch_min=side)
+    needs = run.needs(settings)
+    assert needs.training.weights == run.trained_weights(settings) < needs.training.peak
+    result, _ = trained(make(tmp_path, name), SPANS, checkpointing=False)
+    assert 0.3 < 2 * needs.training.saved / result.saved_bytes < 3.0  # the run's batch is of two

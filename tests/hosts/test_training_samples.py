@@ -8,6 +8,7 @@ from blockskip_pack.blockskip_core.block_selection import BlockSelection
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, to_host_lora
 
+from .families import FAMILIES
 from .tiny_flux import assert_same_weights, captions, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
@@ -30,11 +31,11 @@ def module(comfyui):
     return training_samples
 
 
-def lora_for(patcher, seed=None):
+def lora_for(patcher, seed=None, selection=SELECTION):
     """A LoRA on all linear layers of the kept blocks; with a seed, one that has learned something."""
     from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
 
-    layers = HostedDit(patcher).lora_layers(SELECTION, "attention and mlp")
+    layers = HostedDit(patcher).lora_layers(selection, "attention and mlp")
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     adapters = LoraAdapters(shapes, LoraSettings(rank=4, alpha=4, targets="attention and mlp"), seed=0)
     if seed is not None:
@@ -92,6 +93,60 @@ def test_what_was_learned_is_in_the_picture_as_with_the_lora_loaded(module):
     loaded, _ = apply_lora(patcher, to_host_lora(adapters.state_dict(), adapters.scale, 4), 1.0)
     torch.testing.assert_close(ours, host_samples(loaded), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ours, host_samples(patcher), atol=1e-2)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_is_sampled_as_by_the_host(module, family, cfg):
+    import comfy.sample
+    from blockskip_pack.blockskip_core.hosts.lora_files import apply_lora
+
+    patcher = family.build()
+    selection = BlockSelection(front=1, back=1, num_blocks=family.num_blocks, family=family.family)
+    adapters = lora_for(patcher, seed=1, selection=selection)
+    prompts, negative, vae = family.captions((5, 3)), family.captions((4,), seed=7), Recorder()
+    request = module.sample_request(prompts, negative, vae=vae, every=1, width=96, height=64, steps=2, cfg=cfg, seed=5)
+    loaded, _ = apply_lora(patcher, to_host_lora(adapters.state_dict(), adapters.scale, 4), 1.0)
+    form = patcher.model.latent_format
+    cells = [side // form.spacial_downscale_ratio for side in (64, 96)]
+    empty = torch.zeros(1, form.latent_channels, *([1] if family.frames else []), *cells)
+    with torch.inference_mode():  # as nodes run
+        sampler = module.TrainingSampler(patcher, request, selection)
+        sampler.pictures(adapters, training_peak=0, on_step=lambda *_: None)
+        expected = comfy.sample.sample(
+            loaded, comfy.sample.prepare_noise(empty, 5), 2, cfg, "euler", "simple", prompts[1], negative[0], empty,
+            disable_pbar=True, seed=5,
+        )  # fmt: skip
+    assert (vae.latent - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_size_between_two_patches_is_refused(module, monkeypatch):
+    patcher = tiny_flux()
+    monkeypatch.setattr(patcher.model.latent_format, "spacial_downscale_ratio", 16)
+    with pytest.raises(
+        InvalidInputError, match="width and height must be multiples of 32 px for this model, got 48 and 64"
+    ):
+        sampled(module, patcher, lora_for(patcher), width=48)
+
+
+def test_others_make_room_before_it_is_looked_how_much_there_is(module, monkeypatch):
+    patcher, calls = tiny_flux(), []
+    evict, look = module.evict_others, module.TrainingSampler._to_keep_free
+    monkeypatch.setattr(module, "evict_others", lambda p: calls.append("evicted") or evict(p))
+    monkeypatch.setattr(
+        module.TrainingSampler, "_to_keep_free", lambda self, peak: calls.append("looked") or look(self, peak)
+    )
+    sampled(module, patcher, lora_for(patcher))
+    assert calls[:2] == ["evicted", "looked"]
+
+
+def test_random_numbers_of_every_gpu_are_put_back(module, monkeypatch):
+    patcher, forked = tiny_flux(), []
+    adapters, fork = lora_for(patcher), torch.random.fork_rng
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(list(devices)) or fork(devices=()))
+    sampled(module, patcher, adapters)
+    assert forked == [[0, 1]]
 
 
 def test_model_and_random_numbers_are_as_before(module):

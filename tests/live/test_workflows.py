@@ -32,7 +32,7 @@ TWINS = {
 
 def succeed(client: Any, prompt: dict[str, Any], **options: Any) -> Any:
     result = client.run(prompt, timeout=600, **options)
-    assert result.status == "success", result.error
+    assert result.status == "success", (result.error or {}).get("exception_message")
     return result
 
 

@@ -107,7 +107,29 @@ def test_cancel_while_sampling_keeps_what_was_learned(bench, nodes, sampling, mo
     trained = bench.train(residuals=residuals, steps=5, resume=True, samples=sampling())
     assert said(trained)["resumed_at"] == 2
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
-    assert "000000" not in "".join(entry["filename"] for entry in trained.ui["images"])
+    steps = [entry["filename"].split("step")[1][:6] for entry in trained.ui["images"]]
+    assert steps == ["000002", "000004", "000005"]  # the one that Cancel took, and those after it
+
+
+def test_the_state_is_kept_before_sampling(bench, nodes, sampling, monkeypatch):
+    """Loading the whole model is when a process may be killed for its memory."""
+    kept = []
+
+    def look(self, step):
+        kept.append((step, [path.name for path in bench.folders.output.glob("blockskip/runs/*/state-*.safetensors")]))
+
+    monkeypatch.setattr(nodes.run_samples.RunSamples, "__call__", look)
+    bench.train(samples=sampling(), steps=3, save_every=100)
+    assert [step for step, _ in kept] == [0, 2, 3]
+    assert ["state-00000002.safetensors" in names for _, names in kept] == [False, True, True]
+
+
+def test_a_finished_run_is_sampled_again_when_it_is_queued_again(bench, sampling):
+    residuals = bench.precompute()[0]
+    bench.train(residuals=residuals, resume=True)
+    again = bench.train(residuals=residuals, resume=True, samples=sampling())
+    assert said(again)["resumed_at"] == 3
+    assert [entry["filename"].split("step")[1] for entry in again.ui["images"]] == ["000003_1.png"]
 
 
 def test_the_time_of_samples_belongs_to_no_step(bench, nodes, sampling, monkeypatch):

@@ -1,0 +1,279 @@
+"""Whatever comes in, a node succeeds or says in a sentence of ours why not.
+
+And whatever came in, no file lies outside ComfyUI's folders, and the MODEL's weights and modules are as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from ..nodes.conftest import Listed, TinyVae
+from . import strategies
+
+WIDTH = 16  # of a text's tokens
+LONGEST_SENTENCE = 1500
+
+
+class World(SimpleNamespace):
+    """What the nodes are called with. Hypothesis shows it with every example that fails, so it says little."""
+
+    def __repr__(self):
+        return "world"
+
+
+@pytest.fixture(scope="module")
+def world(nodes, core, tiny, run_node, tmp_path_factory):
+    """A model, what belongs to it, and a folder whose every change is seen."""
+    import folder_paths
+
+    sandbox = tmp_path_factory.mktemp("sandbox")
+    base = sandbox / "comfyui"
+    (base / "output" / "loras").mkdir(parents=True)
+    (base / "temp").mkdir()
+    (sandbox / "beside").mkdir()
+    model = tiny.tiny_flux()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_paths, "output_directory", str(base / "output"))
+        patch.setattr(folder_paths, "temp_directory", str(base / "temp"))
+        loras = ([str(base / "output" / "loras")], {".safetensors"})
+        patch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
+        patch.setattr(folder_paths, "filename_list_cache", {})
+        found = World(
+            sandbox=sandbox, base=base, model=model, vae=TinyVae(), caption=tiny.captions((5,))[0], nodes=nodes, core=core,
+            run_node=run_node,
+        )  # fmt: skip
+        found.selection = call(found, nodes.SelectBlocks, **SELECT, model=model, positive=[found.caption])[0]
+        found.residuals = call(
+            found, nodes.PrecomputeResiduals, **PRECOMPUTE, model=model, vae=found.vae, images=[torch.rand(1, 64, 64, 3)],
+            positive=[found.caption], selection=found.selection,
+        )[0]  # fmt: skip
+        found.lora = dict(call(found, nodes.TrainLora, **TRAIN, model=model, residuals=found.residuals)[0])
+        found.before = state_of(found)
+        yield found
+
+
+SELECT = {"method": "manual", "skip_ratio": 0.5, "front": 2, "back": 1}
+PRECOMPUTE = {"draws": 2, "patch_min": 32, "patch_max": 32, "storage": "on the fly", "seed": 3}
+TRAIN = {"steps": 1, "learning_rate": 1e-3, "rank": 2, "seed": 5}
+
+
+def call(world, node, **inputs):
+    """Call a node as the host does; one value is a list of one, for a node that takes lists."""
+    if node.INPUT_IS_LIST:
+        inputs = {name: Listed(value if isinstance(value, list) else [value]) for name, value in inputs.items()}
+    return world.run_node(node, **inputs)
+
+
+def state_of(world):
+    """What must stay: weights and modules of the model, and every file outside of output and temp."""
+    digest = hashlib.blake2b()
+    for name, tensor in world.model.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    modules = [(name, id(module)) for name, module in world.model.model.named_modules()]
+    attached = (dict(world.model.object_patches), dict(world.model.patches), len(world.model.wrappers))
+    inside = {world.base / "output", world.base / "temp"}
+    files = sorted(str(path) for path in world.sandbox.rglob("*") if not inside & {path, *path.parents})
+    above = sorted(path.name for path in world.sandbox.parent.iterdir())
+    return digest.hexdigest(), modules, attached, files, above
+
+
+def holds(world, node, **inputs):
+    """Call a node with any input; see the module."""
+    outcome, sentence = "success", ""
+    try:
+        call(world, node, **inputs)
+    except world.core("errors").BlockSkipError as error:
+        outcome, sentence = type(error).__name__, str(error)
+    assert (outcome == "success") == (sentence == "")
+    assert len(sentence) < LONGEST_SENTENCE
+    event(f"{node.__name__}: {outcome}")
+    assert state_of(world) == world.before
+    for path in (world.base / "output").iterdir():
+        if path.name != "loras":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (world.base / "output" / "loras").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return outcome
+
+
+def examples(count):
+    """So many examples."""
+    return settings(max_examples=count, suppress_health_check=list(HealthCheck))
+
+
+@examples(300)
+@given(data=st.data())
+def test_select_blocks(world, data):
+    node = world.nodes.SelectBlocks
+    usual = {
+        "method": st.sampled_from(["preset", "manual"]), "front": st.integers(0, 3), "back": st.integers(0, 2),
+        "skip_ratio": st.floats(0.0, 0.8),
+    }  # fmt: skip
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditionings(WIDTH),
+        "vae": strategies.socket(world.vae, optional=True),
+        "clip_vision": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        **strategies.widgets(node, usual),
+    }
+    values = strategies.drawn(data, inputs)
+    if values["method"] == "attention mask":
+        values.update(probe_size=32, probe_steps=1, probe_seeds=1)
+    holds(world, node, **values)
+
+
+@examples(100)
+@given(data=st.data())
+def test_select_blocks_that_measures(world, data):
+    node = world.nodes.SelectBlocks
+    usual = {
+        "probe_size": st.just(32), "probe_steps": st.just(1), "skip_ratio": st.floats(0.0, 0.4), "window_profile": st.just(False),
+        "method": st.just("attention mask"),
+    }  # fmt: skip
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditionings(WIDTH),
+        "negative": strategies.conditionings(WIDTH, optional=True),
+        **strategies.widgets(node, usual),
+    }
+    inputs.pop("probe_seeds")
+    values = {"probe_size": 32, "probe_steps": 1, **strategies.drawn(data, inputs)}
+    if isinstance(values["probe_size"], int) and 64 < values["probe_size"] <= 2048:
+        values["probe_size"] = 64  # allowed, and slow
+    holds(world, node, **values)
+
+
+@examples(25)
+@given(data=st.data())
+def test_memory_plan(world, data):
+    node = world.nodes.MemoryPlan
+    usual = {
+        "patch_min": st.sampled_from([16, 32, 48]), "rank": st.integers(1, 8), "batch_size": st.integers(1, 2),
+        "probe_size": st.just(64), "draws": st.integers(1, 9), "card_memory": st.sampled_from([0.0, 8.0]),
+        "use_spare": st.just(False),
+    }  # fmt: skip
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditionings(WIDTH),
+        "selection": strategies.socket(world.selection),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(250)
+@given(data=st.data())
+def test_precompute_residuals(world, data):
+    node = world.nodes.PrecomputeResiduals
+    usual = {
+        "draws": st.integers(1, 3), "patch_min": st.just(32), "patch_max": st.sampled_from([32, 48]),
+        "chunk_size": st.integers(1, 3), "storage": st.sampled_from(["disk", "chunked", "on the fly"]),
+        "timestep_shift": st.floats(0.01, 100.0), "seed": st.integers(0, 2**64 - 1),
+    }  # fmt: skip
+    inputs = {
+        "model": strategies.socket(world.model),
+        "vae": strategies.socket(world.vae),
+        "images": strategies.pictures(),
+        "positive": strategies.conditionings(WIDTH),
+        "selection": strategies.socket(world.selection),
+        "memory_settings": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(200)
+@given(data=st.data())
+def test_dynamic_patch_trainer(world, data):
+    node = world.nodes.TrainLora
+    usual = {
+        "steps": st.integers(1, 2), "learning_rate": st.floats(1e-8, 1.0), "rank": st.integers(1, 3),
+        "seed": st.integers(0, 2**64 - 1), "accumulation": st.integers(1, 2), "batch_size": st.integers(1, 2),
+        "output_name": st.just("loras/toy"), "alpha": st.floats(0.0, 64.0),
+    }  # fmt: skip
+    inputs = {
+        "model": strategies.socket(world.model),
+        "residuals": strategies.socket(world.residuals),
+        "start_from": strategies.Input(st.just(None), strategies.loras(world.lora), optional=True),
+        "samples": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        "memory_settings": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(80)
+@given(lora=st.data())
+def test_a_lora_to_start_from(world, lora):
+    start = lora.draw(strategies.loras(world.lora))
+    holds(world, world.nodes.TrainLora, **TRAIN, model=world.model, residuals=world.residuals, start_from=start)
+
+
+@examples(250)
+@given(data=st.data())
+def test_apply_lora(world, data):
+    inputs = {
+        "model": strategies.socket(world.model),
+        "strength_model": strategies.Input(st.floats(-10.0, 10.0), strategies.ODD_NUMBERS | strategies.STRANGERS),
+        "lora": strategies.Input(strategies.loras(world.lora), strategies.STRANGERS, optional=True),
+        "lora_name": strategies.Input(st.just("none"), strategies.NAMES | strategies.STRANGERS, optional=True),
+    }
+    holds(world, world.nodes.ApplyLora, **strategies.drawn(data, inputs, most_odd=1))
+
+
+@examples(120)
+@given(data=st.data())
+def test_sample_while_training(world, data):
+    node = next(node for node in world.nodes.NODE_CLASSES if node.__name__ == "SampleWhileTraining")
+    inputs = {
+        "positive": strategies.conditionings(WIDTH),
+        "negative": strategies.conditionings(WIDTH, optional=True),
+        "vae": strategies.socket(world.vae),
+        **strategies.widgets(node, {"width": st.just(64), "height": st.just(64)}),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(120)
+@given(data=st.data())
+def test_ralu_sampler(world, data):
+    node = world.nodes.RaluSampler
+    usual = {
+        "preset": st.just("custom"), "custom_steps": st.sampled_from(["1, 1, 1", "2, 1", "1"]),
+        "custom_ends": st.sampled_from(["0.3, 0.45, 1", "0.4, 1", "1"]), "regions": st.just("latent gradient"),
+        "upsample_ratio": st.floats(0.0, 1.0),
+    }  # fmt: skip
+    latents = {"samples": torch.zeros(1, 4, 8, 8)}
+    odd_latents = st.fixed_dictionaries(
+        {}, optional={"samples": strategies.odd_tensors() | strategies.STRANGERS, "batch_index": strategies.STRANGERS}
+    )
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditioning(WIDTH),
+        "latent_image": strategies.Input(st.just(latents), odd_latents | strategies.STRANGERS),
+        "vae": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
+        "mask": strategies.Input(
+            st.just(torch.ones(1, 8, 8)), strategies.odd_tensors() | strategies.STRANGERS, optional=True
+        ),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(100)
+@given(name=strategies.NAMES, absolute=st.booleans())
+def test_a_name_reaches_no_other_folder(world, name, absolute):
+    """Absolute names lead into a folder beside ComfyUI's, which is watched."""
+    name = f"{world.sandbox}/beside/{name}" if absolute else name
+    outcome = holds(
+        world, world.nodes.TrainLora, **TRAIN, model=world.model, residuals=world.residuals, output_name=name
+    )
+    assert not absolute or ".." in name or outcome == "InvalidInputError"
