@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class RegionChoice:
         mask: Regions that are taken first, shape (B or 1, H, W), any size.
 
     Raises:
-        InvalidInputError: If there is no such method.
+        InvalidInputError: If there is no such method, or the ratio is no share.
     """
 
     method: str
@@ -39,6 +40,8 @@ class RegionChoice:
     def __post_init__(self) -> None:
         if self.method not in REGIONS:
             raise InvalidInputError(f"regions must be one of {', '.join(REGIONS)}, got {self.method!r}.")
+        if not 0.0 <= self.ratio <= 1.0:
+            raise InvalidInputError(f"The share of early regions must be between 0 and 1, got {self.ratio}.")
 
     def check(self) -> None:
         """Make sure that regions can be found, before anything is sampled.
@@ -52,14 +55,16 @@ class RegionChoice:
                 "`regions` to latent gradient."
             )
 
-    def found(self, model: Any, clean: Tensor, grid: tuple[int, int], seed: int) -> tuple[Tensor, Tensor | None]:
+    def found(
+        self, model: Any, clean: Tensor, grid: tuple[int, int], seed: int, indices: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the regions, and the pictures that were decoded for them.
 
         Args:
             model: The host's model (a BaseModel).
             clean: Clean estimates in its own space, shape (B, C, H, W).
             grid: Rows and columns of coarse tokens.
-            seed: Decides between regions that are alike.
+            seed, indices: Decide between regions that are alike.
 
         Returns:
             Regions, shape (B, rows, columns), boolean; pictures, shape (B, H, W, 3), if there is a VAE.
@@ -69,13 +74,18 @@ class RegionChoice:
             scores = gradient_scores(clean.float().cpu(), grid)
         else:
             scores = edge_scores(pictures, grid, bright_half_only=self.method != "edges")
-        forced = None if self.mask is None else _for_batch(masked_tokens(self.mask, grid), len(scores))
-        return choose_regions(scores, self.ratio, forced, seeded_noise(scores.shape, seed, stage=0)), pictures
+        forced = None if self.mask is None else _for_batch(masked_tokens(_on_cpu(self.mask), grid), len(scores))
+        return choose_regions(scores, self.ratio, forced, seeded_noise(scores.shape, seed, 0, indices)), pictures
 
     def _decoded(self, model: Any, clean: Tensor) -> Tensor:
         latent = model.process_latent_out(with_frame(model, clean).float())
         pictures = self.vae.decode(latent.to(comfy.model_management.intermediate_device()))
         return pictures.reshape(-1, *pictures.shape[-3:]).float().cpu()  # a video's frames are a batch
+
+
+def _on_cpu(mask: Tensor) -> Tensor:
+    """Return masks where the scores are, shape (B, H, W)."""
+    return mask.cpu().reshape(-1, *mask.shape[-2:])
 
 
 def _for_batch(flags: Tensor, batch: int) -> Tensor:

@@ -9,7 +9,7 @@ Source: RALU (arXiv 2507.08422), algorithm 1; see ``ralu`` for its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a 
     "gligen": "GLIGEN",
     "reference_latents": "a reference picture",
     "concat_latent_image": "a picture to inpaint or to start from",
+    "attention_mask_img_shape": "an image prompt with a mask",
+    "set_area_to_bounds": "a mask whose bounds become an area",  # the host makes the area later
 }
 
 
@@ -88,6 +90,7 @@ class RegionAdaptiveSampler:
 
     Raises:
         UnsupportedModelError: If the model is of an unknown family, or not a flow-matching model.
+        InvalidInputError: If a ControlNet is on it.
         InvalidInputError: If regions are needed and a VAE is missing.
     """
 
@@ -99,6 +102,7 @@ class RegionAdaptiveSampler:
             )
         if len(plan.steps) == MAX_STAGES:
             regions.check()
+        _require_no_pictures_in_patches(patcher)
         self.strips = TokenStrips(patcher)
         self.plan, self.regions = plan, regions
 
@@ -129,7 +133,8 @@ class RegionAdaptiveSampler:
         _check_conditionings(positive, negative)
         self._check_size(latent)
         noise = comfy.sample.prepare_noise(latent, seed, batch_indices)
-        run = _Run(self, noise, seed, positive, negative, cfg, on_step)
+        indices = range(len(noise)) if batch_indices is None else [int(index) for index in batch_indices]
+        run = _Run(self, noise, seed, indices, positive, negative, cfg, on_step)
         try:
             return run.all_stages()
         finally:
@@ -157,12 +162,31 @@ def _check_conditionings(*conditionings: list) -> None:
     Raises:
         InvalidInputError: With what is there.
     """
-    settings = {name for conditioning in conditionings for _, own in conditioning for name in own}
-    found = [title for name, title in _WITH_A_SIZE.items() if name in settings]
+    settings = [own for conditioning in conditionings for _, own in conditioning]
+    found = [title for name, title in _WITH_A_SIZE.items() if any(_is_set(own.get(name)) for own in settings)]
     if found:
         raise InvalidInputError(
             f"Region-adaptive sampling takes text conditionings only, got {', '.join(found)}. Use KSampler for these."
         )
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _require_no_pictures_in_patches(patcher: Any) -> None:
+    """Refuse ControlNets that are patches of the MODEL: their hints are made for a whole picture.
+
+    Raises:
+        InvalidInputError: If there is one.
+    """
+    patches = patcher.model_options.get("transformer_options", {}).get("patches", {})
+    for patch in (patch for listed in patches.values() for patch in listed):
+        if hasattr(patch, "model_patch") or hasattr(patch, "encoded_image"):
+            raise InvalidInputError(
+                f"Region-adaptive sampling takes a MODEL without a ControlNet on it, got {type(patch).__name__}. Use "
+                "KSampler for it."
+            )
 
 
 class _Run:
@@ -177,11 +201,13 @@ class _Run:
         sampler: RegionAdaptiveSampler,
         noise: Tensor,
         seed: int,
+        indices: Sequence[int],
         positive: list,
         negative: list,
         cfg: float,
         on_step: Callable[[int, Tensor, Tensor, int], None] | None,
     ) -> None:
+        self._indices = indices
         self._strips, self._patch, self._plan = sampler.strips, sampler.strips.patch, sampler.plan
         self._regions = sampler.regions
         self._model = sampler.strips.patcher.model
@@ -214,7 +240,7 @@ class _Run:
 
     def _mixed(self, number: int) -> None:
         """Bring the regions that are prone to artefacts to full resolution, and sample on."""
-        fine, pictures = self._regions.found(self._model, self._clean, self._grid, self._seed)
+        fine, pictures = self._regions.found(self._model, self._clean, self._grid, self._seed, self._indices)
         self._overlay = refined_overlay(fine, self._pixels, pictures)
         self._restart(number, fine)
         self._strips.grid = MixedGrid(fine)
@@ -234,7 +260,7 @@ class _Run:
     def _restart(self, number: int, fine: Tensor) -> None:
         """Go back in time, with noise that makes the upsampled tokens independent."""
         groups = groups_of(self._latent, self._patch)
-        noise = seeded_noise(groups.shape, self._seed, number).to(groups)
+        noise = seeded_noise(groups.shape, self._seed, number, self._indices).to(groups)
         before, after = (flags.flatten(1).to(groups.device) for flags in (self._fine, fine))
         groups = restarted(groups, before, after, self._plan.restarts[number - 1], noise)
         self._latent = latent_of_groups(groups, self._grid[1], self._patch)

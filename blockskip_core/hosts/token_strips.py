@@ -64,6 +64,7 @@ class TokenStrips:
         transformer_options: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        self._require_own_model(executor)
         _only_text(c_concat, control, kwargs)
         options = transformer_options or {}
         if self.grid is None:
@@ -75,6 +76,18 @@ class TokenStrips:
             answer = executor(strip, t, c_concat, c_crossattn, control, options, **kwargs)
         tokens = tokens_of_strip(without_frame(self._model, answer), self.patch)
         return with_frame(self._model, grid.spread(tokens))
+
+    def _require_own_model(self, executor: Any) -> None:
+        """Refuse a copy of the model, which would not know where tokens lie and say nothing.
+
+        Raises:
+            InvalidInputError: If the host samples one.
+        """
+        if getattr(executor, "class_obj", self._model) is not self._model:
+            raise InvalidInputError(
+                "Region-adaptive sampling tells one model where tokens lie, and ComfyUI samples from a copy of it: a prompt "
+                "carries hooks (a LoRA of its own), or several GPUs share the work. Remove these, or use KSampler."
+            )
 
 
 def _only_text(c_concat: Any, control: Any, kwargs: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def restarted(groups: Tensor, fine_before: Tensor, fine_after: Tensor, restart: 
     return restart.scale * groups + restart.noise * noise
 
 
-def seeded_noise(shape: Sequence[int], seed: int, stage: int) -> Tensor:
+def seeded_noise(shape: Sequence[int], seed: int, stage: int, indices: Sequence[int] | None = None) -> Tensor:
     """Return standard normal noise on the CPU whose samples depend on seed, stage and their own index only.
 
     So the first picture of a batch of four is that of a batch of one, and no stage repeats the noise of another.
@@ -106,9 +106,10 @@ def seeded_noise(shape: Sequence[int], seed: int, stage: int) -> Tensor:
         shape: (B, ...).
         seed: Of the run.
         stage: Number of the stage that the noise is for.
+        indices: Which of a seed's samples these are; the first B if it is not said.
     """
     samples = []
-    for index in range(shape[0]):
+    for index in range(shape[0]) if indices is None else indices:
         state = np.random.SeedSequence([seed, stage, index]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]) % 2**63)
         samples.append(torch.randn(shape[1:], generator=generator))

@@ -74,6 +74,9 @@ class MixedGrid:
         """Return the tokens of a full-size latent, shape (B, C, H, W) -> (B, N, C, patch, patch).
 
         B may be a multiple of this grid's batch; then the samples repeat, as when guided and unguided go together.
+
+        Raises:
+            InvalidInputError: If it is not.
         """
         tokens = tokens_of(latent, patch)
         return tokens.gather(1, _index(self._repeated(self._picked, len(tokens)), tokens))
@@ -100,6 +103,11 @@ class MixedGrid:
         return self if self.fine.device == device else MixedGrid(self.fine.to(device))
 
     def _repeated(self, index: Tensor, batch: int) -> Tensor:
+        if batch == 0 or batch % len(index):
+            raise InvalidInputError(
+                f"The model was called on {batch} pictures at a time, and {len(index)} belong together. Another node divides "
+                "the batch; remove it, or set the batch size to 1."
+            )
         return index.repeat(batch // len(index), 1)
 
 

@@ -36,10 +36,12 @@ def sample(patcher, family=FLUX, *, plan=PLAN, latent=None, cfg=1.0, seed=3, rat
     from blockskip_pack.blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler
 
     positive, negative = changes.pop("conditionings", None) or family.captions((5, 5), seed=4)
+    positive = changes.pop("positive", positive)
+    batch_indices = changes.pop("batch_indices", None)
     regions = RegionChoice(**{"method": "latent gradient", "ratio": ratio, **changes})
     latent = empty(family) if latent is None else latent
     sampler = RegionAdaptiveSampler(patcher, plan, regions)
-    return sampler.sample(positive, negative, cfg, latent, seed, on_step=on_step)
+    return sampler.sample(positive, negative, cfg, latent, seed, batch_indices=batch_indices, on_step=on_step)
 
 
 def core_euler(patcher, family, sigmas, latent, cfg, seed=3):
@@ -234,10 +236,29 @@ class Vae:
 
 @pytest.mark.parametrize("method", ["edges", "edges (as published)"])
 def test_edges_are_found_in_the_decoded_estimate_of_half_the_side(method):
-    vae = Vae()
-    found = sample(tiny_flux(), method=method, vae=vae)
+    vae, patcher, estimates = Vae(), tiny_flux(), []
+    scale = patcher.model.latent_format.scale_factor
+    found = sample(patcher, method=method, vae=vae, on_step=lambda step, clean, noisy, total: estimates.append(clean))
     assert found.tokens == (6, 12, 24)
     assert [tuple(latent.shape) for latent in vae.seen] == [(1, 4, 4, 6)]
+    last_of_first_stage = next(x for x in reversed(estimates) if x.shape[-1] == 6)
+    assert scale != 1.0
+    torch.testing.assert_close(vae.seen[0], patcher.model.process_latent_out(last_of_first_stage.float()))
+
+
+def test_the_early_regions_are_those_with_the_edges():
+    """The picture that is decoded has one edge, in the upper right corner; the latent has others."""
+
+    class Corner(Vae):
+        def decode(self, latent):
+            picture = torch.zeros(1, 32, 48, 3)
+            picture[:, 4:12, 36:44] = 1.0
+            return picture
+
+    found = sample(tiny_flux(), method="edges", vae=Corner(), ratio=1 / 6)
+    assert found.overlay.shape == (1, 64, 96, 3)
+    tinted = found.overlay[0, ::32, ::32, 0] > found.overlay[0, ::32, ::32, 2]
+    assert tinted.tolist() == [[False, False, True], [False, False, False]]
 
 
 def test_a_latent_with_frames_is_decoded_with_them():
@@ -249,6 +270,92 @@ def test_a_latent_with_frames_is_decoded_with_them():
             return super().decode(latent[:, :, 0])[:, None]
 
     assert sample(qwen.build(), qwen, method="edges", vae=VideoVae()).tokens == (6, 12, 24)
+
+
+# --- what stands in the way ---------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_model_is_refused():
+    """ComfyUI samples from one where prompts carry hooks, or several GPUs share the work."""
+    patcher, other = tiny_flux(), tiny_flux()
+
+    def delegate(executor, *args, **kwargs):
+        executor.class_obj = other.model
+        return executor(*args, **kwargs)
+
+    import comfy.patcher_extension
+
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "before ours", delegate)
+    with pytest.raises(InvalidInputError, match="ComfyUI samples from a copy of it"):
+        sample(patcher)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"set_area_to_bounds": True, "mask": torch.ones(1, 64, 96)}, "a mask whose bounds become an area"),
+        ({"attention_mask_img_shape": (8, 8)}, "an image prompt with a mask"),
+    ],
+    ids=["mask bounds", "image prompt"],
+)
+def test_what_has_a_size_of_its_own_is_refused_before_sampling(setting, named):
+    embedding, own = captions((5,))[0][0]
+    with pytest.raises(InvalidInputError, match=f"takes text conditionings only, got {named}"):
+        sample(tiny_flux(), positive=[[embedding, {**own, **setting}]])
+
+
+def test_a_mask_without_bounds_is_taken():
+    embedding, own = captions((5,))[0][0]
+    masked = {**own, "mask": torch.ones(1, 64, 96), "set_area_to_bounds": False}
+    assert bool(sample(tiny_flux(), positive=[[embedding, masked]]).latent.isfinite().all())
+
+
+def test_a_controlnet_on_the_model_is_refused():
+    class Hint:
+        encoded_image = None
+
+        def __call__(self, args):
+            return args
+
+    patcher = tiny_flux()
+    patcher.set_model_patch(Hint(), "double_block")
+    with pytest.raises(InvalidInputError, match="takes a MODEL without a ControlNet on it, got Hint"):
+        sample(patcher)
+
+
+def test_a_picture_of_a_batch_can_be_made_alone():
+    together = sample(tiny_flux(), latent=empty(batch=2), batch_indices=[3, 4]).latent
+    alone = sample(tiny_flux(), latent=empty(batch=1), batch_indices=[4]).latent
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[:1], alone, atol=1e-2)
+
+
+def test_a_node_that_divides_the_batch_is_told():
+    patcher = tiny_flux()
+
+    def one_by_one(apply_model, call):
+        return torch.cat([apply_model(call["input"][k : k + 1], call["timestep"][k : k + 1], **{
+            name: value[k : k + 1] if isinstance(value, torch.Tensor) and len(value) == 2 else value
+            for name, value in call["c"].items()
+        }) for k in range(len(call["input"]))])  # fmt: skip
+
+    patcher.set_model_unet_function_wrapper(one_by_one)
+    with pytest.raises(InvalidInputError, match="The model was called on 1 pictures at a time, and 2 belong together"):
+        sample(patcher, latent=empty(batch=2))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan")])
+def test_a_ratio_that_is_no_share_is_refused_before_sampling(ratio):
+    with pytest.raises(InvalidInputError, match="share of early regions must be between 0 and 1"):
+        sample(tiny_flux(), ratio=ratio)
+
+
+def test_masks_of_two_axes_and_elsewhere_are_taken():
+    mask = torch.zeros(64, 96)
+    mask[:32, :32] = 1.0
+    found = sample(tiny_flux(), ratio=0.0, mask=mask)
+    tinted = found.overlay[0, ::32, ::32, 0] > found.overlay[0, ::32, ::32, 2]
+    assert tinted.nonzero().tolist() == [[0, 0]]
 
 
 # --- caches of other nodes ----------------------------------------------------------------------------------------
