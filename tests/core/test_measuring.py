@@ -190,12 +190,30 @@ def test_a_weightless_copy_has_shapes_and_shares_what_was_shared():
 
 def test_quantised_weights_become_packed_ones():
     class Packed(torch.Tensor):
+        """Bytes that say of themselves that they are a matrix."""
+
+        @property
+        def shape(self):
+            return torch.Size((4, 3))
+
+    layer = nn.Linear(3, 4, bias=False)
+    packed = torch.zeros(2, 7, dtype=torch.uint8).as_subclass(Packed)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    weight = weightless_copy(layer).weight
+    assert (weight.shape, weight.dtype, weight.is_meta) == ((4, 3), torch.float8_e4m3fn, True)
+
+
+def test_numbers_in_another_class_stay_numbers():
+    """Some file formats give small tensors so; what is computed with them is not eight-bit."""
+
+    class Dressed(torch.Tensor):
         pass
 
     layer = nn.Linear(3, 4, bias=False)
-    layer.weight = nn.Parameter(torch.zeros(4, 3).as_subclass(Packed), requires_grad=False)
+    layer.weight = nn.Parameter(torch.zeros(4, 3).as_subclass(Dressed), requires_grad=False)
     weight = weightless_copy(layer).weight
-    assert (weight.shape, weight.dtype, weight.is_meta) == ((4, 3), torch.float8_e4m3fn, True)
+    assert (weight.shape, weight.dtype, weight.is_meta) == ((4, 3), torch.float32, True)
+    assert type(weight) is nn.Parameter
 
 
 def test_replaced_modules_are_seen_in_the_copy_only():
