@@ -210,7 +210,15 @@ def trainer(loaders: Loaders, title: str = "Dynamic Patch Trainer", **settings: 
     return node("BlockSkip_TrainLora", title, model=loaders.link("model"), **inputs)
 
 
-def trained(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
+def trained(loaders: Loaders, **settings: Any) -> Prompt:
+    """Train, and draw the loss."""
+    return {
+        "train": trainer(loaders, **settings),
+        "loss": node("LossGraphNode", "Plot Loss Graph", loss=["train", 1], filename_prefix="loss_graph"),
+    }
+
+
+def watched(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
     """Train, sampling the prompt meanwhile, and draw the loss."""
     return {
         "samples": node(
@@ -227,8 +235,7 @@ def trained(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
             scheduler="simple",
             seed=0,
         ),
-        "train": trainer(loaders, samples=["samples", 0], **settings),
-        "loss": node("LossGraphNode", "Plot Loss Graph", loss=["train", 1], filename_prefix="loss_graph"),
+        **trained(loaders, samples=["samples", 0], **settings),
     }
 
 
@@ -278,7 +285,7 @@ TRAIN = Graph(
         Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
         Column("3  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
         Column("4  Train", PURPLE, ("train", "loss")),
-        TRY,
+        Column(TRY.title, BLUE, tuple(name for name in TRY.nodes if name != "samples")),
         LOOK,
     ),
     f"""## Train a FLUX.1 LoRA with BlockSkip
@@ -307,7 +314,7 @@ FIRST = Graph(
         **select(ONE_FP8_FILE, 0.5),
         **planned(ONE_FP8_FILE, "off", draws=200),
         **prepared(ONE_FP8_FILE, ["images", 0], draws=200, **FROM_PLAN),
-        **trained(
+        **watched(
             ONE_FP8_FILE,
             steps=400,
             learning_rate=4e-4,
@@ -431,7 +438,7 @@ def card(
             **select(loaders, skip_ratio),
             **planned(loaders, f"{size} GB"),
             **prepared(loaders, ["dataset", 0], **FROM_PLAN),
-            **trained(loaders, **FROM_PLAN),
+            **watched(loaders, **FROM_PLAN),
             **sampled(loaders),
         },
         (
@@ -503,7 +510,7 @@ RESUME = Graph(
         **captions(THREE_FILES, ["dataset", 1]),
         **select(THREE_FILES, 0.5),
         **prepared(THREE_FILES, ["dataset", 0]),
-        **trained(THREE_FILES, title="Go on: more steps", steps=1000),
+        **watched(THREE_FILES, title="Go on: more steps", steps=1000),
         "other residuals": residuals(THREE_FILES, ["dataset", 0], seed=1),
         "other patches": node("PreviewImage", "New crops", images=["other residuals", 1]),
         "further": trainer(
@@ -598,7 +605,7 @@ SEVERAL = Graph(
         **captions(ONE_FP8_FILE, ["all texts", 0]),
         **select(ONE_FP8_FILE, 0.5),
         **prepared(ONE_FP8_FILE, ["all images", 0], draws=800),
-        **trained(ONE_FP8_FILE, steps=1000, rank=32, output_name="loras/my_subjects"),
+        **watched(ONE_FP8_FILE, steps=1000, rank=32, output_name="loras/my_subjects"),
         **sampled(
             ONE_FP8_FILE,
             words="a photo of sks toy beside zwx dog on the beach",
