@@ -42,6 +42,33 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
     return [[entry] for entry in entries]
 
 
+def require_sampleable(conditioning: Any, name: str) -> None:
+    """Check that a CONDITIONING is one that a sampler can follow; what its settings ask for is left to that.
+
+    Raises:
+        InvalidInputError: If there is none, or an entry holds no text, or numbers that are not finite.
+    """
+    if not _is_list(conditioning) or not conditioning:
+        raise InvalidInputError(f"No conditioning came in for `{name}`. Connect CLIP Text Encode.")
+    for index, entry in enumerate(conditioning):
+        embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
+        if not isinstance(embedding, Tensor) or not isinstance(settings, Mapping):
+            raise InvalidInputError(f"Conditioning {index} of `{name}` holds no text. Connect CLIP Text Encode.")
+        form, pooled = tuple(embedding.shape), settings.get("pooled_output")
+        if len(form) != 3 or 0 in form or not embedding.is_floating_point():
+            raise InvalidInputError(
+                f"Conditioning {index} of `{name}` must have shape (batch, tokens, width), got {form} of {embedding.dtype}. "
+                "Connect CLIP Text Encode."
+            )
+        if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
+            what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise InvalidInputError(
+                f"The pooled output of conditioning {index} must have shape (batch, width), got {what}."
+            )
+        if not embedding.isfinite().all() or (pooled is not None and not pooled.isfinite().all()):
+            raise InvalidInputError(f"Conditioning {index} of `{name}` contains NaN or Inf. Check the text encoder.")
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 

@@ -29,7 +29,7 @@ class RegionChoice:
         mask: Regions that are taken first, shape (B or 1, H, W), any size.
 
     Raises:
-        InvalidInputError: If there is no such method, or the ratio is no share.
+        InvalidInputError: If there is no such method, the ratio is no share, or the mask is none.
     """
 
     method: str
@@ -42,6 +42,12 @@ class RegionChoice:
             raise InvalidInputError(f"regions must be one of {', '.join(REGIONS)}, got {self.method!r}.")
         if not 0.0 <= self.ratio <= 1.0:
             raise InvalidInputError(f"The share of early regions must be between 0 and 1, got {self.ratio}.")
+
+        mask = self.mask
+        if mask is not None and (mask.ndim not in (2, 3) or 0 in mask.shape or not mask.float().isfinite().all()):
+            raise InvalidInputError(
+                f"A mask must have rows, columns and finite numbers, got shape {tuple(mask.shape)}. Connect a MASK."
+            )
 
     def check(self) -> None:
         """Make sure that regions can be found, before anything is sampled.

@@ -27,6 +27,7 @@ from ..ralu.noise_matching import restarted, seeded_noise
 from ..ralu.overlay import refined_overlay
 from ..ralu.timestep_matching import MAX_STAGES, StagePlan
 from ..ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
+from .conditioning import require_sampleable
 from .early_regions import RegionChoice
 from .frames import with_frame, without_frame
 from .token_strips import TokenStrips
@@ -40,6 +41,9 @@ _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a 
     "attention_mask_img_shape": "an image prompt with a mask",
     "set_area_to_bounds": "a mask whose bounds become an area",  # the host makes the area later
 }
+
+
+LAST_PICTURE = 4096
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
     if samples.is_nested:
         raise InvalidInputError(
             "Expected the latent of a picture, got several latents in one. Use an empty latent image."
+        )
+    if samples.ndim not in (4, 5) or 0 in samples.shape:
+        raise InvalidInputError(
+            f"Expected a latent of shape (batch, channels, height, width), got {tuple(samples.shape)}. Use an empty latent image."
         )
     if latent.get("noise_mask") is not None:
         raise InvalidInputError(
@@ -130,10 +138,15 @@ class RegionAdaptiveSampler:
         Raises:
             InvalidInputError: If the latent's size or a conditioning cannot be used.
         """
+        require_sampleable(positive, "positive")
+        require_sampleable(negative, "negative")
+        self.strips.require_texts([*positive, *negative])
         _check_conditionings(positive, negative)
         self._check_size(latent)
-        noise = comfy.sample.prepare_noise(latent, seed, batch_indices)
-        indices = range(len(noise)) if batch_indices is None else [int(index) for index in batch_indices]
+        indices = _indices(batch_indices, len(latent))
+        if not 0 <= seed < 2**64:
+            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {seed}.")
+        noise = comfy.sample.prepare_noise(latent, seed, None if batch_indices is None else indices)
         run = _Run(self, noise, seed, indices, positive, negative, cfg, on_step)
         try:
             return run.all_stages()
@@ -154,6 +167,25 @@ class RegionAdaptiveSampler:
                 f"Expected a width and a height that are multiples of {side} px, because coarse tokens are that large, got "
                 f"{width} x {height}."
             )
+
+
+def _indices(given: Any, count: int) -> list[int]:
+    """Return which of a seed's pictures are made. The host draws the noise of all before them, so there is a limit.
+
+    Raises:
+        InvalidInputError: If these are no such numbers, or not one for each picture.
+    """
+    if given is None:
+        return list(range(count))
+    good = isinstance(given, (list, tuple)) and all(
+        isinstance(index, int) and 0 <= index < LAST_PICTURE for index in given
+    )
+    if not good or len(given) != count:
+        raise InvalidInputError(
+            f"A latent's batch_index must hold a whole number from 0 to {LAST_PICTURE - 1} for each of its {count} pictures. "
+            "Use an empty latent image."
+        )
+    return list(given)
 
 
 def _check_conditionings(*conditionings: list) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import comfy.patcher_extension
 from torch import Tensor
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, UnsupportedModelError
 from ..ralu.token_grid import MixedGrid, strip_of, tokens_of_strip
+from . import adapter_for
 from .frames import with_frame, without_frame
 from .sampled_families import positions_of
 
@@ -52,6 +53,18 @@ class TokenStrips:
         self.patcher = patcher.clone()
         self._positions.prepare(self.patcher)
         self.patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _WRAPPER, self._wrapper)
+
+    def require_texts(self, conditioning: list) -> None:
+        """Check that texts come from the model's own text encoder, where its family says how wide they are.
+
+        Raises:
+            InvalidInputError: If one is of another width.
+        """
+        try:
+            adapter = adapter_for(self.patcher)
+        except UnsupportedModelError:  # a family that is sampled but not trained
+            return
+        adapter.require_texts([[entry] for entry in conditioning])
 
     def _wrapper(
         self,
