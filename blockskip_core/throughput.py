@@ -11,7 +11,7 @@ from torch.utils.benchmark import Timer
 
 _SECONDS = 0.2
 _MOST_ROWS = 2048  # enough to be busy, and little memory
-_MOST_ROWS_ON_CPU = 64
+_MOST_ROWS_ON_CPU = 256
 
 
 def operations_per_second(device: torch.device, dtype: torch.dtype, width: int, tokens: int) -> float:
