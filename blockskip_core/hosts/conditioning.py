@@ -51,8 +51,8 @@ def require_sampleable(conditioning: Any, name: str) -> None:
     if not _is_list(conditioning) or not conditioning:
         raise InvalidInputError(f"No conditioning came in for `{name}`. Connect CLIP Text Encode.")
     for index, entry in enumerate(conditioning):
-        embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
-        if not isinstance(embedding, Tensor) or not isinstance(settings, Mapping):
+        embedding, settings = _parts(entry)
+        if embedding is None:
             raise InvalidInputError(f"Conditioning {index} of `{name}` holds no text. Connect CLIP Text Encode.")
         form, pooled = tuple(embedding.shape), settings.get("pooled_output")
         if len(form) != 3 or 0 in form or not embedding.is_floating_point():
@@ -73,10 +73,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
+def _parts(entry: Any) -> tuple[Tensor | None, Mapping[str, Any]]:
+    """Return the embedding and the settings of a CONDITIONING's entry; no embedding if it is none."""
+    embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
+    return (embedding, settings) if isinstance(embedding, Tensor) and isinstance(settings, Mapping) else (None, {})
+
+
 def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
     """Return what an entry of a CONDITIONING is made of, if it is one text."""
-    embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
-    if not isinstance(embedding, Tensor) or not isinstance(settings, Mapping):
+    embedding, settings = _parts(entry)
+    if embedding is None:
         raise InvalidInputError(f"Conditioning {index} holds no text. Connect CLIP Text Encode or a dataset node.")
     form = tuple(embedding.shape)
     if len(form) != 3 or form[0] != 1 or 0 in form or not embedding.is_floating_point():
