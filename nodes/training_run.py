@@ -37,7 +37,7 @@ from ..blockskip_core.lora import (
     to_host_lora,
 )
 from ..blockskip_core.memory_counts import MemoryNeeds
-from ..blockskip_core.memory_plan import MemorySettings, advice, changes_that_fit, fits, verdict_on_training
+from ..blockskip_core.memory_plan import MemorySettings, Verdict, advice, changes_that_fit, fits, verdict_on_training
 from ..blockskip_core.residual_sources import ResidualSet
 from ..blockskip_core.run_report import RunReport, write_report
 from ..blockskip_core.training import (
@@ -257,27 +257,15 @@ class TrainingRun:
         """
         run, settings = self._counted_run()
         available, place = room_on(self.dit.device)
-        weights, block = run.trained_weights(settings), run.largest_trained_block(settings)
         on_cpu = self.dit.device.type == "cpu"  # the weights are in that memory already
-        if on_cpu:
-            weights = block = 0
-        resident = weights * (not self.streamed)
+        resident = 0 if on_cpu or self.streamed else run.trained_weights(settings)
         if self.samples:
             self.samples.training_peak = resident + self._estimated_bytes()
         if fits(resident + 2 * self._estimated_bytes(), available) or self._has_finished():
             return
-
-        def count(settings: MemorySettings) -> MemoryNeeds:
-            needs = run.needs(settings).without_weights() if on_cpu else run.needs(settings)
-            return replace(needs, precomputing=None) if settings.storage == "disk" else needs  # that is done
-
         self.progress("counting memory", 1, 2)
         try:
-            counted = count(settings).training
-            verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
-            if not verdict.problem or (verdict.starts and self.streamed):
-                return
-            help_ = advice(changes_that_fit(settings, available, count, available_formats()))
+            verdict = self._verdict(run, settings, available, place)
         except BlockSkipError:
             raise
         except Exception as error:  # layers of other packs may not let themselves be counted, and yet be trained
@@ -286,13 +274,28 @@ class TrainingRun:
                 f"Whether this run fits could not be counted ({type(error).__name__}: {error}). It was started."
             )
             return
-        problem = f"{verdict.problem} {help_}"
+        if self.check_memory and not verdict.starts:
+            raise TrainingError(f"{verdict.problem} Or switch `check_memory` off to try it all the same.")
+        if verdict.problem:
+            logger.warning("BlockSkip: %s", verdict.problem)
+            self.result.problems.append(verdict.problem)
+
+    def _verdict(self, run: CountedRun, settings: MemorySettings, available: int, place: str) -> Verdict:
+        """Count the training, and what would help if it does not fit."""
+        on_cpu = self.dit.device.type == "cpu"
+
+        def count(settings: MemorySettings) -> MemoryNeeds:
+            needs = run.needs(settings).without_weights() if on_cpu else run.needs(settings)
+            return replace(needs, precomputing=None) if settings.storage == "disk" else needs  # that is done
+
+        counted, block = count(settings).training, 0 if on_cpu else run.largest_trained_block(settings)
+        verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
+        if not verdict.problem or (verdict.starts and self.streamed):  # moving weights is what streaming is
+            return Verdict(True)
+        problem = f"{verdict.problem} {advice(changes_that_fit(settings, available, count, available_formats()))}"
         if self.shown_settings["memory_settings"] != "none":
             problem += " Some of these are set at Memory Plan."
-        if self.check_memory and not verdict.starts:
-            raise TrainingError(f"{problem} Or switch `check_memory` off to try it all the same.")
-        logger.warning("BlockSkip: %s", problem)
-        self.result.problems.append(problem)
+        return replace(verdict, problem=problem)
 
     def _has_finished(self) -> bool:
         """Whether an earlier run has done all steps."""
