@@ -180,7 +180,7 @@ class PlainDit:
         return plain_weight(module, like)
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0):
+    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0, weights: str = "as fits"):
         originals = {name: self.module(name) for name in replacements}
         try:
             for name, module in replacements.items():

@@ -121,13 +121,13 @@ def a_card(comfyui, monkeypatch):
     return with_free_bytes
 
 
-def on_the_card(patcher, spans, activation_bytes=0):
+def on_the_card(patcher, spans, **placement):
     """Names of the blocks with a weight matrix on the card while the kept ones are loaded for training."""
     from blockskip_pack.blockskip_core.skipping_model import SkippingModel
 
     dit = hosted(patcher)
     model = SkippingModel(dit, spans, checkpointed=True, folded=False)
-    with dit.running(model.modules, activation_bytes=activation_bytes):
+    with dit.running(model.modules, **placement):
         named = list(patcher.model.diffusion_model.named_parameters())
         found = {".".join(name.split(".")[:2]) for name, p in named if "_blocks." in name and p.is_meta and p.ndim == 2}
         patcher.model.model_sampling.to_empty(device="cpu")  # the meta device gives no data back
@@ -142,8 +142,6 @@ def test_resident_weights_of_kept_blocks_go_to_the_card_and_no_others(a_card):
 
 
 def test_streamed_weights_stay_off_the_card(a_card):
-    from blockskip_pack.blockskip_core.hosts.hosted_dit import STREAMED
-
     patcher = a_card(10**12)
-    assert on_the_card(patcher, chosen(2, 1), STREAMED) == set()
+    assert on_the_card(patcher, chosen(2, 1), weights="streamed") == set()
     assert not any(p.is_meta for p in patcher.model.parameters())
