@@ -1,0 +1,62 @@
+"""ComfyUI on the emulated card: its model management as it works on cards of its users."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import pages
+from .card import Card
+
+
+def disable_kernels() -> None:
+    """Let ComfyUI compute with torch's own operations: its kernels for cards ask a driver."""
+    import comfy_kitchen
+
+    for backend in ("cuda", "triton", "hip"):
+        if backend in comfy_kitchen.registry.list_backends():
+            comfy_kitchen.registry.disable(backend)
+
+
+@contextmanager
+def dynamic_vram(card: Card, limit: int | None = None) -> Iterator[pages.Pager]:
+    """Let ComfyUI page weights in and out, as it does by default on NVIDIA's cards.
+
+    Models must have been built before: here the host leaves weights empty until a file fills them. See :func:`as_dynamic`.
+
+    Args:
+        card: The card.
+        limit: The most pages of a model, or None for as many as fit.
+    """
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    ordinary = comfy.model_patcher.CoreModelPatcher
+    with pages.installed(card) as pager:
+        pager.limit = limit
+        try:
+            comfy.memory_management.aimdo_enabled = True
+            comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+            yield pager
+        finally:
+            forget_models()
+            comfy.memory_management.aimdo_enabled = False
+            comfy.model_patcher.CoreModelPatcher = ordinary
+
+
+def as_dynamic(patcher: Any) -> Any:
+    """Return a MODEL with the same weights that are paged."""
+    import comfy.model_patcher
+
+    return comfy.model_patcher.ModelPatcherDynamic(patcher.model, patcher.load_device, patcher.offload_device)
+
+
+def forget_models() -> None:
+    """Unload every model, and drop the buffers that the host keeps for the next one."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    comfy.model_management.reset_cast_buffers()
+    gc.collect()

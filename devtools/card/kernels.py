@@ -1,0 +1,309 @@
+"""What computes on the emulated card: the CPU's kernels, on the same bytes.
+
+Every operation that has a kernel for CUDA or for the CPU gets one here, in Python, under the dispatch key CUDA. It takes
+the tensors of the card down to the CPU, calls the operation there, and brings up what is new. Autograd, views, autocast and
+everything else above the kernels is torch's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .streams import DEVICE
+
+if TYPE_CHECKING:
+    from .card import Card
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+
+VIEWS = frozenset({  # torch makes them without touching memory, on any device
+    "_conj", "_neg_view", "_reshape_alias", "alias", "as_strided", "detach", "diagonal", "expand", "is_set_to", "lift",
+    "lift_fresh", "permute", "record_stream", "select", "set_", "slice", "split", "squeeze", "t", "transpose", "unfold",
+    "unsqueeze", "view", "view_as_complex", "view_as_real",
+})  # fmt: skip
+INDEXED = frozenset({  # whose indices may be of the CPU
+    "_index_put_impl_", "_unsafe_index", "_unsafe_index_put", "index", "index_put", "index_put_",
+})  # fmt: skip
+COPIES = frozenset({"copy_", "_copy_from"})  # between any two devices
+COMPOSITE = frozenset({  # without a kernel under either key, but not to be taken apart
+    "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "convolution", "convolution_backward", "copy_",
+})  # fmt: skip
+
+
+def register(card: Card) -> None:
+    """Give the dispatch key CUDA its kernels, for the rest of the process."""
+    card.library = torch.library.Library("aten", "IMPL")  # its end would take the kernels back
+    by_hand = _by_hand(card)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every kernel that it had before
+        for full_name in torch._C._dispatch_get_all_op_names():
+            name = full_name.removeprefix("aten::")
+            if name != full_name and name not in by_hand:
+                _register_one(card, name)
+        for name, kernel in by_hand.items():
+            card.library.impl(name, kernel, "CUDA")
+        card.library.impl("scaled_dot_product_attention", by_hand["scaled_dot_product_attention"], "AutogradCUDA")
+
+
+def _register_one(card: Card, name: str) -> None:
+    base, _, overload = name.partition(".")
+    has_kernel = any(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key) for key in ("CUDA", "CPU"))
+    if base in VIEWS or not (has_kernel or name in COMPOSITE):
+        return
+    packet = getattr(aten, base, None)
+    operation = getattr(packet, overload or "default", None)  # a few cannot be called from Python
+    if operation is not None:
+        card.library.impl(name, Kernel(card, operation), "CUDA")
+
+
+class Kernel:
+    """An operation of torch on tensors of the card.
+
+    Args:
+        card: Whose tensors it takes.
+        operation: An overload of ``torch.ops.aten``.
+    """
+
+    def __init__(self, card: Card, operation: torch._ops.OpOverload) -> None:
+        self._card, self._operation = card, operation
+        self._schema = operation._schema
+        self._base = self._schema.name.removeprefix("aten::")
+        arguments = self._schema.arguments
+        self._tensor_places = [i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
+        self._is_random = any(argument.name == "generator" for argument in arguments)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
+            return self._run(_numbers_as_tensors(args, self._tensor_places), kwargs)
+
+    def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        call = _Call(self._card)
+        lowered = [call.lowered(value) for value in args]
+        named = {name: call.lowered(value) for name, value in kwargs.items()}
+        self._require_one_device(call, args)
+        if self._card.streams.are_judged:
+            self._tell_streams(args, kwargs)
+        if self._is_random:
+            with call.random_numbers(named, kwargs.get("generator")):
+                result = self._operation(*lowered, **named)
+        else:
+            result = self._operation(*lowered, **named)
+        call.adopt_new_sizes()
+        return call.raised(result)
+
+    def _require_one_device(self, call: _Call, args: Sequence[Any]) -> None:
+        if call.from_cpu is None or not call.pairs or self._base in COPIES:
+            return
+        if self._base in INDEXED and not any(isinstance(value, Tensor) and value.is_cpu for value in args):
+            return
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+            f"({self._schema.name}, a tensor of shape {tuple(call.from_cpu.shape)} is on the CPU)"
+        )
+
+    def _tell_streams(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        reads: list[Tensor] = []
+        writes: list[Tensor] = []
+        values = [*args, *(kwargs.get(argument.name) for argument in self._schema.arguments[len(args) :])]
+        for argument, value in zip(self._schema.arguments, values, strict=True):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            (writes if is_written else reads).extend(_tensors_of_card(value))
+        self._card.streams.launch(str(self._schema), reads, writes)
+
+
+class _Call:
+    """One call of a kernel: what was taken down for it.
+
+    Attributes:
+        pairs: (tensor of the CPU, the card's tensor over the same bytes), by the identity of the first.
+        from_cpu: An argument that is on the CPU and no scalar, if there is one.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.from_cpu: Tensor | None = None
+
+    def lowered(self, value: Any) -> Any:
+        """Return an argument as the CPU's kernel takes it."""
+        if isinstance(value, Tensor):
+            if value.is_cuda:
+                plain = self._card.down(value)
+                self.pairs[id(plain)] = plain, value
+                return plain
+            if value.dim():
+                self.from_cpu = value
+        elif isinstance(value, (list, tuple)):
+            return [self.lowered(part) for part in value]
+        elif isinstance(value, torch.device) and value.type == "cuda":
+            return CPU
+        return value
+
+    def random_numbers(self, named: dict[str, Any], generator: torch.Generator | None) -> _RandomNumbers:
+        """Replace a generator of the card, the default one included, by one of the CPU with the same state."""
+        if generator is not None and generator.device.type != "cuda":
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        numbers = _RandomNumbers(generator)
+        named["generator"] = self._card.generator if generator is None else numbers.of_cpu
+        return numbers
+
+    def adopt_new_sizes(self) -> None:
+        """Let arguments that the kernel has resized, as ``out=`` may, have their new size on the card too."""
+        for plain, own in self.pairs.values():
+            if plain.size() != own.size():
+                own.resize_(plain.size())
+                self._card.down(own).copy_(plain)
+
+    def raised(self, result: Any) -> Any:
+        """Return a result of the CPU's kernel on the card."""
+        if isinstance(result, Tensor):
+            return self._raised_tensor(result)
+        if isinstance(result, (list, tuple)):
+            return type(result)(map(self.raised, result)) if type(result) in (list, tuple) else result
+        return result
+
+    def _raised_tensor(self, result: Tensor) -> Tensor:
+        known = self.pairs.get(id(result))
+        if known is not None:
+            return known[1]
+        where = result.untyped_storage()._cdata
+        for plain, own in self.pairs.values():
+            if plain.untyped_storage()._cdata == where:
+                storage, offset = own.untyped_storage(), result.storage_offset()
+                return self._card.tensor(storage, result.dtype, result.size(), result.stride(), offset)
+        made = self._card.up(result.resolve_conj().resolve_neg())
+        if self._card.streams.are_judged:
+            self._card.streams.launch("output", (), (made,))
+        return made
+
+
+class _RandomNumbers:
+    """Lends the state of a generator of the card to one of the CPU."""
+
+    def __init__(self, of_card: torch.Generator | None) -> None:
+        self._of_card = of_card
+        self.of_cpu = torch.Generator()
+
+    def __enter__(self) -> None:
+        if self._of_card is not None:
+            self.of_cpu.set_state(self._of_card.get_state())
+
+    def __exit__(self, *error: object) -> None:
+        if self._of_card is not None:
+            self._of_card.set_state(self.of_cpu.get_state())
+
+
+def _tensors_of_card(value: Any) -> list[Tensor]:
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in _tensors_of_card(part)]
+    return [value] if isinstance(value, Tensor) and value.is_cuda else []
+
+
+def _numbers_as_tensors(args: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
+    """Put tensors in the place of numbers: the dispatcher unpacks a tensor that stands for one when it calls Python."""
+    if not any(place < len(args) and isinstance(args[place], (bool, int, float)) for place in places):
+        return args
+    other = next((value for value in args if isinstance(value, Tensor)), None)
+
+    def as_tensor(value: float) -> Tensor:
+        if other is None or isinstance(value, bool) or other.is_complex() or other.dtype == torch.bool:
+            return torch.tensor(value)
+        if other.is_floating_point():
+            return torch.tensor(value, dtype=other.dtype)
+        return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else None)
+
+    return [
+        as_tensor(value) if place in places and isinstance(value, (bool, int, float)) else value
+        for place, value in enumerate(args)
+    ]
+
+
+# --- kernels by hand -----------------------------------------------------------------------------------------------------
+
+
+def _by_hand(card: Card) -> dict[str, Callable[..., Any]]:
+    """Kernels that the CPU's cannot answer, by the names of their operations."""
+
+    def below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
+                return kernel(card, *args, **kwargs)
+
+        return run
+
+    return {
+        "empty.memory_format": below_autograd(_empty),
+        "empty_strided": below_autograd(_empty_strided),
+        "resize_": below_autograd(_resize),
+        "scaled_dot_product_attention": _attention,
+        "_fused_rms_norm_backward": _rms_norm_backward,
+        "_has_compatible_shallow_copy_type": lambda one, other: True,
+        "_efficientzerotensor": lambda size, **_: torch.zeros(size, device=DEVICE),
+    }
+
+
+def _empty(card: Card, size: Sequence[int], *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+    dtype = dtype or torch.get_default_dtype()
+    laid_out = torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format or torch.contiguous_format)
+    return card.empty(laid_out.size(), laid_out.stride(), dtype)
+
+
+def _empty_strided(card: Card, size: Sequence[int], stride: Sequence[int], *, dtype: Any = None, **_: Any) -> Tensor:
+    return card.empty(size, stride, dtype or torch.get_default_dtype())
+
+
+def _resize(card: Card, tensor: Tensor, size: Sequence[int], *, memory_format: Any = None) -> Tensor:
+    """Move to new memory, with what there was of the old."""
+    stride = torch.empty(size, device="meta").stride()
+    fresh = card.empty(size, stride, tensor.dtype).untyped_storage()
+    kept = min(tensor.untyped_storage().nbytes(), fresh.nbytes())
+    if kept:
+        ctypes.memmove(fresh.data_ptr(), tensor.untyped_storage().data_ptr(), kept)
+    return tensor.set_(fresh, 0, size, stride)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attend with the CPU's fused kernel, whose backward keeps as little as that of a card's.
+
+    A card chooses its kernel in C++ that asks the driver, so the choice is made here.
+    """
+    for name, other in (("key", k), ("value", v), ("attn_mask", attn_mask)):
+        if other is not None and other.device != q.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"(aten::scaled_dot_product_attention, {name} is on {other.device})"
+            )
+    if enable_gqa and k.shape[-3] != q.shape[-3]:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype != q.dtype:
+        raise RuntimeError(
+            "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: "
+            f"{attn_mask.dtype} and  query.dtype: {q.dtype} instead."
+        )
+    if q.dim() != 4:
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
+    fused = aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, normalized_shape: Sequence[int], rstd: Tensor, weight: Tensor | None, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take it apart: the CPU has no kernel for it."""
+    from torch._decomp.decompositions import _fused_rms_norm_backward
+
+    with torch._C._AutoDispatchBelowAutograd():
+        return _fused_rms_norm_backward(grad, x, normalized_shape, rstd, weight, mask)

@@ -1,0 +1,201 @@
+"""Streams and events of the emulated card, and the question whether a kernel waited for what it reads.
+
+Nothing runs asynchronously here, so a missing wait does no harm to the numbers. It is found all the same: every kernel is
+told to the analysis behind ``TORCH_CUDA_SANITIZER``, which knows for each storage who touched it last and on which stream.
+
+Source: ``torch/cuda/_sanitizer.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.cuda._sanitizer import EventHandler
+
+DEVICE = torch.device("cuda", 0)
+DEFAULT = 0  # number of the default stream
+
+
+class Streams:
+    """The streams of a card, and which is current in which thread.
+
+    Attributes:
+        races: Reports of the sanitizer, of what ran within :meth:`judged`.
+    """
+
+    def __init__(self) -> None:
+        self.races: list[str] = []
+        self.default = Stream(number=DEFAULT)
+        self._here = threading.local()
+        self._sanitizer: EventHandler | None = None
+        self._lock = threading.RLock()
+
+    def current(self) -> Stream:
+        """Return the stream that kernels of this thread go to."""
+        return getattr(self._here, "stream", self.default)
+
+    def make_current(self, stream: Stream) -> None:
+        """Send the kernels of this thread to a stream."""
+        self._here.stream = stream
+
+    @contextmanager
+    def judged(self) -> Iterator[list[str]]:
+        """Let the sanitizer judge what runs in here; yields the list of its reports, which grows."""
+        self.races, self._sanitizer = [], EventHandler()
+        try:
+            yield self.races
+        finally:
+            self._sanitizer = None
+
+    @property
+    def are_judged(self) -> bool:
+        """Whether the sanitizer is on."""
+        return self._sanitizer is not None
+
+    def launch(self, kernel: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
+        """Note a kernel on the current stream, and what it touches."""
+        if self._sanitizer is None:
+            return
+        read, written = _addresses(reads), _addresses(writes)
+        names = {address: [] for address in read | written}
+        with self._lock:
+            found = self._sanitizer._handle_kernel_launch(
+                self.current().cuda_stream, read - written, written, set(), kernel, names
+            )
+        self.races += map(str, found)
+
+    def allocated(self, address: int) -> None:
+        """Note that a storage begins at an address."""
+        self._tell("_handle_memory_allocation", address)
+
+    def freed(self, address: int) -> None:
+        """Note that the storage at an address is gone."""
+        self._tell("_handle_memory_deallocation", address)
+
+    def wait(self, waiting: Stream, event: Event) -> None:
+        """Let what comes on a stream wait for an event."""
+        self._tell("_handle_event_wait", event.number, waiting.cuda_stream)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        """Let an event be reached once all is done that a stream has now."""
+        self._tell("_handle_event_record", event.number, stream.cuda_stream)
+
+    def host_waits_for_event(self, event: Event) -> None:
+        """Let the host, and so everything that it launches later, wait for an event."""
+        self._tell("_handle_event_synchronization", event.number)
+
+    def host_waits_for(self, stream: Stream) -> None:
+        """Let the host wait for a stream."""
+        self._tell("_handle_stream_synchronization", stream.cuda_stream)
+
+    def synchronize(self) -> None:
+        """Let the host wait for all streams."""
+        self._tell("_handle_device_synchronization")
+
+    def _tell(self, event: str, *numbers: int) -> None:
+        if self._sanitizer is not None:
+            with self._lock:
+                getattr(self._sanitizer, event)(*numbers)
+
+
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr() for storage in storages if storage.nbytes()}
+
+
+class Stream:
+    """In the place of ``torch.cuda.Stream``."""
+
+    card: ClassVar[Streams]  # set by torch_cuda.install: torch makes streams without naming a card
+    _numbers = itertools.count(1)
+
+    def __init__(self, device: Any = None, priority: int = 0, *, number: int | None = None) -> None:
+        self.cuda_stream = self.stream_id = next(self._numbers) if number is None else number
+        self.device, self.priority = DEVICE, priority
+        self._entered: list[StreamContext] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        """Wait for all that another stream has now."""
+        self.wait_event(other.record_event())
+
+    def wait_event(self, event: Event) -> None:
+        """Wait for an event."""
+        self.card.wait(self, event)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Return an event that is reached once all is done that this stream has now."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """Let the host wait for this stream."""
+        self.card.host_waits_for(self)
+
+    def query(self) -> bool:
+        """Return whether all is done; here it always is."""
+        return True
+
+    def __enter__(self) -> Stream:
+        self._entered.append(StreamContext(self))
+        self._entered[-1].__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().__exit__(*error)
+
+    def __hash__(self) -> int:
+        return hash(self.cuda_stream)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.cuda_stream == self.cuda_stream
+
+
+class Event:
+    """In the place of ``torch.cuda.Event``."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        self.number = next(self._numbers)
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Be reached once all is done that a stream has now."""
+        Stream.card.record(self, stream or Stream.card.current())
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """Let a stream wait for this."""
+        (stream or Stream.card.current()).wait_event(self)
+
+    def synchronize(self) -> None:
+        """Let the host wait for this."""
+        Stream.card.host_waits_for_event(self)
+
+    def query(self) -> bool:
+        """Return whether it is reached; here it always is."""
+        return True
+
+    def elapsed_time(self, other: Event) -> float:
+        """Return 0.0: an emulated card takes no time that would mean anything."""
+        return 0.0
+
+
+class StreamContext:
+    """In the place of ``torch.cuda.StreamContext`` and ``torch.cuda.stream``."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self._before = Stream.card.current()
+        if self.stream is not None:
+            Stream.card.make_current(self.stream)
+
+    def __exit__(self, *error: object) -> None:
+        Stream.card.make_current(self._before)
