@@ -78,7 +78,7 @@ def keep_what_autograd_saves(patcher: Any, replacements: Mapping[str, Any], devi
         for path, layer in stand.named_modules() if isinstance(stand, nn.Module) else ():
             if is_linear(layer):
                 continue
-            for name, parameter in layer._parameters.items():
+            for name, parameter in list(layer._parameters.items()):
                 if parameter is None or parameter.device == device:
                     continue
                 key = MODEL_PREFIX + ".".join(part for part in (stem, path, name) if part)
@@ -87,7 +87,7 @@ def keep_what_autograd_saves(patcher: Any, replacements: Mapping[str, Any], devi
                     _drop_patch(layer, name)
                 else:
                     kept = parameter.data.to(device)
-                parameter.data = kept.to(parameter.dtype)
+                layer._parameters[name] = nn.Parameter(kept.to(parameter.dtype), requires_grad=False)
 
 
 def _drop_patch(layer: nn.Module, name: str) -> None:
