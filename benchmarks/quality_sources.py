@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.back_response import fit_response
-from blockskip_pack.blockskip_core.block_selection import BlockSelection
-from blockskip_pack.blockskip_core.draws import TrainingSchedule
-from blockskip_pack.blockskip_core.flow_matching import noisy_batch
-from blockskip_pack.blockskip_core.precompute import precompute_residuals
-from blockskip_pack.blockskip_core.residual_cache import Residual
-from blockskip_pack.blockskip_core.residual_format import RESIDUAL_FORMATS, packed, unpacked
-from blockskip_pack.blockskip_core.residual_sources import FoldedSource, with_response
-from blockskip_pack.blockskip_core.stand_ins import PassThrough, Recording, RecordingBlock
-from blockskip_pack.blockskip_core.streams import SkippableDit
-from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig
+from blockskip_pack.blockskip_core.blocks.stand_ins import PassThrough, Recording, RecordingBlock
+from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule
+from blockskip_pack.blockskip_core.model import SkippableDit
+from blockskip_pack.blockskip_core.residuals.back_response import fit_response
+from blockskip_pack.blockskip_core.residuals.cache import Residual
+from blockskip_pack.blockskip_core.residuals.format import RESIDUAL_FORMATS, packed, unpacked
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.residuals.sources import FoldedSource, with_response
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.training.loop import OpenResiduals, TrainingConfig
 
 PRECOMPUTE_BATCH = 16
 FITTED_DRAWS = 64

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.block_selection import BlockSelection, preset_selection
-from blockskip_pack.blockskip_core.draws import TrainingSchedule, draw_schedule
-from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
-from blockskip_pack.blockskip_core.precompute import Precomputed, precompute_residuals
-from blockskip_pack.blockskip_core.residual_cache import CacheIdentity
-from blockskip_pack.blockskip_core.residual_sources import ResidualSet
-from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig
+from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
+from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule, draw_schedule
+from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+from blockskip_pack.blockskip_core.residuals.cache import CacheIdentity
+from blockskip_pack.blockskip_core.residuals.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.residuals.sources import ResidualSet
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection, preset_selection
+from blockskip_pack.blockskip_core.training.loop import OpenResiduals, TrainingConfig
 from torch import Tensor
 
 PIXELS_PER_CELL = 8  # of FLUX's autoencoder

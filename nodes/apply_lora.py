@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.lora_files import apply_lora, describe, file_stamp, load_lora_file
+from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_stamp, load_lora_file
 from .inputs import checked, connected
 from .types import LoraModelSocket
 

@@ -13,19 +13,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from blockskip_pack.blockskip_core.block_selection import BlockSelection
-from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule
-from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
-from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
-from blockskip_pack.blockskip_core.precompute import precompute_residuals
-from blockskip_pack.blockskip_core.skipping_model import linear_names
-from blockskip_pack.blockskip_core.streams import BlockInfo, TokenStreams
-from blockskip_pack.blockskip_core.training import (
-    OpenResiduals,
-    TrainingConfig,
-    TrainingResult,
-    train_lora,
-)
+from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
+from blockskip_pack.blockskip_core.blocks.skipping_model import linear_names
+from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
+from blockskip_pack.blockskip_core.data.schedule import Draw, TrainingSchedule
+from blockskip_pack.blockskip_core.model import BlockInfo, TokenStreams
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.training.loop import OpenResiduals, TrainingConfig, TrainingResult, train_lora
 from torch import Tensor, nn
 from torch.nn import functional
 
