@@ -21,11 +21,11 @@ from blockskip_pack.blockskip_core.accounting.phase_counts import (
     token_shapes,
 )
 from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
-from blockskip_pack.blockskip_core.blocks.stand_ins import SavedBytes
+from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from memory_arms import CELL, CORE, OURS, RANK, TEXT_TOKENS, Arm
 
 WIDTH, HEADS, DOUBLE, SINGLE, CONTEXT, POOLED, CHANNELS = 512, 4, 4, 8, 768, 256, 16

@@ -8,13 +8,15 @@ Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .selection.selection import BlockSelection
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,18 @@ class SkippableDit(Protocol):
         ...
 
 
-def batches_of_equal_text(
-    draws: Iterable[int], text_length_of: Callable[[int], int], batch_size: int
-) -> list[list[int]]:
-    """Return draw indices in batches whose captions have equally many tokens, in order of first appearance."""
-    groups: dict[int, list[int]] = {}
-    for draw in draws:
-        groups.setdefault(text_length_of(draw), []).append(draw)
-    return [
-        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
-    ]
+def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds."""
+    found: dict[str, nn.Module] = {}
+    for index in selection.kept:
+        block = dit.blocks[index].name
+        for path, module in dit.module(block).named_modules():
+            name = f"{block}.{path}"
+            if is_linear(module) and wanted(name):
+                found[name] = module
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")

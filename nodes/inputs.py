@@ -127,3 +127,6 @@ def require_memory_settings(value: Any) -> None:
         raise InvalidInputError(
             f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."
         )
+
+
+NO_FILE = "none"

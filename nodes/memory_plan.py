@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from ..blockskip_core.accounting.phase_counts import MemoryNeeds
+from ..blockskip_core.accounting.memory_needs import MemoryNeeds
 from ..blockskip_core.accounting.plan import (
     CARDS,
     Change,
@@ -16,10 +16,10 @@ from ..blockskip_core.accounting.plan import (
     fits,
     peak_of,
     phase_peaks,
-    report,
     room_of_card,
     with_spare_used,
 )
+from ..blockskip_core.accounting.plan_text import report
 from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.errors import InvalidInputError
@@ -32,7 +32,7 @@ from ..blockskip_core.reporting.pictures import as_image, memory_bars
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
 from ..blockskip_core.residuals.sources import STORAGES
-from ..blockskip_core.training.loop import TrainingConfig
+from ..blockskip_core.training.config import TrainingConfig
 from .inputs import checked, connected
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket, MemorySettingsSocket

@@ -18,15 +18,9 @@ from ..blockskip_core.hosts.models.identity import conditionings_identity, model
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig, picture_metric
 from ..blockskip_core.reporting import pictures
-from ..blockskip_core.selection.selection import (
-    MAX_SKIP_RATIO,
-    BlockSelection,
-    TextInfluence,
-    measured_selection,
-    num_skipped,
-    preset_selection,
-    selection_table,
-)
+from ..blockskip_core.selection.presets import preset_selection
+from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
+from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
 from .inputs import checked, connected
 from .page.live_chart import announcer
 from .page.progress import NodeProgress

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..blocks.skipping_model import is_linear
+from ..model import is_linear
 
 QuantizeKept = Literal["off", "fp8", "int8", "4-bit"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..blocks.stand_ins import is_unpacked
+from ..blocks.weight_sharing import is_unpacked
 
 PACKED = torch.float8_e4m3fn  # what stands in for weights in a format of the host's own: has to be unpacked for use
 

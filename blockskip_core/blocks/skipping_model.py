@@ -12,21 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..model import SkippableDit
-from ..residuals.cache import Residual
+from ..model import SkippableDit, is_linear
 from ..selection.selection import BlockSelection
-from .stand_ins import (
-    AddResidual,
-    Fold,
-    FoldedBlock,
-    PassThrough,
-    Replay,
-    ReplayFront,
-    SavedBytes,
-    TrainedBlock,
-    frozen_copy,
-    weight_sharing_copy,
-)
+from .replay import Replay, Residual
+from .saved_bytes import SavedBytes
+from .stand_ins import AddResidual, Fold, FoldedBlock, PassThrough, ReplayFront, TrainedBlock
+from .weight_sharing import frozen_copy, weight_sharing_copy
 
 
 class SkippingModel:
@@ -132,20 +123,3 @@ def _trained_head(module: nn.Module) -> nn.Module:
     if next(module.children(), None) is None:
         return weight_sharing_copy(module)
     return TrainedBlock(module, checkpointed=False)
-
-
-def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds."""
-    found: dict[str, nn.Module] = {}
-    for index in selection.kept:
-        block = dit.blocks[index].name
-        for path, module in dit.module(block).named_modules():
-            name = f"{block}.{path}"
-            if is_linear(module) and wanted(name):
-                found[name] = module
-    return found
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")

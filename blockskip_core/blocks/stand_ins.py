@@ -8,42 +8,25 @@
     FoldedBlock     runs the real block in a recording pass, replays it in the training pass
 
 Those that run the real block share its weights under the block's own names, without a copy and without touching the
-block itself: see :func:`weight_sharing_copy`.
+block itself: see ``weight_sharing``.
 
 Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from ..model import BlockIO, TokenStreams
 from .out_of_place import OutOfPlace
-
-
-@dataclass
-class Replay:
-    """What the weightless stand-ins put into the stream; set before every forward.
-
-    Attributes:
-        front: Tokens leaving the front span, or None if nothing is skipped there.
-        back: Residual of the image tokens over the back span, shape (B, N, D), or None.
-        response: J of ``back_response``, shape (D, D), or None if the back residual is a constant.
-    """
-
-    front: TokenStreams | None = None
-    back: Tensor | None = None
-    response: Tensor | None = None
+from .replay import Replay
+from .saved_bytes import SavedBytes
+from .weight_sharing import weight_sharing_copy
 
 
 class PassThrough(nn.Module):
@@ -85,75 +68,6 @@ class AddResidual(nn.Module):
         if self.replay.response is not None:
             img = img + entering.img @ self.replay.response.to(entering.img)
         return self.io.result(TokenStreams(img, entering.txt), args, kwargs)
-
-
-def weight_sharing_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module tree that owns no weights of its own: same names, same memory.
-
-    Loaders that run under ``torch.inference_mode`` leave inference tensors behind, which autograd refuses to save. A
-    tensor laid over the same memory outside inference mode is an ordinary one; the original is not touched. Quantised
-    weights that can be taken apart (torch's wrapper subclasses) are put together again from such tensors. Packed bytes
-    of other classes are kept as they are: the LoRA layers never save them.
-    """
-    twin = copy.copy(module)
-    twin._parameters = {name: weight_sharing_alias(parameter) for name, parameter in module._parameters.items()}
-    twin._buffers = {name: weight_sharing_alias(buffer) for name, buffer in module._buffers.items()}
-    twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
-    copy_hooks(module, twin)
-    return twin
-
-
-def copy_hooks(module: nn.Module, twin: nn.Module) -> None:
-    """Give a copy the forward hooks of a module, in collections of its own."""
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        setattr(twin, hooks, copy.copy(getattr(module, hooks)))
-
-
-def weight_sharing_alias(tensor: Tensor | None) -> Tensor | None:
-    """Return an ordinary tensor over the memory of one that may be an inference tensor; see :func:`weight_sharing_copy`."""
-    if tensor is None or tensor.is_meta:
-        return tensor
-    with torch.inference_mode(False):
-        if is_traceable_wrapper_subclass(tensor):
-            return _alias_parts(tensor)
-        if type(tensor) not in (Tensor, nn.Parameter) and not is_unpacked(tensor):
-            return tensor
-        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-        return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
-
-
-def is_unpacked(tensor: Tensor) -> bool:
-    """Tell numbers in another class, as some file formats give small tensors, from packed bytes.
-
-    The first are used as ordinary tensors: what is computed with them would be of that class too, and such classes
-    may not let themselves be detached.
-    """
-    return tensor.is_floating_point() and tuple(tensor.shape) == tuple(tensor.size())
-
-
-def _alias_parts(tensor: Tensor) -> Tensor:
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: weight_sharing_alias(getattr(tensor, name)) for name in names}
-    twin = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
-    if isinstance(tensor, nn.Parameter):
-        twin._is_param = True  # what nn.Parameter does, but for detaching, which copies the scales of some formats
-    return twin
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """Return a weight-sharing copy that runs without gradients; hosts may leave weights trainable.
-
-    It is no module around the module: a host that finds a layer at this path writes its own marks onto it.
-    """
-    twin = weight_sharing_copy(module)
-    twin.forward = torch.no_grad()(twin.forward)
-    return twin
 
 
 class _Stand(nn.Module):
@@ -198,40 +112,6 @@ class RecordingBlock(_Stand):
         self.recording.entering = self.io.entering(args, kwargs)
         self.recording.leaving = self.io.leaving(result, args, kwargs).map(torch.clone)
         return result
-
-
-class SavedBytes:
-    """Counts the memory that is kept for a backward pass: each storage once, parameters not counted."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._seen: set[StorageWeakRef] = set()  # they keep an identity from being given twice
-
-    def add(self, value: Any) -> None:
-        """Count a tensor that is kept; anything else is ignored."""
-        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter):
-            return
-        storage = value.untyped_storage()
-        identity = StorageWeakRef(storage)  # an address would do for memory, but tensors on `meta` have none
-        if identity not in self._seen:
-            self._seen.add(identity)
-            self.total += storage.nbytes()
-
-    @contextmanager
-    def counting(self, *, dropped: bool = False) -> Iterator[None]:
-        """Count what autograd saves in this context.
-
-        Args:
-            dropped: Whether nothing is to be saved, for there will be no backward pass.
-        """
-
-        def pack(tensor: Tensor) -> Tensor | None:
-            self.add(tensor)
-            # Detached: an operation that saves its own output would hold itself alive otherwise, out of Python's reach.
-            return None if dropped else tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
 
 
 class TrainedBlock(_Stand):

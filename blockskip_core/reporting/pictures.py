@@ -13,7 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..selection.selection import BlockSelection, TextInfluence, format_bytes, window_length
+from ..selection.selection import BlockSelection
+from ..selection.text_influence import TextInfluence, window_length
+from ..units import format_bytes
 
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
 FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # told apart in grey too

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.schedule import Draw
-from ..selection.selection import BlockSelection, format_bytes
+from ..selection.selection import BlockSelection
+from ..units import format_bytes
 from .markup import Markup, element, joined, place
 from .pictures import evenly
 

@@ -19,8 +19,10 @@ from PIL import Image
 
 from ..data.schedule import TrainingSchedule
 from ..files import write_atomically
-from ..selection.selection import BlockSelection, format_bytes
-from ..training.loop import TrainingConfig, TrainingResult
+from ..selection.selection import BlockSelection
+from ..training.config import TrainingConfig
+from ..training.result import TrainingResult
+from ..units import format_bytes
 from .markup import Markup, element, joined
 from .pictures import BACK, FRONT, KEPT, evenly
 from .run_charts import block_row, crop_chart, loss_chart, smoothing_window

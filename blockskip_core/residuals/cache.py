@@ -7,7 +7,7 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
                            response, less its linear part
     latent                 the clean latent of the draw's crop
     reference              the full model's clean estimate, for the first draw of a chunk
-    *.scale                scales of tensors that are stored in eight bits (``residual_format``)
+    *.scale                scales of tensors that are stored in eight bits (``format``)
     response               how the back span answers its input (``back_response``), with the first draw of all
 
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
@@ -34,10 +34,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..blocks.replay import Residual
 from ..errors import CacheError, InvalidInputError, StorageError
 from ..files import open_tensors, write_atomically
-from ..model import TokenStreams
-from ..selection.selection import format_bytes
+from ..units import format_bytes
 from .format import SCALE_BYTES, ResidualFormat, unpacked
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class CacheIdentity:
         host: Versions of the software that computes.
         back_residual: Whether back residuals are constants or have a linear answer to their input, and what that was
             fitted on.
-        residual_format: How their numbers are written, see ``residual_format``.
+        residual_format: How their numbers are written, see ``format``.
         version: Format of the cache.
     """
 
@@ -91,38 +91,6 @@ class CacheIdentity:
     def difference(self, other: Mapping[str, object]) -> list[str]:
         """Return the names of the fields in which a manifest's identity differs."""
         return [name for name, value in asdict(self).items() if other.get(name) != value]
-
-
-@dataclass(frozen=True)
-class Residual:
-    """What is replayed for one draw, with batch axis 1.
-
-    Attributes:
-        front: Tokens leaving the front span, or None if nothing is skipped there.
-        back: Image residual of the back span, or None.
-    """
-
-    front: TokenStreams | None
-    back: Tensor | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by the names under which they are stored."""
-        named = {} if self.front is None else {f"front.{name}": x for name, x in self.front.tensors().items()}
-        return named if self.back is None else {**named, "back": self.back}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Residual:
-        """Build a residual from what :meth:`tensors` returned."""
-        front = TokenStreams(tensors["front.img"], tensors.get("front.txt")) if "front.img" in tensors else None
-        return cls(front, tensors.get("back"))
-
-    @staticmethod
-    def cat(residuals: Iterable[Residual]) -> Residual:
-        """Return the residuals joined along the batch axis."""
-        residuals = list(residuals)
-        front = None if residuals[0].front is None else TokenStreams.cat([r.front for r in residuals])
-        back = None if residuals[0].back is None else torch.cat([r.back for r in residuals])
-        return Residual(front, back)
 
 
 def predicted_bytes(

@@ -24,23 +24,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..blocks.stand_ins import PassThrough, Recording, RecordingBlock, Replay, ReplayFront, frozen_copy
+from ..blocks.replay import Replay, Residual
+from ..blocks.stand_ins import PassThrough, Recording, RecordingBlock, ReplayFront
+from ..blocks.weight_sharing import frozen_copy
 from ..data.flow_matching import noisy_batch
+from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
 from ..errors import TrainingError
-from ..model import Denoiser, SkippableDit, TokenStreams, batches_of_equal_text, plain_copy
+from ..model import Denoiser, SkippableDit, TokenStreams, plain_copy
 from ..selection.selection import BlockSelection
-from .cache import Residual
+from .source import Reference
 
 Progress = Callable[[int, int], None]  # (done, total); may raise to interrupt
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The full model's clean estimate for one draw, shape (1, C, H, W)."""
-
-    draw: int
-    denoised: Tensor
 
 
 @dataclass(frozen=True)

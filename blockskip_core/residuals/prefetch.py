@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 
-from .cache import Residual
+from ..blocks.replay import Residual
 
 ReadResidual = Callable[[int], Residual]
 

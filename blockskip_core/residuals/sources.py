@@ -1,6 +1,6 @@
 """Where a training run's residuals come from: all of them from disk, a chunk at a time, or folded into each step.
 
-See ``training`` for what the three mean. A :class:`ResidualSet` is what travels from the node that precomputes to the
+See ``source`` for what the three mean. A :class:`ResidualSet` is what travels from the node that precomputes to the
 node that trains: light, and complete enough that a source can compute what is missing.
 """
 
@@ -17,17 +17,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..blocks.replay import Residual
+from ..data.micro_batches import MicroBatches
 from ..data.schedule import TrainingSchedule
 from ..errors import CacheError, InvalidInputError
 from ..model import SkippableDit
-from ..selection.selection import BlockSelection, format_bytes
-from ..training.loop import OpenResiduals, TrainingConfig
+from ..selection.selection import BlockSelection
+from ..units import format_bytes
 from .back_response import BACK_RESIDUALS, BackResidual, constant_part, fit_response
 from .cache import (
     UNFINISHED,
     CacheIdentity,
     CacheWriter,
-    Residual,
     ResidualCache,
     is_finished,
     predicted_bytes,
@@ -35,8 +36,9 @@ from .cache import (
     require_free_space,
 )
 from .format import RESIDUAL_FORMATS, packed
-from .precompute import Precomputed, Reference, precompute_residuals
+from .precompute import Precomputed, precompute_residuals
 from .prefetch import prefetched
+from .source import OpenResiduals, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -285,11 +287,11 @@ class DiskSource:
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """Yield one stretch: the whole run, from ``start`` on."""
-        if start < config.num_micro_batches:
+        if start < len(run):
             write_cache(self._residuals, self._dit, self._progress)
-            yield _opened(self._residuals, config, range(start, config.num_micro_batches))
+            yield _opened(self._residuals, run, range(start, len(run)))
 
 
 class ChunkedSource:
@@ -299,36 +301,36 @@ class ChunkedSource:
         self._residuals, self._dit, self._progress = residuals, dit, progress
         self._response: Tensor | None = None
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """Yield the run in stretches of as many micro-batches as a chunk of draws holds.
 
         A run that starts within a chunk computes the rest of it. A linear answer is that of the first ``chunk_size`` draws,
         as on the disk; if the first stretch has others, these are computed for it.
         """
-        length = max(1, self._residuals.chunk_size // config.batch_size)
-        if start < config.num_micro_batches and _wants_response(self._residuals):
+        length = max(1, self._residuals.chunk_size // run.batch_size)
+        if start < len(run) and _wants_response(self._residuals):
             fitted = list(range(min(self._residuals.chunk_size, len(self._residuals.schedule))))
-            if start or self._draws_of(config, range(min(length, config.num_micro_batches))) != fitted:
+            if start or self._draws_of(run, range(min(length, len(run)))) != fitted:
                 self._response = _compute(self._residuals, self._dit, fitted, self._progress, None).response
-        while start < config.num_micro_batches:
-            end = min((start // length + 1) * length, config.num_micro_batches)
-            yield self._chunk(config, range(start, end))
+        while start < len(run):
+            end = min((start // length + 1) * length, len(run))
+            yield self._chunk(run, range(start, end))
             start = end
 
-    def _draws_of(self, config: TrainingConfig, micro_batches: range) -> list[int]:
+    def _draws_of(self, run: MicroBatches, micro_batches: range) -> list[int]:
         num_draws = len(self._residuals.schedule)
-        return list(dict.fromkeys(draw for batch in micro_batches for draw in config.draws_of(batch, num_draws)))
+        return list(dict.fromkeys(draw for batch in micro_batches for draw in run.draws_of(batch, num_draws)))
 
     @contextmanager
-    def _chunk(self, config: TrainingConfig, micro_batches: range) -> Iterator[OpenResiduals]:
-        residuals, draws = self._residuals, self._draws_of(config, micro_batches)
+    def _chunk(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
+        residuals, draws = self._residuals, self._draws_of(run, micro_batches)
         _require_room(residuals, self._dit, draws)
         with _written(residuals) as writer:
             part = _compute(residuals, self._dit, draws, self._progress, self._response)
             self._response = part.response
             writer.write(_records(residuals, part.computed, part.response))
         try:
-            with _opened(residuals, config, micro_batches) as opened:
+            with _opened(residuals, run, micro_batches) as opened:
                 yield opened
         finally:
             writer.discard()
@@ -337,20 +339,20 @@ class ChunkedSource:
 class FoldedSource:
     """Nothing stored: every step runs the whole network first."""
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """Yield one stretch: the whole run, from ``start`` on."""
-        if start < config.num_micro_batches:
-            yield nullcontext(OpenResiduals(range(start, config.num_micro_batches), None, None))
+        if start < len(run):
+            yield nullcontext(OpenResiduals(range(start, len(run)), None, None))
 
 
 @contextmanager
-def _opened(residuals: ResidualSet, config: TrainingConfig, micro_batches: range) -> Iterator[OpenResiduals]:
+def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
     """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
-    order = (draw for number in micro_batches for draw in config.draws_of(number, len(residuals.schedule)))
+    order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
     with _opened_cache(residuals.folder, residuals.identity) as cache:
         cache.verify()  # now, rather than after hours of training
         reference, response = cache.first("reference"), cache.first("response")
-        with prefetched(cache.residual, order, ahead=2 * config.batch_size) as residual:
+        with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format
             yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
 

@@ -1,7 +1,7 @@
 """Training states on disk: an interrupted run goes on from one and ends with the very weights it would have had.
 
 A state is all that the next step depends on: the LoRA, the optimiser's moments, and how many steps were done. There is no
-random generator in it, for every random decision of a run is in its schedule (``draws``), and the first values of the
+random generator in it, for every random decision of a run is in its schedule (``data.schedule``), and the first values of the
 LoRA follow from its seed. The learning rate follows from the number of steps.
 
 A run has a folder of its own, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its

@@ -1,12 +1,6 @@
 """The training loop of DiT-BlockSkip (arXiv 2603.20755, Sec. 3.3): settings in, LoRA out.
 
-Only the kept blocks run. Where residuals come from is the :class:`ResidualSource`'s business:
-
-    disk          all draws were precomputed; read from a cache
-    chunked       K draws at a time are precomputed, trained on and dropped
-    on the fly    every step first runs the whole network without gradients (the "folded" form): the residual of the
-                  back span follows the current LoRA, nothing is stored, but all weights stay on the device
-
+Only the kept blocks run. Where residuals come from is the business of ``residuals.source``.
 The loss is the model's own, unmodified: see ``flow_matching``.
 """
 
@@ -18,8 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,16 +21,18 @@ from torch import Tensor
 from ..adapters.lora import LoraAdapters
 from ..blocks.activation_budget import ActivationBudget
 from ..blocks.skipping_model import SkippingModel
-from ..data.flow_matching import LossWeighting, noisy_batch, velocity_loss
+from ..data.flow_matching import noisy_batch, velocity_loss
+from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
-from ..errors import InvalidInputError, StorageError, TrainingError
-from ..model import Denoiser, SkippableDit, WeightPlacement, batches_of_equal_text
-from ..residuals.cache import Residual
-from ..residuals.format import ResidualFormat
-from ..residuals.precompute import Reference
+from ..errors import StorageError, TrainingError
+from ..model import Denoiser, SkippableDit, WeightPlacement
+from ..residuals.source import OpenResiduals, ResidualSource
 from ..selection.selection import BlockSelection
 from .checkpoints import Checkpoints, TrainingState
-from .optimizers import OptimizerName, build_optimizer, optimizer_state, restore_optimizer
+from .config import TrainingConfig
+from .optimizers import build_optimizer, optimizer_state, restore_optimizer
+from .result import StepReport, TrainingResult
+from .self_check import check_against_full_model, check_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -48,153 +44,6 @@ _MOST_OVERFLOWS = (
 )
 _SCALER = "loss scale/"  # before the names of its numbers in a state
 _OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
-_EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
-
-LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long and how fast.
-
-    Attributes:
-        steps: Optimiser steps.
-        learning_rate: AdamW's. 1e-4 is what a third party reports for the paper.
-        batch_size: Draws that go through the model together.
-        accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
-        seed: Of the LoRA's initialisation.
-        lr_schedule: A schedule of diffusers.
-        warmup_steps: Only read by the schedules that warm up.
-        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
-        weight_decay: AdamW's.
-        checkpointing: Recompute each kept block's activations in backward.
-        activation_budget: Bytes that blocks may keep instead of recomputing; see ``activation_budget``. Only read with
-            checkpointing.
-        loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
-        optimizer: See ``optimizers``.
-
-    Raises:
-        InvalidInputError: If a number is out of range or a name is not known.
-    """
-
-    steps: int
-    learning_rate: float = 1e-4
-    batch_size: int = 1
-    accumulation: int = 1
-    seed: int = 0
-    lr_schedule: LearningRateSchedule = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.01
-    checkpointing: bool = True
-    activation_budget: float = 0.0
-    loss_weighting: LossWeighting = "none"
-    optimizer: OptimizerName = "AdamW"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**64:
-            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {self.seed}.")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise InvalidInputError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
-        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "activation_budget"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise InvalidInputError(f"{name} must not be negative, got {getattr(self, name)}.")
-        choices = {"lr_schedule": LearningRateSchedule, "loss_weighting": LossWeighting, "optimizer": OptimizerName}
-        for name, names in choices.items():
-            if getattr(self, name) not in get_args(names):
-                raise InvalidInputError(
-                    f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}."
-                )
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward and backward passes of the whole run."""
-        return self.steps * self.accumulation
-
-    def draws_of(self, micro_batch: int, num_draws: int) -> list[int]:
-        """Return the draw indices of a micro-batch; a run longer than the schedule starts over."""
-        start = micro_batch * self.batch_size
-        return [index % num_draws for index in range(start, start + self.batch_size)]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimiser step did.
-
-    Attributes:
-        step: Steps done, from 1.
-        losses: Loss of each micro-batch.
-        learning_rate: The one that was used.
-        grad_norm: Before clipping.
-        seconds: Wall time of the step.
-    """
-
-    step: int
-    losses: tuple[float, ...]
-    learning_rate: float
-    grad_norm: float
-    seconds: float
-
-    @property
-    def loss(self) -> float:
-        """Mean over the micro-batches."""
-        return sum(self.losses) / len(self.losses)
-
-
-@dataclass
-class TrainingResult:
-    """What a run left. Filled in as the run goes, so it is right whenever the run ends.
-
-    Attributes:
-        losses: Of every micro-batch.
-        step_seconds: Of every optimiser step since the run was started or resumed.
-        steps: Optimiser steps done.
-        self_check: Relative difference between the skipping and the full model before the first step, or None.
-        saved_bytes: Bytes that a micro-batch kept for its backward pass, parameters not counted: the larger of the first
-            two, for the second is the first with an activation budget.
-        resumed_at: Steps that an earlier run had done.
-        overflows: Steps that were left out because a gradient overflowed in float16.
-        problems: What went wrong without ending the run, in sentences.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    steps: int = 0
-    self_check: float | None = None
-    saved_bytes: int = 0
-    resumed_at: int = 0
-    overflows: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class OpenResiduals:
-    """Residuals of a stretch of micro-batches.
-
-    Attributes:
-        micro_batches: The stretch.
-        residual: Draw index -> residual; None in the folded form.
-        reference: The full model's output for one of the draws, or None in the folded form.
-        response: J of ``back_response``, or None if the back residuals are constants.
-        form: How the residuals were stored; eight bits make them inexact.
-    """
-
-    micro_batches: range
-    residual: Callable[[int], Residual] | None
-    reference: Reference | None
-    response: Tensor | None = None
-    form: ResidualFormat = "exact"
-
-
-class ResidualSource(Protocol):
-    """Hands out residuals, stretch by stretch."""
-
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Iterator[AbstractContextManager[OpenResiduals]]:
-        """Yield the stretches of a run from a micro-batch on, in order; each is open while it is trained on."""
-        ...
 
 
 # Stand-ins by path -> the model running with them in place; a SkippableDit's `running` with the run's settings.
@@ -211,30 +60,6 @@ class Interlude(Protocol):
     def __call__(self, step: int) -> None:
         """Do it. What it takes of random numbers and memory it gives back."""
         ...
-
-
-def estimated_step_bytes(
-    *, num_kept: int, tokens: int, width: int, itemsize: int, batch_size: int, checkpointing: bool, lora_numbers: int
-) -> int:
-    """Return about how much memory a step takes beside the weights, for the host to keep free.
-
-    A rule of thumb that asks for nothing but numbers; ``memory_counts`` counts exactly, and a test compares the two.
-    The LoRA takes 16 bytes a number: itself, its gradient and AdamW's two moments. A block with LoRA on all its linear layers keeps about 25 numbers per token and unit of width for its backward
-    (measured on FLUX blocks with this module's hooks: 23 in a single-stream, 25 in a double-stream block). With
-    checkpointing every block keeps its input only, and one block at a time is recomputed.
-
-    Args:
-        num_kept: Blocks that are trained.
-        tokens: Image and text tokens of one row, N + L.
-        width: D.
-        itemsize: Bytes per number.
-        batch_size: Rows.
-        checkpointing: Whether activations are recomputed.
-        lora_numbers: Trainable numbers.
-    """
-    stream = tokens * width * itemsize * batch_size
-    activations = (stream * num_kept + 25 * stream) if checkpointing else 25 * stream * num_kept
-    return activations + 16 * lora_numbers
 
 
 def train_lora(
@@ -280,7 +105,7 @@ def train_lora(
         loop.resume()
         if interlude and interlude.is_due(result.steps):  # before the first step, or the one that a resumed run lacks
             loop.pause(interlude)
-        for opening in source.stretches(config, start=result.steps * config.accumulation):
+        for opening in source.stretches(config.micro_batches, start=result.steps * config.accumulation):
             with opening as residuals:
                 for part in _between_interludes(residuals.micro_batches, config, interlude):
                     loop.run(residuals, part, place)
@@ -385,14 +210,16 @@ class _Loop:
             model.set_response(residuals.response)
             denoise = stack.enter_context(place(model.modules))
             if residuals.reference is not None and self.result.self_check is None:
-                self._check_against_full_model(model, denoise, residuals)
+                self.result.self_check = check_against_full_model(
+                    self.dit, self.schedule, self.latents, model, denoise, residuals
+                )
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)
             stretch = _Stretch(model, denoise, residuals, budget)
             yield lambda micro_batch: self._micro_batch(stretch, micro_batch)
 
     def _micro_batch(self, stretch: _Stretch, micro_batch: int) -> None:
-        draws = self.config.draws_of(micro_batch, len(self.schedule))
+        draws = self.config.micro_batches.draws_of(micro_batch, len(self.schedule))
         total = 0.0
         for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
             with ExitStack() as stack:
@@ -407,7 +234,7 @@ class _Loop:
             total += value
         self.num_counted += 1
         if micro_batch == 0:
-            self._check_gradients()
+            check_gradients(self.dit, self.selection, self.adapters)
         self.result.losses.append(total)
         self.pending.append(total)
         if len(self.pending) == self.config.accumulation:
@@ -487,36 +314,6 @@ class _Loop:
         for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
             group["lr"] = self.config.learning_rate * factor(step)
 
-    def _check_against_full_model(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
-        """Compare with the full model's recorded output, before the LoRA is attached: they must agree."""
-        reference = residuals.reference
-        noisy, _, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, [reference.draw]))
-        with torch.no_grad():
-            model.replay(residuals.residual, [reference.draw], None)
-            denoised = denoise(noisy, sigmas, [self.schedule[reference.draw].caption]).cpu()
-        removed = (noisy.cpu() - reference.denoised).norm().clamp_min(1e-12)
-        difference = ((denoised - reference.denoised).norm() / removed).item()
-        tolerance = _self_check_tolerance(residuals.residual(reference.draw), residuals.form) + self.dit.known_error
-        if not difference <= tolerance:
-            raise TrainingError(
-                f"With nothing learned yet, the model with skipped blocks differs from the full model by "
-                f"{difference:.2e} (at most {tolerance:.0e} was expected). Another node may have changed the model "
-                "after Precompute Residuals; connect the same MODEL to both nodes."
-                + (" Or quantisation costs this model too much; choose a finer one." if self.dit.known_error else "")
-            )
-        self.result.self_check = difference
-
-    def _check_gradients(self) -> None:
-        """Require a gradient in every kept block; B is zero at the start, so only its own gradient can be."""
-        for index in self.selection.kept:
-            block = self.dit.blocks[index].name + "."
-            ups = [self.adapters.up(name) for name in self.adapters.names if name.startswith(block)]
-            if ups and not any(up.grad is not None and up.grad.any() for up in ups):
-                raise TrainingError(
-                    f"Block {block[:-1]} got no gradient in the first step. This is a fault of the adapter for "
-                    f"the {self.dit.family} family; please report it."
-                )
-
     def _require_finite(self, value: float, what: str, micro_batch: int) -> None:
         if not math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
@@ -538,11 +335,3 @@ class _Loop:
 
     def _text_length(self, draw: int) -> int:
         return self.dit.text_length(self.schedule[draw].caption)
-
-
-def _self_check_tolerance(residual: Residual, form: ResidualFormat) -> float:
-    """Return what rounding may do to the stored tokens, with room for other kernels at other batch sizes."""
-    if form != "exact":
-        return _EIGHT_BIT_TOLERANCE
-    dtype = next((tensor.dtype for tensor in residual.tensors().values()), None)
-    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 2e-2)

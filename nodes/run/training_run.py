@@ -12,23 +12,12 @@ from typing import Any, get_args
 import comfy.model_management
 import torch
 
-from ...blockskip_core.accounting.phase_counts import MemoryNeeds
-from ...blockskip_core.accounting.plan import (
-    MemorySettings,
-    Verdict,
-    advice,
-    changes_that_fit,
-    fits,
-    verdict_on_training,
-)
-from ...blockskip_core.adapters.lora import (
-    LinearShape,
-    LoraAdapters,
-    LoraFileFormat,
-    LoraSettings,
-    to_file_tensors,
-    to_host_lora,
-)
+from ...blockskip_core.accounting.memory_needs import MemoryNeeds
+from ...blockskip_core.accounting.plan import MemorySettings, Verdict, changes_that_fit, fits, verdict_on_training
+from ...blockskip_core.accounting.plan_text import advice
+from ...blockskip_core.accounting.step_estimate import estimated_step_bytes
+from ...blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
+from ...blockskip_core.adapters.lora_formats import LoraFileFormat, to_file_tensors, to_host_lora
 from ...blockskip_core.errors import BlockSkipError, CacheError, InvalidInputError, StorageError, TrainingError
 from ...blockskip_core.hosts.files.folders import run_folder
 from ...blockskip_core.hosts.files.lora_files import (
@@ -49,12 +38,13 @@ from ...blockskip_core.hosts.sampling.training_samples import SampleRequest
 from ...blockskip_core.model import WeightPlacement
 from ...blockskip_core.reporting.run_report import RunReport, write_report
 from ...blockskip_core.residuals.sources import ResidualSet
-from ...blockskip_core.selection.selection import format_bytes
 from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
-from ...blockskip_core.training.loop import StepReport, TrainingConfig, TrainingResult, estimated_step_bytes, train_lora
+from ...blockskip_core.training.config import TrainingConfig
+from ...blockskip_core.training.loop import train_lora
+from ...blockskip_core.training.result import StepReport, TrainingResult
+from ...blockskip_core.units import format_bytes
 from ...blockskip_core.version import VERSION
-from ..apply_lora import NO_FILE
-from ..inputs import require_memory_settings
+from ..inputs import NO_FILE, require_memory_settings
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
 from .peak_memory import PeakMemory

@@ -147,7 +147,7 @@ def _fill_before(disk: Path, pattern: str, room: int, how: str, once: bool) -> N
             atomic(path, write)
 
     full: list[str] = []
-    for name in ("residual_cache", "checkpoints", "hosts.lora_files", "run_report"):
+    for name in ("residuals.cache", "training.checkpoints", "hosts.files.lora_files", "reporting.run_report"):
         tiny_graph.pack(f"blockskip_core.{name}").write_atomically = write_atomically
 
 

@@ -71,7 +71,13 @@ def requirements():
 
 def test_everything_that_a_user_needs_is_shipped(shipped):
     assert [name for name in NEEDED if name not in shipped] == []
-    folders = ("workflows", "*"), ("web", "**/*"), ("locales", "**/*"), ("nodes", "*.py"), ("blockskip_core", "**/*.py")
+    folders = (
+        ("workflows", "*"),
+        ("web", "**/*"),
+        ("locales", "**/*"),
+        ("nodes", "**/*.py"),
+        ("blockskip_core", "**/*.py"),
+    )
     for folder, pattern in folders:
         there = {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern) if path.is_file()}
         assert there

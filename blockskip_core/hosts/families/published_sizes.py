@@ -109,13 +109,14 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "SD3.5-Medium": _sd35(24, 384, list(range(13))),
     }
 )
+META = torch.device("meta")
 
 
 def published_model(
     name: str,
     dtype: torch.dtype = torch.bfloat16,
     cast_to: torch.dtype | None = None,
-    device: torch.device = torch.device("meta"),
+    device: torch.device = META,
 ) -> Any:
     """Return the host's model (a BaseModel) of a published size, with every weight on the meta device.
 

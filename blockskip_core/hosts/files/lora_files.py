@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...adapters.lora import LoraAdapters, metadata_from_strings, metadata_to_strings
+from ...adapters.lora import LoraAdapters
+from ...adapters.lora_formats import metadata_from_strings, metadata_to_strings
 from ...errors import InvalidInputError, LoraFileError, StorageError
 from ...files import open_tensors, remove_leftovers, write_atomically
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.model_management
 
-from ...accounting.phase_counts import MemoryNeeds, RunPlan, StoredWeights, memory_needs
+from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memory_needs
 from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings

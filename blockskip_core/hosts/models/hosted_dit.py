@@ -1,4 +1,4 @@
-"""A MODEL of the host as a :class:`~..streams.SkippableDit`.
+"""A MODEL of the host as a :class:`~...model.SkippableDit`.
 
 The user's MODEL is never changed. A run makes a clone of the patcher (it shares the weights), gives it stand-ins as
 object patches, loads it through the host's own model management and unloads it in the end, which puts the original
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...adapters.lora import LoraTargets
-from ...blocks.skipping_model import is_linear, linear_names
 from ...errors import UnsupportedModelError
-from ...model import BlockInfo, Denoiser, WeightPlacement
+from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear, linear_names
 from ...selection.selection import BlockSelection
 from ..families.base import TEXT_TOKENS
 from ..families.registry import adapter_for

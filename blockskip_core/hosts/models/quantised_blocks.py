@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_shrunk, predicted_bytes, stored_bytes
-from ...blocks.stand_ins import copy_hooks, weight_sharing_copy
+from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError
 from ...model import BlockInfo, Denoiser, WeightPlacement
 from .hosted_dit import HostedDit

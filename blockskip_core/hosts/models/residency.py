@@ -28,8 +28,8 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ...blocks.skipping_model import is_linear
-from ...blocks.stand_ins import weight_sharing_alias, weight_sharing_copy
+from ...blocks.weight_sharing import weight_sharing_alias, weight_sharing_copy
+from ...model import is_linear
 
 MODEL_PREFIX = "diffusion_model."
 

@@ -1,4 +1,4 @@
-"""A model without weights as a :class:`~..streams.SkippableDit`: for counting what a run will take, before it.
+"""A model without weights as a :class:`~...model.SkippableDit`: for counting what a run will take, before it.
 
 The host's own classes run on the ``meta`` device. The host's loader is not used: it would make the weights real.
 Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that whoever counts sees them come and go.
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ...accounting.measuring import FusedAttention
 from ...accounting.weightless import PACKED, replaced, weightless_copy
-from ...blocks.skipping_model import is_linear
-from ...model import BlockInfo, Denoiser, WeightPlacement
+from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..families.base import TEXT_TOKENS
 from ..families.published_sizes import published_model
 from ..families.registry import adapter_for

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError
-from ...selection.selection import cosine_distance
+from ...selection.text_influence import cosine_distance
 from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frame
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.lora import LoraAdapters
-from ...blocks.stand_ins import weight_sharing_copy
+from ...blocks.weight_sharing import weight_sharing_copy
 from ...errors import InvalidInputError
 from ...model import Denoiser
 from ...selection.selection import BlockSelection

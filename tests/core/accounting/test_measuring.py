@@ -7,7 +7,8 @@ import torch
 from blockskip_pack.blockskip_core.accounting.measuring import Counting, FusedAttention
 from blockskip_pack.blockskip_core.accounting.weightless import replaced, weightless_copy
 from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
-from blockskip_pack.blockskip_core.blocks.stand_ins import SavedBytes, TrainedBlock
+from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
+from blockskip_pack.blockskip_core.blocks.stand_ins import TrainedBlock
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from blockskip_pack.blockskip_core.blocks.activation_budget import ActivationBudget
+from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
 from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
-from blockskip_pack.blockskip_core.blocks.stand_ins import SavedBytes, TrainedBlock
+from blockskip_pack.blockskip_core.blocks.stand_ins import TrainedBlock
+from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.errors import InvalidInputError
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 
 from ..plain_dit import MemorySource, PlainDit, latents, lora_for, schedule, selection, train
 
@@ -31,7 +33,7 @@ def counted_blocks():
     dit, chosen = PlainDit(), selection(FRONT, BACK)
     model = SkippingModel(dit, chosen, checkpointed=True, folded=False)
     source = MemorySource(dit, chosen, schedule(), latents())
-    (opening,) = source.stretches(TrainingConfig(steps=1))
+    (opening,) = source.stretches(MicroBatches(steps=1))
     adapters = lora_for(dit, chosen)
     budget = ActivationBudget(model.trained_blocks, 1)
     with opening as residuals, dit.running(model.modules) as denoise:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from blockskip_pack.blockskip_core.reporting import pictures
-from blockskip_pack.blockskip_core.selection.selection import BlockSelection, TextInfluence
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence
 
 NAMES = [f"double_blocks.{index}" for index in range(2)] + [f"single_blocks.{index}" for index in range(4)]
 

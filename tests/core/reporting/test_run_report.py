@@ -24,7 +24,8 @@ from blockskip_pack.blockskip_core.reporting.run_report import (
     write_report,
 )
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig, TrainingResult
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
+from blockskip_pack.blockskip_core.training.result import TrainingResult
 from PIL import Image
 
 NAMES = [f"double_blocks.{index}" for index in range(2)] + [f"single_blocks.{index}" for index in range(4)]

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.blocks.replay import Residual
 from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
 from blockskip_pack.blockskip_core.blocks.stand_ins import RecordingBlock
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.data.micro_batches import batches_of_equal_text
 from blockskip_pack.blockskip_core.errors import TrainingError
-from blockskip_pack.blockskip_core.model import TokenStreams, batches_of_equal_text
-from blockskip_pack.blockskip_core.residuals.cache import Residual
+from blockskip_pack.blockskip_core.model import TokenStreams
 from blockskip_pack.blockskip_core.residuals.precompute import _runs_that_fit, precompute_residuals
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 

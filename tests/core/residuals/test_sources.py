@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.residuals import sources as residual_sources
 from blockskip_pack.blockskip_core.residuals.cache import (
@@ -24,7 +25,6 @@ from blockskip_pack.blockskip_core.residuals.sources import (
     stored_latents,
     write_cache,
 )
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
 
 from ..plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, lora_for, schedule, selection, train
 
@@ -168,7 +168,7 @@ def test_a_disk_without_room_is_said_before_the_model_runs(tmp_path):
     chunked = residual_set(tmp_path, "chunked")
     with (
         pytest.raises(InvalidInputError, match="on disk"),
-        next(chunked.source(dit, quiet).stretches(TrainingConfig(steps=3))),
+        next(chunked.source(dit, quiet).stretches(MicroBatches(steps=3))),
     ):
         pass
     assert not residuals.folder.exists()

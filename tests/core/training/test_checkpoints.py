@@ -8,7 +8,9 @@ import torch
 from blockskip_pack.blockskip_core.errors import CheckpointError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig, TrainingResult, _Loop, train_lora
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
+from blockskip_pack.blockskip_core.training.loop import _Loop, train_lora
+from blockskip_pack.blockskip_core.training.result import TrainingResult
 from safetensors.torch import load_file, save_file
 
 from ..plain_dit import PlainDit, lora_for

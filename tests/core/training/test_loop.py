@@ -1,18 +1,14 @@
 """The training loop on a plain model in float64, against independent autograd."""
 
 import math
-import re
 from contextlib import nullcontext
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, velocity_loss
-from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
+from blockskip_pack.blockskip_core.errors import TrainingError
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
-from torch import nn
 
 from ..plain_dit import (
     MemorySource,
@@ -144,17 +140,6 @@ def test_a_loss_weighting_is_that_of_the_sd3_paper(weighting):
     assert result.losses == [pytest.approx(expected, rel=1e-6)]  # diffusers rounds the factors to float32
 
 
-def test_the_velocity_error_is_that_of_the_explicit_velocities():
-    generator = torch.Generator().manual_seed(0)
-    clean, noise, denoised = (torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(3))
-    sigmas = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
-    weight = sigmas.view(-1, 1, 1, 1)
-    noisy = (1 - weight) * clean + weight * noise
-    velocity = (noisy - denoised) / weight
-    expected = (velocity - (noise - clean)).square().flatten(1).mean(1)
-    torch.testing.assert_close(velocity_loss(denoised, clean, sigmas), expected, atol=1e-12, rtol=0.0)
-
-
 def test_no_gradient_lands_on_the_model():
     dit = trained(1, 2)[0]
     assert all(parameter.grad is None for parameter in dit.net.parameters())
@@ -228,32 +213,9 @@ def test_the_learning_rate_follows_its_schedule():
 
 
 def test_a_run_longer_than_the_schedule_starts_over():
-    config = TrainingConfig(steps=3, batch_size=3)
-    assert [config.draws_of(i, 4) for i in range(3)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
     *_, result, _ = trained(1, 2, zero=True, steps=8, learning_rate=1e-12)
     assert result.losses[:4] == pytest.approx(result.losses[4:], rel=1e-6)
     assert len(set(result.losses[:4])) == 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"accumulation": -1}, "accumulation must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
-        ({"learning_rate": float("inf")}, "learning_rate must be positive"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
-        ({"weight_decay": float("nan")}, "weight_decay must not be negative"),
-        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
-        ({"lr_schedule": "sawtooth"}, "lr_schedule must be one of constant"),
-        ({"loss_weighting": "all"}, "loss_weighting must be one of none"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(InvalidInputError, match=message):
-        TrainingConfig(**{"steps": 1, **settings})
 
 
 # --- the model stays as it was -----------------------------------------------------------------------------------
@@ -321,63 +283,6 @@ def test_weights_that_are_inference_tensors_can_be_trained_over(source):
     ordinary.net.to(torch.float32).to(torch.float64)
     got = trained(1, 2, dit=dit, batch_size=2, source=source)[4]
     assert_same_gradients(got, trained(1, 2, dit=ordinary, batch_size=2, source=source)[4])
-
-
-# --- what the stand-ins hold -------------------------------------------------------------------------------------
-
-
-def storages(module: nn.Module) -> set[int]:
-    """Return the memory of every tensor that can be reached from a module, registered or not."""
-    found, seen, queue = set(), set(), [module]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            found.add(item.untyped_storage().data_ptr())
-        elif isinstance(item, dict):
-            queue.extend(item.values())
-        elif isinstance(item, (list, tuple, set)):
-            queue.extend(item)
-        elif isinstance(item, nn.Module) or hasattr(item, "__dataclass_fields__"):
-            queue.append(vars(item))
-    return found
-
-
-@pytest.mark.parametrize(("front", "back"), SPANS)
-def test_no_weight_of_a_skipped_block_is_held_while_training(front, back):
-    dit, chosen = PlainDit(), selection(front, back)
-    model = SkippingModel(dit, chosen, checkpointed=True, folded=False)
-    held = set().union(*(storages(module) for module in model.modules.values()))
-    for index, block in enumerate(dit.blocks):
-        weights = {p.untyped_storage().data_ptr() for p in dit.module(block.name).parameters()}
-        if index in chosen.kept:
-            assert weights <= held
-        else:
-            assert held.isdisjoint(weights)
-
-
-def test_stand_ins_share_the_weights_under_the_blocks_own_names():
-    dit = PlainDit()
-    for folded in (False, True):
-        model = SkippingModel(dit, selection(1, 2), checkpointed=True, folded=folded)
-        for name, module in model.modules.items():
-            original = dict(dit.module(name).named_parameters())
-            shared = dict(module.named_parameters())
-            assert shared.keys() in (original.keys(), set())
-            for key, parameter in shared.items():
-                assert parameter.data_ptr() == original[key].data_ptr()
-                assert parameter is not original[key]
-
-
-def test_attributes_of_a_block_can_be_read_off_its_stand_in():
-    dit = PlainDit()
-    dit.module("single_blocks.0").num_heads = 17
-    stand_in = SkippingModel(dit, selection(1, 2), checkpointed=True, folded=False).modules["single_blocks.0"]
-    assert stand_in.num_heads == 17
-    with pytest.raises(AttributeError):
-        _ = stand_in.nonsense
 
 
 # --- runs that must stop -----------------------------------------------------------------------------------------
@@ -453,46 +358,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
     assert all(torch.equal(a, b) for a, b in zip(adapters.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("spans", "stream"), [((1, 2), "back"), ((1, 2), "front"), ((0, 1), "back"), ((2, 0), "front")]
-)
-def test_residuals_of_another_model_are_noticed_before_the_first_step(spans, stream):
-    dit, chosen, plan, clean = PlainDit(), selection(*spans), schedule(), latents()
-    source = MemorySource(dit, chosen, plan, clean)
-    residual = source.computed.residuals[0]
-    tensor = residual.back if stream == "back" else residual.front.img
-    tensor.mul_(1.01)
-    adapters = lora_for(dit, chosen)
-    before = [p.detach().clone() for p in adapters.parameters()]
-    with pytest.raises(TrainingError, match="differs from the full model by .*connect the same MODEL to both nodes"):
-        train(dit, chosen, source, adapters, plan=plan, clean=clean)
-    assert all(torch.equal(a, b) for a, b in zip(adapters.parameters(), before, strict=True))
-
-
-def test_a_model_that_has_changed_since_is_noticed():
-    dit, chosen, plan, clean = PlainDit(), selection(1, 2), schedule(), latents()
-    source = MemorySource(dit, chosen, plan, clean)
-    with torch.no_grad():
-        dit.module("single_blocks.0").narrow.weight.mul_(1.05)
-    with pytest.raises(TrainingError, match="differs from the full model"):
-        train(dit, chosen, source, lora_for(dit, chosen), plan=plan, clean=clean)
-
-
-def test_the_self_check_compares_before_the_lora_acts():
-    *_, result, _ = trained(1, 2, zero=False)
-    assert result.self_check < 1e-12
-
-
-def test_a_kept_block_without_gradient_is_noticed():
-    dit, chosen = PlainDit(), selection(1, 2)
-    adapters = lora_for(dit, chosen)
-    for name in adapters.names:
-        if name.startswith("double_blocks.1."):
-            adapters.up(name).register_hook(torch.zeros_like)
-    with pytest.raises(TrainingError, match=re.escape("Block double_blocks.1 got no gradient in the first step")):
-        train(dit, chosen, MemorySource(dit, chosen, schedule(), latents()), adapters)
-
-
 # --- waiting for the device --------------------------------------------------------------------------------------
 
 
@@ -512,18 +377,7 @@ def test_each_loss_is_read_once(monkeypatch):
     assert [b - a for a, b in zip(steps, steps[1:], strict=False)] == [2, 2]
 
 
-# --- the head, and half precision --------------------------------------------------------------------------------
-
-
-def test_a_head_of_one_layer_runs_as_that_layer():
-    """A host writes marks onto layers, and reads them in their forward."""
-    dit = PlainDit()
-    model = SkippingModel(dit, selection(1, 1), checkpointed=True, folded=False)
-    head = model.modules["head"]
-    assert type(head) is nn.Linear
-    assert head is not dit.module("head")
-    assert head.weight.data_ptr() == dit.module("head").weight.data_ptr()
-    assert model.linears()["head"] is head
+# --- half precision ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.optimizers import build_optimizer
 from torch import nn
 

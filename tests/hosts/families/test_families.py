@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors, to_host_lora
+from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors, to_host_lora
+from blockskip_pack.blockskip_core.blocks.replay import Residual
 from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, velocity_loss
 from blockskip_pack.blockskip_core.errors import InvalidInputError
-from blockskip_pack.blockskip_core.residuals.cache import Residual
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 
@@ -38,7 +38,7 @@ def _model_is_left_as_it_was(comfyui, patcher):
     """After every test the MODEL has the same modules and weights, and nothing of ours on it."""
     modules, before = dict(patcher.model.named_modules()), weights(patcher)
     yield
-    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import unload
+    from blockskip_pack.blockskip_core.hosts.models.residency import unload
 
     unload(patcher)
     now = dict(patcher.model.named_modules())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors, to_host_lora
+from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors, to_host_lora
 from blockskip_pack.blockskip_core.errors import InvalidInputError, LoraFileError, StorageError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -79,7 +79,7 @@ def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(fil
 
 
 def _nothing():
-    from blockskip_pack.blockskip_core.residuals.cache import Residual
+    from blockskip_pack.blockskip_core.blocks.replay import Residual
 
     return Residual(None, None)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.accounting.phase_counts import RunPlan, memory_needs
+from blockskip_pack.blockskip_core.accounting.memory_needs import RunPlan, memory_needs
 from blockskip_pack.blockskip_core.accounting.plan import MemorySettings, fits, peak_of, room_of_card, with_spare_used
 from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
-from blockskip_pack.blockskip_core.selection.selection import preset_selection
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
+from blockskip_pack.blockskip_core.selection.presets import preset_selection
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 
 GIB = 2**30
 TEXT_TOKENS = 512  # a long caption; ComfyUI fills short ones up to 256

@@ -311,7 +311,7 @@ def test_the_host_samples_the_same_picture_before_and_after(comfyui):
 
 
 def test_a_lora_that_the_user_has_applied_stays_in_force(comfyui):
-    from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors
+    from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
     from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
 
     clean, spans = clean_latents(), chosen(1, 2)
@@ -330,7 +330,7 @@ def test_a_lora_that_the_user_has_applied_stays_in_force(comfyui):
     folded = run(patcher, spans, steps=2, batch_size=2, source=FoldedSource())[0]
     assert folded.losses[0] == pytest.approx(result.losses[0], rel=1e-4)
 
-    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import unload
+    from blockskip_pack.blockskip_core.hosts.models.residency import unload
 
     assert torch.equal(full_forward(dit, clean, [0]), before)
     assert torch.equal(host_sample(patcher), picture)
@@ -341,7 +341,7 @@ def test_a_lora_that_the_user_has_applied_stays_in_force(comfyui):
 
 
 def test_a_training_does_not_see_another_clones_patches(comfyui):
-    from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors
+    from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
     from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
 
     plain, clean = tiny_flux(), clean_latents()
@@ -354,7 +354,7 @@ def test_a_training_does_not_see_another_clones_patches(comfyui):
 
 def test_unloading_a_model_leaves_others_loaded(comfyui):
     import comfy.model_management
-    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import unload
+    from blockskip_pack.blockskip_core.hosts.models.residency import unload
 
     other, patcher = tiny_flux(seed=9), tiny_flux()
     run(patcher, chosen(1, 2))

@@ -18,7 +18,7 @@ def identity(comfyui):
 
 
 def patched(patcher, strength=0.7, size=0.05):
-    from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors
+    from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
     from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
 
     adapters = flux_lora(hosted(patcher), chosen(0, 0), zero=False, size=size)

@@ -269,7 +269,7 @@ def test_the_model_samples_and_trains_as_before_afterwards():
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_format):
-    from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors
+    from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
     from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
 
     plain = flux()

@@ -180,7 +180,8 @@ def test_what_another_node_has_put_in_stays_in(comfyui):
 
 def test_weights_that_autograd_saves_are_brought_to_the_device_with_the_users_patches(a_card):
     """A streamed run: matrices stay in host memory, everything else is on the card, a LoRA on a norm included."""
-    from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel, is_linear
+    from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
+    from blockskip_pack.blockskip_core.model import is_linear
 
     patcher = a_card(10**12)
     key = "diffusion_model.double_blocks.1.img_attn.norm.query_norm.scale"

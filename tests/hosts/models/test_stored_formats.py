@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
-from blockskip_pack.blockskip_core.blocks.stand_ins import weight_sharing_copy
+from blockskip_pack.blockskip_core.blocks.weight_sharing import weight_sharing_copy
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
 from blockskip_pack.blockskip_core.errors import UnsupportedModelError
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
@@ -159,7 +159,7 @@ def test_nothing_of_a_weights_size_is_saved_for_backward(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_left_as_it_was(tmp_path, name):
-    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import unload
+    from blockskip_pack.blockskip_core.hosts.models.residency import unload
 
     patcher = make(tmp_path, name)
     picture = forward(patcher)
@@ -221,9 +221,9 @@ def test_scales_are_part_of_the_identity(tmp_path, name):
 @pytest.mark.parametrize("name", ["fp8 cast", "fp8 scaled", "int8", "nvfp4", "convrot w4a4"])
 def test_a_lora_that_the_user_has_applied_stays_in_force(tmp_path, name):
     """The host rounds the patched weights to the format again, the same way in every load."""
-    from blockskip_pack.blockskip_core.adapters.lora import to_file_tensors
+    from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
     from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
-    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import unload
+    from blockskip_pack.blockskip_core.hosts.models.residency import unload
 
     plain = make(tmp_path, name)
     dit = hosted(plain)
@@ -274,7 +274,7 @@ def test_a_run_on_it_can_be_counted_before_it_starts(tmp_path, name):
     from blockskip_pack.blockskip_core.accounting.plan import MemorySettings
     from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
     from blockskip_pack.blockskip_core.hosts.models.counted_run import CountedRun
-    from blockskip_pack.blockskip_core.training.loop import TrainingConfig
+    from blockskip_pack.blockskip_core.training.config import TrainingConfig
 
     dit = hosted(make(tmp_path, name))
     run = CountedRun(dit, SPANS, LoraSettings(rank=2, alpha=2), captions=3, draws=4, chunk_size=2)

@@ -15,7 +15,7 @@ from blockskip_pack.blockskip_core.accounting.phase_counts import (
     token_shapes,
 )
 from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
-from blockskip_pack.blockskip_core.training.loop import TrainingConfig
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 
 from ..hosted_runs import LATENT_SHAPE, chosen, hosted
 from ..tiny_flux import assert_same_weights, tiny_flux, weights
@@ -138,9 +138,9 @@ def test_the_model_is_left_as_it_was_and_nothing_becomes_real():
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_what_the_host_is_asked_to_keep_free_is_enough_at_full_size(checkpointing):
     """FLUX.1-dev at 256 px with 512 text tokens, the first 19 and the last 10 blocks skipped."""
+    from blockskip_pack.blockskip_core.accounting.step_estimate import estimated_step_bytes
     from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
     from blockskip_pack.blockskip_core.selection.selection import BlockSelection
-    from blockskip_pack.blockskip_core.training.loop import estimated_step_bytes
 
     shape, text = (16, 32, 32), 512
     caption = [[torch.zeros(1, text, 4096), {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings, to_host_lora
+from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
+from blockskip_pack.blockskip_core.adapters.lora_formats import to_host_lora
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 
