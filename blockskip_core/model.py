@@ -172,9 +172,9 @@ class SkippableDit(Protocol):
 
 
 def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds."""
+    """Return the linear layers of the adapted blocks for which ``wanted(native name)`` holds."""
     found: dict[str, nn.Module] = {}
-    for index in selection.kept:
+    for index in selection.adapted:
         block = dit.blocks[index].name
         for path, module in dit.module(block).named_modules():
             name = f"{block}.{path}"

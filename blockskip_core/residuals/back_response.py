@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-BackResidual = Literal["constant", "linear"]
+BackResidual = Literal["constant", "linear", "exact"]
 BACK_RESIDUALS: tuple[str, ...] = get_args(BackResidual)
 RIDGE = 0.01  # of the mean variance of h; keeps directions that were hardly seen from being trusted
 

@@ -65,8 +65,8 @@ class ResidualSet:
         chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
         folder: The folder of this set's own.
         family: The model family.
-        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
-            read on the fly.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; neither
+            is read on the fly. "exact" goes with a selection that freezes its last blocks and skips none of them.
     """
 
     schedule: TrainingSchedule
@@ -84,6 +84,10 @@ class ResidualSet:
         if self.back_residual not in BACK_RESIDUALS:
             raise InvalidInputError(
                 f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
+            )
+        if self.back_residual == "exact" and self.selection.back:
+            raise InvalidInputError(
+                f"An exact back freezes the last blocks, and this selection skips {self.selection.back} of them."
             )
         if self.identity.residual_format not in RESIDUAL_FORMATS:
             raise InvalidInputError(

@@ -59,7 +59,7 @@ def check_gradients(dit: SkippableDit, selection: BlockSelection, adapters: Lora
     Raises:
         TrainingError: If a kept block has none.
     """
-    for index in selection.kept:
+    for index in selection.adapted:
         block = dit.blocks[index].name + "."
         ups = [adapters.up(name) for name in adapters.names if name.startswith(block)]
         if ups and not any(up.grad is not None and up.grad.any() for up in ups):
