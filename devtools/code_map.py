@@ -14,8 +14,11 @@ PLACE_OF_TEXT = 44
 
 def code_files(root: Path = ROOT) -> list[Path]:
     """Return all files with code, folder by folder."""
-    found = [path for folder in FOLDERS for path in (root / folder).rglob("*") if path.suffix in (".py", *COMMENTED)]
-    return sorted(root.glob("*.py")) + sorted(found, key=lambda path: (path.parent, path.name))
+    found = sorted(root.glob("*.py"))
+    for folder in FOLDERS:
+        code = (path for path in (root / folder).rglob("*") if path.suffix in (".py", *COMMENTED))
+        found += sorted(code, key=lambda path: (path.parent, path.name))
+    return found
 
 
 def first_line(path: Path) -> str:
