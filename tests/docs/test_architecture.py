@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 from blockskip_pack.devtools.code_map import code_files, code_map, first_line
@@ -48,6 +49,15 @@ def test_the_map_has_every_file_once():
         elif word:
             listed.append(folder + word)
     assert sorted(listed) == sorted(map(name, FILES))
+
+
+def test_the_map_has_all_code_of_the_repository():
+    if not (ROOT / ".git").exists():
+        pytest.skip("what is in the repository is known from git, and this is no git checkout")
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    code = {file for file in listed if file.endswith((".py", ".mjs", ".js", ".cpp")) and (ROOT / file).is_file()}
+    assert sorted(code) == sorted(map(name, FILES))
 
 
 def test_the_map_finds_a_file_without_a_docstring(tmp_path):
