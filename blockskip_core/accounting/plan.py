@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import InvalidInputError
 from ..training.config import TrainingConfig
@@ -72,7 +73,7 @@ class Change:
     apply: Callable[[MemorySettings], MemorySettings]
 
 
-def _config(**fields: object) -> Callable[[MemorySettings], MemorySettings]:
+def _config(**fields: Any) -> Callable[[MemorySettings], MemorySettings]:
     def apply(settings: MemorySettings) -> MemorySettings:
         changed = replace(settings.config, **fields)
         return settings if changed == settings.config else replace(settings, config=changed)
@@ -201,7 +202,7 @@ def with_spare_used(
     if not settings.config.checkpointing:
         return settings
 
-    def possible(**fields: object) -> MemorySettings | None:
+    def possible(**fields: Any) -> MemorySettings | None:
         changed = _config(**fields)(settings)
         return changed if fits(peak_of(changed, count(changed)), available) else None
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_shrunk, predicted_bytes, stored_bytes
 from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError
-from ...model import BlockInfo, Denoiser, WeightPlacement
+from ...model import BlockInfo, Denoiser, WeightPlacement, WrappedDit
 from .hosted_dit import HostedDit
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def require_available(weight_format: str, device: torch.device) -> None:
         )
 
 
-class QuantisedDit:
+class QuantisedDit(WrappedDit):
     """A :class:`HostedDit` whose named blocks are quantised; everything else is the HostedDit's.
 
     Args:
@@ -103,13 +103,11 @@ class QuantisedDit:
 
     def __init__(self, dit: HostedDit, names: Sequence[str], weight_format: str) -> None:
         require_available(weight_format, dit.device)
+        super().__init__(dit)
         self.layer_errors: dict[str, float] = {}
         self._dit, self._names, self._format = dit, list(names), weight_format
         self._blocks: dict[str, nn.Module] = {}
         self._baked: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_dit"], name)
 
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
@@ -156,7 +154,7 @@ class QuantisedDit:
         layers = (layer for name in self._names for _, layer in self._shrunk(self._dit.module(name)))
         return max((math.prod(layer.weight.shape) for layer in layers), default=0)
 
-    def _shrunk(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    def _shrunk(self, block: nn.Module) -> list[tuple[str, nn.Linear]]:
         return [(path, layer) for path, layer in block.named_modules() if is_shrunk(layer, self._format)]
 
     def quantise(self, progress: Progress | None = None) -> None:
@@ -179,7 +177,7 @@ class QuantisedDit:
                     progress(done, len(found))
         self._blocks = blocks
 
-    def _quantised(self, name: str, layer: nn.Module, linear_class: type[nn.Module]) -> nn.Module:
+    def _quantised(self, name: str, layer: nn.Linear, linear_class: Any) -> nn.Module:
         weight = self._with_patches(name, layer)
         packed = _packed(weight, self._format)
         error = (packed.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)
@@ -193,10 +191,10 @@ class QuantisedDit:
         _share_place(layer, linear)
         return linear
 
-    def _with_patches(self, name: str, layer: nn.Module) -> Tensor:
+    def _with_patches(self, name: str, layer: nn.Linear) -> Tensor:
         """Return a layer's weight as the host would load it, in float32 on the device."""
         patcher, key = self._dit.patcher, f"diffusion_model.{name}.weight"
-        weight = layer.weight
+        weight: Tensor = layer.weight
         if key in patcher.patches:
             weight = patcher.patch_weight_to_device(key, device_to=self._dit.device, return_weight=True)
             self._baked.add(key)
@@ -213,11 +211,11 @@ def _layout(weight_format: str) -> str:
     return comfy.quant_ops.QUANT_ALGOS[WEIGHT_FORMATS[weight_format].algorithm]["comfy_tensor_layout"]
 
 
-def _weight_only_linear(dtype: torch.dtype) -> type[nn.Module]:
+def _weight_only_linear(dtype: torch.dtype) -> Any:
     """Return the host's class for quantised layers, in the form that never quantises inputs."""
     host_class = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True).Linear
 
-    class WeightOnlyLinear(host_class):
+    class WeightOnlyLinear(host_class):  # type: ignore[misc, valid-type]  # the class is made by a call
         def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             # The host hands the weight on quantised if its nominal dtype fits, and some formats then quantise x.
             if isinstance(weight, comfy.quant_ops.QuantizedTensor):
@@ -227,7 +225,7 @@ def _weight_only_linear(dtype: torch.dtype) -> type[nn.Module]:
     return WeightOnlyLinear
 
 
-def _share_place(layer: nn.Module, quantised: nn.Module) -> None:
+def _share_place(layer: Any, quantised: Any) -> None:
     """Give a layer's place in the host's virtual memory to its quantised form: places are never given back.
 
     Only one of them is ever loaded, and the host forgets what lies there when the patches id changes.
