@@ -63,7 +63,7 @@ class RunPlan:
     probe_shape: Sequence[int]
     selection: BlockSelection
     lora: LoraSettings
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Linear]
     config: TrainingConfig
     on_the_fly: bool = False
     linear: bool = False
@@ -129,7 +129,7 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
     tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
     residual = residual_of_zeros(tokens, selection)
     response = None
-    if plan.linear and selection.back and passing:
+    if plan.linear and residual.back is not None and passing:
         response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
     adapters = adapters_on(dit, plan.layers, plan.lora)
     selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)

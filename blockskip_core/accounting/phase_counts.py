@@ -22,7 +22,7 @@ from ..blocks.stand_ins import PassThrough
 from ..data.micro_batches import MicroBatches
 from ..data.patch_sampling import PatchConfig
 from ..data.schedule import Draw, TrainingSchedule
-from ..model import Denoiser, SkippableDit, TokenStreams
+from ..model import Denoiser, SkippableDit, TokenStreams, WeightPlacement, WrappedDit
 from ..residuals.precompute import precompute_residuals
 from ..residuals.source import OpenResiduals
 from ..selection.selection import BlockSelection
@@ -170,7 +170,7 @@ def count_training(
     return watched.count(operations=both - first, between=between, saved=result.saved_bytes)
 
 
-def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Module], settings: LoraSettings) -> LoraAdapters:
+def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Linear], settings: LoraSettings) -> LoraAdapters:
     """Return a LoRA that is made on the model's device; on ``meta`` it takes no memory.
 
     Args:
@@ -183,27 +183,31 @@ def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Module], settings: Lo
         return LoraAdapters(shapes, settings, seed=0)
 
 
-class _Watched:
+class _Watched(WrappedDit):
     """A model whose runs tell a :class:`Counting` how much they load."""
 
     def __init__(self, dit: SkippableDit, counting: Counting) -> None:
-        self._dit, self._counting = dit, counting
+        super().__init__(dit)
+        self._counting = counting
         self._weights = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dit, name)
-
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], **placement: Any) -> Iterator[Denoiser]:
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> Iterator[Denoiser]:
         """Run the model, and see how much is loaded for it."""
-        before = self._counting.live(self._dit.device)
-        with self._dit.running(replacements, **placement) as denoise:
-            self._weights = max(self._weights, self._counting.live(self._dit.device) - before)
+        before = self._counting.live(self.device)
+        with super().running(replacements, activation_bytes=activation_bytes, weights=weights) as denoise:
+            self._weights = max(self._weights, self._counting.live(self.device) - before)
             yield denoise
 
     def count(self, **further: int) -> PhaseCount:
         """Return what was counted."""
-        counting, device = self._counting, self._dit.device
+        counting, device = self._counting, self.device
         host = 0 if device.type == "cpu" else counting.peak(torch.device("cpu"))
         return PhaseCount(weights=self._weights, peak=counting.peak(device), host=host, **further)
 

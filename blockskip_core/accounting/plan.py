@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import InvalidInputError
 from ..training.config import TrainingConfig
@@ -35,6 +36,8 @@ class MemorySettings:
         quantize_kept: Format of the kept blocks' weights for the run, or "off".
         patch_min: Side of a training crop in pixels.
         measured: Whether blocks are chosen by sampling pictures with the whole model.
+        frozen: How many blocks run in training without adapters.
+        quantize_frozen: Format of their weights for the run, or "off".
     """
 
     config: TrainingConfig
@@ -42,6 +45,8 @@ class MemorySettings:
     quantize_kept: str = "off"
     patch_min: int = 256
     measured: bool = False
+    frozen: int = 0
+    quantize_frozen: str = "off"
 
     def describe(self) -> str:
         """Return the settings for people, on one line."""
@@ -55,6 +60,7 @@ class MemorySettings:
             f"checkpointing {'on' if config.checkpointing else 'off'}",
             kept,
             f"quantize_kept {self.quantize_kept}",
+            f"quantize_frozen {self.quantize_frozen}" if self.frozen else "",
         ]
         return ", ".join(part for part in parts if part) + "."
 
@@ -72,7 +78,7 @@ class Change:
     apply: Callable[[MemorySettings], MemorySettings]
 
 
-def _config(**fields: object) -> Callable[[MemorySettings], MemorySettings]:
+def _config(**fields: Any) -> Callable[[MemorySettings], MemorySettings]:
     def apply(settings: MemorySettings) -> MemorySettings:
         changed = replace(settings.config, **fields)
         return settings if changed == settings.config else replace(settings, config=changed)
@@ -95,6 +101,14 @@ def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]
     return apply
 
 
+def _frozen_quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
+    def apply(settings: MemorySettings) -> MemorySettings:
+        finer = settings.frozen and _COARSENESS[settings.quantize_frozen] < _COARSENESS[weight_format]
+        return replace(settings, quantize_frozen=weight_format) if finer else settings
+
+    return apply
+
+
 def _smaller(side: int) -> Callable[[MemorySettings], MemorySettings]:
     return lambda settings: replace(settings, patch_min=side) if settings.patch_min > side else settings
 
@@ -112,6 +126,7 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
     Change("set `storage` to chunked", _off_the_fly),
     Change("set `patch_min` to 256", _smaller(256)),
+    Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # no adapter learns on these
     Change("set `quantize_kept` to int8", _quantised("int8")),
     Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
     Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
@@ -157,7 +172,7 @@ def changes_that_fit(
         None if all changes together are not enough.
     """
     changed_by = [(change, change.apply(settings)) for change in CHANGES]
-    useful = [change for change, to in changed_by if to is not settings and to.quantize_kept in formats]
+    useful = [change for change, to in changed_by if to is not settings and _offered(to, formats)]
     for change in useful:
         needs = count(change.apply(settings))
         if fits(peak_of(settings, needs), available):
@@ -172,6 +187,10 @@ def changes_that_fit(
         if fits(peak_of(settings, needs), available):
             return taken, needs
     return None
+
+
+def _offered(settings: MemorySettings, formats: Collection[str]) -> bool:
+    return settings.quantize_kept in formats and (not settings.frozen or settings.quantize_frozen in formats)
 
 
 def room_of_card(card: str) -> int:
@@ -201,7 +220,7 @@ def with_spare_used(
     if not settings.config.checkpointing:
         return settings
 
-    def possible(**fields: object) -> MemorySettings | None:
+    def possible(**fields: Any) -> MemorySettings | None:
         changed = _config(**fields)(settings)
         return changed if fits(peak_of(changed, count(changed)), available) else None
 

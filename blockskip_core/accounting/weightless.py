@@ -44,7 +44,7 @@ def replaced(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Mod
         child, _, rest = path.partition(".")
         below.setdefault(child, {})[rest] = stand_in
     for child, inner in below.items():
-        twin._modules[child] = replaced(module._modules[child], inner)
+        twin._modules[child] = replaced(module.get_submodule(child), inner)
     return twin
 
 

@@ -28,6 +28,8 @@ from .replay import Replay
 from .saved_bytes import SavedBytes
 from .weight_sharing import weight_sharing_copy
 
+Kept = Literal["front", "back", "nothing"]
+
 
 class PassThrough(nn.Module):
     """Hands its tokens on unchanged."""
@@ -50,6 +52,7 @@ class ReplayFront(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
+        assert self.replay.front is not None, "nothing was set to be replayed"
         stored = self.replay.front.map(lambda x: x.to(entering.img, copy=True))
         return self.io.result(stored, args, kwargs)
 
@@ -64,6 +67,7 @@ class AddResidual(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
+        assert self.replay.back is not None, "nothing was set to be replayed"
         img = entering.img + self.replay.back.to(entering.img)
         if self.replay.response is not None:
             img = img + entering.img @ self.replay.response.to(entering.img)
@@ -93,10 +97,10 @@ class _Stand(nn.Module):
 
 @dataclass
 class Recording:
-    """What a recording stand-in has seen in the last forward."""
+    """What a recording stand-in has seen in the last forward: tokens that went in and came out."""
 
-    entering: TokenStreams | None = None
-    leaving: TokenStreams | None = None
+    entering: TokenStreams = field(init=False)
+    leaving: TokenStreams = field(init=False)
 
 
 class RecordingBlock(_Stand):
@@ -198,7 +202,7 @@ class FoldedBlock(_Stand):
         fold: Fold,
         replayed: nn.Module,
         *,
-        keeps: Literal["front", "back", "nothing"],
+        keeps: Kept,
     ) -> None:
         super().__init__(block)
         self.io = io

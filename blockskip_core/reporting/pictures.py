@@ -152,5 +152,5 @@ def _draw_profile(
         draw.rectangle((x + 1, top, x + cell - 2, top + 40), fill=colour, outline=FAINT)
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)

@@ -174,7 +174,7 @@ class CacheWriter:
     def read(self, key: str) -> Tensor | None:
         """Return a tensor that was written, by "draw/name", or None."""
         entry = self._tensors.get(key)
-        return entry and _read_checked(self._folder / str(entry["shard"]), key, entry)
+        return None if entry is None else _read_checked(self._folder / str(entry["shard"]), key, entry)
 
     def finish(self) -> None:
         """Write the manifest: from here on the cache is whole."""
@@ -258,10 +258,21 @@ class ResidualCache:
         draws = self.draws_with(name)
         return (draws[0], self._read_tensor(f"{draws[0]}/{name}")) if draws else None
 
+    def require_first(self, name: str) -> tuple[int, Tensor]:
+        """Return what :meth:`first` does; a cache without such a tensor is refused.
+
+        Raises:
+            CacheError: If there is none.
+        """
+        found = self.first(name)
+        if found is None:
+            raise CacheError(_damaged(self._folder, MANIFEST))
+        return found
+
     def _read_tensor(self, key: str) -> Tensor:
         entry = self._tensors[key]
         try:
-            return _checked(self._shard(entry["shard"]).get_tensor(key), entry)
+            return _checked(self._shard(str(entry["shard"])).get_tensor(key), entry)
         except CacheError:
             raise
         except (SafetensorError, FileNotFoundError, ValueError) as error:
@@ -376,4 +387,4 @@ def _damaged(folder: Path, name: str) -> str:
 def _checksum(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -17,7 +17,7 @@ of the chunk's first draw is kept, so that training can check itself against the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -169,7 +169,7 @@ class _BlockStream:
 
     def through(
         self, span: range, watched: Set[int], draws: Sequence[int]
-    ) -> Iterator[tuple[list[int], dict[int, Recording]]]:
+    ) -> Generator[tuple[list[int], dict[int, Recording]]]:
         """Send all ``draws`` through a run of blocks; yield (batch, watched block -> what it saw)."""
         last = span.stop == len(self._dit.blocks)
         replay, seen = Replay(), {index: Recording() for index in sorted({*watched, *([] if last else [span[-1]])})}

@@ -237,17 +237,24 @@ def _compute(
     if not computed.entering:
         return _Part(computed, None)
     if response is None:
-        response = fit_response((h, computed.residuals[draw].back) for draw, h in computed.entering.items())
+        response = fit_response((h, _back(computed, draw)) for draw, h in computed.entering.items())
     return _Part(with_response(computed, response), response)
 
 
 def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
     """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
     parts = {
-        draw: Residual(residual.front, constant_part(residual.back, computed.entering[draw], response))
+        draw: Residual(residual.front, constant_part(_back(computed, draw), computed.entering[draw], response))
         for draw, residual in computed.residuals.items()
     }
     return Precomputed(parts, computed.reference, computed.entering)
+
+
+def _back(computed: Precomputed, draw: int) -> Tensor:
+    """Return a draw's back residual; with anything entering the back span, there is one."""
+    back = computed.residuals[draw].back
+    assert back is not None
+    return back
 
 
 def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
@@ -355,10 +362,10 @@ def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> 
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
     with _opened_cache(residuals.folder, residuals.identity) as cache:
         cache.verify()  # now, rather than after hours of training
-        reference, response = cache.first("reference"), cache.first("response")
+        reference, response = Reference(*cache.require_first("reference")), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format
-            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
+            yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)
 
 
 @contextmanager

@@ -211,7 +211,7 @@ class _Loop:
             denoise = stack.enter_context(place(model.modules))
             if residuals.reference is not None and self.result.self_check is None:
                 self.result.self_check = check_against_full_model(
-                    self.dit, self.schedule, self.latents, model, denoise, residuals
+                    self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference
                 )
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)

@@ -23,6 +23,7 @@ TABLE = {
     "blocks": "selection model",
     "residuals": "errors units files selection data model blocks",
     "training": "errors files selection data adapters model blocks residuals",
+    "torch_dit": "adapters model",
     "accounting": "errors units selection data adapters model blocks residuals training",
     "reporting": "units files selection data training",
     "hosts": "",

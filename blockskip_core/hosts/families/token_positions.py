@@ -141,7 +141,7 @@ class TablePositions(TokenPositions):
         crop = patcher.get_model_object(self._method)
 
         def rows(hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
-            return crop(hw, device=device) if self._places is None else self._between(crop, device)
+            return crop(hw, device=device) if self._places is None else self._between(crop, self._places, device)
 
         patcher.add_object_patch(self._method, rows)
 
@@ -153,12 +153,12 @@ class TablePositions(TokenPositions):
         finally:
             self._places = None
 
-    def _between(self, crop: Callable[..., Tensor], device: torch.device | None) -> Tensor:
+    def _between(self, crop: Callable[..., Tensor], places: TokenPlaces, device: torch.device | None) -> Tensor:
         """Return the table between its rows, linearly; one row around the picture is taken along where there is one."""
-        border = 1 if max(self._places.grid) + 2 <= self._side else 0
-        height, width = (length + 2 * border for length in self._places.grid)
+        border = 1 if max(places.grid) + 2 <= self._side else 0
+        height, width = (length + 2 * border for length in places.grid)
         table = crop((height * self._patch, width * self._patch), device=device)[0].to(torch.float32)
-        rows, columns = (x.to(table.device) + border for x in (self._places.rows, self._places.columns))
+        rows, columns = (x.to(table.device) + border for x in (places.rows, places.columns))
         found = torch.zeros(*rows.shape, table.shape[-1], device=table.device)
         for row, share in _neighbours(rows, height):
             for column, other in _neighbours(columns, width):

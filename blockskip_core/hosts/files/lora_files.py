@@ -62,9 +62,16 @@ def unused_path(path: Path) -> Path:
     have taken a name since.
     """
     while os.path.lexists(path):  # says no of a name that is too long, where Path.exists raises
-        counted = _COUNTED.fullmatch(path.name)
-        path = path.with_name(f"{counted['name']}_{int(counted['counter']) + 1:05}_.safetensors")
+        name, counter = _parts(path)
+        path = path.with_name(f"{name}_{counter + 1:05}_.safetensors")
     return path
+
+
+def _parts(path: Path) -> tuple[str, int]:
+    """Return name and counter of a file that the host has numbered."""
+    counted = _COUNTED.fullmatch(path.name)
+    assert counted is not None, f"{path.name} has no number"
+    return counted["name"], int(counted["counter"])
 
 
 def require_writable(path: Path) -> None:
@@ -73,7 +80,7 @@ def require_writable(path: Path) -> None:
     Raises:
         StorageError: If the disk refuses.
     """
-    name = re.escape(_COUNTED.fullmatch(path.name)["name"])
+    name = re.escape(_parts(path)[0])
     temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+(_\d+)?)?\.(safetensors|html|png)\.(part|trial)")
     remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
     trial = path.with_name(path.name + ".trial")

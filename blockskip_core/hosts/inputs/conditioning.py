@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def join_arguments(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
 
     Raises:

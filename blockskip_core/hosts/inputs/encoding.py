@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.patch_sampling import crop_and_resize, reference_size, resize
-from ...data.schedule import TrainingSchedule
+from ...data.crops import TrainingCrops
 from ...errors import InvalidInputError
 from .frames import has_frames, without_frame
 
@@ -41,26 +40,8 @@ def crop_multiple(vae: Any, patch_size: int) -> int:
     return int(vae.spacial_compression_encode()) * patch_size
 
 
-class TrainingCrops(Sequence[Tensor]):
-    """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for."""
-
-    def __init__(self, pictures: Sequence[Tensor], schedule: TrainingSchedule) -> None:
-        self._schedule = schedule
-        patches = schedule.patches
-        self._references = [resize(picture, *reference_size(*picture.shape[:2], patches)) for picture in pictures]
-
-    def __len__(self) -> int:
-        return len(self._schedule)
-
-    def __getitem__(self, index: int) -> Tensor:
-        draw = self._schedule[index]
-        reference = self._references[draw.picture]
-        size = self._schedule.patches.patch_min
-        return crop_and_resize(reference, top=draw.top, left=draw.left, side=draw.side, patch_min=size)
-
-
 def encode_crops(
-    vae: Any, model: Any, crops: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
+    vae: Any, model: Any, crops: Sequence[Tensor] | TrainingCrops, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
     """Return the crops' latents in the model's own scale, shape (num_draws, C, H, W), float32 on the CPU.
 

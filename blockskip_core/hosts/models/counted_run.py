@@ -13,6 +13,7 @@ from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memo
 from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
+from ...model import SkippableDit
 from ...residuals.cache import predicted_bytes as residual_bytes
 from ...residuals.format import ResidualFormat
 from ...selection.selection import BlockSelection
@@ -76,7 +77,7 @@ class CountedRun:
             stored=stored,
             caption=self._longest,
         )
-        weights = self.weights(settings.quantize_kept)
+        weights = self.weights(settings)
         needs = memory_needs(self._weightless, plan, weights)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
@@ -88,26 +89,26 @@ class CountedRun:
         patcher = self.dit.patcher
         return patcher.offload_device == patcher.load_device and patcher.load_device.type != "cpu"
 
-    def weights(self, weight_format: str) -> StoredWeights:
-        """Return what the weights take, the kept blocks' in another format."""
-        module, kept = self.dit.patcher.model.diffusion_model, self.selection.kept
+    def weights(self, settings: MemorySettings) -> StoredWeights:
+        """Return what the weights take, with those blocks quantised that the run quantises."""
+        module, formats = self.dit.patcher.model.diffusion_model, formats_of(self.dit, self.selection, settings)
         everything = sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
         blocks = [
-            predicted_bytes(module.get_submodule(block.name), weight_format if index in kept else "off")
-            for index, block in enumerate(self.dit.blocks)
+            predicted_bytes(module.get_submodule(block.name), formats.get(block.name, "off"))
+            for block in self.dit.blocks
         ]
         return StoredWeights(blocks=blocks, others=everything - sum(self.dit.block_bytes))
 
     def trained_weights(self, settings: MemorySettings) -> int:
         """Return the bytes of weights that a training step uses."""
-        weights = self.weights(settings.quantize_kept)
+        weights = self.weights(settings)
         everything = settings.storage == "on the fly" or self._stays_on_device
         used = range(len(weights.blocks)) if everything else self.selection.kept
         return sum(weights.blocks[index] for index in used) + weights.others
 
     def largest_trained_block(self, settings: MemorySettings) -> int:
         """Return the bytes of the largest block that a training step uses."""
-        blocks = self.weights(settings.quantize_kept).blocks
+        blocks = self.weights(settings).blocks
         used = range(len(blocks)) if settings.storage == "on the fly" else self.selection.kept
         return max(blocks[index] for index in used)
 
@@ -124,6 +125,13 @@ class CountedRun:
             form=self._form,
         )
         return residuals + self._linear * (self.selection.back > 0) * self.dit.width**2 * itemsize
+
+
+def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySettings) -> dict[str, str]:
+    """Return the blocks that a run quantises: path -> format; trained ones in one, frozen ones in another."""
+    chosen = dict.fromkeys(selection.adapted, settings.quantize_kept)
+    chosen |= dict.fromkeys(selection.frozen_span, settings.quantize_frozen)
+    return {dit.blocks[index].name: chosen[index] for index in sorted(chosen) if chosen[index] != "off"}
 
 
 def room_on(device: Any) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import InvalidInputError
 from ...selection.text_influence import cosine_distance
+from ..families.capabilities import MasksText, require
 from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frame
 
@@ -62,7 +63,7 @@ class MaskedSampler:
     def __init__(self, patcher: Any, probe: ProbeConfig) -> None:
         self._patcher = patcher
         self._probe = probe
-        self._adapter = adapter_for(patcher)
+        self._masking = require(adapter_for(patcher), MasksText, "Choose method preset or manual.")
 
     def sample(
         self,
@@ -87,7 +88,7 @@ class MaskedSampler:
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 _WRAPPER,
-                self._adapter.text_masking_wrapper(masked),
+                self._masking.text_masking_wrapper(masked),
             )
         model = self._patcher.model
         empty = with_frame(model, torch.zeros(1, *latent_shape(model, self._probe.size)))

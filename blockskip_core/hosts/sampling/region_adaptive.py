@@ -251,8 +251,8 @@ class _Run:
         self._pixels = height * cells, width * cells
         self._fine = torch.zeros(len(noise), *self._grid, dtype=torch.bool)
         self._overlay: Tensor | None = None
-        self._latent: Tensor | None = None
-        self._clean: Tensor | None = None
+        self._latent: Tensor  # this and its clean estimate: from the first stage on
+        self._clean: Tensor
         self._tokens: list[int] = []
 
     def all_stages(self) -> Sampled:
@@ -338,8 +338,8 @@ class EulerFrom(comfy.samplers.Sampler):
 
     def __init__(self, start: Tensor | None) -> None:
         self._start = start
-        self.state: Tensor | None = None
-        self.clean: Tensor | None = None
+        self.state: Tensor
+        self.clean: Tensor
 
     def sample(
         self,

@@ -126,7 +126,7 @@ class TrainingSampler:
         form, width, height = patcher.model.latent_format, request.width, request.height
         cell = form.spacial_downscale_ratio
         self._shape = (form.latent_channels, height // cell, width // cell)
-        captions = [*request.positive, *([request.negative] if request.cfg > 1.0 else [])]
+        captions = [*request.positive, *([request.negative] if request.cfg > 1.0 and request.negative else [])]
         self._dit = HostedDit(patcher, captions, self._shape)
         multiple = cell * self._dit.adapter.patch_size
         if width % multiple or height % multiple:

@@ -414,7 +414,7 @@ def test_gradients_in_half_precision_are_neither_scaled_nor_lost(dtype):
     dit, plan = PlainDit(dtype=dtype), schedule()
     wide = PlainDit(dtype=torch.float64)
     wide.net.load_state_dict({name: x.double() for name, x in dit.net.state_dict().items()})
-    wide.texts = [text.double() for text in dit.texts]
+    wide.captions = [text.double() for text in dit.captions]
     chosen, clean = selection(1, 1), latents()
     settings = {"plan": plan, "max_grad_norm": 0.0}
     norms = {}

@@ -42,7 +42,7 @@ def quantised(patcher, weight_format, spans=SPANS):
     from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 
     dit = hosted(patcher)
-    return QuantisedDit(dit, [dit.blocks[index].name for index in spans.kept], weight_format)
+    return QuantisedDit(dit, {dit.blocks[index].name: weight_format for index in spans.kept})
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +227,7 @@ def test_errors_of_the_demos_model_are_those_that_the_documents_name(weight_form
     clean = torch.randn(4, params.in_channels, 8, 8, generator=generator)
     dit = HostedDit(model, texts, clean.shape[1:])
     spans = BlockSelection(front=0, back=0, num_blocks=12, family="flux")
-    again = QuantisedDit(dit, [block.name for block in dit.blocks], weight_format)
+    again = QuantisedDit(dit, {block.name: weight_format for block in dit.blocks})
     source = MemorySource(dit, spans, PLAN, clean)
     result, _ = train(again, spans, source, flux_lora(dit, spans), plan=PLAN, clean=clean)
     errors = again.layer_errors.values()
@@ -305,7 +305,7 @@ def test_weights_that_are_quantised_already_are_left_as_they_are(tmp_path):
 
     for name in ("fp8 scaled", "fp8 cast", "int8"):
         dit = hosted_file(stored_flux(tmp_path, name))
-        again = QuantisedDit(dit, [block.name for block in dit.blocks], "4-bit")
+        again = QuantisedDit(dit, {block.name: "4-bit" for block in dit.blocks})
         assert len(again.blocks) == NUM_BLOCKS
         assert [block.num_bytes for block in again.blocks] == [block.num_bytes for block in dit.blocks]
         for block in dit.blocks:
