@@ -22,6 +22,7 @@ from blockskip_pack.blockskip_core.training.config import TrainingConfig
 
 GIB = 2**30
 BIG = MemorySettings(
+    frozen=3,
     config=TrainingConfig(steps=1, batch_size=4, accumulation=2, checkpointing=False, activation_budget=GIB),
     storage="on the fly",
     patch_min=512,

@@ -75,7 +75,7 @@ def written_out(patcher, dit):
         for name, module in twin.model.diffusion_model.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 parameter.copy_(getattr(own.get_submodule(name), leaf))
-        for block in dit._names:
+        for block in dit._formats:
             for path, layer in dit.module(block).named_modules():
                 if hasattr(getattr(layer, "weight", None), "_qdata"):
                     linear = twin.model.diffusion_model.get_submodule(f"{block}.{path}")
@@ -161,8 +161,10 @@ def test_gradients_are_those_of_the_written_out_weights(kind, weight_format, che
 def test_weight_errors_are_those_of_the_format_and_no_norm_or_bias_is_touched(kind, weight_format):
     patcher = flux(kind)
     dit = quantised(patcher, weight_format)
-    names = {f"{block}.{path}" for block in dit._names for path, _ in dit._shrunk(hosted(patcher).module(block))}
-    for block in dit._names:
+    names = {
+        f"{block}.{path}" for block in dit._formats for path, _ in dit._shrunk(block, hosted(patcher).module(block))
+    }
+    for block in dit._formats:
         own = dict(hosted(patcher).module(block).named_parameters())
         for name, parameter in dit.module(block).named_parameters():
             if hasattr(parameter, "_qdata"):
@@ -281,7 +283,7 @@ def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_form
     assert one_run(dit, source=source)[0].self_check < 2 * max(dit.layer_errors.values())
     assert {key: list(value) for key, value in patcher.patches.items()} == patches
 
-    in_kept = [name for name in users.names if ".".join(name.split(".")[:2]) in dit._names]
+    in_kept = [name for name in users.names if ".".join(name.split(".")[:2]) in dit._formats]
     assert in_kept
     for name in in_kept:
         block = ".".join(name.split(".")[:2])
