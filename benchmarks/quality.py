@@ -74,8 +74,8 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     source = source_for(arm.stand_in, current, round(arm.changes.get("refreshes", 0)), **parts)
     result, started = TrainingResult(), time.perf_counter()
     train_lora(
-        dit, schedule, latents, selection, source, adapters, config, result=result, on_step=lambda report: None
-    )  # fmt: skip
+        dit, schedule, latents, selection, source, adapters, config, result=result
+    )
     seconds = time.perf_counter() - started
     kept = list(dit.blocks) if arm.stand_in == "on the fly" else [dit.blocks[i] for i in selection.kept]
     return with_lora(), {

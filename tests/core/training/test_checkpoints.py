@@ -10,6 +10,7 @@ from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import _Loop, train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +42,7 @@ def train(
     try:
         train_lora(
             dit, PLAN, residuals.latents, residuals.selection, residuals.source(dit, quiet), adapters, config,
-            result=result, on_step=on_step, checkpoints=checkpoints,
+            result=result, observers=[OnStep(on_step)], checkpoints=checkpoints,
         )  # fmt: skip
     except Cut:
         pass
