@@ -305,7 +305,7 @@ class _Loop:
         self.adapters.to(torch.device("cpu"))
 
     def _set_rate(self, step: int) -> None:
-        """Set the learning rate of the step after so many; it follows from nothing else, so a run can resume anywhere."""
+        """Set the learning rate of the step after this many; it follows from nothing else, so a run can resume anywhere."""
         for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
             group["lr"] = self.config.learning_rate * factor(step)
 
