@@ -12,8 +12,6 @@ from . import widgets
 from .inputs import checked, connected
 from .types import SamplesSocket
 
-DEFAULT_BUDGET = 2.0  # GiB
-
 
 class SampleWhileTraining(io.ComfyNode):
     @classmethod
@@ -37,8 +35,10 @@ class SampleWhileTraining(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, positive: Any, vae: Any, negative: Any = None, **settings: Any) -> io.NodeOutput:
-        request = checked(cls, **{"memory_budget": DEFAULT_BUDGET, **settings})
+    def execute(
+        cls, positive: Any, vae: Any, negative: Any = None, memory_budget: Any = 2.0, **settings: Any
+    ) -> io.NodeOutput:
+        request = checked(cls, memory_budget=memory_budget, **settings)
         steps, budget = request.pop("sampler_steps"), request.pop("memory_budget") * 2**30
         vae = connected(vae=vae)["vae"]
         return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **request))
@@ -79,7 +79,7 @@ def _how() -> list[io.Input]:
         widgets.seed("Seeds the noise. It is the same every time, so that pictures can be compared."),
         io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is above 1."),
         io.Float.Input(
-            "memory_budget", default=DEFAULT_BUDGET, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
+            "memory_budget", default=2.0, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
             tooltip="GiB of GPU memory that sampling may take above what training takes. Weights that do not fit into that "
             "stay in host memory and are brought over when they are used, which is slower.",
         ),

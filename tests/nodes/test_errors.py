@@ -126,8 +126,8 @@ def test_precompute_refuses_sides_out_of_order(bench, nodes):
         bench.precompute(patch_min=64, patch_max=48)
     validate = nodes.PrecomputeResiduals.validate_inputs
     assert "must not be larger" in validate(patch_min=[64], patch_max=[48])
-    assert "patch_min must lie between 16 and 4096 px, got 8" in validate(patch_min=[8], patch_max=[48])
-    assert "patch_max must lie between 16 and 4096 px, got 8192" in validate(patch_min=[16], patch_max=[8192])
+    assert "patch_min must be between 16 and 4096 px, got 8" in validate(patch_min=[8], patch_max=[48])
+    assert "patch_max must be between 16 and 4096 px, got 8192" in validate(patch_min=[16], patch_max=[8192])
     assert validate(patch_min=[32], patch_max=[32]) is True
     assert validate(patch_min=[None], patch_max=[32]) is True  # linked
 
