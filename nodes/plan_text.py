@@ -58,7 +58,7 @@ def report(
 def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
     parts = {"a training step": needs.training.operations}
     if needs.precomputing is not None:
-        parts[f"precomputing {draws:,} draws"] = draws * needs.precomputing.operations
+        parts[f"precomputing {draws:,} training examples"] = draws * needs.precomputing.operations
     counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
     if speed is None:
         return f"work: {counted}. How long that takes on a card that is not here is not known."

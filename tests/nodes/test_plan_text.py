@@ -58,9 +58,9 @@ def test_work_is_counted_and_timed_where_the_device_is_here(report):
     )  # fmt: skip
     text = report(BIG, whole, GIB, "a card", None, draws=400, speed=10.0 * 10**12)
     assert (
-        "work: a training step 5 TFLOP, precomputing 400 draws 800 TFLOP. At least: a training step 0.5 s, precomputing 400 "
-        "draws 80 s, at the 10 TFLOP/s of this device's matrix products."
+        "work: a training step 5 TFLOP, precomputing 400 training examples 800 TFLOP. At least: a training step 0.5 s, "
+        "precomputing 400 training examples 80 s, at the 10 TFLOP/s of this device's matrix products."
     ) in text.splitlines()
     text = report(BIG, whole, GIB, "a card", None, draws=40_000, speed=10.0 * 10**12)
-    assert "precomputing 40,000 draws 133 min" in text
+    assert "precomputing 40,000 training examples 133 min" in text
     assert "on a card that is not here is not known." in report(BIG, whole, GIB, "a card", None)

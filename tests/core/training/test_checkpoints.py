@@ -345,7 +345,7 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
     """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
     store(tmp_path).save(state())
-    said = "cannot be read: .*Too many open files.*Queue again when the disk is back"
+    said = "cannot be read: .*Too many open files.*Start the run again when the disk is back"
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)
