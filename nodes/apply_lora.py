@@ -55,9 +55,7 @@ class ApplyLora(io.ComfyNode):
         return f"{strength_model} {lora_name} {file_stamp(lora_name)}"
 
     @classmethod
-    def execute(
-        cls, model: Any, strength_model: Any, lora: Any = None, lora_name: Any = NO_FILE
-    ) -> io.NodeOutput:  # fmt: skip
+    def execute(cls, model: Any, strength_model: Any, lora: Any = None, lora_name: Any = NO_FILE) -> io.NodeOutput:
         values = checked(cls, strength_model=strength_model, lora_name=lora_name)
         model = connected(model=model)["model"]
         return io.NodeOutput(*applied(model, lora, **values))

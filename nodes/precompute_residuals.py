@@ -17,6 +17,8 @@ from ..blockskip_core.hosts.inputs.encoding import flatten_pictures
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
 from ..blockskip_core.reporting import pictures
+from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.selection.selection import BlockSelection
 from . import widgets
 from .inputs import checked, connected, require_memory_settings, single
 from .page.live_chart import announcer
@@ -64,17 +66,11 @@ class PrecomputeResiduals(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, **settings: Any
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
+        model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
+        asked = residual_settings(**checked(cls, **settings))
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
-        advice = "Lower `patch_min`, or unload what else uses the device, and queue again: what was finished is kept."
-        with out_of_memory_explained("Precomputing", advice):
-            model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
-            asked = residual_settings(**checked(cls, **settings))
-            photos, captions = flatten_pictures(images), flatten_conditionings(positive)
-            residuals, crops = prepare_residuals(model, vae, photos, captions, selection, asked, progress)
-            sheet = pictures.as_image(contact_sheet(crops, residuals.schedule))
-        progress.say(size_note(photos, residuals.schedule))
-        return io.NodeOutput(residuals, sheet)
+        return io.NodeOutput(*precompute(model, vae, images, positive, selection, asked, progress))
 
 
 def _what_to_train_on() -> list[io.Input]:
@@ -156,6 +152,29 @@ def residual_settings(*, memory_settings: Any = None, **settings: Any) -> Residu
         require_memory_settings(memory_settings)
         settings |= {"patch_min": memory_settings.patch_min, "storage": memory_settings.storage}
     return ResidualSettings(**settings)
+
+
+def precompute(
+    model: Any,
+    vae: Any,
+    images: Any,
+    positive: Any,
+    selection: BlockSelection,
+    settings: ResidualSettings,
+    progress: NodeProgress,
+) -> tuple[ResidualSet, Tensor]:
+    """Return the residuals, and some of the crops as a picture.
+
+    Raises:
+        BlockSkipError: If something does not fit together, or there is no room for it.
+    """
+    advice = "Lower `patch_min`, or unload what else uses the device, and queue again: what was finished is kept."
+    with out_of_memory_explained("Precomputing", advice):
+        photos, captions = flatten_pictures(images), flatten_conditionings(positive)
+        residuals, crops = prepare_residuals(model, vae, photos, captions, selection, settings, progress)
+        sheet = pictures.as_image(contact_sheet(crops, residuals.schedule))
+    progress.say(size_note(photos, residuals.schedule))
+    return residuals, sheet
 
 
 def contact_sheet(crops: Sequence[Tensor], schedule: TrainingSchedule) -> Image.Image:
