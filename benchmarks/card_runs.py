@@ -92,7 +92,7 @@ def loaded_model(cell: Cell) -> Any:
         small = {**flux.config, "hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 4}
         published_sizes.PUBLISHED_SIZES = {TINY: replace(flux, config=small)}
     dtype = WEIGHTS[cell.weights]
-    model = published_sizes.published_model(cell.model, dtype, torch.bfloat16 if dtype.itemsize < 2 else None, CPU)
+    model = published_sizes.published_model(cell.model, dtype, torch.bfloat16 if dtype.itemsize < 2 else None, "cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.normal_(std=0.05) if cell.with_bytes else zero(tensor)
     on_card = comfy.model_management.get_torch_device()
@@ -274,8 +274,9 @@ class Bench:
         """As :meth:`_watched`, optimiser steps apart; note where the weights are at the last of them."""
 
         def before(optimizer: Any, args: tuple, kwargs: dict) -> None:
-            seen["resident"], seen["offloaded"] = weights_of_loaded_model()
-            peaks.stage = "optimiser"
+            if optimizer.param_groups[0]["params"][0].is_cuda:  # not where the trainer counts a run without weights
+                seen["resident"], seen["offloaded"] = weights_of_loaded_model()
+                peaks.stage = "optimiser"
 
         def after(optimizer: Any, args: tuple, kwargs: dict) -> None:
             peaks.stage = "passes"

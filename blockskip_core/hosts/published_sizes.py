@@ -115,7 +115,7 @@ def published_model(
     name: str,
     dtype: torch.dtype = torch.bfloat16,
     cast_to: torch.dtype | None = None,
-    device: torch.device = torch.device("meta"),
+    device: str = "meta",
 ) -> Any:
     """Return the host's model (a BaseModel) of a published size, with every weight on the meta device.
 
@@ -134,4 +134,4 @@ def published_model(
     supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
     supported.custom_operations = None
     supported.set_inference_dtype(dtype, cast_to)
-    return supported.get_model({}, "", device=device)
+    return supported.get_model({}, "", device=torch.device(device))
