@@ -183,7 +183,7 @@ class Bench:
         (folder / "loras").mkdir()
         folder_paths.output_directory = folder_paths.temp_directory = str(folder)
         folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], {".safetensors"})
-        with torch.no_grad():
+        with torch.inference_mode():  # as the host loads
             self.model = loaded_model(cell)
         self.caption = caption_for(cell.model)
         self.selection = self._run(
