@@ -219,6 +219,7 @@ class Plan:
     """A run's settings, what they take, whether that fits, and what would.
 
     Attributes:
+        run: Counts the run.
         settings: As requested.
         count: What the run takes with some settings.
         needs: What it takes as requested.
@@ -236,11 +237,12 @@ class Plan:
         progress: NodeProgress,
     ) -> None:
         require_available(request.quantize_kept, model.load_device)
-        self._dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min))
-        selection.require_for(len(self._dit.blocks), self._dit.family)
+        dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min))
+        selection.require_for(len(dit.blocks), dit.family)
         self._request, self.settings = request, request.settings(selection)
-        self.count = cache(request.counted_run(self._dit, selection, len(captions)).needs)
-        self._available, self._place = request.room(self._dit.device)
+        self.run = request.counted_run(dit, selection, len(captions))
+        self.count = cache(self.run.needs)
+        self._available, self._place = request.room(self.run.dit.device)
         self.needs = self.count(self.settings)
         self.fits = fits(peak_of(self.settings, self.needs), self._available)
         self.found = None if self.fits else self._search(progress)
@@ -248,7 +250,7 @@ class Plan:
 
     def _search(self, progress: NodeProgress) -> Found:
         progress("looking for what would fit", 1, 2)
-        return changes_that_fit(self.settings, self._available, self.count, formats_on(self._dit.device))
+        return changes_that_fit(self.settings, self._available, self.count, formats_on(self.run.dit.device))
 
     def _text(self) -> str:
         text = report(
@@ -280,6 +282,6 @@ class Plan:
         """Return the operations per second of this device; None if another card is planned for."""
         if not self._request.is_for_this_device:
             return None
-        dit, shape = self._dit, latent_shape(self._dit.patcher.model, self.settings.patch_min)
+        dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)
         tokens = dit.image_tokens(*shape[1:]) + dit.text_tokens(0)
         return operations_per_second(dit.device, dit.dtype, dit.width, tokens * self.settings.config.batch_size)

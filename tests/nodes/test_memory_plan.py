@@ -76,7 +76,7 @@ def test_layers_that_are_quantised_for_the_run_are_in_host_memory_and_one_of_the
     from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
     from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 
-    planned = nodes.memory_plan._Plan(bench.model, [bench.prompt], bench.select()[0], **PLAN)
+    planned = planned_run(bench, nodes, bench.select()[0])
     off, int8 = (planned.count(replace(planned.settings, quantize_kept=form)) for form in ("off", "int8"))
     dit = planned.run.dit
     quantised = QuantisedDit(dit, [dit.blocks[index].name for index in planned.run.selection.kept], "int8")
