@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, get_args
 
@@ -159,7 +159,7 @@ class PlanRequest:
     probe_size: int = 512
     preset: str = OFF
     use_spare: bool = True
-    quantize_frozen: str = field(default_factory=default_for_frozen_blocks)
+    quantize_frozen: str = default_for_frozen_blocks()
 
     def __post_init__(self) -> None:
         choices = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -64,7 +64,7 @@ class RunRequest:
     start_file: str = NO_FILE
     check_memory: bool = True
     memory_settings: MemorySettings | None = None
-    quantize_frozen: str = field(default_factory=default_for_frozen_blocks)
+    quantize_frozen: str = default_for_frozen_blocks()
 
     def __post_init__(self) -> None:
         self.config, self.lora  # noqa: B018 - each checks its part
