@@ -27,14 +27,14 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def sigma_sampler(
-    distribution: TimestepDistribution, *, model_sigma: Callable[[float], float], shift: float = 3.0
+    distribution: TimestepDistribution, *, model_sigma: Callable[[float], float] = lambda time: time, shift: float = 3.0
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Return a function ``(count, generator) -> sigmas`` of shape (count,) in [SMALLEST_SIGMA, 1].
 
     Args:
         distribution: "model" (uniform through the model's own shift), "uniform", "logit-normal" (mean 0, standard
             deviation 1) or "shifted" (uniform through ``shift``).
-        model_sigma: The model's map from uniform time in [0, 1] (1 = pure noise) to sigma.
+        model_sigma: The model's map from uniform time in [0, 1] (1 = pure noise) to sigma; by default the identity.
         shift: Only read by "shifted".
 
     Raises:
