@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..data.schedule import Draw
 from ..selection.selection import BlockSelection
 from ..units import format_bytes
+from .loss_curve import ExponentialMean, smoothing_span
 from .markup import Markup, element, joined, place
 from .pictures import evenly
 
@@ -52,7 +53,8 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
 
 
 def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> Markup:
-    """Return every forward pass's loss, faint, and a smoothed line; a long run's raw losses as bars of their range.
+    """Return every forward pass's loss, faint, and a smoothed line, as in the live chart; a long run's raw losses as
+    bars of their range.
 
     Args:
         losses: Of every forward pass. Values that are not finite are left out.
@@ -73,14 +75,10 @@ def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> M
     if len(values) == 1:
         shapes.append(element("path", d=_dots(steps, values, x, y), class_="dots single"))
     else:
+        smoothed = ExponentialMean(smoothing_span(len(losses) // per_step) * per_step)
         shapes.append(element("path", d=_raw_path(steps, values, x, y), class_="raw"))
-        shapes.append(element("path", d=_smooth_path(steps, values, x, y), class_="smooth"))
+        shapes.append(element("path", d=_smooth_path(steps, values, x, y, smoothed), class_="smooth"))
     return _drawing(f"Loss by step, {len(values)} forward passes", 220, shapes)
-
-
-def smoothing_window(count: int) -> int:
-    """Return how many of ``count`` losses a point of the smoothed line is the mean of: a twentieth, at least three, odd."""
-    return max(3, count // 20) | 1
 
 
 def crop_chart(draws: Sequence[Draw]) -> Markup:
@@ -155,11 +153,12 @@ def _raw_path(steps: Sequence[float], values: Sequence[float], x: _Scale, y: _Sc
     return "".join(bars)
 
 
-def _smooth_path(steps: Sequence[float], values: Sequence[float], x: _Scale, y: _Scale) -> str:
-    reach = smoothing_window(len(values)) // 2
-    indices = evenly(len(values), MAX_SMOOTH)
-    windows = [values[max(0, index - reach) : index + reach + 1] for index in indices]
-    return _line([steps[index] for index in indices], [sum(window) / len(window) for window in windows], x, y)
+def _smooth_path(
+    steps: Sequence[float], values: Sequence[float], x: _Scale, y: _Scale, smoothed: ExponentialMean
+) -> str:
+    means = [smoothed.add(value) for value in values]
+    shown = [(steps[index], mean) for index in evenly(len(values), MAX_SMOOTH) if (mean := means[index]) is not None]
+    return _line([step for step, _ in shown], [mean for _, mean in shown], x, y)
 
 
 def _dots(across: Sequence[float], up: Sequence[float], x: _Scale, y: _Scale) -> str:

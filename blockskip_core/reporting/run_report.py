@@ -23,9 +23,10 @@ from ..selection.selection import BlockSelection
 from ..training.config import TrainingConfig
 from ..training.result import TrainingResult
 from ..units import format_bytes
+from .loss_curve import smoothing_span
 from .markup import Markup, element, joined
 from .pictures import BACK, FRONT, KEPT, evenly
-from .run_charts import block_row, crop_chart, loss_chart, smoothing_window
+from .run_charts import block_row, crop_chart, loss_chart
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -182,9 +183,10 @@ def _loss(report: RunReport) -> list[Markup]:
     losses, resumed = report.result.losses, report.result.resumed_at
     note = "By step. A single loss says little, for it depends on the noise level that was drawn."
     if len(losses) > 1:
-        window = smoothing_window(len(losses))
+        span = smoothing_span(len(losses) // report.config.accumulation)
         note += (
-            f" Faint: the losses of single forward passes. Strong: the mean of {window:,} in a row, fewer at the ends."
+            f" Faint: the losses of single forward passes. Strong: their running mean over about {span:,.0f} steps, "
+            "as in the live chart."
         )
     if 0 < resumed < report.result.steps:
         note += f" The dashed line: here the run went on from step {resumed:,}."

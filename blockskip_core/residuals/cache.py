@@ -25,7 +25,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from ..blocks.replay import Residual
 from ..errors import CacheError, InvalidInputError, StorageError
 from ..files import open_tensors, write_atomically
 from ..units import format_bytes
-from .format import SCALE_BYTES, ResidualFormat, unpacked
+from .format import ResidualFormat, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -91,25 +91,6 @@ class CacheIdentity:
     def difference(self, other: Mapping[str, object]) -> list[str]:
         """Return the names of the fields in which a manifest's identity differs."""
         return [name for name, value in asdict(self).items() if other.get(name) != value]
-
-
-def predicted_bytes(
-    draws: Iterable[int], *, front: bool, back: bool, img_tokens: int, txt_tokens: Mapping[int, int], width: int,
-    itemsize: int, form: ResidualFormat = "exact",
-) -> int:  # fmt: skip
-    """Return the bytes that the residuals of ``draws`` take, without file headers.
-
-    Args:
-        draws: Draw indices.
-        front, back: Whether a front and a back span are skipped.
-        img_tokens: N.
-        txt_tokens: Draw index -> L.
-        width: D.
-        itemsize: Bytes per number of an exact residual.
-        form: How the numbers are written.
-    """
-    tokens = sum((img_tokens + txt_tokens[draw]) * front + img_tokens * back for draw in draws)
-    return tokens * (width * itemsize if form == "exact" else width + SCALE_BYTES)
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:

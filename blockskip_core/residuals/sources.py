@@ -7,6 +7,7 @@ node that trains: light, and complete enough that a source can compute what is m
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,11 +32,10 @@ from .cache import (
     CacheWriter,
     ResidualCache,
     is_finished,
-    predicted_bytes,
     remove_cache,
     require_free_space,
 )
-from .format import RESIDUAL_FORMATS, packed
+from .format import RESIDUAL_FORMATS, ResidualShape, packed
 from .precompute import Precomputed, precompute_residuals
 from .prefetch import prefetched
 from .source import OpenResiduals, Reference
@@ -103,19 +103,22 @@ class ResidualSet:
 
 
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
-    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
-    itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
-    response = dit.width**2 * itemsize * _wants_response(residuals)
-    return response + predicted_bytes(
-        draws,
-        front=residuals.selection.front > 0,
-        back=residuals.selection.back > 0,
-        img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
-        txt_tokens={draw: dit.text_tokens(residuals.schedule[draw].caption) for draw in draws},
-        width=dit.width,
-        itemsize=itemsize,
-        form=residuals.identity.residual_format,
-    )
+    """Return the bytes that the residuals of ``draws`` will take: exact, apart from file headers and latents."""
+
+    def shape(txt_tokens: int) -> ResidualShape:
+        return ResidualShape(
+            front=residuals.selection.front > 0,
+            back=residuals.selection.back > 0,
+            img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
+            txt_tokens=txt_tokens,
+            width=dit.width,
+            itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
+            form=residuals.identity.residual_format,
+        )
+
+    texts = Counter(dit.text_tokens(residuals.schedule[draw].caption) for draw in draws)
+    stored = sum(shape(txt_tokens).num_bytes(count) for txt_tokens, count in texts.items())
+    return stored + shape(0).response_bytes() * _wants_response(residuals)
 
 
 def _wants_response(residuals: ResidualSet) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +11,6 @@ from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memo
 from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
-from ...residuals.cache import predicted_bytes as residual_bytes
 from ...residuals.format import ResidualFormat
 from ...selection.selection import BlockSelection
 from ..inputs.frames import latent_shape
@@ -75,12 +72,13 @@ class CountedRun:
             chunk=self._chunk,
             stored=stored,
             caption=self._longest,
+            residual_format=self._form,
         )
         weights = self.weights(settings.quantize_kept)
         needs = memory_needs(self._weightless, plan, weights)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
-        return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan.latent_shape, stored))
+        return needs
 
     @property
     def _stays_on_device(self) -> bool:
@@ -110,20 +108,6 @@ class CountedRun:
         blocks = self.weights(settings.quantize_kept).blocks
         used = range(len(blocks)) if settings.storage == "on the fly" else self.selection.kept
         return max(blocks[index] for index in used)
-
-    def _disk(self, shape: Sequence[int], stored: int) -> int:
-        draws, itemsize = range(stored), self.dit.dtype.itemsize
-        residuals = residual_bytes(
-            draws,
-            front=self.selection.front > 0,
-            back=self.selection.back > 0,
-            img_tokens=self.dit.image_tokens(*shape[1:]),
-            txt_tokens=dict.fromkeys(draws, self.dit.text_tokens(self._longest)),
-            width=self.dit.width,
-            itemsize=itemsize,
-            form=self._form,
-        )
-        return residuals + self._linear * (self.selection.back > 0) * self.dit.width**2 * itemsize
 
 
 def room_on(device: Any) -> tuple[int, str]:
