@@ -6,7 +6,7 @@ Everything but ``hosts`` runs on plain torch. A whole training, on a model of yo
     import blockskip_core as blockskip
     from blockskip_core.examples.small_dit import SmallDit, TextThenImage, clean_estimate
 
-    model = SmallDit()  # in the place of yours; its weights are never changed
+    model = SmallDit()  # in place of yours; its weights are never changed
     captions = [torch.randn(1, 6, 24) for _ in range(2)]  # embedded texts, one per picture
     dit = blockskip.TorchDit(
         model, blocks={"blocks": TextThenImage()}, stem=["image_in", "text_in", "time_in"], head=["out"],

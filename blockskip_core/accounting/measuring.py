@@ -5,13 +5,13 @@ memory, so a step of a model of any size is counted in seconds and in little mem
 counts come out of a real run. Three conventions:
 
     bytes        Each storage once, from the operation that makes it to the moment nothing holds it. What an allocator
-                 rounds up or cannot reuse, and what kernels use inside, is not in it. ``meta`` stands for the device;
-                 tensors on the CPU beside it are host memory.
+                 rounds up or cannot reuse, and what kernels use inside, is not in it. ``meta`` takes the role of the device;
+                 tensors on the CPU are host memory.
     operations   Multiplications and additions of matrix products and attention, forward, recomputed and backward, by
                  torch's own formulas: one multiply-add is 2.
     attention    On ``meta``, inside :class:`FusedAttention`, as a fused kernel does it: no matrix of scores.
 
-Values on ``meta`` mean nothing. Where a loop asks for a number it is told 1, and where tensors come to the CPU they
+Values on ``meta`` mean nothing. Where a loop asks for a number it gets 1, and where tensors come to the CPU they
 are zeros, so that the real loops can be counted without a second copy of them.
 """
 
@@ -33,7 +33,7 @@ _META = torch.device("meta")
 
 
 class Counting(TorchDispatchMode):
-    """Context in which operations and live bytes are counted, for one device or for ``meta`` and the CPU beside it.
+    """Context in which operations and live bytes are counted, for one device, or for ``meta`` and the CPU.
 
     Tensors that were there before are not counted, nor are views of them; see :meth:`hold`.
 

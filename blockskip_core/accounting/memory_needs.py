@@ -34,7 +34,7 @@ class StoredWeights:
 
     Attributes:
         blocks: Bytes of each block.
-        others: Bytes of all that is no block.
+        others: Bytes of everything else.
     """
 
     blocks: Sequence[int]
@@ -84,8 +84,8 @@ class MemoryNeeds:
         selecting, training: On the device, by phase.
         precomputing: The same; None if nothing is precomputed.
         lora: Bytes of the LoRA's tensors.
-        replayed: Bytes on the device of what stands in for the skipped blocks.
-        host: At most as many bytes of host memory, beside the model, captions and libraries.
+        replayed: Bytes on the device of what is replayed for the skipped blocks.
+        host: At most this many bytes of host memory, besides the model, captions and libraries.
         disk: Bytes of residuals on the disk, without headers and latents.
     """
 

@@ -43,7 +43,7 @@ class PhaseCount:
             replayed.
         saved: Kept for the backward pass of a micro-batch, parameters not counted.
         operations: Of one optimiser step, one draw or one pass.
-        host: Most that lives on the CPU at the same time, beside the model and what is read ahead.
+        host: Most that lives on the CPU at the same time, besides the model and what is read ahead.
     """
 
     weights: int

@@ -1,4 +1,4 @@
-"""How fast is this device at what training is made of? A product of matrices, timed.
+"""How fast this device is at what training consists of: a timed product of matrices.
 
 Operations are counted exactly before a run (see ``measuring``); divided by this they say how long a step takes at least.
 It takes longer, by what is not a large product: attention, norms, moving weights, starting kernels.

@@ -43,7 +43,7 @@ class PassThrough(nn.Module):
 
 
 class ReplayFront(nn.Module):
-    """Drops its tokens and puts in ``replay.front``, as clones: whoever comes next may write into them."""
+    """Drops its tokens and puts in ``replay.front``, as clones, because the next module may write into them."""
 
     def __init__(self, io: BlockIO, replay: Replay) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ReplayFront(nn.Module):
 
 
 class AddResidual(nn.Module):
-    """Adds ``replay.back`` to the image tokens; text tokens pass, for no head reads them."""
+    """Adds ``replay.back`` to the image tokens; text tokens pass unchanged, because no head reads them."""
 
     def __init__(self, io: BlockIO, replay: Replay) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class TrainedBlock(_Stand):
     """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
 
     Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the tensors that
-    came in, which nobody has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
+    came in, which nothing has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
 
     Attributes:
         checkpointed: Whether activations are recomputed.

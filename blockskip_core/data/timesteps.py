@@ -1,4 +1,4 @@
-"""How noise levels are drawn for training.
+"""How the noise levels of training examples are drawn.
 
 The default follows the model: uniform in the model's own time, then through its own shift, which is how a sampler
 spreads its steps. The paper does not specify the distribution (arXiv 2603.20755); the others are offered because

@@ -21,7 +21,7 @@ from ..errors import InvalidInputError
 
 @dataclass(frozen=True)
 class TokenPlaces:
-    """Where tokens lie.
+    """Where tokens are.
 
     Attributes:
         rows, columns: Of each token, shape (1 or B, N), float32; (1, N) if all samples agree.
@@ -87,7 +87,7 @@ class MixedGrid:
         return latent_of(tokens.gather(1, _index(source, tokens)), self._width)
 
     def places(self, batch: int, unit: float = 0.5) -> TokenPlaces:
-        """Return where the tokens lie.
+        """Return where the tokens are.
 
         Args:
             batch: A multiple of this grid's batch.

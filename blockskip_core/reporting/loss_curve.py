@@ -36,7 +36,7 @@ class ExponentialMean:
 class LossCurve:
     """Collects the losses of a run, one step at a time.
 
-    At ``limit`` points, neighbours are merged and from then on a point stands for twice as many steps: mean loss, and
+    At ``limit`` points, neighbours are merged and from then on a point covers twice as many steps: mean loss, and
     the last step's smoothed loss and learning rate. So the memory of a run is bounded, however long it is, and a high
     loss stays visible as a higher mean.
 
@@ -67,7 +67,7 @@ class LossCurve:
         return point
 
     def points(self, limit: int | None = None) -> list[LossPoint]:
-        """Return the curve so far, of at most ``limit`` points."""
+        """Return the curve so far, with at most ``limit`` points."""
         points = self._points + ([_merged(self._open)] if self._open else [])
         return merged_points(points, -(-len(points) // max(1, limit))) if limit else points
 

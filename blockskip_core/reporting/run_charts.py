@@ -19,7 +19,7 @@ from .pictures import evenly
 WIDTH = 480  # units of every drawing; a phone shows one in about 0.7 px
 LEFT, RIGHT, TOP, BOTTOM = 66, 10, 10, 28  # margins
 MAX_RAW, MAX_SMOOTH, MAX_CROPS = 400, 300, 400  # points
-NO_SPREAD = 1e-6  # values that are equal but for this share are drawn as one
+NO_SPREAD = 1e-6  # values that differ by less than this share are drawn as equal
 
 
 def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
@@ -45,7 +45,7 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
         )
         shapes.append(rect)
     for number, index in enumerate(_first_of_each_kind(names)):
-        x, y = index * cell, 67 + 18 * (number % 2)  # in two rows, for a kind may be narrow
+        x, y = index * cell, 67 + 18 * (number % 2)  # in two rows, because a kind may be narrow
         shapes.append(element("line", x1=place(x), y1=50, x2=place(x), y2=y, class_="axis"))
         shapes.append(element("text", _kind(names[index]), x=place(x + 3), y=y, class_="label"))
     counts = f"{selection.front} skipped, {len(selection.kept)} trained, {selection.back} skipped"
@@ -70,7 +70,7 @@ def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> M
     shapes = [*_frame(x, y, 220, whole_x=True)]
     if 0 < resumed_at and x.low <= resumed_at <= x.high:
         at = place(x(resumed_at))
-        mark = element("title", f"went on from step {resumed_at}")
+        mark = element("title", f"resumed at step {resumed_at}")
         shapes.append(element("line", mark, x1=at, y1=TOP, x2=at, y2=220 - BOTTOM, class_="mark"))
     if len(values) == 1:
         shapes.append(element("path", d=_dots(steps, values, x, y), class_="dots single"))

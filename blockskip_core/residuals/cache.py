@@ -13,7 +13,7 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
 does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
 to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until
-then a manifest under another name tells which shards are whole, and a writer that was cut off goes on behind them.
+then a manifest under another name lists the complete shards, and an interrupted writer continues after them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CACHE_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of what is there so far
-DISK_RESERVE_BYTES = 256 * 2**20  # left free for everybody else
+DISK_RESERVE_BYTES = 256 * 2**20  # left free for other programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class CacheWriter:
     Args:
         folder: Its own folder.
         identity: What the residuals are computed from.
-        resume: Whether to go on behind the whole shards of an unfinished cache; otherwise it is replaced.
+        resume: Whether to keep the complete shards of an unfinished cache and continue after them; otherwise it is replaced.
 
     Attributes:
         draws: What is in whole shards.
@@ -222,7 +222,7 @@ class ResidualCache:
             self._read_tensor(key)
 
     def close(self) -> None:
-        """Let go of the shards; some systems refuse to delete a file that is mapped."""
+        """Release the shards; some systems refuse to delete a file that is mapped."""
         self._shards.clear()
 
     def draws_with(self, name: str) -> list[int]:
@@ -275,7 +275,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def remove_cache(folder: Path) -> None:
-    """Remove a cache. The manifests go first, so that one that is removed by half is not taken for a whole one."""
+    """Remove a cache. The manifests go first, so that a half-removed cache is not mistaken for a complete one."""
     for name in (MANIFEST, UNFINISHED):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
@@ -283,7 +283,7 @@ def remove_cache(folder: Path) -> None:
 
 
 def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict[str, object]]:
-    """Return what is whole of an unfinished cache; nothing of it counts if anything is wrong with it."""
+    """Return the complete tensors of an unfinished cache; none if anything is wrong with it."""
     if not (folder / UNFINISHED).is_file():
         return {}
     try:
@@ -295,7 +295,7 @@ def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict
                 raise CacheError(_damaged(folder, UNFINISHED))
             _read_checked(folder / str(entry["shard"]), key, entry)
     except CacheError as error:
-        logger.warning("BlockSkip: the unfinished residuals cannot be gone on with, they are computed anew: %s", error)
+        logger.warning("BlockSkip: cannot resume the unfinished residuals; computing them again: %s", error)
         return {}
     return body["tensors"]
 
@@ -355,7 +355,7 @@ def _require_form(body: dict) -> None:
 
 
 def _unreadable(folder: Path, error: OSError) -> StorageError:
-    """A disk that fails now may be there again later: nothing is removed for it."""
+    """A disk that fails now may work again later, so nothing is removed."""
     return StorageError(
         f"The stored residuals in {folder.name} cannot be read: {error}. Queue again when the disk is back."
     )

@@ -48,7 +48,7 @@ _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a t
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
-PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
+PhaseProgress = Callable[[str, int, int], None]  # (phase, done, total); may raise to interrupt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _wants_response(residuals: ResidualSet) -> bool:
 
 
 def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
-    """Compute the residuals of all draws and store them; a finished cache is used, an unfinished one gone on with.
+    """Compute the residuals of all draws and store them; a finished cache is used as it is, an unfinished one is resumed.
 
     Args:
         residuals: What to compute.
@@ -139,7 +139,7 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     """
     if is_finished(residuals.folder):
         return
-    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, but=residuals.folder.name)
+    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
     writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
     try:
         _write_missing(residuals, dit, progress, writer)
@@ -272,16 +272,16 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
     return lambda phase, done, total: progress(phase, number * total + done, count * total)
 
 
-def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
-    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours.
+def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
+    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold one of our caches.
 
-    ``but`` is the name of one that stays in any case and is not counted.
+    ``exclude`` is the name of one that is kept in any case and not counted.
     """
     if not parent.is_dir():
         return
     try:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
-        own = [path for path in own if path.name != but]
+        own = [path for path in own if path.name != exclude]
         caches = sorted(own, key=lambda path: -path.stat().st_mtime)
     except OSError as error:  # another program may be removing the same
         logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
@@ -292,7 +292,7 @@ def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
 
 
 class DiskSource:
-    """All draws from a cache on disk; computed first if the cache is gone."""
+    """All draws from a cache on disk; it is computed first if it is missing."""
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
@@ -369,7 +369,7 @@ def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> 
 
 @contextmanager
 def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCache]:
-    """Open a cache. One that turns out to be damaged is removed, so that queueing again computes it anew."""
+    """Open a cache. One that turns out to be damaged is removed, so that the next run computes it again."""
     cache = None
     try:
         cache = ResidualCache(folder, identity)

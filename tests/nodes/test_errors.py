@@ -58,7 +58,7 @@ def test_select_refuses_a_ratio_that_leaves_no_block(bench, tiny, method):
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.95])
 def test_select_refuses_a_ratio_out_of_range(bench, ratio):
-    with refused(bench, f"skip_ratio must lie between 0 and 0.9, got {ratio}"):
+    with refused(bench, f"skip_ratio must be between 0 and 0.9, got {ratio}"):
         bench.select(method="preset", skip_ratio=ratio)
 
 

@@ -34,7 +34,7 @@ def output_path(prefix: str) -> Path:
     """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
 
     Raises:
-        InvalidInputError: If the prefix is no name or would leave the output folder.
+        InvalidInputError: If the prefix is not a name or would leave the output folder.
         StorageError: If its folder cannot be made.
     """
     if not prefix.isprintable():
@@ -102,7 +102,7 @@ def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: 
 
 
 def file_stamp(name: str) -> str:
-    """Return what changes when a file of the loras folders is written anew; empty if there is no such file."""
+    """Return a value that changes whenever a file of the loras folders is rewritten; empty if there is no such file."""
     path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
     if path is None:
         return ""
@@ -114,7 +114,7 @@ def load_lora_file(name: str) -> LoraModel:
     """Read a file of the loras folders.
 
     Raises:
-        LoraFileError: If it is not there or is no LoRA file.
+        LoraFileError: If it is missing or not a LoRA file.
     """
     path = folder_paths.get_full_path("loras", name)
     if path is None or name not in folder_paths.get_filename_list("loras"):

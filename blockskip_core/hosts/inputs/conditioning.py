@@ -98,13 +98,13 @@ def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return what ``model.apply_model`` takes for one conditioning beside latent and sigma, batch axis 1.
+    """Return what ``model.apply_model`` takes for one conditioning besides latent and sigma, batch axis 1.
 
     Args:
         model: The host's model (a BaseModel).
         conditioning: ``[[tensor, settings]]``.
         latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
-        device: Where the arguments shall lie.
+        device: Where the arguments are put.
 
     Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
     """

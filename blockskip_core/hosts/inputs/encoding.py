@@ -21,7 +21,9 @@ def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
     """
     for index, batch in enumerate(images):
         if not isinstance(batch, Tensor) or batch.ndim < 2:
-            raise InvalidInputError(f"Number {index} of `images` is no picture. Connect Load Image or a dataset node.")
+            raise InvalidInputError(
+                f"Number {index} of `images` is not a picture. Connect Load Image or a dataset node."
+            )
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
         raise InvalidInputError("No pictures came in. Connect Load Image or a dataset node to `images`.")

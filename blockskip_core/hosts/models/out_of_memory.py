@@ -19,7 +19,7 @@ class OutOfMemoryError(BlockSkipError, comfy.model_management.OOM_EXCEPTION):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an error of an allocator, of whatever device, which nobody has explained yet."""
+    """Tell whether an error is an allocator's, of whatever device, that has not been explained yet."""
     if isinstance(error, BlockSkipError):
         return False
     said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)

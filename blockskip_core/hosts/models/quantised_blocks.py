@@ -121,7 +121,7 @@ class QuantisedDit(WrappedDit):
 
     @property
     def known_error(self) -> float:
-        """Relative difference to the full model that quantisation may make, for the self-check.
+        """Relative difference from the full model that quantisation may cause, for the self-check.
 
         :data:`ERROR_ALLOWANCE` times the worst layer's error, as measured on this model's own weights.
         """
@@ -228,7 +228,7 @@ def _weight_only_linear(dtype: torch.dtype) -> Any:
 def _share_place(layer: Any, quantised: Any) -> None:
     """Give a layer's place in the host's virtual memory to its quantised form: places are never given back.
 
-    Only one of them is ever loaded, and the host forgets what lies there when the patches id changes.
+    Only one of them is ever loaded, and the host forgets what is there when the patches id changes.
     """
     size = stored_bytes(quantised.weight)
     if hasattr(layer, "_v") and _SMALLEST_STREAMED < size <= layer.weight.nbytes:

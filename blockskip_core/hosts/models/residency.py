@@ -2,7 +2,7 @@
 
 The rule that every run of a MODEL keeps:
 
-    What autograd will read is memory that nobody else writes into, made outside inference mode.
+    What autograd will read is memory that nothing else writes into, made outside inference mode.
 
 Three things follow from it, and each has its function here:
 
@@ -109,7 +109,7 @@ def unload(patcher: Any) -> None:
 
 
 def evict_others(patcher: Any) -> None:
-    """Unload every model on this one's device that is no clone of it: text encoders and VAEs have done their part."""
+    """Unload every model on this one's device that is not a clone of it: text encoders and VAEs have done their part."""
     management = comfy.model_management
     own = [loaded for loaded in management.current_loaded_models if _is_clone(loaded, patcher)]
     if len(own) < len(management.current_loaded_models):

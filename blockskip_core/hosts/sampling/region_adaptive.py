@@ -68,7 +68,7 @@ def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
         Shape (B, C, H, W), or with an axis of frames.
 
     Raises:
-        InvalidInputError: If it is no latent of a picture, or says what to keep of one.
+        InvalidInputError: If it is not the latent of a picture, or carries a mask.
     """
     samples = latent["samples"]
     if samples.is_nested:
@@ -105,7 +105,7 @@ class RegionAdaptiveSampler:
     def __init__(self, patcher: Any, plan: StagePlan, regions: RegionChoice) -> None:
         if not isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST):
             raise UnsupportedModelError(
-                "Expected a flow-matching model, for the added noise is matched to one, got a model that predicts "
+                "Expected a flow-matching model, because the added noise is matched to one, got a model that predicts "
                 "something else. Load such a model, or remove the node that changes its sampling."
             )
         if len(plan.steps) == MAX_STAGES:
@@ -145,7 +145,7 @@ class RegionAdaptiveSampler:
         self._check_size(latent)
         indices = _indices(batch_indices, len(latent))
         if not 0 <= seed < 2**64:
-            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {seed}.")
+            raise InvalidInputError(f"seed must be between 0 and 2**64 - 1, got {seed}.")
         noise = comfy.sample.prepare_noise(latent, seed, None if batch_indices is None else indices)
         run = _Run(self, noise, seed, indices, positive, negative, cfg, on_step)
         try:
@@ -173,7 +173,7 @@ def _indices(given: Any, count: int) -> list[int]:
     """Return which of a seed's pictures are made. The host draws the noise of all before them, so there is a limit.
 
     Raises:
-        InvalidInputError: If these are no such numbers, or not one for each picture.
+        InvalidInputError: If these are not such numbers, or not one for each picture.
     """
     if given is None:
         return list(range(count))

@@ -223,9 +223,9 @@ def test_what_was_trained_is_said():
     assert (found["Chosen by"], found["Note"]) == ("manual", "By hand, for a test.")
     assert found["Weights left out, as loaded"] == "3.0 MiB"
     assert (found["Pictures"], found["Captions"]) == ("3", "2")
-    assert found["Draws"] == "7, of which 4 were trained on"
+    assert found["Training examples"] == "7, of which 4 were trained on"
     assert found["Patch sizes"] == "crops of 256 to 512 px, each resized to 256 px"
-    assert (found["Noise levels drawn as"], found["Seed of the draws"]) == ("logit-normal", "77")
+    assert (found["Noise levels drawn as"], found["Seed of the training examples"]) == ("logit-normal", "77")
     assert (found["Residuals"], found["Stored as"]) == ("chunked", "int8")
 
 
@@ -345,7 +345,7 @@ def test_where_the_run_went_on_is_marked():
     marks = ElementTree.fromstring(run_charts.loss_chart([0.1, 0.2, 0.3], 1, 2)).iter("line")
     marks = [line for line in marks if line.get("class") == "mark"]
     assert [float(line.get("x1")) for line in marks] == [(run_charts.LEFT + run_charts.WIDTH - run_charts.RIGHT) / 2]
-    assert "went on from step 2" in "".join(marks[0].itertext())
+    assert "resumed at step 2" in "".join(marks[0].itertext())
     assert 'class="mark"' not in run_charts.loss_chart([0.1, 0.2, 0.3], 1)
 
 

@@ -324,7 +324,7 @@ def test_an_unfinished_cache_counts_as_one_of_the_kept(tmp_path):
     residuals = residual_set(tmp_path)
     with pytest.raises(Stopped):
         write_cache(residuals, PlainDit(), stop_in_chunk(1))
-    remove_old_caches(tmp_path, keep=0, but=residuals.folder.name)
+    remove_old_caches(tmp_path, keep=0, exclude=residuals.folder.name)
     assert residuals.folder.exists()
     remove_old_caches(tmp_path, keep=0)
     assert not residuals.folder.exists()
