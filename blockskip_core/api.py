@@ -1,7 +1,7 @@
 """The method in four calls, for Python without a host: select, precompute, train, apply.
 
-Thin: each is what the rooms below offer, put together the way nearly everybody wants it. Who needs more (residuals on
-disk, samples between steps) calls ``training.loop.train_lora`` and ``residuals.sources`` directly.
+Each call combines what the rooms below offer in the most common way. For more (residuals on disk, samples between
+steps) call ``training.loop.train_lora`` and ``residuals.sources`` directly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a model of the host on a latent with tokens of two sizes: its forward sees each token once, in a strip.
 
 A wrapper around ``apply_model``: outside of it a sampler, guidance, previews and masks work on a full-size latent, and
-inside of it the model works on a strip of tokens, whose places it is told. All else is the host's own.
+inside of it the model works on a strip of tokens and is given their positions. Everything else is the host's own.
 """
 
 from __future__ import annotations
