@@ -78,7 +78,7 @@ class Counting(TorchDispatchMode):
             self.operations += _FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         if func is aten.lift_fresh.default and result.ndim:
-            given = set()  # torch.tensor has just made what it hands on here; single numbers are left out
+            given = set()  # torch.tensor passes what it has just made; single numbers are left out
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _identity(tensor) not in given:
                 self._watch(tensor)
@@ -101,7 +101,7 @@ class Counting(TorchDispatchMode):
 
 
 def _identity(tensor: Tensor) -> int:
-    """Return a number that tensors share if they share memory; ``meta`` tensors have no address."""
+    """Return a number that is equal for tensors that share memory; ``meta`` tensors have no address."""
     return tensor.untyped_storage()._cdata
 
 
@@ -115,7 +115,7 @@ def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would take the one that is written out.
+    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would choose the one that materialises the scores.
 
     To be entered around the attention itself: a recomputation in backward does not see contexts around the backward.
     """

@@ -1,4 +1,4 @@
-"""What a whole run takes, before it: its phases, as ``phase_counts`` counts them, put together.
+"""What a whole run takes, known before it starts: its phases, as ``phase_counts`` counts them, put together.
 
 Axis legend: ``C H W`` latent channels, rows, columns.
 """

@@ -357,7 +357,7 @@ def _require_form(body: dict) -> None:
 def _unreadable(folder: Path, error: OSError) -> StorageError:
     """A disk that fails now may work again later, so nothing is removed."""
     return StorageError(
-        f"The stored residuals in {folder.name} cannot be read: {error}. Queue again when the disk is back."
+        f"The stored residuals in {folder.name} cannot be read: {error}. Run again when the disk is back."
     )
 
 

@@ -63,7 +63,7 @@ class ResidualSet:
         identity: What the residuals are (to be) computed from.
         storage: Where they are kept.
         chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
-        folder: The folder of this set's own.
+        folder: This set's folder.
         family: The model family.
         back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
             read on the fly.
@@ -173,7 +173,7 @@ def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Ten
 
 
 def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
-    """Check that latents and residuals will find room, before anything is computed; latents may be on ``meta``.
+    """Check that there is room for latents and residuals before anything is computed; latents may be on ``meta``.
 
     Raises:
         InvalidInputError: With predicted and free bytes.
@@ -197,7 +197,7 @@ def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int
 
 @contextmanager
 def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
-    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong. For a chunk."""
+    """Give a writer for a chunk; the cache is finished if all goes well, and removed if anything goes wrong."""
     writer = CacheWriter(residuals.folder, residuals.identity)
     try:
         yield writer
@@ -378,7 +378,7 @@ def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCac
         if cache is not None:
             cache.close()
         remove_cache(folder)
-        raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error
+        raise CacheError(f"{error} They have been removed; run again to compute them.") from error
     finally:
         if cache is not None:
             cache.close()

@@ -403,7 +403,9 @@ def test_damaged_residuals_are_removed_and_said(bench):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 0xFF
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"are damaged \(shard-00000\.safetensors\)\. They have been removed; queue"):
+    with pytest.raises(
+        ValueError, match=r"are damaged \(shard-00000\.safetensors\)\. They have been removed; run again"
+    ):
         bench.train(residuals=residuals, steps=6)
     assert not list(bench.folders.output.glob("blockskip/residuals/*"))
     assert bench.train(residuals=bench.precompute()[0])[2] == 3

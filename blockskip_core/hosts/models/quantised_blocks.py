@@ -1,15 +1,15 @@
-"""Kept blocks quantised for the time of a run, in the host's own formats: more model in the same GPU memory.
+"""Kept blocks quantised for the duration of a run, in the host's own formats: more model in the same GPU memory.
 
 LoRA on a quantised base is the idea of QLoRA (arXiv 2305.14314). Here only the linear weights of the blocks that are
 trained are quantised, one layer at a time, when a run begins:
 
     original weight (stays where it is) --[+ the user's patches]--> float32, one layer --> quantised copy in host RAM
 
-The quantised copy is what the host loads, so never more than one layer is there in full: in a forward or backward
+The quantised copy is what the host loads, so no more than one layer is ever unpacked: in a forward or backward
 pass a layer's weight is dequantised, used and dropped. Inputs are not quantised, so gradients are those of the
 quantised weights. Patches (a LoRA applied before us) are part of what is quantised and are not applied again.
 
-The residuals are those of the model as loaded, for skipped blocks are not quantised. So before the first step the
+The residuals are those of the model as loaded, because skipped blocks are not quantised. So before the first step the
 trained model differs from the full model by what quantisation costs, and the self-check has to allow for that:
 :attr:`QuantisedDit.known_error`.
 """
@@ -66,7 +66,7 @@ def _works_on(weight_format: str, device: str) -> bool:
     try:
         packed = _packed(weight.to(device), weight_format)
         error = (packed.dequantize().float().cpu() - weight).norm() / weight.norm()
-    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in a way of its own
+    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in its own way
         logger.info("BlockSkip: no weights in %s on %s: %s", weight_format, device, problem)
         return False
     return error.item() < 0.2
@@ -158,7 +158,7 @@ class QuantisedDit(WrappedDit):
         return [(path, layer) for path, layer in block.named_modules() if is_shrunk(layer, self._format)]
 
     def quantise(self, progress: Progress | None = None) -> None:
-        """Quantise the blocks, once; without it this happens when the first of them is asked for.
+        """Quantise the blocks, once; otherwise it happens when the first of them is asked for.
 
         Args:
             progress: Called after every layer.

@@ -225,7 +225,7 @@ class _Run:
     """One batch of pictures on its way through the stages.
 
     Between stages ``_latent`` is the noisy latent at full size, in the model's own space and without an axis of frames;
-    coarse tokens are there four times.
+    coarse tokens appear four times.
     """
 
     def __init__(

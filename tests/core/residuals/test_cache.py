@@ -327,7 +327,7 @@ def test_too_many_open_files_are_no_damage(tmp_path):
     cache = ResidualCache(folder, IDENTITY)
     with (
         too_many_open_files(),
-        pytest.raises(StorageError, match="cannot be read: .*Queue again when the disk is back"),
+        pytest.raises(StorageError, match="cannot be read: .*Run again when the disk is back"),
     ):
         cache.read(0)
     assert same_bits(cache.read(0)["back"], records()[0]["back"])
