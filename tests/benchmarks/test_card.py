@@ -39,8 +39,9 @@ def test_a_card_without_bytes_counts_as_one_with_them(card: SimpleNamespace, com
     assert "failed" not in without | computed
     for phase in ("precompute", "resident", "streamed"):
         for name, value in computed[phase].items():
-            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's
-                assert without[phase][name] == pytest.approx(value, rel=1e-3), (phase, name)
+            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's,
+                near = pytest.approx(value, rel=1e-3, abs=64)  # and the host's 4-bit format a table of 16 numbers
+                assert without[phase][name] == near, (phase, name)
     assert without["plan"] == computed["plan"]
     kept = without["resident"]
     assert kept["offloaded"] == kept["left"] == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,26 @@ def test_saved_bytes_and_weights_are_those_of_the_run(bench, nodes):
     counted = planned.count(planned.settings).training
     assert counted.saved == trained["saved_for_backward_bytes"]
     assert counted.weights >= trained["kept_weights_bytes"]
+
+
+def test_layers_that_are_quantised_for_the_run_are_in_host_memory_and_one_of_them_is_unpacked(bench, nodes):
+    from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
+    from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
+
+    planned = nodes.memory_plan._Plan(bench.model, [bench.prompt], bench.select()[0], **PLAN)
+    off, int8 = (planned.count(replace(planned.settings, quantize_kept=form)) for form in ("off", "int8"))
+    dit = planned.run.dit
+    quantised = QuantisedDit(dit, [dit.blocks[index].name for index in planned.run.selection.kept], "int8")
+    layers = {
+        f"{name}.{path}": layer.weight
+        for name in quantised._names
+        for path, layer in quantised.module(name).named_modules()
+        if f"{name}.{path}" in quantised.layer_errors
+    }
+    assert int8.host - off.host == sum(map(stored_bytes, layers.values())) > 0
+    one = max(weight.numel() for weight in layers.values())
+    unpacked = one * (4 + dit.dtype.itemsize)
+    assert int8.training.peak - int8.training.weights == off.training.peak - off.training.weights + unpacked
 
 
 def test_the_model_is_not_loaded_and_not_changed(bench, plan):
