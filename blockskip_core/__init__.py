@@ -44,6 +44,7 @@ from .selection.selection import BlockSelection
 from .torch_dit import TorchDit
 from .training.checkpoints import Checkpoints, RunIdentity
 from .training.config import TrainingConfig
+from .training.observer import OnStep, TrainingObserver
 from .training.result import StepReport, TrainingResult
 from .version import VERSION
 
@@ -60,6 +61,7 @@ __all__ = [
     "LoraSettings",
     "MemoryResiduals",
     "PatchConfig",
+    "OnStep",
     "ResidualSource",
     "RunIdentity",
     "SkippableDit",
@@ -67,6 +69,7 @@ __all__ = [
     "TokenStreams",
     "TorchDit",
     "TrainingConfig",
+    "TrainingObserver",
     "TrainingResult",
     "TrainingSchedule",
     "VERSION",

@@ -31,7 +31,8 @@ from .selection.selection import BlockSelection
 from .training.checkpoints import Checkpoints
 from .training.config import TrainingConfig
 from .training.loop import train_lora
-from .training.result import StepReport, TrainingResult
+from .training.observer import TrainingObserver
+from .training.result import TrainingResult
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def train(
     layers: Callable[[str], bool] = lambda name: True,
     residuals: ResidualSource | None = None,
     checkpoints: Checkpoints | None = None,
-    on_step: Callable[[StepReport], None] = lambda report: None,
+    observers: Sequence[TrainingObserver] = (),
 ) -> Lora:
     """Train a LoRA on the kept blocks of a model; the skipped ones are not needed while it is trained.
 
@@ -169,7 +170,7 @@ def train(
         layers: Native name of a linear layer of a kept block -> whether it gets an adapter; by default all do.
         residuals: From :func:`precompute`, or any other source; by default they are precomputed first.
         checkpoints: Where an interrupted run resumes; by default nothing is kept.
-        on_step: Called after every optimiser step; may raise to interrupt.
+        observers: Told of each step, e.g. ``OnStep(print)``; they may raise to interrupt.
 
     Raises:
         InvalidInputError: If the selection is for another model, or no layer is left to train.
@@ -186,7 +187,7 @@ def train(
     result = TrainingResult()
     train_lora(
         dit, examples.schedule, examples.latents, selection, residuals or precompute(dit, examples, selection),
-        adapters, config, result=result, on_step=on_step, checkpoints=checkpoints,
+        adapters, config, result=result, observers=observers, checkpoints=checkpoints,
     )  # fmt: skip
     return Lora(adapters, selection, result)
 

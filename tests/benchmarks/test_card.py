@@ -99,7 +99,7 @@ def row(peak: float = 5.0, **changes: object) -> dict:
         "left": 0, "problems": [],
     }  # fmt: skip
     return {
-        "model": "M", "weights": "bf16", "card": 8.0, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
+        "model": "M", "weights": "bf16", "card": 8.0, "paged": False, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
         "plan": {"fits": False, "settings_fit": True, "says": "", "settings": "as small as possible."},
         "precompute": {"counted": GIB, "peak": 2 * GIB, "counted_host": GIB, "host": GIB, "left": 3 * 2**20},
         "resident": run, "streamed": {**run, "peak": GIB}, **changes,

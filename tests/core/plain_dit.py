@@ -24,6 +24,7 @@ from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from blockskip_pack.blockskip_core.torch_dit import TorchDit
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from torch import Tensor, nn
 from torch.nn import functional
@@ -336,7 +337,7 @@ def train(
             config,
             result=result,
             checkpoints=checkpoints,
-            on_step=on_step or (lambda report: None),
+            observers=[OnStep(on_step)] if on_step else (),
         )
     finally:
         for handle in handles:
