@@ -90,7 +90,7 @@ class TorchDit:
         activation_bytes: int = 0,
         weights: WeightPlacement = "as fits",
     ) -> Iterator[Denoiser]:
-        """Put stand-ins in for the time of the context.
+        """Put stand-ins in for the duration of the context.
 
         Args:
             replacements: Path -> stand-in. Their weights are moved to the device.

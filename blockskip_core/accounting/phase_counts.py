@@ -1,4 +1,4 @@
-"""What one phase of a run takes, before it: the real loop is run on a model without weights, and counted.
+"""What one phase of a run takes, known before it starts: the real loop is run on a model without weights, and counted.
 
 Nothing here is fitted: the model, its stand-ins, the LoRA, the loss and the optimiser are those of the run, with the
 same shapes. See ``measuring`` for what is counted and what is not.
@@ -44,7 +44,7 @@ class PhaseCount:
             replayed.
         saved: Kept for the backward pass of a micro-batch, parameters not counted.
         operations: Of one optimiser step, one draw or one pass.
-        host: Most that lives on the CPU at the same time, beside the model and what is read ahead.
+        host: Most that lives on the CPU at the same time, besides the model and what is read ahead.
     """
 
     weights: int
@@ -55,7 +55,7 @@ class PhaseCount:
     host: int
 
     def with_weights(self, weights: int) -> PhaseCount:
-        """Return the count for weights that take another number of bytes and are unpacked in the same way."""
+        """Return the count for weights of another size in bytes that are unpacked in the same way."""
         more = weights - self.weights
         between = self.between and self.between + more
         return replace(self, weights=weights, peak=self.peak + more, between=between)
@@ -145,7 +145,7 @@ def count_training(
         latent_shape: (C, H, W).
         selection: Blocks to be skipped.
         adapters: The LoRA, on the model's device; see :func:`adapters_on`.
-        config: The settings; how many steps they ask for is not read.
+        config: The settings; the number of steps is not read.
         residual: Of one draw, see :func:`residual_of_zeros`; None for the folded form.
         caption: Index of the conditioning of all draws.
         response: The back span's linear answer, shape (D, D), or None.
@@ -234,6 +234,6 @@ class _OneStretch:
 
 
 def _stand_in_draws(count: int, caption: int) -> TrainingSchedule:
-    """Return draws that have the right shape and mean nothing."""
+    """Return placeholder draws of the right shape."""
     draw = Draw(picture=0, caption=caption, sigma=0.5, side=16, top=0, left=0, noise_seed=0)
     return TrainingSchedule((draw,) * count, PatchConfig(patch_min=16, patch_max=16), 0, "none")

@@ -1,7 +1,7 @@
 """Does a run fit, and if not, what is the smallest change that makes it fit? On counts of ``memory_needs``.
 
 A plan is a run's settings as far as memory depends on them. Changes are tried one by one, those that cost nothing of the
-result first; if none is enough by itself they are added up in that order. What a card needs beside the counted bytes (the
+result first; if none is enough by itself they are added up in that order. What a card needs besides the counted bytes (the
 allocator's rounding, workspaces of kernels) is not known before a run: :data:`MARGIN` is left for it, which has not been
 measured on a GPU.
 """
@@ -20,7 +20,7 @@ from .memory_needs import MemoryNeeds
 MARGIN = 0.05  # of the counted peak
 CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
 """Presets: the card's memory in GiB."""
-NOT_OURS = (1 / 8, 0.5)
+RESERVED = (1 / 8, 0.5)
 """Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
 _PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
@@ -28,7 +28,7 @@ PHASES = ("choosing blocks", "precomputing", "training")
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """What of a run's settings memory depends on, beside model, captions and selection.
+    """The settings of a run that memory depends on, besides model, captions and selection.
 
     Attributes:
         config: Settings of the training.
@@ -86,7 +86,7 @@ def _config(**fields: Any) -> Callable[[MemorySettings], MemorySettings]:
     return apply
 
 
-def _off_the_fly(settings: MemorySettings) -> MemorySettings:
+def _store_in_chunks(settings: MemorySettings) -> MemorySettings:
     return replace(settings, storage="chunked") if settings.storage == "on the fly" else settings
 
 
@@ -124,7 +124,7 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("switch `checkpointing` on", _config(checkpointing=True)),
     Change("set `activation_budget` to 0", _config(activation_budget=0.0)),
     Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
-    Change("set `storage` to chunked", _off_the_fly),
+    Change("set `storage` to chunked", _store_in_chunks),
     Change("set `patch_min` to 256", _smaller(256)),
     Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # no adapter learns on these
     Change("set `quantize_kept` to int8", _quantised("int8")),
@@ -150,7 +150,7 @@ def peak_of(settings: MemorySettings, needs: MemoryNeeds) -> int:
 
 
 def fits(peak: int, available: int) -> bool:
-    """Return whether a counted peak fits into so many bytes."""
+    """Return whether a counted peak fits into the available bytes."""
     return peak * (1.0 + MARGIN) <= available
 
 
@@ -180,7 +180,7 @@ def changes_that_fit(
     taken: list[Change] = []
     for change in useful:
         changed = change.apply(settings)
-        if changed is settings:  # an earlier change has done more
+        if changed is settings:  # an earlier change already covers it
             continue
         settings, taken = changed, [*taken, change]
         needs = count(settings)
@@ -201,16 +201,16 @@ def room_of_card(card: str) -> int:
     """
     if card not in CARDS:
         raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
-    share, more = NOT_OURS
+    share, more = RESERVED
     return round((CARDS[card] * (1 - share) - more) * 2**30)
 
 
 def with_spare_used(
     settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
 ) -> MemorySettings:
-    """Return settings that fit, with memory that is left put to use: activations are kept instead of recomputed.
+    """Return settings that fit, with spare memory put to use: activations are kept instead of recomputed.
 
-    That changes nothing of the result and makes a step faster. Half a GiB is the smallest portion.
+    The result stays the same, and a step is faster. Half a GiB is the smallest portion.
 
     Args:
         settings: Some that fit.

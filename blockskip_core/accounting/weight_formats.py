@@ -1,7 +1,7 @@
 """How many bytes weights take: as they are kept now, and as they would be after quantisation, from shapes alone.
 
 The formats are the host's own (ComfyUI keeps whole models in them); nothing is quantised here. Bytes by format for a
-weight of shape (out, in), each with what it stores beside the numbers:
+weight of shape (out, in), each with what it stores besides the numbers:
 
     fp8      1 byte per number, one float32 scale
     int8     1 byte per number, a float32 scale per row
@@ -81,7 +81,7 @@ def is_shrunk(layer: nn.Module, weight_format: str) -> TypeGuard[nn.Linear]:
 def predicted_bytes(block: nn.Module, weight_format: str) -> int:
     """Return the bytes of a block's weights after its linear layers were quantised.
 
-    Only shapes and dtypes are read, so the block may lie on the meta device. Layers that are quantised already, biases
+    Only shapes and dtypes are read, so the block may be on the meta device. Layers that are quantised already, biases
     and norms stay as they are.
 
     Args:

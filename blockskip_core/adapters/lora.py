@@ -166,7 +166,7 @@ class LoraAdapters:
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module], weight_for_backward: WeightForBackward) -> Iterator[None]:
-        """Let the adapters act for the time of the context.
+        """Let the adapters act within the context.
 
         Args:
             modules: Name -> layer, of at least the layers that have an adapter. Layers without one get their input's

@@ -1,4 +1,4 @@
-"""What is replayed in the place of skipped blocks: stored for one draw, and set for one forward.
+"""What is replayed in place of skipped blocks: stored per draw, and set for each forward.
 
 Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
 """

@@ -82,7 +82,7 @@ class SkippingModel:
     def set_response(self, response: Tensor | None) -> None:
         """Set the back span's linear answer to its input for all batches; see ``back_response``.
 
-        It is copied, for it may have been read under inference mode, and autograd saves it.
+        It is copied, because it may have been read under inference mode, and autograd saves it.
         """
         self._replay.response = None if response is None else response.to(self._dit.device, copy=True)
 

@@ -42,13 +42,17 @@ class PassThrough(nn.Module):
         return self.io.result(self.io.entering(args, kwargs), args, kwargs)
 
 
-class ReplayFront(nn.Module):
-    """Drops its tokens and puts in ``replay.front``, as clones: whoever comes next may write into them."""
+class _Replaying(nn.Module):
+    """Puts what ``replay`` holds into the stream; has no weights."""
 
     def __init__(self, io: BlockIO, replay: Replay) -> None:
         super().__init__()
         self.io = io
         self.replay = replay
+
+
+class ReplayFront(_Replaying):
+    """Drops its tokens and puts in ``replay.front``, as clones, because the next module may write into them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
@@ -57,13 +61,8 @@ class ReplayFront(nn.Module):
         return self.io.result(stored, args, kwargs)
 
 
-class AddResidual(nn.Module):
-    """Adds ``replay.back`` to the image tokens; text tokens pass, for no head reads them."""
-
-    def __init__(self, io: BlockIO, replay: Replay) -> None:
-        super().__init__()
-        self.io = io
-        self.replay = replay
+class AddResidual(_Replaying):
+    """Adds ``replay.back`` to the image tokens; text tokens pass unchanged, because no head reads them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
@@ -88,7 +87,9 @@ class _Stand(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["twin"], name)  # hosts read attributes off their blocks
+            # A stand-in takes the block's place, and hosts and other nodes read attributes off the blocks they find. Which
+            # ones is their business, so they cannot be listed here: whatever the block has, its stand-in has.
+            return getattr(self.__dict__["twin"], name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with OutOfPlace():
@@ -122,7 +123,7 @@ class TrainedBlock(_Stand):
     """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
 
     Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the tensors that
-    came in, which nobody has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
+    came in, which nothing has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
 
     Attributes:
         checkpointed: Whether activations are recomputed.

@@ -71,14 +71,14 @@ def _alias_parts(tensor: Tensor) -> Tensor:
     parts = {name: weight_sharing_alias(getattr(tensor, name)) for name in names}
     twin = kind.__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
     if isinstance(tensor, nn.Parameter):
-        twin._is_param = True  # what nn.Parameter does, but for detaching, which copies the scales of some formats
+        twin._is_param = True  # what nn.Parameter does, without detaching, which copies the scales of some formats
     return twin
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
     """Return a weight-sharing copy that runs without gradients; hosts may leave weights trainable.
 
-    It is no module around the module: a host that finds a layer at this path writes its own marks onto it.
+    It does not wrap the module: a host that finds a layer at this path writes its own marks onto it.
     """
     twin = weight_sharing_copy(module)
     twin.forward = torch.no_grad()(twin.forward)

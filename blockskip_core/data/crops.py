@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import overload
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from .patch_sampling import crop_and_resize, reference_size, resize
 from .schedule import TrainingSchedule
 
 
-class TrainingCrops:
+class TrainingCrops(Sequence[Tensor]):
     """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for.
 
     Args:
@@ -28,10 +29,15 @@ class TrainingCrops:
     def __len__(self) -> int:
         return len(self._schedule)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
 
-    def __getitem__(self, index: int) -> Tensor:
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
         draw = self._schedule[index]
         reference = self._references[draw.picture]
         size = self._schedule.patches.patch_min

@@ -185,7 +185,7 @@ class _BlockStream:
                 yield batch, {index: seen[index] for index in sorted(watched)}
 
     def _modules(self, span: range, replay: Replay, seen: Mapping[int, Recording]) -> dict[str, nn.Module]:
-        """Return the stand-ins. Copies even where nobody watches: which kernel runs may depend on a weight's marks."""
+        """Return the stand-ins. Copies even where nothing is recorded: which kernel runs may depend on a weight's marks."""
         modules: dict[str, nn.Module] = {}
         for position, block in enumerate(self._dit.blocks):
             if position in seen:

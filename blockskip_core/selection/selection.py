@@ -31,7 +31,7 @@ def num_skipped(skip_ratio: float, num_blocks: int) -> int:
         InvalidInputError: If the ratio is outside [0, 0.9] or leaves no block to train.
     """
     if not 0.0 <= skip_ratio <= MAX_SKIP_RATIO:
-        raise InvalidInputError(f"skip_ratio must lie between 0 and {MAX_SKIP_RATIO}, got {skip_ratio}.")
+        raise InvalidInputError(f"skip_ratio must be between 0 and {MAX_SKIP_RATIO}, got {skip_ratio}.")
     count = math.floor(skip_ratio * num_blocks + 0.5 + 1e-9)
     if count >= num_blocks:
         raise InvalidInputError(

@@ -27,7 +27,7 @@ def build_optimizer(
     """Return an optimiser over ``parameters``.
 
     AdamW is torch's fused one where the parameters are on a device that is known to have it: on a GPU the other forms
-    hold copies of all moments for the time of a step (on FLUX.1 at rank 16 some 200 MiB).
+    hold copies of all moments during a step (on FLUX.1 at rank 16 some 200 MiB).
 
     Raises:
         InvalidInputError: If the extra package that it needs is not installed.

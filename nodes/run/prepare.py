@@ -90,7 +90,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     checkpoints = Checkpoints(
         folder, identity, every=request.save_every, keep=request.keep_last, resume=request.resume
     )  # fmt: skip
-    remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, but=identity.key)
+    remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
     sampler = None if request.samples is None else TrainingSampler(model, request.samples, selection)
     return PreparedRun(
         request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,

@@ -24,6 +24,8 @@ TABLE = {
     "residuals": "errors units files selection data model blocks",
     "training": "errors files selection data adapters model blocks residuals",
     "torch_dit": "adapters model",
+    "examples": "model",
+    "api": "errors files selection data adapters model blocks residuals training",
     "accounting": "errors units selection data adapters model blocks residuals training",
     "reporting": "units files selection data training",
     "hosts": "",

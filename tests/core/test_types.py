@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "blockskip_pack"
-CHECKED = (f"{PACK}.blockskip_core",)
+CHECKED = (f"{PACK}.blockskip_core", f"{PACK}.nodes")
 
 SKIPPABLE = """
 from collections.abc import Callable

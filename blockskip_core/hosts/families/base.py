@@ -16,7 +16,7 @@ from ...errors import InvalidInputError
 from ...model import BlockInfo, BlockIO, TokenStreams
 
 TEXT_TOKENS = (
-    "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
+    "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families whose calls do not say
 )
 
 

@@ -1,4 +1,4 @@
-"""What a family's adapter may be able to do besides naming its blocks; each a class of its own, which an adapter derives from.
+"""What a family's adapter may be able to do besides naming its blocks; each is a class, which an adapter derives from.
 
 A family is trained as soon as its blocks are known. Whatever else it offers is asked for where it is used
 (:func:`require`), so an adapter that knows nothing but the blocks is a whole one.

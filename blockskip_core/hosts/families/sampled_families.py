@@ -1,7 +1,7 @@
-"""How tokens are told where they lie, for every family that can be sampled with tokens of two sizes.
+"""How tokens get their positions, for every family that can be sampled with tokens of two sizes.
 
 That is every family that can be trained (``ADAPTERS``), and those here, which need nothing else. Classes are named and
-not imported, for older hosts do not have all of them. Layouts as of ComfyUI 0.30.
+not imported, because older hosts do not have all of them. Layouts as of ComfyUI 0.30.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ SAMPLED_ONLY: tuple[SampledFamily, ...] = (
 
 
 def positions_of(patcher: Any) -> tuple[TokenPositions, int]:
-    """Return how a MODEL's tokens are told where they lie, and the side of a token in latent cells.
+    """Return how a MODEL's tokens get their positions, and the side of a token in latent cells.
 
     Raises:
         UnsupportedModelError: If the model's family is none of these, naming those there are, or has no places to tell.
@@ -105,6 +105,6 @@ def positions_of(patcher: Any) -> tuple[TokenPositions, int]:
             return family.positions(model), family.patch(model)
     known = ", ".join([*(family.title for family in ADAPTERS), *(family.title for family in SAMPLED_ONLY)])
     raise UnsupportedModelError(
-        f"Expected a model whose tokens can be told where they lie ({known}), got {type(model).__name__}. Load one of these, "
+        f"Expected a model whose token positions can be set ({known}), got {type(model).__name__}. Load one of these, "
         "or use KSampler."
     )

@@ -1,4 +1,4 @@
-"""Tells a model where the tokens of a strip really lie, for one call; one class per way in which models know positions.
+"""Gives the tokens of a strip their real positions, for one call; one class per way in which models keep positions.
 
 A strip is a latent that is one token high (``ralu.token_grid``). A model would take its tokens for one row of a picture.
 Where positions are rotated into queries and keys, a hook on the module that makes the rotations gives it other
@@ -22,14 +22,14 @@ Rewrite = Callable[[Tensor, TokenPlaces], Tensor]
 
 
 class TokenPositions(ABC):
-    """How a family is told where tokens lie."""
+    """How a family's tokens get their positions."""
 
     def prepare(self, patcher: Any) -> None:  # noqa: B027  most families need nothing
         """Put object patches onto a clone of the MODEL, before it is loaded."""
 
     @abstractmethod
     def placed(self, places: TokenPlaces, options: Mapping[str, Any]) -> Any:
-        """Return a context in which the model's image tokens lie at ``places``.
+        """Return a context in which the model's image tokens are at ``places``.
 
         Args:
             places: Of the tokens, in the order in which the model sees them.
@@ -110,7 +110,7 @@ def first_tokens_of_image(coordinates: Tensor, places: TokenPlaces) -> Tensor:
     """Put the image tokens, the first ones of their call, at ``places``; the call for text is left as it is.
 
     For families that place text and image in two calls, and fill both up with tokens at the end. Text counts up along
-    the first axis, an image lies at one place of it.
+    the first axis, an image has one place on it.
     """
     is_text = coordinates.shape[1] < places.rows.shape[1] or bool((coordinates[0, 0] != coordinates[0, 1])[0])
     return _for_samples(coordinates, places) if is_text else first_tokens(coordinates, places)

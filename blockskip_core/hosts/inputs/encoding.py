@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.crops import TrainingCrops
 from ...errors import InvalidInputError
 from .frames import has_frames, without_frame
 
@@ -21,7 +20,9 @@ def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
     """
     for index, batch in enumerate(images):
         if not isinstance(batch, Tensor) or batch.ndim < 2:
-            raise InvalidInputError(f"Number {index} of `images` is no picture. Connect Load Image or a dataset node.")
+            raise InvalidInputError(
+                f"Number {index} of `images` is not a picture. Connect Load Image or a dataset node."
+            )
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
         raise InvalidInputError("No pictures came in. Connect Load Image or a dataset node to `images`.")
@@ -41,7 +42,7 @@ def crop_multiple(vae: Any, patch_size: int) -> int:
 
 
 def encode_crops(
-    vae: Any, model: Any, crops: Sequence[Tensor] | TrainingCrops, progress: Callable[[int, int], None] | None = None
+    vae: Any, model: Any, crops: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
     """Return the crops' latents in the model's own scale, shape (num_draws, C, H, W), float32 on the CPU.
 

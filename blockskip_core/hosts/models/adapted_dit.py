@@ -58,7 +58,7 @@ class AdaptedDit(ABC):
     @property
     @abstractmethod
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with beside latent and sigma, for each caption, batch axis 1."""
+        """What the model is called with besides latent and sigma, for each caption, batch axis 1."""
 
     @property
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,6 @@ from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import WEIGHT_FORMATS, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
 from ...model import SkippableDit
-from ...residuals.cache import predicted_bytes as residual_bytes
 from ...residuals.format import ResidualFormat
 from ...selection.selection import BlockSelection
 from ..inputs.frames import latent_shape
@@ -78,21 +76,22 @@ class CountedRun:
             chunk=self._chunk,
             stored=stored,
             caption=self._longest,
+            residual_format=self._form,
         )
         weights = self.weights(settings)
         needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights), settings)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
-        return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan.latent_shape, stored))
+        return needs
 
     def _with_quantised_layers(self, needs: MemoryNeeds, settings: MemorySettings) -> MemoryNeeds:
-        """Add what layers that are quantised for the run take beside their weights on the device.
+        """Add what layers that are quantised for the run take in addition to their weights on the device.
 
-        Packed, all of them are in host memory, for the MODEL stays as it is; unpacked, one is on the device at a time.
+        Packed, all of them are in host memory, because the MODEL stays as it is; unpacked, one is on the device at a time.
         """
         module = self.dit.patcher.model.diffusion_model
         shrunk = [
-            (weight_format, layer.weight.shape)
+            (weight_format, (layer.weight.shape[0], layer.weight.shape[1]))
             for name, weight_format in formats_of(self.dit, self.selection, settings).items()
             for layer in module.get_submodule(name).modules()
             if is_shrunk(layer, weight_format)
@@ -130,20 +129,6 @@ class CountedRun:
         blocks = self.weights(settings).blocks
         used = range(len(blocks)) if settings.storage == "on the fly" else self.selection.kept
         return max(blocks[index] for index in used)
-
-    def _disk(self, shape: Sequence[int], stored: int) -> int:
-        draws, itemsize = range(stored), self.dit.dtype.itemsize
-        residuals = residual_bytes(
-            draws,
-            front=self.selection.front > 0,
-            back=self.selection.back > 0,
-            img_tokens=self.dit.image_tokens(*shape[1:]),
-            txt_tokens=dict.fromkeys(draws, self.dit.text_tokens(self._longest)),
-            width=self.dit.width,
-            itemsize=itemsize,
-            form=self._form,
-        )
-        return residuals + self._linear * (self.selection.back > 0) * self.dit.width**2 * itemsize
 
 
 def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySettings) -> dict[str, str]:

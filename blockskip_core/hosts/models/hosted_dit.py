@@ -3,8 +3,8 @@
 The user's MODEL is never changed. A run makes a clone of the patcher (it shares the weights), gives it stand-ins as
 object patches, loads it through the host's own model management and unloads it in the end, which puts the original
 modules back. Two details make the weights of replaced modules stay off the device: the clone is loaded only after all
-clones were unloaded, for a loaded model keeps what it has; and it gets a new patches id, for the host takes object
-patches with an unchanged id as "already loaded".
+clones were unloaded, because a loaded model keeps what it has; and it gets a new patches id, because the host takes
+object patches with an unchanged id as "already loaded".
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class HostedDit(AdaptedDit):
 
     @cached_property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with beside latent and sigma, for each caption, on the CPU."""
+        """What the model is called with besides latent and sigma, for each caption, on the CPU."""
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frame(model, torch.zeros(1, *self._latent_shape))
@@ -122,7 +122,7 @@ class HostedDit(AdaptedDit):
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
-            activation_bytes: Memory that the host should keep free beside the weights.
+            activation_bytes: Memory that the host should keep free in addition to the weights.
             weights: Where weights are kept. "resident" loads them all, where the host would leave some in host memory
                 to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself ("dynamic
                 VRAM") does that in any case, and on other than NVIDIA's cards the host fills 40 % of what is free with

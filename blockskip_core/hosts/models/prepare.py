@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.crops import TrainingCrops
 from ...data.patch_sampling import PatchConfig, PatchOrder
 from ...data.schedule import TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
@@ -18,7 +19,7 @@ from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ...residuals.sources import PhaseProgress, ResidualSet, Storage, require_room, stored_latents, write_cache
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
-from ..inputs.encoding import TrainingCrops, crop_multiple, encode_crops
+from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity

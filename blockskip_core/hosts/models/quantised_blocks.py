@@ -1,15 +1,15 @@
-"""Kept blocks quantised for the time of a run, in the host's own formats: more model in the same GPU memory.
+"""Kept blocks quantised for the duration of a run, in the host's own formats: more model in the same GPU memory.
 
 LoRA on a quantised base is the idea of QLoRA (arXiv 2305.14314). Here only the linear weights of the blocks that are
 trained are quantised, one layer at a time, when a run begins:
 
     original weight (stays where it is) --[+ the user's patches]--> float32, one layer --> quantised copy in host RAM
 
-The quantised copy is what the host loads, so never more than one layer is there in full: in a forward or backward
+The quantised copy is what the host loads, so no more than one layer is ever unpacked: in a forward or backward
 pass a layer's weight is dequantised, used and dropped. Inputs are not quantised, so gradients are those of the
 quantised weights. Patches (a LoRA applied before us) are part of what is quantised and are not applied again.
 
-The residuals are those of the model as loaded, for skipped blocks are not quantised. So before the first step the
+The residuals are those of the model as loaded, because skipped blocks are not quantised. So before the first step the
 trained model differs from the full model by what quantisation costs, and the self-check has to allow for that:
 :attr:`QuantisedDit.known_error`.
 """
@@ -71,7 +71,7 @@ def _works_on(weight_format: str, device: str) -> bool:
     try:
         packed = _packed(weight.to(device), weight_format)
         error = (packed.dequantize().float().cpu() - weight).norm() / weight.norm()
-    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in a way of its own
+    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in its own way
         logger.info("BlockSkip: no weights in %s on %s: %s", weight_format, device, problem)
         return False
     return error.item() < 0.2
@@ -128,7 +128,7 @@ class QuantisedDit(WrappedDit):
 
     @property
     def known_error(self) -> float:
-        """Relative difference to the full model that quantisation may make, for the self-check.
+        """Relative difference from the full model that quantisation may cause, for the self-check.
 
         :data:`ERROR_ALLOWANCE` times the worst layer's error, as measured on this model's own weights.
         """
@@ -165,7 +165,7 @@ class QuantisedDit(WrappedDit):
         return [(path, layer) for path, layer in block.named_modules() if is_shrunk(layer, self._formats[name])]
 
     def quantise(self, progress: Progress | None = None) -> None:
-        """Quantise the blocks, once; without it this happens when the first of them is asked for.
+        """Quantise the blocks, once; otherwise it happens when the first of them is asked for.
 
         Args:
             progress: Called after every layer.
@@ -209,7 +209,7 @@ class QuantisedDit(WrappedDit):
 
 
 def bytes_to_unpack(numbers: int, dtype: torch.dtype) -> int:
-    """Return what a layer takes for the time that it is unpacked: in the dtype of the computation, and on the way to it.
+    """Return what a layer takes while it is unpacked: in the dtype of the computation, and on the way to it.
 
     The host's kernels for NVIDIA's cards write that dtype at once; everywhere else it goes through float32.
 
@@ -247,7 +247,7 @@ def _weight_only_linear(dtype: torch.dtype) -> Any:
 def _share_place(layer: Any, quantised: Any) -> None:
     """Give a layer's place in the host's virtual memory to its quantised form: places are never given back.
 
-    Only one of them is ever loaded, and the host forgets what lies there when the patches id changes.
+    Only one of them is ever loaded, and the host forgets what is there when the patches id changes.
     """
     size = stored_bytes(quantised.weight)
     if hasattr(layer, "_v") and _SMALLEST_STREAMED < size <= layer.weight.nbytes:

@@ -1,7 +1,7 @@
 """A model without weights as a :class:`~...model.SkippableDit`: for counting what a run will take, before it.
 
 The host's own classes run on the ``meta`` device. The host's loader is not used: it would make the weights real.
-Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that whoever counts sees them come and go.
+Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that a counter sees them come and go.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WeightlessDit(AdaptedDit):
 
     Args:
         model: The host's model (a BaseModel) with all weights on ``meta``.
-        arguments: What the model is called with beside latent and sigma, for each caption, batch axis 1; any device.
+        arguments: What the model is called with besides latent and sigma, for each caption, batch axis 1; any device.
     """
 
     def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]]) -> None:
@@ -71,7 +71,7 @@ class WeightlessDit(AdaptedDit):
 
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with beside latent and sigma, for each caption; shapes only."""
+        """What the model is called with besides latent and sigma, for each caption; shapes only."""
         return self._arguments
 
     @property

@@ -29,7 +29,7 @@ class RegionChoice:
         mask: Regions that are taken first, shape (B or 1, H, W), any size.
 
     Raises:
-        InvalidInputError: If there is no such method, the ratio is no share, or the mask is none.
+        InvalidInputError: If there is no such method, the ratio is not in [0, 1], or the mask is not a mask.
     """
 
     method: str

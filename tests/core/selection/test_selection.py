@@ -22,7 +22,7 @@ def test_halves_are_rounded_up_whatever_the_binary_fraction():
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.91, 1.0, float("nan")])
 def test_a_ratio_out_of_range_is_refused(ratio):
-    with pytest.raises(InvalidInputError, match=r"skip_ratio must lie between 0 and 0\.9"):
+    with pytest.raises(InvalidInputError, match=r"skip_ratio must be between 0 and 0\.9"):
         num_skipped(ratio, FLUX_BLOCKS)
 
 
