@@ -30,7 +30,7 @@ TABLE = {
     "reporting": "units files selection data training",
     "hosts": "",
     "hosts/families": "errors selection adapters ralu model accounting",
-    "hosts/inputs": "errors data",
+    "hosts/inputs": "errors",
     "hosts/files": "errors files adapters",
     "hosts/models": "errors selection data adapters model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",

@@ -309,7 +309,7 @@ def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, cap
     calls = []
     write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
     assert calls[0][1:] == (1, 15)
-    assert "are computed anew" in caplog.text
+    assert "computing them again" in caplog.text
     ResidualCache(residuals.folder, residuals.identity).verify()
 
 
