@@ -25,6 +25,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 RUN = Path(__file__).with_name("card_runs.py")
 MODELS = ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "Qwen-Image", "Z-Image", "Wan2.2-TI2V-5B")
 CARDS = (8.0, 12.0, 16.0, 24.0)
+SMALL = 12.0
 logger = logging.getLogger(__name__)
 
 
