@@ -274,7 +274,8 @@ class Bench:
                     memory_settings=plan.settings, kept_weights=placement, output_name=f"loras/{placement}",
                 ).ui["blockskip"][0]  # fmt: skip
             seen.update(
-                said_peak=summary["peak_memory_bytes"] - self.others, saved=summary["saved_for_backward_bytes"],
+                said_peak=summary["peak_memory_bytes"] - self.others,  # too high if paged: here torch counts the pages too
+                saved=summary["saved_for_backward_bytes"],
                 problems=summary["problems"],
             )  # fmt: skip
         except (BlockSkipError, torch.OutOfMemoryError) as error:

@@ -50,6 +50,17 @@ def test_a_card_without_bytes_counts_as_one_with_them(card: SimpleNamespace, com
     assert without["streamed"]["peak"] < kept["peak"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_weights_can_be_paged(card: SimpleNamespace, comfyui: Path):
+    paged = card.main.run_cell(card.runs.Cell(card.runs.TINY, "bf16", 4.0, paged=True), comfyui)
+    assert "failed" not in paged, paged
+    run = paged["resident"]
+    assert run["offloaded"] == run["left"] == 0
+    assert 2**25 <= run["resident"] < 2**26 <= run["peak"]  # one page of 32 MiB, and layers that are never paged
+    assert "streamed" not in paged
+
+
 ANSWERS = """
 import sys
 sys.path.insert(0, sys.argv[1])
