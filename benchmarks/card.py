@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import card_report
-from card_runs import TINY, WEIGHTS, Cell
+from card_runs import SMALLEST, TINY, Cell
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUN = Path(__file__).with_name("card_runs.py")
 MODELS = ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "Qwen-Image", "Z-Image", "Wan2.2-TI2V-5B")
 CARDS = (8.0, 12.0, 16.0, 24.0)
-SMALL = 12.0
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +34,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows and tables go")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
-    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS, help="how they are loaded")
     parser.add_argument("--cards", nargs="+", type=float, default=CARDS, metavar="GIB")
     parser.add_argument("--quick", action="store_true", help="one tiny model; prints its tables and keeps nothing")
     parser.add_argument("--again", action="store_true", help="run everything anew")
@@ -47,10 +45,11 @@ def parse() -> argparse.Namespace:
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """All cells, a model's together."""
-    return [
-        Cell(model, weights, card) for model in options.models for weights in options.weights for card in options.cards
-    ]
+    """All cells, small cards first: bf16 on every card; fp8, and weights that are paged, on the smallest."""
+    found = [Cell(model, "bf16", card) for card in options.cards for model in options.models]
+    found += [Cell(model, "fp8", SMALLEST) for model in options.models]
+    found += [Cell(model, "bf16", SMALLEST, paged=True) for model in options.models]
+    return sorted(found, key=lambda cell: (cell.card, cell.paged))
 
 
 def run_cell(cell: Cell, comfyui: Path) -> dict[str, Any]:

@@ -20,7 +20,9 @@ half of the blocks skipped (preset). GiB if not said otherwise."""
 
 def text(rows: Sequence[Row]) -> str:
     """Return the whole report in Markdown."""
+    models = [row["model"] for row in rows]
     good = [row for row in rows if "failed" not in row]
+    good.sort(key=lambda row: (models.index(row["model"]), row["weights"], row["paged"], row["card"]))
     lines = ["# Models on emulated cards", "", *sorted({row["about"] for row in good}), "", CONVENTIONS, ""]
     lines += ["## In short", "", *in_few_sentences(good), ""]
     for title, among, head, cells in (
