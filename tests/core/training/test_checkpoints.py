@@ -10,6 +10,7 @@ from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import _Loop, train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +42,7 @@ def train(
     try:
         train_lora(
             dit, PLAN, residuals.latents, residuals.selection, residuals.source(dit, quiet), adapters, config,
-            result=result, on_step=on_step, checkpoints=checkpoints,
+            result=result, observers=[OnStep(on_step)], checkpoints=checkpoints,
         )  # fmt: skip
     except Cut:
         pass
@@ -269,9 +270,9 @@ def test_old_runs_are_removed_and_strangers_are_not(tmp_path):
         Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "mine").mkdir()
-    remove_old_runs(tmp_path, keep=2, but="d")
+    remove_old_runs(tmp_path, keep=2, exclude="d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "mine"]
-    remove_old_runs(tmp_path / "nowhere", keep=1, but="x")
+    remove_old_runs(tmp_path / "nowhere", keep=1, exclude="x")
 
 
 def test_a_state_says_in_plain_text_what_it_is(tmp_path):
@@ -344,7 +345,7 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
     """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
     store(tmp_path).save(state())
-    said = "cannot be read: .*Too many open files.*Queue again when the disk is back"
+    said = "cannot be read: .*Too many open files.*Start the run again when the disk is back"
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)
