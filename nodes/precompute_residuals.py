@@ -225,7 +225,7 @@ class PrecomputeResiduals(io.ComfyNode):
             residual_format=residual_format,
             back_residual=f"linear, {chunk_size} draws" if back_residual == "linear" else back_residual,
         )
-        folder = residuals_folder(identity.key + ("-chunk" if storage == "chunked" else ""))
+        folder = residuals_folder(identity.key)
         residuals = ResidualSet(
             schedule=schedule,
             latents=torch.empty(
@@ -240,15 +240,20 @@ class PrecomputeResiduals(io.ComfyNode):
             family=bare.family,
             back_residual=back_residual,
         )
-        latents = stored_latents(folder, identity, len(schedule)) if storage == "disk" else None
+        latents = stored_latents(residuals, progress) if storage == "disk" else None
         if latents is None:
             require_room(
                 residuals, HostedDit(model, captions, residuals.latents.shape[1:])
             )  # before an hour is spent on pictures
             latents = encode_crops(vae, model.model, crops, lambda done, total: progress("encoding crops", done, total))
+            residuals = replace(residuals, latents=latents)
+            if storage == "disk" and not write_cache(
+                residuals, HostedDit(model, captions, latents.shape[1:]), progress
+            ):
+                # Another process was faster. Its device may have rounded otherwise, and the cache has its latents.
+                stored = stored_latents(residuals, progress)
+                latents = latents if stored is None else stored
         residuals = replace(residuals, latents=latents)
-        if storage == "disk":
-            write_cache(residuals, HostedDit(model, captions, latents.shape[1:]), progress)
         sheet = _contact_sheet(crops, schedule)
         progress.say(_size_note(photos, schedule))
         return io.NodeOutput(residuals, pictures.as_image(sheet))

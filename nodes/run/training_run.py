@@ -21,12 +21,12 @@ from ...blockskip_core.adapters.lora_formats import LoraFileFormat, to_file_tens
 from ...blockskip_core.errors import BlockSkipError, CacheError, InvalidInputError, StorageError, TrainingError
 from ...blockskip_core.hosts.files.folders import run_folder
 from ...blockskip_core.hosts.files.lora_files import (
+    ReservedName,
     load_lora_file,
     lora_to_start_from,
     output_path,
     require_writable,
     save_lora,
-    unused_path,
 )
 from ...blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ...blockskip_core.hosts.models.hosted_dit import HostedDit
@@ -97,8 +97,10 @@ class TrainingRun:
                 f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
             )
         self.residuals, self.progress, self.chart, self.file_format = residuals, progress, chart, file_format
-        self.path = output_path(output_name)
-        require_writable(self.path)
+        path = output_path(output_name)
+        require_writable(path)
+        self._name = ReservedName(path)
+        self.path = self._name.path
         self.saved_as: str | None = self.path.name
         self.summary_path: Path | None = None
         _require_same_model(model, residuals)
@@ -180,6 +182,15 @@ class TrainingRun:
             TrainingError: If training cannot go on; the message names the file that holds what was learned.
             StorageError: If a run that ended early cannot be saved.
         """
+        with self._name, self.checkpoints.to_itself(self._wait_for_another):
+            self._train_and_save()
+
+    def _wait_for_another(self, step: int) -> None:
+        """Show how far another process is that trains this very run; this one continues from its states."""
+        phase = "waiting for another ComfyUI, which trains the same run"
+        self.progress(phase, min(step, self.config.steps), self.config.steps)
+
+    def _train_and_save(self) -> None:
         try:
             self._train()
         except (TrainingError, OutOfMemoryError) as error:
@@ -469,7 +480,7 @@ class TrainingRun:
 
     def _save(self, path: Path | None = None) -> None:
         if path is None:  # another program may have taken the name since
-            path = self.path = unused_path(self.path)
+            path = self.path = self._name.renew()
             self.saved_as = path.name
         state = self.adapters.state_dict()
         tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
