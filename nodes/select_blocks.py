@@ -9,7 +9,7 @@ import logging
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.files import write_atomically
+from ..blockskip_core.files import remove_leftovers, write_atomically
 from ..blockskip_core.hosts.families.registry import adapter_for
 from ..blockskip_core.hosts.files.folders import probe_file
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
@@ -17,6 +17,7 @@ from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.identity import conditionings_identity, model_identity, module_identity
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig, picture_metric
+from ..blockskip_core.locks import lock
 from ..blockskip_core.reporting import pictures
 from ..blockskip_core.selection.presets import preset_selection
 from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
@@ -235,7 +236,18 @@ class _Probe:
         self._file = probe_file(self._key(model, vae, clip_vision))
 
     def measured(self, budget: int, progress: NodeProgress) -> TextInfluence:
-        """Return the influence for budgets up to ``budget``; measures what is missing, remembering each distance."""
+        """Return the influence for budgets up to ``budget``; measures what is missing, remembering each distance.
+
+        Another process that measures the same is waited for.
+        """
+        influence = self._remembered()
+        if not influence.missing(budget, with_window=self._settings.window_profile):
+            return influence
+        with lock(self._file, lambda: progress("waiting for another ComfyUI, which measures the same blocks", 0, 1)):
+            remove_leftovers(self._file.parent, lambda name: name.startswith(self._file.name), min_age_s=0)
+            return self._measured_alone(budget, progress)
+
+    def _measured_alone(self, budget: int, progress: NodeProgress) -> TextInfluence:
         influence = self._remembered()
         runs = influence.missing(budget, with_window=self._settings.window_profile)
         if not runs:

@@ -37,7 +37,7 @@ TABLE = {
     "nodes/page": "reporting",
     "nodes/run": "errors units version files selection adapters model residuals training accounting reporting "
     "hosts/files hosts/models hosts/sampling nodes/inputs nodes/page",
-    "nodes": "errors files selection data adapters ralu residuals training accounting reporting hosts/families "
+    "nodes": "errors files locks selection data adapters ralu residuals training accounting reporting hosts/families "
     "hosts/inputs hosts/files hosts/models hosts/sampling nodes/types nodes/inputs nodes/page nodes/run",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}
