@@ -4,9 +4,9 @@ A lock on a file or folder is the operating system's lock on an empty file besid
 that holds it ends, however it ends; so no lock is ever stale, and no process number has to be trusted (numbers are used
 again, and mean nothing in another container or on another machine). What is locked need not be there yet.
 
-A lock is shared (any number of readers) or not (one writer, or one who removes). ``filelock``, which ComfyUI brings, knows
-only the latter kind, and some of its versions put marker files with process numbers in the place of locks on disks that
-have none.
+A lock is shared (any number of readers) or not (one writer, or one who removes). The file locks of ``filelock``, which
+ComfyUI brings, are never shared, and some of its versions put marker files with process numbers in their place on disks
+that have no locks.
 
 On a disk that has no locks (some network drives) everything works as if no other process were there, after one warning.
 """
