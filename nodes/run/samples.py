@@ -47,6 +47,7 @@ class RunSamples:
 
     Attributes:
         training_peak: Bytes on the device that the training takes, by count; set before the run.
+        lora_path: As given, until the run has a name to itself.
         samples: What there is so far.
 
     Args:
@@ -77,7 +78,7 @@ class RunSamples:
         if not isinstance(request, SampleRequest):
             raise InvalidInputError(f"samples must come from Sample While Training, got a {type(request).__name__}.")
         self._sampler = TrainingSampler(model, request, selection)
-        self._adapters, self._lora_path, self._last_step = adapters, lora_path, last_step
+        self._adapters, self.lora_path, self._last_step = adapters, lora_path, last_step
         self._memory, self._progress, self._problems = memory, progress, problems
         self._failed = False
         self.training_peak = 0
@@ -109,7 +110,7 @@ class RunSamples:
             )
 
     def _keep(self, picture: Image.Image, step: int, prompt: int) -> None:
-        path = self._lora_path.with_name(f"{self._lora_path.stem}step{step:06}_{prompt}.png")
+        path = self.lora_path.with_name(f"{self.lora_path.stem}step{step:06}_{prompt}.png")
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
         label = f"step {step:,}" + (f", prompt {prompt}" if len(self._sampler.request.positive) > 1 else "")
         self.samples.append(Sample(step, prompt, path, sample_of(picture, label)))
@@ -123,7 +124,7 @@ class RunSamples:
         """Return the pictures as an entry of the node's ``ui``, which shows them."""
         if not self.samples:
             return {}
-        folder = os.path.relpath(self._lora_path.parent, folder_paths.get_output_directory())
+        folder = os.path.relpath(self.lora_path.parent, folder_paths.get_output_directory())
         if folder.split(os.sep)[0] == os.pardir:  # behind a link, where the host shows no pictures
             return {}
         subfolder = "" if folder == os.curdir else Path(folder).as_posix()

@@ -97,10 +97,8 @@ class TrainingRun:
                 f"file_format must be one of {', '.join(get_args(LoraFileFormat))}, got {file_format!r}."
             )
         self.residuals, self.progress, self.chart, self.file_format = residuals, progress, chart, file_format
-        path = output_path(output_name)
-        require_writable(path)
-        self._name = ReservedName(path)
-        self.path = self._name.path
+        self.path = output_path(output_name)
+        require_writable(self.path)
         self.saved_as: str | None = self.path.name
         self.summary_path: Path | None = None
         _require_same_model(model, residuals)
@@ -182,7 +180,10 @@ class TrainingRun:
             TrainingError: If training cannot go on; the message names the file that holds what was learned.
             StorageError: If a run that ended early cannot be saved.
         """
-        with self._name, self.checkpoints.to_itself(self._wait_for_another):
+        with ReservedName(self.path) as self._name, self.checkpoints.to_itself(self._wait_for_another):
+            self.path = self._name.path
+            if self.samples:
+                self.samples.lora_path = self.path
             self._train_and_save()
 
     def _wait_for_another(self, step: int) -> None:
