@@ -192,7 +192,7 @@ def _warn_once(folder: Path, reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         logger.warning(
-            "BlockSkip: the disk of %s has no file locks (%s). Do not let two ComfyUIs use this output folder.",
+            "BlockSkip: the disk of %s has no file locks (%s). Do not let two processes use it.",
             folder,
             reason,
         )

@@ -51,7 +51,7 @@ STORAGES: tuple[str, ...] = get_args(Storage)
 _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
 
-WAITING = "waiting for another ComfyUI, which computes the same residuals"
+WAITING = "waiting for another process, which computes the same residuals"
 _SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
@@ -320,7 +320,7 @@ def _removed_if_damaged(remove: Callable[[], bool]) -> Iterator[None]:
     except CacheError as error:
         done = "They have been removed; queue the workflow again to compute them anew."
         if not remove():
-            done = "Another ComfyUI still uses them: wait for its end, and queue the workflow again."
+            done = "Another process still uses them: wait for its end, and queue the workflow again."
         raise CacheError(f"{error} {done}") from error
 
 

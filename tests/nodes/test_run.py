@@ -239,9 +239,9 @@ def test_strength_zero_gives_the_plain_model(bench):
     assert bench.apply(lora=lora, strength_model=0.0)[0] is bench.model
 
 
-def test_measuring_remembers_what_it_measured(bench, nodes, monkeypatch):
+def test_measuring_remembers_what_it_measured(bench, core, monkeypatch):
     sampled = []
-    sampler = nodes.select_blocks.MaskedSampler
+    sampler = core("hosts.sampling.probe_pictures").MaskedSampler
     sample = sampler.sample
 
     def counting(self, *args, masked, **kwargs):

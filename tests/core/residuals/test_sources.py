@@ -349,7 +349,7 @@ def test_a_damaged_cache_that_another_process_reads_is_left_to_it(tmp_path):
     damage(residuals.folder)
     with (
         locks.try_lock(residuals.folder, shared=True),
-        pytest.raises(CacheError, match="Another ComfyUI still uses them"),
+        pytest.raises(CacheError, match="Another process still uses them"),
     ):
         run(residuals)
     assert is_finished(residuals.folder)
