@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LEFTOVER_AGE_S = 60.0  # a younger temporary file may be another program's that 
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and give it its name.
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it.
 
-    A folder that is not there is made. No two writers have the same temporary file, in whatever processes they are.
+    A missing folder is created. No two writers have the same temporary file, in whatever processes they are.
 
     Raises:
         StorageError: If the disk refuses; the temporary file is removed, an earlier ``path`` is untouched.
@@ -88,7 +88,7 @@ def open_tensors(path: Path) -> safe_open:
     Raises:
         FileNotFoundError: If it is not there; only then, whereas safetensors says so of every file that cannot be opened.
         OSError: If the system refuses, say because too many files are open.
-        SafetensorError: If it is no such file, or damaged.
+        SafetensorError: If it is not such a file, or damaged.
     """
     with open(path, "rb"):
         return safe_open(path, framework="pt")
@@ -109,5 +109,5 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, min_age_s:
                 path.unlink()
     except FileNotFoundError:  # the folder, or another process was faster
         return
-    except OSError as error:  # in nobody's way
+    except OSError as error:  # it does no harm
         logger.warning("BlockSkip: files that a killed run left cannot be removed: %s", error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -35,11 +36,10 @@ from .cache import (
     ResidualCache,
     is_finished,
     num_shards,
-    predicted_bytes,
     remove_cache,
     require_free_space,
 )
-from .format import RESIDUAL_FORMATS, packed
+from .format import RESIDUAL_FORMATS, ResidualShape, packed
 from .precompute import Precomputed, precompute_residuals
 from .prefetch import prefetched
 from .source import OpenResiduals, Reference
@@ -55,7 +55,7 @@ WAITING = "waiting for another process, which computes the same residuals"
 _SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
-PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
+PhaseProgress = Callable[[str, int, int], None]  # (phase, done, total); may raise to interrupt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,10 @@ class ResidualSet:
         identity: What the residuals are (to be) computed from.
         storage: Where they are kept.
         chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
-        folder: The folder of this set's own.
+        folder: This set's folder.
         family: The model family.
-        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
-            read on the fly.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; neither
+            is read on the fly. "exact" goes with a selection that freezes its last blocks and skips none of them.
     """
 
     schedule: TrainingSchedule
@@ -91,6 +91,10 @@ class ResidualSet:
         if self.back_residual not in BACK_RESIDUALS:
             raise InvalidInputError(
                 f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
+            )
+        if self.back_residual == "exact" and self.selection.back:
+            raise InvalidInputError(
+                f"An exact back freezes the last blocks, and this selection skips {self.selection.back} of them."
             )
         if self.identity.residual_format not in RESIDUAL_FORMATS:
             raise InvalidInputError(
@@ -110,19 +114,22 @@ class ResidualSet:
 
 
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
-    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
-    itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
-    response = dit.width**2 * itemsize * _wants_response(residuals)
-    return response + predicted_bytes(
-        draws,
-        front=residuals.selection.front > 0,
-        back=residuals.selection.back > 0,
-        img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
-        txt_tokens={draw: dit.text_tokens(residuals.schedule[draw].caption) for draw in draws},
-        width=dit.width,
-        itemsize=itemsize,
-        form=residuals.identity.residual_format,
-    )
+    """Return the bytes that the residuals of ``draws`` will take: exact, apart from file headers and latents."""
+
+    def shape(txt_tokens: int) -> ResidualShape:
+        return ResidualShape(
+            front=residuals.selection.front > 0,
+            back=residuals.selection.back > 0,
+            img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
+            txt_tokens=txt_tokens,
+            width=dit.width,
+            itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
+            form=residuals.identity.residual_format,
+        )
+
+    texts = Counter(dit.text_tokens(residuals.schedule[draw].caption) for draw in draws)
+    stored = sum(shape(txt_tokens).num_bytes(count) for txt_tokens, count in texts.items())
+    return stored + shape(0).response_bytes() * _wants_response(residuals)
 
 
 def _wants_response(residuals: ResidualSet) -> bool:
@@ -130,7 +137,7 @@ def _wants_response(residuals: ResidualSet) -> bool:
 
 
 def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> bool:
-    """Compute the residuals of all draws and store them; a finished cache is used, an unfinished one is continued.
+    """Compute the residuals of all draws and store them; a finished cache is used as it is, an unfinished one is resumed.
 
     If another process computes the same ones, its cache is waited for: that costs neither the time nor the disk twice. If
     that process ends early, this one continues where it was.
@@ -152,7 +159,7 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     with lock(residuals.folder, waiting_for_another(residuals, progress)):
         if is_finished(residuals.folder):
             return False
-        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, but=residuals.folder.name)
+        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
         writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
         try:
             _write_missing(residuals, dit, progress, writer)
@@ -198,7 +205,7 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | 
 
 
 def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
-    """Check that latents and residuals will find room, before anything is computed; latents may be on ``meta``.
+    """Check that there is room for latents and residuals before anything is computed; latents may be on ``meta``.
 
     Raises:
         InvalidInputError: With predicted and free bytes.
@@ -249,17 +256,24 @@ def _compute(
     if not computed.entering:
         return _Part(computed, None)
     if response is None:
-        response = fit_response((h, computed.residuals[draw].back) for draw, h in computed.entering.items())
+        response = fit_response((h, _back(computed, draw)) for draw, h in computed.entering.items())
     return _Part(with_response(computed, response), response)
 
 
 def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
     """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
     parts = {
-        draw: Residual(residual.front, constant_part(residual.back, computed.entering[draw], response))
+        draw: Residual(residual.front, constant_part(_back(computed, draw), computed.entering[draw], response))
         for draw, residual in computed.residuals.items()
     }
     return Precomputed(parts, computed.reference, computed.entering)
+
+
+def _back(computed: Precomputed, draw: int) -> Tensor:
+    """Return a draw's back residual; with anything entering the back span, there is one."""
+    back = computed.residuals[draw].back
+    assert back is not None
+    return back
 
 
 def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
@@ -278,16 +292,16 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
     return lambda phase, done, total: progress(phase, number * total + done, count * total)
 
 
-def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
-    """Remove all but the ``keep`` newest caches below ``parent`` that no process uses; only folders with a cache of ours.
+def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
+    """Remove all but the ``keep`` newest caches below ``parent`` that no process uses; only folders with one of our caches.
 
-    ``but`` is the name of one that stays in any case and is not counted.
+    ``exclude`` is the name of one that is kept in any case and not counted.
     """
     if not parent.is_dir():
         return
     try:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
-        own = [path for path in own if path.name != but and not _SCRATCH.fullmatch(path.name)]
+        own = [path for path in own if path.name != exclude and not _SCRATCH.fullmatch(path.name)]
         caches = sorted(own, key=lambda path: -path.stat().st_mtime)
     except OSError as error:  # another program may be removing the same
         logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
@@ -314,18 +328,18 @@ def _remove_unused(folder: Path) -> bool:
 
 @contextmanager
 def _removed_if_damaged(remove: Callable[[], bool]) -> Iterator[None]:
-    """Remove a cache that turns out to be damaged, so that queueing again computes it anew; the error says so."""
+    """Remove a cache that turns out to be damaged, so that the next run computes it again; the error says so."""
     try:
         yield
     except CacheError as error:
-        done = "They have been removed; queue the workflow again to compute them anew."
+        done = "They have been removed; run again to compute them."
         if not remove():
-            done = "Another process still uses them: wait for its end, and queue the workflow again."
+            done = "Another process still uses them: wait for its end, and run again."
         raise CacheError(f"{error} {done}") from error
 
 
 class DiskSource:
-    """All draws from a cache on disk; computed first if the cache is gone."""
+    """All draws from a cache on disk; it is computed first if it is missing."""
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
@@ -433,7 +447,7 @@ def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> 
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
     with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
         cache.verify()  # now, rather than after hours of training
-        reference, response = cache.first("reference"), cache.first("response")
+        reference, response = Reference(*cache.require_first("reference")), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format
-            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
+            yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)

@@ -271,9 +271,9 @@ def test_old_runs_are_removed_and_strangers_are_not(tmp_path):
         Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "mine").mkdir()
-    remove_old_runs(tmp_path, keep=2, but="d")
+    remove_old_runs(tmp_path, keep=2, exclude="d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "mine"]
-    remove_old_runs(tmp_path / "nowhere", keep=1, but="x")
+    remove_old_runs(tmp_path / "nowhere", keep=1, exclude="x")
 
 
 def test_a_state_says_in_plain_text_what_it_is(tmp_path):
@@ -405,7 +405,7 @@ def test_runs_that_another_process_trains_are_not_removed(tmp_path):
         Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
     (tmp_path / "gone.lock").touch()
     with Checkpoints(tmp_path / "b", ME, every=1, keep=1).to_itself(lambda step: None):
-        remove_old_runs(tmp_path, keep=0, but="a")
+        remove_old_runs(tmp_path, keep=0, exclude="a")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "b.lock"]
 
 
