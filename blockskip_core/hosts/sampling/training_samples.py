@@ -1,4 +1,4 @@
-"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA acting as it stands.
+"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA applied.
 
 Nothing is written into weights and nothing is copied: the model is loaded as a training loads it, whole this time, and the
 LoRA's hooks are put on its kept blocks. So it is done between two steps, when no other run of the model is open. The
@@ -93,7 +93,7 @@ class SampleRequest:
             raise InvalidInputError("cfg above 1 needs a `negative`. Connect CLIP Text Encode with an empty text.")
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether pictures are wanted after so many steps of ``last``; 0 is before the first."""
+        """Whether pictures are wanted after this many steps of ``last``; 0 is before the first."""
         if step == 0:
             return self.at_start
         return step % self.every == 0 or step == last
