@@ -15,7 +15,7 @@ def allocator(nodes, monkeypatch):
     monkeypatch.setattr(training._Training, "_can_stream", lambda self, placement: placement != "streamed")
     progress = nodes.train_lora.NodeProgress
     show, loop = progress.__call__, training.train_lora
-    placements = []
+    placements, results = [], []
 
     def fail_after(*steps):
         left = list(steps)
@@ -32,9 +32,11 @@ def allocator(nodes, monkeypatch):
 
     def noted(*args, **settings):
         placements.append(settings["weights"])
+        results.append(settings["result"])
         loop(*args, **settings)
 
     monkeypatch.setattr(training, "train_lora", noted)
+    fail_after.results = results
     return fail_after
 
 
@@ -52,6 +54,7 @@ def test_it_continues_from_its_last_step_to_the_same_lora(bench, allocator, fail
     assert placements == ["resident", "streamed"]
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
     assert trained[1] == expected[1]
+    assert len(allocator.results[-1].step_seconds) == STEPS  # none is trained twice
     (problem,) = said(trained)["problems"]
     assert problem.startswith(f"Training ran out of memory after step {failing} (CUDA out of memory. Tried")
     assert "It continued with its weights streamed, which is slower. Lower `patch_min`" in problem
