@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -49,6 +51,7 @@ def said(trained):
 def test_it_continues_from_its_last_step_to_the_same_lora(bench, allocator, failing, save_every):
     residuals = bench.precompute()[0]
     expected = bench.train(residuals=residuals, steps=STEPS)
+    shutil.rmtree(bench.folders.output / "blockskip" / "runs")  # or it would resume from these
     placements = allocator(failing)
     trained = bench.train(residuals=residuals, steps=STEPS, save_every=save_every, output_name="loras/again")
     assert placements == ["resident", "streamed"]
