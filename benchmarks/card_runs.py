@@ -174,13 +174,13 @@ class Bench:
     def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
         import folder_paths
         from blockskip_pack import nodes
-        from blockskip_pack.blockskip_core.accounting.plan import NOT_OURS
+        from blockskip_pack.blockskip_core.accounting.plan import RESERVED
         from blockskip_pack.blockskip_core.hosts.models import quantised_blocks
 
         if not cell.with_bytes:  # whether a format computes well on this card cannot be tried without numbers
             quantised_blocks._works_on = lambda weight_format, device: True
         self.nodes, self.memory = nodes, card.memory
-        share, more = NOT_OURS
+        share, more = RESERVED
         self.others = round(card.memory.total * share + more * GIB)
         card.memory.take(self.others)
         (folder / "loras").mkdir()

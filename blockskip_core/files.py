@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LEFTOVER_AGE_S = 60.0  # a younger temporary file may be another program's that 
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and give it its name.
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it.
 
-    A folder that is not there is made.
+    A missing folder is created.
 
     Raises:
         StorageError: If the disk refuses; the temporary file is removed, an earlier ``path`` is untouched.
@@ -63,7 +63,7 @@ def open_tensors(path: Path) -> safe_open:
     Raises:
         FileNotFoundError: If it is not there; only then, whereas safetensors says so of every file that cannot be opened.
         OSError: If the system refuses, say because too many files are open.
-        SafetensorError: If it is no such file, or damaged.
+        SafetensorError: If it is not such a file, or damaged.
     """
     with open(path, "rb"):
         return safe_open(path, framework="pt")
@@ -81,5 +81,5 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
             if time.time() - path.stat().st_mtime >= LEFTOVER_AGE_S:
                 logger.info("BlockSkip: removing %s, which a run left that was killed", path.name)
                 path.unlink()
-    except OSError as error:  # in nobody's way
+    except OSError as error:  # it does no harm
         logger.warning("BlockSkip: files that a killed run left cannot be removed: %s", error)

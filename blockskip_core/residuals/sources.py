@@ -7,6 +7,7 @@ node that trains: light, and complete enough that a source can compute what is m
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,11 +32,10 @@ from .cache import (
     CacheWriter,
     ResidualCache,
     is_finished,
-    predicted_bytes,
     remove_cache,
     require_free_space,
 )
-from .format import RESIDUAL_FORMATS, packed
+from .format import RESIDUAL_FORMATS, ResidualShape, packed
 from .precompute import Precomputed, precompute_residuals
 from .prefetch import prefetched
 from .source import OpenResiduals, Reference
@@ -48,7 +48,7 @@ _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a t
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
-PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
+PhaseProgress = Callable[[str, int, int], None]  # (phase, done, total); may raise to interrupt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,10 @@ class ResidualSet:
         identity: What the residuals are (to be) computed from.
         storage: Where they are kept.
         chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
-        folder: The folder of this set's own.
+        folder: This set's folder.
         family: The model family.
-        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
-            read on the fly.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; neither
+            is read on the fly. "exact" goes with a selection that freezes its last blocks and skips none of them.
     """
 
     schedule: TrainingSchedule
@@ -84,6 +84,10 @@ class ResidualSet:
         if self.back_residual not in BACK_RESIDUALS:
             raise InvalidInputError(
                 f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
+            )
+        if self.back_residual == "exact" and self.selection.back:
+            raise InvalidInputError(
+                f"An exact back freezes the last blocks, and this selection skips {self.selection.back} of them."
             )
         if self.identity.residual_format not in RESIDUAL_FORMATS:
             raise InvalidInputError(
@@ -103,19 +107,22 @@ class ResidualSet:
 
 
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
-    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
-    itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
-    response = dit.width**2 * itemsize * _wants_response(residuals)
-    return response + predicted_bytes(
-        draws,
-        front=residuals.selection.front > 0,
-        back=residuals.selection.back > 0,
-        img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
-        txt_tokens={draw: dit.text_tokens(residuals.schedule[draw].caption) for draw in draws},
-        width=dit.width,
-        itemsize=itemsize,
-        form=residuals.identity.residual_format,
-    )
+    """Return the bytes that the residuals of ``draws`` will take: exact, apart from file headers and latents."""
+
+    def shape(txt_tokens: int) -> ResidualShape:
+        return ResidualShape(
+            front=residuals.selection.front > 0,
+            back=residuals.selection.back > 0,
+            img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
+            txt_tokens=txt_tokens,
+            width=dit.width,
+            itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
+            form=residuals.identity.residual_format,
+        )
+
+    texts = Counter(dit.text_tokens(residuals.schedule[draw].caption) for draw in draws)
+    stored = sum(shape(txt_tokens).num_bytes(count) for txt_tokens, count in texts.items())
+    return stored + shape(0).response_bytes() * _wants_response(residuals)
 
 
 def _wants_response(residuals: ResidualSet) -> bool:
@@ -123,7 +130,7 @@ def _wants_response(residuals: ResidualSet) -> bool:
 
 
 def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
-    """Compute the residuals of all draws and store them; a finished cache is used, an unfinished one gone on with.
+    """Compute the residuals of all draws and store them; a finished cache is used as it is, an unfinished one is resumed.
 
     Args:
         residuals: What to compute.
@@ -136,7 +143,7 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     """
     if is_finished(residuals.folder):
         return
-    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, but=residuals.folder.name)
+    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
     writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
     try:
         _write_missing(residuals, dit, progress, writer)
@@ -170,7 +177,7 @@ def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Ten
 
 
 def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
-    """Check that latents and residuals will find room, before anything is computed; latents may be on ``meta``.
+    """Check that there is room for latents and residuals before anything is computed; latents may be on ``meta``.
 
     Raises:
         InvalidInputError: With predicted and free bytes.
@@ -194,7 +201,7 @@ def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int
 
 @contextmanager
 def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
-    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong. For a chunk."""
+    """Give a writer for a chunk; the cache is finished if all goes well, and removed if anything goes wrong."""
     writer = CacheWriter(residuals.folder, residuals.identity)
     try:
         yield writer
@@ -233,17 +240,24 @@ def _compute(
     if not computed.entering:
         return _Part(computed, None)
     if response is None:
-        response = fit_response((h, computed.residuals[draw].back) for draw, h in computed.entering.items())
+        response = fit_response((h, _back(computed, draw)) for draw, h in computed.entering.items())
     return _Part(with_response(computed, response), response)
 
 
 def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
     """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
     parts = {
-        draw: Residual(residual.front, constant_part(residual.back, computed.entering[draw], response))
+        draw: Residual(residual.front, constant_part(_back(computed, draw), computed.entering[draw], response))
         for draw, residual in computed.residuals.items()
     }
     return Precomputed(parts, computed.reference, computed.entering)
+
+
+def _back(computed: Precomputed, draw: int) -> Tensor:
+    """Return a draw's back residual; with anything entering the back span, there is one."""
+    back = computed.residuals[draw].back
+    assert back is not None
+    return back
 
 
 def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
@@ -262,16 +276,16 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
     return lambda phase, done, total: progress(phase, number * total + done, count * total)
 
 
-def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
-    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours.
+def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
+    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold one of our caches.
 
-    ``but`` is the name of one that stays in any case and is not counted.
+    ``exclude`` is the name of one that is kept in any case and not counted.
     """
     if not parent.is_dir():
         return
     try:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
-        own = [path for path in own if path.name != but]
+        own = [path for path in own if path.name != exclude]
         caches = sorted(own, key=lambda path: -path.stat().st_mtime)
     except OSError as error:  # another program may be removing the same
         logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
@@ -282,7 +296,7 @@ def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
 
 
 class DiskSource:
-    """All draws from a cache on disk; computed first if the cache is gone."""
+    """All draws from a cache on disk; it is computed first if it is missing."""
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
@@ -351,15 +365,15 @@ def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> 
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
     with _opened_cache(residuals.folder, residuals.identity) as cache:
         cache.verify()  # now, rather than after hours of training
-        reference, response = cache.first("reference"), cache.first("response")
+        reference, response = Reference(*cache.require_first("reference")), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format
-            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
+            yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)
 
 
 @contextmanager
 def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCache]:
-    """Open a cache. One that turns out to be damaged is removed, so that queueing again computes it anew."""
+    """Open a cache. One that turns out to be damaged is removed, so that the next run computes it again."""
     cache = None
     try:
         cache = ResidualCache(folder, identity)
@@ -368,7 +382,7 @@ def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCac
         if cache is not None:
             cache.close()
         remove_cache(folder)
-        raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error
+        raise CacheError(f"{error} They have been removed; run again to compute them.") from error
     finally:
         if cache is not None:
             cache.close()

@@ -1,7 +1,7 @@
 """Training states on disk: an interrupted run resumes from one and ends with the very weights it would have had.
 
 A state is all that the next step depends on: the LoRA, the optimiser's moments, and how many steps were done. There is no
-random generator in it, for every random decision of a run is in its schedule (``data.schedule``), and the first values of the
+random generator in it, because every random decision of a run is in its schedule (``data.schedule``), and the first values of the
 LoRA follow from its seed. The learning rate follows from the number of steps.
 
 Each run has a folder, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
@@ -39,7 +39,7 @@ _LATER = "Start the run again when the disk is back, or turn resume off."
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is, but for its length: two runs with equal parts have equal weights after equal steps.
+    """What a run is, apart from its length: two runs with equal parts have equal weights after equal steps.
 
     Attributes:
         parts: Name -> what it is; JSON.
@@ -66,7 +66,7 @@ class TrainingState:
         step: Optimiser steps done.
         losses: Of every micro-batch so far.
         tensors: The LoRA's and the optimiser's, by name; on the CPU.
-        numbers: What of the optimiser's state is no tensor, by name.
+        numbers: Those parts of the optimiser's state that are not tensors, by name.
     """
 
     step: int
@@ -200,15 +200,15 @@ class Checkpoints:
 
 
 class _DamagedError(Exception):
-    """A file is no whole state."""
+    """A file that is not a complete state."""
 
 
-def remove_old_runs(parent: Path, *, keep: int, but: str) -> None:
-    """Remove the folders of all but the ``keep`` newest runs below ``parent``; ``but`` is a folder that stays."""
+def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
+    """Remove the folders of all but the ``keep`` newest runs below ``parent``; ``exclude`` is a folder that is kept in any case."""
     if not parent.is_dir():
         return
     try:
-        runs = [path for path in parent.iterdir() if path.name != but and any(path.glob("state-*.safetensors"))]
+        runs = [path for path in parent.iterdir() if path.name != exclude and any(path.glob("state-*.safetensors"))]
         for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
             logger.info("BlockSkip: removing the states of the old run %s", path.name)
             shutil.rmtree(path, ignore_errors=True)
@@ -227,5 +227,5 @@ def _checksum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         if tensor.numel():
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from ...files import open_tensors, remove_leftovers, write_atomically
 
 
 class LoraModel(dict):
-    """A LORA_MODEL of the host (name -> tensor) that also carries what it says of itself."""
+    """A LORA_MODEL of the host (name -> tensor) that also carries metadata."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         super().__init__(tensors)
@@ -34,7 +34,7 @@ def output_path(prefix: str) -> Path:
     """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
 
     Raises:
-        InvalidInputError: If the prefix is no name or would leave the output folder.
+        InvalidInputError: If the prefix is not a name or would leave the output folder.
         StorageError: If its folder cannot be made.
     """
     if not prefix.isprintable():
@@ -61,19 +61,26 @@ def unused_path(path: Path) -> Path:
     The host counts files by their names as typed, so it misses those of "loras/" and the like; and another program may
     have taken a name since.
     """
-    while os.path.lexists(path):  # says no of a name that is too long, where Path.exists raises
-        counted = _COUNTED.fullmatch(path.name)
-        path = path.with_name(f"{counted['name']}_{int(counted['counter']) + 1:05}_.safetensors")
+    while os.path.lexists(path):  # False for a name that is too long, where Path.exists raises
+        name, counter = _parts(path)
+        path = path.with_name(f"{name}_{counter + 1:05}_.safetensors")
     return path
 
 
+def _parts(path: Path) -> tuple[str, int]:
+    """Return name and counter of a file that the host has numbered."""
+    counted = _COUNTED.fullmatch(path.name)
+    assert counted is not None, f"{path.name} has no number"
+    return counted["name"], int(counted["counter"])
+
+
 def require_writable(path: Path) -> None:
-    """Check before a long run that a file of this name can be written at its end; remove what killed ones have left.
+    """Check before a long run that a file of this name can be written at its end; remove what killed runs have left.
 
     Raises:
         StorageError: If the disk refuses.
     """
-    name = re.escape(_COUNTED.fullmatch(path.name)["name"])
+    name = re.escape(_parts(path)[0])
     temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+(_\d+)?)?\.(safetensors|html|png)\.(part|trial)")
     remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
     trial = path.with_name(path.name + ".trial")
@@ -85,7 +92,7 @@ def require_writable(path: Path) -> None:
 
 
 def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
-    """Write a LoRA file with metadata; either the whole file is there afterwards, or none.
+    """Write a LoRA file with metadata; afterwards there is either the complete file or none.
 
     Raises:
         StorageError: If the disk refuses.
@@ -95,7 +102,7 @@ def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: 
 
 
 def file_stamp(name: str) -> str:
-    """Return what changes when a file of the loras folders is written anew; empty if there is no such file."""
+    """Return a value that changes whenever a file of the loras folders is rewritten; empty if there is no such file."""
     path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
     if path is None:
         return ""
@@ -107,7 +114,7 @@ def load_lora_file(name: str) -> LoraModel:
     """Read a file of the loras folders.
 
     Raises:
-        LoraFileError: If it is not there or is no LoRA file.
+        LoraFileError: If it is missing or not a LoRA file.
     """
     path = folder_paths.get_full_path("loras", name)
     if path is None or name not in folder_paths.get_filename_list("loras"):
@@ -161,7 +168,9 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
             )
         up, down, alpha, *further = patch.weights
         if any(part is not None for part in further):
-            raise LoraFileError(f"The LoRA to start from is no plain LoRA: {key} has more parts, as in DoRA or LoCon.")
+            raise LoraFileError(
+                f"The LoRA to start from is not a plain LoRA: {key} has more parts, as in DoRA or LoCon."
+            )
         if len(down) != adapters.settings.rank:
             raise LoraFileError(
                 f"The LoRA to start from has rank {len(down)}, here it is {adapters.settings.rank}. Set rank to "
@@ -174,7 +183,7 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
 
 
 def _patches(patcher: Any, lora: Mapping[str, Tensor]) -> dict[Any, Any]:
-    """Return what the host makes of a LoRA; it takes for granted that the tensors are what their names say."""
+    """Return what the host makes of a LoRA; it assumes that the tensors are what their names say."""
     keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
     try:
         return comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
@@ -203,7 +212,7 @@ def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any,
 
 
 def describe(metadata: Mapping[str, Any], lora: Mapping[str, Tensor], num_patched: int) -> str:
-    """Return what a LoRA says of itself, several lines."""
+    """Return a LoRA's description of itself, several lines."""
     lines = [f"{num_patched} layers patched, {len(lora)} tensors."]
     if not metadata:
         return "\n".join([*lines, "The file says nothing of itself: it was not saved by BlockSkip."])

@@ -197,7 +197,7 @@ def test_a_damaged_cache_is_removed_and_the_user_told_to_queue_again(tmp_path):
     residuals = residual_set(tmp_path, chunk_size=100)
     write_cache(residuals, PlainDit(), quiet)
     damage(residuals.folder)
-    with pytest.raises(CacheError, match="are damaged .* They have been removed; queue the workflow again"):
+    with pytest.raises(CacheError, match="are damaged .* They have been removed; run again"):
         run(residuals, steps=5)
     assert not residuals.folder.exists()
     write_cache(residuals, PlainDit(), quiet)
@@ -309,7 +309,7 @@ def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, cap
     calls = []
     write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
     assert calls[0][1:] == (1, 15)
-    assert "are computed anew" in caplog.text
+    assert "computing them again" in caplog.text
     ResidualCache(residuals.folder, residuals.identity).verify()
 
 
@@ -324,7 +324,7 @@ def test_an_unfinished_cache_counts_as_one_of_the_kept(tmp_path):
     residuals = residual_set(tmp_path)
     with pytest.raises(Stopped):
         write_cache(residuals, PlainDit(), stop_in_chunk(1))
-    remove_old_caches(tmp_path, keep=0, but=residuals.folder.name)
+    remove_old_caches(tmp_path, keep=0, exclude=residuals.folder.name)
     assert residuals.folder.exists()
     remove_old_caches(tmp_path, keep=0)
     assert not residuals.folder.exists()

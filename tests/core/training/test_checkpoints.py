@@ -270,9 +270,9 @@ def test_old_runs_are_removed_and_strangers_are_not(tmp_path):
         Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "mine").mkdir()
-    remove_old_runs(tmp_path, keep=2, but="d")
+    remove_old_runs(tmp_path, keep=2, exclude="d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "mine"]
-    remove_old_runs(tmp_path / "nowhere", keep=1, but="x")
+    remove_old_runs(tmp_path / "nowhere", keep=1, exclude="x")
 
 
 def test_a_state_says_in_plain_text_what_it_is(tmp_path):
