@@ -138,7 +138,7 @@ class _Training:
         """
         result, run = self._outcome.result, self._run
         failed = f"Training ran out of memory after step {result.steps} ({said})."
-        if placement == "streamed" or run.dit.device.type == "cpu":
+        if not self._can_stream(placement):
             raise OutOfMemoryError(f"{failed} {ADVICE}")
         problem = f"{failed} It continued with its weights streamed, which is slower. {ADVICE}"
         logger.warning("BlockSkip: %s", problem)
@@ -157,6 +157,10 @@ class _Training:
         again = self._runs_out_of_memory("streamed")
         if again is not None:
             raise OutOfMemoryError(f"Training ran out of memory even with its weights streamed ({again}). {ADVICE}")
+
+    def _can_stream(self, placement: WeightPlacement) -> bool:
+        """Whether there are weights on the device that could be brought there layer by layer instead."""
+        return placement != "streamed" and self._run.dit.device.type != "cpu"
 
     def _runs_out_of_memory(self, placement: WeightPlacement) -> str | None:
         """Train; return what the allocator said if memory ran out, with everything let go, and None if all went well."""
