@@ -69,7 +69,9 @@ FAMILIES = (
     Published("Z-Image", 2560, halves=(8, 7)),
     Published("Wan2.1-T2V-14B", 4096, halves=(10, 10)),
     Published("Wan2.1-T2V-1.3B", 4096, halves=(8, 7)),
+    Published("Wan2.2-TI2V-5B", 4096, channels=48, cell=16, halves=(8, 7)),
     Published("FLUX.2-klein-4B", 7680, channels=128, cell=16, halves=(6, 6)),
+    Published("FLUX.2-klein-9B", 12288, channels=128, cell=16, halves=(8, 8)),
     Published("Chroma", 4096, halves=(14, 14)),
     Published("SD3.5-Large", 4096, halves=(10, 9)),
 )

@@ -98,6 +98,7 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "FLUX.1-schnell": _flux1(guidance=False),
         "FLUX.2-dev": _flux2(6144, 15360, depth=8, depth_single=48, guidance=True),
         "FLUX.2-klein-4B": _flux2(3072, 7680, depth=5, depth_single=20, guidance=False),
+        "FLUX.2-klein-9B": _flux2(4096, 12288, depth=8, depth_single=24, guidance=False),
         "Qwen-Image": PublishedSize("QwenImage", {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}),
         "Z-Image": PublishedSize("ZImage", _Z_IMAGE),
         "Wan2.1-T2V-1.3B": _wan(1536, 8960, num_layers=30),
@@ -110,13 +111,19 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
 )
 
 
-def published_model(name: str, dtype: torch.dtype = torch.bfloat16, cast_to: torch.dtype | None = None) -> Any:
+def published_model(
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    cast_to: torch.dtype | None = None,
+    device: torch.device = torch.device("meta"),
+) -> Any:
     """Return the host's model (a BaseModel) of a published size, with every weight on the meta device.
 
     Args:
         name: A key of :data:`PUBLISHED_SIZES`.
         dtype: Of the weights; the host keeps a few of some families in float32 whatever is asked for.
         cast_to: What the host casts them to for every use, if it is not the same.
+        device: Another device for the weights, which are then whatever its memory held.
 
     Raises:
         InvalidInputError: If there is no such name.
@@ -127,4 +134,4 @@ def published_model(name: str, dtype: torch.dtype = torch.bfloat16, cast_to: tor
     supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
     supported.custom_operations = None
     supported.set_inference_dtype(dtype, cast_to)
-    return supported.get_model({}, "", device=torch.device("meta"))
+    return supported.get_model({}, "", device=device)

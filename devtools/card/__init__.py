@@ -13,6 +13,7 @@ everything around the numbers is a card's:
     guard.cpp      what autograd's engine asks below Python; compiled once by guard.py
     pages.py       the virtual memory of ComfyUI's dynamic VRAM
     comfyui.py     ComfyUI on such a card
+    shapes.py      another kind of card, whose tensors have shapes and no bytes, for models of any size
 
 It needs a CUDA build of torch (two of its functions make tensors of a card) and g++, and it refuses a machine with a real
 card. What it cannot show: time, a caching allocator's fragmentation, the CUDA kernels' own rounding and workspaces.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ class Card:
 
     Attributes:
         memory, streams, pinned, generator: See ``torch_cuda.AnswersForCuda``.
+        where: The device of the buffers, and of the kernels that compute on them.
     """
 
     pinned: PinnedMemory
+    where = CPU
 
     def __init__(
         self, total: int, *, name: str = "Emulated GeForce RTX 3060", capability: tuple[int, int] = (8, 6)
@@ -61,25 +64,28 @@ class Card:
         extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         num_bytes = extent * dtype.itemsize
         self.memory.take(num_bytes)
-        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=CPU)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.where)
         return self.tensor(self._storage(buffer), dtype, size, stride)
 
     def up(self, made: Tensor) -> Tensor:
         """Return a tensor of the card that takes over the bytes of one that a kernel of the CPU has made."""
         if made.untyped_storage().nbytes() > 2 * max(1, made.numel() * made.element_size()):
             made = made.clone()  # a view into something larger, which would count with all of it
-        buffer = torch.empty(0, dtype=torch.uint8, device=CPU).set_(made.untyped_storage())
+        buffer = torch.empty(0, dtype=torch.uint8, device=self.where).set_(made.untyped_storage())
         self.memory.take(buffer.nbytes)
         return self.tensor(self._storage(buffer), made.dtype, made.size(), made.stride(), made.storage_offset())
 
     def down(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the CPU over the bytes of one of the card."""
-        buffer = self._buffers[tensor.untyped_storage()._cdata]
-        plain = torch.empty(0, dtype=tensor.dtype, device=CPU)
-        plain.set_(buffer.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        plain = torch.empty(0, dtype=tensor.dtype, device=self.where)
+        plain.set_(self.buffer(tensor).untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
         if tensor.is_conj():
             plain = plain.conj()
         return torch._neg_view(plain) if tensor.is_neg() else plain
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        """Return the buffer below one of the card's tensors."""
+        return self._buffers[tensor.untyped_storage()._cdata]
 
     def tensor(
         self,
@@ -94,6 +100,10 @@ class Card:
             "dtype": dtype, "size": tuple(size), "stride": tuple(stride), "storage_offset": offset, "device": DEVICE,
         }  # fmt: skip
         return torch._C._construct_CUDA_Tensor_From_Storage_And_Metadata(described, storage)
+
+    def kernels_by_hand(self) -> dict[str, Callable[..., Any]]:
+        """Return kernels that only this kind of card needs, by the names of their operations; each is given the card first."""
+        return {}
 
     def over_pages(self, buffer: Tensor) -> Tensor:
         """Return a uint8 tensor of the card over bytes whose owner counts them itself, and may take them away."""
@@ -111,9 +121,13 @@ class Card:
             count[stack] += 1
         return [(num_bytes, count[stack], stack) for stack, num_bytes in bytes_by.most_common()]
 
+    def _address(self, buffer: Tensor) -> int:
+        """Return the address that a storage over a buffer has."""
+        return buffer.data_ptr()
+
     def _storage(self, buffer: Tensor, *, counted: bool = True) -> torch.UntypedStorage:
         """Return a storage over a buffer whose bytes, if they are counted here, have been taken."""
-        address, num_bytes = buffer.data_ptr(), buffer.untyped_storage().nbytes() if counted else buffer.nbytes
+        address, num_bytes = self._address(buffer), buffer.untyped_storage().nbytes() if counted else buffer.nbytes
         storage = torch._C._construct_storage_from_data_pointer(address, DEVICE, num_bytes)
         key = storage._cdata
         self._buffers[key] = buffer

@@ -7,7 +7,6 @@ everything else above the kernels is torch's own.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from .streams import DEVICE
 if TYPE_CHECKING:
     from .card import Card
 
-CPU = torch.device("cpu")
 aten = torch.ops.aten
 
 VIEWS = frozenset({  # torch makes them without touching memory, on any device
@@ -150,10 +148,11 @@ class _Call:
                 return plain
             if value.dim():
                 self.from_cpu = value
+            return value.to(self._card.where)
         elif isinstance(value, (list, tuple)):
             return [self.lowered(part) for part in value]
         elif isinstance(value, torch.device) and value.type == "cuda":
-            return CPU
+            return self._card.where
         return value
 
     def random_numbers(self, named: dict[str, Any], generator: torch.Generator | None) -> _RandomNumbers:
@@ -180,6 +179,8 @@ class _Call:
         return result
 
     def _raised_tensor(self, result: Tensor) -> Tensor:
+        if result is self.from_cpu:  # a copy to the host gives back where it went
+            return result
         known = self.pairs.get(id(result))
         if known is not None:
             return known[1]
@@ -256,6 +257,7 @@ def _by_hand(card: Card) -> dict[str, Callable[..., Any]]:
         "_fused_rms_norm_backward": _rms_norm_backward,
         "_has_compatible_shallow_copy_type": lambda one, other: True,
         "_efficientzerotensor": lambda size, **_: torch.zeros(size, device=DEVICE),
+        **{name: below_autograd(kernel) for name, kernel in card.kernels_by_hand().items()},
     }
 
 
@@ -271,12 +273,10 @@ def _empty_strided(card: Card, size: Sequence[int], stride: Sequence[int], *, dt
 
 def _resize(card: Card, tensor: Tensor, size: Sequence[int], *, memory_format: Any = None) -> Tensor:
     """Move to new memory, with what there was of the old."""
-    stride = torch.empty(size, device="meta").stride()
-    fresh = card.empty(size, stride, tensor.dtype).untyped_storage()
-    kept = min(tensor.untyped_storage().nbytes(), fresh.nbytes())
-    if kept:
-        ctypes.memmove(fresh.data_ptr(), tensor.untyped_storage().data_ptr(), kept)
-    return tensor.set_(fresh, 0, size, stride)
+    fresh = card.empty(size, torch.empty(size, device="meta").stride(), tensor.dtype)
+    kept = min(tensor.untyped_storage().nbytes(), fresh.untyped_storage().nbytes())
+    card.buffer(fresh)[:kept].copy_(card.buffer(tensor)[:kept])
+    return tensor.set_(fresh.untyped_storage(), 0, size, fresh.stride())
 
 
 def _attention(

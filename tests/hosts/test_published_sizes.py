@@ -13,6 +13,7 @@ SIZES = {
     "FLUX.1-dev": (22.17, {"double_blocks": 19, "single_blocks": 38}),
     "FLUX.2-dev": (60.02, {"double_blocks": 8, "single_blocks": 48}),
     "FLUX.2-klein-4B": (7.22, {"double_blocks": 5, "single_blocks": 20}),
+    "FLUX.2-klein-9B": (16.91, {"double_blocks": 8, "single_blocks": 24}),
     "Qwen-Image": (38.05, {"transformer_blocks": 60}),
     "Z-Image": (11.46, {"layers": 30}),
     "Wan2.1-T2V-1.3B": (2.64, {"blocks": 30}),
@@ -32,6 +33,16 @@ def test_sizes_are_those_of_the_published_files(name):
     gib, lists = SIZES[name]
     assert sum(parameter.nbytes for parameter in model.parameters()) / 2**30 == pytest.approx(gib, abs=0.006)
     assert {key: len(getattr(model, key)) for key in lists} == lists
+
+
+def test_the_host_reads_the_same_sizes_off_the_weights():
+    from blockskip_pack.blockskip_core.hosts.published_sizes import PUBLISHED_SIZES, published_model
+    from comfy.model_detection import detect_unet_config
+
+    for name, size in PUBLISHED_SIZES.items():
+        read = detect_unet_config(published_model(name).diffusion_model.state_dict(), "")
+        assert {key: read.get(key) for key in size.config} == dict(size.config), name
+        assert not any(value for key, value in read.items() if key not in size.config), name
 
 
 def test_every_published_model_has_an_adapter_that_lists_its_blocks():

@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Does it fit? Published models at their full size on emulated cards, through the nodes and ComfyUI's own memory management.
+
+The card's tensors have shapes and no bytes (``devtools/card/shapes.py``), so nothing is computed, but everything is moved,
+kept and freed as on a real card. Each model on each card is a cell, run in a process of its own; every finished cell is a
+line in ``results/card.jsonl``, so a run may be stopped at any time and resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import card_report
+from card_runs import TINY, WEIGHTS, Cell
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RUN = Path(__file__).with_name("card_runs.py")
+MODELS = ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "Qwen-Image", "Z-Image", "Wan2.2-TI2V-5B")
+CARDS = (8.0, 12.0, 16.0, 24.0)
+logger = logging.getLogger(__name__)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows and tables go")
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
+    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS, help="how they are loaded")
+    parser.add_argument("--cards", nargs="+", type=float, default=CARDS, metavar="GIB")
+    parser.add_argument("--quick", action="store_true", help="one tiny model; prints its tables and keeps nothing")
+    parser.add_argument("--again", action="store_true", help="run everything anew")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
+    options = parser.parse_args()
+    if options.comfyui is None:
+        parser.error("say where ComfyUI is: --comfyui FOLDER or the environment variable COMFYUI_PATH")
+    return options
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """All cells, a model's together."""
+    return [
+        Cell(model, weights, card) for model in options.models for weights in options.weights for card in options.cards
+    ]
+
+
+def run_cell(cell: Cell, comfyui: Path) -> dict[str, Any]:
+    """Run a cell in a process of its own and return its row, or one that says how the process failed."""
+    done = subprocess.run(
+        [sys.executable, RUN, json.dumps(asdict(cell))], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    logger.error("%s", done.stderr.strip())
+    reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return {**asdict(cell), "failed": reason}
+
+
+def rows_in(file: Path) -> list[dict[str, Any]]:
+    """All rows; of those of the same cell the last."""
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return list({cell_of(row): row for row in map(json.loads, lines)}.values())
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """Return the cell that a row is of."""
+    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+
+
+def run(wanted: list[Cell], file: Path, comfyui: Path) -> None:
+    """Run the cells that are not in the file yet; those that failed are tried again."""
+    done = {cell_of(row) for row in rows_in(file) if "failed" not in row}
+    for cell in wanted:
+        if cell in done:
+            continue
+        row = run_cell(cell, comfyui)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        logger.info("%s, %s, %g GiB: %s", cell.model, cell.weights, cell.card, card_report.in_short(row))
+
+
+def main() -> int:
+    """Run, then write the report; the status says whether a cell failed."""
+    options = parse()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.quick:
+        row = run_cell(Cell(TINY, "bf16", 4.0), options.comfyui)
+        sys.stdout.write(card_report.text([row]))
+        return int("failed" in row)
+    options.results.mkdir(parents=True, exist_ok=True)
+    file = options.results / "card.jsonl"
+    if options.again:
+        file.unlink(missing_ok=True)
+    if not options.report:
+        run(cells(options), file, options.comfyui)
+    rows = rows_in(file)
+    file.with_suffix(".md").write_text(card_report.text(rows), encoding="utf-8")
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

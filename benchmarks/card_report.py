@@ -1,0 +1,143 @@
+"""The card benchmark's tables, from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+GIB, MIB = 2**30, 2**20
+Row = dict[str, Any]
+
+CONVENTIONS = """\
+`python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management (not its
+dynamic VRAM, which is the default on NVIDIA cards) on a card whose tensors have shapes and no bytes. Bytes are those of all
+tensors that live on the card at the same time, each with its exact size. What a real allocator rounds up or cannot reuse,
+kernels' workspaces and the CUDA context are not in them. **Counted**: what Memory Plan says, before the run. Of each card an
+eighth and 0.5 GiB belong to others, as in Memory Plan's presets. Batch 1, crops of 256 px, rank 16, AdamW, 512 text tokens,
+half of the blocks skipped (preset). GiB if not said otherwise."""
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Return the whole report in Markdown."""
+    good = [row for row in rows if "failed" not in row]
+    lines = ["# Models on emulated cards", "", *sorted({row["about"] for row in good}), "", CONVENTIONS, ""]
+    lines += ["## In short", "", *in_few_sentences(good), ""]
+    for title, head, cells in (
+        ("Training with the settings that Memory Plan gives", _TRAINING_HEAD, _training),
+        ("The same with `kept_weights` streamed", _STREAMED_HEAD, _streamed),
+        ("Precomputing, and host memory", _PRECOMPUTING_HEAD, _precomputing),
+    ):
+        lines += [f"## {title}", "", *_table(good, head, cells), ""]
+    refused = [sentence for row in good for sentence in _refusals(row)]
+    lines += ["## Said by the trainer", "", *(refused or ["Nothing."]), ""]
+    failed = [f"* {_name(row)}, {row['card']:g} GiB: {row['failed']}" for row in rows if "failed" in row]
+    if failed:
+        lines += ["## Cells that failed", "", *failed, ""]
+    return "\n".join(lines)
+
+
+def in_short(row: Row) -> str:
+    """Return a cell in a few words."""
+    if "failed" in row:
+        return f"failed, {row['failed']}"
+    run = row["resident"]
+    return "refused" if "refused" in run else f"{_gib(run['peak'])} GiB, {_error(run)}"
+
+
+def in_few_sentences(rows: Sequence[Row]) -> list[str]:
+    """Return what all cells come to."""
+    lines = []
+    for placement in ("resident", "streamed"):
+        runs = [row[placement] for row in rows if "refused" not in row[placement]]
+        errors = [run["peak"] / run["counted"] - 1 for run in runs]
+        if errors:
+            lines.append(
+                f"* {placement}: {len(runs)} of {len(rows)} cells ran; emulated against counted "
+                f"{min(errors):+.1%} to {max(errors):+.1%}"
+            )
+    planned = [row for row in rows if row["plan"]["settings_fit"]]
+    moved = [row for row in planned if row["resident"].get("offloaded")]
+    lines.append(f"* weights were streamed in {len(moved)} of {len(planned)} cells whose settings fit by Memory Plan")
+    left = max((row[phase]["left"] for row in rows for phase in ("precompute", "resident", "streamed")), default=0)
+    lines.append(f"* left on the card after a run: at most {left / MIB:.1f} MiB")
+    return lines
+
+
+_TRAINING_HEAD = (
+    "card", "plan, as set", "settings it gives", "counted", "emulated", "of that, optimiser", "error", "weights on the card",
+    "in host memory",
+)  # fmt: skip
+_STREAMED_HEAD = ("card", "counted", "emulated", "error", "weights on the card", "in host memory", "left, MiB")
+_PRECOMPUTING_HEAD = (
+    "card", "counted, one block at a time", "emulated", "host memory beside the model, counted", "emulated, precomputing",
+    "emulated, training", "left after precomputing, MiB", "left after training, MiB",
+)  # fmt: skip
+
+
+def _training(row: Row) -> list[str]:
+    run, plan = row["resident"], row["plan"]
+    said = "fits" if plan["fits"] else "too large"
+    given = plan["settings"].removesuffix(".") if plan["settings_fit"] else "none fit"
+    if "refused" in run:
+        return [said, given, _gib(run["counted"]), "refused", "", "", "", ""]
+    return [
+        said, given, _gib(run["counted"]), f"**{_gib(run['peak'])}**", _gib(run["optimiser"]), _error(run),
+        _gib(run["resident"]), _gib(run["offloaded"]),
+    ]  # fmt: skip
+
+
+def _streamed(row: Row) -> list[str]:
+    run = row["streamed"]
+    if "refused" in run:
+        return [_gib(run["counted"]), "refused", "", "", "", _mib(run["left"])]
+    numbers = _gib(run["resident"]), _gib(run["offloaded"])
+    return [_gib(run["counted"]), f"**{_gib(run['peak'])}**", _error(run), *numbers, _mib(run["left"])]
+
+
+def _precomputing(row: Row) -> list[str]:
+    run, trained = row["precompute"], row["resident"]
+    return [
+        _gib(run["counted"]), f"**{_gib(run['peak'])}**", _gib(run["counted_host"]), _gib(run["host"]),
+        _gib(trained["host"]), _mib(run["left"]), _mib(trained["left"]),
+    ]  # fmt: skip
+
+
+def _table(rows: Iterable[Row], head: Sequence[str], cells: Callable[[Row], list[str]]) -> list[str]:
+    """Return rows in Markdown, a model's below its name."""
+    lines = [_line(["", *head]), _line(["---"] * (len(head) + 1))]
+    above = None
+    for row in rows:
+        front, back, blocks = row["selection"]
+        name = f"**{_name(row)}**, {front} + {back} of {blocks} skipped"
+        lines.append(_line(["" if name == above else name, f"{row['card']:g}", *cells(row)]))
+        above = name
+    return lines
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _name(row: Row) -> str:
+    return f"{row['model']}, {row['weights']}"
+
+
+def _refusals(row: Row) -> list[str]:
+    found = []
+    for placement in ("resident", "streamed"):
+        run = row[placement]
+        for sentence in [run["refused"]] if "refused" in run else run["problems"]:
+            found.append(f"* {_name(row)}, {row['card']:g} GiB, {placement}: {sentence}")
+    return found
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:.0f}"
+
+
+def _error(run: Row) -> str:
+    return f"{run['peak'] / run['counted'] - 1:+.1%}"

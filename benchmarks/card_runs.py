@@ -1,0 +1,328 @@
+"""One cell of the card benchmark, in a process of its own: a model's whole run through the nodes, on an emulated card.
+
+Takes a cell as JSON and prints what was seen as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+CPU = torch.device("cpu")
+TINY = "tiny FLUX"  # not published: for a quick look, and for the comparison with a card that has bytes
+WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+STEPS, DRAWS, CHUNK, RANK, TEXT_TOKENS, CROP = 2, 2, 64, 16, 512, 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run.
+
+    Attributes:
+        model: A name of ``published_sizes``, or :data:`TINY`.
+        weights: The format that they are loaded in, see :data:`WEIGHTS`.
+        card: GiB of the card.
+        with_bytes: Whether the card has bytes, and so computes; only for a model that fits into host memory.
+    """
+
+    model: str
+    weights: str
+    card: float
+    with_bytes: bool = False
+
+
+def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
+    """Run a cell and return what was seen, in bytes; nothing of ComfyUI may have been imported before.
+
+    Args:
+        cell: What is run.
+        folder: Empty; for the nodes' files.
+        comfyui: ComfyUI's folder.
+    """
+    bench = Bench(cell, installed_card(cell, comfyui), folder)
+    from memory import about
+
+    plan = bench.plan()
+    row = {**asdict(cell), "about": about(), "others": bench.others, "selection": bench.chosen(), "plan": plan.seen}
+    row["precompute"], residuals = bench.precompute(plan)
+    for placement in ("resident", "streamed"):
+        row[placement] = bench.train(plan, residuals, placement)
+    return row
+
+
+def installed_card(cell: Cell, comfyui: Path) -> Any:
+    """Return the emulated card, with ComfyUI and the pack on it."""
+    sys.path.insert(0, str(ROOT))
+    from devtools.card import Card
+    from devtools.card import comfyui as host
+    from devtools.card.shapes import ShapesCard
+
+    kind = Card if cell.with_bytes else ShapesCard
+    card = kind(round(cell.card * GIB), name=f"Emulated card of {cell.card:g} GiB").install()
+    from quality_world import use_pack
+
+    use_pack(comfyui)
+    host.disable_kernels()
+    return card
+
+
+def loaded_model(cell: Cell) -> Any:
+    """Return the host's MODEL with weights that are zeros and take no memory, or random on a card that computes."""
+    import comfy.model_management
+    import comfy.model_patcher
+    from blockskip_pack.blockskip_core.hosts import published_sizes
+
+    from devtools.card.shapes import zero
+
+    if cell.model == TINY:
+        flux = published_sizes.PUBLISHED_SIZES["FLUX.1-dev"]
+        small = {**flux.config, "hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 4}
+        published_sizes.PUBLISHED_SIZES = {TINY: replace(flux, config=small)}
+    dtype = WEIGHTS[cell.weights]
+    model = published_sizes.published_model(cell.model, dtype, torch.bfloat16 if dtype.itemsize < 2 else None, CPU)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.normal_(std=0.05) if cell.with_bytes else zero(tensor)
+    on_card = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=on_card, offload_device=CPU)
+
+
+def caption_for(name: str) -> list:
+    """Return a conditioning of zeros as the model's text encoder would give it."""
+    from memory_arms import FAMILIES, FLUX
+
+    width = {TINY: FLUX.text_width, **{family.name: family.text_width for family in FAMILIES}}[name]
+    return [[torch.zeros(1, TEXT_TOKENS, width), {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+
+
+class NoVae:
+    """In the place of the VAE that belongs to a model: makes zeros of the right shape."""
+
+    def __init__(self, model: Any) -> None:
+        self._format = model.latent_format
+        self.first_stage_model = torch.nn.Linear(1, 1)
+
+    def spacial_compression_encode(self) -> int:
+        """Return the pixels per cell."""
+        return self._format.spacial_downscale_ratio
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return latents of pictures (B, H, W, 3)."""
+        rows, columns = (side // self.spacial_compression_encode() for side in pixels.shape[1:3])
+        frames = (1,) if self._format.latent_dimensions == 3 else ()
+        return torch.zeros(len(pixels), self._format.latent_channels, *frames, rows, columns)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What Memory Plan said.
+
+    Attributes:
+        settings: Its output.
+        needs: What a run with them takes, counted.
+        largest_block: Bytes of the largest block of a training step.
+        seen: For the row.
+    """
+
+    settings: Any
+    needs: Any
+    largest_block: int
+    seen: dict[str, Any]
+
+
+class Peaks:
+    """The most bytes of the card that were taken by us, by what was going on.
+
+    Attributes:
+        bytes: Stage -> bytes.
+        stage: What is going on.
+    """
+
+    def __init__(self, memory: Any, used: int, others: int) -> None:
+        self.stage, self.bytes = "passes", {"passes": used}
+        self._memory, self._others = memory, others
+        memory.on_take = self._look
+
+    def _look(self, taken: int) -> None:
+        self.bytes[self.stage] = max(self.bytes.get(self.stage, 0), self._memory.used - self._others)
+
+
+class Bench:
+    """A model, the nodes, and the card that they run on.
+
+    Args:
+        cell: What is run.
+        card: The emulated card, with ComfyUI on it.
+        folder: Empty; for the nodes' files.
+    """
+
+    def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
+        import folder_paths
+        from blockskip_pack import nodes
+        from blockskip_pack.blockskip_core.hosts import quantised_blocks
+        from blockskip_pack.blockskip_core.memory_plan import NOT_OURS
+
+        if not cell.with_bytes:  # whether a format computes well on this card cannot be tried without numbers
+            quantised_blocks._works_on = lambda weight_format, device: True
+        self.nodes, self.memory = nodes, card.memory
+        share, more = NOT_OURS
+        self.others = round(card.memory.total * share + more * GIB)
+        card.memory.take(self.others)
+        (folder / "loras").mkdir()
+        folder_paths.output_directory = folder_paths.temp_directory = str(folder)
+        folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], {".safetensors"})
+        with torch.no_grad():
+            self.model = loaded_model(cell)
+        self.caption = caption_for(cell.model)
+        self.selection = self._run(
+            "SelectBlocks", positive=self.caption, method="preset", skip_ratio=0.5, front=0, back=0
+        )[0]
+
+    def chosen(self) -> tuple[int, int, int]:
+        """Return how many blocks are skipped in front and at the back, and how many there are."""
+        return self.selection.front, self.selection.back, self.selection.num_blocks
+
+    def plan(self) -> Plan:
+        """Ask Memory Plan for settings that fit what is free, with what is left put to use; count what they take."""
+        from blockskip_pack.blockskip_core.hosts.counted_run import CountedRun
+        from blockskip_pack.blockskip_core.hosts.frames import latent_shape
+        from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
+        from blockskip_pack.blockskip_core.lora import LoraSettings
+        from blockskip_pack.blockskip_core.memory_plan import fits, peak_of
+
+        text, as_set, _, settings = self._run(
+            "MemoryPlan", positive=self.caption, selection=self.selection, patch_min=CROP, draws=DRAWS, storage="disk",
+            rank=RANK, batch_size=1, checkpointing=True, quantize_kept="off", activation_budget=0.0,
+            card_memory=self.memory.free() / GIB, chunk_size=CHUNK,
+        ).args  # fmt: skip
+        dit = HostedDit(self.model, [self.caption], latent_shape(self.model.model, settings.patch_min))
+        run = CountedRun(
+            dit, self.selection, LoraSettings(rank=RANK, alpha=RANK), captions=1, draws=DRAWS, chunk_size=CHUNK
+        )
+        needs = run.needs(settings)
+        seen = {
+            "fits": as_set, "settings_fit": fits(peak_of(settings, needs), self.memory.free()),
+            "says": text.splitlines()[0], "settings": settings.describe(),
+        }  # fmt: skip
+        return Plan(settings, needs, run.largest_trained_block(settings), seen)
+
+    def precompute(self, plan: Plan) -> tuple[dict[str, Any], Any]:
+        """Precompute a few examples to the disk; return what was seen, and the residuals."""
+        counted = plan.needs.precomputing
+        seen: dict[str, Any] = {"counted": counted.peak, "counted_host": plan.needs.host}
+        with self._watched(seen):
+            residuals = self._run(
+                "PrecomputeResiduals", vae=NoVae(self.model.model), images=torch.zeros(1, 2 * CROP, 2 * CROP, 3),
+                positive=self.caption, selection=self.selection, draws=DRAWS, patch_min=CROP, patch_max=2 * CROP,
+                storage="disk", seed=0, memory_settings=plan.settings,
+            )[0]  # fmt: skip
+        return {**seen, "left": self._used()}, residuals
+
+    def train(self, plan: Plan, residuals: Any, placement: str) -> dict[str, Any]:
+        """Train a few steps; return what was seen, or why it was refused."""
+        from blockskip_pack.blockskip_core.errors import BlockSkipError
+
+        counted = plan.needs.training
+        seen: dict[str, Any] = {
+            "counted": counted.peak, "weights": counted.weights, "counted_saved": counted.saved,
+            "counted_host": plan.needs.host,
+        }  # fmt: skip
+        if placement == "streamed":
+            seen["counted"] += plan.largest_block - counted.weights  # as Memory Plan's verdict takes it
+        try:
+            with self._watched_steps(seen):
+                summary = self._run(
+                    "TrainLora", residuals=residuals, steps=STEPS, learning_rate=1e-4, rank=RANK, seed=0, resume=False,
+                    memory_settings=plan.settings, kept_weights=placement, output_name=f"loras/{placement}",
+                ).ui["blockskip"][0]  # fmt: skip
+            seen.update(
+                said_peak=summary["peak_memory_bytes"] - self.others, saved=summary["saved_for_backward_bytes"],
+                problems=summary["problems"],
+            )  # fmt: skip
+        except (BlockSkipError, torch.OutOfMemoryError) as error:
+            seen["refused"] = str(error)
+        return {**seen, "left": self._used()}
+
+    @contextmanager
+    def _watched(self, seen: dict[str, Any]) -> Iterator[Peaks]:
+        """Note the peaks on the card, and that of host memory beside the model as loaded."""
+        from blockskip_pack.blockskip_core.measuring import Counting
+
+        peaks = Peaks(self.memory, self._used(), self.others)
+        with Counting() as counting:
+            counting.hold(list(self.model.model.parameters()))
+            loaded = counting.live(CPU)
+            try:
+                yield peaks
+            finally:
+                seen.update(peaks.bytes, peak=max(peaks.bytes.values()), host=counting.peak(CPU) - loaded)
+
+    @contextmanager
+    def _watched_steps(self, seen: dict[str, Any]) -> Iterator[None]:
+        """As :meth:`_watched`, optimiser steps apart; note where the weights are at the last of them."""
+
+        def before(optimizer: Any, args: tuple, kwargs: dict) -> None:
+            seen["resident"], seen["offloaded"] = weights_of_loaded_model()
+            peaks.stage = "optimiser"
+
+        def after(optimizer: Any, args: tuple, kwargs: dict) -> None:
+            peaks.stage = "passes"
+
+        with self._watched(seen) as peaks:
+            hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def _used(self) -> int:
+        """Return the bytes of the card that are taken by us, once unreachable objects are gone."""
+        return self.memory.settled() - self.others
+
+    def _run(self, node: str, **inputs: Any) -> Any:
+        """Run a node as the host does: in a locked clone of its class, on lists, under inference mode."""
+        from comfy_api.latest import io
+
+        hidden = {io.Hidden.unique_id: "1", io.Hidden.prompt: {}, io.Hidden.extra_pnginfo: None}
+        clone = getattr(self.nodes, node).PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+        listed = {name: [value] for name, value in {"model": self.model, **inputs}.items()}
+        with torch.inference_mode():
+            return clone.EXECUTE_NORMALIZED(**listed)
+
+
+def weights_of_loaded_model() -> tuple[int, int]:
+    """Return the bytes of the loaded model's weights on the card and in host memory."""
+    import comfy.model_management
+    from blockskip_pack.blockskip_core.weight_formats import stored_bytes
+
+    (loaded,) = comfy.model_management.current_loaded_models
+    tensors = {id(tensor): tensor for tensor in (*loaded.model.model.parameters(), *loaded.model.model.buffers())}
+    num_bytes = {"cuda": 0, "cpu": 0}
+    for tensor in tensors.values():
+        num_bytes[tensor.device.type] += stored_bytes(tensor)
+    return num_bytes["cuda"], num_bytes["cpu"]
+
+
+def main() -> None:
+    """Run the cell of the command line."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        row = seen_in(Cell(**json.loads(sys.argv[1])), Path(folder), Path(os.environ["COMFYUI_PATH"]))
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
