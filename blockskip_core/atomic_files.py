@@ -15,6 +15,7 @@ from .errors import StorageError
 
 logger = logging.getLogger(__name__)
 
+_WAITS_S = (0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
 LEFTOVER_AGE_S = 60.0  # a younger temporary file may be another program's that is writing just now
 
 
@@ -32,12 +33,28 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path.name} could not be written: {error}. Free some disk space and try again.") from error
+        raise StorageError(f"{path.name} could not be written: {error}. {_what_helps(error)}") from error
     finally:
         with contextlib.suppress(OSError):  # what cannot be written (a name too long, say) cannot be removed either
             temporary.unlink()
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Give a file its name. Windows refuses while another program reads the old one (a virus scanner, say): wait a little."""
+    for seconds in _WAITS_S:
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(temporary, path)
+
+
+def _what_helps(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "Close the program that has it open, or allow ComfyUI to write there, and try again."
+    return "Free some disk space and try again."
 
 
 def open_tensors(path: Path) -> safe_open:

@@ -83,7 +83,11 @@ class Checkpoints:
         identity: What the run is.
         every: Steps between two states; 0 writes one only when a run ends, however it ends.
         keep: So many of the newest states stay.
-        resume: Whether an earlier state is gone on from. Without, earlier states stay, for the run comes to the same.
+        resume: Whether to resume from an earlier state. If False, earlier states are kept, because the run reaches the
+            same result.
+
+    Attributes:
+        resume: As given; a run that has to start over sets it, to resume from what it has saved itself.
 
     Raises:
         InvalidInputError: If a number is out of range.
@@ -95,7 +99,7 @@ class Checkpoints:
                 f"save_every must not be negative and keep_last must be at least 1, got {every} and {keep}."
             )
         self._folder, self._identity = folder, identity
-        self._every, self._keep, self._resume = every, keep, resume
+        self._every, self._keep, self.resume = every, keep, resume
         self._saved: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -141,7 +145,7 @@ class Checkpoints:
             CheckpointError: If a state is that of another run.
             StorageError: If the disk refuses to read one; it may be whole, so it stays.
         """
-        for path in self._states() if self._resume else ():
+        for path in self._states() if self.resume else ():
             if _step_of(path) > max_step:
                 continue
             try:

@@ -8,6 +8,7 @@
     +-- StorageError            a disk that refuses to write
     +-- LoraFileError           a LoRA that does not fit the model or cannot be read
     +-- TrainingError           training cannot go on (a loss that is not finite, a failed self-check)
+    +-- OutOfMemoryError        a device without memory left; defined where hosts are, as it is one of theirs too
 
 Every message is one or two sentences: what was expected, what came, what to do.
 """

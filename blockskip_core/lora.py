@@ -97,8 +97,8 @@ class LoraAdapters:
             r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(layers), init_lora_weights=True
         )
         self._skeleton = _skeleton(layers)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's only: no other generator is used, or disturbed
             peft.inject_adapter_in_model(self.config, self._skeleton)
         self._layers = {name: self._skeleton.get_submodule(name) for name in layers}
         for layer in self._layers.values():
@@ -134,9 +134,10 @@ class LoraAdapters:
 
     @torch.inference_mode(False)  # hosts run their nodes under it, and what is made there cannot be trained
     def to(self, device: torch.device) -> None:
-        """Move the trainable tensors, keeping the parameter objects."""
+        """Move the trainable tensors, keeping the parameter objects; those without memory (on ``meta``) have no place."""
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(device)
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors as peft names them ("<layer>.lora_A.weight"), detached CPU clones."""

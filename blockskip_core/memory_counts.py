@@ -247,6 +247,18 @@ class MemoryNeeds:
     host: int
     disk: int
 
+    def with_all_weights(self, weights: int) -> MemoryNeeds:
+        """Return the same for a host that keeps all weights on the device, skipped or not.
+
+        Args:
+            weights: Bytes of them all.
+        """
+        return replace(
+            self,
+            precomputing=self.precomputing and self.precomputing.with_weights(weights),
+            training=self.training.with_weights(weights),
+        )
+
     def without_weights(self) -> MemoryNeeds:
         """Return the same without the model's weights."""
         return replace(
@@ -332,10 +344,10 @@ class _Watched:
         return getattr(self._dit, name)
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
+    def running(self, replacements: Mapping[str, nn.Module], **placement: Any) -> Iterator[Denoiser]:
         """Run the model, and see how much is loaded for it."""
         before = self._counting.live(self._dit.device)
-        with self._dit.running(replacements, activation_bytes=activation_bytes) as denoise:
+        with self._dit.running(replacements, **placement) as denoise:
             self._weights = max(self._weights, self._counting.live(self._dit.device) - before)
             yield denoise
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import InvalidInputError
 
 OptimizerName = Literal["AdamW", "AdamW 8-bit (bitsandbytes)"]
+_WITH_FUSED_ADAMW = ("cpu", "cuda")
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 
@@ -25,11 +26,17 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return an optimiser over ``parameters``.
 
+    AdamW is torch's fused one where the parameters are on a device that is known to have it: on a GPU the other forms
+    hold copies of all moments for the time of a step (on FLUX.1 at rank 16 some 200 MiB).
+
     Raises:
         InvalidInputError: If the extra package that it needs is not installed.
     """
-    kind = torch.optim.AdamW if name == "AdamW" else _bitsandbytes().AdamW8bit
-    return kind(parameters, lr=learning_rate, weight_decay=weight_decay)
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name != "AdamW":
+        return _bitsandbytes().AdamW8bit(parameters, **settings)
+    fused = all(parameter.device.type in _WITH_FUSED_ADAMW for parameter in parameters)
+    return torch.optim.AdamW(parameters, fused=fused, **settings)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -190,7 +190,7 @@ class _BlockStream:
                 yield batch, {index: seen[index] for index in sorted(watched)}
 
     def _modules(self, span: range, replay: Replay, seen: Mapping[int, Recording]) -> dict[str, nn.Module]:
-        """Return the stand-ins of all blocks. Copies even where nobody watches: kernels may depend on a weight's marks."""
+        """Return the stand-ins. Copies even where nobody watches: which kernel runs may depend on a weight's marks."""
         modules: dict[str, nn.Module] = {}
         for position, block in enumerate(self._dit.blocks):
             if position in seen:
@@ -201,6 +201,8 @@ class _BlockStream:
                 modules[block.name] = frozen_copy(self._dit.module(block.name))
             else:
                 modules[block.name] = PassThrough(block.io)
+        for name in (*self._dit.frozen_stem, *self._dit.trainable_head):
+            modules[name] = frozen_copy(self._dit.module(name))
         return modules
 
     def _denoise(self, denoise: Denoiser, batch: Sequence[int]) -> Tensor:

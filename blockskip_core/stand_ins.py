@@ -96,8 +96,8 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
     of other classes are kept as they are: the LoRA layers never save them.
     """
     twin = copy.copy(module)
-    twin._parameters = {name: _alias(parameter) for name, parameter in module._parameters.items()}
-    twin._buffers = {name: _alias(buffer) for name, buffer in module._buffers.items()}
+    twin._parameters = {name: weight_sharing_alias(parameter) for name, parameter in module._parameters.items()}
+    twin._buffers = {name: weight_sharing_alias(buffer) for name, buffer in module._buffers.items()}
     twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
     copy_hooks(module, twin)
     return twin
@@ -114,7 +114,8 @@ def copy_hooks(module: nn.Module, twin: nn.Module) -> None:
         setattr(twin, hooks, copy.copy(getattr(module, hooks)))
 
 
-def _alias(tensor: Tensor | None) -> Tensor | None:
+def weight_sharing_alias(tensor: Tensor | None) -> Tensor | None:
+    """Return an ordinary tensor over the memory of one that may be an inference tensor; see :func:`weight_sharing_copy`."""
     if tensor is None or tensor.is_meta:
         return tensor
     with torch.inference_mode(False):
@@ -138,7 +139,7 @@ def is_unpacked(tensor: Tensor) -> bool:
 
 def _alias_parts(tensor: Tensor) -> Tensor:
     names, context = tensor.__tensor_flatten__()
-    parts = {name: _alias(getattr(tensor, name)) for name in names}
+    parts = {name: weight_sharing_alias(getattr(tensor, name)) for name in names}
     twin = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
     if isinstance(tensor, nn.Parameter):
         twin._is_param = True  # what nn.Parameter does, but for detaching, which copies the scales of some formats

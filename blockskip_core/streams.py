@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,11 @@ class BlockInfo:
 Denoiser = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
+WeightPlacement = Literal["as fits", "resident", "streamed"]
+"""Where a run's weights are kept: as many on the device as the host thinks fit, all of them, or none, in which case each
+layer's are copied over when it runs."""
+
+
 class SkippableDit(Protocol):
     """A diffusion transformer whose blocks can be replaced for the time of a run, whoever hosts it.
 
@@ -117,9 +122,19 @@ class SkippableDit(Protocol):
         ...
 
     def running(
-        self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
     ) -> AbstractContextManager[Denoiser]:
-        """Run the model with some modules replaced; the model is as before afterwards, however the run ends."""
+        """Run the model with some modules replaced; the model is as before afterwards, however the run ends.
+
+        Args:
+            replacements: Path -> stand-in.
+            activation_bytes: Memory that the host should keep free beside the weights.
+            weights: Where the weights are kept.
+        """
         ...
 
     def text_length(self, caption: int) -> int:

@@ -12,6 +12,7 @@ The loss is the model's own, unmodified: see ``flow_matching``.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -35,11 +36,17 @@ from .precompute import Reference
 from .residual_cache import Residual
 from .residual_format import ResidualFormat
 from .skipping_model import SkippingModel
-from .streams import Denoiser, SkippableDit, batches_of_equal_text
+from .streams import Denoiser, SkippableDit, WeightPlacement, batches_of_equal_text
 
 logger = logging.getLogger(__name__)
 
-_FLOAT16_LOSS_SCALE = 1024.0  # gradients of a mean over a whole picture are near the smallest numbers of float16
+_FLOAT16_LOSS_SCALE = (
+    1024.0  # to begin with: gradients of a mean over a whole picture are near float16's smallest numbers
+)
+_MOST_OVERFLOWS = (
+    20  # steps in a row whose gradient overflows in float16; each halves the scale, so this ends far below 1
+)
+_SCALER = "loss scale/"  # before the names of its numbers in a state
 _OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
 _EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
 
@@ -149,6 +156,7 @@ class TrainingResult:
         saved_bytes: Bytes that a micro-batch kept for its backward pass, parameters not counted: the larger of the first
             two, for the second is the first with an activation budget.
         resumed_at: Steps that an earlier run had done.
+        overflows: Steps that were left out because a gradient overflowed in float16.
         problems: What went wrong without ending the run, in sentences.
     """
 
@@ -158,6 +166,7 @@ class TrainingResult:
     self_check: float | None = None
     saved_bytes: int = 0
     resumed_at: int = 0
+    overflows: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -186,6 +195,10 @@ class ResidualSource(Protocol):
     def stretches(self, config: TrainingConfig, start: int = 0) -> Iterator[AbstractContextManager[OpenResiduals]]:
         """Yield the stretches of a run from a micro-batch on, in order; each is open while it is trained on."""
         ...
+
+
+# Stand-ins by path -> the model running with them in place; a SkippableDit's `running` with the run's settings.
+Place = Callable[[dict[str, torch.nn.Module]], AbstractContextManager[Denoiser]]
 
 
 class Interlude(Protocol):
@@ -236,6 +249,7 @@ def train_lora(
     result: TrainingResult,
     on_step: Callable[[StepReport], None],
     activation_bytes: int = 0,
+    weights: WeightPlacement = "as fits",
     checkpoints: Checkpoints | None = None,
     interlude: Interlude | None = None,
 ) -> None:
@@ -246,11 +260,12 @@ def train_lora(
         schedule, latents: The draws and their clean latents, shape (num_draws, C, H, W).
         selection: Blocks to be skipped.
         source: Where residuals come from.
-        adapters: The LoRA; its tensors hold the last good state whenever this function is left.
+        adapters: The LoRA; whenever this function is left, its tensors hold the last good state and are on the CPU.
         config: Settings.
         result: Filled in as the run goes.
         on_step: Called after every optimiser step; may raise to interrupt.
         activation_bytes: What the host should keep free beside the weights.
+        weights: Where the host keeps the weights.
         checkpoints: Where the run goes on from, and where its states are kept; None starts anew and keeps none.
         interlude: Done between steps, outside the model's run.
 
@@ -260,18 +275,22 @@ def train_lora(
             the full model before the first step, or a kept block gets no gradient.
     """
     loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step, checkpoints)
-    loop.resume()
+    place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
     try:
+        loop.resume()
         if interlude and interlude.is_due(result.steps):  # before the first step, or the one that a resumed run lacks
             loop.pause(interlude)
         for opening in source.stretches(config, start=result.steps * config.accumulation):
             with opening as residuals:
                 for part in _between_interludes(residuals.micro_batches, config, interlude):
-                    loop.run(residuals, part, activation_bytes)
+                    loop.run(residuals, part, place)
                     if interlude and _interlude_after(part, config, interlude):
                         loop.pause(interlude)
     finally:
-        loop.save()
+        try:
+            loop.save()
+        finally:
+            loop.release()
 
 
 def _between_interludes(micro_batches: range, config: TrainingConfig, interlude: Interlude | None) -> Iterator[range]:
@@ -325,22 +344,25 @@ class _Loop:
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-        self.lr_schedule = get_scheduler(
+        self.lr_factors = get_scheduler(
             config.lr_schedule,
             self.optimizer,
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.steps,
+        ).lr_lambdas
+        self.scaler = torch.amp.GradScaler(
+            dit.device.type, init_scale=_FLOAT16_LOSS_SCALE, enabled=dit.dtype == torch.float16
         )
-        self.loss_scale = _FLOAT16_LOSS_SCALE if dit.dtype == torch.float16 else 1.0
+        self.overflows_in_a_row = 0
         self.pending: list[float] = []
         self.num_counted = 0
         self.within_step = False  # left on by an error in the middle of an update: the tensors are of no step then
         self.started = time.perf_counter()
         self.paused = False
 
-    def run(self, residuals: OpenResiduals, micro_batches: range, activation_bytes: int) -> None:
+    def run(self, residuals: OpenResiduals, micro_batches: range, place: Place) -> None:
         """Train on some micro-batches of a stretch."""
-        with self.running(residuals, activation_bytes) as step_micro_batch:
+        with self.running(residuals, place) as step_micro_batch:
             if self.paused:
                 self.started, self.paused = time.perf_counter(), False
             for micro_batch in micro_batches:
@@ -353,7 +375,7 @@ class _Loop:
         self.paused = True
 
     @contextmanager
-    def running(self, residuals: OpenResiduals, activation_bytes: int) -> Iterator[Callable[[int], None]]:
+    def running(self, residuals: OpenResiduals, place: Place) -> Iterator[Callable[[int], None]]:
         """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
         model = SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
         with ExitStack() as stack:
@@ -361,7 +383,7 @@ class _Loop:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             model.set_response(residuals.response)
-            denoise = stack.enter_context(self.dit.running(model.modules, activation_bytes=activation_bytes))
+            denoise = stack.enter_context(place(model.modules))
             if residuals.reference is not None and self.result.self_check is None:
                 self._check_against_full_model(model, denoise, residuals)
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
@@ -381,7 +403,7 @@ class _Loop:
                 self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
             value = loss.item()  # once: on a GPU every reading waits for what is still running
             self._require_finite(value, "loss", micro_batch)
-            (loss * (self.loss_scale / self.config.accumulation)).backward()
+            self.scaler.scale(loss / self.config.accumulation).backward()
             total += value
         self.num_counted += 1
         if micro_batch == 0:
@@ -402,18 +424,17 @@ class _Loop:
         return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
 
     def _optimizer_step(self, micro_batch: int) -> None:
-        for parameter in self.adapters.parameters():
-            if parameter.grad is not None and self.loss_scale != 1.0:
-                parameter.grad.div_(self.loss_scale)
+        self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
-        self._require_finite(norm, "gradient", micro_batch)
+        self._require_no_overflow(norm, micro_batch)
         rate = self.optimizer.param_groups[0]["lr"]
         self.within_step = True
-        self.optimizer.step()
-        self.lr_schedule.step()
+        self.scaler.step(self.optimizer)  # leaves the tensors alone if a gradient overflowed
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.result.steps += 1
+        self._set_rate(self.result.steps)
         self.within_step = False
         seconds = time.perf_counter() - self.started
         self.result.step_seconds.append(seconds)
@@ -430,12 +451,14 @@ class _Loop:
             return
         lora = {name: x for name, x in state.tensors.items() if not name.startswith(_OPTIMIZER)}
         moments = {name.removeprefix(_OPTIMIZER): x for name, x in state.tensors.items() if name not in lora}
+        scaling = {name: x for name, x in state.numbers.items() if name.startswith(_SCALER)}
+        numbers = {name: x for name, x in state.numbers.items() if name not in scaling}
         with torch.inference_mode(False):
             self.adapters.load_state_dict(lora)
-            restore_optimizer(self.optimizer, moments, state.numbers)
-        self.lr_schedule.last_epoch = state.step
-        for group, factor in zip(self.optimizer.param_groups, self.lr_schedule.lr_lambdas, strict=True):
-            group["lr"] = self.config.learning_rate * factor(state.step)
+            restore_optimizer(self.optimizer, moments, numbers)
+        if scaling:
+            self.scaler.load_state_dict({name.removeprefix(_SCALER): x for name, x in scaling.items()})
+        self._set_rate(state.step)
         self.result.steps = self.result.resumed_at = state.step
         self.result.losses[:] = state.losses
 
@@ -444,6 +467,7 @@ class _Loop:
         if not self.checkpoints or not self.result.steps or self.within_step:
             return
         tensors, numbers = optimizer_state(self.optimizer)
+        numbers |= {_SCALER + name: x for name, x in self.scaler.state_dict().items()}
         tensors = self.adapters.state_dict() | {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
         whole = self.result.losses[: self.result.steps * self.config.accumulation]
         try:
@@ -451,6 +475,17 @@ class _Loop:
         except StorageError as error:  # a run without states is better than no run
             logger.error("BlockSkip: %s", error)
             self.result.problems.append(str(error))
+
+    def release(self) -> None:
+        """Leave nothing of the run on the device, whoever still holds the LoRA."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self.adapters.to(torch.device("cpu"))
+
+    def _set_rate(self, step: int) -> None:
+        """Set the learning rate of the step after so many; it follows from nothing else, so a run can resume anywhere."""
+        for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
+            group["lr"] = self.config.learning_rate * factor(step)
 
     def _check_against_full_model(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
         """Compare with the full model's recorded output, before the LoRA is attached: they must agree."""
@@ -489,6 +524,17 @@ class _Loop:
                 f"The {what} is not finite in step {micro_batch // self.config.accumulation + 1}. The LoRA is left "
                 f"as it was after step {self.result.steps}. Lower the learning rate, or load the model in bf16."
             )
+
+    def _require_no_overflow(self, norm: float, micro_batch: int) -> None:
+        """Let a step pass whose gradient overflowed in float16, as the scale is halved then; but not one after another."""
+        if math.isfinite(norm) or not self.scaler.is_enabled():
+            self.overflows_in_a_row = 0
+            self._require_finite(norm, "gradient", micro_batch)
+            return
+        self.overflows_in_a_row += 1
+        self.result.overflows += 1
+        if self.overflows_in_a_row >= _MOST_OVERFLOWS:
+            self._require_finite(norm, "gradient", micro_batch)
 
     def _text_length(self, draw: int) -> int:
         return self.dit.text_length(self.schedule[draw].caption)

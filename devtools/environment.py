@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # three that belong together
 TEST_TOOLS = (
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "mypy==2.4.1",
     "hypothesis==6.170.15",
     "ruff==0.17.5",
     "matplotlib>=3.9",

@@ -13,7 +13,7 @@ from ..blockskip_core.hosts.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.frames import latent_shape
 from ..blockskip_core.hosts.hosted_dit import HostedDit
-from ..blockskip_core.hosts.quantised_blocks import available_formats, require_available
+from ..blockskip_core.hosts.quantised_blocks import available_formats, formats_on, require_available
 from ..blockskip_core.lora import LoraSettings, LoraTargets
 from ..blockskip_core.memory_counts import MemoryNeeds
 from ..blockskip_core.memory_plan import (
@@ -135,7 +135,7 @@ class MemoryPlan(io.ComfyNode):
         enough, found = fits(peak_of(plan.settings, needs), plan.available), None
         if not enough:
             progress("looking for what would fit", 1, 2)
-            found = changes_that_fit(plan.settings, plan.available, plan.count, available_formats())
+            found = changes_that_fit(plan.settings, plan.available, plan.count, formats_on(plan.run.dit.device))
         settings = plan.settings_that_fit(found, enough)
         text = report(plan.settings, needs, plan.available, plan.place, found, draws=plan.draws, speed=plan.speed())
         text += f"\n\nOn the output `settings`: {settings.describe()}"
@@ -186,7 +186,7 @@ class _Plan:
         ):
             if value < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {value}.")
-        require_available(quantize_kept)
+        require_available(quantize_kept, model.load_device)
         dit = HostedDit(model, captions, latent_shape(model.model, patch_min))
         selection.require_for(len(dit.blocks), dit.family)
         self.run = CountedRun(

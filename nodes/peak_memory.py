@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from ..blockskip_core.hosts.residency import paged_bytes
+
 
 class PeakMemory:
     """Watches a device.
@@ -50,7 +52,8 @@ class PeakMemory:
     def _look(self) -> int:
         """Return the highest since the last reset; without a GPU, what is taken now."""
         if self._device.type == "cuda":
-            self.now = torch.cuda.memory_allocated(self._device)
-            return torch.cuda.max_memory_allocated(self._device)
+            paged = paged_bytes(self._device)  # these come and go; torch's allocator does not know of them
+            self.now = torch.cuda.memory_allocated(self._device) + paged
+            return torch.cuda.max_memory_allocated(self._device) + paged
         self.now = psutil.Process().memory_info().rss
         return self.now

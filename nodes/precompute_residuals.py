@@ -22,6 +22,7 @@ from ..blockskip_core.hosts.identity import (
     module_identity,
     tensors_identity,
 )
+from ..blockskip_core.hosts.out_of_memory import out_of_memory_explained
 from ..blockskip_core.memory_plan import MemorySettings
 from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
 from ..blockskip_core.residual_cache import CacheIdentity
@@ -189,6 +190,12 @@ class PrecomputeResiduals(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, images, positive, selection, **widgets) -> io.NodeOutput:
+        advice = "Lower `patch_min`, or unload what else uses the device, and queue again: what was finished is kept."
+        with out_of_memory_explained("Precomputing", advice):
+            return cls._precompute(model, vae, images, positive, selection, **widgets)
+
+    @classmethod
+    def _precompute(cls, model, vae, images, positive, selection, **widgets) -> io.NodeOutput:
         model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
         widgets = _with_memory_settings(**checked(cls, **widgets))
         photos, captions = flatten_pictures(images), flatten_conditionings(positive)

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.early_regions import REGIONS, RegionChoice
+from ..blockskip_core.hosts.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
 from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
 from .inputs import checked, connected
@@ -160,15 +161,16 @@ class RaluSampler(io.ComfyNode):
         if negative is None and cfg != 1.0:
             raise InvalidInputError(f"cfg is {cfg}, and no negative came in. Connect `negative`, or set `cfg` to 1.")
         choice = RegionChoice(method=regions, ratio=upsample_ratio, vae=vae, mask=mask)
-        sampled = RegionAdaptiveSampler(model, plan, choice).sample(
-            positive,
-            negative if negative is not None else positive,
-            cfg,
-            empty_latent(model, latent_image),
-            seed,
-            batch_indices=latent_image.get("batch_index"),
-            on_step=latent_preview.prepare_callback(model, sum(plan.steps)),
-        )
+        with out_of_memory_explained("Sampling", "Choose a smaller size or batch for the latent."):
+            sampled = RegionAdaptiveSampler(model, plan, choice).sample(
+                positive,
+                negative if negative is not None else positive,
+                cfg,
+                empty_latent(model, latent_image),
+                seed,
+                batch_indices=latent_image.get("batch_index"),
+                on_step=latent_preview.prepare_callback(model, sum(plan.steps)),
+            )
         report = _report(preset, plan, sampled)
         NodeProgress(cls.hidden.unique_id).say(report.splitlines()[0])
         out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}

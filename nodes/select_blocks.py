@@ -25,6 +25,7 @@ from ..blockskip_core.hosts.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.folders import probe_file
 from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import conditionings_identity, model_identity, module_identity
+from ..blockskip_core.hosts.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig, picture_metric
 from .inputs import checked, connected
 from .live_chart import announcer
@@ -175,7 +176,9 @@ class SelectBlocks(io.ComfyNode):
         if settings.method == "attention mask":
             budget = num_skipped(settings.skip_ratio, len(dit.blocks))
             probe = _Probe(model, positive, negative, vae, clip_vision, settings, len(dit.blocks))
-            influence = probe.measured(budget, NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "selecting")))
+            progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "selecting"))
+            with out_of_memory_explained("Sampling the probe pictures", "Lower `probe_size`, or choose `preset`."):
+                influence = probe.measured(budget, progress)
             selection = measured_selection(influence, settings.skip_ratio, dit.family, dit.block_bytes)
         else:
             selection = settings.choose(dit)

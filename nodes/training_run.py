@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
+import comfy.model_management
 import torch
 
 from ..blockskip_core.block_selection import format_bytes
@@ -16,7 +17,7 @@ from ..blockskip_core.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, re
 from ..blockskip_core.errors import BlockSkipError, CacheError, InvalidInputError, StorageError, TrainingError
 from ..blockskip_core.hosts.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.folders import run_folder
-from ..blockskip_core.hosts.hosted_dit import STREAMED, HostedDit, evict_others
+from ..blockskip_core.hosts.hosted_dit import HostedDit
 from ..blockskip_core.hosts.identity import model_identity, tensors_identity
 from ..blockskip_core.hosts.lora_files import (
     load_lora_file,
@@ -26,7 +27,9 @@ from ..blockskip_core.hosts.lora_files import (
     save_lora,
     unused_path,
 )
-from ..blockskip_core.hosts.quantised_blocks import QuantisedDit, available_formats
+from ..blockskip_core.hosts.out_of_memory import OutOfMemoryError, is_out_of_memory, let_go
+from ..blockskip_core.hosts.quantised_blocks import QuantisedDit, formats_on
+from ..blockskip_core.hosts.residency import evict_others
 from ..blockskip_core.hosts.training_samples import SampleRequest
 from ..blockskip_core.lora import (
     LinearShape,
@@ -40,6 +43,7 @@ from ..blockskip_core.memory_counts import MemoryNeeds
 from ..blockskip_core.memory_plan import MemorySettings, Verdict, advice, changes_that_fit, fits, verdict_on_training
 from ..blockskip_core.residual_sources import ResidualSet
 from ..blockskip_core.run_report import RunReport, write_report
+from ..blockskip_core.streams import WeightPlacement
 from ..blockskip_core.training import (
     StepReport,
     TrainingConfig,
@@ -93,7 +97,7 @@ class TrainingRun:
         self.config = TrainingConfig(activation_budget=activation_budget * 2**30, **training)
         if memory_settings is not None:
             self.config, quantize_kept = _planned(self.config, memory_settings, residuals)
-        self.streamed = _is_streamed(kept_weights)
+        self.placement: WeightPlacement = "streamed" if _is_streamed(kept_weights) else "as fits"
         self.settings = LoraSettings(rank=rank, alpha=alpha or rank, targets=targets)
         if start_from is None and start_file != NO_FILE:
             start_from = load_lora_file(start_file)
@@ -111,6 +115,7 @@ class TrainingRun:
         self.quantize_kept, self.keep_last = quantize_kept, keep_last
         self.trained_dit = self._quantised(quantize_kept)
         self.result = TrainingResult()
+        self._resumed_at: int | None = None
         self.memory = PeakMemory(self.dit.device)
         layers = self.dit.lora_layers(residuals.selection, targets)
         shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
@@ -118,6 +123,7 @@ class TrainingRun:
             self.adapters = LoraAdapters(shapes, self.settings, seed=self.config.seed)
             if start_from is not None:
                 self.adapters.load_state_dict(lora_to_start_from(model, start_from, self.adapters))
+            self._first_values = self.adapters.state_dict()
         identity = self._identity()
         self.checkpoints = Checkpoints(
             run_folder(identity.key), identity, every=save_every, keep=keep_last, resume=resume
@@ -163,7 +169,6 @@ class TrainingRun:
         if self.config.lr_schedule not in ("linear", "cosine"):  # their rates depend on how long the run is
             no_effect.add("steps")
         config = {name: value for name, value in asdict(self.config).items() if name not in no_effect}
-        first_values = self.adapters.state_dict()
         return RunIdentity(
             {
                 **{f"residuals: {name}": value for name, value in asdict(self.residuals.identity).items()},
@@ -171,7 +176,7 @@ class TrainingRun:
                 "scale": self.adapters.scale,
                 "quantize_kept": self.quantize_kept,
                 "targets": self.settings.targets,
-                "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
+                "first values": tensors_identity(self._first_values[name] for name in sorted(self._first_values)),
                 "made by": f"BlockSkip {VERSION}",
                 **config,
             }
@@ -186,11 +191,11 @@ class TrainingRun:
         """
         try:
             self._train()
-        except TrainingError as error:
+        except (TrainingError, OutOfMemoryError) as error:
             if not self.result.steps:
                 raise
             self._save_early()
-            raise TrainingError(f"{error} It is saved as {self.path.name}.") from error
+            raise type(error)(f"{error} What was learned so far is saved as {self.path.name}.") from None
         except BaseException:  # Cancel too, and at any moment of the last step
             if self.result.steps:
                 self._save_early()
@@ -199,6 +204,11 @@ class TrainingRun:
             self.memory.sample()
             if self.result.resumed_at == self.result.steps:
                 self._chart_earlier_steps()  # nothing was left to train, or it ended before the first step
+        if self.result.overflows:
+            self.result.problems.append(
+                f"{self.result.overflows} steps were left out because gradients overflowed in float16; a model in bf16 has "
+                "no such limit."
+            )
         self._save_finished()
 
     def _save_finished(self) -> None:
@@ -258,10 +268,13 @@ class TrainingRun:
         run, settings = self._counted_run()
         available, place = room_on(self.dit.device)
         on_cpu = self.dit.device.type == "cpu"  # the weights are in that memory already
-        resident = 0 if on_cpu or self.streamed else run.trained_weights(settings)
+        resident = 0 if on_cpu or self.placement == "streamed" else run.trained_weights(settings)
         if self.samples:
             self.samples.training_peak = resident + self._estimated_bytes()
-        if fits(resident + 2 * self._estimated_bytes(), available) or self._has_finished():
+        if self._has_finished():
+            return
+        if fits(resident + 2 * self._estimated_bytes(), available):
+            self._keep_resident()
             return
         self.progress("counting memory", 1, 2)
         try:
@@ -279,6 +292,13 @@ class TrainingRun:
         if verdict.problem:
             logger.warning("BlockSkip: %s", verdict.problem)
             self.result.problems.append(verdict.problem)
+        else:
+            self._keep_resident()
+
+    def _keep_resident(self) -> None:
+        """Load all weights, as they fit by count; left alone, the host would stream some to keep its own reserve free."""
+        if self.placement == "as fits":
+            self.placement = "resident"
 
     def _verdict(self, run: CountedRun, settings: MemorySettings, available: int, place: str) -> Verdict:
         """Count the training, and what would help if it does not fit."""
@@ -290,9 +310,13 @@ class TrainingRun:
 
         counted, block = count(settings).training, 0 if on_cpu else run.largest_trained_block(settings)
         verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
-        if not verdict.problem or (verdict.starts and self.streamed):  # moving weights is what streaming is
+        if not verdict.problem or (
+            verdict.starts and self.placement == "streamed"
+        ):  # moving weights is what streaming is
             return Verdict(True)
-        problem = f"{verdict.problem} {advice(changes_that_fit(settings, available, count, available_formats()))}"
+        problem = (
+            f"{verdict.problem} {advice(changes_that_fit(settings, available, count, formats_on(self.dit.device)))}"
+        )
         if self.shown_settings["memory_settings"] != "none":
             problem += " Some of these are set at Memory Plan."
         return replace(verdict, problem=problem)
@@ -328,6 +352,50 @@ class TrainingRun:
         self.memory.restart()  # text encoder and VAE are no part of the run's peak
         if self.trained_dit is not self.dit:
             self.trained_dit.quantise(lambda done, total: self.progress("layers quantised", done, total))
+        try:
+            self._run_loop()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = let_go(error)
+        else:
+            return
+        self._train_streamed_after(said)
+
+    def _train_streamed_after(self, said: str) -> None:
+        """Continue a run that ran out of memory, with its weights streamed, from its last checkpoint.
+
+        Raises:
+            OutOfMemoryError: If they were streamed already, there are none to stream, or it happens again.
+        """
+        advice = (
+            "Lower `patch_min` or `batch_size`, set `activation_budget` to 0, or skip more blocks at Select Blocks; Memory "
+            "Plan shows what fits."
+        )
+        failed = f"Training ran out of memory after step {self.result.steps} ({said})."
+        if self.placement == "streamed" or self.dit.device.type == "cpu":
+            raise OutOfMemoryError(f"{failed} {advice}")
+        problem = f"{failed} It continued with its weights streamed, which is slower. {advice}"
+        logger.warning("BlockSkip: %s", problem)
+        self.result.problems.append(problem)
+        self.placement = "streamed"
+        self._resumed_at = self.result.resumed_at  # what is taken up now is this run's own
+        self.adapters.load_state_dict(self._first_values)
+        self.result.steps = 0
+        self.result.losses.clear()
+        self.checkpoints.resume = True
+        comfy.model_management.soft_empty_cache()
+        try:
+            self._run_loop()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = let_go(error)
+        else:
+            return
+        raise OutOfMemoryError(f"Training ran out of memory even with its weights streamed ({said}). {advice}")
+
+    def _run_loop(self) -> None:
         train_lora(
             self.trained_dit,
             self.residuals.schedule,
@@ -338,13 +406,11 @@ class TrainingRun:
             self.config,
             result=self.result,
             on_step=self._on_step,
-            activation_bytes=self._activation_bytes(),
+            activation_bytes=self._estimated_bytes(),
+            weights=self.placement,
             checkpoints=self.checkpoints,
             interlude=self.samples,
         )
-
-    def _activation_bytes(self) -> int:
-        return STREAMED if self.streamed else self._estimated_bytes()
 
     def _estimated_bytes(self) -> int:
         """Return about what a step takes beside the weights."""
@@ -361,6 +427,8 @@ class TrainingRun:
         return estimated + round(self.config.activation_budget) * self.config.checkpointing
 
     def _on_step(self, report: StepReport) -> None:
+        if self._resumed_at is not None:
+            self.result.resumed_at = self._resumed_at
         self.memory.sample()
         pace = sum(self.result.step_seconds) / len(self.result.step_seconds)
         left = timedelta(seconds=round(pace * (self.config.steps - report.step)))

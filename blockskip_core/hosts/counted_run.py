@@ -76,8 +76,17 @@ class CountedRun:
             stored=stored,
             caption=self._longest,
         )
-        needs = memory_needs(self._weightless, plan, self.weights(settings.quantize_kept))
+        weights = self.weights(settings.quantize_kept)
+        needs = memory_needs(self._weightless, plan, weights)
+        if self._stays_on_device:
+            needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
         return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan.latent_shape, stored))
+
+    @property
+    def _stays_on_device(self) -> bool:
+        """Whether the host never takes weights off the device again, as with --highvram; skipping saves nothing then."""
+        patcher = self.dit.patcher
+        return patcher.offload_device == patcher.load_device and patcher.load_device.type != "cpu"
 
     def weights(self, weight_format: str) -> StoredWeights:
         """Return what the weights take, the kept blocks' in another format."""
@@ -92,7 +101,8 @@ class CountedRun:
     def trained_weights(self, settings: MemorySettings) -> int:
         """Return the bytes of weights that a training step uses."""
         weights = self.weights(settings.quantize_kept)
-        used = range(len(weights.blocks)) if settings.storage == "on the fly" else self.selection.kept
+        everything = settings.storage == "on the fly" or self._stays_on_device
+        used = range(len(weights.blocks)) if everything else self.selection.kept
         return sum(weights.blocks[index] for index in used) + weights.others
 
     def largest_trained_block(self, settings: MemorySettings) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -28,17 +28,18 @@ from ..block_selection import BlockSelection
 from ..errors import UnsupportedModelError
 from ..lora import LoraTargets
 from ..skipping_model import is_linear, linear_names
-from ..streams import BlockInfo, Denoiser
+from ..streams import BlockInfo, Denoiser, WeightPlacement
 from . import adapter_for
 from .base import TEXT_TOKENS
 from .conditioning import join_arguments, model_arguments
 from .frames import with_frame, without_frame
+from .residency import MODEL_PREFIX, evict_others, keep_what_autograd_saves, unload, whole_model
 
 logger = logging.getLogger(__name__)
 
-STREAMED = 10**20  # more than any device has: what the host's own trainer asks for to keep weights off the device
+_MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free: what the host's own trainer asks for to stream weights
+_COMPILED = "torch.compile"  # key of the wrapper that the host's TorchCompileModel puts around the model
 
-_MODEL = "diffusion_model."
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
@@ -75,6 +76,8 @@ class HostedDit:
         self._reserved = False
         if captions and "optimized_attention_override" in patcher.model_options["transformer_options"]:
             logger.warning("BlockSkip: the attention that another node put on the MODEL is not used while training")
+        if captions and any(_COMPILED in of_kind for of_kind in patcher.wrappers.values()):
+            logger.warning("BlockSkip: the MODEL is trained without torch.compile, which would undo the skipping")
 
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
@@ -97,6 +100,7 @@ class HostedDit:
         if self.device.type == "cpu":
             return sum(self.block_bytes)
         unload(self.patcher)
+        evict_others(self.patcher)
         return comfy.model_management.get_free_memory(self.device) // 4
 
     @property
@@ -159,16 +163,20 @@ class HostedDit:
         replacements: Mapping[str, nn.Module],
         *,
         activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
         baked: Collection[str] = frozenset(),
     ) -> Iterator[Denoiser]:
         """Load the model with ``replacements`` in place; unload it and put everything back afterwards.
 
+        What is not replaced is loaded as a copy too; see ``residency`` for why.
+
         Args:
             replacements: Path below the diffusion model -> stand-in.
-            activation_bytes: Memory that the host should keep free beside the weights. With :data:`STREAMED` it keeps
-                no weights on the device and casts each layer's when it runs. A host that pages weights in and out by
-                itself ("dynamic VRAM") goes on doing that, and on other than NVIDIA's cards the host fills 40 % of what
-                is free with weights all the same.
+            activation_bytes: Memory that the host should keep free beside the weights.
+            weights: Where weights are kept. "resident" loads them all, where the host would leave some in host memory
+                to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself ("dynamic
+                VRAM") does that in any case, and on other than NVIDIA's cards the host fills 40 % of what is free with
+                weights even if they are to be streamed. Weights that autograd saves are on the device in any case.
             baked: Keys of patches that the weights of ``replacements`` contain already.
 
         Yields:
@@ -176,30 +184,33 @@ class HostedDit:
         """
         unload(self.patcher)
         clone = self.patcher.clone()
-        for name, module in replacements.items():
-            clone.add_object_patch(_MODEL + name, module)
+        patched = [key.removeprefix(MODEL_PREFIX) for key in clone.object_patches]
+        everything = whole_model(self.patcher.model.diffusion_model, replacements, patched)
+        for name, module in everything.items():
+            clone.add_object_patch(MODEL_PREFIX + name, module)
         for key in baked:
             del clone.patches[key]
         clone.patches_uuid = uuid.uuid4()
         clone.size = self._planned_bytes(replacements)
         was_training = comfy.model_management.in_training
-        weights = [(p, p.data) for stand in replacements.values() for p in stand.parameters()]
-        layers = [(layer, dict(layer._parameters)) for stand in replacements.values() for layer in stand.modules()]
+        put_back = _remember_places(everything.values())
         try:
             comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
             evict_others(clone)
             with torch.inference_mode(False):
-                comfy.model_management.load_models_gpu([clone], memory_required=activation_bytes)
+                comfy.model_management.load_models_gpu(
+                    [clone],
+                    memory_required=_MORE_THAN_ANY_DEVICE_HAS if weights == "streamed" else activation_bytes,
+                    force_full_load=weights == "resident",
+                )
+                if torch.is_grad_enabled():
+                    keep_what_autograd_saves(clone, replacements, self.device)
             clone.pre_run()
             yield self._denoiser(clone)
         finally:
             comfy.model_management.in_training = was_training
             clone.cleanup()
-            # Drop what was moved to the device, or unloading would copy it back beside the model's own weights.
-            for layer, parameters in layers:
-                layer._parameters.update(parameters)
-            for parameter, data in weights:
-                parameter.data = data
+            put_back()
             unload(clone)
 
     def _planned_bytes(self, replacements: Mapping[str, nn.Module]) -> int:
@@ -210,7 +221,8 @@ class HostedDit:
 
     def _denoiser(self, clone: Any) -> Denoiser:
         options = clone.model_options["transformer_options"].copy()
-        options["wrappers"] = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
+        wrappers = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
+        options["wrappers"] = _without_compilation(wrappers)
         options["optimized_attention_override"] = _differentiable_attention
 
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
@@ -275,6 +287,32 @@ def _differentiable_attention(attention: Callable[..., Tensor], *args: Any, **kw
     return attention(*args, **kwargs)
 
 
+def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None]:
+    """Return a function that gives these modules the tensors back that they have now.
+
+    What was moved to the device has to be dropped before the host unloads, which would copy it back beside the MODEL's
+    own weights.
+    """
+    trees = [module for module in modules if isinstance(module, nn.Module)]
+    parameters = [parameter for tree in trees for parameter in tree.parameters()]
+    parameters += [tensor for tensor in modules if isinstance(tensor, nn.Parameter)]
+    data = [(parameter, parameter.data) for parameter in parameters]
+    layers = [(layer, dict(layer._parameters)) for tree in trees for layer in tree.modules()]
+
+    def put_back() -> None:
+        for layer, before in layers:
+            layer._parameters.update(before)
+        for parameter, before in data:
+            parameter.data = before
+
+    return put_back
+
+
+def _without_compilation(wrappers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Leave out the wrapper that puts compiled blocks into the model: it would put the original ones over ours."""
+    return {kind: {key: w for key, w in of_kind.items() if key != _COMPILED} for kind, of_kind in wrappers.items()}
+
+
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
@@ -286,26 +324,3 @@ def _require_no_injections(patcher: Any) -> None:
             "The MODEL carries a LoRA in bypass mode or weight hooks, which blocks that are run one by one would not "
             "see. Apply the LoRA with Load LoRA instead, and connect the MODEL without hooks."
         )
-
-
-def unload(patcher: Any) -> None:
-    """Unload a model and all clones of it, and nothing else; its modules and weights are then the original ones."""
-    management = comfy.model_management
-    if not patcher.object_patches_backup and not any(_is_clone(m, patcher) for m in management.current_loaded_models):
-        return
-    others = [loaded for loaded in management.current_loaded_models if not _is_clone(loaded, patcher)]
-    management.free_memory(1e30, patcher.load_device, keep_loaded=others)
-    if patcher.model is not None and patcher.object_patches_backup:  # the host keeps models that it thinks fit
-        patcher.detach()
-
-
-def evict_others(patcher: Any) -> None:
-    """Unload every model on this one's device that is no clone of it: text encoders and VAEs have done their part."""
-    management = comfy.model_management
-    own = [loaded for loaded in management.current_loaded_models if _is_clone(loaded, patcher)]
-    if len(own) < len(management.current_loaded_models):
-        management.free_memory(1e30, patcher.load_device, keep_loaded=own)
-
-
-def _is_clone(loaded: Any, patcher: Any) -> bool:
-    return loaded.model is not None and patcher.is_clone(loaded.model)

@@ -14,7 +14,7 @@ import comfyui_version
 import torch
 from torch import Tensor, nn
 
-from .hosted_dit import unload
+from .residency import unload
 
 SAMPLES_PER_TENSOR = 256
 

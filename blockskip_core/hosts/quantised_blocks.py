@@ -17,10 +17,11 @@ trained model differs from the full model by what quantisation costs, and the se
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, get_args
 
 import comfy.ops
@@ -31,9 +32,11 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 from ..stand_ins import copy_hooks, weight_sharing_copy
-from ..streams import BlockInfo, Denoiser
+from ..streams import BlockInfo, Denoiser, WeightPlacement
 from ..weight_formats import WEIGHT_FORMATS, QuantizeKept, is_shrunk, predicted_bytes, stored_bytes
 from .hosted_dit import HostedDit
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (done, total) layers; may raise to interrupt
 
@@ -51,13 +54,35 @@ def available_formats() -> list[str]:
     return [name for name in names if name == "off" or WEIGHT_FORMATS[name].algorithm in comfy.quant_ops.QUANT_ALGOS]
 
 
-def require_available(weight_format: str) -> None:
-    """Raise InvalidInputError if the host cannot keep weights in a format."""
-    available = available_formats()
-    if weight_format not in available:
+def formats_on(device: torch.device) -> list[str]:
+    """Return what ``quantize_kept`` can be on a device, "off" first: not every device has eight-bit numbers."""
+    return [name for name in available_formats() if name == "off" or _works_on(name, str(device))]
+
+
+@cache
+def _works_on(weight_format: str, device: str) -> bool:
+    """Try a format on a device: quantise a small matrix there and unpack it again."""
+    weight = torch.linspace(-1.0, 1.0, 64 * 64).view(64, 64)
+    try:
+        packed = _packed(weight.to(device), weight_format)
+        error = (packed.dequantize().float().cpu() - weight).norm() / weight.norm()
+    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in a way of its own
+        logger.info("BlockSkip: no weights in %s on %s: %s", weight_format, device, problem)
+        return False
+    return error.item() < 0.2
+
+
+def require_available(weight_format: str, device: torch.device) -> None:
+    """Raise InvalidInputError if the host, or the device, cannot keep weights in a format."""
+    if weight_format not in available_formats():
         raise InvalidInputError(
             f"quantize_kept {weight_format!r} is not a format of this ComfyUI ({comfyui_version.__version__}), which "
-            f"has {', '.join(available)}. Choose one of these, or update ComfyUI."
+            f"has {', '.join(available_formats())}. Choose one of these, or update ComfyUI."
+        )
+    if weight_format not in formats_on(device):
+        raise InvalidInputError(
+            f"quantize_kept {weight_format!r} does not work on this device ({device}), where {', '.join(formats_on(device))} "
+            "can be chosen. Choose one of these."
         )
 
 
@@ -77,7 +102,7 @@ class QuantisedDit:
     """
 
     def __init__(self, dit: HostedDit, names: Sequence[str], weight_format: str) -> None:
-        require_available(weight_format)
+        require_available(weight_format, dit.device)
         self.layer_errors: dict[str, float] = {}
         self._dit, self._names, self._format = dit, list(names), weight_format
         self._blocks: dict[str, nn.Module] = {}
@@ -112,11 +137,17 @@ class QuantisedDit:
         return self._blocks[name]
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> Iterator[Denoiser]:
         """Run as the HostedDit does, with room for one dequantised layer, and without the patches that are in it."""
         room = self._largest_layer * (self._dit.dtype.itemsize + torch.float32.itemsize)
         with self._dit.running(
-            replacements, activation_bytes=activation_bytes + room, baked=frozenset(self._baked)
+            replacements, activation_bytes=activation_bytes + room, weights=weights, baked=frozenset(self._baked)
         ) as denoise:
             yield denoise
 
@@ -150,13 +181,11 @@ class QuantisedDit:
 
     def _quantised(self, name: str, layer: nn.Module, linear_class: type[nn.Module]) -> nn.Module:
         weight = self._with_patches(name, layer)
-        algorithm = WEIGHT_FORMATS[self._format].algorithm
-        layout = comfy.quant_ops.QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
-        packed = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **WEIGHT_FORMATS[self._format].options)
+        packed = _packed(weight, self._format)
         error = (packed.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)
         self.layer_errors[name] = error.item()
         linear = linear_class(layer.in_features, layer.out_features, bias=False)
-        linear.quant_format, linear.layout_type = algorithm, layout
+        linear.quant_format, linear.layout_type = WEIGHT_FORMATS[self._format].algorithm, _layout(self._format)
         kept = packed.to(device=self._dit.patcher.offload_device, dtype=self._dit.dtype)
         linear.weight = nn.Parameter(kept, requires_grad=False)
         linear._parameters["bias"] = layer.bias
@@ -172,6 +201,16 @@ class QuantisedDit:
             weight = patcher.patch_weight_to_device(key, device_to=self._dit.device, return_weight=True)
             self._baked.add(key)
         return weight.detach().to(device=self._dit.device, dtype=torch.float32)
+
+
+def _packed(weight: Tensor, weight_format: str) -> Tensor:
+    """Quantise a matrix in one of the host's own formats."""
+    options = WEIGHT_FORMATS[weight_format].options
+    return comfy.quant_ops.QuantizedTensor.from_float(weight, _layout(weight_format), **options)
+
+
+def _layout(weight_format: str) -> str:
+    return comfy.quant_ops.QUANT_ALGOS[WEIGHT_FORMATS[weight_format].algorithm]["comfy_tensor_layout"]
 
 
 def _weight_only_linear(dtype: torch.dtype) -> type[nn.Module]:

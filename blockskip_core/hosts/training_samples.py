@@ -29,7 +29,8 @@ from ..stand_ins import weight_sharing_copy
 from ..streams import Denoiser
 from .conditioning import flatten_conditionings
 from .frames import with_frame, without_frame
-from .hosted_dit import HostedDit, evict_others, unload
+from .hosted_dit import HostedDit
+from .residency import evict_others, unload
 
 logger = logging.getLogger(__name__)
 
@@ -146,14 +147,13 @@ class TrainingSampler:
         """
         unload(self._dit.patcher)
         evict_others(self._dit.patcher)  # before looking what is free
-        copies = {name: weight_sharing_copy(self._dit.module(name)) for name in self._kept}
+        copies = {
+            name: weight_sharing_copy(self._dit.module(name)) for name in self._kept
+        }  # all else is copied as well
         layers = {name: _layer(copies, name) for name in adapters.names}
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.random.fork_rng(
-                devices=range(torch.cuda.device_count())
-            ),  # the host draws noise from torch's global generator
             self._dit.running(copies, activation_bytes=self._to_keep_free(training_peak)) as denoise,
             adapters.attached(layers, self._dit.weight_for_backward),
         ):
@@ -173,7 +173,8 @@ class TrainingSampler:
         sampling = self._dit.patcher.get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(sampling, request.scheduler, request.steps).to(self._dit.device)
         empty = torch.zeros(1, *self._shape)
-        noise = comfy.sample.prepare_noise(with_frame(model, empty), request.seed)
+        generator = torch.Generator().manual_seed(request.seed)  # the host's own way to noise seeds all generators
+        noise = comfy.sample.prepare_noise_inner(with_frame(model, empty), generator)
         noise = without_frame(model, noise).to(self._dit.device)
         whole = self._starts_at_pure_noise(sampling, sigmas)
         start = sampling.noise_scaling(sigmas[0], noise, empty.to(noise), whole)

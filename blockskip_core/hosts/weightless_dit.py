@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..measuring import FusedAttention
 from ..skipping_model import is_linear
-from ..streams import BlockInfo, Denoiser
+from ..streams import BlockInfo, Denoiser, WeightPlacement
 from ..weightless import PACKED, replaced, weightless_copy
 from . import adapter_for
 from .base import TEXT_TOKENS
@@ -105,12 +105,18 @@ class WeightlessDit:
     weight_for_backward = HostedDit.weight_for_backward
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0) -> Iterator[Denoiser]:
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> Iterator[Denoiser]:
         """Run a shallow copy of the model with ``replacements`` in place.
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
-            activation_bytes: Not read.
+            activation_bytes, weights: Not read; everything counts as loaded.
 
         Yields:
             The denoiser, bound to the captions.

@@ -180,7 +180,7 @@ class PlainDit:
         return plain_weight(module, like)
 
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0):
+    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0, weights: str = "as fits"):
         originals = {name: self.module(name) for name in replacements}
         try:
             for name, module in replacements.items():
@@ -351,7 +351,9 @@ class MemorySource:
         )
 
 
-def train(dit, chosen, source, adapters, *, plan=None, clean=None, on_step=None, config=None, **settings):
+def train(
+    dit, chosen, source, adapters, *, plan=None, clean=None, on_step=None, config=None, checkpoints=None, **settings
+):
     """Run a training and return (result, gradients of the last optimiser step before clipping)."""
     plan = plan or schedule()
     clean = latents(len(plan)) if clean is None else clean
@@ -369,7 +371,16 @@ def train(dit, chosen, source, adapters, *, plan=None, clean=None, on_step=None,
     config = config or TrainingConfig(**{"steps": 1, "learning_rate": 1e-2, **settings})
     try:
         train_lora(
-            dit, plan, clean, chosen, source, adapters, config, result=result, on_step=on_step or (lambda report: None)
+            dit,
+            plan,
+            clean,
+            chosen,
+            source,
+            adapters,
+            config,
+            result=result,
+            checkpoints=checkpoints,
+            on_step=on_step or (lambda report: None),
         )
     finally:
         for handle in handles:

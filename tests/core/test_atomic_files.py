@@ -128,3 +128,29 @@ def too_many_open_files():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_another_program_reads_gets_its_name_a_little_later(tmp_path, monkeypatch):
+    """Windows refuses to replace an open file."""
+    path, waits, replace = tmp_path / "file.txt", [], os.replace
+
+    def refuse_twice(source, target):
+        if len(waits) < 2:
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(atomic_files, "_WAITS_S", (0.1, 0.2, 0.4))
+    monkeypatch.setattr(atomic_files.time, "sleep", waits.append)
+    monkeypatch.setattr(atomic_files.os, "replace", refuse_twice)
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert (path.read_text(), waits) == ("new", [0.1, 0.2])
+
+
+def test_a_file_that_stays_open_elsewhere_is_not_blamed_on_a_full_disk(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(atomic_files.os, "replace", refuse)
+    with pytest.raises(errors.StorageError, match="Close the program that has it open"):
+        write_atomically(tmp_path / "file.txt", lambda temporary: temporary.write_text("new"))
+    assert os.listdir(tmp_path) == []

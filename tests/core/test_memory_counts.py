@@ -42,7 +42,7 @@ class Weightless(PlainDit):
         self.texts = [text.to("meta") for text in self.texts]
 
     @contextmanager
-    def running(self, replacements, *, activation_bytes=0):
+    def running(self, replacements, **placement):
         with super().running(replacements) as denoise:
             loaded = [torch.empty_like(tensor) for tensor in self.net.parameters()]
             yield denoise
@@ -60,8 +60,10 @@ def counted(dit, spans, *, folded=False, response=None, **settings):
     return count_training(dit, LATENT_SHAPE, spans, adapters, config, residual, response=response)
 
 
-def comparable(count):
-    return dataclasses.replace(count.with_weights(0), host=0)
+def comparable(count, counters=0):
+    """A count without weights, host memory, and the steps that a fused optimiser counts beside each of its tensors."""
+    without = dataclasses.replace(count.with_weights(0), host=0)
+    return dataclasses.replace(without, peak=without.peak - 4 * counters, between=without.between - 4 * counters)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -71,7 +73,8 @@ def test_a_step_without_weights_counts_as_one_with_them(front, back, checkpointi
     settings = {"checkpointing": checkpointing, "folded": folded, "batch_size": 2, "accumulation": 2}
     weightless, real = Weightless(dtype=torch.float32), PlainDit(dtype=torch.float32)
     spans = selection(front, back)
-    assert comparable(counted(weightless, spans, **settings)) == comparable(counted(real, spans, **settings))
+    tensors = len(adapters_on(real, layers(real, spans), LORA).parameters())
+    assert comparable(counted(weightless, spans, **settings)) == comparable(counted(real, spans, **settings), tensors)
 
 
 def test_operations_grow_with_accumulation_and_activations_with_the_batch():

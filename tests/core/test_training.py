@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.checkpoints import Checkpoints, RunIdentity
 from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
 from blockskip_pack.blockskip_core.flow_matching import noisy_batch, velocity_loss
 from blockskip_pack.blockskip_core.residual_sources import FoldedSource
@@ -397,6 +398,49 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_applied(accumulati
     for a, b in zip(adapters.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.grad is None
+
+
+def half_precision_run(overflow_at, *, steps, **more):
+    """Train a model in float16 whose gradients overflow in some steps, as large activations make them."""
+    dit, chosen = PlainDit(dtype=torch.float16), selection(1, 2)
+    clean = latents(dtype=torch.float16)
+    adapters = lora_for(dit, chosen, dtype=torch.float32)
+    seen, after = [], []
+
+    def overflow(grad):
+        seen.append(None)
+        return grad * (float("inf") if len(seen) in overflow_at else 1.0)
+
+    adapters.up(adapters.names[0]).register_hook(overflow)
+    source = MemorySource(dit, chosen, schedule(), clean)
+    result, _ = train(
+        dit, chosen, source, adapters, clean=clean, steps=steps,
+        on_step=lambda report: after.append([p.detach().clone() for p in adapters.parameters()]), **more,
+    )  # fmt: skip
+    return result, after
+
+
+def test_a_step_whose_gradient_overflows_in_float16_is_left_out():
+    result, after = half_precision_run({2}, steps=4)
+    assert (result.steps, result.overflows) == (4, 1)
+    same = [all(map(torch.equal, a, b)) for a, b in zip(after, after[1:], strict=False)]
+    assert same == [True, False, False], "only the second step changes nothing"
+
+
+def test_overflow_after_overflow_ends_the_run():
+    with pytest.raises(TrainingError, match="gradient is not finite in step 22"):
+        half_precision_run(range(3, 100), steps=40)
+
+
+def test_the_scale_of_a_loss_in_float16_is_part_of_a_checkpoint(tmp_path):
+    def states(name):
+        return Checkpoints(tmp_path / name, RunIdentity({"run": "this"}), every=1, keep=9)
+
+    whole = half_precision_run({2, 3}, steps=6, checkpoints=states("whole"))[1]
+    half_precision_run({2, 3}, steps=3, checkpoints=states("parts"))
+    resumed = half_precision_run(set(), steps=6, checkpoints=states("parts"))[1]
+    assert all(map(torch.equal, whole[-1], resumed[-1]))
+    assert states("parts").newest(9).numbers["loss scale/scale"] == 256.0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():

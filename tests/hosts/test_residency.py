@@ -9,6 +9,7 @@ import torch
 from blockskip_pack.blockskip_core.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.stand_ins import TrainedBlock
 
+from .families import FAMILIES
 from .hosted_runs import PLAN, chosen, clean_latents, hosted, run
 from .tiny_flux import tiny_flux
 
@@ -121,13 +122,13 @@ def a_card(comfyui, monkeypatch):
     return with_free_bytes
 
 
-def on_the_card(patcher, spans, activation_bytes=0):
+def on_the_card(patcher, spans, **placement):
     """Names of the blocks with a weight matrix on the card while the kept ones are loaded for training."""
     from blockskip_pack.blockskip_core.skipping_model import SkippingModel
 
     dit = hosted(patcher)
     model = SkippingModel(dit, spans, checkpointed=True, folded=False)
-    with dit.running(model.modules, activation_bytes=activation_bytes):
+    with dit.running(model.modules, **placement):
         named = list(patcher.model.diffusion_model.named_parameters())
         found = {".".join(name.split(".")[:2]) for name, p in named if "_blocks." in name and p.is_meta and p.ndim == 2}
         patcher.model.model_sampling.to_empty(device="cpu")  # the meta device gives no data back
@@ -142,8 +143,57 @@ def test_resident_weights_of_kept_blocks_go_to_the_card_and_no_others(a_card):
 
 
 def test_streamed_weights_stay_off_the_card(a_card):
-    from blockskip_pack.blockskip_core.hosts.hosted_dit import STREAMED
+    patcher = a_card(10**12)
+    assert on_the_card(patcher, chosen(2, 1), weights="streamed") == set()
+    assert not any(p.is_meta for p in patcher.model.parameters())
+
+
+# --- what is loaded is never the MODEL's own ----------------------------------------------------------------------
+
+
+def own_tensors(patcher):
+    """Ids of the MODEL's parameters and buffers."""
+    model = patcher.model.diffusion_model
+    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_run_loads_copies_of_everything_made_outside_inference_mode(comfyui, family):
+    patcher = family.build()
+    own, dit = own_tensors(patcher), family.hosted(patcher)
+    with torch.inference_mode(), dit.running({}):
+        model = patcher.model.diffusion_model
+        loaded = [*model.named_parameters(), *model.named_buffers()]
+        assert loaded
+        assert not [name for name, tensor in loaded if id(tensor) in own or tensor.is_inference()]
+    assert own_tensors(patcher) == own
+
+
+def test_what_another_node_has_put_in_stays_in(comfyui):
+    patcher = tiny_flux()
+    theirs = torch.nn.Linear(4, 4)
+    patcher.add_object_patch("diffusion_model.time_in.in_layer", theirs)
+    with hosted(patcher).running({}):
+        assert patcher.model.diffusion_model.time_in.in_layer is theirs
+        assert not patcher.model.diffusion_model.time_in.out_layer.weight.is_inference()
+
+
+def test_weights_that_autograd_saves_are_brought_to_the_device_with_the_users_patches(a_card):
+    """A streamed run: matrices stay in host memory, everything else is on the card, a LoRA on a norm included."""
+    from blockskip_pack.blockskip_core.skipping_model import SkippingModel, is_linear
 
     patcher = a_card(10**12)
-    assert on_the_card(patcher, chosen(2, 1), STREAMED) == set()
-    assert not any(p.is_meta for p in patcher.model.parameters())
+    key = "diffusion_model.double_blocks.1.img_attn.norm.query_norm.scale"
+    patcher.add_patches({key: ("diff", (torch.ones(32),))})
+    dit, spans = hosted(patcher), chosen(1, 1)
+    model = SkippingModel(dit, spans, checkpointed=True, folded=False)
+    with torch.enable_grad(), torch.inference_mode(False), dit.running(model.modules, weights="streamed"):
+        for name in (dit.blocks[index].name for index in spans.kept):
+            block = patcher.model.diffusion_model.get_submodule(name)
+            layers = [layer for layer in block.modules() if any(p is not None for p in layer._parameters.values())]
+            assert {is_linear(layer) for layer in layers} == {True, False}
+            for layer in layers:
+                assert {p.is_meta for p in layer._parameters.values() if p is not None} == {not is_linear(layer)}
+        patched = patcher.model.get_submodule(key.rpartition(".")[0])
+        assert not any(getattr(patched, "weight_function", [])), "the patch is in the weight, and not applied again"
+        patcher.model.model_sampling.to_empty(device="cpu")
