@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +36,6 @@ def card(_modules_are_for_good: None, pytestconfig: pytest.Config) -> Iterator[A
 
 
 @pytest.fixture
-def runs(card: Any, nodes: Any, run_node: Any, pictures: Any, folders: Any, tmp_path: Path) -> Runs:  # noqa: F811
+def runs(card: Any, nodes: Any, run_node: Any, pictures: Any, folders: Any) -> Runs:  # noqa: F811
     """The pack's nodes in a row, on any family."""
-    return Runs(nodes, run_node, pictures, tmp_path)
+    return Runs(nodes, run_node, pictures, folders.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,21 @@ from ..hosts.families import TinyFamily
 from ..nodes.conftest import PATCHES, TRAINING
 from ..nodes.test_families import FamilyVae
 
-DRAWS = {**PATCHES, "draws": 4, "patch_min": 32, "patch_max": 64}
+DRAWS = {**PATCHES, "draws": 4, "patch_min": 32, "patch_max": 64, "chunk_size": 3}
+PRECOMPUTING = {"storage", "back_residual", "residual_format"}
+SAMPLES = {
+    "at_start": True, "width": 64, "height": 32, "sampler_steps": 2, "cfg": 1.0, "scheduler": "simple", "seed": 1,
+}  # fmt: skip
 SKIPPING = {"method": "manual", "skip_ratio": 0.5, "front": 1, "back": 1}
+
+
+class PictureVae(FamilyVae):
+    """Shows a latent's first three channels."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        cells = latent[:, :3, 0] if self._frames else latent[:, :3]
+        pixels = torch.nn.functional.interpolate(cells, scale_factor=self.spacial_compression_encode())
+        return pixels.movedim(1, -1).sigmoid()
 
 
 @dataclass
@@ -59,7 +73,7 @@ class Runs:
         nodes: The pack's nodes.
         run_node: Calls one.
         pictures: The training pictures.
-        folder: Where ComfyUI's output folder is.
+        folder: ComfyUI's output folder.
         held: All that the nodes gave: ComfyUI keeps it in its cache.
     """
 
@@ -69,27 +83,47 @@ class Runs:
     folder: Path
     held: list[Any] = field(default_factory=list)
 
-    def train(
-        self, family: TinyFamily, model: Any, *, storage: str = "disk", draws: dict | None = None, **training: Any
-    ) -> Outcome:
-        """Select, precompute and train."""
-        positive = family.captions((5,))[0]
-        selection = self._call("SelectBlocks", model=model, positive=positive, **SKIPPING)[0]
-        vae = FamilyVae(model.model.latent_format, family.frames)
-        residuals = self._call(
+    def train(self, family: TinyFamily, model: Any, *, sample_every: int = 0, **settings: Any) -> Outcome:
+        """Select, precompute and train, with nothing left from an earlier training.
+
+        Args:
+            family: Whose model it is.
+            model: The MODEL.
+            sample_every: Steps between pictures; 0 for none.
+            settings: Widgets of Precompute Residuals and of the trainer, if not as always.
+        """
+        self.start_over()
+        positive, vae = family.captions((5,))[0], PictureVae(model.model.latent_format, family.frames)
+        selection = self.call("SelectBlocks", model=model, positive=positive, **SKIPPING)[0]
+        precomputing = {name: settings.pop(name) for name in PRECOMPUTING & settings.keys()}
+        residuals = self.call(
             "PrecomputeResiduals", model=model, vae=vae, images=self.pictures, positive=positive, selection=selection,
-            **{**DRAWS, "storage": storage, "chunk_size": 3, **(draws or {})},
+            **{**DRAWS, **precomputing},
         )[0]  # fmt: skip
+        if sample_every:
+            settings["samples"] = self.call(
+                "SampleWhileTraining", positive=positive, vae=vae, every=sample_every, **SAMPLES
+            )[0]
         with _gradients() as gradients:
-            trained = self._call("TrainLora", model=model, residuals=residuals, **{**TRAINING, **training})
+            trained = self.call("TrainLora", model=model, residuals=residuals, **{**TRAINING, **settings})
         return Outcome(list(trained[1]["loss"]), gradients, trained[0], trained.ui["blockskip"][0])
+
+    def start_over(self) -> None:
+        """Forget what was computed: it is known by its content, whatever it was computed on."""
+        shutil.rmtree(self.folder / "blockskip", ignore_errors=True)
 
     def apply(self, model: Any, outcome: Outcome) -> Any:
         """Return the MODEL with the LoRA."""
-        return self._call("ApplyLora", model=model, lora=outcome.lora, strength_model=1.0)[0]
+        return self.call("ApplyLora", model=model, lora=outcome.lora, strength_model=1.0)[0]
 
-    def _call(self, node: str, **inputs: Any) -> Any:
+    def call(self, node: str, **inputs: Any) -> Any:
+        """Call a node of the pack."""
+        import comfy.memory_management
+        import comfy.model_management
+
         self.held.append(self.run_node(getattr(self.nodes, node), **inputs))
+        if comfy.memory_management.aimdo_enabled:  # as the executor does behind each node
+            comfy.model_management.reset_cast_buffers()
         return self.held[-1]
 
 
@@ -114,3 +148,38 @@ def on_cpu(patcher: Any) -> Any:
 
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(patcher.model, load_device=cpu, offload_device=cpu)
+
+
+@contextmanager
+def leaving_nothing(card: Any, model: Any) -> Iterator[None]:
+    """See that a MODEL is as it was afterwards, and the card as empty, apart from what the host keeps there."""
+    import comfy.model_management as management
+
+    before, taken = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}, card.memory.settled()
+    yield
+    kept = [tensor for tensor in _kept_by_host(model) if tensor.is_cuda]
+    assert card.memory.settled() - sum(tensor.nbytes for tensor in kept) == taken
+    after = model.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in after.items())
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert all(tensor.is_cpu or tensor.untyped_storage().data_ptr() in storages for tensor in after.values())
+    assert not model.object_patches_backup
+    assert not management.in_training
+
+
+def _kept_by_host(model: Any) -> list[Tensor]:
+    """Return what the host leaves on a card: buffers that layers are copied into, and a table of the 4-bit kernels.
+
+    Also, of a paged MODEL, weights beside modules with weights: they are moved for good when it is loaded.
+    """
+    import comfy.model_management as management
+    from comfy_kitchen.backends.eager.quantization import E2M1_LUT_CACHE
+
+    moved = [
+        parameter
+        for module in model.model.modules()
+        for parameter in module._parameters.values()
+        if model.is_dynamic() and parameter is not None and any(True for c in module.children() for _ in c.parameters())
+    ]
+    return [*management.STREAM_CAST_BUFFERS.values(), *E2M1_LUT_CACHE.values(), *moved]
