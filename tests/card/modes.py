@@ -37,13 +37,13 @@ def resident(card: Any, patcher: Any) -> Iterator[Any]:
 
 @contextmanager
 def low_vram(card: Any, patcher: Any) -> Iterator[Any]:
-    """Leave room for two fifths of the MODEL beside what the host keeps free."""
+    """Leave room for half of the MODEL beside what the host keeps free."""
     import comfy.model_management as management
 
-    room = 0.4 * patcher.model_size() + management.minimum_inference_memory()
+    room = 0.5 * patcher.model_size() + management.minimum_inference_memory()
     with card.memory.limited_to(int(card.memory.settled() + room)), _loads(may_be_forced=False) as shares:
         yield patcher
-    assert any(0.1 < share < 0.9 for share in shares), shares
+    assert any(0.01 < share < 0.99 for share in shares), shares
 
 
 @contextmanager
@@ -103,13 +103,13 @@ def resident(card: Any, patcher: Any) -> Iterator[Any]:
 
 @contextmanager
 def low_vram(card: Any, patcher: Any) -> Iterator[Any]:
-    """Leave room for two fifths of the MODEL beside what the host keeps free."""
+    """Leave room for half of the MODEL beside what the host keeps free."""
     import comfy.model_management as management
 
-    room = 0.4 * patcher.model_size() + management.minimum_inference_memory()
+    room = 0.5 * patcher.model_size() + management.minimum_inference_memory()
     with card.memory.limited_to(int(card.memory.settled() + room)), _loads(may_be_forced=False) as shares:
         yield patcher
-    assert any(0.1 < share < 0.9 for share in shares), shares
+    assert any(0.01 < share < 0.99 for share in shares), shares
 
 
 @contextmanager

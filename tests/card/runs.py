@@ -18,8 +18,10 @@ from ..hosts.families import TinyFamily
 from ..nodes.conftest import PATCHES, TRAINING
 from ..nodes.test_families import FamilyVae
 
-DRAWS = {**PATCHES, "draws": 4, "patch_min": 32, "patch_max": 64, "chunk_size": 3}
-PRECOMPUTING = {"storage", "back_residual", "residual_format"}
+DRAWS = {
+    **PATCHES, "draws": 4, "patch_min": 32, "patch_max": 64, "chunk_size": 3, "storage": "disk",
+    "back_residual": "constant", "residual_format": "exact",
+}  # fmt: skip
 SAMPLES = {
     "at_start": True, "width": 64, "height": 32, "sampler_steps": 2, "cfg": 1.0, "scheduler": "simple", "seed": 1,
 }  # fmt: skip
@@ -93,17 +95,25 @@ class Runs:
             settings: Widgets of Precompute Residuals and of the trainer, if not as always.
         """
         self.start_over()
-        positive, vae = family.captions((5,))[0], PictureVae(model.model.latent_format, family.frames)
-        selection = self.call("SelectBlocks", model=model, positive=positive, **SKIPPING)[0]
-        precomputing = {name: settings.pop(name) for name in PRECOMPUTING & settings.keys()}
-        residuals = self.call(
-            "PrecomputeResiduals", model=model, vae=vae, images=self.pictures, positive=positive, selection=selection,
-            **{**DRAWS, **precomputing},
-        )[0]  # fmt: skip
+        residuals = self.precompute(family, model, **{name: settings.pop(name) for name in DRAWS.keys() & settings})
         if sample_every:
+            vae, positive = PictureVae(model.model.latent_format, family.frames), family.captions((5,))[0]
             settings["samples"] = self.call(
                 "SampleWhileTraining", positive=positive, vae=vae, every=sample_every, **SAMPLES
             )[0]
+        return self.train_on(model, residuals, **settings)
+
+    def precompute(self, family: TinyFamily, model: Any, **settings: Any) -> Any:
+        """Select and precompute; return the residuals."""
+        positive, vae = family.captions((5,))[0], FamilyVae(model.model.latent_format, family.frames)
+        selection = self.call("SelectBlocks", model=model, positive=positive, **SKIPPING)[0]
+        return self.call(
+            "PrecomputeResiduals", model=model, vae=vae, images=self.pictures, positive=positive, selection=selection,
+            **{**DRAWS, **settings},
+        )[0]  # fmt: skip
+
+    def train_on(self, model: Any, residuals: Any, **settings: Any) -> Outcome:
+        """Train."""
         with _gradients() as gradients:
             trained = self.call("TrainLora", model=model, residuals=residuals, **{**TRAINING, **settings})
         return Outcome(list(trained[1]["loss"]), gradients, trained[0], trained.ui["blockskip"][0])
@@ -155,15 +165,16 @@ def leaving_nothing(card: Any, model: Any) -> Iterator[None]:
     """See that a MODEL is as it was afterwards, and the card as empty, apart from what the host keeps there."""
     import comfy.model_management as management
 
-    before, taken = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}, card.memory.settled()
+    def taken() -> int:
+        return card.memory.settled() - sum(tensor.nbytes for tensor in _kept_by_host(model))
+
+    before, taken_before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}, taken()
     yield
-    kept = [tensor for tensor in _kept_by_host(model) if tensor.is_cuda]
-    assert card.memory.settled() - sum(tensor.nbytes for tensor in kept) == taken
-    after = model.model.state_dict()
+    assert taken() == taken_before
+    after, kept = model.model.state_dict(), {tensor.untyped_storage().data_ptr() for tensor in _kept_by_host(model)}
     assert after.keys() == before.keys()
-    assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in after.items())
-    storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
-    assert all(tensor.is_cpu or tensor.untyped_storage().data_ptr() in storages for tensor in after.values())
+    assert all(torch.equal(tensor.cpu(), before[name].cpu()) for name, tensor in after.items())
+    assert all(tensor.is_cpu or tensor.untyped_storage().data_ptr() in kept for tensor in after.values())
     assert not model.object_patches_backup
     assert not management.in_training
 
@@ -182,4 +193,5 @@ def _kept_by_host(model: Any) -> list[Tensor]:
         for parameter in module._parameters.values()
         if model.is_dynamic() and parameter is not None and any(True for c in module.children() for _ in c.parameters())
     ]
-    return [*management.STREAM_CAST_BUFFERS.values(), *E2M1_LUT_CACHE.values(), *moved]
+    kept = (*management.STREAM_CAST_BUFFERS.values(), *E2M1_LUT_CACHE.values(), *moved)
+    return [tensor for tensor in kept if tensor.is_cuda]
