@@ -83,7 +83,7 @@ def loaded_model(cell: Cell) -> Any:
     """Return the host's MODEL with weights that are zeros and take no memory, or random on a card that computes."""
     import comfy.model_management
     import comfy.model_patcher
-    from blockskip_pack.blockskip_core.hosts import published_sizes
+    from blockskip_pack.blockskip_core.hosts.families import published_sizes
 
     from devtools.card.shapes import zero
 
@@ -171,8 +171,8 @@ class Bench:
     def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
         import folder_paths
         from blockskip_pack import nodes
-        from blockskip_pack.blockskip_core.hosts import quantised_blocks
-        from blockskip_pack.blockskip_core.memory_plan import NOT_OURS
+        from blockskip_pack.blockskip_core.accounting.plan import NOT_OURS
+        from blockskip_pack.blockskip_core.hosts.models import quantised_blocks
 
         if not cell.with_bytes:  # whether a format computes well on this card cannot be tried without numbers
             quantised_blocks._works_on = lambda weight_format, device: True
@@ -196,11 +196,11 @@ class Bench:
 
     def plan(self) -> Plan:
         """Ask Memory Plan for settings that fit what is free, with what is left put to use; count what they take."""
-        from blockskip_pack.blockskip_core.hosts.counted_run import CountedRun
-        from blockskip_pack.blockskip_core.hosts.frames import latent_shape
-        from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-        from blockskip_pack.blockskip_core.lora import LoraSettings
-        from blockskip_pack.blockskip_core.memory_plan import fits, peak_of
+        from blockskip_pack.blockskip_core.accounting.plan import fits, peak_of
+        from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+        from blockskip_pack.blockskip_core.hosts.inputs.frames import latent_shape
+        from blockskip_pack.blockskip_core.hosts.models.counted_run import CountedRun
+        from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
         text, as_set, _, settings = self._run(
             "MemoryPlan", positive=self.caption, selection=self.selection, patch_min=CROP, draws=DRAWS, storage="disk",
@@ -258,7 +258,7 @@ class Bench:
     @contextmanager
     def _watched(self, seen: dict[str, Any]) -> Iterator[Peaks]:
         """Note the peaks on the card, and that of host memory beside the model as loaded."""
-        from blockskip_pack.blockskip_core.measuring import Counting
+        from blockskip_pack.blockskip_core.accounting.measuring import Counting
 
         peaks = Peaks(self.memory, self._used(), self.others)
         with Counting() as counting:
@@ -306,7 +306,7 @@ class Bench:
 def weights_of_loaded_model() -> tuple[int, int]:
     """Return the bytes of the loaded model's weights on the card and in host memory."""
     import comfy.model_management
-    from blockskip_pack.blockskip_core.weight_formats import stored_bytes
+    from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
 
     (loaded,) = comfy.model_management.current_loaded_models
     tensors = {id(tensor): tensor for tensor in (*loaded.model.model.parameters(), *loaded.model.model.buffers())}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What training takes: exact counts of live bytes and of operations, at full size and without a GPU.
 
-Full-size models are counted without weights (``blockskip_core.measuring``); a smaller one is trained for real, through
+Full-size models are counted without weights (``blockskip_core.accounting.measuring``); a smaller one is trained for real, through
 ComfyUI's own trainer among others, and counted in the same way. Every finished row is a line in
 ``results/memory.jsonl``, so a run may be stopped and goes on where it was.
 """

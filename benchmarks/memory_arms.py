@@ -10,29 +10,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.block_selection import PAPER_FLUX_SELECTIONS, BlockSelection
-from blockskip_pack.blockskip_core.flow_matching import velocity_loss
-from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
-from blockskip_pack.blockskip_core.lora import LoraSettings
-from blockskip_pack.blockskip_core.measuring import Counting
-from blockskip_pack.blockskip_core.memory_counts import (
+from blockskip_pack.blockskip_core.accounting.measuring import Counting
+from blockskip_pack.blockskip_core.accounting.memory_needs import RunPlan, StoredWeights, memory_needs
+from blockskip_pack.blockskip_core.accounting.phase_counts import (
     PhaseCount,
-    RunPlan,
-    StoredWeights,
     adapters_on,
     count_pass,
     count_precompute,
     count_training,
-    memory_needs,
     residual_of_zeros,
     token_shapes,
 )
-from blockskip_pack.blockskip_core.out_of_place import OutOfPlace
-from blockskip_pack.blockskip_core.skipping_model import SkippingModel
-from blockskip_pack.blockskip_core.stand_ins import SavedBytes
-from blockskip_pack.blockskip_core.training import TrainingConfig
-from blockskip_pack.blockskip_core.weight_formats import predicted_bytes
-from blockskip_pack.blockskip_core.weightless import weightless_copy
+from blockskip_pack.blockskip_core.accounting.weight_formats import predicted_bytes
+from blockskip_pack.blockskip_core.accounting.weightless import weightless_copy
+from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+from blockskip_pack.blockskip_core.blocks.out_of_place import OutOfPlace
+from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
+from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
+from blockskip_pack.blockskip_core.data.flow_matching import velocity_loss
+from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+from blockskip_pack.blockskip_core.selection.presets import PAPER_FLUX_SELECTIONS
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -12,20 +12,20 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.block_selection import BlockSelection
-from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
-from blockskip_pack.blockskip_core.lora import LoraSettings
-from blockskip_pack.blockskip_core.measuring import Counting
-from blockskip_pack.blockskip_core.memory_counts import (
+from blockskip_pack.blockskip_core.accounting.measuring import Counting
+from blockskip_pack.blockskip_core.accounting.phase_counts import (
     PhaseCount,
     adapters_on,
     count_training,
     residual_of_zeros,
     token_shapes,
 )
-from blockskip_pack.blockskip_core.stand_ins import SavedBytes
-from blockskip_pack.blockskip_core.training import TrainingConfig
+from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
+from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from memory_arms import CELL, CORE, OURS, RANK, TEXT_TOKENS, Arm
 
 WIDTH, HEADS, DOUBLE, SINGLE, CONTEXT, POOLED, CHANNELS = 512, 4, 4, 8, 768, 256, 16

@@ -35,10 +35,13 @@ PROBE_CAPTIONS = 4
 
 def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """Train one LoRA; the MODEL with it, and what the training cost."""
-    from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-    from blockskip_pack.blockskip_core.hosts.lora_files import apply_lora
-    from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, to_host_lora
-    from blockskip_pack.blockskip_core.training import TrainingConfig, TrainingResult, train_lora
+    from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
+    from blockskip_pack.blockskip_core.adapters.lora_formats import to_host_lora
+    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.training.config import TrainingConfig
+    from blockskip_pack.blockskip_core.training.loop import train_lora
+    from blockskip_pack.blockskip_core.training.result import TrainingResult
     from quality_sources import source_for
 
     photos, captions = bench.training_set(subject, settings)
@@ -88,9 +91,9 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
 
 def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -> Any:
     """The arm's training schedule."""
-    from blockskip_pack.blockskip_core.draws import draw_schedule
-    from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
-    from blockskip_pack.blockskip_core.timesteps import sigma_sampler
+    from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
+    from blockskip_pack.blockskip_core.data.schedule import draw_schedule
+    from blockskip_pack.blockskip_core.data.timesteps import sigma_sampler
 
     order = {"full": "fixed", "resize": "fixed"}.get(arm.views, arm.views)
     smallest = FULL if arm.views == "full" else SMALL
@@ -109,7 +112,8 @@ def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -
 
 def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
     """The arm's blocks."""
-    from blockskip_pack.blockskip_core.block_selection import BlockSelection, num_skipped, preset_selection
+    from blockskip_pack.blockskip_core.selection.presets import preset_selection
+    from blockskip_pack.blockskip_core.selection.selection import BlockSelection, num_skipped
 
     blocks = bench.num_blocks
     count = num_skipped(arm.ratio, blocks)
@@ -130,8 +134,8 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
     With a subject, on the model with a LoRA on all blocks that was trained on it, and with its captions. The paper
     measures on fine-tuned models (Fig. 3).
     """
-    from blockskip_pack.blockskip_core.block_selection import TextInfluence, cosine_distance
-    from blockskip_pack.blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig
+    from blockskip_pack.blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig
+    from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence, cosine_distance
 
     file = bench.results / f"quality_influence_{bench.identity}{'_' + subject if subject else ''}.json"
     if file.is_file():

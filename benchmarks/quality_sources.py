@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.back_response import fit_response
-from blockskip_pack.blockskip_core.block_selection import BlockSelection
-from blockskip_pack.blockskip_core.draws import TrainingSchedule
-from blockskip_pack.blockskip_core.flow_matching import noisy_batch
-from blockskip_pack.blockskip_core.precompute import precompute_residuals
-from blockskip_pack.blockskip_core.residual_cache import Residual
-from blockskip_pack.blockskip_core.residual_format import RESIDUAL_FORMATS, packed, unpacked
-from blockskip_pack.blockskip_core.residual_sources import FoldedSource, with_response
-from blockskip_pack.blockskip_core.stand_ins import PassThrough, Recording, RecordingBlock
-from blockskip_pack.blockskip_core.streams import SkippableDit
-from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig
+from blockskip_pack.blockskip_core.blocks.replay import Residual
+from blockskip_pack.blockskip_core.blocks.stand_ins import PassThrough, Recording, RecordingBlock
+from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
+from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule
+from blockskip_pack.blockskip_core.model import SkippableDit
+from blockskip_pack.blockskip_core.residuals.back_response import fit_response
+from blockskip_pack.blockskip_core.residuals.format import RESIDUAL_FORMATS, packed, unpacked
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
+from blockskip_pack.blockskip_core.residuals.sources import FoldedSource, with_response
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 
 PRECOMPUTE_BATCH = 16
 FITTED_DRAWS = 64
@@ -38,9 +39,9 @@ class Cached:
     selection: BlockSelection
     kind: str = "constant"
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """The whole run in one."""
-        yield nullcontext(self.opened(self.dit, range(start, config.num_micro_batches)))
+        yield nullcontext(self.opened(self.dit, range(start, len(run))))
 
     def opened(self, dit: SkippableDit, micro_batches: range) -> OpenResiduals:
         """Residuals from the weights that ``dit`` has now."""
@@ -79,11 +80,11 @@ class Refreshed(Cached):
     current: Callable[[], SkippableDit]
     times: int
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """Stretches of equal length; the first is the paper's."""
-        length = -(-config.num_micro_batches // (self.times + 1))
-        for first in range(start, config.num_micro_batches, length):
-            every = range(first, min(first + length, config.num_micro_batches))
+        length = -(-len(run) // (self.times + 1))
+        for first in range(start, len(run), length):
+            every = range(first, min(first + length, len(run)))
             opened = self.opened(self.current() if first else self.dit, every)
             yield nullcontext(opened if first == 0 else replace(opened, reference=None))
 
@@ -97,12 +98,12 @@ class Nothing:
     latents: torch.Tensor
     selection: BlockSelection
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Stretches:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """The whole run in one."""
         embedded = self._embedded()
         back = torch.zeros_like(embedded[0].img) if self.selection.back else None
         residuals = {draw: Residual(tokens, back) for draw, tokens in embedded.items()}
-        yield nullcontext(OpenResiduals(range(start, config.num_micro_batches), residuals.__getitem__, None))
+        yield nullcontext(OpenResiduals(range(start, len(run)), residuals.__getitem__, None))
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -86,20 +86,20 @@ class Bench:
     @cached_property
     def identity(self) -> str:
         """Content hash of the model and the VAE."""
-        from blockskip_pack.blockskip_core.hosts.identity import model_identity, module_identity
+        from blockskip_pack.blockskip_core.hosts.models.identity import model_identity, module_identity
 
         return model_identity(self.model)[:12] + module_identity(self.vae.first_stage_model)[:4]
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the model."""
-        from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
+        from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
         return len(HostedDit(self.model).blocks)
 
     def encoded(self, subject: str, photos: list[Tensor], schedule: Any) -> Tensor:
         """Clean latents of all draws, shape (draws, C, h, w); every crop goes through the VAE once."""
-        from blockskip_pack.blockskip_core.hosts.encoding import TrainingCrops
+        from blockskip_pack.blockskip_core.hosts.inputs.encoding import TrainingCrops
 
         crops = TrainingCrops(photos, schedule)
         size = schedule.patches.patch_min
@@ -145,8 +145,8 @@ class Bench:
 
     def held_out_loss(self, model: Any, subject: str, size: int, settings: Settings) -> float:
         """Mean velocity error of a MODEL on held-out pictures, over a fixed grid of noise levels and noises."""
-        from blockskip_pack.blockskip_core.flow_matching import velocity_loss
-        from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
+        from blockskip_pack.blockskip_core.data.flow_matching import velocity_loss
+        from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
         captions, clean = self._held_out_latents(subject, size, settings.held_out)
         generator = torch.Generator().manual_seed(20260320)

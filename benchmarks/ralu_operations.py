@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.hosts.published_sizes import PUBLISHED_SIZES
-from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
-from blockskip_pack.blockskip_core.measuring import Counting, FusedAttention
+from blockskip_pack.blockskip_core.accounting.measuring import Counting, FusedAttention
+from blockskip_pack.blockskip_core.hosts.families.published_sizes import PUBLISHED_SIZES
+from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS
 
 SIDE = 64  # tokens of 1024 px, in fine ones

@@ -13,11 +13,11 @@ import comfy.sample
 import comfy.samplers
 import numpy as np
 import torch
-from blockskip_pack.blockskip_core.hosts.early_regions import RegionChoice
-from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-from blockskip_pack.blockskip_core.hosts.region_adaptive import EulerFrom, RegionAdaptiveSampler
-from blockskip_pack.blockskip_core.hosts.weightless_dit import WeightlessDit
-from blockskip_pack.blockskip_core.measuring import Counting
+from blockskip_pack.blockskip_core.accounting.measuring import Counting
+from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+from blockskip_pack.blockskip_core.hosts.sampling.early_regions import RegionChoice
+from blockskip_pack.blockskip_core.hosts.sampling.region_adaptive import EulerFrom, RegionAdaptiveSampler
 from blockskip_pack.blockskip_core.ralu.regions import edge_scores
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, solved_plan
 from blockskip_pack.blockskip_core.ralu.token_grid import upsampled

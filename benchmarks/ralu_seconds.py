@@ -14,8 +14,8 @@ from typing import Any
 import comfy.model_management
 import comfy.sample
 import torch
-from blockskip_pack.blockskip_core.hosts.early_regions import RegionChoice
-from blockskip_pack.blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler
+from blockskip_pack.blockskip_core.hosts.sampling.early_regions import RegionChoice
+from blockskip_pack.blockskip_core.hosts.sampling.region_adaptive import RegionAdaptiveSampler
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS
 from speed_model import SHAPES, build_flux
 

@@ -12,18 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.flow_matching import noisy_batch, velocity_loss
-from blockskip_pack.blockskip_core.hosts.conditioning import model_arguments
-from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings
-from blockskip_pack.blockskip_core.out_of_place import OutOfPlace
-from blockskip_pack.blockskip_core.residual_sources import DiskSource, FoldedSource, write_cache
-from blockskip_pack.blockskip_core.skipping_model import linear_names
-from blockskip_pack.blockskip_core.training import (
-    TrainingConfig,
-    TrainingResult,
-    estimated_step_bytes,
-    train_lora,
-)
+from blockskip_pack.blockskip_core.accounting.step_estimate import estimated_step_bytes
+from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
+from blockskip_pack.blockskip_core.blocks.out_of_place import OutOfPlace
+from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, velocity_loss
+from blockskip_pack.blockskip_core.hosts.inputs.conditioning import model_arguments
+from blockskip_pack.blockskip_core.model import linear_names
+from blockskip_pack.blockskip_core.residuals.sources import DiskSource, FoldedSource, write_cache
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
+from blockskip_pack.blockskip_core.training.loop import train_lora
+from blockskip_pack.blockskip_core.training.result import TrainingResult
 from speed_model import Lab, settle, timed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

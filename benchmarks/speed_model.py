@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.block_selection import BlockSelection, preset_selection
-from blockskip_pack.blockskip_core.draws import TrainingSchedule, draw_schedule
-from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
-from blockskip_pack.blockskip_core.precompute import Precomputed, precompute_residuals
-from blockskip_pack.blockskip_core.residual_cache import CacheIdentity
-from blockskip_pack.blockskip_core.residual_sources import ResidualSet
-from blockskip_pack.blockskip_core.training import OpenResiduals, TrainingConfig
+from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
+from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
+from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule, draw_schedule
+from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+from blockskip_pack.blockskip_core.residuals.cache import CacheIdentity
+from blockskip_pack.blockskip_core.residuals.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
+from blockskip_pack.blockskip_core.residuals.sources import ResidualSet
+from blockskip_pack.blockskip_core.selection.presets import preset_selection
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from torch import Tensor
 
 PIXELS_PER_CELL = 8  # of FLUX's autoencoder
@@ -243,12 +245,10 @@ class InMemory:
 
     computed: Precomputed
 
-    def stretches(self, config: TrainingConfig, start: int = 0) -> Any:
+    def stretches(self, run: MicroBatches, start: int = 0) -> Any:
         """The whole run in one."""
         computed = self.computed
-        yield nullcontext(
-            OpenResiduals(range(start, config.num_micro_batches), computed.residuals.__getitem__, computed.reference)
-        )
+        yield nullcontext(OpenResiduals(range(start, len(run)), computed.residuals.__getitem__, computed.reference))
 
 
 def settle() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_lora import ApplyLora
-from .live_chart import add_route
 from .memory_plan import MemoryPlan
+from .page.live_chart import add_route
 from .precompute_residuals import PrecomputeResiduals
 from .ralu_sampler import RaluSampler
 from .sample_while_training import SampleWhileTraining

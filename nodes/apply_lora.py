@@ -8,11 +8,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.lora_files import apply_lora, describe, file_stamp, load_lora_file
-from .inputs import checked, connected
+from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_stamp, load_lora_file
+from .inputs import NO_FILE, checked, connected
 from .types import LoraModelSocket
-
-NO_FILE = "none"
 
 
 class ApplyLora(io.ComfyNode):

@@ -14,10 +14,10 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..blockskip_core.block_selection import BlockSelection
+from ..blockskip_core.accounting.plan import MemorySettings
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.memory_plan import MemorySettings
-from ..blockskip_core.residual_sources import ResidualSet
+from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.selection.selection import BlockSelection
 
 
 def single(value: Any, name: str = "") -> Any:
@@ -127,3 +127,6 @@ def require_memory_settings(value: Any) -> None:
         raise InvalidInputError(
             f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."
         )
+
+
+NO_FILE = "none"

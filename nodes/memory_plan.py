@@ -7,16 +7,8 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from ..blockskip_core.back_response import BACK_RESIDUALS
-from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.counted_run import CountedRun, room_on
-from ..blockskip_core.hosts.frames import latent_shape
-from ..blockskip_core.hosts.hosted_dit import HostedDit
-from ..blockskip_core.hosts.quantised_blocks import available_formats, formats_on, require_available
-from ..blockskip_core.lora import LoraSettings, LoraTargets
-from ..blockskip_core.memory_counts import MemoryNeeds
-from ..blockskip_core.memory_plan import (
+from ..blockskip_core.accounting.memory_needs import MemoryNeeds
+from ..blockskip_core.accounting.plan import (
     CARDS,
     Change,
     MemorySettings,
@@ -24,17 +16,25 @@ from ..blockskip_core.memory_plan import (
     fits,
     peak_of,
     phase_peaks,
-    report,
     room_of_card,
     with_spare_used,
 )
-from ..blockskip_core.pictures import as_image, memory_bars
-from ..blockskip_core.residual_format import RESIDUAL_FORMATS
-from ..blockskip_core.residual_sources import STORAGES
-from ..blockskip_core.throughput import operations_per_second
-from ..blockskip_core.training import TrainingConfig
+from ..blockskip_core.accounting.plan_text import report
+from ..blockskip_core.accounting.throughput import operations_per_second
+from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
+from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.inputs.frames import latent_shape
+from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
+from ..blockskip_core.hosts.models.hosted_dit import HostedDit
+from ..blockskip_core.hosts.models.quantised_blocks import available_formats, formats_on, require_available
+from ..blockskip_core.reporting.pictures import as_image, memory_bars
+from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
+from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
+from ..blockskip_core.residuals.sources import STORAGES
+from ..blockskip_core.training.config import TrainingConfig
 from .inputs import checked, connected
-from .progress import NodeProgress
+from .page.progress import NodeProgress
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30

@@ -7,31 +7,31 @@ from dataclasses import replace
 import torch
 from comfy_api.latest import io
 
-from ..blockskip_core import pictures
-from ..blockskip_core.back_response import BACK_RESIDUALS
-from ..blockskip_core.draws import draw_schedule, largest_crop
-from ..blockskip_core.hosts.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.encoding import TrainingCrops, crop_multiple, encode_crops, flatten_pictures
-from ..blockskip_core.hosts.folders import residuals_folder
-from ..blockskip_core.hosts.frames import latent_shape
-from ..blockskip_core.hosts.hosted_dit import HostedDit
-from ..blockskip_core.hosts.identity import (
+from ..blockskip_core.accounting.plan import MemorySettings
+from ..blockskip_core.data.patch_sampling import PATCH_ORDERS, PatchConfig
+from ..blockskip_core.data.schedule import draw_schedule, largest_crop
+from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
+from ..blockskip_core.hosts.files.folders import residuals_folder
+from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.inputs.encoding import TrainingCrops, crop_multiple, encode_crops, flatten_pictures
+from ..blockskip_core.hosts.inputs.frames import latent_shape
+from ..blockskip_core.hosts.models.hosted_dit import HostedDit
+from ..blockskip_core.hosts.models.identity import (
     conditionings_identity,
     host_identity,
     model_identity,
     module_identity,
     tensors_identity,
 )
-from ..blockskip_core.hosts.out_of_memory import out_of_memory_explained
-from ..blockskip_core.memory_plan import MemorySettings
-from ..blockskip_core.patch_sampling import PATCH_ORDERS, PatchConfig
-from ..blockskip_core.residual_cache import CacheIdentity
-from ..blockskip_core.residual_format import RESIDUAL_FORMATS
-from ..blockskip_core.residual_sources import STORAGES, ResidualSet, require_room, stored_latents, write_cache
-from ..blockskip_core.timesteps import TIMESTEP_DISTRIBUTIONS, sigma_sampler
+from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
+from ..blockskip_core.reporting import pictures
+from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
+from ..blockskip_core.residuals.cache import CacheIdentity
+from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
+from ..blockskip_core.residuals.sources import STORAGES, ResidualSet, require_room, stored_latents, write_cache
 from .inputs import checked, connected, require_memory_settings, single
-from .live_chart import announcer
-from .progress import NodeProgress
+from .page.live_chart import announcer
+from .page.progress import NodeProgress
 from .types import BlockSelectionSocket, MemorySettingsSocket, ResidualsSocket
 
 

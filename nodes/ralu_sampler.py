@@ -6,12 +6,12 @@ import latent_preview
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.early_regions import REGIONS, RegionChoice
-from ..blockskip_core.hosts.out_of_memory import out_of_memory_explained
-from ..blockskip_core.hosts.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
+from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
+from ..blockskip_core.hosts.sampling.early_regions import REGIONS, RegionChoice
+from ..blockskip_core.hosts.sampling.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
 from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
 from .inputs import checked, connected
-from .progress import NodeProgress
+from .page.progress import NodeProgress
 
 CUSTOM = "custom"
 

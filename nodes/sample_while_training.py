@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..blockskip_core.hosts.training_samples import sample_request
+from ..blockskip_core.hosts.sampling.training_samples import sample_request
 from .inputs import checked, connected
 from .types import SamplesSocket
 

@@ -8,28 +8,22 @@ import logging
 
 from comfy_api.latest import io
 
-from ..blockskip_core import pictures
-from ..blockskip_core.atomic_files import write_atomically
-from ..blockskip_core.block_selection import (
-    MAX_SKIP_RATIO,
-    BlockSelection,
-    TextInfluence,
-    measured_selection,
-    num_skipped,
-    preset_selection,
-    selection_table,
-)
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts import adapter_for
-from ..blockskip_core.hosts.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.folders import probe_file
-from ..blockskip_core.hosts.hosted_dit import HostedDit
-from ..blockskip_core.hosts.identity import conditionings_identity, model_identity, module_identity
-from ..blockskip_core.hosts.out_of_memory import out_of_memory_explained
-from ..blockskip_core.hosts.sampling import MaskedSampler, ProbeConfig, picture_metric
+from ..blockskip_core.files import write_atomically
+from ..blockskip_core.hosts.families.registry import adapter_for
+from ..blockskip_core.hosts.files.folders import probe_file
+from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
+from ..blockskip_core.hosts.models.hosted_dit import HostedDit
+from ..blockskip_core.hosts.models.identity import conditionings_identity, model_identity, module_identity
+from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
+from ..blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig, picture_metric
+from ..blockskip_core.reporting import pictures
+from ..blockskip_core.selection.presets import preset_selection
+from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
+from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
 from .inputs import checked, connected
-from .live_chart import announcer
-from .progress import NodeProgress
+from .page.live_chart import announcer
+from .page.progress import NodeProgress
 from .types import BlockSelectionSocket
 
 logger = logging.getLogger(__name__)

@@ -7,17 +7,17 @@ from typing import get_args
 import folder_paths
 from comfy_api.latest import io
 
-from ..blockskip_core.flow_matching import LossWeighting
-from ..blockskip_core.hosts.lora_files import LoraModel
-from ..blockskip_core.hosts.quantised_blocks import available_formats
-from ..blockskip_core.lora import LoraFileFormat, LoraTargets
-from ..blockskip_core.optimizers import OPTIMIZERS
-from ..blockskip_core.training import LearningRateSchedule
-from .apply_lora import NO_FILE
-from .inputs import checked, connected, single
-from .live_chart import LiveChart
-from .progress import NodeProgress
-from .training_run import TrainingRun
+from ..blockskip_core.adapters.lora import LoraTargets
+from ..blockskip_core.adapters.lora_formats import LoraFileFormat
+from ..blockskip_core.data.flow_matching import LossWeighting
+from ..blockskip_core.hosts.files.lora_files import LoraModel
+from ..blockskip_core.hosts.models.quantised_blocks import available_formats
+from ..blockskip_core.training.config import LearningRateSchedule
+from ..blockskip_core.training.optimizers import OPTIMIZERS
+from .inputs import NO_FILE, checked, connected, single
+from .page.live_chart import LiveChart
+from .page.progress import NodeProgress
+from .run.training_run import TrainingRun
 from .types import LoraModelSocket, LossMapSocket, MemorySettingsSocket, ResidualsSocket, SamplesSocket
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-BlockSelectionSocket = io.Custom("BLOCKSKIP_SELECTION")  # blockskip_core.block_selection.BlockSelection
-ResidualsSocket = io.Custom("BLOCKSKIP_RESIDUALS")  # blockskip_core.residual_sources.ResidualSet
-MemorySettingsSocket = io.Custom("BLOCKSKIP_MEMORY")  # blockskip_core.memory_plan.MemorySettings
-SamplesSocket = io.Custom("BLOCKSKIP_SAMPLES")  # blockskip_core.hosts.training_samples.SampleRequest
+BlockSelectionSocket = io.Custom("BLOCKSKIP_SELECTION")  # blockskip_core.selection.selection.BlockSelection
+ResidualsSocket = io.Custom("BLOCKSKIP_RESIDUALS")  # blockskip_core.residuals.sources.ResidualSet
+MemorySettingsSocket = io.Custom("BLOCKSKIP_MEMORY")  # blockskip_core.accounting.plan.MemorySettings
+SamplesSocket = io.Custom("BLOCKSKIP_SAMPLES")  # blockskip_core.hosts.sampling.training_samples.SampleRequest
 LoraModelSocket = io.Custom("LORA_MODEL")  # core's: a flat dict of tensors
 LossMapSocket = io.Custom("LOSS_MAP")  # core's: {"loss": [float, ...]}

@@ -16,7 +16,7 @@ GIB = 2**30
 @pytest.fixture
 def tiny(bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The arms, and a subject of FLUX.1's format that is 256 wide and has 2 + 4 blocks."""
-    from blockskip_pack.blockskip_core.hosts import published_sizes
+    from blockskip_pack.blockskip_core.hosts.families import published_sizes
 
     arms = bench("memory_arms")
     size = published_sizes.PUBLISHED_SIZES["FLUX.1-dev"]
@@ -121,7 +121,7 @@ def test_the_real_model_is_counted_the_same_without_weights(bench, monkeypatch):
     real = bench("memory_real")
     for name, value in {"WIDTH": 256, "HEADS": 2, "DOUBLE": 1, "SINGLE": 2, "TEXT_TOKENS": 8, "SIZE": 64}.items():
         monkeypatch.setattr(real, name, value)
-    from blockskip_pack.blockskip_core.hosts import hosted_dit
+    from blockskip_pack.blockskip_core.hosts.models import hosted_dit
 
     monkeypatch.setattr(hosted_dit, "_WITH_BACKWARD", ("attention_pytorch",))  # the kernel of the counts
     lab = real.Lab()

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 @pytest.fixture
 def operations(bench, monkeypatch):
     """The counting, on a FLUX.1 of 256 features and 2 + 4 blocks."""
-    from blockskip_pack.blockskip_core.hosts import published_sizes
+    from blockskip_pack.blockskip_core.hosts.families import published_sizes
 
     counted = bench("ralu_operations")
     size = published_sizes.PUBLISHED_SIZES["FLUX.1-dev"]

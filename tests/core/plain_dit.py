@@ -13,19 +13,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from blockskip_pack.blockskip_core.block_selection import BlockSelection
-from blockskip_pack.blockskip_core.draws import Draw, TrainingSchedule
-from blockskip_pack.blockskip_core.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
-from blockskip_pack.blockskip_core.patch_sampling import PatchConfig
-from blockskip_pack.blockskip_core.precompute import precompute_residuals
-from blockskip_pack.blockskip_core.skipping_model import linear_names
-from blockskip_pack.blockskip_core.streams import BlockInfo, TokenStreams
-from blockskip_pack.blockskip_core.training import (
-    OpenResiduals,
-    TrainingConfig,
-    TrainingResult,
-    train_lora,
-)
+from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
+from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
+from blockskip_pack.blockskip_core.data.schedule import Draw, TrainingSchedule
+from blockskip_pack.blockskip_core.model import BlockInfo, TokenStreams, linear_names
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
+from blockskip_pack.blockskip_core.training.loop import train_lora
+from blockskip_pack.blockskip_core.training.result import TrainingResult
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -343,11 +340,9 @@ class MemorySource:
     def __init__(self, dit, chosen, plan, clean, **options) -> None:
         self.computed = precompute_residuals(dit, plan, clean, chosen, range(len(plan)), **options)
 
-    def stretches(self, config, start=0):
+    def stretches(self, run, start=0):
         yield nullcontext(
-            OpenResiduals(
-                range(start, config.num_micro_batches), self.computed.residuals.__getitem__, self.computed.reference
-            )
+            OpenResiduals(range(start, len(run)), self.computed.residuals.__getitem__, self.computed.reference)
         )
 
 

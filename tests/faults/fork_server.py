@@ -96,7 +96,7 @@ def _faults(disk: Path, fault: dict[str, Any], events: list[str]) -> Iterator[No
     if fault.get("kind") in ("record", "kill"):
         _watch(str(disk / "output"), fault.get("event"), events)
     if fault.get("no reserve"):  # a small disk never has what is left free for everybody else
-        tiny_graph.pack("blockskip_core.residual_cache").DISK_RESERVE_BYTES = 0
+        tiny_graph.pack("blockskip_core.residuals.cache").DISK_RESERVE_BYTES = 0
     if fault.get("kind") == "fill":
         _fill_before(disk, **fault["when"])
     yield
@@ -137,7 +137,7 @@ def _fill_before(disk: Path, pattern: str, room: int, how: str, once: bool) -> N
     Unless it happens ``once``, the disk stays full from then on.
     """
     filling = {"file system": _filled, "file size limit": _limited}[how]
-    atomic = tiny_graph.pack("blockskip_core.atomic_files").write_atomically
+    atomic = tiny_graph.pack("blockskip_core.files").write_atomically
 
     def write_atomically(path: Path, write: Any) -> None:
         with contextlib.ExitStack() as own:
@@ -147,7 +147,7 @@ def _fill_before(disk: Path, pattern: str, room: int, how: str, once: bool) -> N
             atomic(path, write)
 
     full: list[str] = []
-    for name in ("residual_cache", "checkpoints", "hosts.lora_files", "run_report"):
+    for name in ("residuals.cache", "training.checkpoints", "hosts.files.lora_files", "reporting.run_report"):
         tiny_graph.pack(f"blockskip_core.{name}").write_atomically = write_atomically
 
 

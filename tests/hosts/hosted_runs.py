@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .families import FLUX, PLAN, TEXT_LENGTHS, replayed
+from .tiny_families import FLUX, PLAN, TEXT_LENGTHS, replayed
 from .tiny_flux import captions
 
 __all__ = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, TinyFamily, tiny_model
+from .tiny_families import FAMILIES, TinyFamily, tiny_model
 
 
 def _built(supported: str, config: dict[str, Any], **settings: Any):

@@ -30,7 +30,7 @@ def nodes(comfyui: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def core(nodes: ModuleType) -> Callable[[str], ModuleType]:
-    """A module of the pack's core by its name: ``core("residual_cache")``."""
+    """A module of the pack's core by its name: ``core("residuals.cache")``."""
     return lambda name: importlib.import_module(f"blockskip_pack.blockskip_core.{name}")
 
 

@@ -111,7 +111,7 @@ def parameters_read(nodes, node):
         nodes.SelectBlocks: [nodes.select_blocks._Settings],
         nodes.MemoryPlan: [nodes.memory_plan._Plan],
         nodes.PrecomputeResiduals: [nodes.precompute_residuals._schedule],
-        nodes.TrainLora: [nodes.training_run.TrainingRun, nodes.training_run.TrainingConfig],
+        nodes.TrainLora: [nodes.run.training_run.TrainingRun, nodes.run.training_run.TrainingConfig],
     }[node]
     read = {}
     for reader in handed_on:

@@ -209,7 +209,7 @@ def test_precompute_refuses_a_model_that_makes_no_numbers(bench):
 
 def test_precompute_refuses_a_full_disk_before_it_writes(bench, core, monkeypatch):
     free = SimpleNamespace(total=0, used=0, free=300 * 2**20)
-    monkeypatch.setattr(core("residual_cache").shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(core("residuals.cache").shutil, "disk_usage", lambda path: free)
     bench.precompute()  # enough for this little
     assert list(bench.folders.output.glob("blockskip/residuals/*"))
     free.free = 256 * 2**20
@@ -222,7 +222,7 @@ def test_precompute_leaves_nothing_of_a_write_that_fails(bench, core, monkeypatc
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(core("residual_cache"), "save_file", fail)
+    monkeypatch.setattr(core("residuals.cache"), "save_file", fail)
     with refused(bench, "could not be written: .*No space left on device. Free some disk space"):
         bench.precompute()
 
@@ -359,7 +359,7 @@ def test_the_trainer_keeps_what_it_had_when_a_later_loss_is_not_finite(bench, re
         bench.train(residuals=residuals, learning_rate=1e30)
     (path,) = bench.folders.loras.glob("*.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
-    assert core("hosts.lora_files").load_lora_file(path.name).metadata["steps"] == 1
+    assert core("hosts.files.lora_files").load_lora_file(path.name).metadata["steps"] == 1
 
 
 def test_cancel_keeps_what_was_learned(bench, residuals, nodes, monkeypatch, core):
@@ -376,7 +376,7 @@ def test_cancel_keeps_what_was_learned(bench, residuals, nodes, monkeypatch, cor
     with pytest.raises(Cancelled):
         bench.train(residuals=residuals)
     (path,) = bench.folders.loras.glob("*.safetensors")
-    metadata = core("hosts.lora_files").load_lora_file(path.name).metadata
+    metadata = core("hosts.files.lora_files").load_lora_file(path.name).metadata
     assert (metadata["steps"], metadata["steps_planned"]) == (2, 3)
 
 

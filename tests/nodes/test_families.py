@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ..hosts.families import FAMILIES
+from ..hosts.tiny_families import FAMILIES
 from .conftest import PATCHES, TRAINING
 
 MEASURE = {"method": "attention mask", "skip_ratio": 0.5, "front": 0, "back": 0}

@@ -50,8 +50,8 @@ def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, b
     planned = nodes.memory_plan._Plan(
         bench.model, [bench.prompt], residuals.selection, **{**PLAN, **settings, "patch_min": 32}
     )
-    from blockskip_pack.blockskip_core.hosts.hosted_dit import HostedDit
-    from blockskip_pack.blockskip_core.residual_sources import residual_bytes
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.residuals.sources import residual_bytes
 
     dit = HostedDit(bench.model, residuals.captions, residuals.latents.shape[1:])
     stored = range(6 if storage == "disk" else 4)

@@ -20,13 +20,14 @@ NEEDED = [
     "__init__.py",
     "nodes/__init__.py",
     "nodes/train_lora.py",
-    "nodes/training_run.py",
+    "nodes/run/training_run.py",
     "blockskip_core/__init__.py",
-    "blockskip_core/hosts/flux.py",
+    "blockskip_core/hosts/families/flux.py",
     "requirements.txt",
     "pyproject.toml",
     "README.md",
     "MEASURED.md",
+    "docs/troubleshooting.md",
     "LICENSE",
     "web/docs/BlockSkip_TrainLora.md",
     "web/docs/BlockSkip_TrainLora/zh.md",
@@ -71,7 +72,13 @@ def requirements():
 
 def test_everything_that_a_user_needs_is_shipped(shipped):
     assert [name for name in NEEDED if name not in shipped] == []
-    folders = ("workflows", "*"), ("web", "**/*"), ("locales", "**/*"), ("nodes", "*.py"), ("blockskip_core", "**/*.py")
+    folders = (
+        ("workflows", "*"),
+        ("web", "**/*"),
+        ("locales", "**/*"),
+        ("nodes", "**/*.py"),
+        ("blockskip_core", "**/*.py"),
+    )
     for folder, pattern in folders:
         there = {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern) if path.is_file()}
         assert there

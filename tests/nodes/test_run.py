@@ -169,7 +169,7 @@ def test_kept_blocks_can_be_quantised_for_a_run(bench, core, weight_format, stor
     trained = bench.train(residuals=residuals, quantize_kept=weight_format, output_name="loras/quantised")
     said = trained.ui["blockskip"][0]
     blocks = bench.model.model.diffusion_model.single_blocks[:3]
-    predicted = core("weight_formats").predicted_bytes
+    predicted = core("accounting.weight_formats").predicted_bytes
     assert said["quantize_kept"] == weight_format
     assert said["kept_weights_bytes"] == sum(predicted(block, weight_format) for block in blocks)
     assert said["kept_weights_bytes"] < 0.3 * plain["kept_weights_bytes"]  # of float32

@@ -31,7 +31,7 @@ def test_there_are_some_and_no_other_folder_hides_them():
 
 @each_workflow
 def test_every_node_says_where_it_comes_from(path, nodes):
-    version = nodes.versions.VERSION
+    version = nodes.run.versions.VERSION
     for node in nodes_of(path):
         if node["type"] in DRAWN_BY_THE_PAGE:
             continue

@@ -1,0 +1,180 @@
+"""What a whole run takes, before it: its phases, as ``phase_counts`` counts them, put together.
+
+Axis legend: ``C H W`` latent channels, rows, columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lora import LoraSettings
+from ..model import SkippableDit, TokenStreams
+from ..selection.selection import BlockSelection
+from ..training.config import TrainingConfig
+from .phase_counts import (
+    PhaseCount,
+    adapters_on,
+    count_pass,
+    count_precompute,
+    count_training,
+    residual_of_zeros,
+    token_shapes,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """What a model's weights take as they are loaded, whatever their format.
+
+    Attributes:
+        blocks: Bytes of each block.
+        others: Bytes of all that is no block.
+    """
+
+    blocks: Sequence[int]
+    others: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is asked to do.
+
+    Attributes:
+        latent_shape: (C, H, W) of the training crops.
+        probe_shape: (C, H, W) of the pictures that block selection samples.
+        selection: Blocks to be skipped.
+        lora: Rank, alpha, targets.
+        layers: Native name -> linear layer that gets an adapter.
+        config: Settings of the training.
+        on_the_fly: Whether residuals are computed in every step; nothing is precomputed then.
+        linear: Whether the back residual follows its input linearly.
+        draws: Training examples.
+        chunk: Examples that go through the blocks together.
+        stored: Examples whose residuals are on the disk at a time.
+        caption: Index of the longest conditioning.
+    """
+
+    latent_shape: Sequence[int]
+    probe_shape: Sequence[int]
+    selection: BlockSelection
+    lora: LoraSettings
+    layers: Mapping[str, nn.Module]
+    config: TrainingConfig
+    on_the_fly: bool = False
+    linear: bool = False
+    draws: int = 1
+    chunk: int = 1
+    stored: int = 1
+    caption: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """What a run takes.
+
+    Attributes:
+        selecting, training: On the device, by phase.
+        precomputing: The same; None if nothing is precomputed.
+        lora: Bytes of the LoRA's tensors.
+        replayed: Bytes on the device of what stands in for the skipped blocks.
+        host: At most as many bytes of host memory, beside the model, captions and libraries.
+        disk: Bytes of residuals on the disk, without headers and latents.
+    """
+
+    selecting: PhaseCount
+    precomputing: PhaseCount | None
+    training: PhaseCount
+    lora: int
+    replayed: int
+    host: int
+    disk: int
+
+    def with_all_weights(self, weights: int) -> MemoryNeeds:
+        """Return the same for a host that keeps all weights on the device, skipped or not.
+
+        Args:
+            weights: Bytes of them all.
+        """
+        return replace(
+            self,
+            precomputing=self.precomputing and self.precomputing.with_weights(weights),
+            training=self.training.with_weights(weights),
+        )
+
+    def without_weights(self) -> MemoryNeeds:
+        """Return the same without the model's weights."""
+        return replace(
+            self,
+            selecting=self.selecting.with_weights(0),
+            precomputing=self.precomputing and self.precomputing.with_weights(0),
+            training=self.training.with_weights(0),
+        )
+
+
+def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None) -> MemoryNeeds:
+    """Return what a run will take.
+
+    Args:
+        dit: The model, without weights.
+        plan: The run.
+        weights: What the weights take as loaded, if not what the tensors of ``dit`` say.
+    """
+    selection, shape = plan.selection, plan.latent_shape
+    passing = not plan.on_the_fly
+    tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
+    residual = residual_of_zeros(tokens, selection)
+    response = None
+    if plan.linear and selection.back and passing:
+        response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
+    adapters = adapters_on(dit, plan.layers, plan.lora)
+    selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)
+    training = count_training(
+        dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
+        response=response,
+    )  # fmt: skip
+    precomputing = None
+    if passing and selection.front + selection.back:
+        precomputing = count_precompute(dit, shape, selection, caption=plan.caption, keep_entering=plan.linear)
+    if weights is not None:
+        kept = selection.kept if passing else range(len(weights.blocks))
+        selecting = selecting.with_weights(sum(weights.blocks) + weights.others)
+        training = training.with_weights(sum(weights.blocks[index] for index in kept) + weights.others)
+        precomputing = precomputing and precomputing.with_weights(max(weights.blocks) + weights.others)
+    one = _bytes(residual.tensors().values())
+    lora = _bytes(adapters.parameters())
+    latents = plan.draws * math.prod(shape) * 4
+    ahead = (2 * plan.config.batch_size + 1) * one if passing else 0  # see ``prefetch``
+    host = max(
+        _host_precompute(plan, tokens, precomputing) if precomputing else 0,
+        training.host + ahead,
+        2 * lora,  # the LoRA's tensors and the file's, when it is saved
+    )
+    return MemoryNeeds(
+        selecting=selecting,
+        precomputing=precomputing,
+        training=training,
+        lora=lora,
+        replayed=plan.config.batch_size * one + (0 if response is None else response.nbytes),
+        host=latents + host,
+        disk=(plan.stored * one + (0 if response is None else response.nbytes)) * passing,
+    )
+
+
+def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -> int:
+    """Return the most that a chunk's tokens, residuals and outputs take; ``counted`` is that of one draw."""
+    stream, img = _bytes(tokens.tensors().values()), tokens.img
+    per_draw = stream + stream * (plan.selection.front > 0)  # on its way, and as the front's output
+    if plan.selection.back:  # summed up in float32 at least, and stored as the stream is, while the sum is still there
+        summed = img.numel() * max(4, img.itemsize)
+        per_draw += summed + img.nbytes + math.prod(plan.latent_shape) * 4
+        per_draw += img.nbytes * plan.linear
+    return counted.host + (plan.chunk - 1) * per_draw
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

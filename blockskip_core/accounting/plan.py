@@ -1,0 +1,258 @@
+"""Does a run fit, and if not, what is the smallest change that makes it fit? On counts of ``memory_needs``.
+
+A plan is a run's settings as far as memory depends on them. Changes are tried one by one, those that cost nothing of the
+result first; if none is enough by itself they are added up in that order. What a card needs beside the counted bytes (the
+allocator's rounding, workspaces of kernels) is not known before a run: :data:`MARGIN` is left for it, which has not been
+measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from ..errors import InvalidInputError
+from ..training.config import TrainingConfig
+from ..units import format_bytes
+from .memory_needs import MemoryNeeds
+
+MARGIN = 0.05  # of the counted peak
+CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
+"""Presets: the card's memory in GiB."""
+NOT_OURS = (1 / 8, 0.5)
+"""Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
+_PORTION = 2**29
+PHASES = ("choosing blocks", "precomputing", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What of a run's settings memory depends on, beside model, captions and selection.
+
+    Attributes:
+        config: Settings of the training.
+        storage: "disk", "chunked" or "on the fly".
+        quantize_kept: Format of the kept blocks' weights for the run, or "off".
+        patch_min: Side of a training crop in pixels.
+        measured: Whether blocks are chosen by sampling pictures with the whole model.
+    """
+
+    config: TrainingConfig
+    storage: str = "disk"
+    quantize_kept: str = "off"
+    patch_min: int = 256
+    measured: bool = False
+
+    def describe(self) -> str:
+        """Return the settings for people, on one line."""
+        config = self.config
+        kept = f"activation_budget {config.activation_budget / 2**30:g}" if config.checkpointing else ""
+        parts = [
+            f"patch_min {self.patch_min}",
+            f"storage {self.storage}",
+            f"batch_size {config.batch_size}",
+            f"accumulation times {config.accumulation}" if config.accumulation > 1 else "",
+            f"checkpointing {'on' if config.checkpointing else 'off'}",
+            kept,
+            f"quantize_kept {self.quantize_kept}",
+        ]
+        return ", ".join(part for part in parts if part) + "."
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way to need less.
+
+    Attributes:
+        text: What to set, for people.
+        apply: Settings -> changed settings; the same object if there is nothing to change.
+    """
+
+    text: str
+    apply: Callable[[MemorySettings], MemorySettings]
+
+
+def _config(**fields: object) -> Callable[[MemorySettings], MemorySettings]:
+    def apply(settings: MemorySettings) -> MemorySettings:
+        changed = replace(settings.config, **fields)
+        return settings if changed == settings.config else replace(settings, config=changed)
+
+    return apply
+
+
+def _off_the_fly(settings: MemorySettings) -> MemorySettings:
+    return replace(settings, storage="chunked") if settings.storage == "on the fly" else settings
+
+
+_COARSENESS = {"off": 0, "fp8": 1, "int8": 1, "4-bit": 2}
+
+
+def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
+    def apply(settings: MemorySettings) -> MemorySettings:
+        finer = _COARSENESS[settings.quantize_kept] < _COARSENESS[weight_format]
+        return replace(settings, quantize_kept=weight_format) if finer else settings
+
+    return apply
+
+
+def _smaller(side: int) -> Callable[[MemorySettings], MemorySettings]:
+    return lambda settings: replace(settings, patch_min=side) if settings.patch_min > side else settings
+
+
+def _batch_of_one(settings: MemorySettings) -> MemorySettings:
+    config = settings.config
+    if config.batch_size == 1:
+        return settings
+    return replace(settings, config=replace(config, batch_size=1, accumulation=config.accumulation * config.batch_size))
+
+
+CHANGES: tuple[Change, ...] = (  # those that do not change the result come first
+    Change("switch `checkpointing` on", _config(checkpointing=True)),
+    Change("set `activation_budget` to 0", _config(activation_budget=0.0)),
+    Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
+    Change("set `storage` to chunked", _off_the_fly),
+    Change("set `patch_min` to 256", _smaller(256)),
+    Change("set `quantize_kept` to int8", _quantised("int8")),
+    Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
+    Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
+    Change("set `patch_min` to 128", _smaller(128)),
+)
+
+
+def phase_peaks(needs: MemoryNeeds) -> dict[str, int]:
+    """Return the counted peak of each phase that there is, in bytes."""
+    counts = zip(PHASES, (needs.selecting, needs.precomputing, needs.training), strict=True)
+    return {phase: count.peak for phase, count in counts if count is not None}
+
+
+def peak_of(settings: MemorySettings, needs: MemoryNeeds) -> int:
+    """Return the peak of the phases that must fit.
+
+    The probe is left out if nothing is measured. A host that cannot load a whole model for sampling streams it, so the probe
+    is slow there rather than impossible; it is shown, but a run is not refused for it.
+    """
+    return max(peak for phase, peak in phase_peaks(needs).items() if phase != PHASES[0])
+
+
+def fits(peak: int, available: int) -> bool:
+    """Return whether a counted peak fits into so many bytes."""
+    return peak * (1.0 + MARGIN) <= available
+
+
+def changes_that_fit(
+    settings: MemorySettings,
+    available: int,
+    count: Callable[[MemorySettings], MemoryNeeds],
+    formats: Collection[str] = tuple(_COARSENESS),
+) -> tuple[list[Change], MemoryNeeds] | None:
+    """Return the smallest change that makes a run fit, and what it then takes; several if one is not enough.
+
+    Args:
+        settings: Those that do not fit.
+        available: Bytes.
+        count: What a run with some settings takes.
+        formats: What the host offers for the kept weights.
+
+    Returns:
+        None if all changes together are not enough.
+    """
+    changed_by = [(change, change.apply(settings)) for change in CHANGES]
+    useful = [change for change, to in changed_by if to is not settings and to.quantize_kept in formats]
+    for change in useful:
+        needs = count(change.apply(settings))
+        if fits(peak_of(settings, needs), available):
+            return [change], needs
+    taken: list[Change] = []
+    for change in useful:
+        changed = change.apply(settings)
+        if changed is settings:  # an earlier change has done more
+            continue
+        settings, taken = changed, [*taken, change]
+        needs = count(settings)
+        if fits(peak_of(settings, needs), available):
+            return taken, needs
+    return None
+
+
+def room_of_card(card: str) -> int:
+    """Return the bytes of a preset card that a run may take.
+
+    Raises:
+        InvalidInputError: If it is not one of :data:`CARDS`.
+    """
+    if card not in CARDS:
+        raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
+    share, more = NOT_OURS
+    return round((CARDS[card] * (1 - share) - more) * 2**30)
+
+
+def with_spare_used(
+    settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
+) -> MemorySettings:
+    """Return settings that fit, with memory that is left put to use: activations are kept instead of recomputed.
+
+    That changes nothing of the result and makes a step faster. Half a GiB is the smallest portion.
+
+    Args:
+        settings: Some that fit.
+        available: Bytes.
+        count: What a run with some settings takes.
+    """
+    if not settings.config.checkpointing:
+        return settings
+
+    def possible(**fields: object) -> MemorySettings | None:
+        changed = _config(**fields)(settings)
+        return changed if fits(peak_of(changed, count(changed)), available) else None
+
+    everything = possible(checkpointing=False, activation_budget=0.0)
+    if everything:
+        return everything
+    spare = available / (1.0 + MARGIN) - peak_of(settings, count(settings))
+    budget = settings.config.activation_budget + spare // _PORTION * _PORTION
+    while budget > settings.config.activation_budget:
+        larger = possible(activation_budget=budget)
+        if larger:
+            return larger
+        budget -= _PORTION
+    return settings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a training will fit.
+
+    Attributes:
+        starts: Whether it can start at all.
+        problem: What is wrong, one sentence for people; empty if nothing is.
+    """
+
+    starts: bool
+    problem: str = ""
+
+
+def verdict_on_training(peak: int, weights: int, largest_block: int, available: int, place: str) -> Verdict:
+    """Judge a training by its counted peak.
+
+    Hosts that run out of room for weights keep them in host memory and bring them over when they are used. So what does
+    not fit with all weights is slow; what does not fit without them fails.
+
+    Args:
+        peak: Bytes of all that lives at the same time, weights included.
+        weights: Of these, the weights.
+        largest_block: Bytes of the weights that must be there at the same time.
+        available: Bytes of the device.
+        place: Its name.
+    """
+    if fits(peak, available):
+        return Verdict(True)
+    has = f"{place} has {format_bytes(available)} free"
+    least = peak - weights + largest_block
+    if fits(least, available):
+        return Verdict(
+            True,
+            f"Training takes {format_bytes(peak)} and {has}, so weights are moved in every step, which is slow.",
+        )
+    return Verdict(
+        False, f"Training takes {format_bytes(least)} even without most of its weights, and {has}. It was not started."
+    )

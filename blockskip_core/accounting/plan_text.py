@@ -1,0 +1,91 @@
+"""The plan of ``plan`` in sentences."""
+
+from __future__ import annotations
+
+from ..units import format_bytes
+from .memory_needs import MemoryNeeds
+from .plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
+
+
+def advice(found: tuple[list[Change], MemoryNeeds] | None) -> str:
+    """Return what :func:`changes_that_fit` found as a sentence."""
+    if found is None:
+        return "No change of settings makes it fit; skip more blocks at Select Blocks or load a quantised model."
+    return f"It fits if you {' and '.join(change.text for change in found[0])}."
+
+
+def report(
+    settings: MemorySettings,
+    needs: MemoryNeeds,
+    available: int,
+    place: str,
+    found: tuple[list[Change], MemoryNeeds] | None,
+    *,
+    draws: int = 1,
+    speed: float | None = None,
+) -> str:
+    """Return the plan for people, several lines.
+
+    Args:
+        settings, needs: The run and what it takes.
+        available: Bytes of the device that it may take.
+        place: The device's name.
+        found: What :func:`changes_that_fit` gave, if it does not fit.
+        draws: Training examples, all of which are precomputed.
+        speed: Operations per second of the device, see ``throughput``; None for a card that is not here.
+    """
+    lines = [_verdict(settings, needs, available, place, found), ""]
+    for phase, peak in phase_peaks(needs).items():
+        note = ""
+        if phase == "training":
+            note = f", of which weights {format_bytes(needs.training.weights)}"
+        if phase == PHASES[0] and not settings.measured:
+            note = ", only with method attention mask"
+        lines.append(f"{phase}: {format_bytes(peak)} on the device{note}")
+    lines.append(f"host memory beside the model: up to {format_bytes(needs.host)}")
+    lines.append(f"disk: {format_bytes(needs.disk)} of residuals" if needs.disk else "disk: no residuals")
+    lines.append(_time(needs, draws, speed))
+    lines.append("")
+    lines.append(
+        f"Counted, not estimated: bytes of all tensors that live at the same time. The device needs more than that; "
+        f"{MARGIN:.0%} are added for it in the verdict."
+    )
+    return "\n".join(lines)
+
+
+def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
+    parts = {"a training step": needs.training.operations}
+    if needs.precomputing is not None:
+        parts[f"precomputing {draws:,} draws"] = draws * needs.precomputing.operations
+    counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
+    if speed is None:
+        return f"work: {counted}. How long that takes on a card that is not here is not known."
+    times = ", ".join(f"{what} {_duration(operations / speed)}" for what, operations in parts.items())
+    return f"work: {counted}. At least: {times}, at the {speed / 1e12:,.3g} TFLOP/s of this device's matrix products."
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100.0 else f"{seconds / 60:,.0f} min"
+
+
+def _verdict(
+    settings: MemorySettings,
+    needs: MemoryNeeds,
+    available: int,
+    place: str,
+    found: tuple[list[Change], MemoryNeeds] | None,
+) -> str:
+    peak = peak_of(settings, needs)
+    has = f"{format_bytes(available)} of {place}"
+    if fits(peak, available):
+        return f"It fits: {format_bytes(peak)} of {has}."
+    if found is None:
+        return (
+            f"It does not fit: {format_bytes(peak)}, and there are {has}. No change of settings is enough. Skip more blocks at "
+            "Select Blocks, set `kept_weights` to streamed, or load a quantised model."
+        )
+    changes, then = found
+    return (
+        f"It does not fit: {format_bytes(peak)}, and there are {has}. It will if you "
+        f"{' and '.join(change.text for change in changes)}: {format_bytes(peak_of(settings, then))}."
+    )

@@ -1,0 +1,91 @@
+"""How many bytes weights take: as they are kept now, and as they would be after quantisation, from shapes alone.
+
+The formats are the host's own (ComfyUI keeps whole models in them); nothing is quantised here. Bytes by format for a
+weight of shape (out, in), each with what it stores beside the numbers:
+
+    fp8      1 byte per number, one float32 scale
+    int8     1 byte per number, a float32 scale per row
+    4-bit    NVFP4: half a byte per number, an 8-bit scale for every 16 numbers of a row, one float32 scale. Rows and
+             columns are padded to multiples of 16, and the scales to tiles of 128 rows by 4 scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..model import is_linear
+
+QuantizeKept = Literal["off", "fp8", "int8", "4-bit"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A format for the weights of linear layers.
+
+    Attributes:
+        algorithm: The host's name.
+        num_bytes: (out, in) -> bytes.
+        options: What the host's quantiser is told.
+    """
+
+    algorithm: str
+    num_bytes: Callable[[int, int], int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _up_to(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _nvfp4_bytes(rows: int, columns: int) -> int:
+    rows, columns = _up_to(rows, 16), _up_to(columns, 16)
+    return rows * columns // 2 + _up_to(rows, 128) * _up_to(columns // 16, 4) + 4
+
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    "fp8": WeightFormat("float8_e4m3fn", lambda rows, columns: rows * columns + 4, {"scale": "recalculate"}),
+    "int8": WeightFormat("int8_tensorwise", lambda rows, columns: rows * columns + 4 * rows, {"per_channel": True}),
+    "4-bit": WeightFormat("nvfp4", _nvfp4_bytes, {"scale": "recalculate"}),
+}
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes where it is kept; of a quantised one, with its scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
+
+
+def is_quantizable(layer: nn.Module) -> bool:
+    """Return whether a layer is a linear one whose weight is a plain matrix of more than one byte per number."""
+    weight = getattr(layer, "weight", None)
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return is_linear(layer) and plain and weight.dim() == 2 and weight.dtype.itemsize > 1
+
+
+def is_shrunk(layer: nn.Module, weight_format: str) -> bool:
+    """Return whether a layer is one that takes fewer bytes in a format; others are left as they are."""
+    return is_quantizable(layer) and WEIGHT_FORMATS[weight_format].num_bytes(*layer.weight.shape) < layer.weight.nbytes
+
+
+def predicted_bytes(block: nn.Module, weight_format: str) -> int:
+    """Return the bytes of a block's weights after its linear layers were quantised.
+
+    Only shapes and dtypes are read, so the block may lie on the meta device. Layers that are quantised already, biases
+    and norms stay as they are.
+
+    Args:
+        block: The block as loaded.
+        weight_format: A key of ``WEIGHT_FORMATS``, or "off".
+    """
+    total = sum(stored_bytes(parameter) for parameter in block.parameters())
+    if weight_format == "off":
+        return total
+    layers = [layer for layer in block.modules() if is_shrunk(layer, weight_format)]
+    num_bytes = WEIGHT_FORMATS[weight_format].num_bytes
+    return total + sum(num_bytes(*layer.weight.shape) - layer.weight.nbytes for layer in layers)

@@ -1,0 +1,1 @@
+"""What is trained: low-rank adapters, and their form in files."""

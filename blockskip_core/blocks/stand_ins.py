@@ -1,0 +1,219 @@
+"""Modules that stand in for a model's blocks while residuals are computed or a LoRA is trained.
+
+    PassThrough     hands its tokens on; holds no weights
+    ReplayFront     puts in the stored output of the front span; holds no weights
+    AddResidual     adds the stored residual of the back span, and its linear answer if there is one; holds no weights
+    RecordingBlock  runs the real block and keeps what went in and came out
+    TrainedBlock    runs the real block so that gradients are right, checkpointed or not
+    FoldedBlock     runs the real block in a recording pass, replays it in the training pass
+
+Those that run the real block share its weights under the block's own names, without a copy and without touching the
+block itself: see ``weight_sharing``.
+
+Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..model import BlockIO, TokenStreams
+from .out_of_place import OutOfPlace
+from .replay import Replay
+from .saved_bytes import SavedBytes
+from .weight_sharing import weight_sharing_copy
+
+
+class PassThrough(nn.Module):
+    """Hands its tokens on unchanged."""
+
+    def __init__(self, io: BlockIO) -> None:
+        super().__init__()
+        self.io = io
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.io.result(self.io.entering(args, kwargs), args, kwargs)
+
+
+class ReplayFront(nn.Module):
+    """Drops its tokens and puts in ``replay.front``, as clones: whoever comes next may write into them."""
+
+    def __init__(self, io: BlockIO, replay: Replay) -> None:
+        super().__init__()
+        self.io = io
+        self.replay = replay
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        entering = self.io.entering(args, kwargs)
+        stored = self.replay.front.map(lambda x: x.to(entering.img, copy=True))
+        return self.io.result(stored, args, kwargs)
+
+
+class AddResidual(nn.Module):
+    """Adds ``replay.back`` to the image tokens; text tokens pass, for no head reads them."""
+
+    def __init__(self, io: BlockIO, replay: Replay) -> None:
+        super().__init__()
+        self.io = io
+        self.replay = replay
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        entering = self.io.entering(args, kwargs)
+        img = entering.img + self.replay.back.to(entering.img)
+        if self.replay.response is not None:
+            img = img + entering.img @ self.replay.response.to(entering.img)
+        return self.io.result(TokenStreams(img, entering.txt), args, kwargs)
+
+
+class _Stand(nn.Module):
+    """A module with the parameters, buffers and children of a weight-sharing copy, under the same names."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        twin = weight_sharing_copy(block)
+        self._parameters, self._buffers, self._modules = twin._parameters, twin._buffers, twin._modules
+        self.__dict__["twin"] = twin  # not registered: a child would push every name one level down
+        self.train(block.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["twin"], name)  # hosts read attributes off their blocks
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with OutOfPlace():
+            return self.twin(*args, **kwargs)
+
+
+@dataclass
+class Recording:
+    """What a recording stand-in has seen in the last forward."""
+
+    entering: TokenStreams | None = None
+    leaving: TokenStreams | None = None
+
+
+class RecordingBlock(_Stand):
+    """Runs the block and keeps the tokens that went in and came out in ``recording``."""
+
+    def __init__(self, block: nn.Module, io: BlockIO, recording: Recording) -> None:
+        super().__init__(block)
+        self.io = io
+        self.recording = recording
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.run(*args, **kwargs)
+        self.recording.entering = self.io.entering(args, kwargs)
+        self.recording.leaving = self.io.leaving(result, args, kwargs).map(torch.clone)
+        return result
+
+
+class TrainedBlock(_Stand):
+    """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
+
+    Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the tensors that
+    came in, which nobody has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
+
+    Attributes:
+        checkpointed: Whether activations are recomputed.
+        saved: Counts what a checkpoint holds, while it is set.
+        counting: Whether the next forward sets ``activation_bytes``.
+        activation_bytes: What the block would keep if it were not checkpointed.
+    """
+
+    def __init__(self, block: nn.Module, *, checkpointed: bool) -> None:
+        super().__init__(block)
+        self.checkpointed = checkpointed
+        self.saved: SavedBytes | None = None
+        self.counting = False
+        self.activation_bytes = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return self.run(*args, **kwargs)
+        if self.saved is not None:  # what a checkpoint holds does not pass through saved-tensor hooks
+            for value in (*args, *kwargs.values()):
+                self.saved.add(value)
+        if isinstance(kwargs.get("transformer_options"), dict):
+            kwargs["transformer_options"] = kwargs["transformer_options"].copy()
+        if self.counting:
+            self._count(args, kwargs)
+        return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _count(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Set ``activation_bytes`` to what the block would keep for its backward if it were not checkpointed."""
+        kept = SavedBytes()
+        with kept.counting(dropped=True):
+            self.run(*args, **kwargs)
+        self.activation_bytes = kept.total
+
+
+@dataclass
+class Fold:
+    """State of the folded form: first a pass over the whole network that records, then one that replays.
+
+    Attributes:
+        recording: Which pass it is.
+        front: Output of the front span in the recording pass.
+        back: Sum of the image residuals of the back span in the recording pass.
+    """
+
+    recording: bool = False
+    front: TokenStreams | None = None
+    back: Tensor | None = None
+    replay: Replay = field(default_factory=Replay)
+
+    def start_recording(self) -> None:
+        """Begin a pass over the whole network."""
+        self.recording, self.front, self.back = True, None, None
+
+    def start_replay(self) -> None:
+        """Begin the pass that is trained."""
+        self.recording = False
+        self.replay.front, self.replay.back = self.front, self.back
+
+
+class FoldedBlock(_Stand):
+    """A skipped block of the folded form: real while ``fold`` records, ``replayed`` otherwise.
+
+    Args:
+        block: The real block.
+        io: How it takes and gives tokens.
+        fold: The pass that is on.
+        replayed: The weightless stand-in of the training pass.
+        keeps: What the recording pass keeps of this block: its output ("front"), its image residual ("back"), or
+            nothing.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        io: BlockIO,
+        fold: Fold,
+        replayed: nn.Module,
+        *,
+        keeps: Literal["front", "back", "nothing"],
+    ) -> None:
+        super().__init__(block)
+        self.io = io
+        self.fold = fold
+        self.__dict__["replayed"] = replayed
+        self.keeps = keeps
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.fold.recording:
+            return self.replayed(*args, **kwargs)
+        result = self.run(*args, **kwargs)
+        leaving = self.io.leaving(result, args, kwargs)
+        if self.keeps == "back":
+            added = leaving.img - self.io.entering(args, kwargs).img
+            self.fold.back = added if self.fold.back is None else self.fold.back + added
+        elif self.keeps == "front":
+            self.fold.front = leaving.map(torch.clone)
+        return result

@@ -1,0 +1,78 @@
+"""Copies of modules that share the original's weights, without touching the original."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def weight_sharing_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module tree that owns no weights of its own: same names, same memory.
+
+    Loaders that run under ``torch.inference_mode`` leave inference tensors behind, which autograd refuses to save. A
+    tensor laid over the same memory outside inference mode is an ordinary one; the original is not touched. Quantised
+    weights that can be taken apart (torch's wrapper subclasses) are put together again from such tensors. Packed bytes
+    of other classes are kept as they are: the LoRA layers never save them.
+    """
+    twin = copy.copy(module)
+    twin._parameters = {name: weight_sharing_alias(parameter) for name, parameter in module._parameters.items()}
+    twin._buffers = {name: weight_sharing_alias(buffer) for name, buffer in module._buffers.items()}
+    twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
+    copy_hooks(module, twin)
+    return twin
+
+
+def copy_hooks(module: nn.Module, twin: nn.Module) -> None:
+    """Give a copy the forward hooks of a module, in collections of its own."""
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(twin, hooks, copy.copy(getattr(module, hooks)))
+
+
+def weight_sharing_alias(tensor: Tensor | None) -> Tensor | None:
+    """Return an ordinary tensor over the memory of one that may be an inference tensor; see :func:`weight_sharing_copy`."""
+    if tensor is None or tensor.is_meta:
+        return tensor
+    with torch.inference_mode(False):
+        if is_traceable_wrapper_subclass(tensor):
+            return _alias_parts(tensor)
+        if type(tensor) not in (Tensor, nn.Parameter) and not is_unpacked(tensor):
+            return tensor
+        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
+
+
+def is_unpacked(tensor: Tensor) -> bool:
+    """Tell numbers in another class, as some file formats give small tensors, from packed bytes.
+
+    The first are used as ordinary tensors: what is computed with them would be of that class too, and such classes
+    may not let themselves be detached.
+    """
+    return tensor.is_floating_point() and tuple(tensor.shape) == tuple(tensor.size())
+
+
+def _alias_parts(tensor: Tensor) -> Tensor:
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: weight_sharing_alias(getattr(tensor, name)) for name in names}
+    twin = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        twin._is_param = True  # what nn.Parameter does, but for detaching, which copies the scales of some formats
+    return twin
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """Return a weight-sharing copy that runs without gradients; hosts may leave weights trainable.
+
+    It is no module around the module: a host that finds a layer at this path writes its own marks onto it.
+    """
+    twin = weight_sharing_copy(module)
+    twin.forward = torch.no_grad()(twin.forward)
+    return twin

@@ -1,0 +1,186 @@
+"""The frozen training schedule: every random decision of a run, made up front from one seed.
+
+A stored residual belongs to one picture, crop, caption, noise level and noise (DiT-BlockSkip, arXiv 2603.20755,
+Sec. 3.3: residuals are stored "for each training iteration"). So the decisions are drawn first, written down, and
+replayed identically while residuals are computed and while the LoRA is trained, at any batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError, InvalidInputError
+from .patch_sampling import PatchConfig, crop_side, reference_size
+
+SCHEDULE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One training example.
+
+    Attributes:
+        picture: Index of the picture.
+        caption: Index of the conditioning.
+        sigma: Noise level in (0, 1], as the model is given it.
+        side, top, left: The crop in pixels of the picture at its reference size.
+        noise_seed: Seed of the noise that is mixed in.
+    """
+
+    picture: int
+    caption: int
+    sigma: float
+    side: int
+    top: int
+    left: int
+    noise_seed: int
+
+    def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return this draw's Gaussian noise on the CPU; the same numbers on every machine and device."""
+        generator = torch.Generator(device="cpu").manual_seed(self.noise_seed)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(dtype)
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """All draws of a run, in the order in which they are used.
+
+    Attributes:
+        draws: The examples.
+        patches: How crops were chosen.
+        seed: What everything was drawn from.
+        timesteps: Name of the noise level distribution, for people.
+    """
+
+    draws: tuple[Draw, ...]
+    patches: PatchConfig
+    seed: int
+    timesteps: str
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, index: int) -> Draw:
+        return self.draws[index]
+
+    def __iter__(self) -> Iterator[Draw]:
+        return iter(self.draws)
+
+    def to_json(self) -> str:
+        """Return the schedule as text; equal schedules give equal text."""
+        content = {
+            "version": SCHEDULE_VERSION,
+            "seed": self.seed,
+            "timesteps": self.timesteps,
+            "patches": asdict(self.patches),
+            "draws": [list(asdict(draw).values()) for draw in self.draws],
+        }
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingSchedule:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CacheError: If the text is not a schedule of this version.
+        """
+        try:
+            content = json.loads(text)
+            if content["version"] != SCHEDULE_VERSION:
+                raise CacheError(
+                    f"The training schedule has format {content['version']}, this version reads {SCHEDULE_VERSION}."
+                )
+            return cls(
+                draws=tuple(Draw(*row) for row in content["draws"]),
+                patches=PatchConfig(**content["patches"]),
+                seed=content["seed"],
+                timesteps=content["timesteps"],
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CacheError("The training schedule cannot be read. Run Precompute Residuals again.") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash, 32 hexadecimal digits."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+
+def largest_crop(height: int, width: int, patches: PatchConfig) -> int:
+    """Return the largest crop side in pixels that a picture of this size has room for."""
+    shorter = min(reference_size(height, width, patches))
+    return min(patches.patch_max, shorter // patches.multiple * patches.multiple)
+
+
+def draw_schedule(
+    picture_sizes: Sequence[tuple[int, int]],
+    *,
+    num_captions: int,
+    num_draws: int,
+    patches: PatchConfig,
+    sample_sigmas: Callable[[int, torch.Generator], Tensor],
+    seed: int,
+    timesteps: str = "model",
+) -> TrainingSchedule:
+    """Decide picture, caption, noise level, crop and noise of every training example.
+
+    Pictures are visited in shuffled rounds, so that each is seen equally often. The crop is placed uniformly inside
+    the picture (the paper does not say how it places crops).
+
+    Args:
+        picture_sizes: Height and width in pixels of each picture as given.
+        num_captions: 1 (one caption for all pictures) or the number of pictures (one each).
+        num_draws: How many examples to draw.
+        patches: Crop sides and order.
+        sample_sigmas: ``(count, generator) -> sigmas`` of shape (count,) in (0, 1].
+        seed: Everything follows from it.
+        timesteps: Name of the noise level distribution, recorded with the schedule.
+
+    Raises:
+        InvalidInputError: If there are no pictures or draws, the captions fit neither way, or a picture is too small.
+    """
+    if not picture_sizes:
+        raise InvalidInputError("No pictures came in. Connect at least one picture to `images`.")
+    if num_captions not in (1, len(picture_sizes)):
+        raise InvalidInputError(
+            f"Expected one caption for all or one for each of the {len(picture_sizes)} pictures, "
+            f"got {num_captions} captions."
+        )
+    if num_draws < 1:
+        raise InvalidInputError(f"At least one draw is needed, got {num_draws}.")
+    sizes = [reference_size(height, width, patches) for height, width in picture_sizes]
+    room = [largest_crop(height, width, patches) for height, width in picture_sizes]
+
+    rng = Random(seed)
+    sigmas = sample_sigmas(num_draws, torch.Generator(device="cpu").manual_seed(rng.getrandbits(63)))
+    order = _shuffled_rounds(len(sizes), num_draws, rng)
+    draws = []
+    for picture, sigma in zip(order, sigmas.tolist(), strict=True):
+        height, width = sizes[picture]
+        side = crop_side(sigma, patches, largest=room[picture], rng=rng)
+        draws.append(
+            Draw(
+                picture=picture,
+                caption=picture if num_captions > 1 else 0,
+                sigma=sigma,
+                side=side,
+                top=rng.randint(0, height - side),
+                left=rng.randint(0, width - side),
+                noise_seed=rng.getrandbits(63),
+            )
+        )
+    return TrainingSchedule(tuple(draws), patches, seed, timesteps)
+
+
+def _shuffled_rounds(count: int, total: int, rng: Random) -> list[int]:
+    order: list[int] = []
+    for _ in range(math.ceil(total / count)):
+        order.extend(rng.sample(range(count), count))
+    return order[:total]

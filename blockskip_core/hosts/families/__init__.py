@@ -1,0 +1,1 @@
+"""What differs between families of models: one file per family, and the registry of them."""

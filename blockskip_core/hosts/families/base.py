@@ -1,0 +1,169 @@
+"""What this package must know of a family of diffusion transformers. One file per family, nothing elsewhere."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...accounting.weight_formats import stored_bytes
+from ...adapters.lora import LoraTargets
+from ...errors import InvalidInputError
+from ...model import BlockInfo, BlockIO, TokenStreams
+from .token_positions import TokenPositions
+
+TEXT_TOKENS = (
+    "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
+)
+
+
+class FamilyAdapter(ABC):
+    """A family's blocks, tokens and layers, as its ComfyUI class lays them out.
+
+    Attributes:
+        family: Short name, kept in files.
+        title: Name for people.
+        stem: Modules before the first block; a variant of the family may lack some.
+        trainable_head: Modules after the last block.
+        attention_layers, mlp_layers: How the names of a block's linear layers end.
+        text_output_layers: How the names of those end that change a block's text tokens and nothing else.
+        text_entry: The linear layer that a text's tokens enter by.
+        pooled_entry: The one that a text's pooled vector enters by, if there is one.
+    """
+
+    family: ClassVar[str]
+    title: ClassVar[str]
+    stem: ClassVar[tuple[str, ...]]
+    trainable_head: ClassVar[tuple[str, ...]]
+    attention_layers: ClassVar[tuple[str, ...]]
+    mlp_layers: ClassVar[tuple[str, ...]]
+    text_output_layers: ClassVar[tuple[str, ...]] = ()
+    text_entry: ClassVar[str]
+    pooled_entry: ClassVar[str] = ""
+
+    def __init__(self, diffusion_model: nn.Module) -> None:
+        self._model = diffusion_model
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, diffusion_model: nn.Module) -> bool:
+        """Return whether the model is of this family."""
+
+    @abstractmethod
+    def blocks(self) -> Sequence[BlockInfo]:
+        """Return all blocks in execution order."""
+
+    @abstractmethod
+    def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
+        """Return an APPLY_MODEL wrapper under which image tokens of these blocks cannot see the text."""
+
+    @abstractmethod
+    def token_positions(self) -> TokenPositions:
+        """Return how image tokens are told where they lie, for tokens of two sizes."""
+
+    @property
+    def frozen_stem(self) -> Sequence[str]:
+        """Modules before the first block that this model has."""
+        return [name for name in self.stem if isinstance(getattr(self._model, name, None), nn.Module)]
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a token in latent cells."""
+        return self._model.patch_size
+
+    @property
+    def width(self) -> int:
+        """Width of a token."""
+        return self._model.hidden_size
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent; the host pads to whole patches."""
+        patch = self.patch_size
+        return -(-rows // patch) * -(-columns // patch)
+
+    def text_tokens(self, text_length: int) -> int:
+        """Return how many text tokens are in the stream for a text of this length."""
+        return text_length
+
+    def require_texts(self, conditionings: Sequence[list]) -> None:
+        """Check that texts come from the text encoder of this family.
+
+        Args:
+            conditionings: Each ``[[tensor, settings]]``.
+
+        Raises:
+            InvalidInputError: If one is of another width than the model reads.
+        """
+        width, pooled_width = self._features(self.text_entry), self._features(self.pooled_entry)
+        for index, [[embedding, settings]] in enumerate(conditionings):
+            pooled = settings.get("pooled_output")
+            if width and embedding.shape[-1] != width:
+                self._refuse_text(index, embedding.shape[-1], width)
+            if pooled_width and pooled is not None and pooled.shape[-1] < pooled_width:  # what is more is not read
+                self._refuse_text(index, pooled.shape[-1], pooled_width)
+
+    def _features(self, name: str) -> int | None:
+        layer = dict(self._model.named_modules()).get(name) if name else None
+        return getattr(layer, "in_features", None)
+
+    def _refuse_text(self, index: int, got: int, expected: int) -> None:
+        raise InvalidInputError(
+            f"Conditioning {index} is {got} numbers wide, {self.title} reads {expected}. Encode the text with the text "
+            "encoder that belongs to the model."
+        )
+
+    def is_lora_target(self, name: str, targets: LoraTargets) -> bool:
+        """Return whether the linear layer of this native name gets an adapter."""
+        suffixes = {
+            "attention and mlp": self.attention_layers + self.mlp_layers,
+            "attention": self.attention_layers,
+            "mlp": self.mlp_layers,
+        }.get(targets)
+        return suffixes is None or name.endswith(suffixes)
+
+    def is_text_output(self, name: str) -> bool:
+        """Return whether a layer only changes the text tokens that leave its block.
+
+        No head reads those, so in the last block that is trained such a layer has no gradient.
+        """
+        return name.endswith(self.text_output_layers)
+
+
+class JoinedBlockIO:
+    """``block(tokens, ...) -> tokens``, text first; a call tells how many text tokens there are."""
+
+    def __init__(self, num_text: Callable[[Mapping[str, Any]], int]) -> None:
+        self._num_text = num_text
+
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        return self._split(args[0], kwargs)
+
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        return self._split(result, kwargs)
+
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        return torch.cat((streams.txt, streams.img), dim=1)
+
+    def _split(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> TokenStreams:
+        num_text = self._num_text(kwargs["transformer_options"])
+        return TokenStreams(tokens[:, num_text:], tokens[:, :num_text])
+
+
+def block_info(diffusion_model: nn.Module, list_name: str, io: BlockIO) -> list[BlockInfo]:
+    """Return the blocks of one module list."""
+    infos = []
+    for index, block in enumerate(getattr(diffusion_model, list_name)):
+        parameters = list(block.parameters())
+        infos.append(
+            BlockInfo(
+                name=f"{list_name}.{index}",
+                io=io,
+                num_parameters=sum(math.prod(p.shape) for p in parameters),  # packed formats have fewer elements
+                num_bytes=sum(stored_bytes(p) for p in parameters),
+            )
+        )
+    return infos

@@ -1,0 +1,138 @@
+"""Published models at their full size, without their weights: for counting blocks, parameters and bytes.
+
+Every model is one of the host's own classes on the meta device, where a tensor has a shape and a dtype but no memory.
+The sizes are those that the host's ``model_detection`` reads off the published files: number of blocks, widths, text
+features; what it does not read off but sets for a kind of model (heads, axes, theta) is set to the same here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import comfy.supported_models
+import torch
+
+from ...errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class PublishedSize:
+    """What a published model is built from.
+
+    Attributes:
+        supported: Name of its class in ``comfy.supported_models``.
+        config: What ``model_detection`` gives for its file.
+    """
+
+    supported: str
+    config: Mapping[str, Any]
+
+
+def _flux2(hidden_size: int, context: int, depth: int, depth_single: int, guidance: bool) -> PublishedSize:
+    return PublishedSize(
+        "Flux2",
+        {
+            "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None,
+            "context_in_dim": context, "hidden_size": hidden_size, "mlp_ratio": 3.0, "num_heads": hidden_size // 128,
+            "depth": depth, "depth_single_blocks": depth_single, "axes_dim": [32, 32, 32, 32], "theta": 2000,
+            "qkv_bias": False, "ops_bias": False, "guidance_embed": guidance, "txt_ids_dims": [3],
+            "global_modulation": True, "mlp_silu_act": True, "default_ref_method": "index", "ref_index_scale": 10.0,
+        },
+    )  # fmt: skip
+
+
+def _flux1(guidance: bool) -> PublishedSize:
+    return PublishedSize(
+        "Flux" if guidance else "FluxSchnell",
+        {
+            "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768,
+            "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19,
+            "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
+            "guidance_embed": guidance, "txt_ids_dims": [],
+        },
+    )  # fmt: skip
+
+
+def _wan(dim: int, ffn_dim: int, num_layers: int, channels: int = 16) -> PublishedSize:
+    return PublishedSize(
+        "WAN21_T2V" if channels == 16 else "WAN22_T2V",
+        {
+            "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2), "dim": dim, "ffn_dim": ffn_dim,
+            "num_heads": dim // 128, "num_layers": num_layers, "in_dim": channels, "out_dim": channels,
+            "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+        },
+    )  # fmt: skip
+
+
+def _sd35(depth: int, table_side: int, self_attention: list[int]) -> PublishedSize:
+    text = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64 * depth}}
+    return PublishedSize(
+        "SD3",
+        {
+            "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": depth, "input_size": None,
+            "adm_in_channels": 2048, "context_embedder_config": text, "num_patches": table_side**2,
+            "pos_embed_max_size": table_side, "pos_embed_scaling_factor": None, "qk_norm": "rms",
+            "x_block_self_attn_layers": self_attention,
+        },
+    )  # fmt: skip
+
+
+_CHROMA = {
+    **{key: value for key, value in _flux1(guidance=False).config.items() if key != "guidance_embed"},
+    "image_model": "chroma", "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120,
+    "n_layers": 5, "vec_in_dim": None,
+}  # fmt: skip
+_Z_IMAGE = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560, "n_layers": 30,
+    "qk_norm": True, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+    "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}  # fmt: skip
+
+PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
+    {
+        "FLUX.1-dev": _flux1(guidance=True),
+        "FLUX.1-schnell": _flux1(guidance=False),
+        "FLUX.2-dev": _flux2(6144, 15360, depth=8, depth_single=48, guidance=True),
+        "FLUX.2-klein-4B": _flux2(3072, 7680, depth=5, depth_single=20, guidance=False),
+        "FLUX.2-klein-9B": _flux2(4096, 12288, depth=8, depth_single=24, guidance=False),
+        "Qwen-Image": PublishedSize("QwenImage", {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}),
+        "Z-Image": PublishedSize("ZImage", _Z_IMAGE),
+        "Wan2.1-T2V-1.3B": _wan(1536, 8960, num_layers=30),
+        "Wan2.1-T2V-14B": _wan(5120, 13824, num_layers=40),
+        "Wan2.2-TI2V-5B": _wan(3072, 14336, num_layers=30, channels=48),
+        "Chroma": PublishedSize("Chroma", _CHROMA),
+        "SD3.5-Large": _sd35(38, 192, []),
+        "SD3.5-Medium": _sd35(24, 384, list(range(13))),
+    }
+)
+META = torch.device("meta")
+
+
+def published_model(
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    cast_to: torch.dtype | None = None,
+    device: torch.device = META,
+) -> Any:
+    """Return the host's model (a BaseModel) of a published size, with every weight on the meta device.
+
+    Args:
+        name: A key of :data:`PUBLISHED_SIZES`.
+        dtype: Of the weights; the host keeps a few of some families in float32 whatever is asked for.
+        cast_to: What the host casts them to for every use, if it is not the same.
+        device: Another device for the weights, which are then whatever its memory held.
+
+    Raises:
+        InvalidInputError: If there is no such name.
+    """
+    if name not in PUBLISHED_SIZES:
+        raise InvalidInputError(f"Expected one of {', '.join(PUBLISHED_SIZES)}, got {name!r}.")
+    size = PUBLISHED_SIZES[name]
+    supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
+    supported.custom_operations = None
+    supported.set_inference_dtype(dtype, cast_to)
+    return supported.get_model({}, "", device=device)

@@ -1,0 +1,1 @@
+"""Files below ComfyUI's folders."""

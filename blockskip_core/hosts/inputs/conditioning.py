@@ -1,0 +1,138 @@
+"""CONDITIONING of the host -> the keyword arguments that a model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...errors import InvalidInputError
+
+# Settings of a CONDITIONING that act on a part of the picture or of the sampling: they mean nothing for a training crop.
+_NOT_FOR_TRAINING = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "reference_latents")
+
+
+def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
+    """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs.
+
+    ComfyUI's dataset nodes give a list with one CONDITIONING per picture; other nodes give one CONDITIONING with
+    several entries. Both are taken.
+
+    Raises:
+        InvalidInputError: If there is none, one is no text, is not finite, or carries settings that training cannot follow.
+    """
+    entries = [entry for conditioning in positive if _is_list(conditioning) for entry in conditioning]
+    if not entries:
+        raise InvalidInputError("No conditioning came in. Connect CLIP Text Encode or a dataset node to `positive`.")
+    for index, entry in enumerate(entries):
+        embedding, settings = _require_text(index, entry)
+        refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
+        if refused:
+            raise InvalidInputError(
+                f"Conditioning {index} carries {', '.join(refused)}, which training cannot follow. "
+                "Connect a plain text conditioning."
+            )
+        tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise InvalidInputError(f"Conditioning {index} contains NaN or Inf. Check the text encoder.")
+    return [[entry] for entry in entries]
+
+
+def require_sampleable(conditioning: Any, name: str) -> None:
+    """Check that a CONDITIONING is one that a sampler can follow; what its settings ask for is left to that.
+
+    Raises:
+        InvalidInputError: If there is none, or an entry holds no text, or numbers that are not finite.
+    """
+    if not _is_list(conditioning) or not conditioning:
+        raise InvalidInputError(f"No conditioning came in for `{name}`. Connect CLIP Text Encode.")
+    for index, entry in enumerate(conditioning):
+        embedding, settings = _parts(entry)
+        if embedding is None:
+            raise InvalidInputError(f"Conditioning {index} of `{name}` holds no text. Connect CLIP Text Encode.")
+        form, pooled = tuple(embedding.shape), settings.get("pooled_output")
+        if len(form) != 3 or 0 in form or not embedding.is_floating_point():
+            raise InvalidInputError(
+                f"Conditioning {index} of `{name}` must have shape (batch, tokens, width), got {form} of {embedding.dtype}. "
+                "Connect CLIP Text Encode."
+            )
+        if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
+            what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise InvalidInputError(
+                f"The pooled output of conditioning {index} must have shape (batch, width), got {what}."
+            )
+        if not embedding.isfinite().all() or (pooled is not None and not pooled.isfinite().all()):
+            raise InvalidInputError(f"Conditioning {index} of `{name}` contains NaN or Inf. Check the text encoder.")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _parts(entry: Any) -> tuple[Tensor | None, Mapping[str, Any]]:
+    """Return the embedding and the settings of a CONDITIONING's entry; no embedding if it is none."""
+    embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
+    return (embedding, settings) if isinstance(embedding, Tensor) and isinstance(settings, Mapping) else (None, {})
+
+
+def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return what an entry of a CONDITIONING is made of, if it is one text."""
+    embedding, settings = _parts(entry)
+    if embedding is None:
+        raise InvalidInputError(f"Conditioning {index} holds no text. Connect CLIP Text Encode or a dataset node.")
+    form = tuple(embedding.shape)
+    if len(form) != 3 or form[0] != 1 or 0 in form or not embedding.is_floating_point():
+        raise InvalidInputError(
+            f"Conditioning {index} must be one text of shape (1, tokens, width), got {form} of {embedding.dtype}. "
+            "Connect each text as a conditioning of its own."
+        )
+    pooled = settings.get("pooled_output")
+    if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != 1):
+        what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise InvalidInputError(f"The pooled output of conditioning {index} must have shape (1, width), got {what}.")
+    return embedding, settings
+
+
+def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return what ``model.apply_model`` takes for one conditioning beside latent and sigma, batch axis 1.
+
+    Args:
+        model: The host's model (a BaseModel).
+        conditioning: ``[[tensor, settings]]``.
+        latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
+        device: Where the arguments shall lie.
+
+    Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
+    """
+    converted = comfy.sampler_helpers.convert_cond(conditioning)
+    encoded = comfy.samplers.encode_model_conds(
+        model.extra_conds, converted, latent, device, "positive", latent_image=latent, denoise_mask=None, seed=0
+    )
+    arguments = encoded[0]["model_conds"]
+    return {name: _plain(value.process_cond(batch_size=1, area=None).cond) for name, value in arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def join_arguments(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
+
+    Raises:
+        InvalidInputError: If one row has what another lacks (a mask over the text, say): they cannot be one batch.
+    """
+    first = rows[0]
+    if any(row.keys() != first.keys() for row in rows):
+        raise InvalidInputError(
+            "Two captions of one batch carry different settings. Encode all captions in the same way, or set "
+            "batch_size to 1."
+        )
+    return {
+        name: torch.cat([row[name] for row in rows]) if isinstance(value, Tensor) else value
+        for name, value in first.items()
+    }

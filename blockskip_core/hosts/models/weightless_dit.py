@@ -1,0 +1,175 @@
+"""A model without weights as a :class:`~...model.SkippableDit`: for counting what a run will take, before it.
+
+The host's own classes run on the ``meta`` device. The host's loader is not used: it would make the weights real.
+Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that whoever counts sees them come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor, nn
+
+from ...accounting.measuring import FusedAttention
+from ...accounting.weightless import PACKED, replaced, weightless_copy
+from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
+from ..families.base import TEXT_TOKENS
+from ..families.published_sizes import published_model
+from ..families.registry import adapter_for
+from ..inputs.conditioning import join_arguments, model_arguments
+from ..inputs.frames import with_frame, without_frame
+from .hosted_dit import HostedDit
+
+# Marks of the host's memory management and of patches on single layers; with them a layer would look for its weights.
+_MARKS = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
+
+
+class WeightlessDit:
+    """A model whose tensors have shapes only.
+
+    Args:
+        model: The host's model (a BaseModel) with all weights on ``meta``.
+        arguments: What the model is called with beside latent and sigma, for each caption, batch axis 1; any device.
+    """
+
+    known_error = 0.0
+    room_for_blocks = 0  # one at a time: the least that precomputing takes
+
+    def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]]) -> None:
+        self.model = model
+        self.adapter = adapter_for(SimpleNamespace(model=model))
+        self.family = self.adapter.family
+        self.frozen_stem = self.adapter.frozen_stem
+        self.trainable_head = self.adapter.trainable_head
+        self.width = self.adapter.width
+        self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
+
+    @classmethod
+    def of(cls, dit: HostedDit) -> WeightlessDit:
+        """Return the weightless twin of a loaded MODEL, with the same captions."""
+        model = weightless_copy(dit.patcher.model, without=_MARKS)
+        _replace_packed_layers(model.diffusion_model)
+        model.current_patcher = None
+        return cls(model, dit._arguments)
+
+    @classmethod
+    def published(
+        cls, name: str, caption: list, latent_shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    ) -> WeightlessDit:
+        """Return a published model at its full size.
+
+        Args:
+            name: A key of ``published_sizes.PUBLISHED_SIZES``.
+            caption: A conditioning, ``[[tensor, settings]]``.
+            latent_shape: (C, H, W).
+            dtype: Of the weights. Of one that the host cannot compute in, it casts to bfloat16 for every use.
+        """
+        cast_to = torch.bfloat16 if dtype.itemsize < 2 else None
+        model = published_model(name, dtype, cast_to)
+        with torch.inference_mode(False), torch.no_grad():
+            latent = with_frame(model, torch.zeros(1, *latent_shape))
+            return cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))])
+
+    @cached_property
+    def blocks(self) -> Sequence[BlockInfo]:
+        """All blocks in execution order."""
+        return self.adapter.blocks()
+
+    @property
+    def device(self) -> torch.device:
+        """``meta``."""
+        return torch.device("meta")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token streams."""
+        return self.model.get_dtype_inference()
+
+    def module(self, name: str) -> nn.Module:
+        """Return the module at a path; never to be changed."""
+        return self.model.diffusion_model.get_submodule(name)
+
+    text_length = HostedDit.text_length
+    text_tokens = HostedDit.text_tokens
+    image_tokens = HostedDit.image_tokens
+    lora_layers = HostedDit.lora_layers
+    weight_for_backward = HostedDit.weight_for_backward
+
+    @contextmanager
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> Iterator[Denoiser]:
+        """Run a shallow copy of the model with ``replacements`` in place.
+
+        Args:
+            replacements: Path below the diffusion model -> stand-in.
+            activation_bytes, weights: Not read; everything counts as loaded.
+
+        Yields:
+            The denoiser, bound to the captions.
+        """
+        model = replaced(self.model, {f"diffusion_model.{name}": module for name, module in replacements.items()})
+        was_training = comfy.model_management.in_training
+        loaded = [torch.empty_like(tensor) for tensor in _weights(model.diffusion_model)]
+        try:
+            comfy.model_management.in_training = True  # the kernels that a training run uses
+            yield self._denoiser(model)
+        finally:
+            comfy.model_management.in_training = was_training
+            loaded.clear()
+
+    def _denoiser(self, model: Any) -> Denoiser:
+        options = {"optimized_attention_override": _torch_attention}
+
+        def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
+            joined = join_arguments([self._arguments[caption] for caption in captions])
+            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
+            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            latents = with_frame(model, noisy)
+            return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
+
+        return denoise
+
+
+def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Attend with torch's fused kernel, the host's choice on a GPU unless it is told otherwise."""
+    with FusedAttention():
+        return attention_pytorch(*args, **kwargs)
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """Return what is loaded: parameters and buffers, each once; what is trained is not the model's."""
+    tensors = (*module.parameters(), *module.buffers())
+    return list({id(tensor): tensor for tensor in tensors if not tensor.requires_grad}.values())
+
+
+def _shape_of(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _replace_packed_layers(module: nn.Module) -> None:
+    """Put the host's own layers in the place of other packs' packed ones, which cannot unpack a shape.
+
+    Like those, they make a weight in the dtype of the computation whenever they run.
+    """
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if is_linear(child) and hasattr(child, "cast_bias_weight"):
+            module._modules[name] = comfy.ops.manual_cast.Linear(
+                child.in_features, child.out_features, bias=child.bias is not None, device="meta", dtype=PACKED
+            )
+        else:
+            _replace_packed_layers(child)

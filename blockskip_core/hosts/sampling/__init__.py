@@ -1,0 +1,1 @@
+"""Pictures sampled with the host's own samplers: probes, training samples, RALU."""

@@ -1,0 +1,99 @@
+"""Finds the regions that become fine early, in what the host's VAE makes of a clean estimate, or in the estimate itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...errors import InvalidInputError
+from ...ralu.noise_matching import seeded_noise
+from ...ralu.regions import choose_regions, edge_scores, gradient_scores, masked_tokens
+from ..inputs.frames import with_frame
+
+REGIONS = ("edges", "latent gradient", "edges (as published)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionChoice:
+    """How the early regions are found.
+
+    Attributes:
+        method: One of :data:`REGIONS`.
+        ratio: Share of the coarse tokens.
+        vae: Decodes the estimate; edges need it.
+        mask: Regions that are taken first, shape (B or 1, H, W), any size.
+
+    Raises:
+        InvalidInputError: If there is no such method, the ratio is no share, or the mask is none.
+    """
+
+    method: str
+    ratio: float
+    vae: Any | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in REGIONS:
+            raise InvalidInputError(f"regions must be one of {', '.join(REGIONS)}, got {self.method!r}.")
+        if not 0.0 <= self.ratio <= 1.0:
+            raise InvalidInputError(f"The share of early regions must be between 0 and 1, got {self.ratio}.")
+
+        mask = self.mask
+        if mask is not None and (mask.ndim not in (2, 3) or 0 in mask.shape or not mask.float().isfinite().all()):
+            raise InvalidInputError(
+                f"A mask must have rows, columns and finite numbers, got shape {tuple(mask.shape)}. Connect a MASK."
+            )
+
+    def check(self) -> None:
+        """Make sure that regions can be found, before anything is sampled.
+
+        Raises:
+            InvalidInputError: If a VAE is missing.
+        """
+        if self.method != "latent gradient" and self.vae is None:
+            raise InvalidInputError(
+                f"Regions by {self.method} are found in the decoded picture, and no VAE came in. Connect `vae`, or set "
+                "`regions` to latent gradient."
+            )
+
+    def found(
+        self, model: Any, clean: Tensor, grid: tuple[int, int], seed: int, indices: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the regions, and the pictures that were decoded for them.
+
+        Args:
+            model: The host's model (a BaseModel).
+            clean: Clean estimates in its own space, shape (B, C, H, W).
+            grid: Rows and columns of coarse tokens.
+            seed, indices: Decide between regions that are alike.
+
+        Returns:
+            Regions, shape (B, rows, columns), boolean; pictures, shape (B, H, W, 3), if there is a VAE.
+        """
+        pictures = None if self.vae is None else self._decoded(model, clean)
+        if self.method == "latent gradient":
+            scores = gradient_scores(clean.float().cpu(), grid)
+        else:
+            scores = edge_scores(pictures, grid, bright_half_only=self.method != "edges")
+        forced = None if self.mask is None else _for_batch(masked_tokens(_on_cpu(self.mask), grid), len(scores))
+        return choose_regions(scores, self.ratio, forced, seeded_noise(scores.shape, seed, 0, indices)), pictures
+
+    def _decoded(self, model: Any, clean: Tensor) -> Tensor:
+        latent = model.process_latent_out(with_frame(model, clean).float())
+        pictures = self.vae.decode(latent.to(comfy.model_management.intermediate_device()))
+        return pictures.reshape(-1, *pictures.shape[-3:]).float().cpu()  # a video's frames are a batch
+
+
+def _on_cpu(mask: Tensor) -> Tensor:
+    """Return masks where the scores are, shape (B, H, W)."""
+    return mask.cpu().reshape(-1, *mask.shape[-2:])
+
+
+def _for_batch(flags: Tensor, batch: int) -> Tensor:
+    """Return one mask per picture; fewer masks than pictures repeat, as the host does it."""
+    return flags if len(flags) == 1 else flags[torch.arange(batch) % len(flags)]

@@ -1,0 +1,143 @@
+"""Probe pictures for block selection: sampled with image-to-text attention masked in some blocks, then compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ...errors import InvalidInputError
+from ...selection.text_influence import cosine_distance
+from ..families.registry import adapter_for
+from ..inputs.frames import latent_shape, with_frame
+
+_WRAPPER = "blockskip_text_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """How probe pictures are sampled. The paper gives none of this; the defaults are ours.
+
+    Attributes:
+        size: Side in pixels.
+        steps: Sampler steps (Euler).
+        cfg: Guidance scale; 1 for guidance-distilled models.
+        seed: Of the first picture's noise; the next pictures count up.
+        num_seeds: Pictures per prompt.
+
+    Raises:
+        InvalidInputError: If a count or the guidance is less than 1, or the size no multiple of 16.
+    """
+
+    size: int = 512
+    steps: int = 8
+    cfg: float = 1.0
+    seed: int = 0
+    num_seeds: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_seeds"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 1.0 <= self.cfg < float("inf"):
+            raise InvalidInputError(f"cfg must be at least 1, got {self.cfg}.")
+        if self.size < 16 or self.size % 16:
+            raise InvalidInputError(f"The probe size must be a positive multiple of 16 px, got {self.size}.")
+
+
+class MaskedSampler:
+    """Samples latents from a MODEL in which some blocks' image tokens cannot see the text.
+
+    Args:
+        patcher: The MODEL; clones are sampled from, it is left as it is.
+        probe: Size, steps, guidance.
+    """
+
+    def __init__(self, patcher: Any, probe: ProbeConfig) -> None:
+        self._patcher = patcher
+        self._probe = probe
+        self._adapter = adapter_for(patcher)
+
+    def sample(
+        self,
+        positive: list,
+        negative: list,
+        *,
+        seed: int,
+        masked: frozenset[int],
+        on_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return one picture's latent as a VAE would decode it, (1, C, H, W), or (1, C, 1, H, W) of a video model.
+
+        Args:
+            positive, negative: CONDITIONINGs.
+            seed: Of the noise.
+            masked: Indices of the blocks that are masked; with none the plain MODEL is sampled.
+            on_step: Called after every sampler step; may raise to interrupt.
+        """
+        patcher = self._patcher
+        if masked:
+            patcher = patcher.clone()
+            patcher.add_wrapper_with_key(
+                comfy.patcher_extension.WrappersMP.APPLY_MODEL,
+                _WRAPPER,
+                self._adapter.text_masking_wrapper(masked),
+            )
+        model = self._patcher.model
+        empty = with_frame(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
+        return comfy.sample.sample(
+            patcher,
+            comfy.sample.prepare_noise(empty, seed),
+            self._probe.steps,
+            self._probe.cfg,
+            "euler",
+            "simple",
+            positive,
+            negative,
+            empty,
+            callback=lambda *_: on_step() if on_step else None,
+            disable_pbar=True,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class PictureMetric:
+    """What two pictures are compared by.
+
+    Attributes:
+        name: For people.
+        embed: Latent, as a sampler gives it -> vector.
+    """
+
+    name: str
+    embed: Callable[[Tensor], Tensor]
+
+    def distance(self, a: Tensor, b: Tensor) -> float:
+        """Return 1 - cosine similarity of two embedded pictures."""
+        return cosine_distance(a, b)
+
+
+def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
+    """Return the paper's metric (a vision encoder's embedding) if both are given, else the latents themselves.
+
+    The paper compares DINO or CLIP embeddings; ComfyUI's CLIP Vision loader reads CLIP-ViT and DINOv2.
+    """
+    if vae is None or clip_vision is None:
+        return PictureMetric("latents", lambda latent: latent)
+    kind = getattr(clip_vision, "model_type", "clip_vision_model")
+
+    def embed(latent: Tensor) -> Tensor:
+        decoded = vae.decode(latent)
+        output = clip_vision.encode_image(decoded.reshape(-1, *decoded.shape[-3:]))  # a video's frames are a batch
+        if output["image_embeds"] is not None and not kind.startswith("dino"):
+            return output["image_embeds"]
+        return output["last_hidden_state"][:, 0]  # the class token, which is DINO's embedding
+
+    return PictureMetric(f"{kind} embedding", embed)

@@ -1,0 +1,118 @@
+"""Runs a model of the host on a latent with tokens of two sizes: its forward sees each token once, in a strip.
+
+A wrapper around ``apply_model``: outside of it a sampler, guidance, previews and masks work on a full-size latent, and
+inside of it the model works on a strip of tokens, whose places it is told. All else is the host's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.patcher_extension
+from torch import Tensor
+
+from ...errors import InvalidInputError, UnsupportedModelError
+from ...ralu.token_grid import MixedGrid, strip_of, tokens_of_strip
+from ..families.registry import adapter_for
+from ..families.sampled_families import positions_of
+from ..inputs.frames import with_frame, without_frame
+
+_WRAPPER = "blockskip_token_strips"
+_PICTURES = (
+    "ref_latents",
+    "reference_latent",
+    "context_latents",
+    "time_dim_concat",
+    "clip_fea",
+    "ref_contexts",
+    "image_cond",
+    "ref_latent",
+)
+
+
+class TokenStrips:
+    """A clone of a MODEL that can be called on tokens of two sizes.
+
+    Attributes:
+        patcher: The clone; sample from this one.
+        grid: Which tokens there are. None: the latent is an ordinary one.
+        patch: Side of a token in latent cells.
+
+    Args:
+        patcher: The MODEL; it is left as it is.
+
+    Raises:
+        UnsupportedModelError: If the model's family is not known, or cannot be told where tokens lie.
+    """
+
+    def __init__(self, patcher: Any) -> None:
+        self._positions, self.patch = positions_of(patcher)
+        self._model = patcher.model
+        self.grid: MixedGrid | None = None
+        self.patcher = patcher.clone()
+        self._positions.prepare(self.patcher)
+        self.patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _WRAPPER, self._wrapper)
+
+    def require_texts(self, conditioning: list) -> None:
+        """Check that texts come from the model's own text encoder, where its family says how wide they are.
+
+        Raises:
+            InvalidInputError: If one is of another width.
+        """
+        try:
+            adapter = adapter_for(self.patcher)
+        except UnsupportedModelError:  # a family that is sampled but not trained
+            return
+        adapter.require_texts([[entry] for entry in conditioning])
+
+    def _wrapper(
+        self,
+        executor: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        self._require_own_model(executor)
+        _only_text(c_concat, control, kwargs)
+        options = transformer_options or {}
+        if self.grid is None:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        grid = self.grid = self.grid.to(x.device)
+        latent = without_frame(self._model, x)
+        strip = with_frame(self._model, strip_of(grid.pick(latent, self.patch)))
+        with self._positions.placed(grid.places(len(latent)), options):
+            answer = executor(strip, t, c_concat, c_crossattn, control, options, **kwargs)
+        tokens = tokens_of_strip(without_frame(self._model, answer), self.patch)
+        return with_frame(self._model, grid.spread(tokens))
+
+    def _require_own_model(self, executor: Any) -> None:
+        """Refuse a copy of the model, which would not know where tokens lie and say nothing.
+
+        Raises:
+            InvalidInputError: If the host samples one.
+        """
+        if getattr(executor, "class_obj", self._model) is not self._model:
+            raise InvalidInputError(
+                "Region-adaptive sampling tells one model where tokens lie, and ComfyUI samples from a copy of it: a prompt "
+                "carries hooks (a LoRA of its own), or several GPUs share the work. Remove these, or use KSampler."
+            )
+
+
+def _only_text(c_concat: Any, control: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what has a size of its own and would have to be cut into the same tokens.
+
+    Raises:
+        InvalidInputError: With what is there.
+    """
+    found = [name for name in _PICTURES if kwargs.get(name) is not None and len(kwargs[name])]
+    found += ["a ControlNet"] if control is not None else []
+    found += ["a picture beside the latent (inpainting or image to video)"] if c_concat is not None else []
+    if found:
+        raise InvalidInputError(
+            f"Region-adaptive sampling takes text conditionings only, got {', '.join(found)}. Use KSampler for these."
+        )

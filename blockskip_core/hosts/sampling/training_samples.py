@@ -1,0 +1,211 @@
+"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA acting as it stands.
+
+Nothing is written into weights and nothing is copied: the model is loaded as a training loads it, whole this time, and the
+LoRA's hooks are put on its kept blocks. So it is done between two steps, when no other run of the model is open. The
+weights that are loaded are limited: what is more than the training's peak and a budget stays in host memory, and the host
+casts it layer by layer (where it does not page weights by itself; then it decides).
+
+Pictures are sampled with Euler, as flow-matching models are trained for, with the host's own function and schedules.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from ...adapters.lora import LoraAdapters
+from ...blocks.weight_sharing import weight_sharing_copy
+from ...errors import InvalidInputError
+from ...model import Denoiser
+from ...selection.selection import BlockSelection
+from ..inputs.conditioning import flatten_conditionings
+from ..inputs.frames import with_frame, without_frame
+from ..models.hosted_dit import HostedDit
+from ..models.residency import evict_others, unload
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What to sample, and when.
+
+    Attributes:
+        positive: Single conditionings, each ``[[tensor, settings]]``; one picture each.
+        negative: One such conditioning, or None; only read with ``cfg`` above 1.
+        vae: Decodes the latents.
+        every: Steps between two times; the last step always counts.
+        at_start: Whether to sample before the first step as well.
+        width, height: Pixels.
+        steps: Of the sampler.
+        cfg: Guidance scale; 1 for guidance-distilled models.
+        scheduler: One of the host's, which spreads the steps over the noise levels.
+        seed: Of the noise; the same for all prompts and times, so that pictures can be compared.
+        budget_bytes: Device memory that sampling may take above the training's peak.
+
+    Raises:
+        InvalidInputError: If a setting is out of range or something is absent.
+    """
+
+    positive: Sequence[list]
+    negative: list | None
+    vae: Any
+    every: int
+    at_start: bool = True
+    width: int = 512
+    height: int = 512
+    steps: int = 20
+    cfg: float = 1.0
+    scheduler: str = "simple"
+    seed: int = 0
+    budget_bytes: float = 2.0 * 2**30
+
+    def __post_init__(self) -> None:
+        for name in ("every", "steps"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if not 16 <= side <= 4096 or side % 16:
+                raise InvalidInputError(f"{name} must be a multiple of 16 from 16 to 4096 px, got {side}.")
+        if not 1.0 <= self.cfg <= 100.0:
+            raise InvalidInputError(f"cfg must lie between 1 and 100, got {self.cfg}.")
+        if not 0.0 <= self.budget_bytes < float("inf"):
+            raise InvalidInputError(f"memory_budget must not be negative, got {self.budget_bytes / 2**30}.")
+        if self.scheduler not in comfy.samplers.SCHEDULER_NAMES:
+            raise InvalidInputError(
+                f"scheduler must be one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}, got {self.scheduler!r}."
+            )
+        if len(self.positive) > MAX_PROMPTS:
+            raise InvalidInputError(f"At most {MAX_PROMPTS} prompts are sampled, got {len(self.positive)}.")
+        if self.cfg > 1.0 and self.negative is None:
+            raise InvalidInputError("cfg above 1 needs a `negative`. Connect CLIP Text Encode with an empty text.")
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether pictures are wanted after so many steps of ``last``; 0 is before the first."""
+        if step == 0:
+            return self.at_start
+        return step % self.every == 0 or step == last
+
+
+def sample_request(positive: Sequence[Any], negative: Sequence[Any] | None, **settings: Any) -> SampleRequest:
+    """Return a request for the host's CONDITIONINGs.
+
+    Raises:
+        InvalidInputError: As :class:`SampleRequest`, and if there is no prompt.
+    """
+    against = flatten_conditionings(negative)[0] if negative else None
+    return SampleRequest(positive=flatten_conditionings(positive), negative=against, **settings)
+
+
+class TrainingSampler:
+    """Samples a request's pictures.
+
+    Args:
+        patcher: The MODEL; left as it is.
+        request: What to sample.
+        selection: Blocks that are not trained; they are run like the others.
+
+    Raises:
+        InvalidInputError: If the model's latents cannot have the size.
+    """
+
+    def __init__(self, patcher: Any, request: SampleRequest, selection: BlockSelection) -> None:
+        self.request = request
+        form, width, height = patcher.model.latent_format, request.width, request.height
+        cell = form.spacial_downscale_ratio
+        self._shape = (form.latent_channels, height // cell, width // cell)
+        captions = [*request.positive, *([request.negative] if request.cfg > 1.0 else [])]
+        self._dit = HostedDit(patcher, captions, self._shape)
+        multiple = cell * self._dit.adapter.patch_size
+        if width % multiple or height % multiple:
+            raise InvalidInputError(
+                f"width and height must be multiples of {multiple} px for this model, got {width} and {height}."
+            )
+        self._kept = [self._dit.blocks[index].name for index in selection.kept]
+
+    def pictures(
+        self, adapters: LoraAdapters, *, training_peak: int, on_step: Callable[[int, int], None]
+    ) -> list[Tensor]:
+        """Return one picture per prompt, each (H, W, 3) in [0, 1], on the CPU.
+
+        Args:
+            adapters: The LoRA, on the model's device.
+            training_peak: Bytes on the device that the training takes.
+            on_step: Called after every sampler step with those done and all; may raise to interrupt.
+        """
+        unload(self._dit.patcher)
+        evict_others(self._dit.patcher)  # before looking what is free
+        copies = {
+            name: weight_sharing_copy(self._dit.module(name)) for name in self._kept
+        }  # all else is copied as well
+        layers = {name: _layer(copies, name) for name in adapters.names}
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            self._dit.running(copies, activation_bytes=self._to_keep_free(training_peak)) as denoise,
+            adapters.attached(layers, self._dit.weight_for_backward),
+        ):
+            latents = [self._latent(denoise, prompt, on_step) for prompt in range(len(self.request.positive))]
+        return [self._decoded(latent) for latent in latents]
+
+    def _to_keep_free(self, training_peak: int) -> int:
+        """Return what the host is asked to leave free, so that weights fill no more than they may."""
+        model = self._dit.patcher.model
+        activations = int(model.memory_required([1 + (self.request.cfg > 1.0), *self._shape]))
+        weights = max(0.0, training_peak + self.request.budget_bytes - activations)
+        free = comfy.model_management.get_free_memory(self._dit.device)
+        return max(activations, int(free - weights))
+
+    def _latent(self, denoise: Denoiser, prompt: int, on_step: Callable[[int, int], None]) -> Tensor:
+        request, model = self.request, self._dit.patcher.model
+        sampling = self._dit.patcher.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, request.scheduler, request.steps).to(self._dit.device)
+        empty = torch.zeros(1, *self._shape)
+        generator = torch.Generator().manual_seed(request.seed)  # the host's own way to noise seeds all generators
+        noise = comfy.sample.prepare_noise_inner(with_frame(model, empty), generator)
+        noise = without_frame(model, noise).to(self._dit.device)
+        whole = self._starts_at_pure_noise(sampling, sigmas)
+        start = sampling.noise_scaling(sigmas[0], noise, empty.to(noise), whole)
+        num_prompts = len(request.positive)
+
+        def guided(noisy: Tensor, sigma: Tensor) -> Tensor:
+            towards = denoise(noisy, sigma, [prompt])
+            if request.cfg == 1.0:
+                return towards
+            away = denoise(noisy, sigma, [num_prompts])
+            return away + (towards - away) * request.cfg
+
+        def report(state: dict[str, Any]) -> None:
+            on_step(prompt * request.steps + state["i"] + 1, num_prompts * request.steps)
+
+        latent = comfy.k_diffusion.sampling.sample_euler(guided, start, sigmas, callback=report, disable=True)
+        return sampling.inverse_noise_scaling(sigmas[-1], latent).cpu()
+
+    @staticmethod
+    def _starts_at_pure_noise(sampling: Any, sigmas: Tensor) -> bool:
+        """As the host decides it."""
+        largest = float(sampling.sigma_max)
+        return bool(abs(float(sigmas[0]) - largest) <= 1e-5 * largest or float(sigmas[0]) > largest)
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        model = self._dit.patcher.model
+        picture = self.request.vae.decode(model.process_latent_out(with_frame(model, latent)))
+        picture = picture[0, 0] if picture.ndim == 5 else picture[0]
+        return picture[..., :3].float().cpu().clamp(0.0, 1.0)
+
+
+def _layer(copies: dict[str, nn.Module], name: str) -> nn.Module:
+    block = next(block for block in copies if name.startswith(block + "."))
+    return copies[block].get_submodule(name.removeprefix(block + "."))

@@ -1,0 +1,188 @@
+"""The residual stream of a diffusion transformer, as every family is seen by this package.
+
+A block takes image and text tokens (apart, or joined into one sequence) and gives them back. A family's adapter says
+how, in a :class:`BlockIO`; everything else here works on :class:`TokenStreams` and knows nothing of the family.
+
+Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .selection.selection import BlockSelection
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """Tokens between two blocks.
+
+    Attributes:
+        img: Image tokens, shape (B, N, D).
+        txt: Text tokens, shape (B, L, D), or None for families whose text is not part of the stream.
+    """
+
+    img: Tensor
+    txt: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStreams:
+        """Return the streams with ``function`` applied to each tensor."""
+        return TokenStreams(function(self.img), None if self.txt is None else function(self.txt))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name."""
+        return {"img": self.img} if self.txt is None else {"img": self.img, "txt": self.txt}
+
+    def rows(self) -> list[TokenStreams]:
+        """Return one stream per row of the batch, on the CPU, each its own memory; the batch axis stays."""
+        txt = [None] * len(self.img) if self.txt is None else self.txt.split(1)
+        pairs = zip(self.img.split(1), txt, strict=True)
+        return [TokenStreams(img, text).map(plain_copy) for img, text in pairs]
+
+    @staticmethod
+    def cat(streams: Sequence[TokenStreams]) -> TokenStreams:
+        """Return the streams joined along the batch axis."""
+        txt = None if streams[0].txt is None else torch.cat([s.txt for s in streams])
+        return TokenStreams(torch.cat([s.img for s in streams]), txt)
+
+
+def plain_copy(tensor: Tensor) -> Tensor:
+    """Return an ordinary CPU tensor of its own memory; weights in another pack's class give tokens in that class."""
+    return tensor.as_subclass(Tensor).to("cpu", copy=True)
+
+
+class BlockIO(Protocol):
+    """How one kind of block takes and gives its tokens."""
+
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        """Return the tokens in a call of the block."""
+        ...
+
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        """Return the tokens in what the block returned from that call."""
+        ...
+
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Return ``streams`` in the form in which the block would return them."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block of a model.
+
+    Attributes:
+        name: Path of the module below the diffusion model, e.g. "double_blocks.3".
+        io: How it takes and gives tokens.
+        num_parameters: Weights in it.
+        num_bytes: Bytes of those weights as loaded.
+    """
+
+    name: str
+    io: BlockIO
+    num_parameters: int
+    num_bytes: int
+
+
+# (noisy (B, C, H, W), sigma (B,), caption index of each row) -> clean estimate (B, C, H, W)
+Denoiser = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+
+WeightPlacement = Literal["as fits", "resident", "streamed"]
+"""Where a run's weights are kept: as many on the device as the host thinks fit, all of them, or none, in which case each
+layer's are copied over when it runs."""
+
+
+class SkippableDit(Protocol):
+    """A diffusion transformer whose blocks can be replaced for the time of a run, whoever hosts it.
+
+    Attributes:
+        family: Name of the family, e.g. "flux".
+        blocks: All blocks in execution order.
+        frozen_stem: Paths of the modules before the first block; no gradient is needed there.
+        trainable_head: Paths of the modules after the last block; gradients pass through them.
+        width: Width of a token, D.
+        known_error: Relative difference to the full model that the blocks as they are given may make in the output:
+            0, unless they are quantised for the run. The self-check allows for it.
+    """
+
+    known_error: float
+    family: str
+    blocks: Sequence[BlockInfo]
+    frozen_stem: Sequence[str]
+    trainable_head: Sequence[str]
+    width: int
+
+    def module(self, name: str) -> nn.Module:
+        """Return the model's own module at a path; never to be changed."""
+        ...
+
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> AbstractContextManager[Denoiser]:
+        """Run the model with some modules replaced; the model is as before afterwards, however the run ends.
+
+        Args:
+            replacements: Path -> stand-in.
+            activation_bytes: Memory that the host should keep free beside the weights.
+            weights: Where the weights are kept.
+        """
+        ...
+
+    def text_length(self, caption: int) -> int:
+        """Return the number of text tokens that the model is given; rows of one batch have equal lengths."""
+        ...
+
+    def text_tokens(self, caption: int) -> int:
+        """Return the number of text tokens between the blocks: with padding, or 0 if the text is not there."""
+        ...
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent with this many rows and columns."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token streams."""
+        ...
+
+    @property
+    def room_for_blocks(self) -> int:
+        """Bytes of blocks that may be loaded together while residuals are computed."""
+        ...
+
+    def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
+        """Lend the weight of a linear layer, shape (out, in), in the dtype and on the device of ``like``."""
+        ...
+
+
+def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds."""
+    found: dict[str, nn.Module] = {}
+    for index in selection.kept:
+        block = dit.blocks[index].name
+        for path, module in dit.module(block).named_modules():
+            name = f"{block}.{path}"
+            if is_linear(module) and wanted(name):
+                found[name] = module
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")

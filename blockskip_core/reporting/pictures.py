@@ -1,0 +1,156 @@
+"""Pictures for people: the selection heatmap and the contact sheet of training crops. Drawn with Pillow.
+
+Pillow because the host has it, and plotting libraries are not worth a dependency for two drawings.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..selection.selection import BlockSelection
+from ..selection.text_influence import TextInfluence, window_length
+from ..units import format_bytes
+
+BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
+FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # told apart in grey too
+MAX_CROPS = 64
+TOO_MUCH = (178, 24, 43)
+PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """Return a picture as the host's IMAGE, shape (1, H, W, 3), range [0, 1]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0).unsqueeze(0)
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """Return one (H, W, 3) of the host's IMAGE as a picture."""
+    return Image.fromarray((image.numpy() * 255.0).round().astype(np.uint8))
+
+
+def evenly(count: int, limit: int = MAX_CROPS) -> list[int]:
+    """Return at most ``limit`` of ``count`` indices, spread evenly, first and last included."""
+    if count <= limit:
+        return list(range(count))
+    return [round(place * (count - 1) / (limit - 1)) for place in range(limit)]
+
+
+def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int = 160) -> Image.Image:
+    """Return crops, each (H, W, 3), in a grid in the order in which they come, with labels underneath."""
+    columns = min(8, len(crops))
+    rows = -(-len(crops) // columns)
+    gap, line = 8, 22
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for place, (crop, label) in enumerate(zip(crops, labels, strict=True)):
+        left = gap + place % columns * (cell + gap)
+        top = gap + place // columns * (cell + line + gap)
+        picture = as_picture(crop)
+        sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
+        draw.text((left + 2, top + cell + 4), label, fill=INK, font=_font(13))
+    return sheet
+
+
+def selection_heatmap(
+    selection: BlockSelection, influence: TextInfluence | None, block_names: Sequence[str]
+) -> Image.Image:
+    """Return the model's blocks in order, what is skipped, and how much the text matters where it was measured."""
+    cell = max(12, min(48, 1100 // selection.num_blocks))
+    left, width = 230, cell * selection.num_blocks
+    rows = _profiles(influence)
+    height = 150 + 54 * len(rows) + 70
+    picture = Image.new("RGB", (left + width + 40, height), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=_font(18))
+    draw.text((20, 40), _bytes_line(selection), fill=INK, font=_font(14))
+    _draw_blocks(draw, selection, block_names, left, 72, cell)
+    for number, (label, values) in enumerate(rows):
+        _draw_profile(draw, label, values, (left, 142 + 54 * number), cell)
+    note = textwrap.fill(selection.note, max(60, (left + width) // 8))
+    draw.multiline_text((20, height - 42), note, fill=INK, font=_font(13))
+    return picture
+
+
+def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict: str) -> Image.Image:
+    """Return a bar for every phase's peak, in bytes, against what there is; the training's weights are marked."""
+    left, width, row = 200, 560, 46
+    lines = textwrap.wrap(verdict, 100)
+    top = 24 + 20 * len(lines)
+    picture = Image.new("RGB", (left + width + 120, top + row * len(peaks) + 40), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((20, 12), "\n".join(lines), fill=INK, font=_font(15))
+    longest = max([available, *peaks.values()])
+    for number, (phase, peak) in enumerate(peaks.items()):
+        y = top + row * number
+        end = left + width * peak // longest
+        draw.text((20, y + 8), phase, fill=INK, font=_font(14))
+        draw.rectangle((left, y, end, y + 30), fill=KEPT if peak <= available else TOO_MUCH)
+        if phase == "training":
+            draw.rectangle((left, y + 22, left + width * weights // longest, y + 30), fill=FRONT)
+        draw.text((end + 8, y + 8), format_bytes(peak), fill=INK, font=_font(14))
+    line = left + width * available // longest
+    bottom = top + row * len(peaks)
+    draw.line((line, top - 6, line, bottom), fill=INK, width=2)
+    draw.text((max(left, line - 150), bottom + 4), f"there are {format_bytes(available)}", fill=INK, font=_font(13))
+    return picture
+
+
+def _bytes_line(selection: BlockSelection) -> str:
+    counts = f"first {selection.front}, last {selection.back} of {selection.num_blocks} skipped"
+    if not selection.block_bytes:
+        return counts
+    return (
+        f"{counts}; weights kept {format_bytes(selection.kept_bytes)}, left out {format_bytes(selection.skipped_bytes)}"
+    )
+
+
+def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float]]]:
+    """Return (label, block -> distance) of what was measured; a window stands at its middle."""
+    if influence is None:
+        return []
+    count = influence.num_blocks
+    front = {n - 1: value for n, value in influence.front.items() if n}
+    back = {count - m: value for m, value in influence.back.items() if m}
+    rows = [("first n masked", front), ("last m masked", back)]
+    if influence.window:
+        length = window_length(count)
+        middles = {start + (length - 1) // 2: value for start, value in influence.window.items()}
+        rows.append((f"window of {length} masked", middles))
+    return rows
+
+
+def _draw_blocks(
+    draw: ImageDraw.ImageDraw, selection: BlockSelection, names: Sequence[str], left: int, top: int, cell: int
+) -> None:
+    draw.text((20, top + 10), f"{selection.family} blocks", fill=INK, font=_font(14))
+    for index in range(selection.num_blocks):
+        colour = KEPT if index in selection.kept else FRONT if index < selection.front else BACK
+        x = left + index * cell
+        draw.rectangle((x + 1, top, x + cell - 2, top + 34), fill=colour)
+        if index == 0 or names[index].split(".")[0] != names[index - 1].split(".")[0]:
+            draw.line((x, top - 4, x, top + 42), fill=INK, width=2)
+            draw.text((x + 4, top + 38), names[index].split(".")[0].replace("_", " "), fill=INK, font=_font(12))
+
+
+def _draw_profile(
+    draw: ImageDraw.ImageDraw, label: str, values: dict[int, float], corner: tuple[int, int], cell: int
+) -> None:
+    left, top = corner
+    highest = max([*values.values(), 1e-12])
+    draw.text((20, top + 6), label, fill=INK, font=_font(14))
+    draw.text((20, top + 24), f"largest distance {highest:.3g}", fill=INK, font=_font(11))
+    for index, value in values.items():
+        share = min(1.0, max(0.0, value / highest))
+        colour = tuple(int(c) for c in PROFILE_LOW + share * (PROFILE_HIGH - PROFILE_LOW))
+        x = left + index * cell
+        draw.rectangle((x + 1, top, x + cell - 2, top + 40), fill=colour, outline=FAINT)
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,379 @@
+"""Stored residuals on disk: memory-mapped safetensors shards and a manifest.
+
+What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
+
+    front.img, front.txt   tokens leaving the front span; exact, because no LoRA acts before them
+    back                   what the back span adds to the image tokens, as the sum of its blocks' differences; with a
+                           response, less its linear part
+    latent                 the clean latent of the draw's crop
+    reference              the full model's clean estimate, for the first draw of a chunk
+    *.scale                scales of tensors that are stored in eight bits (``format``)
+    response               how the back span answers its input (``back_response``), with the first draw of all
+
+The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
+does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
+to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until
+then a manifest under another name tells which shards are whole, and a writer that was cut off goes on behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..blocks.replay import Residual
+from ..errors import CacheError, InvalidInputError, StorageError
+from ..files import open_tensors, write_atomically
+from ..units import format_bytes
+from .format import SCALE_BYTES, ResidualFormat, unpacked
+
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+_SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"  # the manifest of what is there so far
+DISK_RESERVE_BYTES = 256 * 2**20  # left free for everybody else
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What residuals were computed from. Two caches are interchangeable exactly if these are equal.
+
+    Attributes:
+        model: Content hash of the model's weights and patches.
+        schedule: Content hash of the training schedule.
+        selection: Content hash of the block selection.
+        pictures: Content hash of the pictures and of the VAE that encodes them.
+        captions: Content hash of the conditionings.
+        dtype: Dtype of the token streams.
+        host: Versions of the software that computes.
+        back_residual: Whether back residuals are constants or have a linear answer to their input, and what that was
+            fitted on.
+        residual_format: How their numbers are written, see ``format``.
+        version: Format of the cache.
+    """
+
+    model: str
+    schedule: str
+    selection: str
+    pictures: str
+    captions: str
+    dtype: str
+    host: str = ""
+    back_residual: str = "constant"
+    residual_format: ResidualFormat = "exact"
+    version: int = CACHE_VERSION
+
+    @property
+    def token_dtype(self) -> torch.dtype:
+        """``dtype`` as torch's own object."""
+        return getattr(torch, self.dtype.removeprefix("torch."))
+
+    @property
+    def key(self) -> str:
+        """Content hash of everything, 32 hexadecimal digits; the name of the cache's folder."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def difference(self, other: Mapping[str, object]) -> list[str]:
+        """Return the names of the fields in which a manifest's identity differs."""
+        return [name for name, value in asdict(self).items() if other.get(name) != value]
+
+
+def predicted_bytes(
+    draws: Iterable[int], *, front: bool, back: bool, img_tokens: int, txt_tokens: Mapping[int, int], width: int,
+    itemsize: int, form: ResidualFormat = "exact",
+) -> int:  # fmt: skip
+    """Return the bytes that the residuals of ``draws`` take, without file headers.
+
+    Args:
+        draws: Draw indices.
+        front, back: Whether a front and a back span are skipped.
+        img_tokens: N.
+        txt_tokens: Draw index -> L.
+        width: D.
+        itemsize: Bytes per number of an exact residual.
+        form: How the numbers are written.
+    """
+    tokens = sum((img_tokens + txt_tokens[draw]) * front + img_tokens * back for draw in draws)
+    return tokens * (width * itemsize if form == "exact" else width + SCALE_BYTES)
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Check that ``folder``'s disk has room, before anything is written.
+
+    Raises:
+        InvalidInputError: With predicted and free bytes.
+    """
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes + DISK_RESERVE_BYTES > free:
+        raise InvalidInputError(
+            f"The residuals would take {format_bytes(needed_bytes)} on disk, {format_bytes(free)} are free. "
+            "Use fewer draws, or set storage to `chunked` or `on the fly`."
+        )
+
+
+class CacheWriter:
+    """Writes a cache: shard by shard, the manifest last.
+
+    Args:
+        folder: Its own folder.
+        identity: What the residuals are computed from.
+        resume: Whether to go on behind the whole shards of an unfinished cache; otherwise it is replaced.
+
+    Attributes:
+        draws: What is in whole shards.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+
+    def __init__(self, folder: Path, identity: CacheIdentity, *, resume: bool = False) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._tensors = _unfinished_tensors(folder, identity) if resume else {}
+        self._num_shards = len({entry["shard"] for entry in self._tensors.values()})
+        self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
+        try:
+            if not self._tensors and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"The folder for residuals cannot be made: {error}.") from error
+
+    def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Write one shard: draw index -> name -> tensor.
+
+        Raises:
+            StorageError: If the disk refuses; nothing half-written is left.
+        """
+        name = f"shard-{self._num_shards:05d}.safetensors"
+        flat = {f"{draw}/{key}": x.cpu().contiguous() for draw, record in records.items() for key, x in record.items()}
+        write_atomically(self._folder / name, lambda path: save_file(flat, path))
+        for key, tensor in flat.items():
+            form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+            self._tensors[key] = {"shard": name, "checksum": _checksum(tensor), **form}
+        self._num_shards += 1
+        self.draws.update(records)
+        self._write_manifest(UNFINISHED)
+
+    def read(self, key: str) -> Tensor | None:
+        """Return a tensor that was written, by "draw/name", or None."""
+        entry = self._tensors.get(key)
+        return entry and _read_checked(self._folder / str(entry["shard"]), key, entry)
+
+    def finish(self) -> None:
+        """Write the manifest: from here on the cache is whole."""
+        self._write_manifest(MANIFEST)
+        with contextlib.suppress(OSError):  # the other manifest is the one that counts
+            (self._folder / UNFINISHED).unlink()
+
+    def _write_manifest(self, name: str) -> None:
+        body = json.dumps({"identity": asdict(self._identity), "tensors": self._tensors}, sort_keys=True)
+        digest = hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
+        text = json.dumps({"digest": digest, "body": body})
+        write_atomically(self._folder / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def discard(self) -> None:
+        """Remove the folder and everything in it."""
+        remove_cache(self._folder)
+
+
+class ResidualCache:
+    """A finished cache, opened for reading. Shards are memory-mapped; every tensor is checked when it is read.
+
+    Args:
+        folder: Where :class:`CacheWriter` wrote it.
+        identity: What the residuals must have been computed from.
+
+    Raises:
+        CacheError: If the folder is unfinished, damaged, or was made from something else.
+    """
+
+    def __init__(self, folder: Path, identity: CacheIdentity) -> None:
+        self._folder = folder
+        self._identity = identity
+        body = _read_manifest(folder, MANIFEST)
+        differing = identity.difference(body["identity"])
+        if differing:
+            raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
+        self._tensors: dict[str, dict[str, object]] = body["tensors"]
+        self._shards: dict[str, safe_open] = {}
+        self._names: dict[int, list[str]] = {}
+        for key in self._tensors:
+            draw, name = key.split("/", 1)
+            self._names.setdefault(int(draw), []).append(name)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, draw: int, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+        """Return the tensors of one draw whose names are wanted, name -> CPU tensor.
+
+        Raises:
+            CacheError: If the draw is absent, or a tensor does not match its checksum.
+        """
+        if draw not in self._names:
+            raise CacheError(f"Draw {draw} is not among the stored residuals.")
+        return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw] if wanted(name)}
+
+    def verify(self) -> None:
+        """Read every tensor once.
+
+        Raises:
+            CacheError: If one does not match its checksum.
+        """
+        for key in self._tensors:
+            self._read_tensor(key)
+
+    def close(self) -> None:
+        """Let go of the shards; some systems refuse to delete a file that is mapped."""
+        self._shards.clear()
+
+    def draws_with(self, name: str) -> list[int]:
+        """Return the draws that have a tensor of this name."""
+        return sorted(draw for draw, names in self._names.items() if name in names)
+
+    def residual(self, draw: int) -> Residual:
+        """Return what is replayed for one draw; see :meth:`read`."""
+        stored = self.read(draw, wanted=lambda name: name.startswith(("front", "back")))
+        return Residual.from_tensors(unpacked(stored, self._identity.token_dtype))
+
+    def first(self, name: str) -> tuple[int, Tensor] | None:
+        """Return the first draw that has a tensor of this name, and the tensor; see :meth:`read`."""
+        draws = self.draws_with(name)
+        return (draws[0], self._read_tensor(f"{draws[0]}/{name}")) if draws else None
+
+    def _read_tensor(self, key: str) -> Tensor:
+        entry = self._tensors[key]
+        try:
+            return _checked(self._shard(entry["shard"]).get_tensor(key), entry)
+        except CacheError:
+            raise
+        except (SafetensorError, FileNotFoundError, ValueError) as error:
+            raise CacheError(_damaged(self._folder, str(entry["shard"]))) from error
+        except OSError as error:
+            raise _unreadable(self._folder, error) from error
+
+    def _shard(self, name: str) -> safe_open:
+        if name not in self._shards:
+            if not _SHARD_NAME.fullmatch(name):
+                raise CacheError(_damaged(self._folder, MANIFEST))
+            self._shards[name] = open_tensors(self._folder / name)
+        return self._shards[name]
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a cache has been written to the end in this folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def remove_cache(folder: Path) -> None:
+    """Remove a cache. The manifests go first, so that one that is removed by half is not taken for a whole one."""
+    for name in (MANIFEST, UNFINISHED):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict[str, object]]:
+    """Return what is whole of an unfinished cache; nothing of it counts if anything is wrong with it."""
+    if not (folder / UNFINISHED).is_file():
+        return {}
+    try:
+        body = _read_manifest(folder, UNFINISHED)
+        if identity.difference(body["identity"]):
+            return {}
+        for key, entry in body["tensors"].items():
+            if not _SHARD_NAME.fullmatch(str(entry["shard"])):
+                raise CacheError(_damaged(folder, UNFINISHED))
+            _read_checked(folder / str(entry["shard"]), key, entry)
+    except CacheError as error:
+        logger.warning("BlockSkip: the unfinished residuals cannot be gone on with, they are computed anew: %s", error)
+        return {}
+    return body["tensors"]
+
+
+def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
+    """Read one tensor of a shard.
+
+    Raises:
+        CacheError: If it is not the one that was written.
+    """
+    try:
+        with open_tensors(path) as shard:
+            return _checked(shard.get_tensor(key), entry)
+    except (SafetensorError, FileNotFoundError, ValueError) as error:
+        raise CacheError(_damaged(path.parent, path.name)) from error
+    except OSError as error:
+        raise _unreadable(path.parent, error) from error
+
+
+def _checked(tensor: Tensor, entry: Mapping[str, object]) -> Tensor:
+    """Return a tensor that is as its entry says; ValueError otherwise."""
+    form = (list(tensor.shape), str(tensor.dtype))
+    if form != (entry["shape"], entry["dtype"]) or _checksum(tensor) != entry["checksum"]:
+        raise ValueError("It is not what was written.")
+    return tensor
+
+
+def _read_manifest(folder: Path, name: str) -> dict:
+    path = folder / name
+    if not path.is_file():
+        raise CacheError("The stored residuals are missing or unfinished.")
+    try:
+        outer = json.loads(path.read_text(encoding="utf-8"))
+        if hashlib.blake2b(outer["body"].encode(), digest_size=16).hexdigest() != outer["digest"]:
+            raise CacheError(_damaged(folder, name))
+        body = json.loads(outer["body"])
+        _require_form(body)
+        return body
+    except CacheError:
+        raise
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CacheError(_damaged(folder, name)) from error
+
+
+def _require_form(body: dict) -> None:
+    """Raise an ordinary error if a manifest's content has another form than :meth:`CacheWriter.finish` gives it."""
+    body["identity"].keys()
+    for key, entry in body["tensors"].items():
+        draw, _ = key.split("/", 1)
+        int(draw)
+        if not isinstance(entry["shard"], str) or not isinstance(entry["checksum"], int):
+            raise TypeError(key)
+        if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
+            raise TypeError(key)
+
+
+def _unreadable(folder: Path, error: OSError) -> StorageError:
+    """A disk that fails now may be there again later: nothing is removed for it."""
+    return StorageError(
+        f"The stored residuals in {folder.name} cannot be read: {error}. Queue again when the disk is back."
+    )
+
+
+def _damaged(folder: Path, name: str) -> str:
+    return f"The stored residuals in {folder.name} are damaged ({name})."
+
+
+def _checksum(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())

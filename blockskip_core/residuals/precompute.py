@@ -1,0 +1,233 @@
+"""Residual feature pre-computation (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3), a few blocks at a time.
+
+All draws of a chunk pass through one run of blocks before any passes through the next, so that only the weights of a
+run need be on the device:
+
+    for run of blocks:    put these blocks in, everything else passes its tokens on
+        for draw:         emit the tokens kept from the run before, go through, keep the tokens that leave
+
+A run is one block, or as many as the caller has room for: what goes in and comes out of a block is the same, and fewer
+runs cost fewer passes through the rest of the model.
+
+What leaves block n - 1 is the front's stored output. What each block of the back span adds to the image tokens is
+summed up; storing the sum of differences rather than last minus first keeps what a host adds between blocks (control
+residuals) from being counted twice. The output of the last block, run this way, is the full model's own output: that
+of the chunk's first draw is kept, so that training can check itself against the full model without loading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.replay import Replay, Residual
+from ..blocks.stand_ins import PassThrough, Recording, RecordingBlock, ReplayFront
+from ..blocks.weight_sharing import frozen_copy
+from ..data.flow_matching import noisy_batch
+from ..data.micro_batches import batches_of_equal_text
+from ..data.schedule import TrainingSchedule
+from ..errors import TrainingError
+from ..model import Denoiser, SkippableDit, TokenStreams, plain_copy
+from ..selection.selection import BlockSelection
+from .source import Reference
+
+Progress = Callable[[int, int], None]  # (done, total); may raise to interrupt
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """Residuals of a chunk and the full model's output for its first draw.
+
+    Attributes:
+        residuals: Draw -> residual.
+        reference: Of the chunk's first draw.
+        entering: Draw -> image tokens that enter the back span, shape (1, N, D), if they were asked for.
+    """
+
+    residuals: dict[int, Residual]
+    reference: Reference
+    entering: dict[int, Tensor]
+
+
+@torch.inference_mode(False)  # hosts run their nodes under it, and training cannot use what is made there
+@torch.no_grad()
+def precompute_residuals(
+    dit: SkippableDit,
+    schedule: TrainingSchedule,
+    latents: Tensor,
+    selection: BlockSelection,
+    draws: Sequence[int],
+    *,
+    batch_size: int = 1,
+    keep_entering: bool = False,
+    room: int = 0,
+    progress: Progress | None = None,
+) -> Precomputed:
+    """Return the residuals of ``draws`` with the model's weights as they are, and one reference output.
+
+    Args:
+        dit: The model.
+        schedule: What the draws are.
+        latents: Clean latents of all draws, shape (num_draws, C, H, W).
+        selection: Blocks to be skipped.
+        draws: Indices of a chunk.
+        batch_size: Draws that go through a block together.
+        keep_entering: Also return what enters the back span.
+        room: Bytes of blocks that may be in the model together; one block is, however large.
+        progress: Called with (block passes done, total).
+
+    Raises:
+        TrainingError: If tokens that are not finite leave a block.
+    """
+    draws = list(dict.fromkeys(draws))
+    stream = _BlockStream(dit, schedule, latents, batch_size)
+    kept = _Kept(selection, keep_entering)
+    # With no back span only the reference has to go past the front.
+    cut = 0 if selection.back else selection.front
+    for span in _runs_that_fit([block.num_bytes for block in dit.blocks], room, cut):
+        passing = draws if selection.back or span.stop <= selection.front else draws[:1]
+        passed, reported = 0, span.start
+        with closing(stream.through(span, kept.wanted & set(span), passing)) as batches:
+            for batch, seen in batches:
+                for index, recording in seen.items():
+                    kept.take(index, batch, recording)
+                passed += len(batch)
+                done = span.start + len(span) * passed // len(passing)
+                if progress and done > reported:
+                    progress(done, len(dit.blocks))
+                    reported = done
+    residuals = {draw: kept.residual(draw) for draw in draws}
+    reference = Reference(draws[0], stream.output[draws[0]])
+    _require_finite(residuals, reference)
+    return Precomputed(residuals, reference, kept.entering)
+
+
+def _runs_that_fit(sizes: Sequence[int], room: int, cut: int) -> Iterator[range]:
+    """Yield all blocks in runs of at most ``room`` bytes, or of one block; none goes across ``cut``."""
+    start, taken = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and (taken + size > room or index == cut):
+            yield range(start, index)
+            start, taken = index, 0
+        taken += size
+    yield range(start, len(sizes))
+
+
+class _Kept:
+    """What is kept of the tokens that pass, on the CPU, by draw.
+
+    Attributes:
+        wanted: Blocks that have to be watched for that.
+        entering: Image tokens that enter the back span, if they were asked for.
+    """
+
+    def __init__(self, selection: BlockSelection, keep_entering: bool) -> None:
+        self._last_of_front = selection.front - 1
+        self._back_span = selection.back_span
+        self._first_of_back = selection.back_span.start if keep_entering and selection.back else None
+        self.wanted = {self._last_of_front, *self._back_span}
+        self.entering: dict[int, Tensor] = {}
+        self._front: dict[int, TokenStreams] = {}
+        self._back: dict[int, Tensor] = {}
+        self._dtype: torch.dtype | None = None
+
+    def take(self, index: int, batch: Sequence[int], recording: Recording) -> None:
+        """Keep what is needed of a batch that has passed block ``index``."""
+        self._dtype = recording.leaving.img.dtype
+        if index == self._last_of_front:
+            self._front.update(zip(batch, recording.leaving.rows(), strict=True))
+        if index == self._first_of_back:
+            self.entering.update(zip(batch, _rows(recording.entering.img), strict=True))
+        if index in self._back_span:
+            for draw, added in zip(batch, _rows(_difference(recording.leaving, recording.entering)), strict=True):
+                self._back[draw] = self._back[draw] + added if draw in self._back else added
+
+    def residual(self, draw: int) -> Residual:
+        """Return what is replayed for a draw, in the dtype of the streams."""
+        back = self._back.get(draw)
+        return Residual(self._front.get(draw), None if back is None else back.to(self._dtype))
+
+
+class _BlockStream:
+    """Tokens of many draws on their way through the model, run by run.
+
+    Attributes:
+        output: Draw -> the model's output, once the last block was passed.
+    """
+
+    def __init__(self, dit: SkippableDit, schedule: TrainingSchedule, latents: Tensor, batch_size: int) -> None:
+        self._dit = dit
+        self._schedule = schedule
+        self._latents = latents
+        self._batch_size = batch_size
+        self._tokens: dict[int, TokenStreams] = {}
+        self.output: dict[int, Tensor] = {}
+
+    def through(
+        self, span: range, watched: Set[int], draws: Sequence[int]
+    ) -> Iterator[tuple[list[int], dict[int, Recording]]]:
+        """Send all ``draws`` through a run of blocks; yield (batch, watched block -> what it saw)."""
+        last = span.stop == len(self._dit.blocks)
+        replay, seen = Replay(), {index: Recording() for index in sorted({*watched, *([] if last else [span[-1]])})}
+        with self._dit.running(self._modules(span, replay, seen)) as denoise:
+            for batch in batches_of_equal_text(draws, self._text_length, self._batch_size):
+                if span.start:
+                    replay.front = TokenStreams.cat([self._tokens[draw] for draw in batch])
+                output = self._denoise(denoise, batch)
+                if last:
+                    self.output.update(zip(batch, _rows(output), strict=True))
+                else:
+                    self._tokens.update(zip(batch, seen[span[-1]].leaving.rows(), strict=True))
+                yield batch, {index: seen[index] for index in sorted(watched)}
+
+    def _modules(self, span: range, replay: Replay, seen: Mapping[int, Recording]) -> dict[str, nn.Module]:
+        """Return the stand-ins. Copies even where nobody watches: which kernel runs may depend on a weight's marks."""
+        modules: dict[str, nn.Module] = {}
+        for position, block in enumerate(self._dit.blocks):
+            if position in seen:
+                modules[block.name] = RecordingBlock(self._dit.module(block.name), block.io, seen[position])
+            elif position == span.start - 1:
+                modules[block.name] = ReplayFront(block.io, replay)
+            elif position in span:
+                modules[block.name] = frozen_copy(self._dit.module(block.name))
+            else:
+                modules[block.name] = PassThrough(block.io)
+        for name in (*self._dit.frozen_stem, *self._dit.trainable_head):
+            modules[name] = frozen_copy(self._dit.module(name))
+        return modules
+
+    def _denoise(self, denoise: Denoiser, batch: Sequence[int]) -> Tensor:
+        noisy, _, sigmas = noisy_batch(self._schedule, self._latents, batch)
+        device = self._dit.device
+        return denoise(noisy.to(device), sigmas.to(device), [self._schedule[draw].caption for draw in batch])
+
+    def _text_length(self, draw: int) -> int:
+        return self._dit.text_length(self._schedule[draw].caption)
+
+
+def _rows(tensor: Tensor) -> list[Tensor]:
+    """Return the rows of a batch, on the CPU, each its own memory; the batch axis stays."""
+    return [plain_copy(row) for row in tensor.split(1)]
+
+
+def _difference(leaving: TokenStreams, entering: TokenStreams) -> Tensor:
+    """Return what a block adds to the image tokens, wide enough to be summed over many blocks."""
+    dtype = torch.promote_types(leaving.img.dtype, torch.float32)
+    return leaving.img.to(dtype) - entering.img.to(dtype)
+
+
+def _require_finite(residuals: dict[int, Residual], reference: Reference) -> None:
+    for draw, residual in residuals.items():
+        named = residual.tensors()
+        if draw == reference.draw:
+            named["output"] = reference.denoised
+        for name, tensor in named.items():
+            if not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"The model's {name} tokens of draw {draw} are not finite. "
+                    "Check the pictures and captions, or load the model in another precision."
+                )

@@ -1,0 +1,57 @@
+"""What a training asks of its residuals, wherever they come from.
+
+There are three ways:
+
+    disk          all draws were precomputed; read from a cache
+    chunked       K draws at a time are precomputed, trained on and dropped
+    on the fly    every step first runs the whole network without gradients (the "folded" form): the residual of the
+                  back span follows the current LoRA, nothing is stored, but all weights stay on the device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..blocks.replay import Residual
+from ..data.micro_batches import MicroBatches
+from .format import ResidualFormat
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The full model's clean estimate for one draw, shape (1, C, H, W)."""
+
+    draw: int
+    denoised: Tensor
+
+
+@dataclass(frozen=True)
+class OpenResiduals:
+    """Residuals of a stretch of micro-batches.
+
+    Attributes:
+        micro_batches: The stretch.
+        residual: Draw index -> residual; None in the folded form.
+        reference: The full model's output for one of the draws, or None in the folded form.
+        response: J of ``back_response``, or None if the back residuals are constants.
+        form: How the residuals were stored; eight bits make them inexact.
+    """
+
+    micro_batches: range
+    residual: Callable[[int], Residual] | None
+    reference: Reference | None
+    response: Tensor | None = None
+    form: ResidualFormat = "exact"
+
+
+class ResidualSource(Protocol):
+    """Hands out residuals, stretch by stretch."""
+
+    def stretches(self, run: MicroBatches, start: int = 0) -> Iterator[AbstractContextManager[OpenResiduals]]:
+        """Yield the stretches of a run from a micro-batch on, in order; each is open while it is trained on."""
+        ...

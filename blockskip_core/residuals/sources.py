@@ -1,0 +1,374 @@
+"""Where a training run's residuals come from: all of them from disk, a chunk at a time, or folded into each step.
+
+See ``source`` for what the three mean. A :class:`ResidualSet` is what travels from the node that precomputes to the
+node that trains: light, and complete enough that a source can compute what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..blocks.replay import Residual
+from ..data.micro_batches import MicroBatches
+from ..data.schedule import TrainingSchedule
+from ..errors import CacheError, InvalidInputError
+from ..model import SkippableDit
+from ..selection.selection import BlockSelection
+from ..units import format_bytes
+from .back_response import BACK_RESIDUALS, BackResidual, constant_part, fit_response
+from .cache import (
+    UNFINISHED,
+    CacheIdentity,
+    CacheWriter,
+    ResidualCache,
+    is_finished,
+    predicted_bytes,
+    remove_cache,
+    require_free_space,
+)
+from .format import RESIDUAL_FORMATS, packed
+from .precompute import Precomputed, precompute_residuals
+from .prefetch import prefetched
+from .source import OpenResiduals, Reference
+
+logger = logging.getLogger(__name__)
+
+Storage = Literal["disk", "chunked", "on the fly"]
+STORAGES: tuple[str, ...] = get_args(Storage)
+_ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
+KEPT_CACHES = 3  # finished caches that stay on disk, newest first
+
+Stretches = Iterator[AbstractContextManager[OpenResiduals]]
+PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSet:
+    """Everything that decides a run's residuals.
+
+    Attributes:
+        schedule: The draws.
+        latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
+        selection: Blocks to be skipped.
+        captions: Conditionings, opaque to this module.
+        identity: What the residuals are (to be) computed from.
+        storage: Where they are kept.
+        chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
+        folder: The folder of this set's own.
+        family: The model family.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
+            read on the fly.
+    """
+
+    schedule: TrainingSchedule
+    latents: Tensor = field(repr=False)
+    selection: BlockSelection
+    captions: Sequence[Any] = field(repr=False)
+    identity: CacheIdentity
+    storage: Storage
+    chunk_size: int
+    folder: Path
+    family: str
+    back_residual: BackResidual = "constant"
+
+    def __post_init__(self) -> None:
+        if self.back_residual not in BACK_RESIDUALS:
+            raise InvalidInputError(
+                f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
+            )
+        if self.identity.residual_format not in RESIDUAL_FORMATS:
+            raise InvalidInputError(
+                f"residual_format must be one of {', '.join(RESIDUAL_FORMATS)}, got {self.identity.residual_format!r}."
+            )
+        if self.storage not in STORAGES:
+            raise InvalidInputError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}.")
+        if self.chunk_size < 1:
+            raise InvalidInputError(f"chunk_size must be at least 1, got {self.chunk_size}.")
+
+    def source(self, dit: SkippableDit, progress: PhaseProgress) -> DiskSource | ChunkedSource | FoldedSource:
+        """Return the source that this set's storage asks for."""
+        if self.storage == "on the fly":
+            return FoldedSource()
+        kind = DiskSource if self.storage == "disk" else ChunkedSource
+        return kind(self, dit, progress)
+
+
+def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
+    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
+    itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
+    response = dit.width**2 * itemsize * _wants_response(residuals)
+    return response + predicted_bytes(
+        draws,
+        front=residuals.selection.front > 0,
+        back=residuals.selection.back > 0,
+        img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
+        txt_tokens={draw: dit.text_tokens(residuals.schedule[draw].caption) for draw in draws},
+        width=dit.width,
+        itemsize=itemsize,
+        form=residuals.identity.residual_format,
+    )
+
+
+def _wants_response(residuals: ResidualSet) -> bool:
+    return residuals.back_residual == "linear" and residuals.selection.back > 0
+
+
+def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
+    """Compute the residuals of all draws and store them; a finished cache is used, an unfinished one gone on with.
+
+    Args:
+        residuals: What to compute.
+        dit: The model.
+        progress: Called as the blocks are passed.
+
+    Raises:
+        InvalidInputError: If there is not enough room.
+        StorageError: If the disk refuses.
+    """
+    if is_finished(residuals.folder):
+        return
+    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, but=residuals.folder.name)
+    writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+    try:
+        _write_missing(residuals, dit, progress, writer)
+    finally:
+        if not writer.draws:
+            writer.discard()
+
+
+def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, writer: CacheWriter) -> None:
+    draws = [draw for draw in range(len(residuals.schedule)) if draw not in writer.draws]
+    _require_room(residuals, dit, draws)
+    chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
+    response = writer.read("0/response")
+    for number, chunk in enumerate(chunks):
+        part = _compute(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
+        writer.write(_records(residuals, part.computed, part.response if response is None else None))
+        response = part.response
+    writer.finish()
+
+
+def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Tensor | None:
+    """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
+
+    Raises:
+        CacheError: If the cache is damaged; it has been removed then.
+    """
+    if not is_finished(folder):
+        return None
+    with _opened_cache(folder, identity) as cache:
+        return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
+
+
+def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
+    """Check that latents and residuals will find room, before anything is computed; latents may be on ``meta``.
+
+    Raises:
+        InvalidInputError: With predicted and free bytes.
+    """
+    free = psutil.virtual_memory().available
+    needed = 2 * residuals.latents.nbytes  # joined in the end
+    if needed > free:
+        raise InvalidInputError(
+            f"The latents of {len(residuals.schedule)} draws take {format_bytes(needed)} of host memory, "
+            f"{format_bytes(free)} are free. Use fewer draws."
+        )
+    if residuals.storage != "on the fly":
+        count = len(residuals.schedule) if residuals.storage == "disk" else residuals.chunk_size
+        _require_room(residuals, dit, range(min(count, len(residuals.schedule))))
+
+
+def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int]) -> None:
+    latents = len(draws) * residuals.latents[0].nbytes
+    require_free_space(residuals.folder, residual_bytes(dit, residuals, draws) + latents)
+
+
+@contextmanager
+def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
+    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong. For a chunk."""
+    writer = CacheWriter(residuals.folder, residuals.identity)
+    try:
+        yield writer
+        writer.finish()
+    finally:
+        if not is_finished(residuals.folder):
+            writer.discard()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of draws as it is stored."""
+
+    computed: Precomputed
+    response: Tensor | None
+
+
+def _compute(
+    residuals: ResidualSet,
+    dit: SkippableDit,
+    draws: Sequence[int],
+    progress: PhaseProgress,
+    response: Tensor | None,
+) -> _Part:
+    """Compute a chunk; the first one decides the response for all."""
+    computed = precompute_residuals(
+        dit,
+        residuals.schedule,
+        residuals.latents,
+        residuals.selection,
+        draws,
+        keep_entering=_wants_response(residuals),
+        room=dit.room_for_blocks,
+        progress=lambda done, total: progress("precomputing residuals", done, total),
+    )
+    if not computed.entering:
+        return _Part(computed, None)
+    if response is None:
+        response = fit_response((h, computed.residuals[draw].back) for draw, h in computed.entering.items())
+    return _Part(with_response(computed, response), response)
+
+
+def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
+    """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
+    parts = {
+        draw: Residual(residual.front, constant_part(residual.back, computed.entering[draw], response))
+        for draw, residual in computed.residuals.items()
+    }
+    return Precomputed(parts, computed.reference, computed.entering)
+
+
+def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
+    records = {
+        draw: {**packed(residual.tensors(), residuals.identity.residual_format), "latent": residuals.latents[draw]}
+        for draw, residual in computed.residuals.items()
+    }
+    records[computed.reference.draw]["reference"] = computed.reference.denoised
+    if response is not None:
+        records[computed.reference.draw]["response"] = response
+    return records
+
+
+def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
+    """Return a progress callback for part ``number`` of ``count`` equal parts."""
+    return lambda phase, done, total: progress(phase, number * total + done, count * total)
+
+
+def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
+    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours.
+
+    ``but`` is the name of one that stays in any case and is not counted.
+    """
+    if not parent.is_dir():
+        return
+    try:
+        own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
+        own = [path for path in own if path.name != but]
+        caches = sorted(own, key=lambda path: -path.stat().st_mtime)
+    except OSError as error:  # another program may be removing the same
+        logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
+        return
+    for path in caches[keep:]:
+        logger.info("BlockSkip: removing the old residuals %s", path.name)
+        remove_cache(path)
+
+
+class DiskSource:
+    """All draws from a cache on disk; computed first if the cache is gone."""
+
+    def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
+        self._residuals, self._dit, self._progress = residuals, dit, progress
+
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
+        """Yield one stretch: the whole run, from ``start`` on."""
+        if start < len(run):
+            write_cache(self._residuals, self._dit, self._progress)
+            yield _opened(self._residuals, run, range(start, len(run)))
+
+
+class ChunkedSource:
+    """A chunk at a time: computed, trained on, removed. The disk never holds more than one."""
+
+    def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
+        self._residuals, self._dit, self._progress = residuals, dit, progress
+        self._response: Tensor | None = None
+
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
+        """Yield the run in stretches of as many micro-batches as a chunk of draws holds.
+
+        A run that starts within a chunk computes the rest of it. A linear answer is that of the first ``chunk_size`` draws,
+        as on the disk; if the first stretch has others, these are computed for it.
+        """
+        length = max(1, self._residuals.chunk_size // run.batch_size)
+        if start < len(run) and _wants_response(self._residuals):
+            fitted = list(range(min(self._residuals.chunk_size, len(self._residuals.schedule))))
+            if start or self._draws_of(run, range(min(length, len(run)))) != fitted:
+                self._response = _compute(self._residuals, self._dit, fitted, self._progress, None).response
+        while start < len(run):
+            end = min((start // length + 1) * length, len(run))
+            yield self._chunk(run, range(start, end))
+            start = end
+
+    def _draws_of(self, run: MicroBatches, micro_batches: range) -> list[int]:
+        num_draws = len(self._residuals.schedule)
+        return list(dict.fromkeys(draw for batch in micro_batches for draw in run.draws_of(batch, num_draws)))
+
+    @contextmanager
+    def _chunk(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
+        residuals, draws = self._residuals, self._draws_of(run, micro_batches)
+        _require_room(residuals, self._dit, draws)
+        with _written(residuals) as writer:
+            part = _compute(residuals, self._dit, draws, self._progress, self._response)
+            self._response = part.response
+            writer.write(_records(residuals, part.computed, part.response))
+        try:
+            with _opened(residuals, run, micro_batches) as opened:
+                yield opened
+        finally:
+            writer.discard()
+
+
+class FoldedSource:
+    """Nothing stored: every step runs the whole network first."""
+
+    def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
+        """Yield one stretch: the whole run, from ``start`` on."""
+        if start < len(run):
+            yield nullcontext(OpenResiduals(range(start, len(run)), None, None))
+
+
+@contextmanager
+def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
+    """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
+    order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
+    with _opened_cache(residuals.folder, residuals.identity) as cache:
+        cache.verify()  # now, rather than after hours of training
+        reference, response = cache.first("reference"), cache.first("response")
+        with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
+            form = residuals.identity.residual_format
+            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
+
+
+@contextmanager
+def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCache]:
+    """Open a cache. One that turns out to be damaged is removed, so that queueing again computes it anew."""
+    cache = None
+    try:
+        cache = ResidualCache(folder, identity)
+        yield cache
+    except CacheError as error:
+        if cache is not None:
+            cache.close()
+        remove_cache(folder)
+        raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error
+    finally:
+        if cache is not None:
+            cache.close()

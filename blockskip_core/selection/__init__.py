@@ -1,0 +1,1 @@
+"""Which blocks to skip: a selection, and how it is made."""

@@ -1,0 +1,123 @@
+"""Which blocks to skip: the first n and the last m (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import InvalidInputError
+from ..units import format_bytes
+
+MAX_SKIP_RATIO = 0.9
+
+
+SelectionMethod = Literal["attention mask", "preset", "manual"]
+
+
+def num_skipped(skip_ratio: float, num_blocks: int) -> int:
+    """Return how many of ``num_blocks`` a ratio skips, halves rounded up (as the paper's 17, 23, 29 of 57 are).
+
+    Raises:
+        InvalidInputError: If the ratio is outside [0, 0.9] or leaves no block to train.
+    """
+    if not 0.0 <= skip_ratio <= MAX_SKIP_RATIO:
+        raise InvalidInputError(f"skip_ratio must lie between 0 and {MAX_SKIP_RATIO}, got {skip_ratio}.")
+    count = math.floor(skip_ratio * num_blocks + 0.5 + 1e-9)
+    if count >= num_blocks:
+        raise InvalidInputError(
+            f"skip_ratio {skip_ratio} would skip all {num_blocks} blocks and leave none to train. Lower it."
+        )
+    return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSelection:
+    """The blocks that are replaced by stored residuals: the first ``front`` and the last ``back`` of ``num_blocks``.
+
+    Attributes:
+        front, back: The paper's n and m.
+        num_blocks: All blocks of the model, in execution order.
+        family: Name of the model family.
+        method: How it was chosen.
+        block_bytes: Bytes of the weights of each block as loaded, for reports.
+        note: One sentence for people on where the numbers come from.
+
+    Raises:
+        InvalidInputError: If a count is negative or no block is left to train.
+    """
+
+    front: int
+    back: int
+    num_blocks: int
+    family: str = ""
+    method: SelectionMethod = "manual"
+    block_bytes: tuple[int, ...] = field(default=(), compare=False)
+    note: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.front < 0 or self.back < 0:
+            raise InvalidInputError(f"front and back must not be negative, got {self.front} and {self.back}.")
+        if self.front + self.back >= self.num_blocks:
+            raise InvalidInputError(
+                f"Skipping the first {self.front} and the last {self.back} of {self.num_blocks} blocks leaves none "
+                f"to train. Lower front or back so that together they are at most {self.num_blocks - 1}."
+            )
+
+    @property
+    def kept(self) -> range:
+        """Indices of the blocks that are trained."""
+        return range(self.front, self.num_blocks - self.back)
+
+    @property
+    def front_span(self) -> range:
+        """Indices of the first, skipped blocks."""
+        return range(self.front)
+
+    @property
+    def back_span(self) -> range:
+        """Indices of the last, skipped blocks."""
+        return range(self.num_blocks - self.back, self.num_blocks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of what decides the residuals, 32 hexadecimal digits."""
+        content = json.dumps([self.front, self.back, self.num_blocks, self.family])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def require_for(self, num_blocks: int, family: str) -> None:
+        """Raise InvalidInputError unless this is a selection for a model with these blocks."""
+        if (self.num_blocks, self.family) != (num_blocks, family):
+            raise InvalidInputError(
+                f"The selection was made for {self.num_blocks} blocks of {self.family}, this model has {num_blocks} of "
+                f"{family}. Connect the same MODEL to Select Blocks."
+            )
+
+    @property
+    def kept_bytes(self) -> int:
+        """Weight bytes of the blocks that stay."""
+        return sum(self.block_bytes[index] for index in self.kept)
+
+    @property
+    def skipped_bytes(self) -> int:
+        """Weight bytes of the blocks that are skipped."""
+        return sum(self.block_bytes) - self.kept_bytes
+
+    def describe(self) -> str:
+        """Return the selection in blocks and bytes, several lines."""
+        skipped = self.front + self.back
+        lines = [
+            f"Skip the first {self.front} and the last {self.back} of {self.num_blocks} blocks "
+            f"({skipped / self.num_blocks:.0%}); train {len(self.kept)}.",
+        ]
+        if self.block_bytes:
+            total = sum(self.block_bytes)
+            lines.append(
+                f"Block weights: {format_bytes(total)}; kept {format_bytes(self.kept_bytes)}, not needed while "
+                f"training {format_bytes(self.skipped_bytes)} ({self.skipped_bytes / max(total, 1):.0%})."
+            )
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""The settings of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..data.flow_matching import LossWeighting
+from ..data.micro_batches import MicroBatches
+from ..errors import InvalidInputError
+from .optimizers import OptimizerName
+
+LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and how fast.
+
+    Attributes:
+        steps: Optimiser steps.
+        learning_rate: AdamW's. 1e-4 is what a third party reports for the paper.
+        batch_size: Draws that go through the model together.
+        accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
+        seed: Of the LoRA's initialisation.
+        lr_schedule: A schedule of diffusers.
+        warmup_steps: Only read by the schedules that warm up.
+        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
+        weight_decay: AdamW's.
+        checkpointing: Recompute each kept block's activations in backward.
+        activation_budget: Bytes that blocks may keep instead of recomputing; see ``activation_budget``. Only read with
+            checkpointing.
+        loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
+        optimizer: See ``optimizers``.
+
+    Raises:
+        InvalidInputError: If a number is out of range or a name is not known.
+    """
+
+    steps: int
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    accumulation: int = 1
+    seed: int = 0
+    lr_schedule: LearningRateSchedule = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01
+    checkpointing: bool = True
+    activation_budget: float = 0.0
+    loss_weighting: LossWeighting = "none"
+    optimizer: OptimizerName = "AdamW"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {self.seed}.")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise InvalidInputError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
+        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "activation_budget"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise InvalidInputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        choices = {"lr_schedule": LearningRateSchedule, "loss_weighting": LossWeighting, "optimizer": OptimizerName}
+        for name, names in choices.items():
+            if getattr(self, name) not in get_args(names):
+                raise InvalidInputError(
+                    f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}."
+                )
+
+    @property
+    def micro_batches(self) -> MicroBatches:
+        """How the run goes through its draws."""
+        return MicroBatches(steps=self.steps, batch_size=self.batch_size, accumulation=self.accumulation)

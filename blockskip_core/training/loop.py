@@ -1,0 +1,337 @@
+"""The training loop of DiT-BlockSkip (arXiv 2603.20755, Sec. 3.3): settings in, LoRA out.
+
+Only the kept blocks run. Where residuals come from is the business of ``residuals.source``.
+The loss is the model's own, unmodified: see ``flow_matching``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..adapters.lora import LoraAdapters
+from ..blocks.activation_budget import ActivationBudget
+from ..blocks.skipping_model import SkippingModel
+from ..data.flow_matching import noisy_batch, velocity_loss
+from ..data.micro_batches import batches_of_equal_text
+from ..data.schedule import TrainingSchedule
+from ..errors import StorageError, TrainingError
+from ..model import Denoiser, SkippableDit, WeightPlacement
+from ..residuals.source import OpenResiduals, ResidualSource
+from ..selection.selection import BlockSelection
+from .checkpoints import Checkpoints, TrainingState
+from .config import TrainingConfig
+from .optimizers import build_optimizer, optimizer_state, restore_optimizer
+from .result import StepReport, TrainingResult
+from .self_check import check_against_full_model, check_gradients
+
+logger = logging.getLogger(__name__)
+
+_FLOAT16_LOSS_SCALE = (
+    1024.0  # to begin with: gradients of a mean over a whole picture are near float16's smallest numbers
+)
+_MOST_OVERFLOWS = (
+    20  # steps in a row whose gradient overflows in float16; each halves the scale, so this ends far below 1
+)
+_SCALER = "loss scale/"  # before the names of its numbers in a state
+_OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
+
+
+# Stand-ins by path -> the model running with them in place; a SkippableDit's `running` with the run's settings.
+Place = Callable[[dict[str, torch.nn.Module]], AbstractContextManager[Denoiser]]
+
+
+class Interlude(Protocol):
+    """What is done between two steps while the model that is trained on is unloaded, e.g. sampling a picture."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is wanted after so many steps; 0 is before the first."""
+        ...
+
+    def __call__(self, step: int) -> None:
+        """Do it. What it takes of random numbers and memory it gives back."""
+        ...
+
+
+def train_lora(
+    dit: SkippableDit,
+    schedule: TrainingSchedule,
+    latents: Tensor,
+    selection: BlockSelection,
+    source: ResidualSource,
+    adapters: LoraAdapters,
+    config: TrainingConfig,
+    *,
+    result: TrainingResult,
+    on_step: Callable[[StepReport], None],
+    activation_bytes: int = 0,
+    weights: WeightPlacement = "as fits",
+    checkpoints: Checkpoints | None = None,
+    interlude: Interlude | None = None,
+) -> None:
+    """Train ``adapters`` in place.
+
+    Args:
+        dit: The model; it is left as it was.
+        schedule, latents: The draws and their clean latents, shape (num_draws, C, H, W).
+        selection: Blocks to be skipped.
+        source: Where residuals come from.
+        adapters: The LoRA; whenever this function is left, its tensors hold the last good state and are on the CPU.
+        config: Settings.
+        result: Filled in as the run goes.
+        on_step: Called after every optimiser step; may raise to interrupt.
+        activation_bytes: What the host should keep free beside the weights.
+        weights: Where the host keeps the weights.
+        checkpoints: Where the run goes on from, and where its states are kept; None starts anew and keeps none.
+        interlude: Done between steps, outside the model's run.
+
+    Raises:
+        CheckpointError: If a state is that of another run.
+        TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
+            the full model before the first step, or a kept block gets no gradient.
+    """
+    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step, checkpoints)
+    place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
+    try:
+        loop.resume()
+        if interlude and interlude.is_due(result.steps):  # before the first step, or the one that a resumed run lacks
+            loop.pause(interlude)
+        for opening in source.stretches(config.micro_batches, start=result.steps * config.accumulation):
+            with opening as residuals:
+                for part in _between_interludes(residuals.micro_batches, config, interlude):
+                    loop.run(residuals, part, place)
+                    if interlude and _interlude_after(part, config, interlude):
+                        loop.pause(interlude)
+    finally:
+        try:
+            loop.save()
+        finally:
+            loop.release()
+
+
+def _between_interludes(micro_batches: range, config: TrainingConfig, interlude: Interlude | None) -> Iterator[range]:
+    """Cut a stretch after every step behind which there is an interlude."""
+    start = micro_batches.start
+    for end in range(start + 1, micro_batches.stop + 1):
+        part = range(start, end)
+        if end == micro_batches.stop or (interlude and _interlude_after(part, config, interlude)):
+            yield part
+            start = end
+
+
+def _interlude_after(part: range, config: TrainingConfig, interlude: Interlude) -> bool:
+    return part.stop % config.accumulation == 0 and interlude.is_due(part.stop // config.accumulation)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What a stretch of micro-batches runs on."""
+
+    model: SkippingModel
+    denoise: Denoiser
+    residuals: OpenResiduals
+    budget: ActivationBudget
+
+
+class _Loop:
+    """A run: the optimiser and everything that outlives a stretch."""
+
+    def __init__(
+        self,
+        dit: SkippableDit,
+        schedule: TrainingSchedule,
+        latents: Tensor,
+        selection: BlockSelection,
+        adapters: LoraAdapters,
+        config: TrainingConfig,
+        result: TrainingResult,
+        on_step: Callable[[StepReport], None],
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        from diffusers.optimization import get_scheduler
+
+        self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
+        self.adapters, self.config, self.result, self.on_step = adapters, config, result, on_step
+        self.checkpoints = checkpoints
+        adapters.to(dit.device)
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            adapters.parameters(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        self.lr_factors = get_scheduler(
+            config.lr_schedule,
+            self.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.steps,
+        ).lr_lambdas
+        self.scaler = torch.amp.GradScaler(
+            dit.device.type, init_scale=_FLOAT16_LOSS_SCALE, enabled=dit.dtype == torch.float16
+        )
+        self.overflows_in_a_row = 0
+        self.pending: list[float] = []
+        self.num_counted = 0
+        self.within_step = False  # left on by an error in the middle of an update: the tensors are of no step then
+        self.started = time.perf_counter()
+        self.paused = False
+
+    def run(self, residuals: OpenResiduals, micro_batches: range, place: Place) -> None:
+        """Train on some micro-batches of a stretch."""
+        with self.running(residuals, place) as step_micro_batch:
+            if self.paused:
+                self.started, self.paused = time.perf_counter(), False
+            for micro_batch in micro_batches:
+                step_micro_batch(micro_batch)
+
+    def pause(self, interlude: Interlude) -> None:
+        """Keep the state, for the interlude may take much memory, and do it; its time belongs to no step."""
+        self.save()
+        interlude(self.result.steps)
+        self.paused = True
+
+    @contextmanager
+    def running(self, residuals: OpenResiduals, place: Place) -> Iterator[Callable[[int], None]]:
+        """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
+        model = SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
+        with ExitStack() as stack:
+            # Grad mode is the caller's otherwise: hosts run their nodes under no_grad or inference_mode.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            model.set_response(residuals.response)
+            denoise = stack.enter_context(place(model.modules))
+            if residuals.reference is not None and self.result.self_check is None:
+                self.result.self_check = check_against_full_model(
+                    self.dit, self.schedule, self.latents, model, denoise, residuals
+                )
+            stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
+            budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)
+            stretch = _Stretch(model, denoise, residuals, budget)
+            yield lambda micro_batch: self._micro_batch(stretch, micro_batch)
+
+    def _micro_batch(self, stretch: _Stretch, micro_batch: int) -> None:
+        draws = self.config.micro_batches.draws_of(micro_batch, len(self.schedule))
+        total = 0.0
+        for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
+            with ExitStack() as stack:
+                # Twice, for a budget is used from the second micro-batch on.
+                counted = self.num_counted < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
+                loss = self._loss(stretch, batch) / len(draws)
+            if counted:
+                self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
+            value = loss.item()  # once: on a GPU every reading waits for what is still running
+            self._require_finite(value, "loss", micro_batch)
+            self.scaler.scale(loss / self.config.accumulation).backward()
+            total += value
+        self.num_counted += 1
+        if micro_batch == 0:
+            check_gradients(self.dit, self.selection, self.adapters)
+        self.result.losses.append(total)
+        self.pending.append(total)
+        if len(self.pending) == self.config.accumulation:
+            self._optimizer_step(micro_batch)
+
+    def _loss(self, stretch: _Stretch, batch: Sequence[int]) -> Tensor:
+        """Return the summed velocity loss of a batch."""
+        noisy, clean, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
+        captions = [self.schedule[draw].caption for draw in batch]
+        stretch.model.replay(stretch.residuals.residual, batch, lambda: stretch.denoise(noisy, sigmas, captions))
+        tokens = self.dit.image_tokens(*clean.shape[-2:]) + self.dit.text_tokens(captions[0])
+        with stretch.budget.forward(len(batch) * tokens):
+            denoised = stretch.denoise(noisy, sigmas, captions)
+        return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
+
+    def _optimizer_step(self, micro_batch: int) -> None:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
+        self._require_no_overflow(norm, micro_batch)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.within_step = True
+        self.scaler.step(self.optimizer)  # leaves the tensors alone if a gradient overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.result.steps += 1
+        self._set_rate(self.result.steps)
+        self.within_step = False
+        seconds = time.perf_counter() - self.started
+        self.result.step_seconds.append(seconds)
+        losses, self.pending = tuple(self.pending), []
+        if self.checkpoints and self.checkpoints.is_due(self.result.steps):
+            self.save()
+        self.on_step(StepReport(self.result.steps, losses, rate, norm, seconds))
+        self.started = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on from the newest state, if there is one."""
+        state = self.checkpoints and self.checkpoints.newest(self.config.steps)
+        if not state:
+            return
+        lora = {name: x for name, x in state.tensors.items() if not name.startswith(_OPTIMIZER)}
+        moments = {name.removeprefix(_OPTIMIZER): x for name, x in state.tensors.items() if name not in lora}
+        scaling = {name: x for name, x in state.numbers.items() if name.startswith(_SCALER)}
+        numbers = {name: x for name, x in state.numbers.items() if name not in scaling}
+        with torch.inference_mode(False):
+            self.adapters.load_state_dict(lora)
+            restore_optimizer(self.optimizer, moments, numbers)
+        if scaling:
+            self.scaler.load_state_dict({name.removeprefix(_SCALER): x for name, x in scaling.items()})
+        self._set_rate(state.step)
+        self.result.steps = self.result.resumed_at = state.step
+        self.result.losses[:] = state.losses
+
+    def save(self) -> None:
+        """Write the state after the last whole step, if states are kept."""
+        if not self.checkpoints or not self.result.steps or self.within_step:
+            return
+        tensors, numbers = optimizer_state(self.optimizer)
+        numbers |= {_SCALER + name: x for name, x in self.scaler.state_dict().items()}
+        tensors = self.adapters.state_dict() | {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
+        whole = self.result.losses[: self.result.steps * self.config.accumulation]
+        try:
+            self.checkpoints.save(TrainingState(self.result.steps, whole, tensors, numbers))
+        except StorageError as error:  # a run without states is better than no run
+            logger.error("BlockSkip: %s", error)
+            self.result.problems.append(str(error))
+
+    def release(self) -> None:
+        """Leave nothing of the run on the device, whoever still holds the LoRA."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self.adapters.to(torch.device("cpu"))
+
+    def _set_rate(self, step: int) -> None:
+        """Set the learning rate of the step after so many; it follows from nothing else, so a run can resume anywhere."""
+        for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
+            group["lr"] = self.config.learning_rate * factor(step)
+
+    def _require_finite(self, value: float, what: str, micro_batch: int) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"The {what} is not finite in step {micro_batch // self.config.accumulation + 1}. The LoRA is left "
+                f"as it was after step {self.result.steps}. Lower the learning rate, or load the model in bf16."
+            )
+
+    def _require_no_overflow(self, norm: float, micro_batch: int) -> None:
+        """Let a step pass whose gradient overflowed in float16, as the scale is halved then; but not one after another."""
+        if math.isfinite(norm) or not self.scaler.is_enabled():
+            self.overflows_in_a_row = 0
+            self._require_finite(norm, "gradient", micro_batch)
+            return
+        self.overflows_in_a_row += 1
+        self.result.overflows += 1
+        if self.overflows_in_a_row >= _MOST_OVERFLOWS:
+            self._require_finite(norm, "gradient", micro_batch)
+
+    def _text_length(self, draw: int) -> int:
+        return self.dit.text_length(self.schedule[draw].caption)

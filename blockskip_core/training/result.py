@@ -1,0 +1,55 @@
+"""What a training tells: step by step, and in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did.
+
+    Attributes:
+        step: Steps done, from 1.
+        losses: Loss of each micro-batch.
+        learning_rate: The one that was used.
+        grad_norm: Before clipping.
+        seconds: Wall time of the step.
+    """
+
+    step: int
+    losses: tuple[float, ...]
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over the micro-batches."""
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass
+class TrainingResult:
+    """What a run left. Filled in as the run goes, so it is right whenever the run ends.
+
+    Attributes:
+        losses: Of every micro-batch.
+        step_seconds: Of every optimiser step since the run was started or resumed.
+        steps: Optimiser steps done.
+        self_check: Relative difference between the skipping and the full model before the first step, or None.
+        saved_bytes: Bytes that a micro-batch kept for its backward pass, parameters not counted: the larger of the first
+            two, for the second is the first with an activation budget.
+        resumed_at: Steps that an earlier run had done.
+        overflows: Steps that were left out because a gradient overflowed in float16.
+        problems: What went wrong without ending the run, in sentences.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    steps: int = 0
+    self_check: float | None = None
+    saved_bytes: int = 0
+    resumed_at: int = 0
+    overflows: int = 0
+    problems: list[str] = field(default_factory=list)

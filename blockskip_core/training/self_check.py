@@ -1,0 +1,77 @@
+"""Checks before and in the first step: replayed and full model agree, and every kept block learns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters.lora import LoraAdapters
+from ..blocks.replay import Residual
+from ..blocks.skipping_model import SkippingModel
+from ..data.flow_matching import noisy_batch
+from ..data.schedule import TrainingSchedule
+from ..errors import TrainingError
+from ..model import Denoiser, SkippableDit
+from ..residuals.format import ResidualFormat
+from ..residuals.source import OpenResiduals
+from ..selection.selection import BlockSelection
+
+_EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
+
+
+def check_against_full_model(
+    dit: SkippableDit,
+    schedule: TrainingSchedule,
+    latents: Tensor,
+    model: SkippingModel,
+    denoise: Denoiser,
+    residuals: OpenResiduals,
+) -> float:
+    """Compare with the full model's recorded output, before the LoRA is attached: they must agree.
+
+    Returns:
+        The relative difference.
+
+    Raises:
+        TrainingError: If it is more than rounding explains.
+    """
+    reference = residuals.reference
+    noisy, _, sigmas = (x.to(dit.device) for x in noisy_batch(schedule, latents, [reference.draw]))
+    with torch.no_grad():
+        model.replay(residuals.residual, [reference.draw], None)
+        denoised = denoise(noisy, sigmas, [schedule[reference.draw].caption]).cpu()
+    removed = (noisy.cpu() - reference.denoised).norm().clamp_min(1e-12)
+    difference = ((denoised - reference.denoised).norm() / removed).item()
+    tolerance = _tolerance(residuals.residual(reference.draw), residuals.form) + dit.known_error
+    if not difference <= tolerance:
+        raise TrainingError(
+            f"With nothing learned yet, the model with skipped blocks differs from the full model by "
+            f"{difference:.2e} (at most {tolerance:.0e} was expected). Another node may have changed the model "
+            "after Precompute Residuals; connect the same MODEL to both nodes."
+            + (" Or quantisation costs this model too much; choose a finer one." if dit.known_error else "")
+        )
+    return difference
+
+
+def check_gradients(dit: SkippableDit, selection: BlockSelection, adapters: LoraAdapters) -> None:
+    """Require a gradient in every kept block; B is zero at the start, so only its own gradient can be.
+
+    Raises:
+        TrainingError: If a kept block has none.
+    """
+    for index in selection.kept:
+        block = dit.blocks[index].name + "."
+        ups = [adapters.up(name) for name in adapters.names if name.startswith(block)]
+        if ups and not any(up.grad is not None and up.grad.any() for up in ups):
+            raise TrainingError(
+                f"Block {block[:-1]} got no gradient in the first step. This is a fault of the adapter for "
+                f"the {dit.family} family; please report it."
+            )
+
+
+def _tolerance(residual: Residual, form: ResidualFormat) -> float:
+    """Return what rounding may do to the stored tokens, with room for other kernels at other batch sizes."""
+    if form != "exact":
+        return _EIGHT_BIT_TOLERANCE
+    dtype = next((tensor.dtype for tensor in residual.tensors().values()), None)
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 2e-2)

@@ -1,0 +1,1 @@
+"""What talks to the page in the browser: progress and the live chart."""

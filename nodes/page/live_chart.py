@@ -1,0 +1,147 @@
+"""Feeds the chart on the trainer's node: events while something runs, and a route for pages that open later.
+
+The page's side is ``web/js/live_chart.js``. Events go to every open page, which takes those of its own workflow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from comfy.model_management import InterruptProcessingException
+from server import PromptServer, web  # web: the host's own aiohttp.web, for the route's answers
+
+from ...blockskip_core.reporting.run_history import RunHistory
+
+EVENT = "blockskip.train"
+ROUTE = "/blockskip/last_run"
+SECONDS_BETWEEN_EVENTS = 0.25
+POINTS_IN_OUTPUT = 500
+"""In the node's output, which the host keeps in its history, the curve is thinned to so many."""
+LONGEST_ID = 200
+NO_ID = "00000000-0000-0000-0000-000000000000"
+"""The page's word for a graph that did not come from a workflow file; each reload gives such a graph another id."""
+TRAINER = "BlockSkip_TrainLora"
+
+HISTORY = RunHistory()
+
+
+class LiveChart:
+    """Follows one run of the trainer; as a context manager it also notes how the run ended.
+
+    Args:
+        hidden: The node's hidden inputs: its id, and the workflow that it belongs to.
+    """
+
+    def __init__(self, hidden: Any) -> None:
+        self._record = HISTORY.begin(str(hidden.unique_id), workflow_of(hidden))
+        self._last_sent = 0.0
+
+    def __enter__(self) -> LiveChart:
+        self._send(now=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        cancelled = kind is not None and issubclass(kind, InterruptProcessingException)
+        status = "done" if kind is None else "cancelled" if cancelled else "failed"
+        self._record.note(status=status, phase=status, detail="", seconds_left=None)
+        self._send(now=True)
+
+    def phase(self, phase: str, done: int, total: int) -> None:
+        """Show what else the node is doing; the training steps speak for themselves."""
+        if phase == "training step":
+            return
+        word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
+        self._record.note(phase=word, detail=f"{phase}: {done} of {total}")
+        self._send()
+
+    def earlier(self, losses: Sequence[float], steps: int) -> None:
+        """Show what an interrupted run had done, of which this one goes on."""
+        self._record.add_earlier(losses, steps)
+
+    def step(self, step: int, steps: int, loss: float, learning_rate: float, **figures: Any) -> None:
+        """Show a finished training step.
+
+        Args:
+            step, steps, loss, learning_rate: As `RunRecord.add_step` takes them.
+            figures: seconds_per_step, seconds_left (s); memory_now, memory_peak (bytes), memory_of.
+        """
+        self._record.add_step(step, steps, loss, learning_rate)
+        self._record.note(phase="training", detail="", **figures)
+        self._send()
+
+    def output(self) -> dict[str, Any]:
+        """Return the run as an entry of the node's ``ui``, so that a cached run shows it again."""
+        return {"blockskip_chart": [self._record.snapshot(POINTS_IN_OUTPUT)]}
+
+    def _send(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._last_sent >= SECONDS_BETWEEN_EVENTS:
+            self._last_sent = time.monotonic()
+            send(self._record.news())
+
+
+def announcer(hidden: Any, phase: str) -> Callable[[str, int, int], None]:
+    """Return what a node in front of trainers tells its progress to: their charts show it as ``phase``."""
+    trainers = trainers_behind(hidden.prompt, hidden.unique_id)
+    workflow = workflow_of(hidden)
+    last_sent = 0.0
+
+    def announce(what: str, done: int, total: int) -> None:
+        nonlocal last_sent
+        if time.monotonic() - last_sent < SECONDS_BETWEEN_EVENTS and done < total:
+            return
+        last_sent = time.monotonic()
+        for trainer in trainers:
+            send({"node": trainer, "workflow": workflow, "phase": phase, "detail": f"{what}: {done} of {total}"})
+
+    return announce
+
+
+def trainers_behind(prompt: Any, node_id: str | None) -> list[str]:
+    """Return the ids of the trainers that read, over any number of nodes, what this node gives."""
+    if not isinstance(prompt, Mapping):
+        return []
+    readers: dict[str, list[str]] = {}
+    for reader, node in prompt.items():
+        for value in node.get("inputs", {}).values():
+            if isinstance(value, list) and len(value) == 2:
+                readers.setdefault(str(value[0]), []).append(reader)
+    found, behind = set(), [str(node_id)]
+    while behind:
+        for reader in readers.get(behind.pop(), []):
+            if reader not in found:
+                found.add(reader)
+                behind.append(reader)
+    return sorted(node for node in found if prompt[node].get("class_type") == TRAINER)
+
+
+def workflow_of(hidden: Any) -> str | None:
+    """Return the id of the workflow in which the prompt was queued; None for one from elsewhere."""
+    info = hidden.extra_pnginfo
+    workflow = info.get("workflow") if isinstance(info, Mapping) else None
+    name = workflow.get("id") if isinstance(workflow, Mapping) else None
+    return name if isinstance(name, str) and name and len(name) <= LONGEST_ID and name != NO_ID else None
+
+
+def send(data: Mapping[str, Any]) -> None:
+    """Send an event to every open page."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(EVENT, data)  # no client id: a second browser shows the run as well
+
+
+async def last_run(request: Any) -> Any:
+    """Answer ``GET ?node=ID&workflow=ID`` with the node's last run as JSON, or null. Reads nothing but memory."""
+    record = HISTORY.last(request.query.get("node", ""), request.query.get("workflow"))
+    return web.json_response({"run": record and record.snapshot()}, headers={"Cache-Control": "no-store"})
+
+
+def add_route() -> None:
+    """Offer the last runs to the page. Registered twice, a route keeps the host from starting."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and not any(getattr(route, "path", None) == ROUTE for route in server.routes):
+        server.routes.get(ROUTE)(last_run)

@@ -1,0 +1,1 @@
+"""One training run behind the trainer's node."""

@@ -1,0 +1,77 @@
+"""What a whole run takes is what its phases say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.accounting.memory_needs import RunPlan, StoredWeights, memory_needs
+from blockskip_pack.blockskip_core.accounting.phase_counts import adapters_on, count_pass, count_precompute
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
+
+from ..plain_dit import LATENT_SHAPE, TEXT_LENGTHS, WIDTH, PlainDit, latents, selection
+from .test_phase_counts import LORA, TOKENS, Weightless, counted, layers
+
+
+def plan(dit, spans, **changes):
+    settings = {
+        "latent_shape": LATENT_SHAPE, "probe_shape": LATENT_SHAPE, "selection": spans, "lora": LORA,
+        "layers": layers(dit, spans),
+        "config": TrainingConfig(steps=1),
+    }  # fmt: skip
+    return RunPlan(**{**settings, **changes})
+
+
+def test_needs_are_the_counts_of_their_phases():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    needs = memory_needs(dit, plan(dit, spans, draws=9, chunk=2, stored=9))
+    assert needs.selecting == count_pass(dit, LATENT_SHAPE)
+    assert needs.precomputing == count_precompute(dit, LATENT_SHAPE, spans)
+    assert needs.training == counted(dit, spans)
+    one = 4 * WIDTH * (TOKENS + TEXT_LENGTHS[0] + TOKENS)
+    assert (needs.replayed, needs.disk) == (one, 9 * one)
+    assert needs.lora == sum(t.nbytes for t in adapters_on(dit, layers(dit, spans), LORA).parameters())
+    assert memory_needs(dit, plan(dit, selection(0, 0))).precomputing is None
+
+
+def test_needs_of_training_on_the_fly():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    needs = memory_needs(dit, plan(dit, spans, on_the_fly=True, linear=True))
+    assert (needs.precomputing, needs.disk) == (None, 0)
+    assert needs.training == counted(dit, spans, folded=True)
+
+
+def test_needs_with_a_linear_answer():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    constant, linear = (memory_needs(dit, plan(dit, spans, linear=flag)) for flag in (False, True))
+    assert linear.disk - constant.disk == linear.replayed - constant.replayed == 4 * WIDTH**2
+
+
+def test_stored_weights_take_the_place_of_those_of_the_tensors():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    quarter = StoredWeights(blocks=[info.num_bytes // 4 for info in dit.blocks], others=100)
+    plain, packed = memory_needs(dit, plan(dit, spans)), memory_needs(dit, plan(dit, spans), quarter)
+    kept = sum(quarter.blocks[index] for index in spans.kept) + 100
+    assert packed.training.weights == kept
+    assert packed.training.peak - kept == plain.training.peak - plain.training.weights
+    assert packed.training.between - kept == plain.training.between - plain.training.weights
+    assert packed.precomputing.weights == max(quarter.blocks) + 100
+    assert packed.selecting.weights == sum(quarter.blocks) + 100
+
+
+@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("linear", [False, True])
+def test_host_memory_of_a_chunk_is_at_most_what_is_said(front, back, linear):
+    dit, spans, draws = Weightless(dtype=torch.float32), selection(front, back), 12
+    needs = memory_needs(dit, plan(dit, spans, linear=linear, draws=draws, chunk=draws))
+    host = count_precompute(dit, LATENT_SHAPE, spans, draws=draws, keep_entering=linear).host
+    host += draws * 4 * latents(1)[0].numel()
+    assert 0.8 * needs.host <= host <= needs.host
+
+
+def test_counting_leaves_the_model_alone():
+    dit = PlainDit(dtype=torch.float32)
+    before, net = dit.weights_hash(), copy.copy(dit.modules_by_name())
+    memory_needs(dit, plan(dit, selection(1, 1)))
+    assert (dit.weights_hash(), dit.modules_by_name()) == (before, net)

@@ -1,0 +1,54 @@
+"""The plan in sentences."""
+
+from dataclasses import replace
+
+from blockskip_pack.blockskip_core.accounting.memory_needs import MemoryNeeds
+from blockskip_pack.blockskip_core.accounting.phase_counts import PhaseCount
+from blockskip_pack.blockskip_core.accounting.plan import changes_that_fit
+from blockskip_pack.blockskip_core.accounting.plan_text import advice, report
+
+from .test_plan import BIG, GIB, needs, phase, price
+
+
+def test_the_report_says_all():
+    whole = needs(8 * GIB, selecting=22 * GIB, precomputing=GIB, weights=7 * GIB, host=GIB // 2, disk=2 * GIB)
+    text = report(BIG, whole, 10 * GIB, "a card", None)
+    assert text.startswith("It fits: 8.00 GiB of 10.00 GiB of a card.")
+    for line in (
+        "choosing blocks: 22.00 GiB on the device, only with method attention mask",
+        "precomputing: 1.00 GiB on the device",
+        "training: 8.00 GiB on the device, of which weights 7.00 GiB",
+        "host memory beside the model: up to 512.0 MiB",
+        "disk: 2.00 GiB of residuals",
+    ):
+        assert line in text.splitlines()
+    assert "only with" not in report(replace(BIG, measured=True), whole, 10 * GIB, "a card", None)
+    assert "disk: no residuals" in report(BIG, needs(1), 10 * GIB, "a card", None)
+
+
+def test_the_verdict_names_the_change_or_says_that_there_is_none():
+    found = changes_that_fit(BIG, 8 * GIB, price)
+    text = report(BIG, price(BIG), 8 * GIB, "a card", found).splitlines()[0]
+    assert text.startswith("It does not fit: 34.00 GiB, and there are 8.00 GiB of a card. It will if you switch `check")
+    assert text.endswith("and set `quantize_kept` to int8: 7.00 GiB.")
+    assert "No change of settings is enough. Skip more blocks" in report(BIG, price(BIG), GIB, "a card", None)
+
+
+def test_advice_is_a_sentence():
+    assert advice(changes_that_fit(BIG, 30 * GIB, price)) == "It fits if you switch `checkpointing` on."
+    assert advice(None).startswith("No change of settings makes it fit;")
+
+
+def test_work_is_counted_and_timed_where_the_device_is_here():
+    whole = MemoryNeeds(
+        selecting=phase(1), precomputing=PhaseCount(weights=0, peak=1, operations=2 * 10**12, host=0),
+        training=PhaseCount(weights=0, peak=1, operations=5 * 10**12, host=0), lora=0, replayed=0, host=0, disk=0,
+    )  # fmt: skip
+    text = report(BIG, whole, GIB, "a card", None, draws=400, speed=10.0 * 10**12)
+    assert (
+        "work: a training step 5 TFLOP, precomputing 400 draws 800 TFLOP. At least: a training step 0.5 s, precomputing 400 "
+        "draws 80 s, at the 10 TFLOP/s of this device's matrix products."
+    ) in text.splitlines()
+    text = report(BIG, whole, GIB, "a card", None, draws=40_000, speed=10.0 * 10**12)
+    assert "precomputing 40,000 draws 133 min" in text
+    assert "on a card that is not here is not known." in report(BIG, whole, GIB, "a card", None)

@@ -1,0 +1,76 @@
+"""Copies that share weights."""
+
+import torch
+from blockskip_pack.blockskip_core.blocks.weight_sharing import frozen_copy, weight_sharing_copy
+from torch import nn
+
+
+def test_a_copy_shares_memory_and_nothing_else():
+    original = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    twin = weight_sharing_copy(original)
+    assert list(twin.state_dict()) == list(original.state_dict())
+    for name, tensor in original.state_dict().items():
+        assert twin.state_dict()[name].data_ptr() == tensor.data_ptr()
+    twin[0].register_forward_hook(lambda *_: None)
+    twin[0].mark = 1
+    twin[0].weight = nn.Parameter(torch.zeros(4, 3))
+    assert not original[0]._forward_hooks
+    assert not hasattr(original[0], "mark")
+    assert original[0].weight.any()
+
+
+def test_a_copy_keeps_the_strides_and_the_offset_of_a_view():
+    original = nn.Linear(3, 4)
+    original.weight = nn.Parameter(torch.arange(100.0)[10:90].view(8, 10)[::2, 1:7:2])
+    twin = weight_sharing_copy(original)
+    assert torch.equal(twin.weight, original.weight)
+    assert twin.weight.data_ptr() == original.weight.data_ptr()
+
+
+class Marked(nn.Parameter):
+    """A parameter of another class that says to be a larger matrix than it takes numbers, as packed weights do."""
+
+    @property
+    def shape(self):
+        return torch.Size((4, 6))
+
+
+class Dressed(nn.Parameter):
+    """Plain numbers in another class, as some files give small tensors."""
+
+
+def test_plain_numbers_in_another_class_become_an_ordinary_tensor_over_the_same_memory():
+    original = nn.Linear(3, 4)
+    original.weight = Dressed(torch.randn(4, 3))
+    twin = weight_sharing_copy(original).weight
+    assert type(twin) is nn.Parameter
+    assert twin.data_ptr() == original.weight.data_ptr()
+    assert type(original.weight) is Dressed
+
+
+def test_a_frozen_copy_runs_without_gradients_also_over_weights_that_are_kept_as_they_are():
+    original = nn.Linear(3, 4)
+    original.weight = Marked(torch.randn(4, 3))
+    x = torch.randn(2, 3, requires_grad=True)
+    frozen = frozen_copy(original)
+    assert frozen.weight is original.weight
+    assert torch.equal(frozen(x), original(x))
+    assert not frozen(x).requires_grad
+    assert original(x).requires_grad
+
+
+def test_a_frozen_copy_can_be_marked_and_unmarked_where_a_host_finds_it():
+    """Hosts write onto the layer at a path, read it in the layer's own forward, and delete it again."""
+
+    class Layer(nn.Linear):
+        factor = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    original = Layer(3, 4)
+    frozen, x = frozen_copy(original), torch.randn(2, 3)
+    frozen.factor = 2.0
+    assert torch.equal(frozen(x), 2.0 * original(x))
+    del frozen.factor
+    assert torch.equal(frozen(x), original(x))

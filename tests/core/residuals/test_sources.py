@@ -1,0 +1,368 @@
+"""Where a run's residuals come from: disk, chunks, or folded into each step."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
+from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError, StorageError
+from blockskip_pack.blockskip_core.residuals import sources as residual_sources
+from blockskip_pack.blockskip_core.residuals.cache import (
+    MANIFEST,
+    CacheIdentity,
+    CacheWriter,
+    ResidualCache,
+    is_finished,
+)
+from blockskip_pack.blockskip_core.residuals.sources import (
+    FoldedSource,
+    ResidualSet,
+    remove_old_caches,
+    require_room,
+    residual_bytes,
+    stored_latents,
+    write_cache,
+)
+
+from ..plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, lora_for, schedule, selection, train
+
+PLAN = schedule((0.3, 0.9, 0.55, 0.7, 0.2), (0, 2, 1, 2, 0))
+
+
+def quiet(phase, done, total):
+    pass
+
+
+def residual_set(
+    folder, storage="disk", *, spans=(1, 2), chunk_size=2, dtype="torch.float64", model="m", back_residual="constant"
+):
+    chosen = selection(*spans)
+    identity = CacheIdentity(
+        model=model, schedule=PLAN.fingerprint, selection=chosen.fingerprint, pictures="p", captions="c", dtype=dtype,
+        back_residual=back_residual,
+    )  # fmt: skip
+    return ResidualSet(
+        schedule=PLAN, latents=latents(len(PLAN)), selection=chosen, captions=(), identity=identity, storage=storage,
+        chunk_size=chunk_size, folder=folder / identity.key, family="plain",
+        back_residual=back_residual,
+    )  # fmt: skip
+
+
+def run(residuals, *, dit=None, on_step=None, progress=quiet, **settings):
+    dit = dit or PlainDit()
+    adapters = lora_for(dit, residuals.selection)
+    source = residuals.source(dit, progress)
+    result, _ = train(
+        dit, residuals.selection, source, adapters, plan=PLAN, clean=residuals.latents, on_step=on_step, **settings
+    )
+    return result, adapters
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 2, "steps": 6}, {"accumulation": 3, "steps": 4}], ids=["batch", "accumulate"]
+)
+def test_chunked_training_is_training_from_disk(tmp_path, chunk_size, settings):
+    disk, a = run(residual_set(tmp_path / "disk"), **settings)
+    chunked, b = run(residual_set(tmp_path / "chunked", "chunked", chunk_size=chunk_size), **settings)
+    assert chunked.losses == disk.losses
+    assert chunked.self_check == disk.self_check
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_storage_names_the_source(tmp_path):
+    dit = PlainDit()
+    kinds = [type(residual_set(tmp_path, storage).source(dit, quiet)) for storage in ("disk", "chunked", "on the fly")]
+    assert kinds == [residual_sources.DiskSource, residual_sources.ChunkedSource, FoldedSource]
+    with pytest.raises(InvalidInputError, match="storage must be one of disk, chunked, on the fly, got 'tape'"):
+        residual_set(tmp_path, "tape")
+    with pytest.raises(InvalidInputError, match="chunk_size must be at least 1, got 0"):
+        residual_set(tmp_path, chunk_size=0)
+
+
+def test_on_the_fly_writes_nothing(tmp_path):
+    result, _ = run(residual_set(tmp_path, "on the fly"), steps=3)
+    assert len(result.losses) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_chunks_hold_no_more_than_their_size_and_are_gone_afterwards(tmp_path):
+    residuals, held = residual_set(tmp_path, "chunked", chunk_size=2), []
+    run(residuals, steps=5, on_step=lambda _: held.append(len(ResidualCache(residuals.folder, residuals.identity))))
+    assert held == [2, 2, 2, 2, 1]
+    assert not residuals.folder.exists()
+
+
+class Interrupt(BaseException):
+    """What hosts raise to interrupt a run."""
+
+
+def test_an_interrupt_removes_the_chunk_that_is_open(tmp_path):
+    residuals = residual_set(tmp_path, "chunked")
+
+    def on_step(report):
+        assert is_finished(residuals.folder)
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run(residuals, steps=5, on_step=on_step)
+    assert not residuals.folder.exists()
+
+
+@pytest.mark.parametrize("storage", ["disk", "chunked"])
+@pytest.mark.parametrize("problem", [Interrupt, RuntimeError])
+def test_precomputing_that_ends_early_leaves_whole_shards_or_nothing(tmp_path, storage, problem):
+    residuals, calls = residual_set(tmp_path, storage), []
+
+    def progress(phase, done, total):
+        calls.append(done)
+        if len(calls) == 7:
+            raise problem
+
+    with pytest.raises(problem):
+        run(residuals, progress=progress, steps=5)
+    left = sorted(path.name for path in residuals.folder.glob("*"))
+    assert left == (["shard-00000.safetensors", "unfinished.json"] if storage == "disk" else [])
+
+
+def test_a_finished_cache_is_not_computed_again(tmp_path):
+    residuals, calls = residual_set(tmp_path), []
+    write_cache(residuals, PlainDit(), quiet)
+    first = run(residuals, steps=5, progress=lambda *report: calls.append(report))[0]
+    assert calls == []
+    shutil.rmtree(residuals.folder)
+    assert run(residuals, steps=5)[0].losses == first.losses  # and computed anew when it is gone
+
+
+def test_progress_runs_over_all_chunks(tmp_path):
+    calls = []
+    write_cache(residual_set(tmp_path, chunk_size=2), PlainDit(), lambda *report: calls.append(report))
+    assert calls == [("precomputing residuals", done, 15) for done in range(1, 16)]
+
+
+@pytest.mark.parametrize("spans", [(1, 2), (2, 0), (0, 2), (0, 0), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_predicted_bytes_are_those_written(tmp_path, spans, dtype):
+    dit = PlainDit(dtype=dtype)
+    residuals = residual_set(tmp_path, spans=spans, dtype=str(dtype))
+    object.__setattr__(residuals, "latents", residuals.latents.to(dtype))
+    write_cache(residuals, dit, quiet)
+    cache = ResidualCache(residuals.folder, residuals.identity)
+    written = sum(x.nbytes for draw in range(len(PLAN)) for x in cache.residual(draw).tensors().values())
+    assert residual_bytes(dit, residuals, range(len(PLAN))) == written
+    if spans == (1, 2):
+        texts = sum(TEXT_LENGTHS[draw.caption] for draw in PLAN)
+        assert written == (2 * 6 * len(PLAN) + texts) * WIDTH * dtype.itemsize
+
+
+def test_a_disk_without_room_is_said_before_the_model_runs(tmp_path):
+    dit = PlainDit()
+    dit.width = 2**40
+    dit.denoise = None
+    residuals = residual_set(tmp_path)
+    with pytest.raises(InvalidInputError, match=r"would take \d+\.\d\d GiB on disk"):
+        write_cache(residuals, dit, quiet)
+    chunked = residual_set(tmp_path, "chunked")
+    with (
+        pytest.raises(InvalidInputError, match="on disk"),
+        next(chunked.source(dit, quiet).stretches(MicroBatches(steps=3))),
+    ):
+        pass
+    assert not residuals.folder.exists()
+
+
+def test_stored_latents_come_back_as_they_were(tmp_path):
+    residuals = residual_set(tmp_path)
+    assert stored_latents(residuals.folder, residuals.identity, len(PLAN)) is None
+    write_cache(residuals, PlainDit(), quiet)
+    assert torch.equal(stored_latents(residuals.folder, residuals.identity, len(PLAN)), residuals.latents)
+
+
+def damage(folder):
+    shard = next(folder.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def read_everything(residuals):
+    stored_latents(residuals.folder, residuals.identity, len(PLAN))
+    run(residuals, steps=5)
+
+
+def test_a_damaged_cache_is_removed_and_the_user_told_to_queue_again(tmp_path):
+    residuals = residual_set(tmp_path, chunk_size=100)
+    write_cache(residuals, PlainDit(), quiet)
+    damage(residuals.folder)
+    with pytest.raises(CacheError, match="are damaged .* They have been removed; queue the workflow again"):
+        run(residuals, steps=5)
+    assert not residuals.folder.exists()
+    write_cache(residuals, PlainDit(), quiet)
+    damage(residuals.folder)
+    with pytest.raises(CacheError, match="They have been removed"):
+        read_everything(residuals)
+    assert not residuals.folder.exists()
+
+
+def test_a_cache_of_something_else_under_the_same_name_is_removed(tmp_path):
+    residuals, other = residual_set(tmp_path), residual_set(tmp_path, model="other")
+    write_cache(other, PlainDit(), quiet)
+    other.folder.rename(residuals.folder)
+    with pytest.raises(CacheError, match="belong to another model. They have been removed"):
+        run(residuals)
+    assert not residuals.folder.exists()
+
+
+def finished_cache(folder, age):
+    writer = CacheWriter(folder, residual_set(folder).identity)
+    writer.write({0: {"latent": torch.zeros(1)}})
+    writer.finish()
+    os.utime(folder, (1e9 - age, 1e9 - age))
+
+
+def test_only_the_newest_caches_stay_and_nothing_else_is_touched(tmp_path):
+    for name, age in (("c", 30), ("a", 10), ("d", 40), ("b", 20)):
+        finished_cache(tmp_path / name, age)
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "picture.png").write_bytes(b"x")
+    (tmp_path / "file.txt").write_text("x")
+    remove_old_caches(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "file.txt", "holiday"]
+    remove_old_caches(tmp_path, keep=0)
+    assert sorted(os.listdir(tmp_path)) == ["file.txt", "holiday"]
+    remove_old_caches(tmp_path / "nowhere", keep=0)
+
+
+def test_writing_a_cache_makes_room_for_it_among_the_old_ones(tmp_path):
+    for age in range(5):
+        finished_cache(tmp_path / f"old-{age}", age)
+    residuals = residual_set(tmp_path)
+    write_cache(residuals, PlainDit(), quiet)
+    caches = {path.name for path in tmp_path.iterdir() if (path / MANIFEST).is_file()}
+    assert caches == {residuals.folder.name, "old-0", "old-1"}
+    assert len(caches) == residual_sources.KEPT_CACHES
+
+
+# --- going on with an unfinished cache ---------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Somebody pressed Cancel."""
+
+
+def stop_in_chunk(number):
+    """A progress callback that stops within a chunk of the five-block model."""
+
+    def progress(phase, done, total):
+        if done == 5 * number + 2:
+            raise Stopped
+
+    return progress
+
+
+def contents(folder):
+    """All files by name, the manifest by what it says."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("back_residual", ["constant", "linear"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_unfinished_cache_is_gone_on_with_and_ends_the_same(tmp_path, number, back_residual):
+    whole = residual_set(tmp_path / "whole", back_residual=back_residual)
+    write_cache(whole, PlainDit(), quiet)
+    cut = residual_set(tmp_path / "cut", back_residual=back_residual)
+    with pytest.raises(Stopped):
+        write_cache(cut, PlainDit(), stop_in_chunk(number))
+    assert not is_finished(cut.folder)
+    assert len(list(cut.folder.glob("shard-*"))) == number
+    calls = []
+    write_cache(cut, PlainDit(), lambda *report: calls.append(report))
+    assert calls[0][1:] == (1, 5 * (3 - number))
+    assert contents(cut.folder) == contents(whole.folder)
+
+
+def test_it_is_gone_on_with_in_chunks_of_another_size(tmp_path):
+    with pytest.raises(Stopped):
+        write_cache(residual_set(tmp_path, chunk_size=2), PlainDit(), stop_in_chunk(1))
+    residuals = residual_set(tmp_path, chunk_size=3)
+    write_cache(residuals, PlainDit(), quiet)
+    expected = residual_set(tmp_path / "whole")
+    write_cache(expected, PlainDit(), quiet)
+    for draw in range(len(PLAN)):
+        ours, theirs = (ResidualCache(some.folder, some.identity).read(draw) for some in (residuals, expected))
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])], ids=["cut", "flip"]
+)
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "unfinished.json"])
+def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, caplog):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(2))
+    path = residuals.folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    calls = []
+    write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
+    assert calls[0][1:] == (1, 15)
+    assert "are computed anew" in caplog.text
+    ResidualCache(residuals.folder, residuals.identity).verify()
+
+
+def test_stopping_in_the_first_chunk_leaves_no_folder(tmp_path):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(0))
+    assert not residuals.folder.exists()
+
+
+def test_an_unfinished_cache_counts_as_one_of_the_kept(tmp_path):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(1))
+    remove_old_caches(tmp_path, keep=0, but=residuals.folder.name)
+    assert residuals.folder.exists()
+    remove_old_caches(tmp_path, keep=0)
+    assert not residuals.folder.exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_linear_answer_is_that_of_the_same_draws_wherever_residuals_are_kept(tmp_path, batch_size):
+    settings = {"back_residual": "linear", "chunk_size": 4}
+    disk, a = run(residual_set(tmp_path / "disk", **settings), steps=3, batch_size=batch_size)
+    chunked, b = run(residual_set(tmp_path / "chunked", "chunked", **settings), steps=3, batch_size=batch_size)
+    assert chunked.losses == disk.losses
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_residuals(tmp_path, monkeypatch):
+    residuals = residual_set(tmp_path)
+    write_cache(residuals, PlainDit(), quiet)
+    before = contents(residuals.folder)
+
+    def gone(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blockskip_pack.blockskip_core.residuals.cache.open_tensors", gone)
+        with pytest.raises(StorageError, match=r"cannot be read: .*Input/output error\. Queue again"):
+            run(residuals, steps=1)
+    assert contents(residuals.folder) == before
+
+
+def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
+    residuals, dit = residual_set(tmp_path), PlainDit()
+    require_room(residuals, dit)
+    require_room(dataclasses.replace(residuals, latents=residuals.latents.to("meta")), dit)
+    huge = dataclasses.replace(residuals, latents=torch.empty(5, 2**40, 2, 3, device="meta"))
+    with pytest.raises(InvalidInputError, match=r"latents of 5 draws take .* of host memory, .* Use fewer draws"):
+        require_room(huge, dit)
+    dit.width = 2**40
+    with pytest.raises(InvalidInputError, match="on disk"):
+        require_room(residuals, dit)
+    require_room(residual_set(tmp_path, "on the fly"), dit)

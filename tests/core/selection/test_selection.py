@@ -1,0 +1,68 @@
+"""Selections: their counts, spans, bytes and fingerprints."""
+
+import itertools
+
+import pytest
+from blockskip_pack.blockskip_core.errors import InvalidInputError
+from blockskip_pack.blockskip_core.selection.selection import BlockSelection, num_skipped
+
+FLUX_BLOCKS = 57
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.3, 17), (0.4, 23), (0.5, 29), (0.0, 0), (0.9, 51)])
+def test_ratios_skip_as_many_flux_blocks_as_in_the_paper(ratio, count):
+    assert num_skipped(ratio, FLUX_BLOCKS) == count
+
+
+def test_halves_are_rounded_up_whatever_the_binary_fraction():
+    assert num_skipped(0.15, 10) == 2
+    assert num_skipped(0.35, 10) == 4
+    assert num_skipped(0.29, 50) == 15  # 0.29 * 50 is 14.499999999999998 in binary
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0.91, 1.0, float("nan")])
+def test_a_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(InvalidInputError, match=r"skip_ratio must lie between 0 and 0\.9"):
+        num_skipped(ratio, FLUX_BLOCKS)
+
+
+def test_a_ratio_that_leaves_no_block_is_refused():
+    with pytest.raises(InvalidInputError, match="would skip all 2 blocks"):
+        num_skipped(0.8, 2)
+
+
+def test_front_and_back_and_kept_are_the_blocks_in_order():
+    for num_blocks in range(1, 9):
+        for front, back in itertools.product(range(num_blocks), repeat=2):
+            if front + back >= num_blocks:
+                continue
+            chosen = BlockSelection(front=front, back=back, num_blocks=num_blocks)
+            assert [*chosen.front_span, *chosen.kept, *chosen.back_span] == list(range(num_blocks))
+            assert (len(chosen.front_span), len(chosen.back_span)) == (front, back)
+
+
+@pytest.mark.parametrize(
+    ("front", "back", "message"),
+    [(-1, 0, "must not be negative"), (0, -1, "must not be negative"), (3, 2, "at most 4"), (5, 0, "leaves none")],
+)
+def test_impossible_selections_are_refused(front, back, message):
+    with pytest.raises(InvalidInputError, match=message):
+        BlockSelection(front=front, back=back, num_blocks=5)
+
+
+def test_bytes_are_those_of_the_blocks_on_either_side():
+    chosen = BlockSelection(front=1, back=2, num_blocks=5, block_bytes=(1, 20, 300, 4000, 50000))
+    assert chosen.kept_bytes == 320
+    assert chosen.skipped_bytes == 54001
+    text = chosen.describe()
+    assert "Skip the first 1 and the last 2 of 5 blocks (60%); train 2." in text
+    assert "kept 320 B" in text
+
+
+def test_the_fingerprint_follows_the_blocks_and_the_family_only():
+    settings = {"front": 1, "back": 2, "num_blocks": 6, "family": "flux"}
+    base = BlockSelection(**settings)
+    for change in ({"front": 0}, {"back": 1}, {"num_blocks": 7}, {"family": "other"}, {"front": 2, "back": 1}):
+        assert BlockSelection(**{**settings, **change}).fingerprint != base.fingerprint
+    told = BlockSelection(**settings, method="preset", note="a note", block_bytes=(1,) * 6)
+    assert told.fingerprint == base.fingerprint

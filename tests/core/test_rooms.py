@@ -1,0 +1,117 @@
+"""A room imports only what its row allows, and a row allows only rooms further up: so there is no circle of rooms."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = "blockskip_core"
+
+# Room: rooms that it may import. From the ground up; a folder is a room, and so are the single files named here. For a
+# new room add a row. For a new arrow think first: the rooms behind it come along.
+TABLE = {
+    "errors": "",
+    "units": "",
+    "version": "",
+    "files": "errors",
+    "selection": "errors units",
+    "data": "errors",
+    "adapters": "errors",
+    "ralu": "errors",
+    "model": "selection",
+    "blocks": "selection model",
+    "residuals": "errors units files selection data model blocks",
+    "training": "errors files selection data adapters model blocks residuals",
+    "accounting": "errors units selection data adapters model blocks residuals training",
+    "reporting": "units files selection data training",
+    "hosts": "",
+    "hosts/families": "errors selection adapters ralu model accounting",
+    "hosts/inputs": "errors data",
+    "hosts/files": "errors files adapters",
+    "hosts/models": "errors selection adapters model blocks residuals accounting hosts/families hosts/inputs",
+    "hosts/sampling": "errors selection adapters ralu model blocks hosts/families hosts/inputs hosts/models",
+    "nodes/types": "",
+    "nodes/inputs": "errors selection residuals accounting",
+    "nodes/page": "reporting",
+    "nodes/run": "errors units version files selection adapters model residuals training accounting reporting "
+    "hosts/files hosts/models hosts/sampling nodes/inputs nodes/page",
+    "nodes": "errors files selection data adapters ralu residuals training accounting reporting hosts/families "
+    "hosts/inputs hosts/files hosts/models hosts/sampling nodes/types nodes/inputs nodes/page nodes/run",
+}
+ROOMS = {room: row.split() for room, row in TABLE.items()}
+MODULES = [path for folder in (CORE, "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def room_of(path):
+    """Return the room of a module: itself if the table names it, else its folder; "" for the core's own face."""
+    name = path.relative_to(ROOT).with_suffix("").as_posix().removeprefix(f"{CORE}/")
+    return name if name in ROOMS else name.rpartition("/")[0]
+
+
+def imported_files(path):
+    """Return the modules of the pack that a module imports, wherever in it: imports inside the pack are relative."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                candidates = (base / f"{alias.name}.py", base / alias.name / "__init__.py", base.with_suffix(".py"))
+                found.add(next((file for file in candidates if file.is_file()), base / "__init__.py"))
+    return found
+
+
+def arrows():
+    """Return (importing room, imported room) -> the modules that do it."""
+    found = {}
+    for path in MODULES:
+        for target in imported_files(path):
+            assert target.is_file(), f"{path} imports {target}"
+            pair = room_of(path), room_of(target)
+            if pair[0] != pair[1]:
+                found.setdefault(pair, []).append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+ARROWS = arrows()
+
+
+def test_every_room_has_a_row_and_every_row_a_room():
+    assert {room_of(path) for path in MODULES} == {"", *ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_its_row_allows_and_nothing_else(room):
+    assert {pair: modules for pair, modules in ARROWS.items() if pair[0] == room and pair[1] not in ROOMS[room]} == {}
+    assert [allowed for allowed in ROOMS[room] if (room, allowed) not in ARROWS] == [], "allowed and not used"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_row_names_only_rooms_further_up(room):
+    above = list(ROOMS)[: list(ROOMS).index(room)]
+    assert [name for name in ROOMS[room] if name not in above] == []
+
+
+def test_the_face_of_the_core_is_the_only_file_outside_a_room():
+    assert [path.name for path in MODULES if room_of(path) == ""] == ["__init__.py"]
+
+
+FOLDERS = [path.parent for path in MODULES if path.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_folder_says_what_belongs_there(folder):
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+
+
+def test_the_hosts_say_which_rooms_they_have():
+    text = ast.get_docstring(ast.parse((ROOT / CORE / "hosts" / "__init__.py").read_text(encoding="utf-8")))
+    named = {line.split()[0] for line in text.splitlines() if "   " in line}
+    assert {f"hosts/{name}" for name in named} == {room for room in ROOMS if room.startswith("hosts/")}
+
+
+@pytest.mark.parametrize(("tests", "code"), [("core", CORE), ("hosts", f"{CORE}/hosts"), ("nodes", "nodes")])
+def test_tests_are_in_the_folders_of_the_code(tests, code):
+    folders = {path.parent.name for path in (ROOT / "tests" / tests).glob("*/test_*.py")}
+    assert folders
+    assert folders <= {path.parent.name for path in (ROOT / code).glob("*/__init__.py")}

@@ -1,0 +1,76 @@
+"""The optimisers, against their formulas and against each other."""
+
+import sys
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.errors import InvalidInputError
+from blockskip_pack.blockskip_core.training.config import TrainingConfig
+from blockskip_pack.blockskip_core.training.optimizers import build_optimizer
+from torch import nn
+
+from ..plain_dit import MemorySource, PlainDit, latents, lora_for, schedule, selection, train
+
+EIGHT_BIT = "AdamW 8-bit (bitsandbytes)"
+RATE, DECAY = 1e-2, 0.1
+
+
+def stepped(name, steps=4, shape=(64, 128)):
+    """A parameter after some steps on the square of its values, and its optimiser."""
+    parameter = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    optimizer = build_optimizer(name, [parameter], learning_rate=RATE, weight_decay=DECAY)
+    for _ in range(steps):
+        parameter.grad = 2 * parameter.detach()
+        optimizer.step()
+    return parameter.detach(), optimizer
+
+
+def test_adamw_is_the_published_formula():
+    """arXiv 1711.05101, Algorithm 2, written out."""
+    p = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).double()
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(1, 5):
+        g = 2 * p
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        p = p * (1 - RATE * DECAY)
+        p = p - RATE * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(stepped("AdamW")[0].double(), p, atol=1e-6, rtol=0)
+
+
+def test_eight_bit_moments_take_a_quarter_and_give_nearly_the_same_steps():
+    pytest.importorskip("bitsandbytes")
+    plain, full = stepped("AdamW")
+    small, eight = stepped(EIGHT_BIT)
+    assert (small - plain).abs().max() < 0.2 * 4 * RATE
+
+    def moments(optimizer, keys):
+        (state,) = optimizer.state.values()
+        return sum(state[key].nbytes for key in keys)
+
+    wide = moments(full, ("exp_avg", "exp_avg_sq"))
+    assert moments(eight, ("state1", "state2")) == wide / 4
+    assert moments(eight, ("state1", "state2", "absmax1", "absmax2")) < 0.27 * wide
+
+
+def test_a_run_learns_with_eight_bit_moments():
+    pytest.importorskip("bitsandbytes")
+    dit, chosen, plan = PlainDit(dtype=torch.float32), selection(1, 1), schedule()
+    clean = latents(dtype=torch.float32)
+    adapters = lora_for(dit, chosen, dtype=torch.float32)
+    source = MemorySource(dit, chosen, plan, clean)
+    result, _ = train(
+        dit, chosen, source, adapters, plan=plan, clean=clean, steps=30, batch_size=4, optimizer=EIGHT_BIT
+    )
+    assert result.losses[-1] < 0.9 * result.losses[0]
+
+
+def test_without_the_extra_package_a_run_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(InvalidInputError, match=r"pip install bitsandbytes.*or choose AdamW"):
+        stepped(EIGHT_BIT, steps=0)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(InvalidInputError, match="optimizer must be one of AdamW, .*, got 'Lion'"):
+        TrainingConfig(steps=1, optimizer="Lion")

@@ -1,0 +1,83 @@
+"""Published models on the meta device: as many bytes as their files have, and not one of them in memory."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.errors import InvalidInputError
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+
+# GiB of all parameters in bf16 (SD3.5's table of positions is a buffer and not counted); blocks of each list.
+SIZES = {
+    "FLUX.1-dev": (22.17, {"double_blocks": 19, "single_blocks": 38}),
+    "FLUX.2-dev": (60.02, {"double_blocks": 8, "single_blocks": 48}),
+    "FLUX.2-klein-4B": (7.22, {"double_blocks": 5, "single_blocks": 20}),
+    "FLUX.2-klein-9B": (16.91, {"double_blocks": 8, "single_blocks": 24}),
+    "Qwen-Image": (38.05, {"transformer_blocks": 60}),
+    "Z-Image": (11.46, {"layers": 30}),
+    "Wan2.1-T2V-1.3B": (2.64, {"blocks": 30}),
+    "Wan2.1-T2V-14B": (26.61, {"blocks": 40}),
+    "Chroma": (16.58, {"double_blocks": 19, "single_blocks": 38}),
+    "SD3.5-Large": (15.01, {"joint_blocks": 38}),
+    "SD3.5-Medium": (4.18, {"joint_blocks": 24}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_those_of_the_published_files(name):
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
+
+    model = published_model(name).diffusion_model
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    gib, lists = SIZES[name]
+    assert sum(parameter.nbytes for parameter in model.parameters()) / 2**30 == pytest.approx(gib, abs=0.006)
+    assert {key: len(getattr(model, key)) for key in lists} == lists
+
+
+def test_the_host_reads_the_same_sizes_off_the_weights():
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import PUBLISHED_SIZES, published_model
+    from comfy.model_detection import detect_unet_config
+
+    for name, size in PUBLISHED_SIZES.items():
+        read = detect_unet_config(published_model(name).diffusion_model.state_dict(), "")
+        assert {key: read.get(key) for key in size.config} == dict(size.config), name
+        assert not any(value for key, value in read.items() if key not in size.config), name
+
+
+def test_every_published_model_has_an_adapter_that_lists_its_blocks():
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import PUBLISHED_SIZES, published_model
+    from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
+
+    families = {}
+    for name in PUBLISHED_SIZES:
+        adapter = adapter_for(SimpleNamespace(model=published_model(name)))
+        families[name] = adapter.family
+        if name in SIZES:
+            assert len(adapter.blocks()) == sum(SIZES[name][1].values())
+            assert sum(block.num_bytes for block in adapter.blocks()) / 2**30 < SIZES[name][0]
+    assert sorted(set(families.values())) == ["chroma", "flux", "flux2", "lumina2", "qwen_image", "sd3", "wan"]
+
+
+def test_the_small_wan_2_2_has_five_thousand_million_parameters():
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
+
+    parameters = published_model("Wan2.2-TI2V-5B").diffusion_model.parameters()
+    assert sum(parameter.numel() for parameter in parameters) == pytest.approx(5.0e9, rel=0.01)
+
+
+def test_bytes_follow_the_dtype():
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
+
+    counts = [
+        sum(p.nbytes for p in published_model("FLUX.2-klein-4B", dtype).diffusion_model.parameters())
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert counts[0] == 2 * counts[1]
+
+
+def test_an_unknown_name_is_refused_and_the_known_ones_named():
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
+
+    with pytest.raises(InvalidInputError, match="FLUX.1-dev, .*, got 'nothing'"):
+        published_model("nothing")

@@ -1,0 +1,263 @@
+"""LoRA files: what is written loads through the host's own loader; names and contents of others are not trusted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors, to_host_lora
+from blockskip_pack.blockskip_core.errors import InvalidInputError, LoraFileError, StorageError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ...core.plain_dit import selection
+from ..hosted_runs import chosen, clean_latents, flux_lora, full_forward, hosted, replayed
+from ..tiny_flux import assert_same_weights, tiny_flux, weights
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+
+RANK = 2
+
+
+@pytest.fixture
+def files(comfyui):
+    from blockskip_pack.blockskip_core.hosts.files import lora_files
+
+    return lora_files
+
+
+@pytest.fixture
+def output(comfyui, tmp_path):
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder = tmp_path / "output"
+    folder.mkdir()
+    folder_paths.set_output_directory(str(folder))
+    yield folder
+    folder_paths.set_output_directory(before)
+
+
+@pytest.fixture
+def loras(comfyui, tmp_path, monkeypatch):
+    """The only loras folder."""
+    import folder_paths
+
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt", ".sft"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return folder
+
+
+# --- what we write, others read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "host"])
+def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(files, output, form):
+    import comfy.sd
+    import comfy.utils
+
+    dit, clean = hosted(tiny_flux()), clean_latents()
+    adapters = flux_lora(dit, chosen(0, 0), zero=False)
+    state = adapters.state_dict()
+    tensors = (
+        to_host_lora(state, adapters.scale, RANK)
+        if form == "host"
+        else to_file_tensors(state, adapters.scale, RANK, form)
+    )
+    path = files.output_path("loras/toy")
+    files.save_lora(tensors, {"steps": 3}, path)
+    expected = replayed(dit, chosen(0, 0), {0: _nothing()}, clean, [0], adapters)
+
+    loaded, _ = comfy.sd.load_lora_for_models(dit.patcher, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0)
+    got = full_forward(hosted(loaded), clean, [0])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
+    ours, count = files.apply_lora(dit.patcher, load_file(path), 1.0)
+    assert count == len(adapters.names)
+    assert torch.equal(full_forward(hosted(ours), clean, [0]), got)
+    assert not torch.allclose(got, full_forward(dit, clean, [0]), atol=1e-3)
+
+
+def _nothing():
+    from blockskip_pack.blockskip_core.blocks.replay import Residual
+
+    return Residual(None, None)
+
+
+def test_metadata_is_in_the_file(files, output):
+    path = files.output_path("toy")
+    files.save_lora({"x": torch.ones(2)}, {"steps": 3, "text": "ünï\n"}, path)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+    assert files.LoraModel({}, {"a": 1}).metadata == {"a": 1}
+
+
+def test_a_disk_that_refuses_leaves_nothing(files, output, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(StorageError, match="could not be written"):
+        files.save_lora({"x": torch.ones(2)}, {}, files.output_path("toy"))
+    assert not list(output.iterdir())
+
+
+# --- where we write ----------------------------------------------------------------------------------------------
+
+
+def test_names_are_counted_up(files, output):
+    first = files.output_path("loras/toy")
+    assert first == output / "loras" / "toy_00001_.safetensors"
+    first.write_bytes(b"")
+    assert files.output_path("loras/toy").name == "toy_00002_.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/x", "a/../../x", "a\x00b", "a\nb", "..", ".", "", "C:\\x", "..\\x", "\\\\host\\x", "loras/", "~/x", "a//b",
+     "x" * 100, "%2e%2e/x", "con", "-rf", "loras/../y", "\u202etxt", "%year%/x"],
+    ids=repr,
+)  # fmt: skip
+def test_no_name_leaves_the_output_folder(files, output, name):
+    try:
+        path = files.output_path(name)
+    except InvalidInputError:
+        return
+    files.save_lora({"x": torch.ones(2)}, {}, path)
+    assert path.is_file()
+    assert output.resolve() in path.resolve().parents
+    others = [p for p in output.parent.rglob("*") if p.is_file() and output not in p.parents]
+    assert others == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\x00b"])
+def test_names_that_would_leave_it_are_refused(files, output, name):
+    with pytest.raises(InvalidInputError, match="Use a plain name"):
+        files.output_path(name)
+
+
+def test_a_link_out_of_the_output_folder_is_not_followed(files, output, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (output / "link").symlink_to(outside)
+    try:
+        path = files.output_path("link/x")
+    except InvalidInputError:
+        return
+    assert output.resolve() in path.resolve().parents
+
+
+# --- what we read ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_comes_back_with_its_metadata(files, loras):
+    files.save_lora({"x": torch.arange(3.0)}, {"steps": 3}, loras / "toy.safetensors")
+    lora = files.load_lora_file("toy.safetensors")
+    assert torch.equal(lora["x"], torch.arange(3.0))
+    assert lora.metadata == {"steps": 3}
+
+
+def test_a_file_of_others_has_no_metadata(files, loras):
+    save_file(
+        {"x": torch.ones(2)}, loras / "toy.safetensors", metadata={"ss_network_dim": "4", "blockskip": "[" * 50_000}
+    )
+    assert files.load_lora_file("toy.safetensors").metadata == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "absent.safetensors", "", "..", "a\x00b"], ids=repr
+)
+def test_names_outside_the_list_are_refused(files, loras, name):
+    save_file({"x": torch.ones(2)}, loras.parent / "secret.safetensors")
+    with pytest.raises(LoraFileError, match="There is no .* in ComfyUI's loras folders"):
+        files.load_lora_file(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["../toy.safetensors", "a/../toy.safetensors", "./toy.safetensors", "/toy.safetensors"]
+)
+def test_a_name_that_only_resolves_to_a_listed_file_is_refused(files, loras, name):
+    save_file({"x": torch.ones(2)}, loras / "toy.safetensors")
+    with pytest.raises(LoraFileError, match="There is no"):
+        files.load_lora_file(name)
+
+
+def test_an_absolute_name_is_refused(files, loras):
+    save_file({"x": torch.ones(2)}, loras.parent / "secret.safetensors")
+    with pytest.raises(LoraFileError):
+        files.load_lora_file(str(loras.parent / "secret.safetensors"))
+
+
+def test_files_that_can_carry_code_are_not_read(files, loras):
+    torch.save({"x": torch.ones(2)}, loras / "toy.pt")
+    with pytest.raises(LoraFileError, match="not a safetensors file; other formats can carry code"):
+        files.load_lora_file("toy.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 20, -1])
+def test_a_truncated_file_is_refused(files, loras, keep):
+    path = loras / "toy.safetensors"
+    save_file({"x": torch.ones(20)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LoraFileError, match="cannot be read as a LoRA file"):
+        files.load_lora_file("toy.safetensors")
+
+
+def test_a_page_saved_as_a_lora_is_refused(files, loras):
+    (loras / "toy.safetensors").write_text("<!DOCTYPE html>" * 20)
+    with pytest.raises(LoraFileError, match="cannot be read"):
+        files.load_lora_file("toy.safetensors")
+
+
+# --- applying ----------------------------------------------------------------------------------------------------
+
+
+def a_lora(**sizes):
+    dit = hosted(tiny_flux(**sizes))
+    adapters = flux_lora(dit, selection(0, 0, len(dit.blocks)), zero=False)
+    return to_file_tensors(adapters.state_dict(), adapters.scale, RANK, "peft")
+
+
+def test_a_lora_for_a_model_of_another_size_is_refused_and_the_model_stays(files):
+    patcher = tiny_flux()
+    before = weights(patcher)
+    with pytest.raises(LoraFileError, match="it has .*, the model has .* trained for a model of another size"):
+        files.apply_lora(patcher, a_lora(width=128, heads=2), 1.0)
+    assert not patcher.patches
+    assert_same_weights(patcher, before)
+
+
+def test_a_lora_for_another_kind_of_model_is_refused(files):
+    foreign = {
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(2, 8),
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.ones(8, 2),
+    }
+    for lora in (foreign, {}, {"x": torch.ones(3)}):
+        with pytest.raises(LoraFileError, match="holds nothing for Flux"):
+            files.apply_lora(tiny_flux(), lora, 1.0)
+
+
+def test_applying_makes_a_clone_and_strength_scales_the_change(files):
+    patcher, lora, clean = tiny_flux(), a_lora(), clean_latents()
+    plain = full_forward(hosted(patcher), clean, [0])
+    zero, _ = files.apply_lora(patcher, lora, 0.0)
+    assert torch.equal(full_forward(hosted(zero), clean, [0]), plain)
+    one, _ = files.apply_lora(patcher, lora, 1.0)
+    assert one is not patcher
+    assert not patcher.patches
+    assert not torch.allclose(full_forward(hosted(one), clean, [0]), plain, atol=1e-3)
+    assert torch.equal(full_forward(hosted(patcher), clean, [0]), plain)
+
+
+def test_a_lora_tells_of_itself(files):
+    assert "7 layers patched, 0 tensors." in files.describe({"rank": 4}, {}, 7)
+    assert "rank: 4" in files.describe({"rank": 4}, {}, 7)
+    assert "says nothing of itself" in files.describe({}, {}, 7)
+
+
+def test_folders_stay_below_the_output_folder(files, output):
+    from blockskip_pack.blockskip_core.hosts.files.folders import probe_file, residuals_folder
+
+    assert residuals_folder("ab12") == Path(output) / "blockskip" / "residuals" / "ab12"
+    assert probe_file("ab12") == Path(output) / "blockskip" / "probes" / "ab12.json"

@@ -1,0 +1,170 @@
+"""CONDITIONINGs and pictures of the host on their way in."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig, crop_and_resize
+from blockskip_pack.blockskip_core.errors import InvalidInputError
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+
+from ...core.plain_dit import schedule
+from ..hosted_runs import LATENT_SHAPE
+from ..tiny_families import FAMILIES, PLAN, replayed
+from ..tiny_flux import captions, tiny_flux
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+
+
+@pytest.fixture
+def conditioning(comfyui):
+    from blockskip_pack.blockskip_core.hosts.inputs import conditioning
+
+    return conditioning
+
+
+@pytest.fixture
+def encoding(comfyui):
+    from blockskip_pack.blockskip_core.hosts.inputs import encoding
+
+    return encoding
+
+
+def test_entries_are_flattened_in_order(conditioning):
+    a, b, c = (entry[0] for entry in captions((5, 3, 4)))
+    assert conditioning.flatten_conditionings([[a], [b, c]]) == [[a], [b], [c]]
+    assert conditioning.flatten_conditionings([[a, b, c]]) == [[a], [b], [c]]
+
+
+@pytest.mark.parametrize("nothing", [[], [[]]])
+def test_nothing_is_refused(conditioning, nothing):
+    with pytest.raises(InvalidInputError, match="No conditioning came in"):
+        conditioning.flatten_conditionings(nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("area", (8, 8, 0, 0)), ("mask", torch.ones(1, 8, 8)), ("control", object()), ("gligen", ()), ("hooks", object()),
+     ("start_percent", 0.2), ("end_percent", 0.8), ("reference_latents", [torch.ones(1)])],
+)  # fmt: skip
+def test_settings_that_training_cannot_follow_are_refused_by_name(conditioning, name, value):
+    made = captions((5, 3))
+    made[1][0][1][name] = value
+    with pytest.raises(InvalidInputError, match=f"Conditioning 1 carries {name}, which training cannot follow"):
+        conditioning.flatten_conditionings(made)
+    made[1][0][1][name] = None
+    assert len(conditioning.flatten_conditionings(made)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["embedding", "pooled"])
+def test_numbers_that_are_not_finite_are_refused(conditioning, where, value):
+    made = captions((5, 3))
+    embedding, settings = made[1][0]
+    (embedding if where == "embedding" else settings["pooled_output"])[0, 0] = value
+    with pytest.raises(InvalidInputError, match="Conditioning 1 contains NaN or Inf"):
+        conditioning.flatten_conditionings(made)
+
+
+def test_the_model_is_given_text_pooled_vector_and_guidance(conditioning):
+    entry = captions((5,), guidance=2.5)[0]
+    model = tiny_flux(guidance=True).model
+    given = conditioning.model_arguments(model, entry, torch.zeros(1, *LATENT_SHAPE), torch.device("cpu"))
+    assert torch.equal(given["c_crossattn"], entry[0][0])
+    assert torch.equal(given["y"], entry[0][1]["pooled_output"])
+    assert given["guidance"].tolist() == [2.5]
+    with torch.inference_mode():
+        entry = captions((5,))[0]
+    given = conditioning.model_arguments(model, entry, torch.zeros(1, *LATENT_SHAPE), torch.device("cpu"))
+    assert given["guidance"].tolist() == [3.5]  # the host's default
+    assert not any(value.is_inference() for value in given.values() if isinstance(value, torch.Tensor))
+
+
+def test_rows_are_joined_along_the_batch(conditioning):
+    rows = [{"a": torch.full((1, 2), float(i)), "b": "same", "c": None} for i in range(3)]
+    joined = conditioning.join_arguments(rows)
+    assert joined["a"][:, 0].tolist() == [0.0, 1.0, 2.0]
+    assert (joined["b"], joined["c"]) == ("same", None)
+
+
+def test_captions_with_a_mask_over_padding_are_run_as_the_host_runs_them(comfyui):
+    """Qwen-Image is given a mask by some text encoders."""
+    tiny = next(family for family in FAMILIES if family.name == "qwen_image")
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    patcher, clean, spans = tiny.build(), tiny.clean_latents(), tiny.chosen(1, 2)
+    dit = tiny.hosted(patcher, (5, 5, 5), attention_mask=mask)
+    residuals = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
+    found = replayed(dit, spans, residuals, clean, [0])
+    masked = replace(tiny, extra=lambda text, rows: {"c_crossattn": text, "attention_mask": mask})
+    torch.testing.assert_close(found, masked.full_forward(dit, clean, [0]), atol=1e-5, rtol=0.0)
+    assert not torch.allclose(found, tiny.full_forward(dit, clean, [0]), atol=1e-4)
+
+
+def test_rows_with_different_settings_are_not_one_batch(conditioning):
+    with pytest.raises(InvalidInputError, match="different settings"):
+        conditioning.join_arguments([{"a": torch.ones(1, 2)}, {"a": torch.ones(1, 2), "mask": torch.ones(1, 2)}])
+
+
+def test_pictures_are_flattened_and_brought_into_range(encoding):
+    pictures = encoding.flatten_pictures([torch.rand(2, 8, 9, 3), torch.rand(1, 5, 6, 4) * 3 - 1])
+    assert [tuple(p.shape) for p in pictures] == [(8, 9, 3), (8, 9, 3), (5, 6, 3)]
+    assert all(0.0 <= p.min() and p.max() <= 1.0 for p in pictures)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "No pictures came in"),
+        ([torch.rand(1, 8, 9, 1)], r"Picture 0 must have rows, columns and 3 colours, got shape \(8, 9, 1\)"),
+        ([torch.rand(1, 8, 9, 3), torch.full((1, 4, 4, 3), float("nan"))], "Picture 1 contains NaN or Inf"),
+    ],
+)
+def test_pictures_that_are_none_are_refused(encoding, images, message):
+    with pytest.raises(InvalidInputError, match=message):
+        encoding.flatten_pictures(images)
+
+
+class Vae:
+    """Averages 8 x 8 px; the first colour twice, so that there are four channels."""
+
+    def encode(self, pixels):
+        cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return torch.cat((cells, cells[:, :1]), dim=1)
+
+    def spacial_compression_encode(self):
+        return 8
+
+
+def test_crops_are_encoded_in_the_models_scale_once(encoding):
+    model, seen = tiny_flux().model, []
+    crops = [torch.rand(16, 16, 3) for _ in range(3)]
+    latents = encoding.encode_crops(Vae(), model, crops, lambda *count: seen.append(count))
+    assert latents.shape == (3, 4, 2, 2)
+    expected = (Vae().encode(torch.stack(crops)) - 0.25) * 0.5
+    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0.0)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert encoding.crop_multiple(Vae(), 2) == 16
+
+
+def test_a_vae_that_does_not_fit_is_refused(encoding):
+    latents = SimpleNamespace(latent_channels=16, latent_dimensions=2)
+    model = SimpleNamespace(process_latent_in=lambda x: x, latent_format=latents)
+    with pytest.raises(InvalidInputError, match="latents of 16 channels, this VAE makes 4"):
+        encoding.encode_crops(Vae(), model, [torch.rand(16, 16, 3)])
+    latents.latent_channels = 4
+    model = SimpleNamespace(process_latent_in=lambda x: x * float("nan"), latent_format=latents)
+    with pytest.raises(InvalidInputError, match="NaN or Inf"):
+        encoding.encode_crops(Vae(), model, [torch.rand(16, 16, 3)])
+
+
+def test_training_crops_are_cut_where_the_schedule_says(encoding):
+    plan = schedule((0.3, 0.6), (0, 0))
+    pictures = [torch.rand(24, 30, 3)]
+    object.__setattr__(plan.draws[1], "top", 5)
+    object.__setattr__(plan.draws[1], "left", 7)
+    assert plan.patches == PatchConfig(patch_min=16, patch_max=32)
+    for crop, draw in zip(encoding.TrainingCrops(pictures, plan), plan, strict=True):
+        expected = crop_and_resize(pictures[0], top=draw.top, left=draw.left, side=16, patch_min=16)
+        assert torch.equal(crop, expected)
+    assert torch.equal(encoding.TrainingCrops(pictures, plan)[1], pictures[0][5:21, 7:23])

@@ -1,0 +1,157 @@
+"""Samples while training, through the nodes: seen, saved, and without a trace in what is learned."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def sampling(bench, nodes, run_node):
+    def request(**changes):
+        ordinary = {
+            "positive": bench.prompt, "vae": bench.vae, "every": 2, "at_start": True, "width": 64, "height": 32,
+            "sampler_steps": 2, "cfg": 1.0, "scheduler": "simple", "seed": 1,
+        }  # fmt: skip
+        return run_node(nodes.SampleWhileTraining, **{**ordinary, **changes})[0]
+
+    return request
+
+
+def pictures(bench):
+    return sorted(path.name for path in bench.folders.loras.glob("*.png"))
+
+
+def said(trained):
+    return trained.ui["blockskip"][0]
+
+
+@pytest.mark.parametrize("storage", ["disk", "chunked", "on the fly"])
+def test_the_lora_is_bit_for_bit_the_one_without_samples(bench, sampling, storage):
+    residuals = bench.precompute(storage=storage, chunk_size=4)[0]
+    plain = bench.train(residuals=residuals, steps=5, accumulation=2)
+    with_samples = bench.train(residuals=residuals, steps=5, accumulation=2, samples=sampling())
+    assert all(torch.equal(with_samples[0][name], tensor) for name, tensor in plain[0].items())
+    assert with_samples[1] == plain[1]
+    assert said(with_samples)["problems"] == []
+    assert [name.split("step")[1] for name in pictures(bench)] == [
+        "000000_1.png", "000002_1.png", "000004_1.png", "000005_1.png",
+    ]  # fmt: skip
+
+
+def test_pictures_stand_beside_the_lora_and_on_the_node(bench, sampling):
+    trained = bench.train(samples=sampling(), steps=3)
+    shown = trained.ui["images"]
+    assert [entry["filename"] for entry in shown] == pictures(bench)
+    assert {(entry["subfolder"], entry["type"]) for entry in shown} == {("loras", "output")}
+    stem = said(trained)["file"].removesuffix(".safetensors")
+    assert all(name.startswith(stem) for name in pictures(bench))
+    with (
+        Image.open(bench.folders.loras / pictures(bench)[0]) as first,
+        Image.open(bench.folders.loras / pictures(bench)[-1]) as last,
+    ):
+        assert first.size == (64, 32)
+        assert first.tobytes() != last.tobytes()  # something was learned
+        assert not first.info  # nothing of the machine is in the file
+
+
+def test_without_a_request_there_is_no_picture(bench):
+    assert "images" not in bench.train().ui
+    assert not pictures(bench)
+
+
+def test_pictures_are_in_the_summary(bench, sampling, run_node):
+    trained = bench.train(samples=sampling(positive=bench.prompt), steps=3)
+    page = (bench.folders.loras / said(trained)["summary_file"]).read_text()
+    assert page.count("<img ") == 3
+    assert [label in page for label in ("step 0<", "step 2<", "step 3<")] == [True] * 3
+
+
+def test_sampling_that_fails_is_told_and_ends_nothing(bench, sampling, monkeypatch):
+    plain = bench.train(steps=3)
+    calls = []
+
+    def broken(latent):
+        calls.append(latent)
+        raise RuntimeError("out of paint")
+
+    request = sampling()
+    monkeypatch.setattr(bench.vae, "decode", broken)
+    trained = bench.train(steps=3, samples=request)
+    assert len(calls) == 1
+    (problem,) = said(trained)["problems"]
+    assert problem.startswith("Sampling after step 0 failed (RuntimeError: out of paint). No more pictures")
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
+
+
+def test_cancel_while_sampling_keeps_what_was_learned(bench, nodes, sampling, monkeypatch):
+    import comfy.model_management
+
+    residuals = bench.precompute()[0]
+    plain = bench.train(residuals=residuals, steps=5)
+    shutil.rmtree(bench.folders.output / "blockskip" / "runs")
+    show = nodes.train_lora.NodeProgress.__call__
+
+    def cancelling(self, phase, done, total, detail=""):
+        if phase == "sampling after step 2":
+            raise comfy.model_management.InterruptProcessingException
+        show(self, phase, done, total, detail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes.train_lora.NodeProgress, "__call__", cancelling)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            bench.train(residuals=residuals, steps=5, resume=True, samples=sampling())
+    trained = bench.train(residuals=residuals, steps=5, resume=True, samples=sampling())
+    assert said(trained)["resumed_at"] == 2
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
+    steps = [entry["filename"].split("step")[1][:6] for entry in trained.ui["images"]]
+    assert steps == ["000002", "000004", "000005"]  # the one that Cancel took, and those after it
+
+
+def test_the_state_is_kept_before_sampling(bench, nodes, sampling, monkeypatch):
+    """Loading the whole model is when a process may be killed for its memory."""
+    kept = []
+
+    def look(self, step):
+        kept.append((step, [path.name for path in bench.folders.output.glob("blockskip/runs/*/state-*.safetensors")]))
+
+    monkeypatch.setattr(nodes.run.samples.RunSamples, "__call__", look)
+    bench.train(samples=sampling(), steps=3, save_every=100)
+    assert [step for step, _ in kept] == [0, 2, 3]
+    assert ["state-00000002.safetensors" in names for _, names in kept] == [False, True, True]
+
+
+def test_a_finished_run_is_sampled_again_when_it_is_queued_again(bench, sampling):
+    residuals = bench.precompute()[0]
+    bench.train(residuals=residuals, resume=True)
+    again = bench.train(residuals=residuals, resume=True, samples=sampling())
+    assert said(again)["resumed_at"] == 3
+    assert [entry["filename"].split("step")[1] for entry in again.ui["images"]] == ["000003_1.png"]
+
+
+def test_the_time_of_samples_belongs_to_no_step(bench, nodes, sampling, monkeypatch):
+    import time
+
+    residuals = bench.precompute()[0]
+    real = nodes.run.samples.RunSamples._keep
+
+    def slow(self, *args):
+        time.sleep(0.5)
+        real(self, *args)
+
+    monkeypatch.setattr(nodes.run.samples.RunSamples, "_keep", slow)
+    trained = bench.train(residuals=residuals, steps=4, samples=sampling(every=1))
+    assert said(trained)["seconds_per_step"] < 0.45
+
+
+def test_what_is_no_request_is_refused(bench):
+    with pytest.raises(ValueError, match="samples must come from Sample While Training, got a str"):
+        bench.train(samples="every 100 steps")
+
+
+def test_a_size_that_the_model_cannot_have_is_refused_before_the_run(bench, sampling):
+    with pytest.raises(ValueError, match="width must be a multiple of 16"):
+        sampling(width=72)
