@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from . import pages
 from .card import Card
 
@@ -64,9 +66,10 @@ def is_lent(address: int) -> bool:
 
 
 def forget_models() -> None:
-    """Unload every model, and drop the buffers that the host keeps for the next one."""
+    """Unload every model, and drop the buffers that the host keeps for the next one: under inference mode, as in a prompt."""
     import comfy.model_management
 
-    comfy.model_management.unload_all_models()
-    comfy.model_management.reset_cast_buffers()
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+        comfy.model_management.reset_cast_buffers()
     gc.collect()

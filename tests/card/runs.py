@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ..hosts.families import TinyFamily
+from ..hosts.tiny_families import TinyFamily
 from ..nodes.conftest import PATCHES, TRAINING
 from ..nodes.test_families import FamilyVae
 

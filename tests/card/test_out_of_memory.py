@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 from ..device import devtools
-from ..hosts.families import FLUX
-from ..hosts.test_region_adaptive import empty
+from ..hosts.sampling.test_region_adaptive import empty
+from ..hosts.tiny_families import FLUX
 from ..hosts.tiny_flux import tiny_flux
 from .modes import MODES
 from .runs import Runs, leaving_nothing
@@ -40,6 +41,7 @@ class Attempt:
         before = card.memory.allocations
         assert do() == self._expected
         self.num_allocations = card.memory.allocations - before
+        devtools("card.comfyui").forget_models()
 
     def fail_at(self, places: int) -> dict[str, int]:
         """Let allocations fail at so many places, spread over all; return how often which end was seen."""
@@ -88,6 +90,10 @@ def problems_of(trained: Trained) -> list[str]:
     return trained.outcome.said["problems"]
 
 
+def no_problems(found: Any) -> list[str]:
+    return []
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_logged() -> Iterator[None]:
     """pytest keeps what is logged until a test ends: errors with all that their tracebacks hold."""
@@ -104,8 +110,38 @@ def model(comfyui: Any) -> Any:
 
 @pytest.mark.parametrize(("mode", "places"), [("resident", 60), ("streamed", 25), ("few_pages", 25)])
 def test_training(card, runs, model, mode, places):
+    """A run continues with its weights streamed, to the same LoRA, wherever that helps."""
     enter = contextlib.nullcontext(model) if mode == "resident" else MODES[mode](card, model)
     with enter as treated:
         residuals = runs.precompute(FLUX, treated, draws=2)
         do = partial(Trained, runs, treated, residuals, steps=2)
         assert Attempt(card, treated, do, problems_of).fail_at(places)["survived"] >= 0.9 * places
+
+
+def test_precomputing(card, runs, model):
+    def precompute() -> list[float]:
+        runs.start_over()
+        residuals = runs.precompute(FLUX, model, draws=2, storage="disk")
+        files = sorted(residuals.folder.glob("*.safetensors"))
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+    Attempt(card, model, precompute, no_problems).fail_at(40)
+
+
+def test_measuring(card, runs, model):
+    def measure() -> tuple[int, int]:
+        runs.start_over()
+        chosen = runs.call("SelectBlocks", model=model, positive=FLUX.captions((5,))[0], **MEASURE)[0]
+        return chosen.front, chosen.back
+
+    Attempt(card, model, measure, no_problems).fail_at(25)
+
+
+def test_region_adaptive_sampling(card, runs, model):
+    latent, positive = {"samples": empty(FLUX)}, FLUX.captions((5,))[0]
+
+    def sample() -> list[float]:
+        made = runs.call("RaluSampler", model=model, positive=positive, latent_image=latent, **RALU)[0]
+        return made["samples"].flatten().tolist()
+
+    Attempt(card, model, sample, no_problems).fail_at(25)

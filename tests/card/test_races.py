@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..hosts.families import FAMILIES
+from ..hosts.tiny_families import FAMILIES
 from .modes import MODES
 from .runs import Runs
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..device import devtools
-from ..hosts.families import FAMILIES, TinyFamily
 from ..hosts.sampled_families import SAMPLED
-from ..hosts.test_region_adaptive import empty
+from ..hosts.sampling.test_region_adaptive import empty
+from ..hosts.tiny_families import FAMILIES, TinyFamily
 from .modes import MODES
 from .runs import Runs, leaving_nothing, on_cpu
 

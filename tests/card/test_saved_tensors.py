@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..device import devtools
-from ..hosts.families import FAMILIES
+from ..hosts.tiny_families import FAMILIES
 from .modes import MODES
 from .runs import Runs
 
