@@ -100,6 +100,14 @@ def test_weights_that_the_trainer_streams(compare):
     compare(FLUX, "streamed_by_trainer", kept_weights="streamed")
 
 
+def test_the_lora_that_its_owner_still_holds_is_not_on_the_card(card):
+    before = card.memory.settled()
+    _, gradients, adapters = FLUX.run(FLUX.build(), FLUX.chosen(2, 1), steps=2)
+    del gradients
+    assert card.memory.settled() == before
+    assert all(parameter.is_cpu for parameter in adapters.parameters())
+
+
 @pytest.mark.xfail(
     strict=True,
     reason="Unloaded outside inference mode, a MODEL's weights can no longer be reshaped, and so not be hashed, until the "
