@@ -61,7 +61,7 @@ def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
         comfyui: ComfyUI's folder.
     """
     card = installed_card(cell, comfyui)
-    from memory import about
+    from command_line import about
 
     with Bench(cell, card, folder) as bench:
         plan = bench.plan()
