@@ -20,7 +20,7 @@ from typing import Any
 
 import card_report
 import command_line
-from card_runs import TINY, WEIGHTS, Cell
+from card_runs import SMALLEST, TINY, Cell
 
 RUN = Path(__file__).with_name("card_runs.py")
 MODELS = ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "Qwen-Image", "Z-Image", "Wan2.2-TI2V-5B")
@@ -32,7 +32,6 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__, "where rows and tables go")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
-    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS, help="how they are loaded")
     parser.add_argument("--cards", nargs="+", type=float, default=CARDS, metavar="GIB")
     parser.add_argument("--quick", action="store_true", help="one tiny model; prints its tables and keeps nothing")
     parser.add_argument("--again", action="store_true", help="run everything anew")
@@ -43,10 +42,11 @@ def parse() -> argparse.Namespace:
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """All cells, a model's together."""
-    return [
-        Cell(model, weights, card) for model in options.models for weights in options.weights for card in options.cards
-    ]
+    """All cells, small cards first: bf16 on every card; fp8, and weights that are paged, on the smallest."""
+    found = [Cell(model, "bf16", card) for card in options.cards for model in options.models]
+    found += [Cell(model, "fp8", SMALLEST) for model in options.models]
+    found += [Cell(model, "bf16", SMALLEST, paged=True) for model in options.models]
+    return sorted(found, key=lambda cell: (cell.card, cell.paged))
 
 
 def run_cell(cell: Cell, comfyui: Path) -> dict[str, Any]:

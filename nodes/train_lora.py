@@ -137,7 +137,8 @@ def _the_file() -> list[io.Input]:
         ),
         io.Combo.Input(
             "file_format", options=list(get_args(LoraFileFormat)), default="peft", optional=True, advanced=True,
-            tooltip="Names inside the file. Both load in ComfyUI; kohya also loads in diffusers for FLUX.1.",
+            tooltip="Names inside the file. Both load in ComfyUI. diffusers reads kohya for FLUX.1, Chroma and Z-Image, peft for Wan, "
+            "both for FLUX.2 and Qwen-Image.",
         ),
     ]  # fmt: skip
 

@@ -14,6 +14,8 @@ The manifest says what the residuals were made from and holds a checksum of ever
 does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
 to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until
 then a manifest under another name lists the complete shards, and an interrupted writer continues after them.
+
+Nothing here locks: who writes or removes a folder has a lock on it, who reads it a shared one (``locks``, ``sources``).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from ..blocks.replay import Residual
 from ..errors import CacheError, InvalidInputError, StorageError
-from ..files import open_tensors, write_atomically
+from ..files import open_tensors, remove_leftovers, write_atomically
 from ..units import format_bytes
 from .format import ResidualFormat, unpacked
 
@@ -135,6 +137,7 @@ class CacheWriter:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"The folder for residuals cannot be made: {error}.") from error
+        remove_leftovers(folder, lambda name: True, min_age_s=0)
 
     def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Write one shard: draw index -> name -> tensor.
@@ -272,6 +275,14 @@ class ResidualCache:
 def is_finished(folder: Path) -> bool:
     """Return whether a cache has been written to the end in this folder."""
     return (folder / MANIFEST).is_file()
+
+
+def num_shards(folder: Path) -> int:
+    """Return how many whole shards a folder has."""
+    try:
+        return sum(_SHARD_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
+    except OSError:  # nobody has made it yet
+        return 0
 
 
 def remove_cache(folder: Path) -> None:

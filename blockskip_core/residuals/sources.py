@@ -7,10 +7,11 @@ node that trains: light, and complete enough that a source can compute what is m
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from ..blocks.replay import Residual
 from ..data.micro_batches import MicroBatches
 from ..data.schedule import TrainingSchedule
-from ..errors import CacheError, InvalidInputError
+from ..errors import CacheError, InvalidInputError, StorageError
+from ..files import unique_token
+from ..locks import lock, remove_stale_locks, try_lock
 from ..model import SkippableDit
 from ..selection.selection import BlockSelection
 from ..units import format_bytes
@@ -32,6 +35,7 @@ from .cache import (
     CacheWriter,
     ResidualCache,
     is_finished,
+    num_shards,
     remove_cache,
     require_free_space,
 )
@@ -46,6 +50,9 @@ Storage = Literal["disk", "chunked", "on the fly"]
 STORAGES: tuple[str, ...] = get_args(Storage)
 _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
+
+WAITING = "waiting for another process, which computes the same residuals"
+_SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
 PhaseProgress = Callable[[str, int, int], None]  # (phase, done, total); may raise to interrupt
@@ -129,27 +136,43 @@ def _wants_response(residuals: ResidualSet) -> bool:
     return residuals.back_residual == "linear" and residuals.selection.back > 0
 
 
-def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
+def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> bool:
     """Compute the residuals of all draws and store them; a finished cache is used as it is, an unfinished one is resumed.
+
+    If another process computes the same ones, its cache is waited for: that costs neither the time nor the disk twice. If
+    that process ends early, this one continues where it was.
 
     Args:
         residuals: What to compute.
         dit: The model.
-        progress: Called as the blocks are passed.
+        progress: Called as the blocks are passed, and while another process is waited for.
+
+    Returns:
+        Whether anything was computed.
 
     Raises:
         InvalidInputError: If there is not enough room.
         StorageError: If the disk refuses.
     """
     if is_finished(residuals.folder):
-        return
-    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
-    writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
-    try:
-        _write_missing(residuals, dit, progress, writer)
-    finally:
-        if not writer.draws:
-            writer.discard()
+        return False
+    with lock(residuals.folder, waiting_for_another(residuals, progress)):
+        if is_finished(residuals.folder):
+            return False
+        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
+        writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+        try:
+            _write_missing(residuals, dit, progress, writer)
+        finally:
+            if not writer.draws:
+                writer.discard()
+    return True
+
+
+def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Callable[[], None]:
+    """Return what reports how far another process is that computes these residuals."""
+    total = -(-len(residuals.schedule) // residuals.chunk_size)
+    return lambda: progress(WAITING, min(num_shards(residuals.folder), total), total)
 
 
 def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, writer: CacheWriter) -> None:
@@ -164,16 +187,21 @@ def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhasePro
     writer.finish()
 
 
-def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Tensor | None:
+def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | None:
     """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
+
+    If another process computes it, it is waited for.
 
     Raises:
         CacheError: If the cache is damaged; it has been removed then.
     """
-    if not is_finished(folder):
-        return None
-    with _opened_cache(folder, identity) as cache:
-        return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
+    folder = residuals.folder
+    with _removed_if_damaged(lambda: _remove_unused(folder)):
+        with lock(folder, waiting_for_another(residuals, progress), shared=True):
+            if not is_finished(folder):
+                return None
+            with closing(ResidualCache(folder, residuals.identity)) as cache:
+                return torch.stack([cache.read(draw)["latent"] for draw in range(len(residuals.schedule))])
 
 
 def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
@@ -197,18 +225,6 @@ def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
 def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int]) -> None:
     latents = len(draws) * residuals.latents[0].nbytes
     require_free_space(residuals.folder, residual_bytes(dit, residuals, draws) + latents)
-
-
-@contextmanager
-def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
-    """Give a writer for a chunk; the cache is finished if all goes well, and removed if anything goes wrong."""
-    writer = CacheWriter(residuals.folder, residuals.identity)
-    try:
-        yield writer
-        writer.finish()
-    finally:
-        if not is_finished(residuals.folder):
-            writer.discard()
 
 
 @dataclass(frozen=True)
@@ -277,7 +293,7 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
 
 
 def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
-    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold one of our caches.
+    """Remove all but the ``keep`` newest caches below ``parent`` that no process uses; only folders with one of our caches.
 
     ``exclude`` is the name of one that is kept in any case and not counted.
     """
@@ -285,14 +301,41 @@ def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
         return
     try:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
-        own = [path for path in own if path.name != exclude]
+        own = [path for path in own if path.name != exclude and not _SCRATCH.fullmatch(path.name)]
         caches = sorted(own, key=lambda path: -path.stat().st_mtime)
     except OSError as error:  # another program may be removing the same
         logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
         return
     for path in caches[keep:]:
-        logger.info("BlockSkip: removing the old residuals %s", path.name)
-        remove_cache(path)
+        if _remove_unused(path):
+            logger.info("BlockSkip: removed the old residuals %s", path.name)
+    remove_stale_locks(parent)
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Remove a cache unless a process uses it; whether it is gone."""
+    try:
+        held = try_lock(folder)
+    except StorageError as error:
+        logger.warning("BlockSkip: %s", error)
+        return False
+    if held is None:
+        return False
+    with held:
+        remove_cache(folder)
+    return True
+
+
+@contextmanager
+def _removed_if_damaged(remove: Callable[[], bool]) -> Iterator[None]:
+    """Remove a cache that turns out to be damaged, so that the next run computes it again; the error says so."""
+    try:
+        yield
+    except CacheError as error:
+        done = "They have been removed; run again to compute them."
+        if not remove():
+            done = "Another process still uses them: wait for its end, and run again."
+        raise CacheError(f"{error} {done}") from error
 
 
 class DiskSource:
@@ -305,7 +348,24 @@ class DiskSource:
         """Yield one stretch: the whole run, from ``start`` on."""
         if start < len(run):
             write_cache(self._residuals, self._dit, self._progress)
-            yield _opened(self._residuals, run, range(start, len(run)))
+            yield self._opened(run, range(start, len(run)))
+
+    @contextmanager
+    def _opened(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
+        folder = self._residuals.folder
+        with _removed_if_damaged(lambda: _remove_unused(folder)), self._reading():
+            with _opened(self._residuals, run, micro_batches) as opened:
+                yield opened
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep every process from removing the cache; one that was removed before is computed once more."""
+        while True:
+            with lock(self._residuals.folder, waiting_for_another(self._residuals, self._progress), shared=True):
+                if is_finished(self._residuals.folder):
+                    yield
+                    return
+            write_cache(self._residuals, self._dit, self._progress)
 
 
 class ChunkedSource:
@@ -337,17 +397,39 @@ class ChunkedSource:
 
     @contextmanager
     def _chunk(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
-        residuals, draws = self._residuals, self._draws_of(run, micro_batches)
-        _require_room(residuals, self._dit, draws)
-        with _written(residuals) as writer:
+        draws = self._draws_of(run, micro_batches)
+        with _scratch_folder(self._residuals.folder) as folder:
+            residuals = replace(self._residuals, folder=folder)
+            _require_room(residuals, self._dit, draws)
+            writer = CacheWriter(folder, residuals.identity)
             part = _compute(residuals, self._dit, draws, self._progress, self._response)
             self._response = part.response
             writer.write(_records(residuals, part.computed, part.response))
-        try:
-            with _opened(residuals, run, micro_batches) as opened:
+            writer.finish()
+            with _removed_if_damaged(lambda: True), _opened(residuals, run, micro_batches) as opened:
                 yield opened
+
+
+@contextmanager
+def _scratch_folder(base: Path) -> Iterator[Path]:
+    """Give a folder that no other run has, and remove it in the end; also those of runs that were killed."""
+    folder = base.with_name(f"{base.name}-chunk-{unique_token()}")
+    with lock(folder, lambda: None):
+        _remove_abandoned(folder.parent)
+        try:
+            yield folder
         finally:
-            writer.discard()
+            remove_cache(folder)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    try:
+        folders = [path for path in parent.iterdir() if _SCRATCH.fullmatch(path.name)]
+    except OSError as error:
+        logger.warning("BlockSkip: residuals of a killed run cannot be removed: %s", error)
+        return
+    for path in folders:
+        _remove_unused(path)
 
 
 class FoldedSource:
@@ -363,26 +445,9 @@ class FoldedSource:
 def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
     """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
-    with _opened_cache(residuals.folder, residuals.identity) as cache:
+    with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
         cache.verify()  # now, rather than after hours of training
         reference, response = Reference(*cache.require_first("reference")), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format
             yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)
-
-
-@contextmanager
-def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCache]:
-    """Open a cache. One that turns out to be damaged is removed, so that the next run computes it again."""
-    cache = None
-    try:
-        cache = ResidualCache(folder, identity)
-        yield cache
-    except CacheError as error:
-        if cache is not None:
-            cache.close()
-        remove_cache(folder)
-        raise CacheError(f"{error} They have been removed; run again to compute them.") from error
-    finally:
-        if cache is not None:
-            cache.close()

@@ -5,8 +5,9 @@ random generator in it, because every random decision of a run is in its schedul
 LoRA follow from its seed. The learning rate follows from the number of steps.
 
 Each run has a folder, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
-states again, and another run cannot take them by mistake. The length of a run is no part of that: more steps
-continue a finished run. A state is one safetensors file, written whole or not at all, with a checksum over its tensors.
+states again, and another run cannot take them by mistake. A lock keeps two processes out of one folder. The length of a
+run is no part of its identity: more steps continue a finished run. A state is one safetensors file, written whole or not
+at all, with a checksum over its tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, InvalidInputError, StorageError
-from ..files import open_tensors, write_atomically
+from ..files import open_tensors, remove_leftovers, write_atomically
+from ..locks import lock, remove_stale_locks, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +104,22 @@ class Checkpoints:
         self._folder, self._identity = folder, identity
         self._every, self._keep, self.resume = every, keep, resume
         self._saved: int | None = None
+
+    @contextmanager
+    def to_itself(self, waiting: Callable[[int], object]) -> Iterator[None]:
+        """Keep other processes from training the same run, until the end of a ``with`` block.
+
+        If one does so already, it is waited for: this run then continues from its states, or finds all steps done.
+
+        Args:
+            waiting: Called again and again meanwhile with the step that the other has reached; may raise to give up.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        with lock(self._folder, lambda: waiting(max(map(_step_of, self._states()), default=0))):
+            remove_leftovers(self._folder, lambda name: True, min_age_s=0)
+            yield
 
     def is_due(self, step: int) -> bool:
         """Return whether a state should be written after this step."""
@@ -204,15 +223,23 @@ class _DamagedError(Exception):
 
 
 def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
-    """Remove the folders of all but the ``keep`` newest runs below ``parent``; ``exclude`` is a folder that is kept in any case."""
+    """Remove the folders of all but the ``keep`` newest runs below ``parent`` that no process trains.
+
+    ``exclude`` is the name of one that is kept in any case.
+    """
     if not parent.is_dir():
         return
     try:
         runs = [path for path in parent.iterdir() if path.name != exclude and any(path.glob("state-*.safetensors"))]
         for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
-            logger.info("BlockSkip: removing the states of the old run %s", path.name)
-            shutil.rmtree(path, ignore_errors=True)
-    except OSError as error:  # another program may be removing the same
+            held = try_lock(path)
+            if held is None:
+                continue
+            with held:
+                logger.info("BlockSkip: removing the states of the old run %s", path.name)
+                shutil.rmtree(path, ignore_errors=True)
+        remove_stale_locks(parent)
+    except (OSError, StorageError) as error:  # another program may be removing the same
         logger.warning("BlockSkip: the states of old runs cannot be removed: %s", error)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ...adapters.lora import LoraAdapters
 from ...adapters.lora_formats import metadata_from_strings, metadata_to_strings
 from ...errors import InvalidInputError, LoraFileError, StorageError
-from ...files import open_tensors, remove_leftovers, write_atomically
+from ...files import open_tensors, remove_leftovers, unique_token, write_atomically
+from ...locks import Lock, remove_stale_locks, try_lock
 
 
 class LoraModel(dict):
@@ -62,9 +63,13 @@ def unused_path(path: Path) -> Path:
     have taken a name since.
     """
     while os.path.lexists(path):  # False for a name that is too long, where Path.exists raises
-        name, counter = _parts(path)
-        path = path.with_name(f"{name}_{counter + 1:05}_.safetensors")
+        path = _next(path)
     return path
+
+
+def _next(path: Path) -> Path:
+    name, counter = _parts(path)
+    return path.with_name(f"{name}_{counter + 1:05}_.safetensors")
 
 
 def _parts(path: Path) -> tuple[str, int]:
@@ -74,6 +79,55 @@ def _parts(path: Path) -> tuple[str, int]:
     return counted["name"], int(counted["counter"])
 
 
+class ReservedName:
+    """A file's name, and all names that begin with it, that no other run takes until it is released.
+
+    Attributes:
+        path: The file; it does not exist.
+
+    Args:
+        path: The first name to try; the next numbers follow.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Lock | None = None
+        self.renew()
+
+    def __enter__(self) -> ReservedName:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def renew(self) -> Path:
+        """Return the path; the next one if another program has put a file there since."""
+        while self._lock is None or os.path.lexists(self.path):
+            self.release()
+            self.path = unused_path(self.path)
+            self._lock = try_lock(_locked_name(self.path))
+            if self._lock is None:
+                self.path = _next(self.path)
+        return self.path
+
+    def release(self) -> None:
+        """Let others have the name."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+_LOCKED = ".blockskip"
+
+
+def _locked_name(path: Path) -> Path:
+    """Return what is locked for a LoRA file: nothing that is seen, and nothing that the host counts as a file of that name."""
+    return path.with_name(f".{path.stem}{_LOCKED}")
+
+
 def require_writable(path: Path) -> None:
     """Check before a long run that a file of this name can be written at its end; remove what killed runs have left.
 
@@ -81,9 +135,21 @@ def require_writable(path: Path) -> None:
         StorageError: If the disk refuses.
     """
     name = re.escape(_parts(path)[0])
-    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+(_\d+)?)?\.(safetensors|html|png)\.(part|trial)")
-    remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
-    trial = path.with_name(path.name + ".trial")
+    temporary = re.compile(
+        rf"({name}_\d{{5,}}_)(step\d+(_\d+)?)?\.(safetensors|html|png)(\.[0-9a-f]{{8}})?\.(part|trial)"
+    )
+
+    def is_abandoned(name: str) -> bool:
+        found = temporary.fullmatch(name)
+        held = try_lock(_locked_name(path.with_name(f"{found[1]}.safetensors"))) if found else None
+        if held is None:
+            return False
+        held.release()
+        return True
+
+    remove_leftovers(path.parent, is_abandoned)
+    remove_stale_locks(path.parent, f".*{_LOCKED}")
+    trial = path.with_name(f"{path.name}.{unique_token()}.trial")
     try:
         trial.touch()
         trial.unlink()

@@ -105,13 +105,15 @@ def prepare_residuals(
         identity=identity,
         storage=settings.storage,
         chunk_size=settings.chunk_size,
-        folder=residuals_folder(identity.key + ("-chunk" if settings.storage == "chunked" else "")),
+        folder=residuals_folder(identity.key),
         family=bare.family,
         back_residual=settings.back_residual,
     )
     residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, progress))
-    if residuals.storage == "disk":
-        write_cache(residuals, _dit(model, residuals), progress)
+    if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
+        # Another process may have been faster. Its device may round otherwise, and the cache goes with its latents.
+        stored = stored_latents(residuals, progress)
+        residuals = residuals if stored is None else replace(residuals, latents=stored)
     return residuals, crops
 
 
@@ -168,7 +170,7 @@ def _identity(
 def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, progress: PhaseProgress) -> Tensor:
     """Return the latents of all crops: those of a finished cache, or encoded now, if there is room for all that follows."""
     if residuals.storage == "disk":
-        stored = stored_latents(residuals.folder, residuals.identity, len(residuals.schedule))
+        stored = stored_latents(residuals, progress)
         if stored is not None:
             return stored
     require_room(residuals, _dit(model, residuals))  # before an hour is spent on pictures

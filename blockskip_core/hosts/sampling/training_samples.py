@@ -1,4 +1,4 @@
-"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA acting as it is.
+"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA applied.
 
 Nothing is written into weights and nothing is copied: the model is loaded as a training loads it, whole this time, and the
 LoRA's hooks are put on its kept blocks. So it is done between two steps, when no other run of the model is open. The
