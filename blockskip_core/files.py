@@ -71,9 +71,10 @@ _WINDOWS_CODES = {3: errno.ENOENT, 5: errno.EACCES, 32: errno.EACCES, 39: errno.
 
 def what_helps(error: Exception) -> str:
     """Return a sentence that says what to do about a disk that refuses to write."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (said := re.search(r"os error (\d+)", str(error))):  # as safetensors hands them on
-        number = _WINDOWS_CODES.get(int(said[1]), int(said[1])) if os.name == "nt" else int(said[1])
+    number = error.errno if isinstance(error, OSError) and error.errno else 0
+    if not number and (said := re.search(r"os error (\d+)", str(error))):  # as safetensors hands them on
+        number = int(said[1])
+        number = _WINDOWS_CODES.get(number, number) if os.name == "nt" else number
     return _REMEDIES.get(number, "Look whether the disk is full or damaged, and try again.")
 
 
