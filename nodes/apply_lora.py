@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_stamp, load_lora_file
+from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_identity, load_lora_file
 from .inputs import NO_FILE, checked, connected
 from .types import LoraModelSocket
 
@@ -54,9 +54,9 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, strength_model, lora=None, lora_name=NO_FILE) -> str:
-        """Run again when the chosen file has changed; ComfyUI only sees that its name has not."""
-        return f"{strength_model} {lora_name} {file_stamp(lora_name)}"
+    def fingerprint_inputs(cls, lora_name=NO_FILE, **_others) -> str:
+        """Run again when the chosen file has changed; ComfyUI sees the other inputs, and that its name is the same."""
+        return file_identity(lora_name)
 
     @classmethod
     def execute(cls, model, strength_model, lora=None, lora_name=NO_FILE) -> io.NodeOutput:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..blockskip_core.adapters.lora import LoraTargets
 from ..blockskip_core.adapters.lora_formats import LoraFileFormat
 from ..blockskip_core.data.flow_matching import LossWeighting
-from ..blockskip_core.hosts.files.lora_files import LoraModel
+from ..blockskip_core.hosts.files.lora_files import LoraModel, file_identity
 from ..blockskip_core.hosts.models.quantised_blocks import available_formats
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS
@@ -281,6 +281,11 @@ class TrainLora(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, start_file=(NO_FILE,), **_others) -> str:
+        """Run again when the file to start from has changed; ComfyUI only sees its name."""
+        return file_identity(start_file[0])
 
     @classmethod
     def execute(cls, model, residuals, start_from=None, samples=None, **widgets) -> io.NodeOutput:

@@ -466,17 +466,6 @@ def test_apply_refuses_a_lora_for_another_kind_of_model(bench, lora_file):
         bench.apply(lora_name=name)
 
 
-def test_apply_notices_that_a_file_was_written_anew(nodes, lora_file, bench):
-    """ComfyUI runs a node again only if something about it has changed, and a file's name has not."""
-    fingerprint = nodes.ApplyLora.fingerprint_inputs
-    name = lora_file("toy.safetensors", pair("single_blocks.0.linear1", 320, 64))
-    before = fingerprint(strength_model=1.0, lora_name=name)
-    assert fingerprint(strength_model=1.0, lora_name=name) == before
-    lora_file(name, pair("single_blocks.1.linear1", 320, 64) | pair("single_blocks.0.linear1", 320, 64))
-    assert fingerprint(strength_model=1.0, lora_name=name) != before
-    assert fingerprint(strength_model=1.0, lora_name="../outside.safetensors")  # refused when the node runs
-
-
 def test_apply_refuses_a_lora_of_another_size(bench, lora_file):
     name = lora_file("large.safetensors", pair("single_blocks.0.linear1", 640, 128))
     with refused(bench, r"single_blocks\.0\.linear1\.weight it has 640 x 128, the model has .* another size"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import comfy.lora
@@ -20,6 +22,7 @@ from ...adapters.lora import LoraAdapters
 from ...adapters.lora_formats import metadata_from_strings, metadata_to_strings
 from ...errors import InvalidInputError, LoraFileError, StorageError
 from ...files import open_tensors, remove_leftovers, write_atomically
+from .names import name_below
 
 
 class LoraModel(dict):
@@ -34,22 +37,30 @@ def output_path(prefix: str) -> Path:
     """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
 
     Raises:
-        InvalidInputError: If the prefix is no name or would leave the output folder.
+        InvalidInputError: If the prefix is no name on some system, or leads out of the output folder.
         StorageError: If its folder cannot be made.
     """
-    if not prefix.isprintable():
-        raise InvalidInputError("The file name must not contain control characters. Use a plain name.")
-    if os.path.basename(os.path.normpath(prefix)) in ("", ".", ".."):
-        raise InvalidInputError(f"The file name {prefix!r} names no file. Use a plain name such as loras/my_lora.")
+    output = Path(folder_paths.get_output_directory())
+    typed = name_below(prefix, "loras/my_lora")
+    _require_no_link_out(output, typed)
     try:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(str(typed), str(output))
     except OSError as error:
         raise StorageError(f"The folder of {prefix!r} cannot be made: {error}. Choose another output_name.") from error
-    except Exception as error:
-        raise InvalidInputError(
-            f"The file name {prefix!r} must stay inside ComfyUI's output folder. Use a plain name such as loras/my_lora."
-        ) from error
     return unused_path(Path(folder) / f"{name}_{max(counter, 1):05}_.safetensors")
+
+
+def _require_no_link_out(output: Path, name: PurePosixPath) -> None:
+    """Refuse what only looks as if it were below the output folder; ComfyUI itself does so since 0.30, without a reason."""
+    inside = output.resolve()
+    for folder in reversed(name.parents[:-1]):
+        there = (output / folder).resolve()
+        if not there.is_relative_to(inside):
+            raise InvalidInputError(
+                f"{output.name}/{folder} is a link to {there}, outside ComfyUI's output folder, and nothing is saved through "
+                "such a link. Choose an output_name in another folder and move the file afterwards, or put the whole output "
+                "folder on the other disk: start ComfyUI with --output-directory."
+            )
 
 
 _COUNTED = re.compile(r"(?P<name>.*)_(?P<counter>\d{5,})_\.safetensors", re.DOTALL)
@@ -94,13 +105,26 @@ def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: 
     write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=strings))
 
 
-def file_stamp(name: str) -> str:
-    """Return what changes when a file of the loras folders is written anew; empty if there is no such file."""
-    path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
-    if path is None:
+def file_identity(name: str | None) -> str:
+    """Return a content hash of a file of the loras folders; empty if it cannot be read, or its name is not known yet."""
+    if name not in folder_paths.get_filename_list("loras"):
         return ""
-    status = Path(path).stat()
-    return f"{status.st_mtime_ns} {status.st_size}"
+    try:
+        path = Path(folder_paths.get_full_path_or_raise("loras", name))
+        status = path.stat()
+        return _content_hash(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    except OSError:  # whoever loads it says why
+        return ""
+
+
+@lru_cache(maxsize=64)
+def _content_hash(path: Path, *stamp: int) -> str:
+    """Return the hash of a file; one that was read before is read again only if its size or its times have changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def load_lora_file(name: str) -> LoraModel:

@@ -131,21 +131,37 @@ def test_no_name_leaves_the_output_folder(files, output, name):
     assert others == []
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\x00b"])
+@pytest.mark.parametrize("name", ["../x", "..\\x", "C:\\x", "/etc/x", "a\x00b"])
 def test_names_that_would_leave_it_are_refused(files, output, name):
     with pytest.raises(InvalidInputError, match="Use a plain name"):
         files.output_path(name)
 
 
-def test_a_link_out_of_the_output_folder_is_not_followed(files, output, tmp_path):
-    outside = tmp_path / "outside"
+def test_a_backslash_separates_folders_on_every_system(files, output):
+    assert files.output_path("loras\\toy") == output / "loras" / "toy_00001_.safetensors"
+
+
+@pytest.mark.parametrize("name", ["loras/toy", "loras/sub/toy", "loras\\toy"])
+def test_a_link_out_of_the_output_folder_is_named_and_not_followed(files, output, tmp_path, name):
+    outside = tmp_path / "disk2"
     outside.mkdir()
-    (output / "link").symlink_to(outside)
-    try:
-        path = files.output_path("link/x")
-    except InvalidInputError:
-        return
-    assert output.resolve() in path.resolve().parents
+    (output / "loras").symlink_to(outside)
+    with pytest.raises(
+        InvalidInputError, match=f"output/loras is a link to {outside}, outside ComfyUI's output folder"
+    ):
+        files.output_path(name)
+    assert list(outside.iterdir()) == []
+
+
+def test_links_that_stay_inside_and_an_output_folder_on_another_disk_are_followed(files, output, tmp_path):
+    import folder_paths
+
+    (output / "real").mkdir()
+    (output / "loras").symlink_to(output / "real")
+    assert files.output_path("loras/toy").parent.resolve() == output / "real"
+    (tmp_path / "linked").symlink_to(output)
+    folder_paths.set_output_directory(str(tmp_path / "linked"))
+    assert files.output_path("other/toy").parent.resolve() == output / "other"
 
 
 # --- what we read ------------------------------------------------------------------------------------------------
