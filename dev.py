@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The developer's door to the pack: ``python dev.py test``, ``python dev.py demo``, ``python dev.py benchmark NAME``.
+"""The developer's commands: ``python dev.py test``, ``demo``, ``benchmark NAME``, and ``map``.
 
-All make what they need on first use (an environment and a ComfyUI, kept in the user's cache folder) and
-reuse it afterwards. ``--comfyui DIR`` or the variable COMFYUI_PATH names a ComfyUI of your own instead.
+``map`` prints what every file is. The others make what they need on first use (an environment and a ComfyUI, kept in the
+user's cache folder) and reuse it afterwards. ``--comfyui DIR`` or the variable COMFYUI_PATH names a ComfyUI of your own
+instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from devtools import environment
+from devtools import code_map, environment
 
 ROOT = Path(__file__).resolve().parent
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that tools being waited for end too
     try:
-        return {"test": test, "demo": demo, "benchmark": benchmark}[options.command](options)
+        return {"test": test, "demo": demo, "benchmark": benchmark, "map": show_map}[options.command](options)
     except KeyboardInterrupt:
         complain("interrupted.")
         return 130
@@ -59,9 +60,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     show.add_argument("--output", metavar="DIR", type=Path, default="demo_output", help="where the results go")
     measure = commands.add_parser("benchmark", parents=[shared], help="measure; arguments after -- go to the benchmark")
     measure.add_argument("name", choices=benchmark_names())
+    commands.add_parser("map", parents=[shared], help="print every file with what it is")
     options = parser.parse_args(own)
-    if further and options.command == "demo":
-        parser.error("the demo command takes no arguments after --")
+    if further and options.command in ("demo", "map"):
+        parser.error(f"the {options.command} command takes no arguments after --")
     return argparse.Namespace(**vars(options), further=further)
 
 
@@ -103,6 +105,12 @@ def benchmark(options: argparse.Namespace) -> int:
     host = environment.find_host(options.comfyui)
     command = [environment.interpreter(host), ROOT / "benchmarks" / f"{options.name}.py", *options.further]
     return hand_over(command, {"COMFYUI_PATH": str(host)})
+
+
+def show_map(options: argparse.Namespace) -> int:
+    """Print the map of the code."""
+    sys.stdout.writelines(f"{line}\n" for line in code_map.code_map())
+    return 0
 
 
 def hand_over(command: list[str | Path], variables: dict[str, str]) -> int:

@@ -1,5 +1,6 @@
-// What torch's C++ asks a card's driver for, answered for a card in host memory: one device, one stream, nothing to wait
-// for. Streams of the emulated card are known to Python only (streams.py).
+// What torch's C++ asks a card's driver for, answered for a card in host memory.
+//
+// One device, one stream, nothing to wait for. Streams of the emulated card are known to Python only (streams.py).
 //
 // torch asks in two places. Autograd's engine and the dispatcher ask the device guard, which is registered per device type.
 // Everything else asks the hooks, which torch has made by the time this library is loaded; those of a machine without a card

@@ -1,34 +1,21 @@
-"""The help pages say what the nodes do: every input and output, every error in the words of the code, pictures that exist."""
+"""The help pages say what the nodes do: every input and output, every error in the words of the code."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from ..docs.texts import messages
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-TEXTS = [*PAGES, *sorted(ROOT.glob("*.md"))]
-GAP = "…"
 
 
 def name(path):
     return path.name
-
-
-def messages():
-    """Return every text in the shipped code, with ``GAP`` where a value is put in."""
-    found = []
-    for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "blockskip_core").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else GAP for v in node.values))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +57,7 @@ def test_every_message_is_quoted_as_the_code_says_it(page):
     assert [text for text in quoted if not any(text in message for message in known)] == []
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=name)
-def test_every_link_leads_somewhere(page):
-    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    for target in targets:
-        if not target.startswith(("https://", "#")):
-            assert (page.parent / target.replace("%20", " ").split("#")[0]).exists(), target
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_page_links_only_to_what_is_served_beside_it(page):
     """ComfyUI serves ``web/``; anything above it is not there for a reader of the page."""
     assert "../" not in page.read_text(encoding="utf-8")
-
-
-def test_the_map_names_every_file_and_no_other():
-    """ARCHITECTURE.md: code by its path; a folder, with a slash at its end, stands for the other files in it."""
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## Files", 1)[1].split("\n## ", 1)[0]
-    named = {word.rstrip(",") for line in text.splitlines() for word in line.split("  ")[2:3] for word in word.split()}
-    assert [path for path in named if not (ROOT / path).exists()] == []
-    folders = ("nodes", "blockskip_core", "devtools", "demo", "benchmarks", "tests")
-    code = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".mjs")}
-    code |= set(ROOT.glob("*.py"))
-    assert sorted(str(path.relative_to(ROOT)) for path in code if str(path.relative_to(ROOT)) not in named) == []

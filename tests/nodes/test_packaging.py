@@ -27,6 +27,7 @@ NEEDED = [
     "pyproject.toml",
     "README.md",
     "MEASURED.md",
+    "docs/troubleshooting.md",
     "LICENSE",
     "web/docs/BlockSkip_TrainLora.md",
     "web/docs/BlockSkip_TrainLora/zh.md",

@@ -1,6 +1,7 @@
-// Puts a chart on Dynamic Patch Trainer and keeps it up to date: by events while something runs, from the server's
-// memory on a new page, from the node's output when a run comes out of the cache. The server's side is
-// nodes/page/live_chart.py.
+// Puts a chart on Dynamic Patch Trainer and keeps it up to date.
+//
+// By events while something runs, from the server's memory on a new page, from the node's output when a run comes out of
+// the cache. The server's side is nodes/page/live_chart.py.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";

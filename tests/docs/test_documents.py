@@ -1,0 +1,74 @@
+"""What README and its companions say is what the code says and what the benchmarks found."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from .texts import messages, read, rows, section
+
+MOST_WORDS = 900
+GIB = 2**30
+OF_OTHERS = ("Allocation on device",)  # said by torch or ComfyUI
+KEPT_IN_MODELS = {
+    "FLUX.1 dev": ["BlockSkip"],
+    "FLUX.2 dev": ["FLUX.2-dev"],
+    "FLUX.2 Klein": ["FLUX.2-klein-4B"],
+    "Qwen-Image": ["Qwen-Image"],
+    "Z-Image": ["Z-Image"],
+    "Wan": ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"],
+    "Chroma": ["Chroma"],
+    "SD3.5": ["SD3.5-Large"],
+}  # what a row of docs/models.md begins with -> parts of the benchmark
+
+
+def counted(part, weights):
+    """Return the peak in GiB of a training step at 256 px, half skipped, with checkpointing, residuals from disk."""
+    name = "50% skipped" if part == "BlockSkip" else "half skipped"
+    found = [
+        row["peak"] / GIB
+        for row in map(json.loads, read("benchmarks/results/memory.jsonl").splitlines())
+        if (row["part"], row["name"], row["weights_format"], row["size"]) == (part, name, weights, 256)
+        and row["checkpointing"]
+    ]
+    return min(found)  # the same arm on the fly takes more
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").split()) <= MOST_WORDS
+
+
+def test_the_readme_names_the_two_commands():
+    assert "\n    python dev.py test\n    python dev.py demo\n" in read("README.md")
+
+
+def test_the_readmes_memory_is_what_was_counted():
+    text = " ".join(read("README.md").split())
+    said = re.search(r"takes ([\d.]+) GiB in bf16, ([\d.]+) GiB in fp8 and ([\d.]+) GiB in 4-bit", text)
+    assert list(said.groups()) == [f"{counted('BlockSkip', weights):.1f}" for weights in ("bf16", "fp8", "4-bit")]
+
+
+def test_the_memory_of_every_family_is_what_was_counted():
+    table = rows(read("docs/models.md").split("## Where the LoRA files load")[0])
+    for start, parts in KEPT_IN_MODELS.items():
+        (row,) = [row for row in table if row[0].startswith(start)]
+        said = re.findall(r"[\d.]+, [\d.]+, [\d.]+ GiB", row[3])
+        expected = [", ".join(f"{counted(part, w):.1f}" for w in ("bf16", "fp8", "4-bit")) + " GiB" for part in parts]
+        assert said == expected, row[0]
+
+
+def test_what_ralu_saves_is_what_was_counted():
+    table = rows(section(read("MEASURED.md"), "Fast sampling: RALU"))
+    operations = {row[0].split(",")[0]: int(row[3].split(",")[0]) for row in table if re.match(r"\d{3,}", row[-1])}
+    share = operations["plain"] / operations["FLUX 5x"]
+    for document in ("README.md", "docs/ralu.md"):
+        text = " ".join(read(document).split())
+        assert f"1/{share:.1f}" in text
+        assert f"about {50 / share:.0f} plain steps" in text
+
+
+def test_troubleshooting_quotes_messages_as_the_code_says_them():
+    quoted = [text for row in rows(read("docs/troubleshooting.md")) for text in re.findall(r"“(.+?)”", row[0])]
+    assert len(quoted) >= 5
+    known = messages()
+    assert [q for q in quoted if q not in OF_OTHERS and not any(q in message for message in known)] == []
