@@ -7,8 +7,10 @@ import math
 import folder_paths
 from comfy_api.latest import io
 
+from ..blockskip_core.adapters.lora_metadata import describe
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_identity, load_lora_file
+from ..blockskip_core.hosts.files.applied_lora import apply_lora
+from ..blockskip_core.hosts.files.lora_files import file_identity, load_lora_file
 from .inputs import NO_FILE, checked, connected
 from .types import LoraModelSocket
 
@@ -70,6 +72,6 @@ class ApplyLora(io.ComfyNode):
                 raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
             lora = load_lora_file(lora_name)
         lora = connected(lora=lora)["lora"]
-        patched, num_patched = apply_lora(model, lora, strength_model)
-        info = describe(getattr(lora, "metadata", {}), lora, num_patched)
-        return io.NodeOutput(model if strength_model == 0.0 else patched, info)
+        applied = apply_lora(model, lora, strength_model)
+        info = describe(getattr(lora, "metadata", {}), len(lora), applied.num_patched, applied.passed_over)
+        return io.NodeOutput(model if strength_model == 0.0 else applied.model, info)

@@ -165,10 +165,12 @@ class TrainLora(io.ComfyNode):
                 io.Combo.Input(
                     "file_format",
                     options=list(get_args(LoraFileFormat)),
-                    default="peft",
+                    default="diffusers",
                     optional=True,
                     advanced=True,
-                    tooltip="Names inside the file. Both load in ComfyUI; kohya also loads in diffusers for FLUX.1.",
+                    tooltip="Names inside the file. All load in ComfyUI. diffusers: load in diffusers too, except for "
+                    "Lumina 2. peft: ComfyUI's own layer names; in diffusers for FLUX.2, Qwen-Image and Wan. kohya: for "
+                    "programs that read kohya's files; in diffusers for FLUX.1, FLUX.2, Chroma, Qwen-Image and Z-Image.",
                 ),
                 io.Float.Input(
                     "activation_budget",
@@ -247,8 +249,8 @@ class TrainLora(io.ComfyNode):
                     default=NO_FILE,
                     optional=True,
                     advanced=True,
-                    tooltip="A LoRA file to train further, of any trainer. Its rank must be the same, and it must change "
-                    "nothing but linear layers of the kept blocks.",
+                    tooltip="A LoRA file to train further, of any trainer whose names ComfyUI reads. `rank` must be at "
+                    "least its rank, and it must change nothing but linear layers of the kept blocks.",
                 ),
                 SamplesSocket.Input(
                     "samples",

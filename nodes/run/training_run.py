@@ -19,15 +19,16 @@ from ...blockskip_core.accounting.step_estimate import estimated_step_bytes
 from ...blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...blockskip_core.adapters.lora_formats import LoraFileFormat, to_file_tensors, to_host_lora
 from ...blockskip_core.errors import BlockSkipError, CacheError, InvalidInputError, StorageError, TrainingError
+from ...blockskip_core.hosts.families.lora_names import file_names
 from ...blockskip_core.hosts.files.folders import run_folder
 from ...blockskip_core.hosts.files.lora_files import (
     load_lora_file,
-    lora_to_start_from,
     output_path,
     require_writable,
     save_lora,
     unused_path,
 )
+from ...blockskip_core.hosts.files.start_lora import lora_to_start_from
 from ...blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ...blockskip_core.hosts.models.hosted_dit import HostedDit
 from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
@@ -73,7 +74,7 @@ class TrainingRun:
         alpha: float = 0.0,
         targets: str = "attention and mlp",
         output_name: str = "loras/blockskip",
-        file_format: str = "peft",
+        file_format: str = "diffusers",
         activation_budget: float = 0.0,
         kept_weights: str = "resident",
         quantize_kept: str = "off",
@@ -115,6 +116,13 @@ class TrainingRun:
             if start_from is not None:
                 self.adapters.load_state_dict(lora_to_start_from(model, start_from, self.adapters))
             self._first_values = self.adapters.state_dict()
+        rows = {name: self.adapters.up(name).shape[0] for name in self.adapters.names}
+        self.file_names = file_names(model.model, self.dit.adapter, rows, self.file_format)
+        if narrow := self.adapters.narrow_layers:
+            self.result.problems.append(
+                f"rank {rank} is more than {len(narrow)} of {len(rows)} layers can use: they got that of their smaller side, "
+                f"{min(narrow.values())} at least."
+            )
         identity = self._identity()
         self.checkpoints = Checkpoints(
             run_folder(identity.key), identity, every=save_every, keep=keep_last, resume=resume
@@ -472,14 +480,14 @@ class TrainingRun:
             path = self.path = unused_path(self.path)
             self.saved_as = path.name
         state = self.adapters.state_dict()
-        tensors = to_file_tensors(state, self.adapters.scale, self.settings.rank, self.file_format)
+        tensors = to_file_tensors(state, self.adapters.scale, self.file_format, self.file_names.in_diffusers)
         save_lora(tensors, self.metadata(), path)
         logger.info("BlockSkip: saved %s after step %d", path.name, self.result.steps)
 
     @torch.inference_mode(False)  # the tensors are ordinary ones, as core's are
     def host_lora(self) -> dict[str, torch.Tensor]:
         """Return the LoRA as core's trainer would."""
-        return to_host_lora(self.adapters.state_dict(), self.adapters.scale, self.settings.rank)
+        return to_host_lora(self.adapters.state_dict(), self.adapters.scale)
 
     def loss_map(self) -> dict[str, list[float]]:
         """Return the losses for core's Plot Loss Graph."""
@@ -492,6 +500,10 @@ class TrainingRun:
             "trained_with": f"BlockSkip {VERSION}",
             "base_model": self.dit.adapter.title,
             "base_model_identity": self.residuals.identity.model,
+            "base_model_version": self.dit.adapter.base_model_version,
+            "architecture": self.dit.adapter.architecture,
+            "file_format": self.file_format,
+            "loads_in": self.file_names.loads_in,
             "rank": self.settings.rank,
             "alpha": self.settings.alpha,
             "targets": self.settings.targets,

@@ -1,9 +1,8 @@
-"""LoRA files and LORA_MODELs of the host: written with metadata, checked before they are applied."""
+"""LoRA files and LORA_MODELs of the host: where they are written, with metadata, and how they are read."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -11,15 +10,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
 import folder_paths
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...adapters.lora import LoraAdapters
-from ...adapters.lora_formats import metadata_from_strings, metadata_to_strings
+from ...adapters.lora_metadata import metadata_from_strings, metadata_of_others, metadata_to_strings
 from ...errors import InvalidInputError, LoraFileError, StorageError
 from ...files import open_tensors, remove_leftovers, write_atomically
 from .names import name_below
@@ -101,7 +97,7 @@ def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: 
     Raises:
         StorageError: If the disk refuses.
     """
-    strings = metadata_to_strings(metadata)
+    strings = metadata_to_strings(metadata, title=path.stem.strip("_"))
     write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=strings))
 
 
@@ -144,92 +140,4 @@ def load_lora_file(name: str) -> LoraModel:
             strings = file.metadata()
     except (SafetensorError, OSError) as error:
         raise LoraFileError(f"{name} cannot be read as a LoRA file. It may be damaged or still downloading.") from error
-    return LoraModel(tensors, metadata_from_strings(strings))
-
-
-def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> tuple[Any, int]:
-    """Return (a clone of the MODEL with the LoRA patched in, number of patched layers).
-
-    Raises:
-        LoraFileError: If the LoRA holds nothing for this model, or tensors of other sizes.
-    """
-    patches = _patches(patcher, lora)
-    if not patches:
-        raise LoraFileError(
-            f"This LoRA holds nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
-            "kind of model."
-        )
-    # A state dict has the packed shapes of quantised weights, the parameters their own.
-    _require_fitting_shapes({**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}, patches)
-    clone = patcher.clone()
-    return clone, len(clone.add_patches(patches, strength))
-
-
-def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraAdapters) -> dict[str, Tensor]:
-    """Return a LoRA in any of the host's formats as peft tensors that ``adapters`` can take.
-
-    Raises:
-        LoraFileError: If it changes layers that are not trained here, has another rank, or holds nothing for the model.
-    """
-    patches = _patches(patcher, lora)
-    if not patches:
-        raise LoraFileError("The LoRA to start from holds nothing for this model: it was trained for another kind.")
-    _require_fitting_shapes({**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}, patches)
-    state: dict[str, Tensor] = {}
-    for key, patch in patches.items():
-        name = key.removeprefix("diffusion_model.").removesuffix(".weight") if isinstance(key, str) else None
-        if name not in adapters.names or getattr(patch, "name", "") != "lora":
-            raise LoraFileError(
-                f"The LoRA to start from also changes what is not trained here ({key}). Apply it to the MODEL with Load "
-                "LoRA before all BlockSkip nodes, and train a new LoRA on top; or keep more blocks."
-            )
-        up, down, alpha, *further = patch.weights
-        if any(part is not None for part in further):
-            raise LoraFileError(f"The LoRA to start from is no plain LoRA: {key} has more parts, as in DoRA or LoCon.")
-        if len(down) != adapters.settings.rank:
-            raise LoraFileError(
-                f"The LoRA to start from has rank {len(down)}, here it is {adapters.settings.rank}. Set rank to "
-                f"{len(down)}."
-            )
-        scale = 1.0 if alpha is None else float(alpha) / len(down)
-        state[f"{name}.lora_A.weight"] = down.float()
-        state[f"{name}.lora_B.weight"] = up.float() * (scale / adapters.scale)
-    return state
-
-
-def _patches(patcher: Any, lora: Mapping[str, Tensor]) -> dict[Any, Any]:
-    """Return what the host makes of a LoRA; it takes for granted that the tensors are what their names say."""
-    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    try:
-        return comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise LoraFileError(f"ComfyUI cannot read this as a LoRA: {error}.") from error
-
-
-def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> None:
-    for key, patch in patches.items():
-        tensors = getattr(patch, "weights", None)
-        name = key if isinstance(key, str) else key[0]
-        if tensors is None or not isinstance(key, str) or getattr(patch, "name", "") != "lora":
-            continue  # other formats, and slices of fused layers, are the host's to judge
-        up, down, weight = tensors[0], tensors[1], weights[name]
-        if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
-            raise LoraFileError(
-                f"This LoRA is damaged: for {name} it has matrices of the shapes {tuple(up.shape)} and "
-                f"{tuple(down.shape)}, which do not fit each other."
-            )
-        rows, columns = up.shape[0], down.flatten(1).shape[1]
-        if (rows, columns) != (weight.shape[0], math.prod(weight.shape[1:])):
-            raise LoraFileError(
-                f"This LoRA does not fit: for {name} it has {rows} x {columns}, the model has "
-                f"{' x '.join(map(str, weight.shape))}. It was trained for a model of another size."
-            )
-
-
-def describe(metadata: Mapping[str, Any], lora: Mapping[str, Tensor], num_patched: int) -> str:
-    """Return what a LoRA says of itself, several lines."""
-    lines = [f"{num_patched} layers patched, {len(lora)} tensors."]
-    if not metadata:
-        return "\n".join([*lines, "The file says nothing of itself: it was not saved by BlockSkip."])
-    lines.extend(f"{name.replace('_', ' ')}: {value}" for name, value in metadata.items())
-    return "\n".join(lines)
+    return LoraModel(tensors, metadata_from_strings(strings) or metadata_of_others(strings))

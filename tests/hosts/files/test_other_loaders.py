@@ -47,7 +47,7 @@ def saved(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     adapters = flux_lora(hosted(tiny_flux()), chosen(1, 1), zero=False)
     for form in FORMS:
-        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, adapters.settings.rank, form)
+        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, form)
         save_lora(tensors, {}, tmp_path / f"{form}.safetensors")
     return len(adapters.names)
 
@@ -55,12 +55,13 @@ def saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_comfyuis_loader_nodes_read_them(saved, form):
     """Load LoRA, LoraLoaderModelOnly, and what our own node does: the same layers, the same picture."""
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora, load_lora_file
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.lora_files import load_lora_file
 
     from nodes import LoraLoader, LoraLoaderModelOnly
 
     file, clean = f"{form}.safetensors", clean_latents()
-    ours, count = apply_lora(tiny_flux(), load_lora_file(file), 0.8)
+    ours, count, _ = apply_lora(tiny_flux(), load_lora_file(file), 0.8)
     picture = full_forward(hosted(ours), clean, [0])
     assert count == saved
     assert not torch.allclose(picture, full_forward(hosted(tiny_flux()), clean, [0]), atol=1e-3)
@@ -154,7 +155,7 @@ def test_diffusers_reads_what_the_document_says(family):
     linear = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {}
     for form in FORMS:
-        tensors = to_file_tensors(lora.state_dict(), lora.scale, SETTINGS.rank, form)
+        tensors = to_file_tensors(lora.state_dict(), lora.scale, form)
         found[form] = read_by_diffusers(tensors, loader, linear) == pytest.approx(expected, rel=1e-4)
     said = said_of(family)
     assert [form for form in FORMS if said[form] and not found[form]] == []
@@ -176,6 +177,6 @@ def test_diffusers_reads_no_lora_of_lumina_2_without_its_first_blocks(form):
 
     tiny = next(tiny for tiny in FAMILIES if tiny.name == "lumina2")
     lora = tiny.lora(tiny.hosted(tiny.build()), tiny.chosen(1, 1), zero=False)
-    tensors = to_file_tensors(lora.state_dict(), lora.scale, lora.settings.rank, form)
+    tensors = to_file_tensors(lora.state_dict(), lora.scale, form)
     assert read_by_diffusers(tensors, "Lumina2", None) == {}
     assert said_of("Lumina 2")[form] is False
