@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     parts = {"dit": dit, "schedule": schedule, "latents": latents, "selection": selection}
     source = source_for(arm.stand_in, current, round(arm.changes.get("refreshes", 0)), **parts)
     result, started = TrainingResult(), time.perf_counter()
-    train_lora(
-        dit, schedule, latents, selection, source, adapters, config, result=result, on_step=lambda report: None
-    )  # fmt: skip
+    train_lora(dit, schedule, latents, selection, source, adapters, config, result=result)
     seconds = time.perf_counter() - started
     kept = list(dit.blocks) if arm.stand_in == "on the fly" else [dit.blocks[i] for i in selection.kept]
     return with_lora(), {
@@ -134,8 +132,7 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
     With a subject, on the model with a LoRA on all blocks that was trained on it, and with its captions. The paper
     measures on fine-tuned models (Fig. 3).
     """
-    from blockskip_pack.blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig
-    from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence, cosine_distance
+    from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence, measure
 
     file = bench.results / f"quality_influence_{bench.identity}{'_' + subject if subject else ''}.json"
     if file.is_file():
@@ -149,22 +146,35 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
         model, _ = train(bench, arm_named(BASELINE), subject, 0, settings)
         scenes = bench.held_out(subject, PROBE_CAPTIONS)
     texts = [bench.world.caption(scene) for scene in scenes]
-    sampler = MaskedSampler(model, ProbeConfig(size=SMALL, steps=12, cfg=3.0))
     measured = TextInfluence(num_blocks, "reader's features", num_pictures=len(texts))
-
-    def embeddings(masked: frozenset[int]) -> list[torch.Tensor]:
-        pictures = [
-            bench.vae.decode(sampler.sample(bench.conditioning(text), bench.conditioning(""), seed=i, masked=masked))
-            for i, text in enumerate(texts)
-        ]
-        with torch.no_grad():
-            return [bench.reader.features(picture.permute(0, 3, 1, 2).clamp(0, 1)) for picture in pictures]
-
-    plain = embeddings(frozenset())
-    for run, masked in measured.missing(num_blocks // 2).items():
-        measured.record(run, sum(map(cosine_distance, plain, embeddings(masked))))
+    measure(measured, ReadPictures(bench, model, texts), num_blocks // 2)
     file.write_text(measured.to_json(), encoding="utf-8")
     return measured
+
+
+class ReadPictures:
+    """Probe pictures of some captions, each from a noise of its own, in the reader's features."""
+
+    def __init__(self, bench: Bench, model: Any, texts: list[str]) -> None:
+        from blockskip_pack.blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig
+
+        probe = ProbeConfig(size=SMALL, steps=12, cfg=3.0)
+        self._bench, self._texts, self._sampler = bench, texts, MaskedSampler(model, probe)
+        self.steps = probe.steps * len(texts)
+
+    @torch.no_grad()
+    def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> list[torch.Tensor]:
+        """Sample every picture and read it."""
+        bench = self._bench
+        pictures = [
+            bench.vae.decode(
+                self._sampler.sample(
+                    bench.conditioning(text), bench.conditioning(""), seed=i, masked=masked, on_step=on_step
+                )
+            )
+            for i, text in enumerate(self._texts)
+        ]
+        return [bench.reader.features(picture.permute(0, 3, 1, 2).clamp(0, 1)) for picture in pictures]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -86,6 +86,10 @@ class Counting(TorchDispatchMode):
 
     def _watch(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed."""
+        if is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; those of the tensors in it have
+            for name in tensor.__tensor_flatten__()[0]:
+                self._watch(getattr(tensor, name))
+            return
         storage, key = tensor.untyped_storage(), _identity(tensor)
         if key in self._watched:
             return

@@ -28,6 +28,7 @@ from ..residuals.source import OpenResiduals
 from ..selection.selection import BlockSelection
 from ..training.config import TrainingConfig
 from ..training.loop import train_lora
+from ..training.observer import OnStep
 from ..training.result import TrainingResult
 from .measuring import Counting
 
@@ -164,8 +165,9 @@ def count_training(
             after.append((counting.live(dit.device), counting.operations))
 
         train_lora(
-            watched, schedule, latents, selection, _OneStretch(opened), adapters, config, result=result, on_step=on_step
-        )
+            watched, schedule, latents, selection, _OneStretch(opened), adapters, config, result=result,
+            observers=[OnStep(on_step)],
+        )  # fmt: skip
     (_, first), (between, both) = after
     return watched.count(operations=both - first, between=between, saved=result.saved_bytes)
 

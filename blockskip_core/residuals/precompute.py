@@ -228,6 +228,6 @@ def _require_finite(residuals: dict[int, Residual], reference: Reference) -> Non
         for name, tensor in named.items():
             if not torch.isfinite(tensor).all():
                 raise TrainingError(
-                    f"The model's {name} tokens of draw {draw} are not finite. "
+                    f"The model's {name} tokens of training example {draw} are not finite. "
                     "Check the pictures and captions, or load the model in another precision."
                 )

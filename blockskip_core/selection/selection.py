@@ -92,7 +92,7 @@ class BlockSelection:
         if (self.num_blocks, self.family) != (num_blocks, family):
             raise InvalidInputError(
                 f"The selection was made for {self.num_blocks} blocks of {self.family}, this model has {num_blocks} of "
-                f"{family}. Connect the same MODEL to Select Blocks."
+                f"{family}. Select blocks of the same model."
             )
 
     @property

@@ -1,12 +1,12 @@
-"""Training states on disk: an interrupted run goes on from one and ends with the very weights it would have had.
+"""Training states on disk: an interrupted run resumes from one and ends with the very weights it would have had.
 
 A state is all that the next step depends on: the LoRA, the optimiser's moments, and how many steps were done. There is no
 random generator in it, for every random decision of a run is in its schedule (``data.schedule``), and the first values of the
 LoRA follow from its seed. The learning rate follows from the number of steps.
 
-A run has a folder of its own, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
-states again, and another run cannot take them by mistake. The length of a run is no part of that: more steps go on from
-a finished run. A state is one safetensors file, written whole or not at all, with a checksum over its tensors.
+Each run has a folder, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
+states again, and another run cannot take them by mistake. The length of a run is no part of that: more steps
+continue a finished run. A state is one safetensors file, written whole or not at all, with a checksum over its tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 KEPT_RUNS = 3  # folders with states that stay on disk, newest first
 _LOSSES = "losses"
-_LATER = "Queue again when the disk is back, or turn resume off."
+_LATER = "Start the run again when the disk is back, or turn resume off."
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Checkpoints:
         folder: The run's own folder.
         identity: What the run is.
         every: Steps between two states; 0 writes one only when a run ends, however it ends.
-        keep: So many of the newest states stay.
+        keep: How many of the newest states to keep.
         resume: Whether to resume from an earlier state. If False, earlier states are kept, because the run reaches the
             same result.
 
@@ -137,7 +137,7 @@ class Checkpoints:
             self._remove(path)
 
     def newest(self, max_step: int) -> TrainingState | None:
-        """Return the newest state up to a step to go on from, or None.
+        """Return the newest state up to a step, to resume from, or None.
 
         A damaged one is removed, with a warning, and the one before is taken.
 

@@ -46,8 +46,8 @@ def check_against_full_model(
     if not difference <= tolerance:
         raise TrainingError(
             f"With nothing learned yet, the model with skipped blocks differs from the full model by "
-            f"{difference:.2e} (at most {tolerance:.0e} was expected). Another node may have changed the model "
-            "after Precompute Residuals; connect the same MODEL to both nodes."
+            f"{difference:.2e} (at most {tolerance:.0e} was expected). Something may have changed the model "
+            "since its residuals were computed; use the same model for both."
             + (" Or quantisation costs this model too much; choose a finer one." if dit.known_error else "")
         )
     return difference

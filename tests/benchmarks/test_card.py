@@ -39,8 +39,9 @@ def test_a_card_without_bytes_counts_as_one_with_them(card: SimpleNamespace, com
     assert "failed" not in without | computed
     for phase in ("precompute", "resident", "streamed"):
         for name, value in computed[phase].items():
-            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's
-                assert without[phase][name] == pytest.approx(value, rel=1e-3), (phase, name)
+            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's,
+                near = pytest.approx(value, rel=1e-3, abs=64)  # and the host's 4-bit format a table of 16 numbers
+                assert without[phase][name] == near, (phase, name)
     assert without["plan"] == computed["plan"]
     kept = without["resident"]
     assert kept["offloaded"] == kept["left"] == 0
@@ -98,7 +99,7 @@ def row(peak: float = 5.0, **changes: object) -> dict:
         "left": 0, "problems": [],
     }  # fmt: skip
     return {
-        "model": "M", "weights": "bf16", "card": 8.0, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
+        "model": "M", "weights": "bf16", "card": 8.0, "paged": False, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
         "plan": {"fits": False, "settings_fit": True, "says": "", "settings": "as small as possible."},
         "precompute": {"counted": GIB, "peak": 2 * GIB, "counted_host": GIB, "host": GIB, "left": 3 * 2**20},
         "resident": run, "streamed": {**run, "peak": GIB}, **changes,

@@ -22,6 +22,7 @@ from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from torch import Tensor, nn
 from torch.nn import functional
@@ -375,7 +376,7 @@ def train(
             config,
             result=result,
             checkpoints=checkpoints,
-            on_step=on_step or (lambda report: None),
+            observers=[OnStep(on_step)] if on_step else (),
         )
     finally:
         for handle in handles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,13 +12,14 @@ import comfy.model_management
 
 from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memory_needs
 from ...accounting.plan import MemorySettings
-from ...accounting.weight_formats import predicted_bytes, stored_bytes
+from ...accounting.weight_formats import WEIGHT_FORMATS, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
 from ...residuals.cache import predicted_bytes as residual_bytes
 from ...residuals.format import ResidualFormat
 from ...selection.selection import BlockSelection
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
+from .quantised_blocks import bytes_to_unpack
 from .weightless_dit import WeightlessDit
 
 
@@ -77,10 +79,26 @@ class CountedRun:
             caption=self._longest,
         )
         weights = self.weights(settings.quantize_kept)
-        needs = memory_needs(self._weightless, plan, weights)
+        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights), settings.quantize_kept)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
         return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan.latent_shape, stored))
+
+    def _with_quantised_layers(self, needs: MemoryNeeds, weight_format: str) -> MemoryNeeds:
+        """Add what layers that are quantised for the run take beside their weights on the device.
+
+        Packed, all of them are in host memory, for the MODEL stays as it is; unpacked, one is on the device at a time.
+        """
+        if weight_format == "off":
+            return needs
+        blocks = [
+            self.dit.patcher.model.diffusion_model.get_submodule(self.dit.blocks[i].name) for i in self.selection.kept
+        ]
+        shapes = [x.weight.shape for block in blocks for x in block.modules() if is_shrunk(x, weight_format)]
+        packed = sum(WEIGHT_FORMATS[weight_format].num_bytes(*shape) for shape in shapes)
+        unpacked = bytes_to_unpack(max(map(math.prod, shapes), default=0), self.dit.dtype)
+        training = replace(needs.training, peak=needs.training.peak + unpacked)
+        return replace(needs, training=training, host=needs.host + packed)
 
     @property
     def _stays_on_device(self) -> bool:

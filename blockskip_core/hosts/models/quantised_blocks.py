@@ -145,7 +145,7 @@ class QuantisedDit:
         weights: WeightPlacement = "as fits",
     ) -> Iterator[Denoiser]:
         """Run as the HostedDit does, with room for one dequantised layer, and without the patches that are in it."""
-        room = self._largest_layer * (self._dit.dtype.itemsize + torch.float32.itemsize)
+        room = bytes_to_unpack(self._largest_layer, self._dit.dtype)
         with self._dit.running(
             replacements, activation_bytes=activation_bytes + room, weights=weights, baked=frozenset(self._baked)
         ) as denoise:
@@ -201,6 +201,18 @@ class QuantisedDit:
             weight = patcher.patch_weight_to_device(key, device_to=self._dit.device, return_weight=True)
             self._baked.add(key)
         return weight.detach().to(device=self._dit.device, dtype=torch.float32)
+
+
+def bytes_to_unpack(numbers: int, dtype: torch.dtype) -> int:
+    """Return what a layer takes for the time that it is unpacked: in the dtype of the computation, and on the way to it.
+
+    The host's kernels for NVIDIA's cards write that dtype at once; everywhere else it goes through float32.
+
+    Args:
+        numbers: Of the layer's weight.
+        dtype: Of the computation.
+    """
+    return numbers * (dtype.itemsize + torch.float32.itemsize)
 
 
 def _packed(weight: Tensor, weight_format: str) -> Tensor:

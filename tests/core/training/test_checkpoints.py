@@ -10,6 +10,7 @@ from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import _Loop, train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +42,7 @@ def train(
     try:
         train_lora(
             dit, PLAN, residuals.latents, residuals.selection, residuals.source(dit, quiet), adapters, config,
-            result=result, on_step=on_step, checkpoints=checkpoints,
+            result=result, observers=[OnStep(on_step)], checkpoints=checkpoints,
         )  # fmt: skip
     except Cut:
         pass
@@ -344,7 +345,7 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
     """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
     store(tmp_path).save(state())
-    said = "cannot be read: .*Too many open files.*Queue again when the disk is back"
+    said = "cannot be read: .*Too many open files.*Start the run again when the disk is back"
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)

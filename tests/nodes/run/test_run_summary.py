@@ -191,12 +191,12 @@ def test_the_line_under_the_node_names_it(bench, nodes, core, monkeypatch):
 
 
 def test_a_lora_that_vanishes_at_once_is_reported(bench, nodes, monkeypatch):
-    save = nodes.run.training_run.save_lora
+    save = nodes.run.files.save_lora
 
     def vanishing(tensors, metadata, path):
         save(tensors, metadata, path)
         path.unlink()
 
-    monkeypatch.setattr(nodes.run.training_run, "save_lora", vanishing)
+    monkeypatch.setattr(nodes.run.files, "save_lora", vanishing)
     problems = bench.train(output_name="loras/toy").ui["blockskip"][0]["problems"]
     assert [problem for problem in problems if "toy_00001_.safetensors" in problem]
