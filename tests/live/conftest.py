@@ -85,7 +85,7 @@ def complaints(server: Any) -> list[str]:
     """Warnings and errors of the host that name the pack; what the pack's own loggers say is another matter."""
     file = Path(server.base) / "warnings.jsonl"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    for folder in (server.host, server.base):  # our name is in these paths too
+    for folder in (server.host, server.base, sys.prefix):  # our name is in these paths too
         text = text.replace(str(folder), "")
     records = [json.loads(line) for line in text.splitlines()]
     return [

@@ -267,16 +267,30 @@ def test_the_trainer_refuses_settings_that_make_no_sense(bench, residuals, setti
         bench.train(residuals=residuals, **setting)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/abs/path", "a/../../b", "loras/../../../b"])
+@pytest.mark.parametrize("name", ["../evil", "..\\evil", "/abs/path", "C:\\path", "a/../../b", "a/..", ".."])
 def test_the_trainer_writes_nowhere_but_below_the_output_folder(bench, residuals, name):
     with refused(bench, "must stay inside ComfyUI's output folder"):
         bench.train(residuals=residuals, output_name=name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "./", "a/.."])
+@pytest.mark.parametrize("name", ["", ".", "./", ".\\."])
 def test_the_trainer_refuses_names_that_name_no_file(bench, residuals, name):
     with refused(bench, "names no file. Use a plain name such as loras/my_lora"):
         bench.train(residuals=residuals, output_name=name)
+
+
+@pytest.mark.parametrize("name", ["my:lora", "loras/toy ", "con", "loras\\aux", "what?", "toy."])
+def test_the_trainer_refuses_names_that_some_system_cannot_have(bench, residuals, name):
+    with refused(bench, "The file name .* Use a name such as"):
+        bench.train(residuals=residuals, output_name=name)
+
+
+def test_the_trainer_saves_to_the_same_folder_on_every_system(bench, residuals):
+    assert (
+        bench.train(residuals=residuals, output_name="loras\\toy", steps=1).ui["blockskip"][0]["file"]
+        == "toy_00001_.safetensors"
+    )
+    assert (bench.folders.loras / "toy_00001_.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/a"])

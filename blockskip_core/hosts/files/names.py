@@ -47,7 +47,7 @@ def name_below(text: str, example: str) -> PurePosixPath:
             f"The file name {text!r} must stay inside ComfyUI's output folder: no drive, no .. and no / in front. Use a "
             f"plain name such as {example}."
         )
-    if not parts or text[-1:] in ("/", "\\"):
+    if not parts:
         raise InvalidInputError(f"The file name {text!r} names no file. Use a plain name such as {example}.")
     for part in parts:
         if fault := _fault(part):

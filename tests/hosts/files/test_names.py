@@ -20,7 +20,7 @@ def name_below(text):
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("toy", "toy"), ("loras/toy", "loras/toy"), ("loras\\toy", "loras/toy"), ("a\\b/c", "a/b/c"), ("./a//b", "a/b"),
+    [("toy", "toy"), ("loras/toy", "loras/toy"), ("loras\\toy", "loras/toy"), ("a\\b/c", "a/b/c"), ("loras/", "loras"), ("./a//b", "a/b"),
      ("my lora v1.2", "my lora v1.2"), (".hidden", ".hidden"), ("-rf", "-rf"), ("~/x", "~/x"), ("%2e%2e/x", "%2e%2e/x"),
      ("Grüße/日本", "Grüße/日本"), ("console", "console"), ("com10", "com10"), ("%year%/x", "%year%/x")],
 )  # fmt: skip
@@ -38,7 +38,7 @@ def test_what_leaves_the_folder_on_any_system_is_refused(typed):
         name_below(typed)
 
 
-@pytest.mark.parametrize("typed", ["", ".", "/".join([".", "."]), "loras/", "loras\\"])
+@pytest.mark.parametrize("typed", ["", ".", "./."])
 def test_what_names_no_file_is_refused(typed):
     with pytest.raises(InvalidInputError, match="names no file"):
         name_below(typed)
