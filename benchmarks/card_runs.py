@@ -24,6 +24,7 @@ GIB = 2**30
 CPU = torch.device("cpu")
 TINY = "tiny FLUX"  # not published: for a quick look, and for the comparison with a card that has bytes
 WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+SMALLEST = 8.0  # GiB
 STEPS, DRAWS, CHUNK, RANK, TEXT_TOKENS, CROP = 2, 2, 64, 16, 512, 256
 
 
@@ -45,6 +46,11 @@ class Cell:
     paged: bool = False
     with_bytes: bool = False
 
+    @property
+    def streams(self) -> bool:
+        """Whether it is also run with streamed weights: where it matters, and where the host has a choice."""
+        return self.card <= SMALLEST and not self.paged
+
 
 def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
     """Run a cell and return what was seen, in bytes; nothing of ComfyUI may have been imported before.
@@ -55,14 +61,15 @@ def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
         comfyui: ComfyUI's folder.
     """
     card = installed_card(cell, comfyui)
-    from memory import about
+    from command_line import about
 
     with Bench(cell, card, folder) as bench:
         plan = bench.plan()
         row = {**asdict(cell), "about": about(), "others": bench.others, "selection": bench.chosen(), "plan": plan.seen}
         row["precompute"], residuals = bench.precompute(plan)
-        for placement in ("resident", "streamed"):
-            row[placement] = bench.train(plan, residuals, placement)
+        row["resident"] = bench.train(plan, residuals, "resident")
+        if cell.streams:
+            row["streamed"] = bench.train(plan, residuals, "streamed")
     return row
 
 
@@ -174,13 +181,13 @@ class Bench:
     def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
         import folder_paths
         from blockskip_pack import nodes
-        from blockskip_pack.blockskip_core.accounting.plan import NOT_OURS
+        from blockskip_pack.blockskip_core.accounting.plan import RESERVED
         from blockskip_pack.blockskip_core.hosts.models import quantised_blocks
 
         if not cell.with_bytes:  # whether a format computes well on this card cannot be tried without numbers
             quantised_blocks._works_on = lambda weight_format, device: True
         self.nodes, self.memory = nodes, card.memory
-        share, more = NOT_OURS
+        share, more = RESERVED
         self.others = round(card.memory.total * share + more * GIB)
         card.memory.take(self.others)
         (folder / "loras").mkdir()
@@ -267,7 +274,8 @@ class Bench:
                     memory_settings=plan.settings, kept_weights=placement, output_name=f"loras/{placement}",
                 ).ui["blockskip"][0]  # fmt: skip
             seen.update(
-                said_peak=summary["peak_memory_bytes"] - self.others, saved=summary["saved_for_backward_bytes"],
+                said_peak=summary["peak_memory_bytes"] - self.others,  # too high if paged: here torch counts the pages too
+                saved=summary["saved_for_backward_bytes"],
                 problems=summary["problems"],
             )  # fmt: skip
         except (BlockSkipError, torch.OutOfMemoryError) as error:

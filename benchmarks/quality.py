@@ -14,21 +14,19 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
 import quality_report
 import torch
 from quality_arms import ARMS, BASELINE, FULL, SMALL, Arm, arm_named
-from quality_world import Bench, Settings, use_pack
+from quality_world import Bench, Settings
 
 logger = logging.getLogger("quality")
-RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (0, 1, 2)
 PROBE_CAPTIONS = 4
 
@@ -228,8 +226,7 @@ def run(bench: Bench, options: argparse.Namespace, settings: Settings) -> None:
         row = {**found, "key": key, "arm": name, "subject": subject, "seed": seed}
         row = {field: round(value, 6) if isinstance(value, float) else value for field, value in row.items()}
         done[name, subject, seed] = row
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        command_line.add_row(file, row)
         logger.info("%s, %s, seed %d: loss %.4f, cosine %.3f", name, subject, seed, row["held_out_loss"], row["cosine"])
 
 
@@ -255,8 +252,7 @@ def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: l
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser = command_line.parser(__doc__, "where cells, table and plot go")
     parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
     parser.add_argument("--arms", nargs="+", default=["base", BASELINE, *(a.name for a in ARMS if a.name != BASELINE)])
     parser.add_argument("--subjects", nargs="+", default=["toby", "mila", "pip", "zuzu", "nori"])
@@ -264,8 +260,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--share", default="1/1", help="1/2 and 2/2: two runs side by side, each with half of the cells"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where cells, table and plot go")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the table and the plot")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"))
     options = parser.parse_args()
     options.share = tuple(map(int, options.share.split("/")))
@@ -275,27 +269,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the cells, then write the report."""
     options = parse()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = Settings(**{name: json.loads(value) for name, value in options.set})
-    use_pack(options.comfyui)
+    command_line.begin(options, logger)
     import host
 
-    logging.getLogger().setLevel(logging.WARNING)
-    logger.setLevel(logging.INFO)
+    settings = Settings(**{name: json.loads(value) for name, value in options.set})
     bench = Bench(options.assets or host.ASSETS, options.results)
     if not options.report:
         run(bench, options, settings)
     if options.share[1] == 1:
-        quality_report.write(options.results, key_of(bench, settings), settings, about())
-
-
-def about() -> str:
-    """Date, machine and software, one line."""
-    import importlib.metadata as installed
-
-    versions = ", ".join(f"{name} {installed.version(name)}" for name in ("torch", "peft", "diffusers"))
-    processor = platform.processor() or platform.machine()
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), no GPU; {versions}."
+        quality_report.write(options.results, key_of(bench, settings), settings, command_line.about(host=False))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
-from ..blockskip_core.hosts.models.quantised_blocks import formats_on, require_available
+from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
 from ..blockskip_core.reporting.pictures import as_image, memory_bars
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
@@ -131,6 +131,7 @@ def _the_rest() -> list[io.Input]:
             tooltip="Let `settings` put memory that is left to use: activations are kept instead of recomputed, which is "
             "faster and changes nothing of the result.",
         ),
+        widgets.quantize_frozen(AT_TRAINER),
     ]  # fmt: skip
 
 
@@ -158,6 +159,7 @@ class PlanRequest:
     probe_size: int = 512
     preset: str = OFF
     use_spare: bool = True
+    quantize_frozen: str = default_for_frozen_blocks()
 
     def __post_init__(self) -> None:
         choices = {
@@ -192,6 +194,8 @@ class PlanRequest:
             quantize_kept=self.quantize_kept,
             patch_min=self.patch_min,
             measured=selection.method == "attention mask",
+            frozen=selection.frozen,
+            quantize_frozen=self.quantize_frozen,
         )
 
     def room(self, device: Any) -> tuple[int, str]:
@@ -239,6 +243,9 @@ class Plan:
         require_available(request.quantize_kept, model.load_device)
         dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min))
         selection.require_for(len(dit.blocks), dit.family)
+        if request.back_residual == "exact":
+            require_available(request.quantize_frozen, model.load_device)
+            selection = selection.with_exact_back()
         self._request, self.settings = request, request.settings(selection)
         self.run = request.counted_run(dit, selection, len(captions))
         self.count = cache(self.run.needs)

@@ -135,8 +135,9 @@ def _the_details() -> list[io.Input]:
         ),
         widgets.back_residual(
             "What stands in for the last blocks. constant: what they added before training (the paper's). linear: that, "
-            "and how it changes with what the trained blocks learn, to first order, at the same memory. Not read by "
-            "`on the fly`."
+            "and how it changes with what the trained blocks learn, to first order, at the same memory. exact: nothing; "
+            "they run forward and backward without adapters, in 4-bit (the trainer's `quantize_frozen`), so that nothing "
+            "is approximated but their weights. `on the fly` does not read constant and linear."
         ),
         widgets.residual_format(
             "exact: as the model computes them. int8 and fp8: half the disk for models in bf16, slightly rounded; int8 "

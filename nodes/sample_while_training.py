@@ -52,7 +52,7 @@ def _what_and_when() -> list[io.Input]:
         io.Vae.Input("vae", tooltip="The VAE of the model."),
         io.Int.Input(
             "every", default=100, min=1, max=widgets.MOST_STEPS,
-            tooltip="Training steps from one time to the next. The last step is always sampled.",
+            tooltip="Training steps between two samples. The last step is always sampled.",
         ),
         io.Boolean.Input(
             "at_start", default=True, tooltip="Also before the first step, to compare with: the plain model."

@@ -205,7 +205,8 @@ def _measured(model: Any, dit: HostedDit, choice: Choice, progress: NodeProgress
     with out_of_memory_explained("Sampling the probe pictures", "Lower `probe_size`, or choose `preset`."):
         return text_influence(
             model, positive, negative, choice.probe, len(dit.blocks), budget, with_window=choice.window_profile,
-            progress=tell, **plugged,
+            progress=tell, waiting=lambda: progress("waiting for another process, which measures the same blocks", 0, 1),
+            **plugged,
         )  # fmt: skip
 
 

@@ -220,4 +220,8 @@ def _start_and_company() -> list[io.Input]:
             "check_memory", default=True, optional=True, advanced=True,
             tooltip="Refuse a run that cannot fit, before it starts, and say what would make it fit. Off: only warn.",
         ),
+        widgets.quantize_frozen(
+            "Only read if the residuals were made with `back_residual` exact: the format of the last blocks' weights for "
+            "this run. No adapter learns on them, so they can be coarser than the others."
+        ),
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.adapters.lora import LoraTargets
-from ..blockskip_core.hosts.models.quantised_blocks import available_formats
+from ..blockskip_core.hosts.models.quantised_blocks import available_formats, default_for_frozen_blocks
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
 from ..blockskip_core.residuals.sources import STORAGES
@@ -107,6 +107,14 @@ def activation_budget(tooltip: str, **more: Any) -> io.Float.Input:
 def quantize_kept(tooltip: str, **more: Any) -> io.Combo.Input:
     """The format of the trained blocks' weights."""
     return io.Combo.Input("quantize_kept", options=available_formats(), default="off", tooltip=tooltip, **more)
+
+
+def quantize_frozen(tooltip: str) -> io.Combo.Input:
+    """The format of the weights of blocks that run without adapters."""
+    return io.Combo.Input(
+        "quantize_frozen", options=available_formats(), default=default_for_frozen_blocks(), optional=True, advanced=True,
+        tooltip=tooltip,
+    )  # fmt: skip
 
 
 def lora_file(name: str, tooltip: str, **more: Any) -> io.Combo.Input:

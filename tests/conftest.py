@@ -15,8 +15,11 @@ from types import ModuleType
 
 import pytest
 
+from .device import KINDS, Device, choose, devtools
+
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "blockskip_pack"
+DEVICE = pytest.StashKey[Device]()
 
 
 def _load_pack() -> ModuleType:
@@ -42,13 +45,46 @@ _put_comfyui_first()
 _load_pack()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the device be chosen."""
+    parser.addoption(
+        "--device", choices=KINDS, default="cpu", help="what models run on: cpu, an emulated card, or a real gpu"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the device before anything imports ComfyUI."""
+    config.stash[DEVICE] = choose(config.getoption("--device"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the device."""
+    device = config.stash[DEVICE]
+    return f"device: {device.kind}" + (f" ({device.card.name})" if device.card else "")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this device cannot do."""
+    device = config.stash[DEVICE]
+    for item in items:
+        if device.obstacle:
+            item.add_marker(pytest.mark.skip(reason=device.obstacle))
+        elif device.kind == "cpu" and ROOT / "tests" / "card" in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs a card, in a process of its own: python dev.py test --card"))
+        elif device.kind == "gpu" and item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.skip(reason="only an emulated card can do this"))
+
+
 @pytest.fixture(scope="session")
-def comfyui() -> Path:
-    """The folder of the host; its modules can be imported, on the CPU."""
+def comfyui(pytestconfig: pytest.Config) -> Path:
+    """The folder of the host; its modules can be imported, on this process's device."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         pytest.skip("COMFYUI_PATH is not set; `python dev.py test` sets it")
     from comfy.cli_args import args
 
-    args.cpu = True
+    kind = pytestconfig.stash[DEVICE].kind
+    args.cpu = kind == "cpu"
+    if kind == "card":
+        devtools("card.comfyui").disable_kernels()
     return Path(path)

@@ -76,7 +76,7 @@ def train_lora(
         config: Settings.
         result: Filled in as the run goes.
         observers: Told of the run in this order; see :class:`~.observer.TrainingObserver`.
-        activation_bytes: What the host should keep free beside the weights.
+        activation_bytes: What the host should keep free in addition to the weights.
         weights: Where the host keeps the weights.
         checkpoints: Where the run resumes from and where its states are kept; None starts from the beginning and keeps
             none.
@@ -204,7 +204,7 @@ class _Loop:
             denoise = stack.enter_context(place(model.modules))
             if residuals.reference is not None and self.result.self_check is None:
                 self.result.self_check = check_against_full_model(
-                    self.dit, self.schedule, self.latents, model, denoise, residuals
+                    self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference
                 )
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)
@@ -216,7 +216,7 @@ class _Loop:
         total = 0.0
         for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
             with ExitStack() as stack:
-                # Twice, for a budget is used from the second micro-batch on.
+                # Twice, because a budget takes effect from the second micro-batch on.
                 counted = self.num_counted < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
                 loss = self._loss(stretch, batch) / len(draws)
             if counted:
@@ -299,7 +299,7 @@ class _Loop:
             self.result.problems.append(str(error))
 
     def release(self) -> None:
-        """Leave nothing of the run on the device, whoever still holds the LoRA."""
+        """Leave nothing of the run on the device, even if someone still holds the LoRA."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         self.adapters.to(torch.device("cpu"))

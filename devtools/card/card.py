@@ -134,7 +134,7 @@ class Card:
         if self._origins is not None:
             self._origins[key] = num_bytes, "".join(traceback.format_stack(limit=16)[:-3])
         if counted and num_bytes:
-            self.streams.allocated(address)
+            self.streams.allocated(address, num_bytes)
 
         def gone(_: weakref.ref) -> None:
             del self._buffers[key], self._watched[key]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from . import pages
 from .card import Card
 
@@ -54,10 +56,21 @@ def as_dynamic(patcher: Any) -> Any:
     return comfy.model_patcher.ModelPatcherDynamic(patcher.model, patcher.load_device, patcher.offload_device)
 
 
-def forget_models() -> None:
-    """Unload every model, and drop the buffers that the host keeps for the next one."""
+def is_lent(address: int) -> bool:
+    """Tell whether an address is in memory that the host lends for a layer's forward and then writes into again."""
     import comfy.model_management
 
-    comfy.model_management.unload_all_models()
-    comfy.model_management.reset_cast_buffers()
+    buffers = comfy.model_management.STREAM_CAST_BUFFERS.values()
+    in_buffer = any(0 <= address - buffer.data_ptr() < buffer.nbytes for buffer in buffers)
+    pager = getattr(pages.ModelVBAR, "pager", None)
+    return in_buffer or (pager is not None and pager.owns(address))
+
+
+def forget_models() -> None:
+    """Unload every model, and drop the buffers that the host keeps for the next one: under inference mode, as in a prompt."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+        comfy.model_management.reset_cast_buffers()
     gc.collect()

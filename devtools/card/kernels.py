@@ -7,6 +7,7 @@ everything else above the kernels is torch's own.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ INDEXED = frozenset({  # whose indices may be of the CPU
     "_index_put_impl_", "_unsafe_index", "_unsafe_index_put", "index", "index_put", "index_put_",
 })  # fmt: skip
 COPIES = frozenset({"copy_", "_copy_from"})  # between any two devices
+READ_BY_HOST = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})  # which has to wait for them
 COMPOSITE = frozenset({  # without a kernel under either key, but not to be taken apart
     "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward", "convolution", "convolution_backward", "copy_",
@@ -115,6 +117,13 @@ class Kernel:
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             (writes if is_written else reads).extend(_tensors_of_card(value))
         self._card.streams.launch(str(self._schema), reads, writes)
+        if self._base in READ_BY_HOST or (self._base in COPIES and self._is_waited_for(args, kwargs)):
+            self._card.streams.host_waits_for(self._card.streams.current())
+
+    def _is_waited_for(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a copy is one between card and host at whose end the host waits."""
+        asynchronous = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        return not asynchronous and any(value.is_cpu for value in args[:2])
 
 
 class _Call:
@@ -302,8 +311,13 @@ def _attention(
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, normalized_shape: Sequence[int], rstd: Tensor, weight: Tensor | None, mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take it apart: the CPU has no kernel for it."""
-    from torch._decomp.decompositions import _fused_rms_norm_backward
-
+    """Take the steps, in the order, that autograd takes on a CPU, which has no fused kernel: the bits are the same."""
     with torch._C._AutoDispatchBelowAutograd():
-        return _fused_rms_norm_backward(grad, x, normalized_shape, rstd, weight, mask)
+        dims = list(range(-len(normalized_shape), 0))
+        exact, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
+        scaled = grad if weight is None else grad * weight
+        of_mean = -0.5 * (scaled * exact).sum(dims, keepdim=True) * rstd.pow(3)
+        of_square = of_mean.expand_as(exact) / math.prod(normalized_shape)
+        of_x = (scaled * rstd + of_square * (exact * 2)).to(x.dtype)
+        of_weight = (grad * (exact * rstd)).sum_to_size(weight.shape).to(weight.dtype) if mask[1] else None
+        return of_x, of_weight

@@ -44,6 +44,10 @@ class Region:
         made.keeps = self
         return made
 
+    def __contains__(self, address: int) -> bool:
+        """Tell whether an address is in the region."""
+        return self.address <= address < self.address + self.size
+
     def spoil(self, offset: int, size: int) -> None:
         """Fill bytes with what is NaN in every format of numbers."""
         ctypes.memset(self.address + offset, 0xFF, min(size, self.size - offset))
@@ -59,6 +63,7 @@ class Pager:
     Attributes:
         limit: The most pages that one model may have; None for as many as fit.
         faults, refused, evictions: How often pages were asked for, refused, and taken away again.
+        models, regions: All models' pages; the addresses of these and of the buffers for layers without pages.
     """
 
     def __init__(self, card: Card, page: int = PAGE) -> None:
@@ -66,7 +71,12 @@ class Pager:
         self.limit: int | None = None
         self.faults = self.refused = self.evictions = 0
         self.models: weakref.WeakSet[ModelVBAR] = weakref.WeakSet()
+        self.regions: weakref.WeakSet[Region] = weakref.WeakSet()
         self._signature = 0
+
+    def owns(self, address: int) -> bool:
+        """Tell whether an address is in pages or in a buffer for layers without pages."""
+        return any(address in region for region in self.regions)
 
     def next_signature(self) -> int:
         """Return a number that no page had before."""
@@ -120,6 +130,7 @@ class ModelVBAR:
         self._region = Region(size)
         self.base_addr = self._region.address
         self.pager.models.add(self)
+        self.pager.regions.add(self._region)
         weakref.finalize(self, self.pager.forget, self._region, self.resident).atexit = False
 
     def prioritize(self, malloc_async_clamp: int | None = None) -> None:
@@ -219,6 +230,7 @@ class VRAMBuffer:
         self._memory = ModelVBAR.pager.card.memory
         self._region = Region(min(max_size, 2**30))
         self.base_addr = self._region.address
+        ModelVBAR.pager.regions.add(self._region)
         self._taken = [0]
         weakref.finalize(self, _give_back_all, self._memory, self._taken).atexit = False
 

@@ -3,7 +3,11 @@
 Nothing runs asynchronously here, so a missing wait does no harm to the numbers. It is found all the same: every kernel is
 told to the analysis behind ``TORCH_CUDA_SANITIZER``, which knows for each storage who touched it last and on which stream.
 
-Source: ``torch/cuda/_sanitizer.py``.
+More than torch's own tool can: memory that is freed goes back to the stream that it was allocated on, whose next allocation
+may have it at once, whatever other streams still do with it. So here a freed block is given out again under the same name,
+and its next owner must have waited for the last users of the one before.
+
+Source: ``torch/cuda/_sanitizer.py``, ``c10/cuda/CUDACachingAllocator.cpp``.
 """
 
 from __future__ import annotations
@@ -22,6 +26,37 @@ DEVICE = torch.device("cuda", 0)
 DEFAULT = 0  # number of the default stream
 
 
+class _Blocks:
+    """Names of pieces of memory, as a caching allocator would hand them out."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, int] = {}  # of what lives, by address
+        self._owners: dict[int, tuple[int, int]] = {}  # name -> (stream it was allocated on, bytes)
+        self._free: dict[int, list[int]] = {}  # stream -> names
+        self._numbers = itertools.count(1)
+
+    def allocated(self, address: int, num_bytes: int, stream: int) -> None:
+        """Name a new storage: like the smallest freed one of its stream that it fits into, if there is one."""
+        fitting = [name for name in self._free.get(stream, ()) if self._owners[name][1] >= num_bytes]
+        if fitting:
+            name = min(fitting, key=lambda name: self._owners[name][1])
+            self._free[stream].remove(name)
+        else:
+            name = next(self._numbers)
+            self._owners[name] = stream, num_bytes
+        self._names[address] = name
+
+    def freed(self, address: int) -> None:
+        """Give a storage's block back to its stream."""
+        name = self._names.pop(address, None)
+        if name in self._owners:  # others are older than the analysis
+            self._free.setdefault(self._owners[name][0], []).append(name)
+
+    def name(self, address: int) -> int:
+        """Return what the block at an address is called."""
+        return self._names.setdefault(address, -address)
+
+
 class Streams:
     """The streams of a card, and which is current in which thread.
 
@@ -34,6 +69,7 @@ class Streams:
         self.default = Stream(number=DEFAULT)
         self._here = threading.local()
         self._sanitizer: EventHandler | None = None
+        self._blocks = _Blocks()
         self._lock = threading.RLock()
 
     def current(self) -> Stream:
@@ -47,7 +83,7 @@ class Streams:
     @contextmanager
     def judged(self) -> Iterator[list[str]]:
         """Let the sanitizer judge what runs in here; yields the list of its reports, which grows."""
-        self.races, self._sanitizer = [], EventHandler()
+        self.races, self._sanitizer, self._blocks = [], EventHandler(), _Blocks()
         try:
             yield self.races
         finally:
@@ -62,21 +98,25 @@ class Streams:
         """Note a kernel on the current stream, and what it touches."""
         if self._sanitizer is None:
             return
-        read, written = _addresses(reads), _addresses(writes)
-        names = {address: [] for address in read | written}
         with self._lock:
+            read, written = self._names(reads), self._names(writes)
+            names = {name: [] for name in read | written}
             found = self._sanitizer._handle_kernel_launch(
                 self.current().cuda_stream, read - written, written, set(), kernel, names
             )
-        self.races += map(str, found)
+            self.races += map(str, found)
 
-    def allocated(self, address: int) -> None:
+    def allocated(self, address: int, num_bytes: int) -> None:
         """Note that a storage begins at an address."""
-        self._tell("_handle_memory_allocation", address)
+        if self._sanitizer is not None:
+            with self._lock:
+                self._blocks.allocated(address, num_bytes, self.current().cuda_stream)
 
     def freed(self, address: int) -> None:
         """Note that the storage at an address is gone."""
-        self._tell("_handle_memory_deallocation", address)
+        if self._sanitizer is not None:
+            with self._lock:
+                self._blocks.freed(address)
 
     def wait(self, waiting: Stream, event: Event) -> None:
         """Let what comes on a stream wait for an event."""
@@ -98,15 +138,14 @@ class Streams:
         """Let the host wait for all streams."""
         self._tell("_handle_device_synchronization")
 
+    def _names(self, tensors: Iterable[Tensor]) -> set[int]:
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return {self._blocks.name(storage.data_ptr()) for storage in storages if storage.nbytes()}
+
     def _tell(self, event: str, *numbers: int) -> None:
         if self._sanitizer is not None:
             with self._lock:
                 getattr(self._sanitizer, event)(*numbers)
-
-
-def _addresses(tensors: Iterable[Tensor]) -> set[int]:
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr() for storage in storages if storage.nbytes()}
 
 
 class Stream:

@@ -54,7 +54,7 @@ class RunChart(TrainingObserver):
 
 
 class ProgressLine(TrainingObserver):
-    """Shows each step on the node. Last among the observers, for this is where Cancel ends a run."""
+    """Shows each step on the node. Last among the observers, because Cancel ends a run here."""
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome, progress: NodeProgress) -> None:
         self._steps, self._outcome, self._progress = run.request.steps, outcome, progress

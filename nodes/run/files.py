@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...blockskip_core.adapters.lora_formats import to_file_tensors
 from ...blockskip_core.errors import StorageError
-from ...blockskip_core.hosts.files.lora_files import save_lora, unused_path
+from ...blockskip_core.hosts.files.lora_files import save_lora
 from ...blockskip_core.reporting.run_report import write_report
 from ...blockskip_core.training.observer import TrainingObserver
 from ...blockskip_core.training.result import StepReport
@@ -64,7 +64,7 @@ class RunFiles(TrainingObserver):
         del self._checkpoints[: -request.keep_last]
 
     def _save_lora(self) -> None:
-        self._outcome.path = unused_path(self._outcome.path)  # another program may have taken the name since
+        self._outcome.name.renew()  # another program may have taken it since
         self._write_lora(self._outcome.path)
 
     def _write_lora(self, path: Path) -> None:

@@ -118,12 +118,7 @@ class MemoryCheck:
 
     @cached_property
     def _settings(self) -> MemorySettings:
-        return MemorySettings(
-            config=self._run.request.config,
-            storage=self._run.residuals.storage,
-            quantize_kept=self._run.request.quantize_kept,
-            patch_min=self._run.residuals.schedule.patches.patch_min,
-        )
+        return self._run.request.memory(self._run.residuals)
 
     @cached_property
     def _resident_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...blockskip_core.hosts.files.lora_files import ReservedName
 from ...blockskip_core.reporting.run_report import ReportSample
 from ...blockskip_core.training.result import TrainingResult
 from .peak_memory import PeakMemory
@@ -33,7 +34,7 @@ class RunOutcome:
 
     Attributes:
         memory: The device's, as watched.
-        path: Where the LoRA is, or will be.
+        name: Of the LoRA, this run's alone while it trains.
         saved: Whether it is there, or the disk has not refused it yet.
         summary_path: The summary beside it, if there is one.
         samples: Pictures, in order.
@@ -41,11 +42,16 @@ class RunOutcome:
     """
 
     memory: PeakMemory
-    path: Path
+    name: ReservedName
     saved: bool = True
     summary_path: Path | None = None
     samples: list[Sample] = field(default_factory=list)
     result: TrainingResult = field(default_factory=TrainingResult)
+
+    @property
+    def path(self) -> Path:
+        """Where the LoRA is, or will be."""
+        return self.name.path
 
     @property
     def problems(self) -> list[str]:

@@ -17,6 +17,7 @@ from ...blockskip_core.hosts.families.lora_names import FileNames, file_names
 from ...blockskip_core.hosts.files.folders import run_folder
 from ...blockskip_core.hosts.files.lora_files import load_lora_file, output_path, require_writable
 from ...blockskip_core.hosts.files.start_lora import lora_to_start_from
+from ...blockskip_core.hosts.models.counted_run import formats_of
 from ...blockskip_core.hosts.models.hosted_dit import HostedDit
 from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
@@ -85,7 +86,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     _require_same_model(model, residuals)
     selection = residuals.selection
     dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
-    trained_dit = _quantised(dit, residuals, request.quantize_kept)
+    trained_dit = _quantised(dit, residuals, request)
     adapters = _adapters(model, dit, residuals, request)
     first_values = adapters.state_dict()
     rows = {name: adapters.up(name).shape[0] for name in adapters.names}
@@ -95,7 +96,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     checkpoints = Checkpoints(
         folder, identity, every=request.save_every, keep=request.keep_last, resume=request.resume
     )  # fmt: skip
-    remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, but=identity.key)
+    remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
     sampler = None if request.samples is None else TrainingSampler(model, request.samples, selection)
     return PreparedRun(
         request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,
@@ -111,11 +112,10 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
         )
 
 
-def _quantised(dit: HostedDit, residuals: ResidualSet, weight_format: str) -> HostedDit | QuantisedDit:
+def _quantised(dit: HostedDit, residuals: ResidualSet, request: RunRequest) -> HostedDit | QuantisedDit:
     """Return the model as it is trained on."""
-    if weight_format == "off":
-        return dit
-    return QuantisedDit(dit, [dit.blocks[index].name for index in residuals.selection.kept], weight_format)
+    formats = formats_of(dit, residuals.selection, request.memory(residuals))
+    return QuantisedDit(dit, formats) if formats else dit
 
 
 @torch.inference_mode(False)
@@ -147,6 +147,7 @@ def _identity(
             "storage": "on the fly" if residuals.storage == "on the fly" else "stored",
             "scale": adapters.scale,
             "quantize_kept": request.quantize_kept,
+            **({"quantize_frozen": request.quantize_frozen} if residuals.selection.frozen else {}),
             "targets": request.targets,
             "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
             "made by": f"BlockSkip {VERSION}",

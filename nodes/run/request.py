@@ -14,6 +14,7 @@ from ...blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ...blockskip_core.adapters.lora_formats import LoraFileFormat
 from ...blockskip_core.data.flow_matching import LossWeighting
 from ...blockskip_core.errors import InvalidInputError
+from ...blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks
 from ...blockskip_core.hosts.sampling.training_samples import SampleRequest
 from ...blockskip_core.residuals.sources import ResidualSet
 from ...blockskip_core.training.config import LearningRateSchedule, TrainingConfig
@@ -63,6 +64,7 @@ class RunRequest:
     start_file: str = NO_FILE
     check_memory: bool = True
     memory_settings: MemorySettings | None = None
+    quantize_frozen: str = default_for_frozen_blocks()
 
     def __post_init__(self) -> None:
         self.config, self.lora  # noqa: B018 - each checks its part
@@ -82,7 +84,7 @@ class RunRequest:
     @cached_property
     def config(self) -> TrainingConfig:
         """What the training loop reads."""
-        values = {field.name: getattr(self, field.name) for field in fields(TrainingConfig)}
+        values = {each.name: getattr(self, each.name) for each in fields(TrainingConfig)}
         return TrainingConfig(**{**values, "activation_budget": self.activation_budget * GIB})
 
     @cached_property
@@ -112,12 +114,24 @@ class RunRequest:
             checkpointing=plan.config.checkpointing,
             activation_budget=plan.config.activation_budget / GIB,
             quantize_kept=plan.quantize_kept,
+            quantize_frozen=plan.quantize_frozen if plan.frozen else self.quantize_frozen,
+        )
+
+    def memory(self, residuals: ResidualSet) -> MemorySettings:
+        """Return what memory depends on."""
+        return MemorySettings(
+            config=self.config,
+            storage=residuals.storage,
+            quantize_kept=self.quantize_kept,
+            patch_min=residuals.schedule.patches.patch_min,
+            frozen=residuals.selection.frozen,
+            quantize_frozen=self.quantize_frozen,
         )
 
     def shown(self) -> dict[str, Any]:
         """Return every setting by its name, as people read it; what was plugged in, by where it came from."""
         return {
-            **{field.name: getattr(self, field.name) for field in fields(self)},
+            **{each.name: getattr(self, each.name) for each in fields(self)},
             "activation_budget": f"{self.activation_budget:g} GiB",
             "alpha": self.lora.alpha,
             "samples": "none" if self.samples is None else "from Sample While Training",

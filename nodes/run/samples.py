@@ -73,7 +73,7 @@ class RunSamples(TrainingObserver):
             )
 
     def _keep(self, picture: Image.Image, step: int, prompt: int) -> None:
-        lora = self._run.path
+        lora = self._outcome.path
         path = lora.with_name(f"{lora.stem}step{step:06}_{prompt}.png")
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
         label = f"step {step:,}" + (f", prompt {prompt}" if len(self._sampler.request.positive) > 1 else "")

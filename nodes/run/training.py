@@ -11,7 +11,7 @@ import torch
 
 from ...blockskip_core.adapters.lora_formats import to_host_lora
 from ...blockskip_core.errors import TrainingError
-from ...blockskip_core.hosts.files.lora_files import LoraModel
+from ...blockskip_core.hosts.files.lora_files import LoraModel, ReservedName
 from ...blockskip_core.hosts.models.out_of_memory import OutOfMemoryError, is_out_of_memory, let_go
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.models.residency import evict_others
@@ -60,8 +60,13 @@ def run_training(
             learned. Anything else that ends it, Cancel too, saves what was learned and passes through.
     """
     run = prepare(model, residuals, request)
-    outcome = RunOutcome(PeakMemory(run.dit.device), run.path)
-    _Training(run, outcome, progress, chart).train()
+
+    def wait_for_another(step: int) -> None:
+        progress("waiting for another process, which trains the same run", min(step, request.steps), request.steps)
+
+    with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
+        outcome = RunOutcome(PeakMemory(run.dit.device), name)
+        _Training(run, outcome, progress, chart).train()
     progress.say(outcome_line(outcome))
     with torch.inference_mode(False):  # the tensors are ordinary ones, as core's are
         tensors = to_host_lora(run.adapters.state_dict(), run.adapters.scale)
@@ -134,7 +139,7 @@ class _Training:
         """
         result, run = self._outcome.result, self._run
         failed = f"Training ran out of memory after step {result.steps} ({said})."
-        if placement == "streamed" or run.dit.device.type == "cpu":
+        if not self._can_stream(placement):
             raise OutOfMemoryError(f"{failed} {ADVICE}")
         problem = f"{failed} It continued with its weights streamed, which is slower. {ADVICE}"
         logger.warning("BlockSkip: %s", problem)
@@ -153,6 +158,10 @@ class _Training:
         again = self._runs_out_of_memory("streamed")
         if again is not None:
             raise OutOfMemoryError(f"Training ran out of memory even with its weights streamed ({again}). {ADVICE}")
+
+    def _can_stream(self, placement: WeightPlacement) -> bool:
+        """Whether there are weights on the device that could be brought there layer by layer instead."""
+        return placement != "streamed" and self._run.dit.device.type != "cpu"
 
     def _runs_out_of_memory(self, placement: WeightPlacement) -> str | None:
         """Train; return what the allocator said if memory ran out, with everything let go, and None if all went well."""

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no cable
-HOST_DECIDES = ("quantize_kept", "scheduler", "start_file", "lora_name")  # choices that depend on version and files
+HOST_DECIDES = (
+    "quantize_kept",
+    "quantize_frozen",
+    "scheduler",
+    "start_file",
+    "lora_name",
+)  # choices that depend on version and files
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,13 @@ CONTRACT = {
             activation_budget FLOAT = 0.0 [0.0, 1024.0] step 0.25
             card_memory FLOAT = 0.0 [0.0, 1024.0] step 0.5
             chunk_size INT? = 64 [1, 100000]
-            back_residual COMBO? = constant {constant | linear}
+            back_residual COMBO? = constant {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             targets COMBO? = attention and mlp {attention and mlp | attention | mlp | all linear}
             probe_size INT? = 512 [64, 4096] step 16
             preset COMBO? = off {off | 6 GB | 8 GB | 12 GB | 16 GB | 24 GB}
             use_spare BOOLEAN? = True
+            quantize_frozen COMBO? = 4-bit {host's}
         """,
         [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY")],
     ),
@@ -105,7 +112,7 @@ CONTRACT = {
             timesteps COMBO? = model {model | uniform | logit-normal | shifted}
             timestep_shift FLOAT? = 3.0 [0.01, 100.0] step 0.01
             chunk_size INT? = 64 [1, 100000]
-            back_residual COMBO? = constant {constant | linear}
+            back_residual COMBO? = constant {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             memory_settings BLOCKSKIP_MEMORY?
         """,
@@ -160,6 +167,7 @@ CONTRACT = {
             samples BLOCKSKIP_SAMPLES?
             memory_settings BLOCKSKIP_MEMORY?
             check_memory BOOLEAN? = True
+            quantize_frozen COMBO? = 4-bit {host's}
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),

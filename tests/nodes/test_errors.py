@@ -58,7 +58,7 @@ def test_select_refuses_a_ratio_that_leaves_no_block(bench, tiny, method):
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.95])
 def test_select_refuses_a_ratio_out_of_range(bench, ratio):
-    with refused(bench, f"skip_ratio must lie between 0 and 0.9, got {ratio}"):
+    with refused(bench, f"skip_ratio must be between 0 and 0.9, got {ratio}"):
         bench.select(method="preset", skip_ratio=ratio)
 
 
@@ -417,7 +417,9 @@ def test_damaged_residuals_are_removed_and_said(bench):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 0xFF
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"are damaged \(shard-00000\.safetensors\)\. They have been removed; queue"):
+    with pytest.raises(
+        ValueError, match=r"are damaged \(shard-00000\.safetensors\)\. They have been removed; run again"
+    ):
         bench.train(residuals=residuals, steps=6)
     assert not list(bench.folders.output.glob("blockskip/residuals/*"))
     assert bench.train(residuals=bench.precompute()[0])[2] == 3

@@ -179,3 +179,27 @@ def test_residuals_that_the_plan_did_not_count_are_refused(bench, plan):
 def test_memory_settings_from_elsewhere_are_refused(bench, node):
     with pytest.raises(ValueError, match="memory_settings must come from Memory Plan's output `settings`, got a str"):
         getattr(bench, node)(memory_settings="8 GB")
+
+
+def test_an_exact_back_is_counted_with_its_blocks_and_in_their_format(bench, nodes):
+    selection = bench.select()[0]
+    training = {
+        name: planned_run(bench, nodes, selection, **changes).needs.training
+        for name, changes in {
+            "constant": {"back_residual": "constant"},
+            "exact": {"back_residual": "exact", "quantize_frozen": "off"},
+            "4-bit": {"back_residual": "exact", "quantize_frozen": "4-bit"},
+        }.items()
+    }
+    assert training["constant"].weights < training["4-bit"].weights < training["exact"].weights
+    assert training["exact"].operations > training["constant"].operations
+    needs = planned_run(bench, nodes, selection, back_residual="exact").needs
+    assert needs.disk < planned_run(bench, nodes, selection, back_residual="constant").needs.disk
+
+
+def test_the_trainer_takes_the_frozen_format_of_the_plan(bench, plan):
+    settings = plan(back_residual="exact", quantize_frozen="int8").args[3]
+    assert (settings.frozen, settings.quantize_frozen) == (1, "int8")
+    residuals = bench.precompute(back_residual="exact", memory_settings=settings)[0]
+    planned = bench.train(residuals=residuals, memory_settings=settings, quantize_frozen="off")
+    assert planned[1] == bench.train(residuals=residuals, quantize_frozen="int8")[1]

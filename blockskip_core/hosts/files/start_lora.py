@@ -56,7 +56,7 @@ def _require_trainable(read: HostPatches, adapters: LoraAdapters) -> None:
         )
     for key, patch in read.patches.items():
         if kind := _other_kind(patch):
-            raise LoraFileError(f"The LoRA to start from is no plain LoRA: {_layer(key)} has {kind}. {_INSTEAD}.")
+            raise LoraFileError(f"The LoRA to start from is not a plain LoRA: {_layer(key)} has {kind}. {_INSTEAD}.")
     if read.unread:
         raise LoraFileError(
             f"The LoRA to start from has more than can be trained here. {read.passed_over()} {_INSTEAD}."

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.crops import TrainingCrops
 from ...data.patch_sampling import PatchConfig, PatchOrder
 from ...data.schedule import TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
-from ...residuals.back_response import BACK_RESIDUALS, BackResidual
+from ...residuals.back_response import BackResidual
 from ...residuals.cache import CacheIdentity
 from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ...residuals.sources import PhaseProgress, ResidualSet, Storage, require_room, stored_latents, write_cache
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
-from ..inputs.encoding import TrainingCrops, crop_multiple, encode_crops
+from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
@@ -58,7 +59,7 @@ class ResidualSettings:
             return self
         return replace(
             self,
-            back_residual="constant" if self.back_residual in BACK_RESIDUALS else self.back_residual,
+            back_residual="constant" if self.back_residual == "linear" else self.back_residual,
             residual_format="exact" if self.residual_format in RESIDUAL_FORMATS else self.residual_format,
         )
 
@@ -90,6 +91,8 @@ def prepare_residuals(
     settings = settings.as_read()
     bare = HostedDit(model)
     selection.require_for(len(bare.blocks), bare.family)
+    if settings.back_residual == "exact":
+        selection = selection.with_exact_back()
     multiple = crop_multiple(vae, bare.adapter.patch_size)
     schedule = _schedule(model, pictures, len(captions), multiple, settings)
     crops = TrainingCrops(pictures, schedule)
@@ -102,13 +105,15 @@ def prepare_residuals(
         identity=identity,
         storage=settings.storage,
         chunk_size=settings.chunk_size,
-        folder=residuals_folder(identity.key + ("-chunk" if settings.storage == "chunked" else "")),
+        folder=residuals_folder(identity.key),
         family=bare.family,
         back_residual=settings.back_residual,
     )
     residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, progress))
-    if residuals.storage == "disk":
-        write_cache(residuals, _dit(model, residuals), progress)
+    if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
+        # Another process may have been faster. Its device may round otherwise, and the cache goes with its latents.
+        stored = stored_latents(residuals, progress)
+        residuals = residuals if stored is None else replace(residuals, latents=stored)
     return residuals, crops
 
 
@@ -158,14 +163,14 @@ def _identity(
         dtype=str(dit.dtype),
         host=host_identity(),
         residual_format=settings.residual_format,
-        back_residual=f"linear, {settings.chunk_size} draws" if linear else settings.back_residual,
+        back_residual=f"linear, {settings.chunk_size} draws" if linear else "constant",  # an exact back has none
     )
 
 
 def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, progress: PhaseProgress) -> Tensor:
     """Return the latents of all crops: those of a finished cache, or encoded now, if there is room for all that follows."""
     if residuals.storage == "disk":
-        stored = stored_latents(residuals.folder, residuals.identity, len(residuals.schedule))
+        stored = stored_latents(residuals, progress)
         if stored is not None:
             return stored
     require_room(residuals, _dit(model, residuals))  # before an hour is spent on pictures

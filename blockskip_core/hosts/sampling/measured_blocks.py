@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import write_atomically
+from ...files import remove_leftovers, write_atomically
+from ...locks import lock
 from ...selection.text_influence import TextInfluence, measure
 from ..files.folders import probe_file
 from ..inputs.conditioning import flatten_conditionings
@@ -31,8 +32,11 @@ def text_influence(
     clip_vision: Any = None,
     with_window: bool = True,
     progress: Callable[[int, int], None],
+    waiting: Callable[[], None],
 ) -> TextInfluence:
     """Return the influence for budgets up to ``budget``; what was measured before is read from disk.
+
+    Another process that measures the same is waited for.
 
     Args:
         patcher: The MODEL.
@@ -43,6 +47,7 @@ def text_influence(
         vae, clip_vision: Compare pictures as the paper does; without both, their latents are compared.
         with_window: Whether the sliding window is measured as well.
         progress: Called after every sampler step with those done and all; may raise to interrupt.
+        waiting: Called again and again while another process is waited for; may raise to interrupt.
 
     Raises:
         InvalidInputError: If a conditioning does not fit the model, or the model makes no usable picture.
@@ -58,8 +63,13 @@ def text_influence(
     def keep(influence: TextInfluence) -> None:
         write_atomically(file, lambda path: path.write_text(influence.to_json(), encoding="utf-8"))
 
-    before = _remembered(file) or TextInfluence(num_blocks, metric.name, num_pictures=pictures.count)
-    return measure(before, pictures, budget, with_window=with_window, keep=keep, progress=progress)
+    before = _remembered(file)
+    if before is not None and not before.missing(budget, with_window=with_window):
+        return before
+    with lock(file, waiting):
+        remove_leftovers(file.parent, lambda name: name.startswith(file.name), min_age_s=0)
+        before = _remembered(file) or TextInfluence(num_blocks, metric.name, num_pictures=pictures.count)
+        return measure(before, pictures, budget, with_window=with_window, keep=keep, progress=progress)
 
 
 def _remembered(file: Path) -> TextInfluence | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError
+from ..families.capabilities import MasksText, require
 from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frame
 
@@ -61,7 +62,7 @@ class MaskedSampler:
     def __init__(self, patcher: Any, probe: ProbeConfig) -> None:
         self._patcher = patcher
         self._probe = probe
-        self._adapter = adapter_for(patcher)
+        self._masking = require(adapter_for(patcher), MasksText, "Choose method preset or manual.")
 
     def sample(
         self,
@@ -86,7 +87,7 @@ class MaskedSampler:
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 _WRAPPER,
-                self._adapter.text_masking_wrapper(masked),
+                self._masking.text_masking_wrapper(masked),
             )
         model = self._patcher.model
         empty = with_frame(model, torch.zeros(1, *latent_shape(model, self._probe.size)))

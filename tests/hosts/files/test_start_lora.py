@@ -147,7 +147,7 @@ def test_other_kinds_of_adapters_are_named(start, model):
         f"diffusion_model.{name}.lokr_w2": torch.ones(up.shape[0], down.shape[1]) for name, (up, down) in made.items()
     }
     with pytest.raises(
-        LoraFileError, match=r"no plain LoRA: single_blocks\.0\.[\w.]+ has a LoKr\. Apply it to the MODEL"
+        LoraFileError, match=r"not a plain LoRA: single_blocks\.0\.[\w.]+ has a LoKr\. Apply it to the MODEL"
     ):
         start(model, lokr, adapters_of(model))
 

@@ -68,7 +68,7 @@ def test_it_lies_beside_the_lora_and_says_what_the_node_says(bench):
     assert f", {said['lora_parameters']:,} parameters" in found["LoRA"]
     assert said["peak_memory_of"] in found["Peak memory"]
     assert (found["Model family"], found["Skipped"]) == ("FLUX.1", "the first 2 and the last 1 of 6")
-    assert found["Draws"] == "6, of which 6 were trained on"
+    assert found["Training examples"] == "6, of which 6 were trained on"
     assert found["Patch sizes"] == "crops of 32 to 64 px, each resized to 32 px"
     assert (found["Pictures"], found["Captions"], found["Residuals"]) == ("3", "1", "disk")
 

@@ -1,0 +1,74 @@
+"""What autograd saves is never memory that the host lends.
+
+A layer whose weights are not on the card gets them in a buffer, or in pages, for its forward. The next layers get theirs in
+the same place. So whatever backward reads later must be elsewhere; nothing would notice if it were not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from ..device import devtools
+from ..hosts.tiny_families import FAMILIES
+from .modes import MODES
+from .runs import Runs
+
+pytestmark = pytest.mark.emulated  # a real card's addresses may not be asked of its library
+LENDING = ("streamed", "few_pages")
+
+
+class Saved:
+    """Looks at every tensor that autograd saves.
+
+    Attributes:
+        count: How many were on the card.
+        lent: Shapes of those in memory that the host lends.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lent: list[tuple[int, ...]] = []
+
+    def look(self, tensor: Tensor) -> Tensor:
+        """Look at one."""
+        if tensor.is_cuda:
+            self.count += 1
+            if devtools("card.comfyui").is_lent(tensor.untyped_storage().data_ptr()):
+                self.lent.append(tuple(tensor.shape))
+        return tensor
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look at what is saved in here."""
+        with torch.autograd.graph.saved_tensors_hooks(self.look, lambda tensor: tensor):
+            yield
+
+
+@pytest.mark.parametrize("mode", LENDING)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_it_is_memory_of_its_own(card, runs: Runs, family, mode):
+    """Without checkpointing, which has hooks of its own; the trainer counts saved bytes by hooks in the first two steps."""
+    saved, model = Saved(), family.build()
+    with MODES[mode](card, model) as treated, saved.looking():
+        runs.train(family, treated, storage="chunked", draws=3, checkpointing=False, steps=3)
+    assert saved.count > 20
+    assert not saved.lent
+
+
+def test_a_tensor_in_a_buffer_of_the_host_is_seen(card):
+    """The test above can fail: a norm's weight that the host has lent is saved by its forward."""
+    import comfy.model_management as management
+    import comfy.ops
+
+    norm, saved = comfy.ops.manual_cast.LayerNorm(8), Saved()
+    torch.nn.init.ones_(norm.weight)
+    torch.nn.init.zeros_(norm.bias)
+    tokens = torch.ones(2, 8, device=management.get_torch_device(), requires_grad=True)
+    with saved.looking():
+        norm(tokens)
+    assert set(saved.lent) == {(8,)}  # weight and bias

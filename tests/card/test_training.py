@@ -1,0 +1,124 @@
+"""Training on a card is training on the CPU, bit for bit, however the host treats the MODEL; and it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ..hosts.tiny_families import FAMILIES, FLUX, TinyFamily
+from .modes import MODES, PAGED
+from .runs import Outcome, Runs, leaving_nothing, on_cpu
+
+STORAGES = ("disk", "chunked", "on the fly")
+# A fused RMS norm adds up the gradients of its input in another order than the CPU, where it is taken apart. That shows
+# where the norm's input is used elsewhere too. Largest relative difference of a gradient; of all others it is 0.
+ROUNDING = {"lumina2": 3e-6, "z_image": 3e-6}
+UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_trainer")]
+OFTEN = ("streamed", "few_pages")  # modes that every family is trained in
+
+
+TENSORS_BESIDE_CHILDREN = ("z_image", "wan21", "wan22")  # families with weights in a module that has modules
+XFAIL = pytest.mark.xfail(
+    strict=True,
+    reason="With dynamic VRAM the MODEL itself is loaded once to reserve addresses, outside inference mode: its weights "
+    "beside children can then no longer be hashed, so the trainer dies after precomputing.",
+)
+
+
+def pairs() -> Iterator[Any]:
+    """Every family in two modes and some in all; storages in turn, so that every family and mode sees each."""
+    for row, family in enumerate(FAMILIES):
+        for column, mode in enumerate(UNASKED):
+            if mode in OFTEN or family.name in ("flux", "z_image", "wan21"):
+                storage = STORAGES[(row + column) % len(STORAGES)]
+                known_fault = mode in PAGED and family.name in TENSORS_BESIDE_CHILDREN and storage == "disk"
+                marks = [XFAIL] if known_fault else []
+                yield pytest.param(family, mode, storage, id=f"{family.name}-{mode}", marks=marks)
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[Any, Outcome]:
+    """What trainings on the CPU came to."""
+    return {}
+
+
+@pytest.fixture
+def compare(card: Any, runs: Runs, known: dict[Any, Outcome]) -> Callable[..., Outcome]:
+    """Train in a mode and compare with the CPU."""
+
+    def run(family: TinyFamily, mode: str, storage: str = "disk", **settings: Any) -> Outcome:
+        key = family.name, storage, tuple(settings.items())
+        if key not in known:
+            known[key] = runs.train(family, on_cpu(family.build()), storage=storage, **settings)
+        model, expected = family.build(), known[key]
+        with MODES[mode](card, model) as treated, leaving_nothing(card, treated):
+            outcome = runs.train(family, treated, storage=storage, **settings)
+        if family.name in ROUNDING:
+            assert max(outcome.differences(expected)) <= ROUNDING[family.name]
+            assert outcome.losses == pytest.approx(expected.losses, rel=1e-6)
+        else:
+            assert max(outcome.differences(expected)) == 0.0
+            assert outcome.is_bit_equal(expected)
+        return outcome
+
+    return run
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_where_all_weights_fit(compare, family):
+    compare(family, "resident")
+
+
+@pytest.mark.parametrize(("family", "mode", "storage"), list(pairs()))
+def test_where_they_do_not(compare, family, mode, storage):
+    compare(family, mode, storage)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp8": {"quantize_kept": "fp8"},
+    "int8": {"quantize_kept": "int8"},
+    "4-bit": {"quantize_kept": "4-bit"},
+    "activations kept": {"activation_budget": 0.25},
+    "no checkpointing": {"checkpointing": False},
+    "batches": {"batch_size": 2, "accumulation": 2},
+    "linear residual": {"back_residual": "linear"},
+    "residuals in eight bits": {"residual_format": "int8"},
+    "samples in between": {"sample_every": 2},
+}
+
+
+@pytest.mark.parametrize("mode", ["resident", "low_vram", "few_pages"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_every_way_to_spend_or_save_memory(compare, settings, mode):
+    compare(FLUX, mode, **settings)
+
+
+def test_weights_that_the_trainer_streams(compare):
+    compare(FLUX, "streamed_by_trainer", kept_weights="streamed")
+
+
+def test_the_lora_that_its_owner_still_holds_is_not_on_the_card(card):
+    before = card.memory.settled()
+    _, gradients, adapters = FLUX.run(FLUX.build(), FLUX.chosen(2, 1), steps=2)
+    del gradients
+    assert card.memory.settled() == before
+    assert all(parameter.is_cpu for parameter in adapters.parameters())
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Unloaded outside inference mode, a MODEL's weights can no longer be reshaped, and so not be hashed, until the "
+    "host loads them again; their `.data` can be.",
+)
+def test_after_the_button_that_unloads_models(runs):
+    """The host unloads in its main thread then, outside the inference mode that prompts run in."""
+    import comfy.model_management as management
+
+    model = FLUX.build()
+    with torch.inference_mode():
+        management.load_models_gpu([model])
+    management.unload_all_models()
+    runs.train(FLUX, model)
