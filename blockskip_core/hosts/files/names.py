@@ -72,6 +72,6 @@ def _is_reserved(part: str) -> bool:
 
 def _repaired(parts: list[str]) -> str:
     """Return a name like this one that every system takes."""
-    cleaned = [part.translate(str.maketrans(dict.fromkeys(_RESERVED_CHARACTERS, "_"))) for part in parts]
+    cleaned = ["".join("_" if char in _RESERVED_CHARACTERS else char for char in part) for part in parts]
     trimmed = [part.lstrip(" ").rstrip(" .") or "_" for part in cleaned]
     return "/".join(f"_{part}" if _is_reserved(part) else part for part in trimmed)
