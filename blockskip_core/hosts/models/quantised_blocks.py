@@ -31,9 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_shrunk, predicted_bytes, stored_bytes
+from ...adapters.lora import LoraTargets
 from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError
 from ...model import BlockInfo, Denoiser, WeightPlacement, WrappedDit
+from ...selection.selection import BlockSelection
 from .hosted_dit import HostedDit
 
 logger = logging.getLogger(__name__)
@@ -155,6 +157,10 @@ class QuantisedDit(WrappedDit):
             replacements, activation_bytes=activation_bytes + room, weights=weights, baked=frozenset(self._baked)
         ) as denoise:
             yield denoise
+
+    def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Linear]:
+        """Return the linear layers that get an adapter; quantisation changes neither which ones nor their names."""
+        return self._dit.lora_layers(selection, targets)
 
     @cached_property
     def _largest_layer(self) -> int:

@@ -476,7 +476,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_residuals(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("blockskip_pack.blockskip_core.residuals.cache.open_tensors", gone)
-        with pytest.raises(StorageError, match=r"cannot be read: .*Input/output error\. Queue again"):
+        with pytest.raises(StorageError, match=r"cannot be read: .*Input/output error\. Run again"):
             run(residuals, steps=1)
     assert contents(residuals.folder) == before
 
