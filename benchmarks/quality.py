@@ -35,7 +35,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     """Train one LoRA; the MODEL with it, and what the training cost."""
     from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_host_lora
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
     from blockskip_pack.blockskip_core.training.config import TrainingConfig
     from blockskip_pack.blockskip_core.training.loop import train_lora
@@ -63,7 +63,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     def with_lora() -> Any:
         state = {f"{n}.lora_{part}.weight": get(n).detach() for n in adapters.names
                  for part, get in (("A", adapters.down), ("B", adapters.up))}  # fmt: skip
-        return apply_lora(bench.model, to_host_lora(state, adapters.scale, rank), 1.0)[0]
+        return apply_lora(bench.model, to_host_lora(state, adapters.scale), 1.0)[0]
 
     def current() -> HostedDit:
         return HostedDit(with_lora(), captions, latents.shape[1:])

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters.lora import LinearShape, LoraAdapters, LoraSettings
-from .adapters.lora_formats import LoraFileFormat, metadata_to_strings, to_file_tensors
+from .adapters.lora_formats import to_file_tensors
+from .adapters.lora_metadata import metadata_to_strings
 from .blocks.weight_sharing import weight_sharing_copy
 from .data.crops import TrainingCrops
 from .data.micro_batches import MicroBatches
@@ -98,14 +100,14 @@ class Lora:
     selection: BlockSelection
     result: TrainingResult
 
-    def save(self, path: Path | str, file_format: LoraFileFormat = "peft") -> None:
+    def save(self, path: Path | str, file_format: Literal["peft", "kohya"] = "peft") -> None:
         """Write the LoRA to a safetensors file.
 
         Raises:
             StorageError: If the disk refuses.
         """
         settings = self.adapters.settings
-        tensors = to_file_tensors(self.adapters.state_dict(), self.adapters.scale, settings.rank, file_format)
+        tensors = to_file_tensors(self.adapters.state_dict(), self.adapters.scale, file_format)
         metadata = metadata_to_strings({"steps": self.result.steps, "rank": settings.rank, "alpha": settings.alpha})
         write_atomically(Path(path), lambda file: save_file(tensors, file, metadata))
 

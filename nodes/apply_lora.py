@@ -8,8 +8,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..blockskip_core.adapters.lora_metadata import describe
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_stamp, load_lora_file
+from ..blockskip_core.hosts.files.applied_lora import apply_lora
+from ..blockskip_core.hosts.files.lora_files import file_identity, load_lora_file
 from . import widgets
 from .inputs import NO_FILE, checked, connected
 from .types import LoraModelSocket
@@ -50,9 +52,9 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, strength_model: Any, lora: Any = None, lora_name: Any = NO_FILE) -> str:
-        """Run again when the chosen file has changed; ComfyUI only sees that its name has not."""
-        return f"{strength_model} {lora_name} {file_stamp(lora_name)}"
+    def fingerprint_inputs(cls, lora_name: Any = NO_FILE, **_others: Any) -> str:
+        """Run again when the chosen file has changed; ComfyUI sees the other inputs, and that its name is the same."""
+        return file_identity(lora_name)
 
     @classmethod
     def execute(cls, model: Any, strength_model: Any, lora: Any = None, lora_name: Any = NO_FILE) -> io.NodeOutput:
@@ -75,6 +77,6 @@ def applied(model: Any, lora: Mapping[str, Any] | None, *, strength_model: float
             raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
         lora = load_lora_file(lora_name)
     lora = connected(lora=lora)["lora"]
-    patched, num_patched = apply_lora(model, lora, strength_model)
-    info = describe(getattr(lora, "metadata", {}), lora, num_patched)
+    patched, num_patched, passed_over = apply_lora(model, lora, strength_model)
+    info = describe(getattr(lora, "metadata", {}), len(lora), num_patched, passed_over)
     return model if strength_model == 0.0 else patched, info

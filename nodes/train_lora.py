@@ -8,10 +8,11 @@ from comfy_api.latest import io
 
 from ..blockskip_core.adapters.lora_formats import LoraFileFormat
 from ..blockskip_core.data.flow_matching import LossWeighting
+from ..blockskip_core.hosts.files.lora_files import file_identity
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS
 from . import widgets
-from .inputs import checked, connected, connected_if_any, single
+from .inputs import NO_FILE, checked, connected, connected_if_any, single
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .run.request import KEPT_WEIGHTS, RunRequest
@@ -50,6 +51,11 @@ class TrainLora(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, start_file: Any = (NO_FILE,), **_others: Any) -> str:
+        """Run again when the file to start from has changed; ComfyUI only sees its name."""
+        return file_identity(start_file[0])
 
     @classmethod
     def execute(
@@ -136,9 +142,10 @@ def _the_file() -> list[io.Input]:
             "in Load LoRA.",
         ),
         io.Combo.Input(
-            "file_format", options=list(get_args(LoraFileFormat)), default="peft", optional=True, advanced=True,
-            tooltip="Names inside the file. Both load in ComfyUI. diffusers reads kohya for FLUX.1, Chroma and Z-Image, peft for Wan, "
-            "both for FLUX.2 and Qwen-Image.",
+            "file_format", options=list(get_args(LoraFileFormat)), default="diffusers", optional=True, advanced=True,
+            tooltip="Names inside the file. All load in ComfyUI. diffusers: in diffusers too, except for Lumina 2. peft: "
+            "ComfyUI's own layer names; in diffusers for FLUX.2, Qwen-Image and Wan. kohya: for programs that read kohya's "
+            "files; in diffusers for FLUX.1, FLUX.2, Chroma, Qwen-Image and Z-Image.",
         ),
     ]  # fmt: skip
 
@@ -198,8 +205,8 @@ def _start_and_company() -> list[io.Input]:
         ),
         widgets.lora_file(
             "start_file",
-            "A LoRA file to train further, of any trainer. Its rank must be the same, and it must change nothing but "
-            "linear layers of the kept blocks.",
+            "A LoRA file to train further, of any trainer whose names ComfyUI reads. `rank` must be at least the file's, "
+            "and it must change nothing but linear layers of the kept blocks.",
             advanced=True,
         ),
         SamplesSocket.Input(

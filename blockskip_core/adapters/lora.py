@@ -40,8 +40,8 @@ class LoraSettings:
     """What the adapters look like.
 
     Attributes:
-        rank: r.
-        alpha: The product is scaled by alpha / r. The paper does not give rank or alpha; alpha = rank is our default.
+        rank: r. A layer whose smaller side is less gets that as its rank: more would add nothing that it can express.
+        alpha: The product is scaled by alpha / r, with this r, in every layer. The paper does not give rank or alpha; alpha = rank is our default.
         targets: Which linear layers of the kept blocks get an adapter.
 
     Raises:
@@ -68,6 +68,11 @@ class LinearShape:
     in_features: int
     out_features: int
 
+    @property
+    def smaller_side(self) -> int:
+        """The highest rank that a change of the layer's weight can have."""
+        return min(self.in_features, self.out_features)
+
 
 class LoraAdapters:
     """The trainable tensors of a LoRA, by the native name of the layer they belong to.
@@ -92,8 +97,15 @@ class LoraAdapters:
         if not layers:
             raise InvalidInputError("No linear layer is left for the LoRA. Choose other targets or skip fewer blocks.")
         self.settings = settings
+        self._ranks = {name: min(settings.rank, shape.smaller_side) for name, shape in layers.items()}
+        narrow = [name for name, rank in self._ranks.items() if rank < settings.rank]
         self.config = peft.LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(layers), init_lora_weights=True
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            target_modules=sorted(layers),
+            init_lora_weights=True,
+            rank_pattern={name: self._ranks[name] for name in narrow},
+            alpha_pattern={name: self._ranks[name] * self.scale for name in narrow},
         )
         self._skeleton = _skeleton(layers)
         with torch.random.fork_rng(devices=[]):
@@ -116,6 +128,15 @@ class LoraAdapters:
     def up(self, name: str) -> nn.Parameter:
         """Return B, shape (out, r)."""
         return self._layers[name].lora_B[_ADAPTER].weight
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a layer's adapter."""
+        return self._ranks[name]
+
+    @property
+    def narrow_layers(self) -> dict[str, int]:
+        """Layers whose smaller side is less than the rank that was asked for, and their rank."""
+        return {name: rank for name, rank in self._ranks.items() if rank < self.settings.rank}
 
     @property
     def scale(self) -> float:

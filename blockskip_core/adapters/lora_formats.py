@@ -1,19 +1,33 @@
-"""LoRA tensors as the host and as files want them, and the metadata in files."""
+"""LoRA tensors as the host and as files name them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 PREFIX = "diffusion_model."
-LoraFileFormat = Literal["peft", "kohya"]
+LoraFileFormat = Literal["diffusers", "peft", "kohya"]
 
 
-def to_host_lora(state: Mapping[str, Tensor], scale: float, rank: int) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class LayerPart:
+    """Some rows of a layer, which another program keeps as a layer of its own.
+
+    Attributes:
+        name: There.
+        first_row, num_rows: Of the layer's weight here.
+    """
+
+    name: str
+    first_row: int
+    num_rows: int
+
+
+def to_host_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Return peft tensors in the form of ComfyUI's own trainer: lora_up, lora_down, alpha 1.
 
     The host scales by alpha / rank, so alpha = 1 leaves ``rank * scale`` (our alpha) to be folded into lora_up. Its
@@ -22,18 +36,28 @@ def to_host_lora(state: Mapping[str, Tensor], scale: float, rank: int) -> dict[s
     host: dict[str, Tensor] = {}
     for name, down, up in _pairs(state):
         host[f"{PREFIX}{name}.lora_down.weight"] = down.clone()
-        host[f"{PREFIX}{name}.lora_up.weight"] = up * (scale * rank)
+        host[f"{PREFIX}{name}.lora_up.weight"] = up * (scale * len(down))
         host[f"{PREFIX}{name}.alpha"] = torch.tensor(1.0)
     return host
 
 
 def to_file_tensors(
-    state: Mapping[str, Tensor], scale: float, rank: int, file_format: LoraFileFormat
+    state: Mapping[str, Tensor],
+    scale: float,
+    file_format: LoraFileFormat,
+    in_diffusers: Mapping[str, Sequence[LayerPart]] | None = None,
 ) -> dict[str, Tensor]:
     """Return peft tensors as they are written to a file.
 
-    "peft" ("diffusion_model.<layer>.lora_A/B.weight") carries no alpha, so the scale is folded into B. "kohya"
-    ("lora_unet_<layer with underscores>.lora_down/up.weight" and ".alpha") is what diffusers reads for FLUX.1.
+    "diffusers" ("transformer.<diffusers' layer>.lora_A/B.weight") and "peft" ("diffusion_model.<layer>.lora_A/B.weight")
+    carry no alpha, so the scale is folded into B. "kohya" is "lora_unet_<layer with underscores>.lora_down/up.weight"
+    and ".alpha".
+
+    Args:
+        state: "<layer>.lora_A.weight" (r, in) and "<layer>.lora_B.weight" (out, r).
+        scale: alpha / r, the same for all layers.
+        file_format: Which names.
+        in_diffusers: Layer -> what diffusers calls its parts; without it "diffusers" is written as "peft".
     """
     tensors: dict[str, Tensor] = {}
     for name, down, up in _pairs(state):
@@ -41,7 +65,12 @@ def to_file_tensors(
             stem = "lora_unet_" + name.replace(".", "_")
             tensors[f"{stem}.lora_down.weight"] = down.clone()
             tensors[f"{stem}.lora_up.weight"] = up.clone()
-            tensors[f"{stem}.alpha"] = torch.tensor(scale * rank)
+            tensors[f"{stem}.alpha"] = torch.tensor(scale * len(down))
+        elif file_format == "diffusers" and in_diffusers:
+            for part in in_diffusers[name]:
+                rows = up[part.first_row : part.first_row + part.num_rows]
+                tensors[f"transformer.{part.name}.lora_A.weight"] = down.clone()
+                tensors[f"transformer.{part.name}.lora_B.weight"] = rows * scale
         else:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = down.clone()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = up * scale
@@ -53,17 +82,3 @@ def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         if key.endswith(".lora_A.weight"):
             name = key.removesuffix(".lora_A.weight")
             yield name, down, state[f"{name}.lora_B.weight"]
-
-
-def metadata_to_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return metadata as safetensors wants it: strings, with all of our entries under "blockskip"."""
-    return {"format": "pt", "blockskip": json.dumps(metadata, sort_keys=True)}
-
-
-def metadata_from_strings(strings: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return what :func:`metadata_to_strings` packed; empty for a file that is not ours."""
-    try:
-        content = json.loads((strings or {}).get("blockskip", "{}"))
-    except (ValueError, RecursionError):  # a file can say anything
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -16,8 +16,9 @@ from .prepare import PreparedRun
 from .versions import software_versions, version_of
 
 IN_METADATA = (
-    "trained_with", "base_model", "base_model_identity", "rank", "alpha", "targets", "skipped_first", "skipped_last",
-    "frozen_last", "blocks", "selection_method", "patch_min", "patch_max", "patch_order", "timesteps", "residuals", "back_residual",
+    "trained_with", "base_model", "base_model_identity", "base_model_version", "architecture", "file_format", "loads_in",
+    "rank", "alpha", "targets", "skipped_first", "skipped_last", "frozen_last", "blocks", "selection_method", "patch_min",
+    "patch_max", "patch_order", "timesteps", "residuals", "back_residual",
     "residual_format", "steps", "steps_planned", "batch_size", "accumulation", "learning_rate", "quantize_kept", "seed",
     "draws_seed", "peft_version",
 )  # fmt: skip
@@ -114,6 +115,9 @@ def _of_the_model(run: PreparedRun) -> dict[str, Any]:
     return {
         "base_model": run.dit.adapter.title,
         "base_model_identity": run.residuals.identity.model,
+        "base_model_version": run.dit.adapter.base_model_version,
+        "architecture": run.dit.adapter.architecture,
+        "loads_in": run.names.loads_in,
         "blocks": selection.num_blocks,
         "skipped_first": selection.front,
         "skipped_last": selection.back,

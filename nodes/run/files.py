@@ -68,8 +68,8 @@ class RunFiles(TrainingObserver):
         self._write_lora(self._outcome.path)
 
     def _write_lora(self, path: Path) -> None:
-        adapters, request = self._run.adapters, self._run.request
-        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, request.rank, request.file_format)
+        adapters, file_format = self._run.adapters, self._run.request.file_format
+        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, file_format, self._run.names.in_diffusers)
         save_lora(tensors, metadata(self._run, self._outcome), path)
         logger.info("BlockSkip: saved %s after step %d", path.name, self._outcome.result.steps)
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from ...blockskip_core.accounting.step_estimate import estimated_step_bytes
 from ...blockskip_core.adapters.lora import LinearShape, LoraAdapters
 from ...blockskip_core.errors import CacheError
+from ...blockskip_core.hosts.families.lora_names import FileNames, file_names
 from ...blockskip_core.hosts.files.folders import run_folder
-from ...blockskip_core.hosts.files.lora_files import load_lora_file, lora_to_start_from, output_path, require_writable
+from ...blockskip_core.hosts.files.lora_files import load_lora_file, output_path, require_writable
+from ...blockskip_core.hosts.files.start_lora import lora_to_start_from
 from ...blockskip_core.hosts.models.counted_run import formats_of
 from ...blockskip_core.hosts.models.hosted_dit import HostedDit
 from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
@@ -38,6 +40,7 @@ class PreparedRun:
         trained_dit: The model as it is trained on: the same, or with its kept blocks quantised.
         adapters: The LoRA, with its first values.
         first_values: The same, to start over from.
+        names: What its layers are called in the file.
         checkpoints: Where training states are kept.
         path: Where the LoRA will be saved.
         sampler: Samples pictures on the way, or None.
@@ -49,6 +52,7 @@ class PreparedRun:
     trained_dit: HostedDit | QuantisedDit
     adapters: LoraAdapters
     first_values: Mapping[str, Tensor]
+    names: FileNames
     checkpoints: Checkpoints
     path: Path
     sampler: TrainingSampler | None
@@ -85,6 +89,8 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     trained_dit = _quantised(dit, residuals, request)
     adapters = _adapters(model, dit, residuals, request)
     first_values = adapters.state_dict()
+    rows = {name: adapters.up(name).shape[0] for name in adapters.names}
+    names = file_names(model.model, dit.adapter, rows, request.file_format)
     identity = _identity(residuals, request, adapters, first_values)
     folder = run_folder(identity.key)
     checkpoints = Checkpoints(
@@ -94,7 +100,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     sampler = None if request.samples is None else TrainingSampler(model, request.samples, selection)
     return PreparedRun(
         request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,
-        first_values=first_values, checkpoints=checkpoints, path=path, sampler=sampler,
+        first_values=first_values, names=names, checkpoints=checkpoints, path=path, sampler=sampler,
     )  # fmt: skip
 
 

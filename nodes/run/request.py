@@ -53,7 +53,7 @@ class RunRequest:
     alpha: float = 0.0
     targets: LoraTargets = "attention and mlp"
     output_name: str = "loras/blockskip"
-    file_format: LoraFileFormat = "peft"
+    file_format: LoraFileFormat = "diffusers"
     kept_weights: KeptWeights = "resident"
     quantize_kept: str = "off"
     save_every: int = 100

@@ -69,7 +69,7 @@ def run_training(
         _Training(run, outcome, progress, chart).train()
     progress.say(outcome_line(outcome))
     with torch.inference_mode(False):  # the tensors are ordinary ones, as core's are
-        tensors = to_host_lora(run.adapters.state_dict(), run.adapters.scale, run.request.rank)
+        tensors = to_host_lora(run.adapters.state_dict(), run.adapters.scale)
     return TrainedLora(
         LoraModel(tensors, metadata(run, outcome)),
         {"loss": outcome.result.losses},
@@ -99,6 +99,7 @@ class _Training:
             StorageError: If a run that ended early cannot be saved.
         """
         result = self._outcome.result
+        result.problems.extend(_on_ranks(self._run))
         try:
             self._train()
         except (TrainingError, OutOfMemoryError) as error:
@@ -188,3 +189,14 @@ class _Training:
             weights=placement,
             checkpoints=run.checkpoints,
         )
+
+
+def _on_ranks(run: PreparedRun) -> list[str]:
+    """Say that layers got less than the rank that was asked for, if any did."""
+    narrow = run.adapters.narrow_layers
+    if not narrow:
+        return []
+    return [
+        f"rank {run.request.rank} is more than {len(narrow)} of {len(run.adapters.names)} layers can use: their rank is that of "
+        f"their smaller side, {min(narrow.values())} at least."
+    ]

@@ -42,7 +42,7 @@ TABLE = {
     "nodes/inputs": "errors selection residuals accounting",
     "nodes/page": "reporting",
     "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
-    "hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
+    "hosts/families hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
     "nodes": "errors selection data adapters ralu residuals training accounting reporting hosts/inputs hosts/files "
     "hosts/models hosts/sampling nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run",
 }

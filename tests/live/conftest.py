@@ -7,10 +7,13 @@ where the pack's own ``nodes`` would hide ComfyUI's.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,8 +62,39 @@ def devtool() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def start_server() -> Callable[..., Any]:
-    """`ComfyServer`, for tests that need one of their own: ``with start_server(host, ...) as server``."""
-    return load_devtool("comfy_server").ComfyServer
+    """A watched `ComfyServer`, for tests that need one of their own: ``with start_server(host, ...) as server``."""
+
+    @contextmanager
+    def watched(host: Path, *, packs: Mapping[str, Path] | None = None, **options: Any) -> Iterator[Any]:
+        packs = {**(packs or {}), "log_watch": Path(__file__).parent / "log_watch"}
+        with load_devtool("comfy_server").ComfyServer(host, packs=packs, **options) as server:
+            yield server
+            assert complaints(server) == []
+
+    return watched
+
+
+PACK_NAMES = re.compile(r"block[_-]?skip|ApplyLora|TrainLora|SelectBlocks|Precompute|MemoryPlan|RALU", re.IGNORECASE)
+ANSWERS = re.compile(  # to a prompt that was refused, or a node that raised: tests look at those in the answer itself
+    r"!!! Exception during processing !!!|Traceback \(most recent call last\)|"
+    r"Failed to validate prompt|\* \(prompt\):|\* \w+ [\w:]+:|  - |invalid prompt"
+)
+
+
+def complaints(server: Any) -> list[str]:
+    """Warnings and errors of the host that name the pack; what the pack's own loggers say is another matter."""
+    file = Path(server.base) / "warnings.jsonl"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    for folder in (server.host, server.base, sys.prefix):  # our name is in these paths too
+        text = text.replace(str(folder), "")
+    records = [json.loads(line) for line in text.splitlines()]
+    return [
+        record["message"]
+        for record in records
+        if PACK_NAMES.search(record["message"])
+        and not PACK_NAMES.search(record["logger"])
+        and not ANSWERS.match(record["message"])
+    ]
 
 
 # What the shipped workflows name: empty files, so that the frontend finds every choice. Nothing loads them.

@@ -153,7 +153,7 @@ def test_a_linear_answer_fitted_on_other_draws_is_another_cache(bench):
     assert len({bench.precompute(chunk_size=size)[0].folder for size in (2, 4)}) == 1
 
 
-@pytest.mark.parametrize("file_format", ["peft", "kohya"])
+@pytest.mark.parametrize("file_format", ["diffusers", "peft", "kohya"])
 def test_the_saved_file_is_the_lora_and_says_what_it_is(bench, file_format):
     lora = bench.train(rank=4, alpha=8.0, output_name="loras/toy", file_format=file_format)[0]
     with safe_open(bench.folders.loras / "toy_00001_.safetensors", framework="pt") as file:
@@ -169,6 +169,48 @@ def test_the_saved_file_is_the_lora_and_says_what_it_is(bench, file_format):
     assert all(not torch.equal(changed, plain[key]) for key, changed in patched_weights(from_file[0]).items())
 
 
+def test_a_file_of_flux_has_diffusers_names_unless_it_is_asked_otherwise(bench, tiny):
+    """As the published model, this one has an MLP of four times its width, whose place diffusers' names take for granted."""
+    model = tiny.tiny_flux(mlp_ratio=4.0)
+    residuals = bench.precompute(model=model)[0]
+    for options, prefix, loads in [
+        ({}, "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight", "ComfyUI, diffusers"),
+        ({"file_format": "peft"}, "diffusion_model.single_blocks.0.linear1.lora_A.weight", "ComfyUI"),
+        ({"file_format": "kohya"}, "lora_unet_single_blocks_0_linear1.alpha", "ComfyUI, diffusers"),
+    ]:
+        trained = bench.train(model=model, residuals=residuals, steps=1, **options)
+        file = trained.ui["blockskip"][0]["file"]
+        applied = bench.apply(model=model, lora_name=file)
+        assert f"loads in: {loads}\n" in applied[1]
+        from_wire = patched_weights(bench.apply(model=model, lora=trained[0])[0])
+        for name, tensor in patched_weights(applied[0]).items():
+            torch.testing.assert_close(tensor, from_wire[name], atol=1e-6, rtol=1e-5)
+        with safe_open(bench.folders.loras / file, framework="pt") as opened:
+            assert prefix in opened.keys()
+
+
+def test_other_programs_find_the_base_model_in_the_file(bench):
+    file = bench.train(output_name="loras/toy").ui["blockskip"][0]["file"]
+    with safe_open(bench.folders.loras / file, framework="pt") as opened:
+        strings = opened.metadata()
+    assert strings["modelspec.architecture"] == "flux-1-schnell/lora"
+    assert strings["modelspec.title"] == strings["ss_output_name"] == "toy_00001"
+    assert (strings["ss_base_model_version"], strings["ss_network_dim"], strings["ss_steps"]) == ("flux1", "4", "3")
+
+
+def test_a_rank_that_no_layer_can_use_is_capped_and_said(bench):
+    """The layers are 64 wide. More would only make the first values larger."""
+    trained = bench.train(rank=512, learning_rate=1e-3)
+    ranks = {len(tensor) for name, tensor in trained[0].items() if name.endswith("lora_down.weight")}
+    assert ranks == {64}
+    (problem,) = trained.ui["blockskip"][0]["problems"]
+    assert problem.startswith(
+        "rank 512 is more than 6 of 6 layers can use: their rank is that of their smaller side, 64"
+    )
+    losses = trained[1]["loss"]
+    assert max(losses) < 2 * losses[0]
+
+
 def test_cores_own_nodes_take_the_outputs(bench, run_node):
     from comfy_extras.nodes_train import LoraModelLoader, LossGraphNode, SaveLoRA
 
@@ -182,7 +224,7 @@ def test_cores_own_nodes_take_the_outputs(bench, run_node):
     assert (bench.folders.loras / "cores_3_steps_00001_.safetensors").is_file()
     again = bench.apply(lora_name="cores_3_steps_00001_.safetensors")
     assert_same_weights(ours, patched_weights(again[0]))
-    assert "not saved by BlockSkip" in again[1]
+    assert "The file says nothing of itself" in again[1]
 
     run_node(LossGraphNode, loss=loss_map, filename_prefix="loss")
     assert [path for path in bench.folders.temp.rglob("*.png") if path.stat().st_size]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...accounting.weight_formats import stored_bytes
 from ...adapters.lora import LoraTargets
+from ...adapters.lora_formats import LoraFileFormat
 from ...errors import InvalidInputError
 from ...model import BlockInfo, BlockIO, TokenStreams
 
@@ -32,6 +33,10 @@ class FamilyAdapter(ABC):
         text_output_layers: How the names of those end that change a block's text tokens and nothing else.
         text_entry: The linear layer that a text's tokens enter by.
         pooled_entry: The one that a text's pooled vector enters by, if there is one.
+        architecture: The model's name in "modelspec.architecture", as far as kohya's programs have given it one.
+        base_model_version: The same in "ss_base_model_version".
+        read_by_diffusers: Formats of our LoRA files that diffusers loads, 0.42.1.
+        has_names_of_diffusers: Whether the host reads "transformer." and diffusers' names of this family's layers.
     """
 
     family: ClassVar[str]
@@ -43,6 +48,10 @@ class FamilyAdapter(ABC):
     text_output_layers: ClassVar[tuple[str, ...]] = ()
     text_entry: ClassVar[str]
     pooled_entry: ClassVar[str] = ""
+    architecture: str
+    base_model_version: str
+    read_by_diffusers: frozenset[LoraFileFormat] = frozenset({"diffusers", "kohya"})
+    has_names_of_diffusers: bool = True
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         self._model: Any = diffusion_model  # of the host's class, which has no types

@@ -46,6 +46,11 @@ class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens):
     reads_rope_options = True  # of the host: stretch and move the picture's positions
     text_entry = "txt_in"
     pooled_entry = "vector_in.in_layer"
+    base_model_version = "flux1"
+
+    @property
+    def architecture(self) -> str:  # type: ignore[override]
+        return "flux-1-dev" if self._model.params.guidance_embed else "flux-1-schnell"
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
@@ -83,6 +88,10 @@ class Flux2Adapter(FluxAdapter):
         "img_in", "time_in", "guidance_in", "txt_in", "double_stream_modulation_img", "double_stream_modulation_txt",
         "single_stream_modulation",
     )  # fmt: skip
+    architecture = "flux-2"
+    base_model_version = "flux2"
+    read_by_diffusers = frozenset({"diffusers", "peft", "kohya"})
+    has_names_of_diffusers = False
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
@@ -95,6 +104,8 @@ class ChromaAdapter(FluxAdapter):
     family = "chroma"
     title = "Chroma"
     stem = ("img_in", "txt_in", "distilled_guidance_layer")
+    architecture = "chroma"
+    base_model_version = "chroma"
     reads_rope_options = False
 
     @classmethod

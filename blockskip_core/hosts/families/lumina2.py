@@ -29,6 +29,14 @@ class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
     mlp_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     text_entry = "cap_embedder.1"
 
+    def __init__(self, diffusion_model: Any) -> None:
+        super().__init__(diffusion_model)
+        if self._model.pad_tokens_multiple:  # Z-Image has it, Lumina 2 not
+            self.architecture = self.base_model_version = "z-image"
+        else:
+            self.architecture, self.base_model_version = "lumina-2", "lumina2"
+            self.read_by_diffusers, self.has_names_of_diffusers = frozenset(), False
+
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
         """Not the variants that are given more than text: a pooled vector (NewBie) or pictures (omni)."""

@@ -45,6 +45,10 @@ class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens):
     mlp_layers = ("mlp.net.0.proj", "mlp.net.2")
     text_output_layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     text_entry = "txt_in"
+    architecture = "Qwen-Image"
+    base_model_version = "qwen_image"
+    read_by_diffusers = frozenset({"diffusers", "peft", "kohya"})
+    has_names_of_diffusers = False
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:

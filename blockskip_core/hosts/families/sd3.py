@@ -48,6 +48,9 @@ class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
     mlp_layers = ("mlp.fc1", "mlp.fc2")
     text_output_layers = ("context_block.attn.proj", "context_block.mlp.fc1", "context_block.mlp.fc2")
     text_entry = "context_embedder"
+    architecture = "stable-diffusion-3"
+    base_model_version = "sd3"
+    read_by_diffusers = frozenset({"diffusers"})
     pooled_entry = "y_embedder.mlp.0"
 
     @classmethod

@@ -42,6 +42,10 @@ class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
     attention_layers = ("attn.q", "attn.k", "attn.v", "attn.o")
     mlp_layers = ("ffn.0", "ffn.2")
     text_entry = "text_embedding.0"
+    architecture = "wan2.1"
+    base_model_version = "wan2.1"
+    read_by_diffusers = frozenset({"diffusers", "peft"})
+    has_names_of_diffusers = False
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:

@@ -152,10 +152,10 @@ def test_the_seed_decides_the_tensors_and_the_global_random_state_is_untouched()
 
 def test_initialisation_is_pefts():
     """A: Kaiming uniform with a = sqrt 5, so within 1 / sqrt(in); B: zero."""
-    lora = LoraAdapters({"x": LinearShape(64, 7)}, LoraSettings(rank=50, alpha=1.0), seed=0)
+    lora = LoraAdapters({"x": LinearShape(64, 70)}, LoraSettings(rank=50, alpha=1.0), seed=0)
     down = lora.down("x")
     assert down.shape == (50, 64)
-    assert lora.up("x").shape == (7, 50)
+    assert lora.up("x").shape == (70, 50)
     assert 0.95 / 8 < down.abs().max() <= 1 / 8
     assert down.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
     assert not lora.up("x").any()
@@ -250,3 +250,18 @@ def test_no_weight_is_saved_for_backward_with_or_without_an_adapter():
     assert not weights & set(saved)
     out.sum().backward()
     torch.testing.assert_close(y.grad, bare.weight.sum(0).expand_as(y), rtol=0, atol=1e-12)
+
+
+def test_a_layer_gets_no_higher_rank_than_its_smaller_side_and_the_same_scale():
+    shapes = {"a.wide": LinearShape(20, 30), "a.narrow": LinearShape(20, 5), "b.narrow": LinearShape(3, 30)}
+    lora = LoraAdapters(shapes, LoraSettings(rank=8, alpha=4.0), seed=0)
+    assert {name: lora.rank_of(name) for name in shapes} == {"a.wide": 8, "a.narrow": 5, "b.narrow": 3}
+    assert {name: tuple(lora.down(name).shape) for name in shapes} == {
+        "a.wide": (8, 20), "a.narrow": (5, 20), "b.narrow": (3, 3),
+    }  # fmt: skip
+    assert {name: tuple(lora.up(name).shape) for name in shapes} == {
+        "a.wide": (30, 8), "a.narrow": (5, 5), "b.narrow": (30, 3),
+    }  # fmt: skip
+    assert {module.scaling["default"] for module in lora._layers.values()} == {lora.scale} == {0.5}
+    assert lora.narrow_layers == {"a.narrow": 5, "b.narrow": 3}
+    assert LoraAdapters(shapes, LoraSettings(rank=3), seed=0).narrow_layers == {}

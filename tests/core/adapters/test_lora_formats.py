@@ -1,17 +1,9 @@
-"""LoRA tensors and metadata in files."""
+"""LoRA tensors in files."""
 
-import json
-
-import pytest
 import torch
-from blockskip_pack.blockskip_core.adapters.lora_formats import (
-    metadata_from_strings,
-    metadata_to_strings,
-    to_file_tensors,
-    to_host_lora,
-)
+from blockskip_pack.blockskip_core.adapters.lora_formats import LayerPart, to_file_tensors, to_host_lora
 
-from .test_lora import LAYERS, RANK, SCALE, adapters
+from .test_lora import LAYERS, SCALE, adapters
 
 
 def delta_of_the_host(tensors, up, down, alpha):
@@ -23,9 +15,9 @@ def delta_of_the_host(tensors, up, down, alpha):
 def test_every_written_form_is_the_same_change_of_the_weights():
     lora = adapters()
     state = lora.state_dict()
-    host = to_host_lora(state, lora.scale, RANK)
-    kohya = to_file_tensors(state, lora.scale, RANK, "kohya")
-    native = to_file_tensors(state, lora.scale, RANK, "peft")
+    host = to_host_lora(state, lora.scale)
+    kohya = to_file_tensors(state, lora.scale, "kohya")
+    native = to_file_tensors(state, lora.scale, "peft")
     for name in LAYERS:
         expected = SCALE * lora.up(name).detach() @ lora.down(name).detach()
         d, k = f"diffusion_model.{name}", "lora_unet_" + name.replace(".", "_")
@@ -43,36 +35,26 @@ def test_every_written_form_is_the_same_change_of_the_weights():
 
 def test_written_tensors_share_no_memory_with_the_training():
     lora = adapters()
-    for tensors in (lora.state_dict(), to_host_lora(lora.state_dict(), 1.0, RANK)):
+    for tensors in (lora.state_dict(), to_host_lora(lora.state_dict(), 1.0)):
         pointers = {tensor.data_ptr() for tensor in tensors.values()}
         assert pointers.isdisjoint(p.data_ptr() for p in lora.parameters())
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {},
-        {"steps": 3, "loss": 0.5, "nested": {"a": [1, None, True]}},
-        {"caption": 'ünï"\\\n\x00\u2028</script>', "": "x"},
-    ],
-)
-def test_metadata_survives_its_strings(metadata):
-    strings = metadata_to_strings(metadata)
-    assert all(isinstance(text, str) for pair in strings.items() for text in pair)
-    assert metadata_from_strings(strings) == metadata
+def test_parts_of_a_layer_that_diffusers_has_are_its_rows():
+    lora = adapters()
+    state = lora.state_dict()
+    parts = {name: [LayerPart(f"{name}.a", 0, 3), LayerPart(f"{name}.b", 3, len(lora.up(name)) - 3)] for name in LAYERS}
+    tensors = to_file_tensors(state, lora.scale, "diffusers", parts)
+    assert len(tensors) == 4 * len(LAYERS)
+    for name in LAYERS:
+        a, b = f"transformer.{name}.a", f"transformer.{name}.b"
+        deltas = [tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"] for stem in (a, b)]
+        expected = SCALE * lora.up(name).detach() @ lora.down(name).detach()
+        torch.testing.assert_close(torch.cat(deltas), expected, atol=1e-12, rtol=0.0)
+    pointers = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    assert len(set(pointers)) == len(pointers), "safetensors refuses tensors that share memory"
 
 
-@pytest.mark.parametrize(
-    "strings",
-    [None, {}, {"format": "pt"}, {"blockskip": ""}, {"blockskip": "{"}, {"blockskip": "[1]"}, {"blockskip": "null"},
-     {"blockskip": '"text"'}, {"blockskip": "__import__('os')"}, {"blockskip": "[" * 100_000},
-     {"blockskip": "1" * 5000}],
-    ids=range(11),
-)  # fmt: skip
-def test_foreign_metadata_is_read_as_none(strings):
-    assert metadata_from_strings(strings) == {}
-
-
-def test_metadata_is_json_and_sorted():
-    assert json.loads(metadata_to_strings({"b": 1, "a": 2})["blockskip"]) == {"a": 2, "b": 1}
-    assert metadata_to_strings({"b": 1, "a": 2}) == metadata_to_strings({"a": 2, "b": 1})
+def test_without_other_names_the_format_of_diffusers_has_the_hosts_names():
+    state = adapters().state_dict()
+    assert to_file_tensors(state, 1.0, "diffusers").keys() == to_file_tensors(state, 1.0, "peft").keys()

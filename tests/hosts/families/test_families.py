@@ -425,16 +425,13 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(tiny, patcher):
 def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(tiny, patcher, tmp_path, form):
     import comfy.sd
     import comfy.utils
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora, save_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.lora_files import save_lora
 
     dit, clean, spans = tiny.hosted(patcher), tiny.clean_latents(), tiny.chosen(1, 0)
     adapters = tiny.lora(dit, spans, zero=False)
     state = adapters.state_dict()
-    tensors = (
-        to_host_lora(state, adapters.scale, RANK)
-        if form == "host"
-        else to_file_tensors(state, adapters.scale, RANK, form)
-    )
+    tensors = to_host_lora(state, adapters.scale) if form == "host" else to_file_tensors(state, adapters.scale, form)
     save_lora(tensors, {"steps": 3}, tmp_path / "toy.safetensors")
     residuals = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
     expected = replayed(dit, spans, residuals, clean, [0], adapters)
@@ -443,7 +440,7 @@ def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(tin
     loaded, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
     got = tiny.full_forward(tiny.hosted(loaded), clean, [0])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
-    ours, count = apply_lora(patcher, lora, 1.0)
+    ours, count, _ = apply_lora(patcher, lora, 1.0)
     assert count == len(adapters.names)
     assert torch.equal(tiny.full_forward(tiny.hosted(ours), clean, [0]), got)
     assert not torch.allclose(got, tiny.full_forward(dit, clean, [0]), atol=1e-3)

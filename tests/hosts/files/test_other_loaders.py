@@ -1,9 +1,11 @@
-"""Who reads our LoRA files: ComfyUI's own loader nodes, and diffusers for some families, as docs/models.md says."""
+"""Who reads our LoRA files: ComfyUI's own loader nodes, diffusers, peft, and programs that follow kohya."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,27 +13,51 @@ from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapter
 from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
 from torch import nn
 
-from ...docs.texts import read, rows, section
+from ...compatibility.recorded import assert_recorded
 from ..hosted_runs import chosen, clean_latents, flux_lora, full_forward, hosted
 from ..tiny_flux import tiny_flux
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-FORMS = ("peft", "kohya")
+FORMS = ("diffusers", "peft", "kohya")
 SETTINGS = LoraSettings(rank=2, alpha=6.0)  # a scale of 3, which must not get lost
 
-# Row of the table in docs/models.md -> published model, loader and transformer of diffusers, settings of the latter.
-# Lumina 2 has no published size here.
-IN_DIFFUSERS = {
-    "FLUX.1": ("FLUX.1-dev", "Flux", "Flux", {"guidance_embeds": True}),
-    "FLUX.2": ("FLUX.2-dev", "Flux2", "Flux2", {}),
-    "Qwen-Image": ("Qwen-Image", "QwenImage", "QwenImage", {}),
-    "Z-Image": ("Z-Image", "ZImage", "ZImage", {}),
-    "Wan": ("Wan2.1-T2V-14B", "Wan", "Wan", {}),
-    "Chroma": ("Chroma", "Flux", "Chroma", {}),
-    "SD3.5": ("SD3.5-Large", "SD3", "SD3", {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}),
+
+@dataclass(frozen=True)
+class InDiffusers:
+    """Where diffusers has a family.
+
+    Attributes:
+        published: Model at its published size.
+        loader: Class that loads LoRAs, without its ending.
+        transformer: Class of the model, without its ending, and its settings.
+        converted: Function of diffusers that renames and splits the published weights; without one the names are the same.
+    """
+
+    published: str
+    loader: str
+    transformer: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    converted: str = ""
+
+
+FAMILIES = {
+    "FLUX.1": InDiffusers("FLUX.1-dev", "Flux", "Flux", {"guidance_embeds": True}, "flux_transformer_checkpoint"),
+    "FLUX.2": InDiffusers("FLUX.2-dev", "Flux2", "Flux2", {}, "flux2_transformer_checkpoint"),
+    "Qwen-Image": InDiffusers("Qwen-Image", "QwenImage", "QwenImage"),
+    "Z-Image": InDiffusers("Z-Image", "ZImage", "ZImage", {}, "z_image_transformer_checkpoint"),
+    "Wan": InDiffusers("Wan2.1-T2V-14B", "Wan", "Wan", {}, "wan_transformer"),
+    "Chroma": InDiffusers("Chroma", "Flux", "Chroma", {}, "chroma_transformer_checkpoint"),
+    "SD3.5": InDiffusers(
+        "SD3.5-Medium", "SD3", "SD3",
+        {
+            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+        },
+        "sd3_transformer_checkpoint",
+    ),
 }  # fmt: skip
-LISTS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}  # ours -> diffusers'
+COLUMNS = ["Family", *FORMS]
 
 
 # --- ComfyUI -----------------------------------------------------------------------------------------------------
@@ -39,15 +65,19 @@ LISTS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transfo
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """A LoRA of the tiny FLUX.1 in ComfyUI's loras folder, in both forms; and the model's picture with it."""
+    """A LoRA of the tiny FLUX.1 in ComfyUI's loras folder, in every form."""
     import folder_paths
+    from blockskip_pack.blockskip_core.hosts.families.lora_names import file_names
     from blockskip_pack.blockskip_core.hosts.files.lora_files import save_lora
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    adapters = flux_lora(hosted(tiny_flux()), chosen(1, 1), zero=False)
+    adapters = flux_lora(hosted(tiny_flux(mlp_ratio=4.0)), chosen(1, 1), zero=False)
+    patcher = tiny_flux(mlp_ratio=4.0)
+    rows = {name: adapters.up(name).shape[0] for name in adapters.names}
     for form in FORMS:
-        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, adapters.settings.rank, form)
+        names = file_names(patcher.model, hosted(patcher).adapter, rows, form)
+        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, form, names.in_diffusers)
         save_lora(tensors, {}, tmp_path / f"{form}.safetensors")
     return len(adapters.names)
 
@@ -55,70 +85,145 @@ def saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_comfyuis_loader_nodes_read_them(saved, form):
     """Load LoRA, LoraLoaderModelOnly, and what our own node does: the same layers, the same picture."""
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora, load_lora_file
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.lora_files import load_lora_file
 
     from nodes import LoraLoader, LoraLoaderModelOnly
 
     file, clean = f"{form}.safetensors", clean_latents()
-    ours, count = apply_lora(tiny_flux(), load_lora_file(file), 0.8)
+    ours, count, _ = apply_lora(tiny_flux(mlp_ratio=4.0), load_lora_file(file), 0.8)
     picture = full_forward(hosted(ours), clean, [0])
     assert count == saved
-    assert not torch.allclose(picture, full_forward(hosted(tiny_flux()), clean, [0]), atol=1e-3)
+    assert not torch.allclose(picture, full_forward(hosted(tiny_flux(mlp_ratio=4.0)), clean, [0]), atol=1e-3)
 
-    with_clip, _ = LoraLoader().load_lora(tiny_flux(), None, file, 0.8, 0.0)
-    (model_only,) = LoraLoaderModelOnly().load_lora_model_only(tiny_flux(), file, 0.8)
+    with_clip, _ = LoraLoader().load_lora(tiny_flux(mlp_ratio=4.0), None, file, 0.8, 0.0)
+    (model_only,) = LoraLoaderModelOnly().load_lora_model_only(tiny_flux(mlp_ratio=4.0), file, 0.8)
     for patcher in (with_clip, model_only):
         assert len(patcher.patches) == saved
         assert torch.equal(full_forward(hosted(patcher), clean, [0]), picture)
 
 
-# --- diffusers ---------------------------------------------------------------------------------------------------
+# --- every family at its published size ------------------------------------------------------------------------------
 
 
-def lora_of(published):
-    """Return a LoRA with random numbers on three blocks in the middle of a model at full size."""
+class FullSize:
+    """A LoRA with random numbers on three blocks in the middle of a published model that has no memory.
+
+    A change of a weight is as large as the weight. So what it does to two inputs is compared: B (A x).
+    """
+
+    def __init__(self, model):
+        from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
+
+        self.model = model
+        self.adapter = adapter_for(SimpleNamespace(model=model))
+        blocks = [block.name for block in self.adapter.blocks()]
+        third = len(blocks) // 3  # in two kinds of blocks, where there are two
+        kept = tuple(f"{blocks[place]}." for place in (third - 1, third, len(blocks) // 2))
+        self.lora = LoraAdapters(
+            {
+                name: LinearShape(layer.in_features, layer.out_features)
+                for name, layer in model.diffusion_model.named_modules()
+                if name.startswith(kept)
+                and isinstance(layer, nn.Linear)
+                and self.adapter.is_lora_target(name, "attention and mlp")
+            },
+            SETTINGS,
+            seed=0,
+        )
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for tensor in self.lora.parameters():
+                tensor.normal_(generator=generator)
+
+    def names(self, form):
+        from blockskip_pack.blockskip_core.hosts.families.lora_names import file_names
+
+        rows = {name: self.lora.up(name).shape[0] for name in self.lora.names}
+        return file_names(self.model, self.adapter, rows, form)
+
+    def tensors(self, form):
+        return to_file_tensors(self.lora.state_dict(), self.lora.scale, form, self.names(form).in_diffusers)
+
+    @property
+    def expected(self):
+        """Layer -> what its change does."""
+        lora = self.lora
+        return {name: acting(lora.up(name).detach(), lora.down(name).detach(), lora.scale) for name in lora.names}
+
+
+def acting(up, down, scale=1.0):
+    """Return B (A x) for two fixed inputs x, shape (rows, 2)."""
+    x = torch.randn(down.shape[1], 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return scale * (up.double() @ (down.double() @ x))
+
+
+def same(found, expected):
+    """Return whether these are the same layers with the same changes."""
+    return found.keys() == expected.keys() and all(
+        found[name].shape == change.shape
+        and torch.allclose(found[name], change, rtol=1e-4, atol=1e-4 * change.abs().max())
+        for name, change in expected.items()
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, comfyui):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def full(family):
     from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
-    from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
 
-    model = published_model(published)
-    adapter = adapter_for(SimpleNamespace(model=model))
-    blocks = [block.name for block in adapter.blocks()]
-    third = len(blocks) // 3
-    kept = tuple(
-        f"{blocks[place]}." for place in (third - 1, third, len(blocks) // 2)
-    )  # two kinds, where there are two
-    layers = {
-        name: LinearShape(layer.in_features, layer.out_features)
-        for name, layer in model.diffusion_model.named_modules()
-        if name.startswith(kept) and isinstance(layer, nn.Linear) and adapter.is_lora_target(name, "attention and mlp")
-    }
-    lora = LoraAdapters(layers, SETTINGS, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in lora.parameters():
-            tensor.normal_(generator=generator)
-    return lora
+    return FullSize(published_model(FAMILIES[family].published))
 
 
-def block_of(name):
-    """Return the block that a layer is in, in diffusers' words."""
-    kind, number = re.match(r"(\w+)\.(\d+)\.", name).groups()
-    return f"{LISTS.get(kind, kind)}.{number}"
+def read_by_comfyui(full, tensors):
+    """What the host's loader makes of them, by native layer."""
+    import comfy.lora
+    import comfy.lora_convert
 
-
-def squares(changes):
-    """Return block -> sum of the squares of all changed weights, from (layer, A, B); B A itself would be large."""
+    keys = comfy.lora.model_lora_keys_unet(full.model, {})
     found = {}
-    for name, down, up in changes:
-        down, up = down.double(), up.double()
-        found[block_of(name)] = found.get(block_of(name), 0.0) + ((up.T @ up) * (down @ down.T)).sum().item()
+    for key, patch in comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys).items():
+        weight, part = (key, None) if isinstance(key, str) else key
+        up, down, alpha = patch.weights[:3]
+        name = weight.removeprefix("diffusion_model.").removesuffix(".weight")
+        rows = full.model.diffusion_model.get_submodule(name).out_features
+        first, count = (0, rows) if part is None else part[1:]
+        whole = found.setdefault(name, torch.zeros(rows, 2, dtype=torch.float64))
+        whole[first : first + count] += acting(up, down, 1.0 if alpha is None else alpha / len(down))
     return found
 
 
-def read_by_diffusers(tensors, loader, linear):
-    """Return block -> squares of what diffusers reads of a file's tensors, or nothing if it reads nothing or fails.
+def in_diffusers(full, place):
+    """What the changes are by diffusers' layer, from its own converter of published weights."""
+    import diffusers.loaders.single_file_utils as single_file
 
-    Layers that its model does not have, or has in another shape, count as failure; without ``linear`` any layers will do.
+    changes = {f"{name}.weight": change for name, change in full.expected.items()}
+    if not place.converted:
+        return {name.removesuffix(".weight"): change for name, change in changes.items()}
+    weights = {
+        name: torch.zeros((tensor.shape[0], 2) if tensor.ndim > 1 else tensor.shape, dtype=torch.float64)
+        for name, tensor in full.model.diffusion_model.state_dict().items()
+    }
+    weights |= {  # what the published files of FLUX.1 and Chroma call norms
+        name.removesuffix(".weight") + ".scale": tensor for name, tensor in weights.items() if tensor.ndim == 1
+    }
+    converted = getattr(single_file, f"convert_{place.converted}_to_diffusers")(weights | changes)
+    return {
+        name.removesuffix(".weight"): tensor for name, tensor in converted.items() if tensor.ndim == 2 and tensor.any()
+    }
+
+
+def read_by_diffusers(tensors, loader, linear=None):
+    """What diffusers makes of them, by its own layer; nothing if it fails or its model has no such layers.
+
+    Args:
+        tensors: Of a file.
+        loader: Class that loads LoRAs, without its ending.
+        linear: Layer -> shape of its weight in diffusers' model; without it any layers will do.
     """
     import diffusers.loaders.lora_pipeline
 
@@ -127,55 +232,104 @@ def read_by_diffusers(tensors, loader, linear):
         state = mixin.lora_state_dict(dict(tensors))
     except (KeyError, ValueError, RuntimeError):  # what its conversions raise
         return {}
-    names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-    names = [name for name in names if name.startswith("transformer.")]  # others it passes over with a warning
-    changes = [
-        (name.removeprefix("transformer."), state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"])
-        for name in names
-    ]
-    shapes = [(name, (up.shape[0], down.shape[1])) for name, down, up in changes]
-    fits = linear is None or all(linear.get(name) == shape for name, shape in shapes)
-    return squares(changes) if fits else {}
+    found = {}
+    for key, down in state.items():
+        name = key.removesuffix(".lora_A.weight")
+        if key.endswith(".lora_A.weight") and name.startswith("transformer."):  # others it passes over with a warning
+            up, name = state[f"{name}.lora_B.weight"], name.removeprefix("transformer.")
+            if linear is not None and linear.get(name) != (up.shape[0], down.shape[1]):
+                return {}
+            found[name] = acting(up, down)
+    return found
+
+
+def linear_shapes(model):
+    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def read_by_peft(tensors, prefix, shapes):
+    """What peft makes of them once the prefix is off, in a model with layers of these shapes; nothing if it has others."""
+    import peft
+
+    layers = {
+        name.removeprefix(prefix).removesuffix(".lora_A.weight") for name in tensors if name.endswith("lora_A.weight")
+    }
+    if not all(name.startswith(prefix) for name in tensors) or not layers or not layers <= shapes.keys():
+        return {}
+    model = LoraAdapters(
+        {name: LinearShape(shapes[name][1], shapes[name][0]) for name in layers},
+        LoraSettings(rank=2, alpha=2.0),
+        seed=5,
+    )
+    result = peft.set_peft_model_state_dict(
+        model._skeleton, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    )
+    assert not result.unexpected_keys
+    return {name: acting(model.up(name).detach(), model.down(name).detach()) for name in model.names}
+
+
+def read_like_kohya(tensors, shapes):
+    """What sd-scripts' rule makes of them: "lora_unet_" and the layer's path with underscores; alpha over rank."""
+    found = {}
+    for name, shape in shapes.items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        if f"{stem}.lora_down.weight" in tensors:
+            up, down = tensors[f"{stem}.lora_up.weight"], tensors[f"{stem}.lora_down.weight"]
+            assert (up.shape[0], down.shape[1]) == shape
+            found[name] = acting(up, down, tensors[f"{stem}.alpha"].item() / len(down))
+    return found
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("family", IN_DIFFUSERS)
-def test_diffusers_reads_what_the_document_says(family):
-    """Read means: all of it, at the right blocks, in layers that diffusers' model has, with the scale."""
+def test_each_form_is_read_by_the_programs_that_the_table_names(family, full):
+    """As recorded for docs/compatibility.md; and the file says the same of itself."""
     import diffusers
 
-    published, loader, transformer, settings = IN_DIFFUSERS[family]
-    lora = lora_of(published)
-    expected = squares((name, lora.down(name).detach(), 3.0 * lora.up(name).detach()) for name in lora.names)
-    assert len(expected) == 3
+    place = FAMILIES[family]
     with torch.device("meta"):
-        kind = "3DModel" if transformer == "Wan" else "2DModel"
-        model = getattr(diffusers, f"{transformer}Transformer{kind}")(**settings)
-    linear = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {}
+        kind = "3DModel" if place.transformer == "Wan" else "2DModel"
+        theirs = linear_shapes(getattr(diffusers, f"{place.transformer}Transformer{kind}")(**place.settings))
+    ours = linear_shapes(full.model.diffusion_model)
+    expected, expected_there = full.expected, in_diffusers(full, place)
+    row = [family]
     for form in FORMS:
-        tensors = to_file_tensors(lora.state_dict(), lora.scale, SETTINGS.rank, form)
-        found[form] = read_by_diffusers(tensors, loader, linear) == pytest.approx(expected, rel=1e-4)
-    said = said_of(family)
-    assert [form for form in FORMS if said[form] and not found[form]] == []
-    if diffusers.__version__ in read("docs/models.md"):  # a later one may read more
-        assert found == said
+        tensors, names = full.tensors(form), full.names(form)
+        split = names.in_diffusers is not None
+        by_peft = read_by_peft(tensors, "transformer." if split else "diffusion_model.", theirs if split else ours)
+        readers = {
+            "ComfyUI": same(read_by_comfyui(full, tensors), expected),
+            "diffusers": same(read_by_diffusers(tensors, place.loader, theirs), expected_there),
+            "peft": same(by_peft, expected_there if split else expected),
+            "kohya": same(read_like_kohya(tensors, ours), expected),
+        }
+        assert readers["ComfyUI"]
+        if diffusers.__version__ == "0.42.1":
+            assert names.loads_in == ", ".join(name for name in ("ComfyUI", "diffusers") if readers[name])
+        row.append(", ".join(name for name, reads in readers.items() if reads))
+    if diffusers.__version__ == "0.42.1":  # another one may read more
+        assert_recorded("lora_files.json", COLUMNS, row)
 
 
-def said_of(family):
-    """Return form -> whether docs/models.md says that diffusers reads it."""
-    table = rows(section(read("docs/models.md"), "Where the LoRA files load"))
-    (row,) = [row for row in table if row[0] == family]
-    assert set(row[1:]) <= {"yes", "no"}
-    return {form: word == "yes" for form, word in zip(FORMS, row[1:], strict=True)}
+def test_diffusers_reads_no_lora_of_lumina_2_without_its_first_blocks():
+    """Lumina 2 has no published size here. Its converter wants all layers of all blocks, from the first."""
+    from ..tiny_families import FAMILIES as TINY
 
-
-@pytest.mark.parametrize("form", FORMS)
-def test_diffusers_reads_no_lora_of_lumina_2_without_its_first_blocks(form):
-    from ..tiny_families import FAMILIES
-
-    tiny = next(tiny for tiny in FAMILIES if tiny.name == "lumina2")
-    lora = tiny.lora(tiny.hosted(tiny.build()), tiny.chosen(1, 1), zero=False)
-    tensors = to_file_tensors(lora.state_dict(), lora.scale, lora.settings.rank, form)
-    assert read_by_diffusers(tensors, "Lumina2", None) == {}
-    assert said_of("Lumina 2")[form] is False
+    tiny = next(tiny for tiny in TINY if tiny.name == "lumina2")
+    patcher = tiny.build()
+    dit = tiny.hosted(patcher)
+    lora = tiny.lora(dit, tiny.chosen(1, 1), zero=False)
+    full = FullSize.__new__(FullSize)
+    full.model, full.adapter, full.lora = patcher.model, dit.adapter, lora
+    row = ["Lumina 2"]
+    for form in FORMS:
+        tensors = full.tensors(form)
+        assert read_by_diffusers(tensors, "Lumina2") == {}
+        assert full.names(form).loads_in == "ComfyUI"
+        shapes = linear_shapes(patcher.model.diffusion_model)
+        readers = {
+            "ComfyUI": same(read_by_comfyui(full, tensors), full.expected),
+            "peft": same(read_by_peft(tensors, "diffusion_model.", shapes), full.expected),
+            "kohya": same(read_like_kohya(tensors, shapes), full.expected),
+        }
+        row.append(", ".join(name for name, reads in readers.items() if reads))
+    assert_recorded("lora_files.json", COLUMNS, row)

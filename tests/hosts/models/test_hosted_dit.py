@@ -312,12 +312,12 @@ def test_the_host_samples_the_same_picture_before_and_after(comfyui):
 
 def test_a_lora_that_the_user_has_applied_stays_in_force(comfyui):
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
 
     clean, spans = clean_latents(), chosen(1, 2)
     plain = tiny_flux()
     users = flux_lora(hosted(plain), chosen(0, 0), zero=False)
-    patcher, count = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, 2, "peft"), 0.7)
+    patcher, count, _ = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, "peft"), 0.7)
     assert count == len(users.names)
     dit = hosted(patcher)
     numbers, picture, before = weights(patcher), host_sample(patcher), full_forward(dit, clean, [0])
@@ -342,12 +342,12 @@ def test_a_lora_that_the_user_has_applied_stays_in_force(comfyui):
 
 def test_a_training_does_not_see_another_clones_patches(comfyui):
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
 
     plain, clean = tiny_flux(), clean_latents()
     expected = run(plain, chosen(1, 2), steps=2)[0].losses
     users = flux_lora(hosted(plain), chosen(0, 0), zero=False)
-    patched, _ = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, 2, "peft"), 0.7)
+    patched = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, "peft"), 0.7).model
     full_forward(hosted(patched), clean, [0])  # now its weights are merged into the shared model
     assert run(plain, chosen(1, 2), steps=2)[0].losses == expected
 

@@ -19,10 +19,10 @@ def identity(comfyui):
 
 def patched(patcher, strength=0.7, size=0.05):
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
 
     adapters = flux_lora(hosted(patcher), chosen(0, 0), zero=False, size=size)
-    return apply_lora(patcher, to_file_tensors(adapters.state_dict(), adapters.scale, 2, "peft"), strength)[0]
+    return apply_lora(patcher, to_file_tensors(adapters.state_dict(), adapters.scale, "peft"), strength)[0]
 
 
 def test_the_same_weights_have_the_same_identity(identity):

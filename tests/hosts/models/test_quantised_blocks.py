@@ -272,11 +272,11 @@ def test_the_model_samples_and_trains_as_before_afterwards():
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_format):
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
 
     plain = flux()
     users = flux_lora(hosted(plain), chosen(0, 0), zero=False, size=1.0)
-    patcher = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, 2, "peft"), 0.7)[0]
+    patcher = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, "peft"), 0.7)[0]
     patches = {key: list(value) for key, value in patcher.patches.items()}
     source = MemorySource(hosted(patcher), SPANS, PLAN, clean_latents())
     dit = quantised(patcher, weight_format)

@@ -222,7 +222,7 @@ def test_scales_are_part_of_the_identity(tmp_path, name):
 def test_a_lora_that_the_user_has_applied_stays_in_force(tmp_path, name):
     """The host rounds the patched weights to the format again, the same way in every load."""
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
     from blockskip_pack.blockskip_core.hosts.models.residency import unload
 
     plain = make(tmp_path, name)
@@ -232,7 +232,7 @@ def test_a_lora_that_the_user_has_applied_stays_in_force(tmp_path, name):
         dtype=torch.float32, zero=False, size=1.0,
     )  # fmt: skip
     before, alone = parameters(plain), forward(plain)
-    patcher = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, 2, "peft"), 0.7)[0]
+    patcher = apply_lora(plain, to_file_tensors(users.state_dict(), users.scale, "peft"), 0.7)[0]
     with_lora = forward(patcher)
     assert (with_lora - alone).norm() > 0.02 * alone.norm()
     assert trained(patcher, SPANS, steps=2)[0].self_check < 1e-4

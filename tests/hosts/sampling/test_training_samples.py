@@ -86,12 +86,12 @@ def test_with_guidance_too(module):
 
 
 def test_what_was_learned_is_in_the_picture_as_with_the_lora_loaded(module):
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
 
     patcher = tiny_flux()
     adapters = lora_for(patcher, seed=2)
     ours = sampled(module, patcher, adapters).latent
-    loaded, _ = apply_lora(patcher, to_host_lora(adapters.state_dict(), adapters.scale, 4), 1.0)
+    loaded = apply_lora(patcher, to_host_lora(adapters.state_dict(), adapters.scale), 1.0).model
     torch.testing.assert_close(ours, host_samples(loaded), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ours, host_samples(patcher), atol=1e-2)
 
@@ -100,14 +100,14 @@ def test_what_was_learned_is_in_the_picture_as_with_the_lora_loaded(module):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_is_sampled_as_by_the_host(module, family, cfg):
     import comfy.sample
-    from blockskip_pack.blockskip_core.hosts.files.lora_files import apply_lora
+    from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
 
     patcher = family.build()
     selection = BlockSelection(front=1, back=1, num_blocks=family.num_blocks, family=family.family)
     adapters = lora_for(patcher, seed=1, selection=selection)
     prompts, negative, vae = family.captions((5, 3)), family.captions((4,), seed=7), Recorder()
     request = module.sample_request(prompts, negative, vae=vae, every=1, width=96, height=64, steps=2, cfg=cfg, seed=5)
-    loaded, _ = apply_lora(patcher, to_host_lora(adapters.state_dict(), adapters.scale, 4), 1.0)
+    loaded = apply_lora(patcher, to_host_lora(adapters.state_dict(), adapters.scale), 1.0).model
     form = patcher.model.latent_format
     cells = [side // form.spacial_downscale_ratio for side in (64, 96)]
     empty = torch.zeros(1, form.latent_channels, *([1] if family.frames else []), *cells)

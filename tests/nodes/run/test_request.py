@@ -57,7 +57,7 @@ def test_a_planned_budget_arrives_to_the_byte(request_of, plan, budget):
     ("changes", "match"),
     [
         ({"kept_weights": "elsewhere"}, "kept_weights must be one of resident, streamed, got 'elsewhere'"),
-        ({"file_format": "onnx"}, "file_format must be one of peft, kohya, got 'onnx'"),
+        ({"file_format": "onnx"}, "file_format must be one of diffusers, peft, kohya, got 'onnx'"),
         ({"samples": 3}, "samples must come from Sample While Training, got a int"),
         ({"memory_settings": "8 GB"}, "memory_settings must come from Memory Plan's output `settings`, got a str"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

@@ -171,9 +171,14 @@ def test_a_lora_is_trained_further_from_where_it_was(bench, core, earlier, form,
         torch.testing.assert_close(further[name] @ further[down], earlier[name] @ earlier[down], atol=1e-5, rtol=1e-4)
 
 
-def test_its_rank_must_be_the_same(bench, earlier):
-    with pytest.raises(ValueError, match=r"has rank 4, here it is 6\. Set rank to 4"):
-        bench.train(rank=6, start_from=earlier)
+def test_its_rank_must_not_be_higher(bench, earlier):
+    with pytest.raises(ValueError, match=r"has rank 4, here it is 3\. Set rank to 4, or more"):
+        bench.train(rank=3, start_from=earlier)
+    further = bench.train(rank=6, steps=1, learning_rate=1e-8, weight_decay=0.0, start_from=dict(earlier))[0]
+    for name in (name for name in earlier if name.endswith("lora_up.weight")):
+        down = name.replace("lora_up", "lora_down")
+        found, expected = (lora[name] @ lora[down] / len(lora[down]) for lora in (further, earlier))  # alpha 1
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_it_must_not_change_what_is_not_trained(bench, earlier):

@@ -1,0 +1,166 @@
+"""What ComfyUI makes of a LoRA's tensors: which weights it changes, whether they fit, and what it passes over."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import comfy.lora
+import comfy.lora_convert
+from torch import Tensor
+
+from ...errors import LoraFileError
+
+logger = logging.getLogger(__name__)
+
+Patches = Mapping[Any, Any]
+"""Weight, or (weight, (dim, start, length) of a part of it, ...) -> what the host does with it."""
+
+_OF_TEXT_ENCODERS = re.compile(r"(lora_te|text_encoder|te\d?[._]|clip_|t5|cond_stage_model|conditioner|text_model)")
+_ENDINGS = re.compile(
+    r"\.(lora_(up|down|mid|A|B)|lora\.(up|down)|hada_|lokr_|oft_|diff|alpha|dora_scale|bias|weight)[^/]*$"
+)
+
+
+class HostPatches:
+    """A LoRA as the host reads it for a model.
+
+    Attributes:
+        patches: As ``comfy.lora.load_lora`` gives them.
+        unread: Names of tensors that it passes over.
+    """
+
+    def __init__(self, patcher: Any, lora: Mapping[str, Tensor]) -> None:
+        """Read a LoRA.
+
+        Raises:
+            LoraFileError: If the host fails at it: it takes for granted that the tensors are what their names say.
+        """
+        self._known = comfy.lora.model_lora_keys_unet(patcher.model, {})
+        try:
+            tensors = _Watched(comfy.lora_convert.convert_lora(dict(lora)))
+            self.patches: Patches = comfy.lora.load_lora(tensors, self._known, log_missing=False)
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise LoraFileError(f"ComfyUI cannot read this as a LoRA: {error}.") from error
+        self.unread = sorted(tensors.keys() - tensors.read)
+        self._num_tensors = len(tensors)
+
+    def passed_over(self) -> str:
+        """Return a sentence on what the host passes over, by kind; empty if that is nothing."""
+        if not self.unread:
+            return ""
+        text = [name for name in self.unread if _OF_TEXT_ENCODERS.match(name)]
+        odd = [name for name in self.unread if name not in text and self._is_of_a_layer(name)]
+        foreign = [_ENDINGS.sub("", name) for name in self.unread if name not in text and name not in odd]
+        kinds = [
+            (len(text), "of a text encoder"),
+            (len(odd), f"of a kind that it does not read here ({listed(odd)})"),
+            (len(foreign), f"of layers that this model does not have ({listed(foreign)})"),
+        ]
+        said = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+        return f"ComfyUI does not use {len(self.unread)} of the {self._num_tensors} tensors: {said}."
+
+    def _is_of_a_layer(self, name: str) -> bool:
+        """Return whether a tensor's name begins with that of a layer of this model."""
+        words = name.split(".")
+        return any(".".join(words[:count]) in self._known for count in range(1, len(words)))
+
+
+class _Watched(dict):
+    """A LoRA's tensors that remembers which were taken out."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+def weight_of(key: Any) -> str:
+    """Return the weight that a patch's key is of."""
+    return key if isinstance(key, str) else key[0]
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few different names, and how many there are besides."""
+    different = [name.removeprefix("diffusion_model.") for name in dict.fromkeys(names)]
+    rest = f" and {len(different) - most} more" if len(different) > most else ""
+    return ", ".join(different[:most]) + rest
+
+
+class AppliedLora(NamedTuple):
+    """A MODEL with a LoRA.
+
+    Attributes:
+        model: A clone with the LoRA patched in.
+        num_patched: Weights that it changes.
+        passed_over: A sentence on what of the LoRA the host does not use; empty if that is nothing.
+    """
+
+    model: Any
+    num_patched: int
+    passed_over: str
+
+
+def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> AppliedLora:
+    """Patch a LoRA into a clone of a MODEL.
+
+    Raises:
+        LoraFileError: If the LoRA holds nothing for this model, or tensors of other sizes.
+    """
+    read = HostPatches(patcher, lora)
+    passed_over = read.passed_over()
+    if not read.patches:
+        raise LoraFileError(
+            f"This LoRA holds nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
+            f"kind of model. {passed_over}".rstrip()
+        )
+    require_fitting_shapes(patcher, read.patches)
+    clone = patcher.clone()
+    patched = {weight_of(key) for key in clone.add_patches(read.patches, strength)}
+    if passed_over:
+        logger.warning("BlockSkip: %s", passed_over)
+    return AppliedLora(clone, len(patched), passed_over)
+
+
+def require_fitting_shapes(patcher: Any, patches: Patches) -> None:
+    """Raise LoraFileError if a low-rank patch is not of its weight's size, or of the size that it widens it to."""
+    # A state dict has the packed shapes of quantised weights, the parameters their own.
+    weights = {**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}
+    for key, patch in patches.items():
+        if getattr(patch, "name", "") != "lora":
+            continue  # other formats are the host's to judge
+        up, down, _, _, _, widened = (*patch.weights, None)[:6]
+        name = weight_of(key)
+        if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+            raise LoraFileError(
+                f"This LoRA is damaged: for {name} it has matrices of the shapes {tuple(up.shape)} and "
+                f"{tuple(down.shape)}, which do not fit each other."
+            )
+        shape = _target_shape(key, tuple(weights[name].shape), widened)
+        rows, columns = up.shape[0], down.flatten(1).shape[1]
+        if shape is None or (rows, columns) != (shape[0], math.prod(shape[1:])):
+            raise LoraFileError(
+                f"This LoRA does not fit: for {name} it has {rows} x {columns}, the model has "
+                f"{' x '.join(map(str, shape or weights[name].shape))}. It was trained for a model of another size."
+            )
+
+
+def _target_shape(key: Any, shape: tuple[int, ...], widened: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the shape of what is patched, or nothing if the weight has no such part, or would have to shrink."""
+    part = None if isinstance(key, str) else key[1]
+    if part is not None:
+        dim, start, length = part
+        return None if start + length > shape[dim] else (*shape[:dim], length, *shape[dim + 1 :])
+    if widened is None:
+        return shape
+    grows = len(widened) == len(shape) and all(new >= old for new, old in zip(widened, shape, strict=True))
+    return tuple(widened) if grows else None

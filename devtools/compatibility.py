@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Writes docs/compatibility.md from what the tests found: ``python devtools/compatibility.py``.
+
+A section's table is a file in ``tests/compatibility``: its columns, and its rows as a test found them. That test fails when
+it finds something else; with BLOCKSKIP_RECORD=1 in the environment it writes the file anew. The words around a table are
+here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "compatibility"
+DOCUMENT = ROOT / "docs" / "compatibility.md"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the document.
+
+    Attributes:
+        title: Its heading.
+        results: File in ``tests/compatibility``.
+        before, after: What is said around the table.
+    """
+
+    title: str
+    results: str
+    before: str
+    after: str = ""
+
+
+INTRODUCTION = """\
+# Compatibility
+
+What works together with BlockSkip, and what does not. Every cell is the outcome of a test; this file is written by
+`devtools/compatibility.py` from what they found, so do not edit it."""
+
+SECTIONS: Sequence[Section] = (
+    Section(
+        title="LoRA files",
+        results="lora_files.json",
+        before="""\
+`file_format` of Dynamic Patch Trainer decides the names inside the file. Which programs load it, by family:""",
+        after="""\
+*ComfyUI* is Load LoRA, LoraLoaderModelOnly and Apply BlockSkip LoRA. *diffusers* is `load_lora_weights` of 0.42.1. *peft* is
+`set_peft_model_state_dict`, with the prefix before the layer's name removed, on ComfyUI's layers or, where *diffusers* names
+are written, on those of diffusers. *kohya* are the names and the alpha that sd-scripts and musubi-tuner use, by their rule,
+on ComfyUI's layer names; these programs themselves were not run.
+
+"Loads" means: every layer that was trained, at its place, with the right numbers, at the size of the published model and with
+the default targets. A format that is not named for diffusers is not always an error there: it may find no layer it knows,
+warn, and go on without effect.
+
+The file says the same of itself: under `loads_in` in its metadata, and in `info` of Apply BlockSkip LoRA.""",
+    ),
+)
+
+
+def document() -> str:
+    """Return the whole document."""
+    parts = [INTRODUCTION]
+    for section in SECTIONS:
+        content = json.loads((RESULTS / section.results).read_text(encoding="utf-8"))
+        parts.extend([f"## {section.title}", section.before, table(content["columns"], content["rows"]), section.after])
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(), encoding="utf-8")

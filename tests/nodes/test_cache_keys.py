@@ -1,0 +1,72 @@
+"""What makes a node run again, asked the way ComfyUI asks it: a file that was written anew, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+GRAPHS = {
+    "BlockSkip_ApplyLora": {
+        "required": {"model": ["1", 0], "strength_model": 1.0}, "file": "lora_name", "linked": {"lora": ["2", 0]},
+    },
+    "BlockSkip_TrainLora": {
+        "required": {
+            "model": ["1", 0], "residuals": ["3", 0], "steps": 2, "learning_rate": 1e-4, "rank": 4, "seed": 0,
+        },
+        "file": "start_file", "linked": {"start_from": ["2", 0], "steps": ["4", 0]},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def key_of(nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[..., object]:
+    """The part of a node's cache key that is the node's own to say."""
+    import execution
+    from comfy_execution.graph import DynamicPrompt
+
+    import nodes as host_nodes
+
+    for node in nodes.NODE_CLASSES:
+        monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, node.GET_SCHEMA().node_id, node)
+
+    def key(kind: str, **inputs: object) -> object:
+        prompt = {"9": {"class_type": kind, "inputs": {**GRAPHS[kind]["required"], **inputs}}}
+        with caplog.at_level(logging.WARNING):
+            found = asyncio.run(execution.IsChangedCache("p", DynamicPrompt(prompt), None).get("9"))
+        assert [record.getMessage() for record in caplog.records] == []
+        return found
+
+    return key
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_key_is_the_same_for_the_same_file_and_another_for_another(
+    key_of: Callable[..., object], folders: SimpleNamespace, kind: str
+) -> None:
+    file, chosen = folders.loras / "a.safetensors", {GRAPHS[kind]["file"]: "a.safetensors"}
+    save_file({"x": torch.zeros(3)}, file)
+    before = key_of(kind, **chosen)
+    assert key_of(kind, **chosen) == before
+    assert key_of(kind, **chosen, **GRAPHS[kind]["linked"]) == before
+    stamp = file.stat()
+    save_file({"x": torch.ones(3)}, file)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # a copy that keeps the time, of the same size
+    assert key_of(kind, **chosen) != before
+    save_file({"x": torch.zeros(3)}, file)
+    assert key_of(kind, **chosen) == before, "the same content is the same LoRA"
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("name", ["none", "absent.safetensors", "../outside.safetensors", ["4", 0]])
+def test_without_a_file_there_is_a_key_as_well(
+    key_of: Callable[..., object], folders: SimpleNamespace, kind: str, name: object
+) -> None:
+    save_file({"x": torch.zeros(3)}, folders.output / "outside.safetensors")
+    assert key_of(kind, **{GRAPHS[kind]["file"]: name}) == key_of(kind, **{GRAPHS[kind]["file"]: name}) == [""]
