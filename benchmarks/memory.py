@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and plot go")
-    parser.add_argument("--parts", nargs="+", default=["real", "full", "families"], help="real, full, families")
+    parser.add_argument("--parts", nargs="+", default=["real", "full", "families"], help="real, full, families; or gpu")
     parser.add_argument("--again", action="store_true", help="count everything anew")
     parser.add_argument("--report", action="store_true", help="count nothing, write the table and the plot")
     return parser.parse_args()
@@ -88,9 +88,27 @@ def about() -> str:
     versions = ", ".join(f"{name} {installed.version(name)}" for name in ("torch", "peft", "diffusers"))
     processor = platform.processor() or platform.machine()
     return (
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), no GPU; "
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), {gpu()}; "
         f"ComfyUI {comfyui_version.__version__}, {versions}."
     )
+
+
+def gpu() -> str:
+    """Name the GPU, if there is one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def measure_on_gpu(results: Path) -> None:
+    """Measure on this machine's card, and write a report of its own."""
+    import memory_gpu
+    import memory_real
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use here")
+    memory_gpu.write(memory_gpu.rows_of(memory_real.Lab(), about()), results)
 
 
 def main() -> None:
@@ -102,6 +120,8 @@ def main() -> None:
     import memory_report
 
     options.results.mkdir(parents=True, exist_ok=True)
+    if options.parts == ["gpu"]:
+        return measure_on_gpu(options.results)
     file = options.results / "memory.jsonl"
     if options.again:
         file.unlink(missing_ok=True)
