@@ -4,13 +4,14 @@ The door of the pack. It imports nothing of ComfyUI, so that tests and packaging
 """
 
 import logging
+from typing import Any
 
 WEB_DIRECTORY = "./web"
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> Any:
     """Return the pack's extension; called by ComfyUI."""
     try:
         from .nodes import BlockSkipExtension

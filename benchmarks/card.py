@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import card_report
-from card_runs import TINY, WEIGHTS, Cell
+import command_line
+from card_runs import SMALLEST, TINY, Cell
 
-RESULTS = Path(__file__).resolve().parent / "results"
 RUN = Path(__file__).with_name("card_runs.py")
 MODELS = ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "Qwen-Image", "Z-Image", "Wan2.2-TI2V-5B")
 CARDS = (8.0, 12.0, 16.0, 24.0)
@@ -30,15 +30,11 @@ logger = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows and tables go")
+    parser = command_line.parser(__doc__, "where rows and tables go")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
-    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS, help="how they are loaded")
     parser.add_argument("--cards", nargs="+", type=float, default=CARDS, metavar="GIB")
     parser.add_argument("--quick", action="store_true", help="one tiny model; prints its tables and keeps nothing")
     parser.add_argument("--again", action="store_true", help="run everything anew")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
     options = parser.parse_args()
     if options.comfyui is None:
         parser.error("say where ComfyUI is: --comfyui FOLDER or the environment variable COMFYUI_PATH")
@@ -46,10 +42,11 @@ def parse() -> argparse.Namespace:
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """All cells, a model's together."""
-    return [
-        Cell(model, weights, card) for model in options.models for weights in options.weights for card in options.cards
-    ]
+    """All cells, small cards first: bf16 on every card; fp8, and weights that are paged, on the smallest."""
+    found = [Cell(model, "bf16", card) for card in options.cards for model in options.models]
+    found += [Cell(model, "fp8", SMALLEST) for model in options.models]
+    found += [Cell(model, "bf16", SMALLEST, paged=True) for model in options.models]
+    return sorted(found, key=lambda cell: (cell.card, cell.paged))
 
 
 def run_cell(cell: Cell, comfyui: Path) -> dict[str, Any]:
@@ -67,8 +64,7 @@ def run_cell(cell: Cell, comfyui: Path) -> dict[str, Any]:
 
 def rows_in(file: Path) -> list[dict[str, Any]]:
     """All rows; of those of the same cell the last."""
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    return list({cell_of(row): row for row in map(json.loads, lines)}.values())
+    return list({cell_of(row): row for row in command_line.rows_in(file)}.values())
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -83,8 +79,7 @@ def run(wanted: list[Cell], file: Path, comfyui: Path) -> None:
         if cell in done:
             continue
         row = run_cell(cell, comfyui)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        command_line.add_row(file, row)
         logger.info("%s, %s, %g GiB: %s", cell.model, cell.weights, cell.card, card_report.in_short(row))
 
 

@@ -6,34 +6,41 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 GIB, MIB = 2**30, 2**20
+PHASES = ("precompute", "resident", "streamed")
 Row = dict[str, Any]
 
 CONVENTIONS = """\
-`python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management (not its
-dynamic VRAM, which is the default on NVIDIA cards) on a card whose tensors have shapes and no bytes. Bytes are those of all
-tensors that live on the card at the same time, each with its exact size. What a real allocator rounds up or cannot reuse,
-kernels' workspaces and the CUDA context are not in them. **Counted**: what Memory Plan says, before the run. Of each card an
+`python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management on a
+card whose tensors have shapes and no bytes; *paged* with its dynamic VRAM, the default on NVIDIA cards, in pages of 32 MiB.
+Bytes are those of all tensors that live on the card at the same time, each with its exact size. What a real allocator rounds
+up or cannot reuse, kernels' workspaces and the CUDA context are not in them. **Counted**: what Memory Plan says, before the run. Of each card an
 eighth and 0.5 GiB belong to others, as in Memory Plan's presets. Batch 1, crops of 256 px, rank 16, AdamW, 512 text tokens,
 half of the blocks skipped (preset). GiB if not said otherwise."""
 
 
 def text(rows: Sequence[Row]) -> str:
     """Return the whole report in Markdown."""
+    models = [row["model"] for row in rows]
     good = [row for row in rows if "failed" not in row]
+    good.sort(key=lambda row: (models.index(row["model"]), row["weights"], row["paged"], row["card"]))
     lines = ["# Models on emulated cards", "", *sorted({row["about"] for row in good}), "", CONVENTIONS, ""]
     lines += ["## In short", "", *in_few_sentences(good), ""]
-    for title, head, cells in (
-        ("Training with the settings that Memory Plan gives", _TRAINING_HEAD, _training),
-        ("The same with `kept_weights` streamed", _STREAMED_HEAD, _streamed),
-        ("Precomputing, and host memory", _PRECOMPUTING_HEAD, _precomputing),
+    for title, among, head, cells in (
+        ("Training with the settings that Memory Plan gives", good, _TRAINING_HEAD, _training),
+        ("The same with `kept_weights` streamed", _with_streaming(good), _STREAMED_HEAD, _streamed),
+        ("Precomputing, and host memory", good, _PRECOMPUTING_HEAD, _precomputing),
     ):
-        lines += [f"## {title}", "", *_table(good, head, cells), ""]
+        lines += [f"## {title}", "", *_table(among, head, cells), ""]
     refused = [sentence for row in good for sentence in _refusals(row)]
     lines += ["## Said by the trainer", "", *(refused or ["Nothing."]), ""]
     failed = [f"* {_name(row)}, {row['card']:g} GiB: {row['failed']}" for row in rows if "failed" in row]
     if failed:
         lines += ["## Cells that failed", "", *failed, ""]
     return "\n".join(lines)
+
+
+def _with_streaming(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if "streamed" in row]
 
 
 def in_short(row: Row) -> str:
@@ -47,18 +54,18 @@ def in_short(row: Row) -> str:
 def in_few_sentences(rows: Sequence[Row]) -> list[str]:
     """Return what all cells come to."""
     lines = []
-    for placement in ("resident", "streamed"):
-        runs = [row[placement] for row in rows if "refused" not in row[placement]]
+    planned = [row for row in rows if row["plan"]["settings_fit"]]
+    for placement, among in (("resident", planned), ("streamed", _with_streaming(rows))):
+        runs = [row[placement] for row in among if "refused" not in row[placement]]
         errors = [run["peak"] / run["counted"] - 1 for run in runs]
         if errors:
             lines.append(
-                f"* {placement}: {len(runs)} of {len(rows)} cells ran; emulated against counted "
+                f"* {placement}: {len(runs)} of {len(among)} cells ran; emulated against counted "
                 f"{min(errors):+.1%} to {max(errors):+.1%}"
             )
-    planned = [row for row in rows if row["plan"]["settings_fit"]]
     moved = [row for row in planned if row["resident"].get("offloaded")]
     lines.append(f"* weights were streamed in {len(moved)} of {len(planned)} cells whose settings fit by Memory Plan")
-    left = max((row[phase]["left"] for row in rows for phase in ("precompute", "resident", "streamed")), default=0)
+    left = max((row[phase]["left"] for row in rows for phase in PHASES if phase in row), default=0)
     lines.append(f"* left on the card after a run: at most {left / MIB:.1f} MiB")
     return lines
 
@@ -119,13 +126,13 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row['model']}, {row['weights']}"
+    return f"{row['model']}, {row['weights']}{', paged' * row['paged']}"
 
 
 def _refusals(row: Row) -> list[str]:
     found = []
-    for placement in ("resident", "streamed"):
-        run = row[placement]
+    for placement in PHASES[1:]:
+        run = row.get(placement, {"problems": []})
         for sentence in [run["refused"]] if "refused" in run else run["problems"]:
             found.append(f"* {_name(row)}, {row['card']:g} GiB, {placement}: {sentence}")
     return found

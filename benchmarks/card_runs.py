@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ GIB = 2**30
 CPU = torch.device("cpu")
 TINY = "tiny FLUX"  # not published: for a quick look, and for the comparison with a card that has bytes
 WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+SMALLEST = 8.0  # GiB
 STEPS, DRAWS, CHUNK, RANK, TEXT_TOKENS, CROP = 2, 2, 64, 16, 512, 256
 
 
@@ -35,13 +36,20 @@ class Cell:
         model: A name of ``published_sizes``, or :data:`TINY`.
         weights: The format that they are loaded in, see :data:`WEIGHTS`.
         card: GiB of the card.
+        paged: Whether ComfyUI pages weights in and out (dynamic VRAM, its default on NVIDIA cards) instead of loading models.
         with_bytes: Whether the card has bytes, and so computes; only for a model that fits into host memory.
     """
 
     model: str
     weights: str
     card: float
+    paged: bool = False
     with_bytes: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is also run with streamed weights: where it matters, and where the host has a choice."""
+        return self.card <= SMALLEST and not self.paged
 
 
 def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
@@ -52,14 +60,16 @@ def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
         folder: Empty; for the nodes' files.
         comfyui: ComfyUI's folder.
     """
-    bench = Bench(cell, installed_card(cell, comfyui), folder)
+    card = installed_card(cell, comfyui)
     from memory import about
 
-    plan = bench.plan()
-    row = {**asdict(cell), "about": about(), "others": bench.others, "selection": bench.chosen(), "plan": plan.seen}
-    row["precompute"], residuals = bench.precompute(plan)
-    for placement in ("resident", "streamed"):
-        row[placement] = bench.train(plan, residuals, placement)
+    with Bench(cell, card, folder) as bench:
+        plan = bench.plan()
+        row = {**asdict(cell), "about": about(), "others": bench.others, "selection": bench.chosen(), "plan": plan.seen}
+        row["precompute"], residuals = bench.precompute(plan)
+        row["resident"] = bench.train(plan, residuals, "resident")
+        if cell.streams:
+            row["streamed"] = bench.train(plan, residuals, "streamed")
     return row
 
 
@@ -171,24 +181,40 @@ class Bench:
     def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
         import folder_paths
         from blockskip_pack import nodes
-        from blockskip_pack.blockskip_core.accounting.plan import NOT_OURS
+        from blockskip_pack.blockskip_core.accounting.plan import RESERVED
         from blockskip_pack.blockskip_core.hosts.models import quantised_blocks
 
         if not cell.with_bytes:  # whether a format computes well on this card cannot be tried without numbers
             quantised_blocks._works_on = lambda weight_format, device: True
         self.nodes, self.memory = nodes, card.memory
-        share, more = NOT_OURS
+        share, more = RESERVED
         self.others = round(card.memory.total * share + more * GIB)
         card.memory.take(self.others)
         (folder / "loras").mkdir()
         folder_paths.output_directory = folder_paths.temp_directory = str(folder)
         folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], {".safetensors"})
-        with torch.no_grad():
+        with torch.inference_mode():  # as the host loads
             self.model = loaded_model(cell)
+        self._host, self._pager = ExitStack(), None
+        if cell.paged:
+            import comfy.model_management
+
+            from devtools.card import comfyui as host
+            from devtools.card.pages import FULL_PAGE
+
+            comfy.model_management.MAX_PINNED_MEMORY = 0  # copies of all weights, which would need memory here
+            self._pager = self._host.enter_context(host.dynamic_vram(card, page=FULL_PAGE))
+            self.model = host.as_dynamic(self.model)
         self.caption = caption_for(cell.model)
         self.selection = self._run(
             "SelectBlocks", positive=self.caption, method="preset", skip_ratio=0.5, front=0, back=0
         )[0]
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._host.close()
 
     def chosen(self) -> tuple[int, int, int]:
         """Return how many blocks are skipped in front and at the back, and how many there are."""
@@ -248,7 +274,8 @@ class Bench:
                     memory_settings=plan.settings, kept_weights=placement, output_name=f"loras/{placement}",
                 ).ui["blockskip"][0]  # fmt: skip
             seen.update(
-                said_peak=summary["peak_memory_bytes"] - self.others, saved=summary["saved_for_backward_bytes"],
+                said_peak=summary["peak_memory_bytes"] - self.others,  # too high if paged: here torch counts the pages too
+                saved=summary["saved_for_backward_bytes"],
                 problems=summary["problems"],
             )  # fmt: skip
         except (BlockSkipError, torch.OutOfMemoryError) as error:
@@ -274,8 +301,9 @@ class Bench:
         """As :meth:`_watched`, optimiser steps apart; note where the weights are at the last of them."""
 
         def before(optimizer: Any, args: tuple, kwargs: dict) -> None:
-            seen["resident"], seen["offloaded"] = weights_of_loaded_model()
-            peaks.stage = "optimiser"
+            if optimizer.param_groups[0]["params"][0].is_cuda:  # not where the trainer counts a run without weights
+                seen["resident"], seen["offloaded"] = self._weights()
+                peaks.stage = "optimiser"
 
         def after(optimizer: Any, args: tuple, kwargs: dict) -> None:
             peaks.stage = "passes"
@@ -287,6 +315,19 @@ class Bench:
             finally:
                 for hook in hooks:
                     hook.remove()
+
+    def _weights(self) -> tuple[int, int]:
+        """Return the bytes of the loaded model's weights on the card and in host memory; pages count whole."""
+        import comfy.model_management
+        from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
+
+        (loaded,) = comfy.model_management.current_loaded_models
+        tensors = (*loaded.model.model.parameters(), *loaded.model.model.buffers())
+        num_bytes = {"cuda": 0, "cpu": 0}
+        for tensor in {id(tensor): tensor for tensor in tensors}.values():
+            num_bytes[tensor.device.type] += stored_bytes(tensor)
+        paged = sum(model.loaded_size() for model in self._pager.models) if self._pager else 0
+        return num_bytes["cuda"] + paged, max(0, num_bytes["cpu"] - paged)
 
     def _used(self) -> int:
         """Return the bytes of the card that are taken by us, once unreachable objects are gone."""
@@ -301,19 +342,6 @@ class Bench:
         listed = {name: [value] for name, value in {"model": self.model, **inputs}.items()}
         with torch.inference_mode():
             return clone.EXECUTE_NORMALIZED(**listed)
-
-
-def weights_of_loaded_model() -> tuple[int, int]:
-    """Return the bytes of the loaded model's weights on the card and in host memory."""
-    import comfy.model_management
-    from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
-
-    (loaded,) = comfy.model_management.current_loaded_models
-    tensors = {id(tensor): tensor for tensor in (*loaded.model.model.parameters(), *loaded.model.model.buffers())}
-    num_bytes = {"cuda": 0, "cpu": 0}
-    for tensor in tensors.values():
-        num_bytes[tensor.device.type] += stored_bytes(tensor)
-    return num_bytes["cuda"], num_bytes["cpu"]
 
 
 def main() -> None:

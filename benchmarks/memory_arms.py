@@ -210,7 +210,7 @@ class Subject:
                     hook.module.forward = hook._bypass_forward
             else:
                 tensors, _ = core._setup_lora_adapters(patcher, {}, "LoRA", torch.bfloat16, RANK)
-        dit = WeightlessDit(model, self.dit._arguments)
+        dit = WeightlessDit(model, self.dit.arguments)
         for info in dit.blocks:
             block = dit.module(info.name)
             block.forward = _guarded(block.forward, checkpointing)

@@ -14,21 +14,19 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
 import quality_report
 import torch
 from quality_arms import ARMS, BASELINE, FULL, SMALL, Arm, arm_named
-from quality_world import Bench, Settings, use_pack
+from quality_world import Bench, Settings
 
 logger = logging.getLogger("quality")
-RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (0, 1, 2)
 PROBE_CAPTIONS = 4
 
@@ -73,9 +71,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     parts = {"dit": dit, "schedule": schedule, "latents": latents, "selection": selection}
     source = source_for(arm.stand_in, current, round(arm.changes.get("refreshes", 0)), **parts)
     result, started = TrainingResult(), time.perf_counter()
-    train_lora(
-        dit, schedule, latents, selection, source, adapters, config, result=result, on_step=lambda report: None
-    )  # fmt: skip
+    train_lora(dit, schedule, latents, selection, source, adapters, config, result=result)
     seconds = time.perf_counter() - started
     kept = list(dit.blocks) if arm.stand_in == "on the fly" else [dit.blocks[i] for i in selection.kept]
     return with_lora(), {
@@ -134,8 +130,7 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
     With a subject, on the model with a LoRA on all blocks that was trained on it, and with its captions. The paper
     measures on fine-tuned models (Fig. 3).
     """
-    from blockskip_pack.blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig
-    from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence, cosine_distance
+    from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence, measure
 
     file = bench.results / f"quality_influence_{bench.identity}{'_' + subject if subject else ''}.json"
     if file.is_file():
@@ -149,22 +144,35 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
         model, _ = train(bench, arm_named(BASELINE), subject, 0, settings)
         scenes = bench.held_out(subject, PROBE_CAPTIONS)
     texts = [bench.world.caption(scene) for scene in scenes]
-    sampler = MaskedSampler(model, ProbeConfig(size=SMALL, steps=12, cfg=3.0))
     measured = TextInfluence(num_blocks, "reader's features", num_pictures=len(texts))
-
-    def embeddings(masked: frozenset[int]) -> list[torch.Tensor]:
-        pictures = [
-            bench.vae.decode(sampler.sample(bench.conditioning(text), bench.conditioning(""), seed=i, masked=masked))
-            for i, text in enumerate(texts)
-        ]
-        with torch.no_grad():
-            return [bench.reader.features(picture.permute(0, 3, 1, 2).clamp(0, 1)) for picture in pictures]
-
-    plain = embeddings(frozenset())
-    for run, masked in measured.missing(num_blocks // 2).items():
-        measured.record(run, sum(map(cosine_distance, plain, embeddings(masked))))
+    measure(measured, ReadPictures(bench, model, texts), num_blocks // 2)
     file.write_text(measured.to_json(), encoding="utf-8")
     return measured
+
+
+class ReadPictures:
+    """Probe pictures of some captions, each from a noise of its own, in the reader's features."""
+
+    def __init__(self, bench: Bench, model: Any, texts: list[str]) -> None:
+        from blockskip_pack.blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig
+
+        probe = ProbeConfig(size=SMALL, steps=12, cfg=3.0)
+        self._bench, self._texts, self._sampler = bench, texts, MaskedSampler(model, probe)
+        self.steps = probe.steps * len(texts)
+
+    @torch.no_grad()
+    def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> list[torch.Tensor]:
+        """Sample every picture and read it."""
+        bench = self._bench
+        pictures = [
+            bench.vae.decode(
+                self._sampler.sample(
+                    bench.conditioning(text), bench.conditioning(""), seed=i, masked=masked, on_step=on_step
+                )
+            )
+            for i, text in enumerate(self._texts)
+        ]
+        return [bench.reader.features(picture.permute(0, 3, 1, 2).clamp(0, 1)) for picture in pictures]
 
 
 @torch.no_grad()
@@ -218,8 +226,7 @@ def run(bench: Bench, options: argparse.Namespace, settings: Settings) -> None:
         row = {**found, "key": key, "arm": name, "subject": subject, "seed": seed}
         row = {field: round(value, 6) if isinstance(value, float) else value for field, value in row.items()}
         done[name, subject, seed] = row
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        command_line.add_row(file, row)
         logger.info("%s, %s, seed %d: loss %.4f, cosine %.3f", name, subject, seed, row["held_out_loss"], row["cosine"])
 
 
@@ -245,8 +252,7 @@ def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: l
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser = command_line.parser(__doc__, "where cells, table and plot go")
     parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
     parser.add_argument("--arms", nargs="+", default=["base", BASELINE, *(a.name for a in ARMS if a.name != BASELINE)])
     parser.add_argument("--subjects", nargs="+", default=["toby", "mila", "pip", "zuzu", "nori"])
@@ -254,8 +260,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--share", default="1/1", help="1/2 and 2/2: two runs side by side, each with half of the cells"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where cells, table and plot go")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the table and the plot")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"))
     options = parser.parse_args()
     options.share = tuple(map(int, options.share.split("/")))
@@ -265,27 +269,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the cells, then write the report."""
     options = parse()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = Settings(**{name: json.loads(value) for name, value in options.set})
-    use_pack(options.comfyui)
+    command_line.begin(options, logger)
     import host
 
-    logging.getLogger().setLevel(logging.WARNING)
-    logger.setLevel(logging.INFO)
+    settings = Settings(**{name: json.loads(value) for name, value in options.set})
     bench = Bench(options.assets or host.ASSETS, options.results)
     if not options.report:
         run(bench, options, settings)
     if options.share[1] == 1:
-        quality_report.write(options.results, key_of(bench, settings), settings, about())
-
-
-def about() -> str:
-    """Date, machine and software, one line."""
-    import importlib.metadata as installed
-
-    versions = ", ".join(f"{name} {installed.version(name)}" for name in ("torch", "peft", "diffusers"))
-    processor = platform.processor() or platform.machine()
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), no GPU; {versions}."
+        quality_report.write(options.results, key_of(bench, settings), settings, command_line.about(host=False))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Bench:
 
     def encoded(self, subject: str, photos: list[Tensor], schedule: Any) -> Tensor:
         """Clean latents of all draws, shape (draws, C, h, w); every crop goes through the VAE once."""
-        from blockskip_pack.blockskip_core.hosts.inputs.encoding import TrainingCrops
+        from blockskip_pack.blockskip_core.data.crops import TrainingCrops
 
         crops = TrainingCrops(photos, schedule)
         size = schedule.patches.patch_min

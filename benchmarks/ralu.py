@@ -14,18 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quality_world import ROOT, use_pack
+import command_line
+from command_line import rows_in
+from quality_world import ROOT
 
-RESULTS = Path(__file__).resolve().parent / "results"
 logger = logging.getLogger(__name__)
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser = command_line.parser(__doc__, "where rows, table and pictures go")
     parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and pictures go")
     parser.add_argument(
         "--parts", nargs="+", default=["operations", "pictures", "caches"], help="also seconds, and panel"
     )
@@ -35,7 +34,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=512, help="seconds: of the picture")
     parser.add_argument("--plain-steps", type=int, default=5, help="seconds: plain steps that are run")
     parser.add_argument("--repeats", type=int, default=1, help="seconds: the median of so many")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the table")
     return parser.parse_args()
 
 
@@ -50,11 +48,6 @@ def about() -> str:
     )
 
 
-def rows_in(file: Path) -> list[dict[str, Any]]:
-    """All rows of a file of lines."""
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
-
-
 def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
     """Put a part's rows in the place of its old ones."""
     kept = [row for row in rows_in(file) if row["part"] != part]
@@ -65,14 +58,11 @@ def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Count and sample, then write the report."""
     options = parse()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    use_pack(options.comfyui)
+    command_line.begin(options, logger)
     import ralu_operations
     import ralu_pictures
     import ralu_report
 
-    options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / "ralu.jsonl"
     if "operations" in options.parts and not options.report:
         add(file, "operations", ralu_operations.rows())

@@ -24,12 +24,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import speed_report
 import torch
-from quality_world import use_pack
 
 logger = logging.getLogger("speed")
-RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
 
@@ -59,8 +58,7 @@ def measure(
                 failed.add(arm.name)
             row = {**shared, "date": time.strftime("%Y-%m-%d %H:%M"), "round": number, "part": arm.part,
                    "arm": arm.name, "size": arm.size, "unit": arm.unit, **outcome}  # fmt: skip
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            command_line.add_row(file, row)
             logger.info("round %d, %s: %s", number + 1, arm.name, speed_report.told(outcome))
         longest = max(longest, time.monotonic() - begun)
 
@@ -81,8 +79,7 @@ def attempt(lab: Any, arm: Any, steps: int) -> Row:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser = command_line.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="counted steps of an arm in a round; one more goes before")
     parser.add_argument("--minutes", type=float, default=20, help="begin no round that would not be done by then")
@@ -92,8 +89,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs=2, type=int, default=(512, 256), metavar="PIXELS")
     parser.add_argument("--draws", type=int, help="draws that are precomputed together; 64 on a GPU, 3 without one")
     parser.add_argument("--only", metavar="TEXT", help="only arms whose name has this in it")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows, table and plot go")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the table and the plot")
     options = parser.parse_args()
     if options.quick:
         options.rounds = options.steps = 1
@@ -103,14 +98,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, then write the report."""
     options = parse()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    use_pack(options.comfyui)
+    command_line.begin(options, logger)
     import host
 
     device = host.use_comfyui(options.comfyui)
-    logging.getLogger().setLevel(logging.WARNING)  # the host has its own idea of what is worth telling
-    options.results.mkdir(parents=True, exist_ok=True)
     stem = options.results / f"speed_{device.type}"
     if not options.report:
         run(options, device, stem.with_suffix(".jsonl"))

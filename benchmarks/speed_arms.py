@@ -264,7 +264,6 @@ def our_steps(
             adapters,
             config,
             result=result,
-            on_step=lambda report: None,
             activation_bytes=_step_bytes(lab, dit, size, selection, checkpointing, source, adapters.num_parameters),
         )
     return result.step_seconds[WARM_UP:]

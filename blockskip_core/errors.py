@@ -1,14 +1,14 @@
-"""What can go wrong through no fault of the code, as one family.
+"""Exceptions raised on purpose, one family.
 
     BlockSkipError (ValueError)
     +-- InvalidInputError       a setting, picture, caption or selection that cannot be used
     +-- UnsupportedModelError   the model is not a diffusion transformer that we know
     +-- CacheError              stored residuals that are stale, foreign, truncated or damaged
-    +-- CheckpointError         a training state of another run
+    +-- CheckpointError         a training state that belongs to another run
     +-- StorageError            a disk that refuses to write
     +-- LoraFileError           a LoRA that does not fit the model or cannot be read
-    +-- TrainingError           training cannot go on (a loss that is not finite, a failed self-check)
-    +-- OutOfMemoryError        a device without memory left; defined where hosts are, as it is one of theirs too
+    +-- TrainingError           training cannot continue (a loss that is not finite, a failed self-check)
+    +-- OutOfMemoryError        a device without memory left; defined in hosts, because it is also one of theirs
 
 Every message is one or two sentences: what was expected, what came, what to do.
 """
@@ -43,4 +43,4 @@ class LoraFileError(BlockSkipError):
 
 
 class TrainingError(BlockSkipError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,15 @@ class TokenStreams:
 
     def rows(self) -> list[TokenStreams]:
         """Return one stream per row of the batch, on the CPU, each its own memory; the batch axis stays."""
-        txt = [None] * len(self.img) if self.txt is None else self.txt.split(1)
-        pairs = zip(self.img.split(1), txt, strict=True)
-        return [TokenStreams(img, text).map(plain_copy) for img, text in pairs]
+        texts = [None] * len(self.img) if self.txt is None else self.txt.split(1)
+        pairs = zip(self.img.split(1), texts, strict=True)
+        return [TokenStreams(img, txt).map(plain_copy) for img, txt in pairs]
 
     @staticmethod
     def cat(streams: Sequence[TokenStreams]) -> TokenStreams:
         """Return the streams joined along the batch axis."""
-        txt = None if streams[0].txt is None else torch.cat([s.txt for s in streams])
-        return TokenStreams(torch.cat([s.img for s in streams]), txt)
+        texts = [s.txt for s in streams if s.txt is not None]
+        return TokenStreams(torch.cat([s.img for s in streams]), torch.cat(texts) if texts else None)
 
 
 def plain_copy(tensor: Tensor) -> Tensor:
@@ -100,55 +100,43 @@ layer's are copied over when it runs."""
 
 
 class SkippableDit(Protocol):
-    """A diffusion transformer whose blocks can be replaced for the time of a run, whoever hosts it.
+    """A diffusion transformer whose blocks can be replaced for the duration of a run, whoever hosts it.
 
-    Attributes:
-        family: Name of the family, e.g. "flux".
-        blocks: All blocks in execution order.
-        frozen_stem: Paths of the modules before the first block; no gradient is needed there.
-        trainable_head: Paths of the modules after the last block; gradients pass through them.
-        width: Width of a token, D.
-        known_error: Relative difference to the full model that the blocks as they are given may make in the output:
-            0, unless they are quantised for the run. The self-check allows for it.
+    This is all that computing residuals, training and counting ask of a model. :class:`WrappedDit` passes everything on
+    to another one, for those that change a part of it only.
     """
 
-    known_error: float
-    family: str
-    blocks: Sequence[BlockInfo]
-    frozen_stem: Sequence[str]
-    trainable_head: Sequence[str]
-    width: int
-
-    def module(self, name: str) -> nn.Module:
-        """Return the model's own module at a path; never to be changed."""
+    @property
+    def family(self) -> str:
+        """Name of the family, e.g. "flux"."""
         ...
 
-    def running(
-        self,
-        replacements: Mapping[str, nn.Module],
-        *,
-        activation_bytes: int = 0,
-        weights: WeightPlacement = "as fits",
-    ) -> AbstractContextManager[Denoiser]:
-        """Run the model with some modules replaced; the model is as before afterwards, however the run ends.
+    @property
+    def blocks(self) -> Sequence[BlockInfo]:
+        """All blocks in execution order."""
+        ...
 
-        Args:
-            replacements: Path -> stand-in.
-            activation_bytes: Memory that the host should keep free beside the weights.
-            weights: Where the weights are kept.
+    @property
+    def frozen_stem(self) -> Sequence[str]:
+        """Paths of the modules before the first block; no gradient is needed there."""
+        ...
+
+    @property
+    def trainable_head(self) -> Sequence[str]:
+        """Paths of the modules after the last block; gradients pass through them."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Width of a token, D."""
+        ...
+
+    @property
+    def known_error(self) -> float:
+        """Relative difference from the full model's output that the blocks, as they are here, may cause.
+
+        0 unless they are quantised for the run. The self-check allows for it.
         """
-        ...
-
-    def text_length(self, caption: int) -> int:
-        """Return the number of text tokens that the model is given; rows of one batch have equal lengths."""
-        ...
-
-    def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens between the blocks: with padding, or 0 if the text is not there."""
-        ...
-
-    def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent with this many rows and columns."""
         ...
 
     @property
@@ -166,15 +154,118 @@ class SkippableDit(Protocol):
         """Bytes of blocks that may be loaded together while residuals are computed."""
         ...
 
+    def module(self, name: str) -> nn.Module:
+        """Return the model's own module at a path; it must never be changed."""
+        ...
+
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> AbstractContextManager[Denoiser]:
+        """Run the model with some modules replaced; afterwards it is as before, however the run ends.
+
+        Args:
+            replacements: Path -> stand-in.
+            activation_bytes: Memory that the host should keep free in addition to the weights.
+            weights: Where the weights are kept.
+        """
+        ...
+
+    def text_length(self, caption: int) -> int:
+        """Return the number of text tokens that the model is given; rows of one batch have equal lengths."""
+        ...
+
+    def text_tokens(self, caption: int) -> int:
+        """Return the number of text tokens between the blocks: padding included; 0 if text is not in the stream."""
+        ...
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent with this many rows and columns."""
+        ...
+
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
         """Lend the weight of a linear layer, shape (out, in), in the dtype and on the device of ``like``."""
         ...
 
 
-def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Return the linear layers of the kept blocks for which ``wanted(native name)`` holds."""
-    found: dict[str, nn.Module] = {}
-    for index in selection.kept:
+class WrappedDit:
+    """A :class:`SkippableDit` that passes everything on to another one; subclasses override what differs.
+
+    Args:
+        dit: The other one.
+    """
+
+    def __init__(self, dit: SkippableDit) -> None:
+        self._wrapped = dit
+
+    @property
+    def family(self) -> str:
+        return self._wrapped.family
+
+    @property
+    def blocks(self) -> Sequence[BlockInfo]:
+        return self._wrapped.blocks
+
+    @property
+    def frozen_stem(self) -> Sequence[str]:
+        return self._wrapped.frozen_stem
+
+    @property
+    def trainable_head(self) -> Sequence[str]:
+        return self._wrapped.trainable_head
+
+    @property
+    def width(self) -> int:
+        return self._wrapped.width
+
+    @property
+    def known_error(self) -> float:
+        return self._wrapped.known_error
+
+    @property
+    def device(self) -> torch.device:
+        return self._wrapped.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._wrapped.dtype
+
+    @property
+    def room_for_blocks(self) -> int:
+        return self._wrapped.room_for_blocks
+
+    def module(self, name: str) -> nn.Module:
+        return self._wrapped.module(name)
+
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> AbstractContextManager[Denoiser]:
+        return self._wrapped.running(replacements, activation_bytes=activation_bytes, weights=weights)
+
+    def text_length(self, caption: int) -> int:
+        return self._wrapped.text_length(caption)
+
+    def text_tokens(self, caption: int) -> int:
+        return self._wrapped.text_tokens(caption)
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        return self._wrapped.image_tokens(rows, columns)
+
+    def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
+        return self._wrapped.weight_for_backward(module, like)
+
+
+def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[[str], bool]) -> dict[str, nn.Linear]:
+    """Return the linear layers of the adapted blocks for which ``wanted(native name)`` holds."""
+    found: dict[str, nn.Linear] = {}
+    for index in selection.adapted:
         block = dit.blocks[index].name
         for path, module in dit.module(block).named_modules():
             name = f"{block}.{path}"
@@ -183,6 +274,9 @@ def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[
     return found
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights."""
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights.
+
+    To the type checker it is torch's, whose ``in_features``, ``out_features``, ``weight`` and ``bias`` all of them have.
+    """
     return hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import apply_lora, describe, file_stamp, load_lora_file
+from . import widgets
 from .inputs import NO_FILE, checked, connected
 from .types import LoraModelSocket
 
@@ -39,13 +41,7 @@ class ApplyLora(io.ComfyNode):
                 LoraModelSocket.Input(
                     "lora", optional=True, tooltip="From Dynamic Patch Trainer. Takes precedence over `lora_name`."
                 ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NO_FILE, *folder_paths.get_filename_list("loras")],
-                    default=NO_FILE,
-                    optional=True,
-                    tooltip="A file from the loras folders; the trainer saves to output/loras.",
-                ),
+                widgets.lora_file("lora_name", "A file from the loras folders; the trainer saves to output/loras."),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The model with the LoRA."),
@@ -54,22 +50,31 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, strength_model, lora=None, lora_name=NO_FILE) -> str:
+    def fingerprint_inputs(cls, strength_model: Any, lora: Any = None, lora_name: Any = NO_FILE) -> str:
         """Run again when the chosen file has changed; ComfyUI only sees that its name has not."""
         return f"{strength_model} {lora_name} {file_stamp(lora_name)}"
 
     @classmethod
-    def execute(cls, model, strength_model, lora=None, lora_name=NO_FILE) -> io.NodeOutput:
+    def execute(cls, model: Any, strength_model: Any, lora: Any = None, lora_name: Any = NO_FILE) -> io.NodeOutput:
         values = checked(cls, strength_model=strength_model, lora_name=lora_name)
-        strength_model, lora_name = values["strength_model"], values["lora_name"]
         model = connected(model=model)["model"]
-        if not math.isfinite(strength_model):
-            raise InvalidInputError(f"strength_model must be a finite number, got {strength_model}.")
-        if lora is None:
-            if lora_name == NO_FILE:
-                raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
-            lora = load_lora_file(lora_name)
-        lora = connected(lora=lora)["lora"]
-        patched, num_patched = apply_lora(model, lora, strength_model)
-        info = describe(getattr(lora, "metadata", {}), lora, num_patched)
-        return io.NodeOutput(model if strength_model == 0.0 else patched, info)
+        return io.NodeOutput(*applied(model, lora, **values))
+
+
+def applied(model: Any, lora: Mapping[str, Any] | None, *, strength_model: float, lora_name: str) -> tuple[Any, str]:
+    """Return the MODEL with the LoRA patched in, and what the LoRA says of itself.
+
+    Raises:
+        InvalidInputError: If there is no LoRA, or the strength is not finite.
+        LoraFileError: If it does not fit the model, or its file cannot be read.
+    """
+    if not math.isfinite(strength_model):
+        raise InvalidInputError(f"strength_model must be a finite number, got {strength_model}.")
+    if lora is None:
+        if lora_name == NO_FILE:
+            raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
+        lora = load_lora_file(lora_name)
+    lora = connected(lora=lora)["lora"]
+    patched, num_patched = apply_lora(model, lora, strength_model)
+    info = describe(getattr(lora, "metadata", {}), lora, num_patched)
+    return model if strength_model == 0.0 else patched, info

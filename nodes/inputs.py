@@ -19,6 +19,9 @@ from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.residuals.sources import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 
+NO_FILE = "none"
+"""What a list of files shows where none is chosen."""
+
 
 def single(value: Any, name: str = "") -> Any:
     """Return the only element of a list input; an unconnected optional (None) stays None.
@@ -121,12 +124,15 @@ def connected(**values: Any) -> dict[str, Any]:
     return found
 
 
+def connected_if_any(**values: Any) -> dict[str, Any]:
+    """Return the same for inputs that may be left open; these are None then."""
+    found = singles(**values)
+    return {name: None if value is None else connected(**{name: value})[name] for name, value in found.items()}
+
+
 def require_memory_settings(value: Any) -> None:
     """Raise InvalidInputError unless this is what Memory Plan gives."""
     if not isinstance(value, MemorySettings):
         raise InvalidInputError(
             f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."
         )
-
-
-NO_FILE = "none"

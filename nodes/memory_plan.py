@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from ..blockskip_core.accounting.memory_needs import MemoryNeeds
 from ..blockskip_core.accounting.plan import (
     CARDS,
-    Change,
     MemorySettings,
     changes_that_fit,
     fits,
@@ -19,7 +19,6 @@ from ..blockskip_core.accounting.plan import (
     room_of_card,
     with_spare_used,
 )
-from ..blockskip_core.accounting.plan_text import report
 from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.errors import InvalidInputError
@@ -27,18 +26,24 @@ from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
-from ..blockskip_core.hosts.models.quantised_blocks import available_formats, formats_on, require_available
+from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
 from ..blockskip_core.reporting.pictures import as_image, memory_bars
-from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
-from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
-from ..blockskip_core.residuals.sources import STORAGES
+from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
+from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
+from ..blockskip_core.residuals.sources import STORAGES, Storage
+from ..blockskip_core.selection.selection import BlockSelection
 from ..blockskip_core.training.config import TrainingConfig
+from . import widgets
 from .inputs import checked, connected
 from .page.progress import NodeProgress
+from .plan_text import Found, report
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30
 OFF = "off"
+AT_SELECT = "As at Select Blocks; only its method attention mask needs it."
+AT_PRECOMPUTE = "As at Precompute Residuals."
+AT_TRAINER = "As at Dynamic Patch Trainer."
 
 
 class MemoryPlan(io.ComfyNode):
@@ -57,62 +62,7 @@ class MemoryPlan(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The MODEL that you will train on."),
-                io.Conditioning.Input("positive", tooltip="The captions; the longest decides."),
-                BlockSelectionSocket.Input("selection", tooltip="From Select Blocks."),
-                io.Int.Input("patch_min", default=256, min=16, max=4096, step=16, tooltip="As at Precompute Residuals."),
-                io.Int.Input("draws", default=400, min=1, max=1_000_000, tooltip="As at Precompute Residuals."),
-                io.Combo.Input("storage", options=list(STORAGES), default="disk", tooltip="As at Precompute Residuals."),
-                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="As at Dynamic Patch Trainer."),
-                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="As at Dynamic Patch Trainer."),
-                io.Boolean.Input("checkpointing", default=True, tooltip="As at Dynamic Patch Trainer."),
-                io.Combo.Input(
-                    "quantize_kept", options=available_formats(), default="off", tooltip="As at Dynamic Patch Trainer."
-                ),
-                io.Float.Input(
-                    "activation_budget", default=0.0, min=0.0, max=1024.0, step=0.25, tooltip="As at Dynamic Patch Trainer."
-                ),
-                io.Float.Input(
-                    "card_memory",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="GiB that the run may take, to plan for another card. 0: what this device has free once other "
-                    "models are unloaded.",
-                ),
-                io.Int.Input(
-                    "chunk_size", default=64, min=1, max=100_000, optional=True, advanced=True,
-                    tooltip="As at Precompute Residuals.",
-                ),
-                io.Combo.Input(
-                    "back_residual", options=list(BACK_RESIDUALS), default="constant", optional=True, advanced=True,
-                    tooltip="As at Precompute Residuals.",
-                ),
-                io.Combo.Input(
-                    "residual_format", options=list(RESIDUAL_FORMATS), default="exact", optional=True, advanced=True,
-                    tooltip="As at Precompute Residuals.",
-                ),
-                io.Combo.Input(
-                    "targets", options=list(get_args(LoraTargets)), default="attention and mlp", optional=True,
-                    advanced=True, tooltip="As at Dynamic Patch Trainer.",
-                ),
-                io.Int.Input(
-                    "probe_size", default=512, min=64, max=4096, step=16, optional=True, advanced=True,
-                    tooltip="As at Select Blocks; only its method attention mask needs it.",
-                ),
-                io.Combo.Input(
-                    "preset", options=[OFF, *CARDS], default=OFF, optional=True,
-                    tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left to the desktop, the driver and "
-                    "other programs. Takes precedence over `card_memory`.",
-                ),
-                io.Boolean.Input(
-                    "use_spare", default=True, optional=True, advanced=True,
-                    tooltip="Let `settings` put memory that is left to use: activations are kept instead of recomputed, "
-                    "which is faster and changes nothing of the result.",
-                ),
-            ],
+            inputs=[*_needed(), *_the_card(), *_the_rest()],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="The plan, for Preview as Text."),
                 io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits as it is set."),
@@ -127,107 +77,218 @@ class MemoryPlan(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, positive, selection, **widgets) -> io.NodeOutput:
+    def execute(cls, model: Any, positive: Any, selection: Any, **settings: Any) -> io.NodeOutput:
         model, selection = connected(model=model, selection=selection).values()
-        plan = _Plan(model, flatten_conditionings(positive), selection, **checked(cls, **widgets))
+        request = PlanRequest(**checked(cls, **settings))
         progress = NodeProgress(cls.hidden.unique_id)
-        needs = plan.count(plan.settings)
-        enough, found = fits(peak_of(plan.settings, needs), plan.available), None
-        if not enough:
-            progress("looking for what would fit", 1, 2)
-            found = changes_that_fit(plan.settings, plan.available, plan.count, formats_on(plan.run.dit.device))
-        settings = plan.settings_that_fit(found, enough)
-        text = report(plan.settings, needs, plan.available, plan.place, found, draws=plan.draws, speed=plan.speed())
-        text += f"\n\nOn the output `settings`: {settings.describe()}"
-        progress.say(text.splitlines()[0])
-        chart = memory_bars(phase_peaks(needs), needs.training.weights, plan.available, text.splitlines()[0])
-        return io.NodeOutput(text, enough, as_image(chart), settings, ui={"text": [text]})
+        plan = Plan(model, flatten_conditionings(positive), selection, request, progress)
+        progress.say(plan.verdict)
+        return io.NodeOutput(
+            plan.text, plan.fits, as_image(plan.chart()), plan.settings_that_fit, ui={"text": [plan.text]}
+        )
 
 
-class _Plan:
-    """A run's settings, what counts it, and the room that there is."""
+def _needed() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The MODEL that you will train on."),
+        io.Conditioning.Input("positive", tooltip="The captions; the longest decides."),
+        BlockSelectionSocket.Input("selection", tooltip="From Select Blocks."),
+        widgets.patch_min(AT_PRECOMPUTE),
+        widgets.draws(AT_PRECOMPUTE),
+        widgets.storage(AT_PRECOMPUTE),
+        widgets.rank(AT_TRAINER),
+        widgets.batch_size(AT_TRAINER),
+        widgets.checkpointing(AT_TRAINER),
+        widgets.quantize_kept(AT_TRAINER),
+        widgets.activation_budget(AT_TRAINER),
+    ]
+
+
+def _the_card() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "card_memory", default=0.0, min=0.0, max=1024.0, step=0.5,
+            tooltip="GiB that the run may take, to plan for another card. 0: what this device has free once other models "
+            "are unloaded.",
+        ),
+    ]  # fmt: skip
+
+
+def _the_rest() -> list[io.Input]:
+    return [
+        widgets.chunk_size(AT_PRECOMPUTE),
+        widgets.back_residual(AT_PRECOMPUTE),
+        widgets.residual_format(AT_PRECOMPUTE),
+        widgets.targets(AT_TRAINER),
+        widgets.probe_size(AT_SELECT),
+        io.Combo.Input(
+            "preset", options=[OFF, *CARDS], default=OFF, optional=True,
+            tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left to the desktop, the driver and "
+            "other programs. Takes precedence over `card_memory`.",
+        ),
+        io.Boolean.Input(
+            "use_spare", default=True, optional=True, advanced=True,
+            tooltip="Let `settings` put memory that is left to use: activations are kept instead of recomputed, which is "
+            "faster and changes nothing of the result.",
+        ),
+        widgets.quantize_frozen(AT_TRAINER),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """The node's widgets by their ids; defaults are those of the widgets.
+
+    Raises:
+        InvalidInputError: If one is out of range.
+    """
+
+    patch_min: int
+    draws: int
+    storage: Storage
+    rank: int
+    batch_size: int
+    checkpointing: bool
+    quantize_kept: str
+    activation_budget: float
+    card_memory: float
+    chunk_size: int = 64
+    back_residual: BackResidual = "constant"
+    residual_format: ResidualFormat = "exact"
+    targets: LoraTargets = "attention and mlp"
+    probe_size: int = 512
+    preset: str = OFF
+    use_spare: bool = True
+    quantize_frozen: str = default_for_frozen_blocks()
+
+    def __post_init__(self) -> None:
+        choices = {
+            "storage": STORAGES, "back_residual": BACK_RESIDUALS, "residual_format": RESIDUAL_FORMATS,
+            "targets": get_args(LoraTargets),
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        for name in ("patch_min", "probe_size", "draws", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 <= self.card_memory < float("inf"):
+            raise InvalidInputError(f"card_memory must not be negative, got {self.card_memory}.")
+
+    @property
+    def is_for_this_device(self) -> bool:
+        """Whether no other card is planned for."""
+        return self.preset == OFF and not self.card_memory
+
+    def settings(self, selection: BlockSelection) -> MemorySettings:
+        """Return what memory depends on."""
+        config = TrainingConfig(
+            steps=1,
+            batch_size=self.batch_size,
+            checkpointing=self.checkpointing,
+            activation_budget=self.activation_budget * GIB,
+        )
+        return MemorySettings(
+            config=config,
+            storage=self.storage,
+            quantize_kept=self.quantize_kept,
+            patch_min=self.patch_min,
+            measured=selection.method == "attention mask",
+            frozen=selection.frozen,
+            quantize_frozen=self.quantize_frozen,
+        )
+
+    def room(self, device: Any) -> tuple[int, str]:
+        """Return the bytes that the run may take, and of what."""
+        if self.preset != OFF:
+            return room_of_card(self.preset), f"a card with {self.preset}"
+        return (round(self.card_memory * GIB), "that card") if self.card_memory else room_on(device)
+
+    def counted_run(self, dit: HostedDit, selection: BlockSelection, captions: int) -> CountedRun:
+        """Return what counts the run."""
+        return CountedRun(
+            dit,
+            selection,
+            LoraSettings(rank=self.rank, alpha=self.rank, targets=self.targets),
+            captions=captions,
+            draws=self.draws,
+            chunk_size=self.chunk_size,
+            linear=self.back_residual == "linear",
+            residual_format=self.residual_format,
+            probe_size=self.probe_size,
+        )
+
+
+class Plan:
+    """A run's settings, what they take, whether that fits, and what would.
+
+    Attributes:
+        run: Counts the run.
+        settings: As requested.
+        count: What the run takes with some settings.
+        needs: What it takes as requested.
+        fits: Whether that fits.
+        found: The smallest change that fits; None if nothing needs to change, or nothing helps.
+        text: All of that for people, several lines.
+    """
 
     def __init__(
         self,
         model: Any,
-        captions: list,
-        selection: Any,
-        *,
-        patch_min: int,
-        draws: int,
-        storage: str,
-        rank: int,
-        batch_size: int,
-        checkpointing: bool,
-        quantize_kept: str,
-        activation_budget: float,
-        card_memory: float,
-        chunk_size: int = 64,
-        back_residual: str = "constant",
-        residual_format: str = "exact",
-        targets: str = "attention and mlp",
-        probe_size: int = 512,
-        preset: str = OFF,
-        use_spare: bool = True,
+        captions: Sequence[list],
+        selection: BlockSelection,
+        request: PlanRequest,
+        progress: NodeProgress,
     ) -> None:
-        for name, value, known in (
-            ("storage", storage, STORAGES),
-            ("back_residual", back_residual, BACK_RESIDUALS),
-            ("residual_format", residual_format, RESIDUAL_FORMATS),
-            ("targets", targets, get_args(LoraTargets)),
-        ):
-            if value not in known:
-                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-        for name, value in (
-            ("patch_min", patch_min),
-            ("probe_size", probe_size),
-            ("draws", draws),
-            ("chunk_size", chunk_size),
-        ):
-            if value < 1:
-                raise InvalidInputError(f"{name} must be at least 1, got {value}.")
-        require_available(quantize_kept, model.load_device)
-        dit = HostedDit(model, captions, latent_shape(model.model, patch_min))
+        require_available(request.quantize_kept, model.load_device)
+        dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min))
         selection.require_for(len(dit.blocks), dit.family)
-        self.run = CountedRun(
-            dit, selection, LoraSettings(rank=rank, alpha=rank, targets=targets), captions=len(captions), draws=draws,
-            chunk_size=chunk_size, linear=back_residual == "linear", residual_format=residual_format,
-            probe_size=probe_size,
+        if request.back_residual == "exact":
+            require_available(request.quantize_frozen, model.load_device)
+            selection = selection.with_exact_back()
+        self._request, self.settings = request, request.settings(selection)
+        self.run = request.counted_run(dit, selection, len(captions))
+        self.count = cache(self.run.needs)
+        self._available, self._place = request.room(self.run.dit.device)
+        self.needs = self.count(self.settings)
+        self.fits = fits(peak_of(self.settings, self.needs), self._available)
+        self.found = None if self.fits else self._search(progress)
+        self.text = self._text()
+
+    def _search(self, progress: NodeProgress) -> Found:
+        progress("looking for what would fit", 1, 2)
+        return changes_that_fit(self.settings, self._available, self.count, formats_on(self.run.dit.device))
+
+    def _text(self) -> str:
+        text = report(
+            self.settings, self.needs, self._available, self._place, self.found, draws=self._request.draws,
+            speed=self._speed(),
         )  # fmt: skip
-        self.count, self._use_spare = cache(self.run.needs), use_spare
-        self.settings = MemorySettings(
-            config=TrainingConfig(
-                steps=1, batch_size=batch_size, checkpointing=checkpointing, activation_budget=activation_budget * GIB
-            ),
-            storage=storage,
-            quantize_kept=quantize_kept,
-            patch_min=patch_min,
-            measured=selection.method == "attention mask",
-        )
-        self.draws, self._is_here = draws, preset == OFF and not card_memory
-        self.available, self.place = self._room(card_memory, preset)
+        return f"{text}\n\nOn the output `settings`: {self.settings_that_fit.describe()}"
 
-    def _room(self, card_memory: float, preset: str) -> tuple[int, str]:
-        """Return the bytes that the run may take, and of what."""
-        if not 0.0 <= card_memory < float("inf"):
-            raise InvalidInputError(f"card_memory must not be negative, got {card_memory}.")
-        if preset != OFF:
-            return room_of_card(preset), f"a card with {preset}"
-        return (round(card_memory * GIB), "that card") if card_memory else room_on(self.run.dit.device)
+    @property
+    def verdict(self) -> str:
+        """The first line of the text."""
+        return self.text.splitlines()[0]
 
-    def speed(self) -> float | None:
+    @cached_property
+    def settings_that_fit(self) -> MemorySettings:
+        """The settings with the changes that make the run fit, and what is left over put to use."""
+        settings = self.settings
+        for change in self.found[0] if self.found else ():
+            settings = change.apply(settings)
+        if self._request.use_spare and (self.fits or self.found):
+            settings = with_spare_used(settings, self._available, self.count)
+        return settings
+
+    def chart(self) -> Any:
+        """Return each phase against what there is, as a picture."""
+        return memory_bars(phase_peaks(self.needs), self.needs.training.weights, self._available, self.verdict)
+
+    def _speed(self) -> float | None:
         """Return the operations per second of this device; None if another card is planned for."""
-        if not self._is_here:
+        if not self._request.is_for_this_device:
             return None
         dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)
         tokens = dit.image_tokens(*shape[1:]) + dit.text_tokens(0)
         return operations_per_second(dit.device, dit.dtype, dit.width, tokens * self.settings.config.batch_size)
-
-    def settings_that_fit(self, found: tuple[list[Change], MemoryNeeds] | None, enough: bool) -> MemorySettings:
-        """Return the settings with the changes that make the run fit, and what is left over put to use."""
-        settings = self.settings
-        for change in found[0] if found else ():
-            settings = change.apply(settings)
-        if self._use_spare and (enough or found):
-            settings = with_spare_used(settings, self.available, self.count)
-        return settings

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import latent_preview
 from comfy_api.latest import io
 
@@ -10,7 +14,8 @@ from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling.early_regions import REGIONS, RegionChoice
 from ..blockskip_core.hosts.sampling.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
 from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
-from .inputs import checked, connected
+from . import widgets
+from .inputs import checked, connected, connected_if_any
 from .page.progress import NodeProgress
 
 CUSTOM = "custom"
@@ -30,95 +35,7 @@ class RaluSampler(io.ComfyNode):
             ),
             search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
             is_experimental=True,
-            inputs=[
-                io.Model.Input(
-                    "model", tooltip="A flow-matching diffusion transformer. LoRAs, also ours, act in every stage."
-                ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="The prompt. For FLUX.1-dev put Flux Guidance in front. Text only: no ControlNet, areas or reference "
-                    "pictures.",
-                ),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="An empty latent: it gives the size, and how many pictures. For FLUX.1 and SD3.5 width and height "
-                    "must be multiples of 32 px.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of all noise, also of the noise that is added between stages.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance: 1 for guidance-distilled models such as FLUX.1-dev, more for models that need `negative`.",
-                ),
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, CUSTOM],
-                    default="FLUX 5x",
-                    tooltip="Steps and noise levels as published; the number is how much faster than 50 steps of FLUX.1-dev, or 28 "
-                    "of SD3. custom: solved for `custom_steps` and `custom_ends`.",
-                ),
-                io.Float.Input(
-                    "upsample_ratio",
-                    default=0.2,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the picture that becomes fine in the second stage. The paper has 0.2 for FLUX 5x, FLUX 7x and "
-                    "SD3 3x, and 0.3 for the others.",
-                ),
-                io.Combo.Input(
-                    "regions",
-                    options=list(REGIONS),
-                    default="edges",
-                    tooltip="How these are found. edges: in the decoded estimate, needs `vae`. latent gradient: without decoding. "
-                    "edges (as published): sees no edges in the dark half, as the authors' code.",
-                ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is not 1."),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="Decodes the estimate of the first stage, to find edges and for the overlay.",
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Regions that become fine first. If they are more than `upsample_ratio`, all of them do.",
-                ),
-                io.String.Input(
-                    "custom_steps",
-                    default="5, 6, 7",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Steps of each stage, one to 3 stages. Only read by custom.",
-                ),
-                io.String.Input(
-                    "custom_ends",
-                    default="0.3, 0.45, 1",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where each stage ends: 0 is noise, 1 is the picture. The last is 1. Only read by custom.",
-                ),
-                io.Float.Input(
-                    "custom_shift",
-                    default=3.0,
-                    min=0.1,
-                    max=100.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Shift of the schedule that the model was meant for. Only read by custom.",
-                ),
-            ],
+            inputs=[*_what_to_sample(), *_how(), *_the_regions(), *_of_ones_own()],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="For VAE Decode."),
                 io.Image.Output(
@@ -135,70 +52,164 @@ class RaluSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        latent_image,
-        seed,
-        cfg,
-        preset,
-        upsample_ratio,
-        regions,
-        negative=None,
-        vae=None,
-        mask=None,
-        custom_steps="5, 6, 7",
-        custom_ends="0.3, 0.45, 1",
-        custom_shift=3.0,
-    ) -> io.NodeOutput:
-        seed, cfg, preset, upsample_ratio, regions, custom_steps, custom_ends, custom_shift = checked(
-            cls, seed=seed, cfg=cfg, preset=preset, upsample_ratio=upsample_ratio, regions=regions,
-            custom_steps=custom_steps, custom_ends=custom_ends, custom_shift=custom_shift,
-        ).values()  # fmt: skip
+        cls, model: Any, positive: Any, latent_image: Any, negative: Any = None, vae: Any = None, mask: Any = None,
+        **settings: Any,
+    ) -> io.NodeOutput:  # fmt: skip
+        request = RaluRequest(**checked(cls, **settings))
         model, latent_image = connected(model=model, latent_image=latent_image).values()
-        connected(**{name: x for name, x in (("vae", vae), ("mask", mask)) if x is not None})
-        plan = _plan(preset, custom_steps, custom_ends, custom_shift)
-        if negative is None and cfg != 1.0:
-            raise InvalidInputError(f"cfg is {cfg}, and no negative came in. Connect `negative`, or set `cfg` to 1.")
-        choice = RegionChoice(method=regions, ratio=upsample_ratio, vae=vae, mask=mask)
+        found = request.sample(model, latent_image, positive, negative, **connected_if_any(vae=vae, mask=mask))
+        report = request.report(found)
+        NodeProgress(cls.hidden.unique_id).say(report.splitlines()[0])
+        kept = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
+        return io.NodeOutput({**kept, "samples": found.latent}, found.overlay, report)
+
+
+def _what_to_sample() -> list[io.Input]:
+    return [
+        io.Model.Input(
+            "model", tooltip="A flow-matching diffusion transformer. LoRAs, also ours, act in every stage."
+        ),
+        io.Conditioning.Input(
+            "positive",
+            tooltip="The prompt. For FLUX.1-dev put Flux Guidance in front. Text only: no ControlNet, areas or reference "
+            "pictures.",
+        ),
+        io.Latent.Input(
+            "latent_image",
+            tooltip="An empty latent: it gives the size, and how many pictures. For FLUX.1 and SD3.5 width and height "
+            "must be multiples of 32 px.",
+        ),
+        widgets.seed("Seeds all noise, including the noise added between stages.", control=True),
+    ]  # fmt: skip
+
+
+def _how() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+            tooltip="Guidance: 1 for guidance-distilled models such as FLUX.1-dev, more for models that need `negative`.",
+        ),
+        io.Combo.Input(
+            "preset", options=[*PRESETS, CUSTOM], default="FLUX 5x",
+            tooltip="Steps and noise levels as published; the number is how much faster than 50 steps of FLUX.1-dev, or 28 "
+            "of SD3. custom: solved for `custom_steps` and `custom_ends`.",
+        ),
+    ]  # fmt: skip
+
+
+def _the_regions() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "upsample_ratio", default=0.2, min=0.0, max=1.0, step=0.01,
+            tooltip="Share of the picture that becomes fine in the second stage. The paper has 0.2 for FLUX 5x, FLUX 7x and "
+            "SD3 3x, and 0.3 for the others.",
+        ),
+        io.Combo.Input(
+            "regions", options=list(REGIONS), default="edges",
+            tooltip="How these are found. edges: in the decoded estimate, needs `vae`. latent gradient: without decoding. "
+            "edges (as published): sees no edges in the dark half, as the authors' code.",
+        ),
+        io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is not 1."),
+        io.Vae.Input(
+            "vae", optional=True,
+            tooltip="Decodes the estimate of the first stage, to find edges and for the overlay.",
+        ),
+        io.Mask.Input(
+            "mask", optional=True,
+            tooltip="Regions that become fine first. If they are more than `upsample_ratio`, all of them do.",
+        ),
+    ]  # fmt: skip
+
+
+def _of_ones_own() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "custom_steps", default="5, 6, 7", optional=True, advanced=True,
+            tooltip="Steps of each stage, one to 3 stages. Only read by custom.",
+        ),
+        io.String.Input(
+            "custom_ends", default="0.3, 0.45, 1", optional=True, advanced=True,
+            tooltip="Where each stage ends: 0 is noise, 1 is the picture. The last is 1. Only read by custom.",
+        ),
+        io.Float.Input(
+            "custom_shift", default=3.0, min=0.1, max=100.0, step=0.01, optional=True, advanced=True,
+            tooltip="Shift of the schedule that the model was meant for. Only read by custom.",
+        ),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaluRequest:
+    """The node's widgets by their ids; defaults are those of the widgets."""
+
+    seed: int
+    cfg: float
+    preset: str
+    upsample_ratio: float
+    regions: str
+    custom_steps: str = "5, 6, 7"
+    custom_ends: str = "0.3, 0.45, 1"
+    custom_shift: float = 3.0
+
+    @property
+    def plan(self) -> StagePlan:
+        """Steps and noise levels.
+
+        Raises:
+            InvalidInputError: If the preset is not known, or its own numbers make no plan.
+        """
+        if self.preset == CUSTOM:
+            steps, ends = (
+                _numbers("custom_steps", self.custom_steps, int),
+                _numbers("custom_ends", self.custom_ends, float),
+            )
+            return solved_plan(steps, ends, self.custom_shift)
+        if self.preset not in PRESETS:
+            raise InvalidInputError(f"preset must be one of {', '.join(PRESETS)} or {CUSTOM}, got {self.preset!r}.")
+        return PRESETS[self.preset]
+
+    def sample(
+        self, model: Any, latent_image: Mapping[str, Any], positive: Any, negative: Any, *, vae: Any, mask: Any
+    ) -> Sampled:
+        """Sample the pictures of a LATENT.
+
+        Raises:
+            InvalidInputError: If a setting or an input is not usable.
+            OutOfMemoryError: If they do not fit on the device.
+        """
+        plan = self.plan
+        if negative is None and self.cfg != 1.0:
+            raise InvalidInputError(
+                f"cfg is {self.cfg}, and no negative came in. Connect `negative`, or set `cfg` to 1."
+            )
+        choice = RegionChoice(method=self.regions, ratio=self.upsample_ratio, vae=vae, mask=mask)
         with out_of_memory_explained("Sampling", "Choose a smaller size or batch for the latent."):
-            sampled = RegionAdaptiveSampler(model, plan, choice).sample(
+            return RegionAdaptiveSampler(model, plan, choice).sample(
                 positive,
                 negative if negative is not None else positive,
-                cfg,
+                self.cfg,
                 empty_latent(model, latent_image),
-                seed,
+                self.seed,
                 batch_indices=latent_image.get("batch_index"),
                 on_step=latent_preview.prepare_callback(model, sum(plan.steps)),
             )
-        report = _report(preset, plan, sampled)
-        NodeProgress(cls.hidden.unique_id).say(report.splitlines()[0])
-        out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
-        return io.NodeOutput({**out, "samples": sampled.latent}, sampled.overlay, report)
+
+    def report(self, sampled: Sampled) -> str:
+        """Return steps, tokens and noise levels of each stage, for people."""
+        plan = self.plan
+        shares = ", ".join(f"{steps} x {tokens}" for steps, tokens in zip(plan.steps, sampled.tokens, strict=True))
+        lines = [f"{self.preset}: {sum(plan.steps)} steps. Steps and image tokens of each stage: {shares}."]
+        if self.preset == CUSTOM:
+            lines.append(f"Solved: h {', '.join(f'{h:.3f}' for h in plan.shifts)}; c {plan.correlation:.5f}.")
+        lines += [
+            f"Noise levels of stage {number}: {', '.join(f'{sigma:.4f}' for sigma in sigmas)}."
+            for number, sigmas in enumerate(plan.sigmas, start=1)
+        ]
+        return "\n".join(lines)
 
 
-def _plan(preset: str, steps: str, ends: str, shift: float) -> StagePlan:
-    if preset == CUSTOM:
-        return solved_plan(_numbers("custom_steps", steps, int), _numbers("custom_ends", ends, float), shift)
-    if preset not in PRESETS:
-        raise InvalidInputError(f"preset must be one of {', '.join(PRESETS)} or {CUSTOM}, got {preset!r}.")
-    return PRESETS[preset]
-
-
-def _numbers(name: str, text: str, kind: type) -> tuple:
+def _numbers(name: str, text: str, kind: type[Any]) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise InvalidInputError(f"{name} must be numbers with commas in between, got {text!r}.") from None
-
-
-def _report(preset: str, plan: StagePlan, sampled: Sampled) -> str:
-    shares = ", ".join(f"{steps} x {tokens}" for steps, tokens in zip(plan.steps, sampled.tokens, strict=True))
-    lines = [f"{preset}: {sum(plan.steps)} steps. Steps and image tokens of each stage: {shares}."]
-    if preset == CUSTOM:
-        lines.append(f"Solved: h {', '.join(f'{h:.3f}' for h in plan.shifts)}; c {plan.correlation:.5f}.")
-    lines += [
-        f"Noise levels of stage {number}: {', '.join(f'{sigma:.4f}' for sigma in sigmas)}."
-        for number, sigmas in enumerate(plan.sigmas, start=1)
-    ]
-    return "\n".join(lines)

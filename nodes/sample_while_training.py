@@ -1,11 +1,14 @@
-"""Sample While Training: what the trainer shall sample, and when."""
+"""Sample While Training: what the trainer is to sample, and when."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import comfy.samplers
 from comfy_api.latest import io
 
 from ..blockskip_core.hosts.sampling.training_samples import sample_request
+from . import widgets
 from .inputs import checked, connected
 from .types import SamplesSocket
 
@@ -18,50 +21,14 @@ class SampleWhileTraining(io.ComfyNode):
             display_name="Sample While Training",
             category="BlockSkip/training",
             description=(
-                "Tells Dynamic Patch Trainer to sample pictures while it trains, with the LoRA as it stands, so that you "
+                "Tells Dynamic Patch Trainer to sample pictures while it trains, with the LoRA so far, so that you "
                 "see when it is good. They appear on the trainer's node, beside the LoRA's file and in the summary. The "
                 "training is the same with and without."
             ),
             search_aliases=["blockskip", "preview", "sample", "validation", "training preview"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[
-                io.Conditioning.Input(
-                    "positive", tooltip="The prompts; each becomes a picture. Use other words than the captions."
-                ),
-                io.Vae.Input("vae", tooltip="The VAE of the model."),
-                io.Int.Input(
-                    "every", default=100, min=1, max=1_000_000,
-                    tooltip="Training steps between two times. The last step is always sampled.",
-                ),
-                io.Boolean.Input(
-                    "at_start", default=True, tooltip="Also before the first step, to compare with: the plain model."
-                ),
-                io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels."),
-                io.Int.Input(
-                    "sampler_steps", default=20, min=1, max=1000, tooltip="Steps of the sampler (Euler) for each picture."
-                ),
-                io.Float.Input(
-                    "cfg", default=1.0, min=1.0, max=100.0, step=0.1, round=0.01,
-                    tooltip="1 for FLUX.1-dev and schnell, more for models without guidance distillation. Above 1 it "
-                    "needs `negative`.",
-                ),
-                io.Combo.Input(
-                    "scheduler", options=list(comfy.samplers.SCHEDULER_NAMES), default="simple",
-                    tooltip="How the sampler's steps are spread over the noise levels.",
-                ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the noise. It is the same every time, so that pictures can be compared.",
-                ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is above 1."),
-                io.Float.Input(
-                    "memory_budget", default=2.0, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
-                    tooltip="GiB of GPU memory that sampling may take above what training takes. Weights that do not fit "
-                    "into that stay in host memory and are brought over when they are used, which is slower.",
-                ),
-            ],
+            inputs=[*_what_and_when(), *_how()],
             outputs=[
                 SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
             ],
@@ -69,13 +36,51 @@ class SampleWhileTraining(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, positive, vae, every, at_start, width, height, sampler_steps, cfg, scheduler, seed, negative=None,
-        memory_budget=2.0,
-    ) -> io.NodeOutput:  # fmt: skip
-        settings = checked(
-            cls, every=every, at_start=at_start, width=width, height=height, sampler_steps=sampler_steps, cfg=cfg,
-            scheduler=scheduler, seed=seed, memory_budget=memory_budget,
-        )  # fmt: skip
-        steps, budget = settings.pop("sampler_steps"), settings.pop("memory_budget") * 2**30
+        cls, positive: Any, vae: Any, negative: Any = None, memory_budget: Any = 2.0, **settings: Any
+    ) -> io.NodeOutput:
+        request = checked(cls, memory_budget=memory_budget, **settings)
+        steps, budget = request.pop("sampler_steps"), request.pop("memory_budget") * 2**30
         vae = connected(vae=vae)["vae"]
-        return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **settings))
+        return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **request))
+
+
+def _what_and_when() -> list[io.Input]:
+    return [
+        io.Conditioning.Input(
+            "positive", tooltip="The prompts; each becomes a picture. Use other words than the captions."
+        ),
+        io.Vae.Input("vae", tooltip="The VAE of the model."),
+        io.Int.Input(
+            "every", default=100, min=1, max=widgets.MOST_STEPS,
+            tooltip="Training steps between two samples. The last step is always sampled.",
+        ),
+        io.Boolean.Input(
+            "at_start", default=True, tooltip="Also before the first step, to compare with: the plain model."
+        ),
+        widgets.side("width", 512, "In pixels."),
+        widgets.side("height", 512, "In pixels."),
+    ]  # fmt: skip
+
+
+def _how() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "sampler_steps", default=20, min=1, max=1000, tooltip="Steps of the sampler (Euler) for each picture."
+        ),
+        io.Float.Input(
+            "cfg", default=1.0, min=1.0, max=100.0, step=0.1, round=0.01,
+            tooltip="1 for FLUX.1-dev and schnell, more for models without guidance distillation. Above 1 it needs "
+            "`negative`.",
+        ),
+        io.Combo.Input(
+            "scheduler", options=list(comfy.samplers.SCHEDULER_NAMES), default="simple",
+            tooltip="How the sampler's steps are spread over the noise levels.",
+        ),
+        widgets.seed("Seeds the noise. It is the same every time, so that pictures can be compared."),
+        io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is above 1."),
+        io.Float.Input(
+            "memory_budget", default=2.0, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
+            tooltip="GiB of GPU memory that sampling may take above what training takes. Weights that do not fit into that "
+            "stay in host memory and are brought over when they are used, which is slower.",
+        ),
+    ]  # fmt: skip

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+from dataclasses import dataclass
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.files import write_atomically
-from ..blockskip_core.hosts.families.registry import adapter_for
-from ..blockskip_core.hosts.files.folders import probe_file
-from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
-from ..blockskip_core.hosts.models.identity import conditionings_identity, model_identity, module_identity
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
-from ..blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig, picture_metric
+from ..blockskip_core.hosts.sampling.measured_blocks import text_influence
+from ..blockskip_core.hosts.sampling.probe_pictures import ProbeConfig
 from ..blockskip_core.reporting import pictures
 from ..blockskip_core.selection.presets import preset_selection
 from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
 from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
-from .inputs import checked, connected
+from . import widgets
+from .inputs import checked, connected, connected_if_any
 from .page.live_chart import announcer
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket
 
-logger = logging.getLogger(__name__)
+MEASURED, PRESET, MANUAL = METHODS = ("attention mask", "preset", "manual")
 
 
 class SelectBlocks(io.ComfyNode):
@@ -44,109 +40,7 @@ class SelectBlocks(io.ComfyNode):
             search_aliases=["blockskip", "dit-blockskip", "skip layers", "block selection", "low vram lora"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The diffusion transformer that you want to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image, Wan, "
-                    "Chroma, SD3.5).",
-                ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="Prompts for the probe pictures. Name the kind of subject you will train, e.g. "
-                    "`a photo of a toy on a table`. Several prompts (a list) make the measurement steadier.",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=["attention mask", "preset", "manual"],
-                    default="attention mask",
-                    tooltip="attention mask: measure on this model (samples many small pictures once, then they are remembered). "
-                    "preset: the paper's choice for FLUX.1, scaled for other models, at once. manual: `front` and `back` below.",
-                ),
-                io.Float.Input(
-                    "skip_ratio",
-                    default=0.5,
-                    min=0.0,
-                    max=MAX_SKIP_RATIO,
-                    step=0.05,
-                    tooltip="Share of the blocks to skip. 0.3 is close to full quality, 0.5 saves the most memory that "
-                    "the paper tested. Not read by `manual`.",
-                ),
-                io.Int.Input(
-                    "front", default=19, min=0, max=1000, tooltip="Blocks skipped at the start. Only read by `manual`."
-                ),
-                io.Int.Input(
-                    "back", default=10, min=0, max=1000, tooltip="Blocks skipped at the end. Only read by `manual`."
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="With `clip_vision` too, probe pictures are compared as the paper does it. Without, their "
-                    "latents are compared.",
-                ),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip="A CLIP-ViT or DINOv2 from Load CLIP Vision. The paper uses DINO. Needs `vae` as well.",
-                ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used when `probe_cfg` is above 1."),
-                io.Int.Input(
-                    "probe_size",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Side of the probe pictures in pixels.",
-                ),
-                io.Int.Input(
-                    "probe_steps",
-                    default=8,
-                    min=1,
-                    max=100,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Sampler steps of each probe picture.",
-                ),
-                io.Float.Input(
-                    "probe_cfg",
-                    default=1.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Guidance of the probe pictures: 1 for FLUX.1-dev and schnell, more for models without "
-                    "guidance distillation, such as Qwen-Image, Wan, Chroma and SD3.5.",
-                ),
-                io.Int.Input(
-                    "probe_seeds",
-                    default=1,
-                    min=1,
-                    max=64,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Probe pictures per prompt. More are slower and steadier.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Noise of the probe pictures.",
-                ),
-                io.Boolean.Input(
-                    "window_profile",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Also measure a window of a quarter of the blocks sliding over the model, for the heatmap. "
-                    "It takes about half as long again and does not change the choice.",
-                ),
-            ],
+            inputs=[*_the_choice(), *_the_probe_s_models(), *_the_probe()],
             outputs=[
                 BlockSelectionSocket.Output("selection", display_name="selection", tooltip="For Precompute Residuals."),
                 io.Image.Output(
@@ -160,143 +54,172 @@ class SelectBlocks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, vae=None, clip_vision=None, negative=None, **widgets) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, positive: Any, vae: Any = None, clip_vision: Any = None, negative: Any = None, **settings: Any
+    ) -> io.NodeOutput:
         model = connected(model=model)["model"]
-        vae = None if vae is None else connected(vae=vae)["vae"]
-        clip_vision = None if clip_vision is None else connected(clip_vision=clip_vision)["clip_vision"]
-        settings = _Settings(**checked(cls, **widgets))
-        dit = HostedDit(model)
-        influence = None
-        if settings.method == "attention mask":
-            budget = num_skipped(settings.skip_ratio, len(dit.blocks))
-            probe = _Probe(model, positive, negative, vae, clip_vision, settings, len(dit.blocks))
-            progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "selecting"))
-            with out_of_memory_explained("Sampling the probe pictures", "Lower `probe_size`, or choose `preset`."):
-                influence = probe.measured(budget, progress)
-            selection = measured_selection(influence, settings.skip_ratio, dit.family, dit.block_bytes)
-        else:
-            selection = settings.choose(dit)
-        report = selection.describe()
-        if influence is not None:
-            if vae is None or clip_vision is None:
-                report += "\nConnect `vae` and `clip_vision` to compare pictures as the paper does."
-            report += "\n\nFor other budgets, as far as measured:\n" + selection_table(influence, dit.block_bytes)
-        heatmap = pictures.selection_heatmap(selection, influence, [block.name for block in dit.blocks])
-        return io.NodeOutput(selection, pictures.as_image(heatmap), report)
+        plugged = {"positive": positive, "negative": negative, **connected_if_any(vae=vae, clip_vision=clip_vision)}
+        progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "selecting"))
+        chosen = choose_blocks(model, Choice(**checked(cls, **settings)), progress, **plugged)
+        return io.NodeOutput(chosen.selection, pictures.as_image(chosen.heatmap), chosen.report)
 
 
-class _Settings:
-    """The node's widgets."""
-
-    def __init__(
-        self,
-        method: str,
-        skip_ratio: float,
-        front: int,
-        back: int,
-        probe_size: int = 512,
-        probe_steps: int = 8,
-        probe_cfg: float = 1.0,
-        probe_seeds: int = 1,
-        seed: int = 0,
-        window_profile: bool = True,
-    ) -> None:
-        self.method, self.skip_ratio, self.front, self.back = method, skip_ratio, front, back
-        self.window_profile = window_profile
-        self.probe = ProbeConfig(size=probe_size, steps=probe_steps, cfg=probe_cfg, seed=seed, num_seeds=probe_seeds)
-
-    def choose(self, dit: HostedDit) -> BlockSelection:
-        """Return the selection of the methods that measure nothing."""
-        if self.method == "preset":
-            return preset_selection(self.skip_ratio, len(dit.blocks), dit.family, dit.block_bytes)
-        if self.method == "manual":
-            return BlockSelection(
-                front=self.front,
-                back=self.back,
-                num_blocks=len(dit.blocks),
-                family=dit.family,
-                block_bytes=dit.block_bytes,
-                note="Chosen by hand.",
-            )
-        raise InvalidInputError(f"method must be attention mask, preset or manual, got {self.method!r}.")
+def _the_choice() -> list[io.Input]:
+    return [
+        io.Model.Input(
+            "model",
+            tooltip="The diffusion transformer that you want to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image, Wan, "
+            "Chroma, SD3.5).",
+        ),
+        io.Conditioning.Input(
+            "positive",
+            tooltip="Prompts for the probe pictures. Name the kind of subject you will train, e.g. "
+            "`a photo of a toy on a table`. Several prompts (a list) make the measurement steadier.",
+        ),
+        io.Combo.Input(
+            "method", options=list(METHODS), default=MEASURED,
+            tooltip="attention mask: measure on this model (samples many small pictures once, then they are remembered). "
+            "preset: the paper's choice for FLUX.1, scaled for other models, at once. manual: `front` and `back` below.",
+        ),
+        io.Float.Input(
+            "skip_ratio", default=0.5, min=0.0, max=MAX_SKIP_RATIO, step=0.05,
+            tooltip="Share of the blocks to skip. 0.3 is close to full quality, 0.5 saves the most memory that the paper "
+            "tested. Not read by `manual`.",
+        ),
+        io.Int.Input(
+            "front", default=19, min=0, max=1000, tooltip="Blocks skipped at the start. Only read by `manual`."
+        ),
+        io.Int.Input(
+            "back", default=10, min=0, max=1000, tooltip="Blocks skipped at the end. Only read by `manual`."
+        ),
+    ]  # fmt: skip
 
 
-class _Probe:
-    """Probe pictures of a MODEL, and what has been measured with them so far."""
+def _the_probe_s_models() -> list[io.Input]:
+    return [
+        io.Vae.Input(
+            "vae", optional=True,
+            tooltip="With `clip_vision` too, probe pictures are compared as the paper does it. Without, their latents are "
+            "compared.",
+        ),
+        io.ClipVision.Input(
+            "clip_vision", optional=True,
+            tooltip="A CLIP-ViT or DINOv2 from Load CLIP Vision. The paper uses DINO. Needs `vae` as well.",
+        ),
+        io.Conditioning.Input("negative", optional=True, tooltip="Only used when `probe_cfg` is above 1."),
+    ]  # fmt: skip
 
-    def __init__(self, model, positive, negative, vae, clip_vision, settings: _Settings, num_blocks: int) -> None:
-        self._positive = flatten_conditionings(positive)
-        self._negative = flatten_conditionings(negative)[0] if negative else None
-        adapter_for(model).require_texts([*self._positive, *([self._negative] if self._negative else [])])
-        self._settings = settings
-        self._metric = picture_metric(vae, clip_vision)
-        self._sampler = MaskedSampler(model, settings.probe)
-        self._num_blocks = num_blocks
-        self._file = probe_file(self._key(model, vae, clip_vision))
 
-    def measured(self, budget: int, progress: NodeProgress) -> TextInfluence:
-        """Return the influence for budgets up to ``budget``; measures what is missing, remembering each distance."""
-        influence = self._remembered()
-        runs = influence.missing(budget, with_window=self._settings.window_profile)
-        if not runs:
-            return influence
-        steps = self._settings.probe.steps
-        ticks = _Ticks(progress, total=(1 + len(runs)) * influence.num_pictures * steps)
-        plain = self._embeddings(frozenset(), ticks)
-        for run, masked in runs.items():
-            pairs = zip(plain, self._embeddings(masked, ticks), strict=True)
-            influence.record(run, sum(self._metric.distance(a, b) for a, b in pairs))
-            write_atomically(self._file, lambda path: path.write_text(influence.to_json(), encoding="utf-8"))
-        return influence
+def _the_probe() -> list[io.Input]:
+    return [
+        widgets.probe_size("Side of the probe pictures in pixels."),
+        io.Int.Input(
+            "probe_steps", default=8, min=1, max=100, optional=True, advanced=True,
+            tooltip="Sampler steps of each probe picture.",
+        ),
+        io.Float.Input(
+            "probe_cfg", default=1.0, min=1.0, max=30.0, step=0.1, optional=True, advanced=True,
+            tooltip="Guidance of the probe pictures: 1 for FLUX.1-dev and schnell, more for models without guidance "
+            "distillation, such as Qwen-Image, Wan, Chroma and SD3.5.",
+        ),
+        io.Int.Input(
+            "probe_seeds", default=1, min=1, max=64, optional=True, advanced=True,
+            tooltip="Probe pictures per prompt. More are slower and steadier.",
+        ),
+        widgets.seed("Seeds the noise of the probe pictures.", optional=True, advanced=True),
+        io.Boolean.Input(
+            "window_profile", default=True, optional=True, advanced=True,
+            tooltip="Also measure a window of a quarter of the blocks sliding over the model, for the heatmap. It takes "
+            "about half as long again and does not change the choice.",
+        ),
+    ]  # fmt: skip
 
-    def _embeddings(self, masked: frozenset[int], ticks: _Ticks) -> list:
-        probe = self._settings.probe
-        return [
-            self._metric.embed(
-                self._sampler.sample(
-                    conditioning,
-                    self._negative or conditioning,
-                    seed=(probe.seed + number) % 2**64,
-                    masked=masked,
-                    on_step=ticks.tick,
-                )
-            )
-            for conditioning in self._positive
-            for number in range(probe.num_seeds)
-        ]
 
-    def _remembered(self) -> TextInfluence:
-        fresh = TextInfluence(
-            self._num_blocks, self._metric.name, num_pictures=len(self._positive) * self._settings.probe.num_seeds
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The node's widgets by their ids; defaults are those of the widgets."""
+
+    method: str
+    skip_ratio: float
+    front: int
+    back: int
+    probe_size: int = 512
+    probe_steps: int = 8
+    probe_cfg: float = 1.0
+    probe_seeds: int = 1
+    seed: int = 0
+    window_profile: bool = True
+
+    @property
+    def probe(self) -> ProbeConfig:
+        """How probe pictures are sampled."""
+        return ProbeConfig(
+            size=self.probe_size, steps=self.probe_steps, cfg=self.probe_cfg, seed=self.seed, num_seeds=self.probe_seeds
         )
-        if not self._file.is_file():
-            return fresh
-        try:
-            return TextInfluence.from_json(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("BlockSkip: the remembered probe %s is damaged (%s); measuring anew", self._file.name, error)
-            return fresh
-
-    def _key(self, model, vae, clip_vision) -> str:
-        probe = self._settings.probe
-        negative = [self._negative] if self._negative and probe.cfg != 1.0 else []
-        parts = [
-            model_identity(model),
-            conditionings_identity([*self._positive, *negative]),
-            self._metric.name,
-            "" if vae is None else module_identity(vae.first_stage_model),
-            "" if clip_vision is None else module_identity(clip_vision.model),
-            [probe.size, probe.steps, probe.cfg, probe.seed, probe.num_seeds],
-        ]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-class _Ticks:
-    """Counts sampler steps over all probe pictures."""
+@dataclass(frozen=True)
+class Chosen:
+    """A selection, and what is known of it."""
 
-    def __init__(self, progress: NodeProgress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+    selection: BlockSelection
+    influence: TextInfluence | None
+    report: str
+    block_names: list[str]
 
-    def tick(self) -> None:
-        self._done += 1
-        self._progress("measuring blocks, sampler step", self._done, self._total)
+    @property
+    def heatmap(self) -> Any:
+        """How much the text matters in each part of the model, as a picture."""
+        return pictures.selection_heatmap(self.selection, self.influence, self.block_names)
+
+
+def choose_blocks(model: Any, choice: Choice, progress: NodeProgress, **plugged: Any) -> Chosen:
+    """Choose blocks of a MODEL; ``plugged`` is what a measurement takes beside it.
+
+    Raises:
+        InvalidInputError: If a setting is out of range, or a block would have to be left that is not there.
+        OutOfMemoryError: If the probe pictures do not fit on the device.
+    """
+    choice.probe  # noqa: B018 - checks the settings, whatever the method
+    dit, influence = HostedDit(model), None
+    if choice.method == MEASURED:
+        influence = _measured(model, dit, choice, progress, **plugged)
+        selection = measured_selection(influence, choice.skip_ratio, dit.family, dit.block_bytes)
+    else:
+        selection = _without_measuring(dit, choice)
+    report = selection.describe()
+    if influence is not None:
+        if plugged["vae"] is None or plugged["clip_vision"] is None:
+            report += "\nConnect `vae` and `clip_vision` to compare pictures as the paper does."
+        report += "\n\nFor other budgets, as far as measured:\n" + selection_table(influence, dit.block_bytes)
+    return Chosen(selection, influence, report, [block.name for block in dit.blocks])
+
+
+def _measured(model: Any, dit: HostedDit, choice: Choice, progress: NodeProgress, **plugged: Any) -> TextInfluence:
+    positive, negative = plugged.pop("positive"), plugged.pop("negative")
+    budget = num_skipped(choice.skip_ratio, len(dit.blocks))
+
+    def tell(done: int, total: int) -> None:
+        progress("measuring blocks, sampler step", done, total)
+
+    with out_of_memory_explained("Sampling the probe pictures", "Lower `probe_size`, or choose `preset`."):
+        return text_influence(
+            model, positive, negative, choice.probe, len(dit.blocks), budget, with_window=choice.window_profile,
+            progress=tell, waiting=lambda: progress("waiting for another process, which measures the same blocks", 0, 1),
+            **plugged,
+        )  # fmt: skip
+
+
+def _without_measuring(dit: HostedDit, choice: Choice) -> BlockSelection:
+    if choice.method == PRESET:
+        return preset_selection(choice.skip_ratio, len(dit.blocks), dit.family, dit.block_bytes)
+    if choice.method == MANUAL:
+        return BlockSelection(
+            front=choice.front,
+            back=choice.back,
+            num_blocks=len(dit.blocks),
+            family=dit.family,
+            block_bytes=dit.block_bytes,
+            note="Chosen by hand.",
+        )
+    raise InvalidInputError(f"method must be attention mask, preset or manual, got {choice.method!r}.")

@@ -5,13 +5,13 @@ memory, so a step of a model of any size is counted in seconds and in little mem
 counts come out of a real run. Three conventions:
 
     bytes        Each storage once, from the operation that makes it to the moment nothing holds it. What an allocator
-                 rounds up or cannot reuse, and what kernels use inside, is not in it. ``meta`` stands for the device;
-                 tensors on the CPU beside it are host memory.
+                 rounds up or cannot reuse, and what kernels use inside, is not in it. ``meta`` takes the role of the device;
+                 tensors on the CPU are host memory.
     operations   Multiplications and additions of matrix products and attention, forward, recomputed and backward, by
                  torch's own formulas: one multiply-add is 2.
     attention    On ``meta``, inside :class:`FusedAttention`, as a fused kernel does it: no matrix of scores.
 
-Values on ``meta`` mean nothing. Where a loop asks for a number it is told 1, and where tensors come to the CPU they
+Values on ``meta`` mean nothing. Where a loop asks for a number it gets 1, and where tensors come to the CPU they
 are zeros, so that the real loops can be counted without a second copy of them.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -33,7 +33,7 @@ _META = torch.device("meta")
 
 
 class Counting(TorchDispatchMode):
-    """Context in which operations and live bytes are counted, for one device or for ``meta`` and the CPU beside it.
+    """Context in which operations and live bytes are counted, for one device, or for ``meta`` and the CPU.
 
     Tensors that were there before are not counted, nor are views of them; see :meth:`hold`.
 
@@ -78,7 +78,7 @@ class Counting(TorchDispatchMode):
             self.operations += _FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         if func is aten.lift_fresh.default and result.ndim:
-            given = set()  # torch.tensor has just made what it hands on here; single numbers are left out
+            given = set()  # torch.tensor passes what it has just made; single numbers are left out
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _identity(tensor) not in given:
                 self._watch(tensor)
@@ -86,6 +86,11 @@ class Counting(TorchDispatchMode):
 
     def _watch(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed."""
+        if is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; those of the tensors in it have
+            parts: Any = tensor
+            for name in parts.__tensor_flatten__()[0]:
+                self._watch(getattr(tensor, name))
+            return
         storage, key = tensor.untyped_storage(), _identity(tensor)
         if key in self._watched:
             return
@@ -101,7 +106,7 @@ class Counting(TorchDispatchMode):
 
 
 def _identity(tensor: Tensor) -> int:
-    """Return a number that tensors share if they share memory; ``meta`` tensors have no address."""
+    """Return a number that is equal for tensors that share memory; ``meta`` tensors have no address."""
     return tensor.untyped_storage()._cdata
 
 
@@ -115,7 +120,7 @@ def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would take the one that is written out.
+    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would choose the one that materialises the scores.
 
     To be entered around the attention itself: a recomputation in backward does not see contexts around the backward.
     """

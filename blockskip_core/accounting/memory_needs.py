@@ -1,4 +1,4 @@
-"""What a whole run takes, before it: its phases, as ``phase_counts`` counts them, put together.
+"""What a whole run takes, known before it starts: its phases, as ``phase_counts`` counts them, put together.
 
 Axis legend: ``C H W`` latent channels, rows, columns.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.lora import LoraSettings
 from ..model import SkippableDit, TokenStreams
+from ..residuals.format import ResidualFormat, ResidualShape
 from ..selection.selection import BlockSelection
 from ..training.config import TrainingConfig
 from .phase_counts import (
@@ -33,7 +34,7 @@ class StoredWeights:
 
     Attributes:
         blocks: Bytes of each block.
-        others: Bytes of all that is no block.
+        others: Bytes of everything else.
     """
 
     blocks: Sequence[int]
@@ -57,13 +58,14 @@ class RunPlan:
         chunk: Examples that go through the blocks together.
         stored: Examples whose residuals are on the disk at a time.
         caption: Index of the longest conditioning.
+        residual_format: How residuals are stored.
     """
 
     latent_shape: Sequence[int]
     probe_shape: Sequence[int]
     selection: BlockSelection
     lora: LoraSettings
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Linear]
     config: TrainingConfig
     on_the_fly: bool = False
     linear: bool = False
@@ -71,6 +73,7 @@ class RunPlan:
     chunk: int = 1
     stored: int = 1
     caption: int = 0
+    residual_format: ResidualFormat = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,8 @@ class MemoryNeeds:
         selecting, training: On the device, by phase.
         precomputing: The same; None if nothing is precomputed.
         lora: Bytes of the LoRA's tensors.
-        replayed: Bytes on the device of what stands in for the skipped blocks.
-        host: At most as many bytes of host memory, beside the model, captions and libraries.
+        replayed: Bytes on the device of what is replayed for the skipped blocks.
+        host: At most this many bytes of host memory, besides the model, captions and libraries.
         disk: Bytes of residuals on the disk, without headers and latents.
     """
 
@@ -129,7 +132,7 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
     tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
     residual = residual_of_zeros(tokens, selection)
     response = None
-    if plan.linear and selection.back and passing:
+    if plan.linear and residual.back is not None and passing:
         response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
     adapters = adapters_on(dit, plan.layers, plan.lora)
     selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)
@@ -161,8 +164,22 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
         lora=lora,
         replayed=plan.config.batch_size * one + (0 if response is None else response.nbytes),
         host=latents + host,
-        disk=(plan.stored * one + (0 if response is None else response.nbytes)) * passing,
+        disk=_disk(plan, tokens) if passing else 0,
     )
+
+
+def _disk(plan: RunPlan, tokens: TokenStreams) -> int:
+    """Return the bytes of stored residuals for tokens of these shapes."""
+    shape = ResidualShape(
+        front=plan.selection.front > 0,
+        back=plan.selection.back > 0,
+        img_tokens=tokens.img.shape[1],
+        txt_tokens=0 if tokens.txt is None else tokens.txt.shape[1],
+        width=tokens.img.shape[2],
+        itemsize=tokens.img.itemsize,
+        form=plan.residual_format,
+    )
+    return shape.num_bytes(plan.stored) + shape.response_bytes() * plan.linear
 
 
 def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -> int:

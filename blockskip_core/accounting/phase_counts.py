@@ -1,4 +1,4 @@
-"""What one phase of a run takes, before it: the real loop is run on a model without weights, and counted.
+"""What one phase of a run takes, known before it starts: the real loop is run on a model without weights, and counted.
 
 Nothing here is fitted: the model, its stand-ins, the LoRA, the loss and the optimiser are those of the run, with the
 same shapes. See ``measuring`` for what is counted and what is not.
@@ -22,12 +22,13 @@ from ..blocks.stand_ins import PassThrough
 from ..data.micro_batches import MicroBatches
 from ..data.patch_sampling import PatchConfig
 from ..data.schedule import Draw, TrainingSchedule
-from ..model import Denoiser, SkippableDit, TokenStreams
+from ..model import Denoiser, SkippableDit, TokenStreams, WeightPlacement, WrappedDit
 from ..residuals.precompute import precompute_residuals
 from ..residuals.source import OpenResiduals
 from ..selection.selection import BlockSelection
 from ..training.config import TrainingConfig
 from ..training.loop import train_lora
+from ..training.observer import OnStep
 from ..training.result import TrainingResult
 from .measuring import Counting
 
@@ -43,7 +44,7 @@ class PhaseCount:
             replayed.
         saved: Kept for the backward pass of a micro-batch, parameters not counted.
         operations: Of one optimiser step, one draw or one pass.
-        host: Most that lives on the CPU at the same time, beside the model and what is read ahead.
+        host: Most that lives on the CPU at the same time, besides the model and what is read ahead.
     """
 
     weights: int
@@ -54,7 +55,7 @@ class PhaseCount:
     host: int
 
     def with_weights(self, weights: int) -> PhaseCount:
-        """Return the count for weights that take another number of bytes and are unpacked in the same way."""
+        """Return the count for weights of another size in bytes that are unpacked in the same way."""
         more = weights - self.weights
         between = self.between and self.between + more
         return replace(self, weights=weights, peak=self.peak + more, between=between)
@@ -144,7 +145,7 @@ def count_training(
         latent_shape: (C, H, W).
         selection: Blocks to be skipped.
         adapters: The LoRA, on the model's device; see :func:`adapters_on`.
-        config: The settings; how many steps they ask for is not read.
+        config: The settings; the number of steps is not read.
         residual: Of one draw, see :func:`residual_of_zeros`; None for the folded form.
         caption: Index of the conditioning of all draws.
         response: The back span's linear answer, shape (D, D), or None.
@@ -164,13 +165,14 @@ def count_training(
             after.append((counting.live(dit.device), counting.operations))
 
         train_lora(
-            watched, schedule, latents, selection, _OneStretch(opened), adapters, config, result=result, on_step=on_step
-        )
+            watched, schedule, latents, selection, _OneStretch(opened), adapters, config, result=result,
+            observers=[OnStep(on_step)],
+        )  # fmt: skip
     (_, first), (between, both) = after
     return watched.count(operations=both - first, between=between, saved=result.saved_bytes)
 
 
-def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Module], settings: LoraSettings) -> LoraAdapters:
+def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Linear], settings: LoraSettings) -> LoraAdapters:
     """Return a LoRA that is made on the model's device; on ``meta`` it takes no memory.
 
     Args:
@@ -183,27 +185,31 @@ def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Module], settings: Lo
         return LoraAdapters(shapes, settings, seed=0)
 
 
-class _Watched:
+class _Watched(WrappedDit):
     """A model whose runs tell a :class:`Counting` how much they load."""
 
     def __init__(self, dit: SkippableDit, counting: Counting) -> None:
-        self._dit, self._counting = dit, counting
+        super().__init__(dit)
+        self._counting = counting
         self._weights = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dit, name)
-
     @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], **placement: Any) -> Iterator[Denoiser]:
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> Iterator[Denoiser]:
         """Run the model, and see how much is loaded for it."""
-        before = self._counting.live(self._dit.device)
-        with self._dit.running(replacements, **placement) as denoise:
-            self._weights = max(self._weights, self._counting.live(self._dit.device) - before)
+        before = self._counting.live(self.device)
+        with super().running(replacements, activation_bytes=activation_bytes, weights=weights) as denoise:
+            self._weights = max(self._weights, self._counting.live(self.device) - before)
             yield denoise
 
     def count(self, **further: int) -> PhaseCount:
         """Return what was counted."""
-        counting, device = self._counting, self._dit.device
+        counting, device = self._counting, self.device
         host = 0 if device.type == "cpu" else counting.peak(torch.device("cpu"))
         return PhaseCount(weights=self._weights, peak=counting.peak(device), host=host, **further)
 
@@ -228,6 +234,6 @@ class _OneStretch:
 
 
 def _stand_in_draws(count: int, caption: int) -> TrainingSchedule:
-    """Return draws that have the right shape and mean nothing."""
+    """Return placeholder draws of the right shape."""
     draw = Draw(picture=0, caption=caption, sigma=0.5, side=16, top=0, left=0, noise_seed=0)
     return TrainingSchedule((draw,) * count, PatchConfig(patch_min=16, patch_max=16), 0, "none")

@@ -1,7 +1,7 @@
 """Does a run fit, and if not, what is the smallest change that makes it fit? On counts of ``memory_needs``.
 
 A plan is a run's settings as far as memory depends on them. Changes are tried one by one, those that cost nothing of the
-result first; if none is enough by itself they are added up in that order. What a card needs beside the counted bytes (the
+result first; if none is enough by itself they are added up in that order. What a card needs besides the counted bytes (the
 allocator's rounding, workspaces of kernels) is not known before a run: :data:`MARGIN` is left for it, which has not been
 measured on a GPU.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import InvalidInputError
 from ..training.config import TrainingConfig
@@ -19,7 +20,7 @@ from .memory_needs import MemoryNeeds
 MARGIN = 0.05  # of the counted peak
 CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
 """Presets: the card's memory in GiB."""
-NOT_OURS = (1 / 8, 0.5)
+RESERVED = (1 / 8, 0.5)
 """Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
 _PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
@@ -27,7 +28,7 @@ PHASES = ("choosing blocks", "precomputing", "training")
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """What of a run's settings memory depends on, beside model, captions and selection.
+    """The settings of a run that memory depends on, besides model, captions and selection.
 
     Attributes:
         config: Settings of the training.
@@ -35,6 +36,8 @@ class MemorySettings:
         quantize_kept: Format of the kept blocks' weights for the run, or "off".
         patch_min: Side of a training crop in pixels.
         measured: Whether blocks are chosen by sampling pictures with the whole model.
+        frozen: How many blocks run in training without adapters.
+        quantize_frozen: Format of their weights for the run, or "off".
     """
 
     config: TrainingConfig
@@ -42,6 +45,8 @@ class MemorySettings:
     quantize_kept: str = "off"
     patch_min: int = 256
     measured: bool = False
+    frozen: int = 0
+    quantize_frozen: str = "off"
 
     def describe(self) -> str:
         """Return the settings for people, on one line."""
@@ -55,6 +60,7 @@ class MemorySettings:
             f"checkpointing {'on' if config.checkpointing else 'off'}",
             kept,
             f"quantize_kept {self.quantize_kept}",
+            f"quantize_frozen {self.quantize_frozen}" if self.frozen else "",
         ]
         return ", ".join(part for part in parts if part) + "."
 
@@ -72,7 +78,7 @@ class Change:
     apply: Callable[[MemorySettings], MemorySettings]
 
 
-def _config(**fields: object) -> Callable[[MemorySettings], MemorySettings]:
+def _config(**fields: Any) -> Callable[[MemorySettings], MemorySettings]:
     def apply(settings: MemorySettings) -> MemorySettings:
         changed = replace(settings.config, **fields)
         return settings if changed == settings.config else replace(settings, config=changed)
@@ -80,7 +86,7 @@ def _config(**fields: object) -> Callable[[MemorySettings], MemorySettings]:
     return apply
 
 
-def _off_the_fly(settings: MemorySettings) -> MemorySettings:
+def _store_in_chunks(settings: MemorySettings) -> MemorySettings:
     return replace(settings, storage="chunked") if settings.storage == "on the fly" else settings
 
 
@@ -91,6 +97,14 @@ def _quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]
     def apply(settings: MemorySettings) -> MemorySettings:
         finer = _COARSENESS[settings.quantize_kept] < _COARSENESS[weight_format]
         return replace(settings, quantize_kept=weight_format) if finer else settings
+
+    return apply
+
+
+def _frozen_quantised(weight_format: str) -> Callable[[MemorySettings], MemorySettings]:
+    def apply(settings: MemorySettings) -> MemorySettings:
+        finer = settings.frozen and _COARSENESS[settings.quantize_frozen] < _COARSENESS[weight_format]
+        return replace(settings, quantize_frozen=weight_format) if finer else settings
 
     return apply
 
@@ -110,8 +124,9 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("switch `checkpointing` on", _config(checkpointing=True)),
     Change("set `activation_budget` to 0", _config(activation_budget=0.0)),
     Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
-    Change("set `storage` to chunked", _off_the_fly),
+    Change("set `storage` to chunked", _store_in_chunks),
     Change("set `patch_min` to 256", _smaller(256)),
+    Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # no adapter learns on these
     Change("set `quantize_kept` to int8", _quantised("int8")),
     Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
     Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
@@ -135,7 +150,7 @@ def peak_of(settings: MemorySettings, needs: MemoryNeeds) -> int:
 
 
 def fits(peak: int, available: int) -> bool:
-    """Return whether a counted peak fits into so many bytes."""
+    """Return whether a counted peak fits into the available bytes."""
     return peak * (1.0 + MARGIN) <= available
 
 
@@ -157,7 +172,7 @@ def changes_that_fit(
         None if all changes together are not enough.
     """
     changed_by = [(change, change.apply(settings)) for change in CHANGES]
-    useful = [change for change, to in changed_by if to is not settings and to.quantize_kept in formats]
+    useful = [change for change, to in changed_by if to is not settings and _offered(to, formats)]
     for change in useful:
         needs = count(change.apply(settings))
         if fits(peak_of(settings, needs), available):
@@ -165,13 +180,17 @@ def changes_that_fit(
     taken: list[Change] = []
     for change in useful:
         changed = change.apply(settings)
-        if changed is settings:  # an earlier change has done more
+        if changed is settings:  # an earlier change already covers it
             continue
         settings, taken = changed, [*taken, change]
         needs = count(settings)
         if fits(peak_of(settings, needs), available):
             return taken, needs
     return None
+
+
+def _offered(settings: MemorySettings, formats: Collection[str]) -> bool:
+    return settings.quantize_kept in formats and (not settings.frozen or settings.quantize_frozen in formats)
 
 
 def room_of_card(card: str) -> int:
@@ -182,16 +201,16 @@ def room_of_card(card: str) -> int:
     """
     if card not in CARDS:
         raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
-    share, more = NOT_OURS
+    share, more = RESERVED
     return round((CARDS[card] * (1 - share) - more) * 2**30)
 
 
 def with_spare_used(
     settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
 ) -> MemorySettings:
-    """Return settings that fit, with memory that is left put to use: activations are kept instead of recomputed.
+    """Return settings that fit, with spare memory put to use: activations are kept instead of recomputed.
 
-    That changes nothing of the result and makes a step faster. Half a GiB is the smallest portion.
+    The result stays the same, and a step is faster. Half a GiB is the smallest portion.
 
     Args:
         settings: Some that fit.
@@ -201,7 +220,7 @@ def with_spare_used(
     if not settings.config.checkpointing:
         return settings
 
-    def possible(**fields: object) -> MemorySettings | None:
+    def possible(**fields: Any) -> MemorySettings | None:
         changed = _config(**fields)(settings)
         return changed if fits(peak_of(changed, count(changed)), available) else None
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 def estimated_step_bytes(
     *, num_kept: int, tokens: int, width: int, itemsize: int, batch_size: int, checkpointing: bool, lora_numbers: int
 ) -> int:
-    """Return about how much memory a step takes beside the weights, for the host to keep free.
+    """Return about how much memory a step takes in addition to the weights, for the host to keep free.
 
     A rule of thumb that asks for nothing but numbers; ``phase_counts`` counts exactly, and a test compares the two.
-    The LoRA takes 16 bytes a number: itself, its gradient and AdamW's two moments. A block with LoRA on all its linear layers keeps about 25 numbers per token and unit of width for its backward
-    (measured on FLUX blocks with this module's hooks: 23 in a single-stream, 25 in a double-stream block). With
-    checkpointing every block keeps its input only, and one block at a time is recomputed.
+    The LoRA takes 16 bytes a number: itself, its gradient and AdamW's two moments. A block with LoRA on all its linear
+    layers keeps about 25 numbers per token and unit of width for its backward (measured on FLUX blocks with this
+    package's hooks: 23 in a single-stream, 25 in a double-stream block). With checkpointing every block keeps its input
+    only, and one block at a time is recomputed.
 
     Args:
         num_kept: Blocks that are trained.

@@ -1,7 +1,7 @@
 """How many bytes weights take: as they are kept now, and as they would be after quantisation, from shapes alone.
 
 The formats are the host's own (ComfyUI keeps whole models in them); nothing is quantised here. Bytes by format for a
-weight of shape (out, in), each with what it stores beside the numbers:
+weight of shape (out, in), each with what it stores besides the numbers:
 
     fp8      1 byte per number, one float32 scale
     int8     1 byte per number, a float32 scale per row
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -57,26 +57,31 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
 def stored_bytes(tensor: Tensor) -> int:
     """Return the bytes that a tensor takes where it is kept; of a quantised one, with its scales."""
     if is_traceable_wrapper_subclass(tensor):
-        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        parts: Any = tensor
+        return sum(stored_bytes(getattr(parts, name)) for name in parts.__tensor_flatten__()[0])
     return tensor.nbytes
 
 
-def is_quantizable(layer: nn.Module) -> bool:
+def is_quantizable(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a layer is a linear one whose weight is a plain matrix of more than one byte per number."""
-    weight = getattr(layer, "weight", None)
-    plain = type(weight) in (Tensor, nn.Parameter)
-    return is_linear(layer) and plain and weight.dim() == 2 and weight.dtype.itemsize > 1
+    if not is_linear(layer):
+        return False
+    weight: Any = getattr(layer, "weight", None)  # packed layers of other packs may have none
+    return type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.dtype.itemsize > 1
 
 
-def is_shrunk(layer: nn.Module, weight_format: str) -> bool:
+def is_shrunk(layer: nn.Module, weight_format: str) -> TypeGuard[nn.Linear]:
     """Return whether a layer is one that takes fewer bytes in a format; others are left as they are."""
-    return is_quantizable(layer) and WEIGHT_FORMATS[weight_format].num_bytes(*layer.weight.shape) < layer.weight.nbytes
+    if not is_quantizable(layer):
+        return False
+    rows, columns = layer.weight.shape
+    return WEIGHT_FORMATS[weight_format].num_bytes(rows, columns) < layer.weight.nbytes
 
 
 def predicted_bytes(block: nn.Module, weight_format: str) -> int:
     """Return the bytes of a block's weights after its linear layers were quantised.
 
-    Only shapes and dtypes are read, so the block may lie on the meta device. Layers that are quantised already, biases
+    Only shapes and dtypes are read, so the block may be on the meta device. Layers that are quantised already, biases
     and norms stay as they are.
 
     Args:
@@ -86,6 +91,6 @@ def predicted_bytes(block: nn.Module, weight_format: str) -> int:
     total = sum(stored_bytes(parameter) for parameter in block.parameters())
     if weight_format == "off":
         return total
-    layers = [layer for layer in block.modules() if is_shrunk(layer, weight_format)]
+    weights = [layer.weight for layer in block.modules() if is_shrunk(layer, weight_format)]
     num_bytes = WEIGHT_FORMATS[weight_format].num_bytes
-    return total + sum(num_bytes(*layer.weight.shape) - layer.weight.nbytes for layer in layers)
+    return total + sum(num_bytes(*weight.shape) - weight.nbytes for weight in weights)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..blocks.weight_sharing import is_unpacked
 
-PACKED = torch.float8_e4m3fn  # what stands in for weights in a format of the host's own: has to be unpacked for use
+PACKED = torch.float8_e4m3fn  # in place of weights in the host's own formats, which have to be unpacked for use
 
 
 def weightless_copy(module: nn.Module, *, without: Mapping[str, Any] | None = None) -> nn.Module:
@@ -23,7 +23,7 @@ def weightless_copy(module: nn.Module, *, without: Mapping[str, Any] | None = No
 
     Args:
         module: The original.
-        without: Attributes that copies must not carry over -> what stands there instead, or ``None`` to leave them out.
+        without: Attributes that copies must not carry over -> what replaces them, or ``None`` to leave them out.
     """
     return _copy(module, without or {}, {})
 
@@ -44,7 +44,7 @@ def replaced(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Mod
         child, _, rest = path.partition(".")
         below.setdefault(child, {})[rest] = stand_in
     for child, inner in below.items():
-        twin._modules[child] = replaced(module._modules[child], inner)
+        twin._modules[child] = replaced(module.get_submodule(child), inner)
     return twin
 
 

@@ -99,7 +99,7 @@ class LoraAdapters:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's only: no other generator is used, or disturbed
             peft.inject_adapter_in_model(self.config, self._skeleton)
-        self._layers = {name: self._skeleton.get_submodule(name) for name in layers}
+        self._layers: dict[str, Any] = {name: self._skeleton.get_submodule(name) for name in layers}  # of peft's class
         for layer in self._layers.values():
             layer.lora_A.to(dtype)
             layer.lora_B.to(dtype)
@@ -166,7 +166,7 @@ class LoraAdapters:
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module], weight_for_backward: WeightForBackward) -> Iterator[None]:
-        """Let the adapters act for the time of the context.
+        """Let the adapters act within the context.
 
         Args:
             modules: Name -> layer, of at least the layers that have an adapter. Layers without one get their input's
@@ -200,7 +200,7 @@ def _skeleton(layers: Mapping[str, LinearShape]) -> nn.Module:
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
-            parent = parent._modules[part]
+            parent = parent.get_submodule(part)
         linear = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(torch.zeros(1).expand(shape.out_features, shape.in_features), requires_grad=False)
         parent.add_module(leaf, linear)
@@ -252,4 +252,4 @@ class _ReattachInput(torch.autograd.Function):
 @contextmanager
 def plain_weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
     """Lend the weight of an ordinary linear layer; hosts have their own."""
-    yield module.weight.to(like)
+    yield module.get_parameter("weight").to(like)

@@ -56,7 +56,7 @@ def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def metadata_to_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return metadata as safetensors wants it: strings, with everything of ours under "blockskip"."""
+    """Return metadata as safetensors wants it: strings, with all of our entries under "blockskip"."""
     return {"format": "pt", "blockskip": json.dumps(metadata, sort_keys=True)}
 
 

@@ -1,1 +1,1 @@
-"""A model's blocks replaced for the time of a run: stand-ins, and what they replay."""
+"""A model's blocks replaced for the duration of a run: stand-ins, and what they replay."""

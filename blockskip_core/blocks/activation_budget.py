@@ -26,7 +26,7 @@ class ActivationBudget:
         budget_bytes: What blocks that are not recomputed may keep together; 0 recomputes all.
     """
 
-    def __init__(self, blocks: Sequence[TrainedBlock], budget_bytes: int) -> None:
+    def __init__(self, blocks: Sequence[TrainedBlock], budget_bytes: float) -> None:
         self._blocks = blocks
         self._budget_bytes = budget_bytes
         self._counted_for = 0

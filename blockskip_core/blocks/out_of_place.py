@@ -3,12 +3,12 @@
 FLUX-like blocks add their branches in place (``img += ...``). Autograd has saved the overwritten tensor: in plain
 backward that raises, and under checkpointing or any saved-tensor hook it is not even noticed and the gradients come
 out wrong (measured on the host's own blocks: up to 10 %). Inside :class:`OutOfPlace` Python's ``+=`` and ``*=`` on
-tensors make a new tensor instead. The values are the same to the last bit; the tensor that came in is left alone.
+tensors make a new tensor instead. The values are the same to the last bit; the input tensor is left alone.
 
-A bare ``x.add_(y)`` whose result is not bound to a name would lose its effect here; the tests watch for that by
+A bare ``x.add_(y)`` whose result is not bound to a name would lose its effect here; the tests check for that by
 comparing every supported family's blocks with and without.
 
-Why this and not clones of the inputs of the norm layers: it needs to know nothing of the family, and it also keeps
+Why this and not clones of the inputs of the norm layers: it needs no knowledge of the family, and it also keeps
 the caller's tensor intact, which checkpointing needs anyway.
 """
 

@@ -1,4 +1,4 @@
-"""What is replayed in the place of skipped blocks: stored for one draw, and set for one forward.
+"""What is replayed in place of skipped blocks: stored per draw, and set for each forward.
 
 Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
 """
@@ -41,9 +41,9 @@ class Residual:
     def cat(residuals: Iterable[Residual]) -> Residual:
         """Return the residuals joined along the batch axis."""
         residuals = list(residuals)
-        front = None if residuals[0].front is None else TokenStreams.cat([r.front for r in residuals])
-        back = None if residuals[0].back is None else torch.cat([r.back for r in residuals])
-        return Residual(front, back)
+        fronts = [r.front for r in residuals if r.front is not None]
+        backs = [r.back for r in residuals if r.back is not None]
+        return Residual(TokenStreams.cat(fronts) if fronts else None, torch.cat(backs) if backs else None)
 
 
 @dataclass

@@ -33,7 +33,7 @@ class SavedBytes:
         """Count what autograd saves in this context.
 
         Args:
-            dropped: Whether nothing is to be saved, for there will be no backward pass.
+            dropped: Whether nothing is to be saved, because there will be no backward pass.
         """
 
         def pack(tensor: Tensor) -> Tensor | None:

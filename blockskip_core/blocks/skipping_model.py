@@ -16,7 +16,7 @@ from ..model import SkippableDit, is_linear
 from ..selection.selection import BlockSelection
 from .replay import Replay, Residual
 from .saved_bytes import SavedBytes
-from .stand_ins import AddResidual, Fold, FoldedBlock, PassThrough, ReplayFront, TrainedBlock
+from .stand_ins import AddResidual, Fold, FoldedBlock, Kept, PassThrough, ReplayFront, TrainedBlock
 from .weight_sharing import frozen_copy, weight_sharing_copy
 
 
@@ -58,7 +58,7 @@ class SkippingModel:
             replayed = PassThrough(block.io)
         if self._fold is None:
             return replayed
-        keeps = "front" if isinstance(replayed, ReplayFront) else "nothing"
+        keeps: Kept = "front" if isinstance(replayed, ReplayFront) else "nothing"
         if index in self._selection.back_span:
             keeps = "back"
         return FoldedBlock(self._dit.module(block.name), block.io, self._fold, replayed, keeps=keeps)
@@ -76,25 +76,31 @@ class SkippingModel:
     @property
     def trained_blocks(self) -> list[TrainedBlock]:
         """The kept blocks in execution order."""
-        return [self.modules[self._dit.blocks[index].name] for index in self._selection.kept]
+        kept = (self.modules[self._dit.blocks[index].name] for index in self._selection.kept)
+        return [block for block in kept if isinstance(block, TrainedBlock)]
 
     def set_response(self, response: Tensor | None) -> None:
         """Set the back span's linear answer to its input for all batches; see ``back_response``.
 
-        It is copied, for it may have been read under inference mode, and autograd saves it.
+        It is copied, because it may have been read under inference mode, and autograd saves it.
         """
         self._replay.response = None if response is None else response.to(self._dit.device, copy=True)
 
     def replay(
-        self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor] | None
+        self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor]
     ) -> None:
-        """Set what is replayed for a batch; in the folded form, by running the whole network once."""
-        if self._fold is not None:
-            self._fold.start_recording()
-            with torch.no_grad():
-                forward()
-            self._fold.start_replay()
+        """Set what is replayed for a batch: what is stored, or in the folded form what the whole network gives now."""
+        if residual is not None:
+            self.replay_stored(residual, batch)
             return
+        assert self._fold is not None, "without stored residuals the skipped blocks are needed"
+        self._fold.start_recording()
+        with torch.no_grad():
+            forward()
+        self._fold.start_replay()
+
+    def replay_stored(self, residual: Callable[[int], Residual], batch: Sequence[int]) -> None:
+        """Set what is replayed for a batch to what is stored."""
         stored = Residual.cat(residual(draw) for draw in batch)
         device = self._dit.device
         self._replay.front = None if stored.front is None else stored.front.map(lambda x: x.to(device))

@@ -28,6 +28,8 @@ from .replay import Replay
 from .saved_bytes import SavedBytes
 from .weight_sharing import weight_sharing_copy
 
+Kept = Literal["front", "back", "nothing"]
+
 
 class PassThrough(nn.Module):
     """Hands its tokens on unchanged."""
@@ -40,30 +42,31 @@ class PassThrough(nn.Module):
         return self.io.result(self.io.entering(args, kwargs), args, kwargs)
 
 
-class ReplayFront(nn.Module):
-    """Drops its tokens and puts in ``replay.front``, as clones: whoever comes next may write into them."""
+class _Replaying(nn.Module):
+    """Puts what ``replay`` holds into the stream; has no weights."""
 
     def __init__(self, io: BlockIO, replay: Replay) -> None:
         super().__init__()
         self.io = io
         self.replay = replay
 
+
+class ReplayFront(_Replaying):
+    """Drops its tokens and puts in ``replay.front``, as clones, because the next module may write into them."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
+        assert self.replay.front is not None, "nothing was set to be replayed"
         stored = self.replay.front.map(lambda x: x.to(entering.img, copy=True))
         return self.io.result(stored, args, kwargs)
 
 
-class AddResidual(nn.Module):
-    """Adds ``replay.back`` to the image tokens; text tokens pass, for no head reads them."""
-
-    def __init__(self, io: BlockIO, replay: Replay) -> None:
-        super().__init__()
-        self.io = io
-        self.replay = replay
+class AddResidual(_Replaying):
+    """Adds ``replay.back`` to the image tokens; text tokens pass unchanged, because no head reads them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
+        assert self.replay.back is not None, "nothing was set to be replayed"
         img = entering.img + self.replay.back.to(entering.img)
         if self.replay.response is not None:
             img = img + entering.img @ self.replay.response.to(entering.img)
@@ -84,7 +87,9 @@ class _Stand(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["twin"], name)  # hosts read attributes off their blocks
+            # A stand-in takes the block's place, and hosts and other nodes read attributes off the blocks they find. Which
+            # ones is their business, so they cannot be listed here: whatever the block has, its stand-in has.
+            return getattr(self.__dict__["twin"], name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with OutOfPlace():
@@ -93,10 +98,10 @@ class _Stand(nn.Module):
 
 @dataclass
 class Recording:
-    """What a recording stand-in has seen in the last forward."""
+    """What a recording stand-in has seen in the last forward: tokens that went in and came out."""
 
-    entering: TokenStreams | None = None
-    leaving: TokenStreams | None = None
+    entering: TokenStreams = field(init=False)
+    leaving: TokenStreams = field(init=False)
 
 
 class RecordingBlock(_Stand):
@@ -118,7 +123,7 @@ class TrainedBlock(_Stand):
     """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
 
     Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the tensors that
-    came in, which nobody has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
+    came in, which nothing has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
 
     Attributes:
         checkpointed: Whether activations are recomputed.
@@ -198,7 +203,7 @@ class FoldedBlock(_Stand):
         fold: Fold,
         replayed: nn.Module,
         *,
-        keeps: Literal["front", "back", "nothing"],
+        keeps: Kept,
     ) -> None:
         super().__init__(block)
         self.io = io

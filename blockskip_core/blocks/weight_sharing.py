@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def weight_sharing_copy(module: nn.Module) -> nn.Module:
@@ -18,8 +21,10 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
     of other classes are kept as they are: the LoRA layers never save them.
     """
     twin = copy.copy(module)
-    twin._parameters = {name: weight_sharing_alias(parameter) for name, parameter in module._parameters.items()}
-    twin._buffers = {name: weight_sharing_alias(buffer) for name, buffer in module._buffers.items()}
+    twin._parameters = {
+        name: own if own is None else weight_sharing_alias(own) for name, own in module._parameters.items()
+    }
+    twin._buffers = {name: own if own is None else weight_sharing_alias(own) for name, own in module._buffers.items()}
     twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
     copy_hooks(module, twin)
     return twin
@@ -36,18 +41,19 @@ def copy_hooks(module: nn.Module, twin: nn.Module) -> None:
         setattr(twin, hooks, copy.copy(getattr(module, hooks)))
 
 
-def weight_sharing_alias(tensor: Tensor | None) -> Tensor | None:
+def weight_sharing_alias(tensor: AnyTensor) -> AnyTensor:
     """Return an ordinary tensor over the memory of one that may be an inference tensor; see :func:`weight_sharing_copy`."""
-    if tensor is None or tensor.is_meta:
+    if tensor.is_meta:
         return tensor
     with torch.inference_mode(False):
         if is_traceable_wrapper_subclass(tensor):
-            return _alias_parts(tensor)
+            return cast(AnyTensor, _alias_parts(tensor))
         if type(tensor) not in (Tensor, nn.Parameter) and not is_unpacked(tensor):
             return tensor
         plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-        return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
+        made = nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
+        return cast(AnyTensor, made)
 
 
 def is_unpacked(tensor: Tensor) -> bool:
@@ -60,18 +66,19 @@ def is_unpacked(tensor: Tensor) -> bool:
 
 
 def _alias_parts(tensor: Tensor) -> Tensor:
-    names, context = tensor.__tensor_flatten__()
+    kind: Any = type(tensor)  # torch's protocol for wrapper subclasses is not in the types
+    names, context = kind.__tensor_flatten__(tensor)
     parts = {name: weight_sharing_alias(getattr(tensor, name)) for name in names}
-    twin = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    twin = kind.__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
     if isinstance(tensor, nn.Parameter):
-        twin._is_param = True  # what nn.Parameter does, but for detaching, which copies the scales of some formats
+        twin._is_param = True  # what nn.Parameter does, without detaching, which copies the scales of some formats
     return twin
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
     """Return a weight-sharing copy that runs without gradients; hosts may leave weights trainable.
 
-    It is no module around the module: a host that finds a layer at this path writes its own marks onto it.
+    It does not wrap the module: a host that finds a layer at this path writes its own marks onto it.
     """
     twin = weight_sharing_copy(module)
     twin.forward = torch.no_grad()(twin.forward)

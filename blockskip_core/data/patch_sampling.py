@@ -80,7 +80,7 @@ def crop_side(t: float, config: PatchConfig, *, largest: int | None = None, rng:
     they are rounded: we round to the nearest multiple, halves up.
     """
     if not 0.0 <= t <= 1.0:
-        raise InvalidInputError(f"The noise level must lie in [0, 1], got {t}.")
+        raise InvalidInputError(f"The noise level must be in [0, 1], got {t}.")
     share = {"low-to-high": t, "high-to-low": 1.0 - t, "fixed": 1.0}.get(config.order)
     if share is None:
         share = (rng or Random()).random()
@@ -126,7 +126,7 @@ def crop_and_resize(reference: Tensor, *, top: int, left: int, side: int, patch_
 
     Args:
         reference: Picture at its reference size, shape (H, W, C), range [0, 1].
-        top, left, side: The square in pixels; it lies inside the picture.
+        top, left, side: The square in pixels, inside the picture.
         patch_min: Side of the result in pixels.
 
     Returns:

@@ -105,7 +105,7 @@ class TrainingSchedule:
                 timesteps=content["timesteps"],
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CacheError("The training schedule cannot be read. Run Precompute Residuals again.") from error
+            raise CacheError("The training schedule cannot be read. Compute the residuals again.") from error
 
     @property
     def fingerprint(self) -> str:
@@ -147,14 +147,14 @@ def draw_schedule(
         InvalidInputError: If there are no pictures or draws, the captions fit neither way, or a picture is too small.
     """
     if not picture_sizes:
-        raise InvalidInputError("No pictures came in. Connect at least one picture to `images`.")
+        raise InvalidInputError("No pictures came in. Give at least one.")
     if num_captions not in (1, len(picture_sizes)):
         raise InvalidInputError(
             f"Expected one caption for all or one for each of the {len(picture_sizes)} pictures, "
             f"got {num_captions} captions."
         )
     if num_draws < 1:
-        raise InvalidInputError(f"At least one draw is needed, got {num_draws}.")
+        raise InvalidInputError(f"At least one training example is needed, got {num_draws}.")
     sizes = [reference_size(height, width, patches) for height, width in picture_sizes]
     room = [largest_crop(height, width, patches) for height, width in picture_sizes]
 

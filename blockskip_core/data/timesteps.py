@@ -1,4 +1,4 @@
-"""How noise levels are drawn for training.
+"""How the noise levels of training examples are drawn.
 
 The default follows the model: uniform in the model's own time, then through its own shift, which is how a sampler
 spreads its steps. The paper does not specify the distribution (arXiv 2603.20755); the others are offered because
@@ -27,14 +27,14 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def sigma_sampler(
-    distribution: TimestepDistribution, *, model_sigma: Callable[[float], float], shift: float = 3.0
+    distribution: TimestepDistribution, *, model_sigma: Callable[[float], float] = lambda time: time, shift: float = 3.0
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Return a function ``(count, generator) -> sigmas`` of shape (count,) in [SMALLEST_SIGMA, 1].
 
     Args:
         distribution: "model" (uniform through the model's own shift), "uniform", "logit-normal" (mean 0, standard
             deviation 1) or "shifted" (uniform through ``shift``).
-        model_sigma: The model's map from uniform time in [0, 1] (1 = pure noise) to sigma.
+        model_sigma: The model's map from uniform time in [0, 1] (1 = pure noise) to sigma; by default the identity.
         shift: Only read by "shifted".
 
     Raises:

@@ -5,7 +5,7 @@ resolution and leaves the rest coarse. The third brings all the rest to full res
 
 noise_matching     what is added to a latent when a stage hands it on, so that it looks like one of the next stage
 timestep_matching  which noise levels the stages step through: published presets, or solved for others
-token_grid         a latent whose tokens have two sizes, and where they lie
+token_grid         a latent whose tokens have two sizes, and where they are
 regions            which tokens become fine early: edges of the decoded estimate, or gradients of the latent
 overlay            a picture of that choice
 

@@ -100,7 +100,7 @@ def restarted(groups: Tensor, fine_before: Tensor, fine_after: Tensor, restart: 
 def seeded_noise(shape: Sequence[int], seed: int, stage: int, indices: Sequence[int] | None = None) -> Tensor:
     """Return standard normal noise on the CPU whose samples depend on seed, stage and their own index only.
 
-    So the first picture of a batch of four is that of a batch of one, and no stage repeats the noise of another.
+    So the first picture of a batch of four equals that of a batch of one, and no two stages share noise.
 
     Args:
         shape: (B, ...).

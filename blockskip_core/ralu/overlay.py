@@ -8,7 +8,7 @@ from torch import Tensor
 _TINT = (1.0, 0.45, 0.0)
 _SHARE_OF_TINT = 0.45
 _REST = 0.45  # brightness of what stayed coarse
-_NO_PICTURE = 0.35  # grey that stands for a picture that was not decoded
+_NO_PICTURE = 0.35  # grey in place of a picture that was not decoded
 
 
 def refined_overlay(fine: Tensor, size: tuple[int, int], pictures: Tensor | None = None) -> Tensor:
@@ -17,7 +17,7 @@ def refined_overlay(fine: Tensor, size: tuple[int, int], pictures: Tensor | None
     Args:
         fine: Regions refined early, shape (B, rows, columns), boolean.
         size: Height and width in pixels.
-        pictures: Clean estimates when the choice was made, shape (B, H, W, 3), any size; grey stands for none.
+        pictures: Clean estimates when the choice was made, shape (B, H, W, 3), any size; grey if there are none.
     """
     if pictures is None:
         below = torch.full((len(fine), *size, 3), _NO_PICTURE)

@@ -4,7 +4,7 @@ Source: RALU (arXiv 2507.08422), section on region-adaptive upsampling. The clea
 and the tokens with the most edge pixels (Canny) are taken. A variant of the paper reads gradients off the latent instead and
 needs no decoding; the paper gives no kernel for it, so a Sobel kernel is our choice.
 
-Differs from the published code: that one hands the decoder's output, which lies in [-1, 1], to Canny as if it lay in
+Differs from the published code: that one hands the decoder's output, which is in [-1, 1], to Canny as if it were in
 [0, 1], so that the dark half of a picture has no edges. Here the whole range counts, and theirs is an option.
 """
 

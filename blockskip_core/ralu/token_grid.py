@@ -1,7 +1,7 @@
-"""A latent whose tokens have two sizes, kept as a full-size latent: a coarse token is there four times.
+"""A latent whose tokens have two sizes, kept as a full-size latent: a coarse token appears four times.
 
 A coarse token covers two by two fine ones, its group. Samplers, guidance, previews and masks see an ordinary latent of
-full size; only the model sees each coarse token once (:meth:`MixedGrid.pick`), and what it answers is copied back to all
+full size; only the model sees each coarse token once (:meth:`MixedGrid.pick`), and its output is copied back to all
 four (:meth:`MixedGrid.spread`).
 
 A row of tokens can also be laid out as a strip, a latent that is one token high: a model that cuts latents into tokens
@@ -21,7 +21,7 @@ from ..errors import InvalidInputError
 
 @dataclass(frozen=True)
 class TokenPlaces:
-    """Where tokens lie.
+    """Where tokens are.
 
     Attributes:
         rows, columns: Of each token, shape (1 or B, N), float32; (1, N) if all samples agree.
@@ -50,7 +50,7 @@ class MixedGrid:
         counts = fine.flatten(1).sum(1)
         if not bool((counts == counts[0]).all()):
             raise InvalidInputError(
-                f"All pictures of a batch need as many fine regions as each other, got {counts.tolist()}."
+                f"All pictures of a batch must have equally many fine regions, got {counts.tolist()}."
             )
         self.fine = fine
         batch, rows, columns = fine.shape
@@ -73,7 +73,7 @@ class MixedGrid:
     def pick(self, latent: Tensor, patch: int) -> Tensor:
         """Return the tokens of a full-size latent, shape (B, C, H, W) -> (B, N, C, patch, patch).
 
-        B may be a multiple of this grid's batch; then the samples repeat, as when guided and unguided go together.
+        B may be a multiple of this grid's batch; then the samples repeat, as when guided and unguided passes go together.
 
         Raises:
             InvalidInputError: If it is not.
@@ -82,12 +82,12 @@ class MixedGrid:
         return tokens.gather(1, _index(self._repeated(self._picked, len(tokens)), tokens))
 
     def spread(self, tokens: Tensor) -> Tensor:
-        """Return a full-size latent in which every coarse token is there four times; the inverse of :meth:`pick`."""
+        """Return a full-size latent in which every coarse token appears four times; the inverse of :meth:`pick`."""
         source = self._repeated(self._source, len(tokens))
         return latent_of(tokens.gather(1, _index(source, tokens)), self._width)
 
     def places(self, batch: int, unit: float = 0.5) -> TokenPlaces:
-        """Return where the tokens lie.
+        """Return where the tokens are.
 
         Args:
             batch: A multiple of this grid's batch.
@@ -136,7 +136,7 @@ def tokens_of_strip(strip: Tensor, patch: int) -> Tensor:
 
 
 def upsampled(latent: Tensor, patch: int) -> Tensor:
-    """Return a latent of twice the side in which every token is there four times.
+    """Return a latent of twice the side in which every token appears four times.
 
     This copies tokens, not cells: the inside of a token keeps its layout.
     """

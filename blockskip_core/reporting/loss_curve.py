@@ -12,23 +12,42 @@ LossPoint: TypeAlias = tuple[int, float | None, float | None, float | None]
 MAX_POINTS = 2000
 
 
+class ExponentialMean:
+    """A mean in which a value of ``span`` steps ago counts a third; corrected for its start at zero, as in Adam.
+
+    So the first value is itself, and equal values stay as they are.
+
+    Args:
+        span: About how many values it is over.
+    """
+
+    def __init__(self, span: float) -> None:
+        self._decay = 1.0 - 1.0 / max(1.0, span)
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float | None:
+        """Take the next value in; return the mean so far. Values that are not finite leave it as it is."""
+        if math.isfinite(value):
+            self._sum = self._decay * self._sum + (1.0 - self._decay) * value
+            self._weight = self._decay * self._weight + (1.0 - self._decay)
+        return self._sum / self._weight if self._weight else None
+
+
 class LossCurve:
     """Collects the losses of a run, one step at a time.
 
-    At ``limit`` points, neighbours are merged and from then on a point stands for twice as many steps: mean loss, and
+    At ``limit`` points, neighbours are merged and from then on a point covers twice as many steps: mean loss, and
     the last step's smoothed loss and learning rate. So the memory of a run is bounded, however long it is, and a high
     loss stays visible as a higher mean.
 
     Args:
-        span: The smoothed loss is an exponential mean over about so many steps. As in Adam it is corrected for its
-            start at zero, so the first value is the first loss.
-        limit: At most so many points are kept, 2 or more.
+        span: About how many steps the smoothed loss is over; see :class:`ExponentialMean`.
+        limit: The most points that are kept, 2 or more.
     """
 
     def __init__(self, span: float, limit: int = MAX_POINTS) -> None:
-        self._decay = 1.0 - 1.0 / max(1.0, span)
+        self._smoothed = ExponentialMean(span)
         self._limit = max(2, limit)
-        self._sum = self._weight = 0.0
         self._points: list[LossPoint] = []
         self._open: list[LossPoint] = []
         self._stride = 1
@@ -36,11 +55,7 @@ class LossCurve:
 
     def add(self, step: int, loss: float, learning_rate: float | None = None) -> LossPoint:
         """Take the next step in; return its point."""
-        if math.isfinite(loss):
-            self._sum = self._decay * self._sum + (1.0 - self._decay) * loss
-            self._weight = self._decay * self._weight + (1.0 - self._decay)
-        smoothed = self._sum / self._weight if self._weight else None
-        point = (step, finite(loss), finite(smoothed), finite(learning_rate))
+        point = (step, finite(loss), finite(self._smoothed.add(loss)), finite(learning_rate))
         self.count += 1
         self._open.append(point)
         if len(self._open) == self._stride:
@@ -52,13 +67,13 @@ class LossCurve:
         return point
 
     def points(self, limit: int | None = None) -> list[LossPoint]:
-        """Return the curve so far, of at most ``limit`` points."""
+        """Return the curve so far, with at most ``limit`` points."""
         points = self._points + ([_merged(self._open)] if self._open else [])
         return merged_points(points, -(-len(points) // max(1, limit))) if limit else points
 
 
 def smoothing_span(steps: int) -> float:
-    """Return over how many steps the loss of a run of so many is smoothed: a tenth of it, 10 to 50."""
+    """Return over how many steps the loss of a run of ``steps`` is smoothed: a tenth of it, from 10 to 50."""
     return min(50.0, max(10.0, steps / 10.0))
 
 

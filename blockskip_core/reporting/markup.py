@@ -18,7 +18,7 @@ def element(tag: str, *children: object, **attributes: object) -> Markup:
     """Return ``<tag attributes>children</tag>``, well-formed as HTML and as XML.
 
     Children that are not :class:`Markup` are escaped, and so are all attributes. In names of attributes an underscore
-    stands for a hyphen, one at the end for nothing (``class_``).
+    becomes a hyphen, one at the end is dropped (``class_``).
     """
     names = {name.removesuffix("_").replace("_", "-"): value for name, value in attributes.items()}
     start = tag + "".join(f' {name}="{escaped(value)}"' for name, value in names.items())

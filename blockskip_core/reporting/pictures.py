@@ -18,7 +18,7 @@ from ..selection.text_influence import TextInfluence, window_length
 from ..units import format_bytes
 
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
-FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # told apart in grey too
+FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # distinguishable in grey too
 MAX_CROPS = 64
 TOO_MUCH = (178, 24, 43)
 PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
@@ -78,7 +78,7 @@ def selection_heatmap(
 
 
 def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict: str) -> Image.Image:
-    """Return a bar for every phase's peak, in bytes, against what there is; the training's weights are marked."""
+    """Return a bar for every phase's peak, in bytes, against what is available; the training's weights are marked."""
     left, width, row = 200, 560, 46
     lines = textwrap.wrap(verdict, 100)
     top = 24 + 20 * len(lines)
@@ -97,7 +97,7 @@ def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict:
     line = left + width * available // longest
     bottom = top + row * len(peaks)
     draw.line((line, top - 6, line, bottom), fill=INK, width=2)
-    draw.text((max(left, line - 150), bottom + 4), f"there are {format_bytes(available)}", fill=INK, font=_font(13))
+    draw.text((max(left, line - 150), bottom + 4), f"{format_bytes(available)} available", fill=INK, font=_font(13))
     return picture
 
 
@@ -111,7 +111,7 @@ def _bytes_line(selection: BlockSelection) -> str:
 
 
 def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float]]]:
-    """Return (label, block -> distance) of what was measured; a window stands at its middle."""
+    """Return (label, block -> distance) of what was measured; a window is drawn at its middle block."""
     if influence is None:
         return []
     count = influence.num_blocks
@@ -152,5 +152,5 @@ def _draw_profile(
         draw.rectangle((x + 1, top, x + cell - 2, top + 40), fill=colour, outline=FAINT)
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)

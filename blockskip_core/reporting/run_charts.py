@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from ..data.schedule import Draw
 from ..selection.selection import BlockSelection
 from ..units import format_bytes
+from .loss_curve import ExponentialMean, smoothing_span
 from .markup import Markup, element, joined, place
 from .pictures import evenly
 
 WIDTH = 480  # units of every drawing; a phone shows one in about 0.7 px
 LEFT, RIGHT, TOP, BOTTOM = 66, 10, 10, 28  # margins
 MAX_RAW, MAX_SMOOTH, MAX_CROPS = 400, 300, 400  # points
-NO_SPREAD = 1e-6  # values that are equal but for this share are drawn as one
+NO_SPREAD = 1e-6  # values that differ by less than this share are drawn as equal
 
 
 def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
@@ -44,7 +45,7 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
         )
         shapes.append(rect)
     for number, index in enumerate(_first_of_each_kind(names)):
-        x, y = index * cell, 67 + 18 * (number % 2)  # in two rows, for a kind may be narrow
+        x, y = index * cell, 67 + 18 * (number % 2)  # in two rows, because a kind may be narrow
         shapes.append(element("line", x1=place(x), y1=50, x2=place(x), y2=y, class_="axis"))
         shapes.append(element("text", _kind(names[index]), x=place(x + 3), y=y, class_="label"))
     counts = f"{selection.front} skipped, {len(selection.kept)} trained, {selection.back} skipped"
@@ -52,7 +53,8 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
 
 
 def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> Markup:
-    """Return every forward pass's loss, faint, and a smoothed line; a long run's raw losses as bars of their range.
+    """Return every forward pass's loss, faint, and a smoothed line, as in the live chart; a long run's raw losses as
+    bars of their range.
 
     Args:
         losses: Of every forward pass. Values that are not finite are left out.
@@ -68,19 +70,15 @@ def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> M
     shapes = [*_frame(x, y, 220, whole_x=True)]
     if 0 < resumed_at and x.low <= resumed_at <= x.high:
         at = place(x(resumed_at))
-        mark = element("title", f"went on from step {resumed_at}")
+        mark = element("title", f"resumed at step {resumed_at}")
         shapes.append(element("line", mark, x1=at, y1=TOP, x2=at, y2=220 - BOTTOM, class_="mark"))
     if len(values) == 1:
         shapes.append(element("path", d=_dots(steps, values, x, y), class_="dots single"))
     else:
+        smoothed = ExponentialMean(smoothing_span(len(losses) // per_step) * per_step)
         shapes.append(element("path", d=_raw_path(steps, values, x, y), class_="raw"))
-        shapes.append(element("path", d=_smooth_path(steps, values, x, y), class_="smooth"))
+        shapes.append(element("path", d=_smooth_path(steps, values, x, y, smoothed), class_="smooth"))
     return _drawing(f"Loss by step, {len(values)} forward passes", 220, shapes)
-
-
-def smoothing_window(count: int) -> int:
-    """Return how many of ``count`` losses a point of the smoothed line is the mean of: a twentieth, at least three, odd."""
-    return max(3, count // 20) | 1
 
 
 def crop_chart(draws: Sequence[Draw]) -> Markup:
@@ -155,11 +153,12 @@ def _raw_path(steps: Sequence[float], values: Sequence[float], x: _Scale, y: _Sc
     return "".join(bars)
 
 
-def _smooth_path(steps: Sequence[float], values: Sequence[float], x: _Scale, y: _Scale) -> str:
-    reach = smoothing_window(len(values)) // 2
-    indices = evenly(len(values), MAX_SMOOTH)
-    windows = [values[max(0, index - reach) : index + reach + 1] for index in indices]
-    return _line([steps[index] for index in indices], [sum(window) / len(window) for window in windows], x, y)
+def _smooth_path(
+    steps: Sequence[float], values: Sequence[float], x: _Scale, y: _Scale, smoothed: ExponentialMean
+) -> str:
+    means = [smoothed.add(value) for value in values]
+    shown = [(steps[index], mean) for index in evenly(len(values), MAX_SMOOTH) if (mean := means[index]) is not None]
+    return _line([step for step, _ in shown], [mean for _, mean in shown], x, y)
 
 
 def _dots(across: Sequence[float], up: Sequence[float], x: _Scale, y: _Scale) -> str:

@@ -1,4 +1,4 @@
-"""The last runs of this session, kept in memory for pages that open while one goes, or after it."""
+"""The last runs of this session, kept in memory for pages that open during a run or after it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunRecord:
     def news(self) -> dict[str, Any]:
         """Return the figures and the points since the last call; ``first`` says how many points there were before them.
 
-        After a long silence only the newest points are given; a reader sees that from ``first``.
+        After a long gap only the newest points are given; ``first`` shows that.
         """
         with self._lock:
             points, self._unsent = self._unsent[-MAX_POINTS_AT_ONCE:], []
@@ -79,7 +79,7 @@ class RunRecord:
 
 
 class RunHistory:
-    """The last run of each node, ``limit`` of them at most: the oldest go."""
+    """The last run of each node, at most ``limit`` of them: the oldest are dropped."""
 
     def __init__(self, limit: int = MAX_RUNS) -> None:
         self._limit = limit
@@ -87,7 +87,7 @@ class RunHistory:
         self._runs: OrderedDict[tuple[str | None, str], RunRecord] = OrderedDict()
 
     def begin(self, node: str, workflow: str | None) -> RunRecord:
-        """Return a new run, which takes the place of the node's last one."""
+        """Return a new run, which replaces the node's last one."""
         record = RunRecord(node, workflow)
         with self._lock:
             self._runs.pop((workflow, node), None)

@@ -23,9 +23,10 @@ from ..selection.selection import BlockSelection
 from ..training.config import TrainingConfig
 from ..training.result import TrainingResult
 from ..units import format_bytes
+from .loss_curve import smoothing_span
 from .markup import Markup, element, joined
 from .pictures import BACK, FRONT, KEPT, evenly
-from .run_charts import block_row, crop_chart, loss_chart, smoothing_window
+from .run_charts import block_row, crop_chart, loss_chart
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -37,7 +38,7 @@ SAMPLE_SIDE = 320
 
 @dataclass(frozen=True)
 class ReportSample:
-    """A picture that was sampled while the run went on.
+    """A picture that was sampled during the run.
 
     Attributes:
         label: For people, e.g. "step 100".
@@ -105,7 +106,7 @@ class RunReport:
 
 
 def write_report(report: RunReport, path: Path) -> None:
-    """Write the summary; either the whole file is there afterwards, or what was there before.
+    """Write the summary; afterwards there is either the whole new file or the old one.
 
     Raises:
         StorageError: If the disk refuses.
@@ -115,7 +116,7 @@ def write_report(report: RunReport, path: Path) -> None:
 
 
 def report_page(report: RunReport) -> str:
-    """Return the summary as an HTML document that is well-formed XML as well."""
+    """Return the summary as an HTML document that is also well-formed XML."""
     sections = [
         _problems(report.result.problems),
         _section("Figures", _table(figures(report))),
@@ -180,14 +181,15 @@ def _problems(problems: Sequence[str]) -> Markup:
 
 def _loss(report: RunReport) -> list[Markup]:
     losses, resumed = report.result.losses, report.result.resumed_at
-    note = "By step. A single loss says little, for it depends on the noise level that was drawn."
+    note = "By step. A single loss says little, because it depends on the noise level that was drawn."
     if len(losses) > 1:
-        window = smoothing_window(len(losses))
+        span = smoothing_span(len(losses) // report.config.accumulation)
         note += (
-            f" Faint: the losses of single forward passes. Strong: the mean of {window:,} in a row, fewer at the ends."
+            f" Faint: the losses of single forward passes. Strong: their running mean over about {span:,.0f} steps, "
+            "as in the live chart."
         )
     if 0 < resumed < report.result.steps:
-        note += f" The dashed line: here the run went on from step {resumed:,}."
+        note += f" Dashed line: where the run resumed, at step {resumed:,}."
     return [loss_chart(losses, report.config.accumulation, resumed), element("p", note, class_="note")]
 
 
@@ -236,12 +238,12 @@ def _crops(report: RunReport) -> list[Markup]:
     rows = {
         "Pictures": f"{len({draw.picture for draw in schedule}):,}",
         "Captions": f"{report.num_captions:,}",
-        "Draws": f"{len(schedule):,}, of which {len(used):,} were trained on",
-        "Times that each draw was trained on": f"{passes / max(1, len(schedule)):.3g} on average",
+        "Training examples": f"{len(schedule):,}, of which {len(used):,} were trained on",
+        "Times that each training example was used": f"{passes / max(1, len(schedule)):.3g} on average",
         "Patch sizes": f"crops of {patches.patch_min} to {patches.patch_max} px, each resized to {patches.patch_min} px",
         "Patch order": patches.order,
         "Noise levels drawn as": schedule.timesteps,
-        "Seed of the draws": schedule.seed,
+        "Seed of the training examples": schedule.seed,
         **report.storage,
     }
     return [crop_chart(used), element("p", note, class_="note"), _table(rows)]
@@ -262,7 +264,7 @@ def _table(rows: Mapping[str, Any]) -> Markup:
 
 
 def _words(value: Any) -> str:
-    """Return a setting as it stands on the node."""
+    """Return a setting as the node shows it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:.10g}" if isinstance(value, float) else str(value)

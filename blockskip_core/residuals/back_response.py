@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-BackResidual = Literal["constant", "linear"]
+BackResidual = Literal["constant", "linear", "exact"]
 BACK_RESIDUALS: tuple[str, ...] = get_args(BackResidual)
 RIDGE = 0.01  # of the mean variance of h; keeps directions that were hardly seen from being trusted
 
@@ -33,9 +33,11 @@ def fit_response(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = RIDGE) -
         pairs: (h, d) of some draws, each of shape (..., N, D); at least one.
         ridge: Penalty in units of the mean variance of h.
     """
-    moments: _Moments | None = None
-    for h, d in pairs:
-        moments = moments or _Moments(h, d)
+    seen = iter(pairs)
+    h, d = next(seen)
+    moments = _Moments(h, d)
+    moments.add(h, d)
+    for h, d in seen:
         moments.add(h, d)
     return moments.regression(ridge)
 

@@ -13,7 +13,9 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
 does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
 to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until
-then a manifest under another name tells which shards are whole, and a writer that was cut off goes on behind them.
+then a manifest under another name lists the complete shards, and an interrupted writer continues after them.
+
+Nothing here locks: who writes or removes a folder has a lock on it, who reads it a shared one (``locks``, ``sources``).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,9 +38,9 @@ from torch import Tensor
 
 from ..blocks.replay import Residual
 from ..errors import CacheError, InvalidInputError, StorageError
-from ..files import open_tensors, write_atomically
+from ..files import open_tensors, remove_leftovers, write_atomically
 from ..units import format_bytes
-from .format import SCALE_BYTES, ResidualFormat, unpacked
+from .format import ResidualFormat, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ CACHE_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of what is there so far
-DISK_RESERVE_BYTES = 256 * 2**20  # left free for everybody else
+DISK_RESERVE_BYTES = 256 * 2**20  # left free for other programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,25 +95,6 @@ class CacheIdentity:
         return [name for name, value in asdict(self).items() if other.get(name) != value]
 
 
-def predicted_bytes(
-    draws: Iterable[int], *, front: bool, back: bool, img_tokens: int, txt_tokens: Mapping[int, int], width: int,
-    itemsize: int, form: ResidualFormat = "exact",
-) -> int:  # fmt: skip
-    """Return the bytes that the residuals of ``draws`` take, without file headers.
-
-    Args:
-        draws: Draw indices.
-        front, back: Whether a front and a back span are skipped.
-        img_tokens: N.
-        txt_tokens: Draw index -> L.
-        width: D.
-        itemsize: Bytes per number of an exact residual.
-        form: How the numbers are written.
-    """
-    tokens = sum((img_tokens + txt_tokens[draw]) * front + img_tokens * back for draw in draws)
-    return tokens * (width * itemsize if form == "exact" else width + SCALE_BYTES)
-
-
 def require_free_space(folder: Path, needed_bytes: int) -> None:
     """Check that ``folder``'s disk has room, before anything is written.
 
@@ -133,7 +116,7 @@ class CacheWriter:
     Args:
         folder: Its own folder.
         identity: What the residuals are computed from.
-        resume: Whether to go on behind the whole shards of an unfinished cache; otherwise it is replaced.
+        resume: Whether to keep the complete shards of an unfinished cache and continue after them; otherwise it is replaced.
 
     Attributes:
         draws: What is in whole shards.
@@ -154,6 +137,7 @@ class CacheWriter:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"The folder for residuals cannot be made: {error}.") from error
+        remove_leftovers(folder, lambda name: True, min_age_s=0)
 
     def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Write one shard: draw index -> name -> tensor.
@@ -174,7 +158,7 @@ class CacheWriter:
     def read(self, key: str) -> Tensor | None:
         """Return a tensor that was written, by "draw/name", or None."""
         entry = self._tensors.get(key)
-        return entry and _read_checked(self._folder / str(entry["shard"]), key, entry)
+        return None if entry is None else _read_checked(self._folder / str(entry["shard"]), key, entry)
 
     def finish(self) -> None:
         """Write the manifest: from here on the cache is whole."""
@@ -241,7 +225,7 @@ class ResidualCache:
             self._read_tensor(key)
 
     def close(self) -> None:
-        """Let go of the shards; some systems refuse to delete a file that is mapped."""
+        """Release the shards; some systems refuse to delete a file that is mapped."""
         self._shards.clear()
 
     def draws_with(self, name: str) -> list[int]:
@@ -258,10 +242,21 @@ class ResidualCache:
         draws = self.draws_with(name)
         return (draws[0], self._read_tensor(f"{draws[0]}/{name}")) if draws else None
 
+    def require_first(self, name: str) -> tuple[int, Tensor]:
+        """Return what :meth:`first` does; a cache without such a tensor is refused.
+
+        Raises:
+            CacheError: If there is none.
+        """
+        found = self.first(name)
+        if found is None:
+            raise CacheError(_damaged(self._folder, MANIFEST))
+        return found
+
     def _read_tensor(self, key: str) -> Tensor:
         entry = self._tensors[key]
         try:
-            return _checked(self._shard(entry["shard"]).get_tensor(key), entry)
+            return _checked(self._shard(str(entry["shard"])).get_tensor(key), entry)
         except CacheError:
             raise
         except (SafetensorError, FileNotFoundError, ValueError) as error:
@@ -282,8 +277,16 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def num_shards(folder: Path) -> int:
+    """Return how many whole shards a folder has."""
+    try:
+        return sum(_SHARD_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
+    except OSError:  # nobody has made it yet
+        return 0
+
+
 def remove_cache(folder: Path) -> None:
-    """Remove a cache. The manifests go first, so that one that is removed by half is not taken for a whole one."""
+    """Remove a cache. The manifests go first, so that a half-removed cache is not mistaken for a complete one."""
     for name in (MANIFEST, UNFINISHED):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
@@ -291,7 +294,7 @@ def remove_cache(folder: Path) -> None:
 
 
 def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict[str, object]]:
-    """Return what is whole of an unfinished cache; nothing of it counts if anything is wrong with it."""
+    """Return the complete tensors of an unfinished cache; none if anything is wrong with it."""
     if not (folder / UNFINISHED).is_file():
         return {}
     try:
@@ -303,7 +306,7 @@ def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict
                 raise CacheError(_damaged(folder, UNFINISHED))
             _read_checked(folder / str(entry["shard"]), key, entry)
     except CacheError as error:
-        logger.warning("BlockSkip: the unfinished residuals cannot be gone on with, they are computed anew: %s", error)
+        logger.warning("BlockSkip: cannot resume the unfinished residuals; computing them again: %s", error)
         return {}
     return body["tensors"]
 
@@ -363,9 +366,9 @@ def _require_form(body: dict) -> None:
 
 
 def _unreadable(folder: Path, error: OSError) -> StorageError:
-    """A disk that fails now may be there again later: nothing is removed for it."""
+    """A disk that fails now may work again later, so nothing is removed."""
     return StorageError(
-        f"The stored residuals in {folder.name} cannot be read: {error}. Queue again when the disk is back."
+        f"The stored residuals in {folder.name} cannot be read: {error}. Run again when the disk is back."
     )
 
 
@@ -376,4 +379,4 @@ def _damaged(folder: Path, name: str) -> str:
 def _checksum(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

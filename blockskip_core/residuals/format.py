@@ -12,6 +12,7 @@ above its usual ones in diffusion transformers, which is why the scale is the to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,37 @@ RESIDUAL_FORMATS: tuple[str, ...] = get_args(ResidualFormat)
 SCALE_BYTES = 4  # float32, one for each token
 SCALE = ".scale"
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualShape:
+    """What is stored for one draw, as far as its size goes.
+
+    Attributes:
+        front, back: Whether a front and a back span are skipped.
+        img_tokens: N.
+        txt_tokens: L, 0 for families whose text is not part of the stream.
+        width: D.
+        itemsize: Bytes per number of an exact residual.
+        form: How the numbers are written.
+    """
+
+    front: bool
+    back: bool
+    img_tokens: int
+    txt_tokens: int
+    width: int
+    itemsize: int
+    form: ResidualFormat = "exact"
+
+    def num_bytes(self, draws: int = 1) -> int:
+        """Return the bytes that this many draws take: exact, apart from file headers and latents."""
+        tokens = (self.img_tokens + self.txt_tokens) * self.front + self.img_tokens * self.back
+        return draws * tokens * (self.width * self.itemsize if self.form == "exact" else self.width + SCALE_BYTES)
+
+    def response_bytes(self) -> int:
+        """Return the bytes of the back span's linear response (see ``back_response``), once for all draws."""
+        return self.back * self.width**2 * self.itemsize
 
 
 def packed(tensors: Mapping[str, Tensor], form: ResidualFormat) -> dict[str, Tensor]:

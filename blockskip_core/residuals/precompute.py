@@ -17,7 +17,7 @@ of the chunk's first draw is kept, so that training can check itself against the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -169,7 +169,7 @@ class _BlockStream:
 
     def through(
         self, span: range, watched: Set[int], draws: Sequence[int]
-    ) -> Iterator[tuple[list[int], dict[int, Recording]]]:
+    ) -> Generator[tuple[list[int], dict[int, Recording]]]:
         """Send all ``draws`` through a run of blocks; yield (batch, watched block -> what it saw)."""
         last = span.stop == len(self._dit.blocks)
         replay, seen = Replay(), {index: Recording() for index in sorted({*watched, *([] if last else [span[-1]])})}
@@ -185,7 +185,7 @@ class _BlockStream:
                 yield batch, {index: seen[index] for index in sorted(watched)}
 
     def _modules(self, span: range, replay: Replay, seen: Mapping[int, Recording]) -> dict[str, nn.Module]:
-        """Return the stand-ins. Copies even where nobody watches: which kernel runs may depend on a weight's marks."""
+        """Return the stand-ins. Copies even where nothing is recorded: which kernel runs may depend on a weight's marks."""
         modules: dict[str, nn.Module] = {}
         for position, block in enumerate(self._dit.blocks):
             if position in seen:
@@ -228,6 +228,6 @@ def _require_finite(residuals: dict[int, Residual], reference: Reference) -> Non
         for name, tensor in named.items():
             if not torch.isfinite(tensor).all():
                 raise TrainingError(
-                    f"The model's {name} tokens of draw {draw} are not finite. "
+                    f"The model's {name} tokens of training example {draw} are not finite. "
                     "Check the pictures and captions, or load the model in another precision."
                 )

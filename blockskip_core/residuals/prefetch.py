@@ -1,4 +1,4 @@
-"""Read the residuals of the next draws while the present ones are trained on.
+"""Reads the residuals of the next draws while the current ones are trained on.
 
 The order of draws is known for the whole run, so one thread can stay a few draws ahead of the training loop. The paper
 names reading as most of the method's extra time (arXiv 2603.20755, as noted by third parties); a read that is done
@@ -22,8 +22,8 @@ ReadResidual = Callable[[int], Residual]
 def prefetched(read: ReadResidual, order: Iterable[int], ahead: int) -> Iterator[ReadResidual]:
     """Give a reader that stays ``ahead`` draws ahead of its caller; its thread ends with the context.
 
-    Draws that are near may be asked for in any order. One that is not among them is read when it is asked for. An error
-    of ``read`` is raised where the draw is asked for.
+    The next few draws may be asked for in any order; any other is read when it is asked for. An error of ``read`` is
+    raised where the draw is asked for.
 
     Args:
         read: Draw index -> residual. Only ever called from one thread at a time.

@@ -7,9 +7,11 @@ node that trains: light, and complete enough that a source can compute what is m
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +22,9 @@ from torch import Tensor
 from ..blocks.replay import Residual
 from ..data.micro_batches import MicroBatches
 from ..data.schedule import TrainingSchedule
-from ..errors import CacheError, InvalidInputError
+from ..errors import CacheError, InvalidInputError, StorageError
+from ..files import unique_token
+from ..locks import lock, remove_stale_locks, try_lock
 from ..model import SkippableDit
 from ..selection.selection import BlockSelection
 from ..units import format_bytes
@@ -31,11 +35,11 @@ from .cache import (
     CacheWriter,
     ResidualCache,
     is_finished,
-    predicted_bytes,
+    num_shards,
     remove_cache,
     require_free_space,
 )
-from .format import RESIDUAL_FORMATS, packed
+from .format import RESIDUAL_FORMATS, ResidualShape, packed
 from .precompute import Precomputed, precompute_residuals
 from .prefetch import prefetched
 from .source import OpenResiduals, Reference
@@ -47,8 +51,11 @@ STORAGES: tuple[str, ...] = get_args(Storage)
 _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
 KEPT_CACHES = 3  # finished caches that stay on disk, newest first
 
+WAITING = "waiting for another process, which computes the same residuals"
+_SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
+
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
-PhaseProgress = Callable[[str, int, int], None]  # (what is going on, done, total); may raise to interrupt
+PhaseProgress = Callable[[str, int, int], None]  # (phase, done, total); may raise to interrupt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +70,10 @@ class ResidualSet:
         identity: What the residuals are (to be) computed from.
         storage: Where they are kept.
         chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
-        folder: The folder of this set's own.
+        folder: This set's folder.
         family: The model family.
-        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``. Not
-            read on the fly.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; neither
+            is read on the fly. "exact" goes with a selection that freezes its last blocks and skips none of them.
     """
 
     schedule: TrainingSchedule
@@ -84,6 +91,10 @@ class ResidualSet:
         if self.back_residual not in BACK_RESIDUALS:
             raise InvalidInputError(
                 f"back_residual must be one of {', '.join(BACK_RESIDUALS)}, got {self.back_residual!r}."
+            )
+        if self.back_residual == "exact" and self.selection.back:
+            raise InvalidInputError(
+                f"An exact back freezes the last blocks, and this selection skips {self.selection.back} of them."
             )
         if self.identity.residual_format not in RESIDUAL_FORMATS:
             raise InvalidInputError(
@@ -103,46 +114,65 @@ class ResidualSet:
 
 
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
-    """Return the bytes that the residuals of ``draws`` will take: exact, but for file headers and latents."""
-    itemsize = _ITEMSIZES.get(residuals.identity.dtype, 2)
-    response = dit.width**2 * itemsize * _wants_response(residuals)
-    return response + predicted_bytes(
-        draws,
-        front=residuals.selection.front > 0,
-        back=residuals.selection.back > 0,
-        img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
-        txt_tokens={draw: dit.text_tokens(residuals.schedule[draw].caption) for draw in draws},
-        width=dit.width,
-        itemsize=itemsize,
-        form=residuals.identity.residual_format,
-    )
+    """Return the bytes that the residuals of ``draws`` will take: exact, apart from file headers and latents."""
+
+    def shape(txt_tokens: int) -> ResidualShape:
+        return ResidualShape(
+            front=residuals.selection.front > 0,
+            back=residuals.selection.back > 0,
+            img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
+            txt_tokens=txt_tokens,
+            width=dit.width,
+            itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
+            form=residuals.identity.residual_format,
+        )
+
+    texts = Counter(dit.text_tokens(residuals.schedule[draw].caption) for draw in draws)
+    stored = sum(shape(txt_tokens).num_bytes(count) for txt_tokens, count in texts.items())
+    return stored + shape(0).response_bytes() * _wants_response(residuals)
 
 
 def _wants_response(residuals: ResidualSet) -> bool:
     return residuals.back_residual == "linear" and residuals.selection.back > 0
 
 
-def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
-    """Compute the residuals of all draws and store them; a finished cache is used, an unfinished one gone on with.
+def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> bool:
+    """Compute the residuals of all draws and store them; a finished cache is used as it is, an unfinished one is resumed.
+
+    If another process computes the same ones, its cache is waited for: that costs neither the time nor the disk twice. If
+    that process ends early, this one continues where it was.
 
     Args:
         residuals: What to compute.
         dit: The model.
-        progress: Called as the blocks are passed.
+        progress: Called as the blocks are passed, and while another process is waited for.
+
+    Returns:
+        Whether anything was computed.
 
     Raises:
         InvalidInputError: If there is not enough room.
         StorageError: If the disk refuses.
     """
     if is_finished(residuals.folder):
-        return
-    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, but=residuals.folder.name)
-    writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
-    try:
-        _write_missing(residuals, dit, progress, writer)
-    finally:
-        if not writer.draws:
-            writer.discard()
+        return False
+    with lock(residuals.folder, waiting_for_another(residuals, progress)):
+        if is_finished(residuals.folder):
+            return False
+        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
+        writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+        try:
+            _write_missing(residuals, dit, progress, writer)
+        finally:
+            if not writer.draws:
+                writer.discard()
+    return True
+
+
+def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Callable[[], None]:
+    """Return what reports how far another process is that computes these residuals."""
+    total = -(-len(residuals.schedule) // residuals.chunk_size)
+    return lambda: progress(WAITING, min(num_shards(residuals.folder), total), total)
 
 
 def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, writer: CacheWriter) -> None:
@@ -157,20 +187,25 @@ def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhasePro
     writer.finish()
 
 
-def stored_latents(folder: Path, identity: CacheIdentity, num_draws: int) -> Tensor | None:
+def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | None:
     """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
+
+    If another process computes it, it is waited for.
 
     Raises:
         CacheError: If the cache is damaged; it has been removed then.
     """
-    if not is_finished(folder):
-        return None
-    with _opened_cache(folder, identity) as cache:
-        return torch.stack([cache.read(draw)["latent"] for draw in range(num_draws)])
+    folder = residuals.folder
+    with _removed_if_damaged(lambda: _remove_unused(folder)):
+        with lock(folder, waiting_for_another(residuals, progress), shared=True):
+            if not is_finished(folder):
+                return None
+            with closing(ResidualCache(folder, residuals.identity)) as cache:
+                return torch.stack([cache.read(draw)["latent"] for draw in range(len(residuals.schedule))])
 
 
 def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
-    """Check that latents and residuals will find room, before anything is computed; latents may be on ``meta``.
+    """Check that there is room for latents and residuals before anything is computed; latents may be on ``meta``.
 
     Raises:
         InvalidInputError: With predicted and free bytes.
@@ -190,18 +225,6 @@ def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
 def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int]) -> None:
     latents = len(draws) * residuals.latents[0].nbytes
     require_free_space(residuals.folder, residual_bytes(dit, residuals, draws) + latents)
-
-
-@contextmanager
-def _written(residuals: ResidualSet) -> Iterator[CacheWriter]:
-    """Give a writer; the cache is finished if all goes well, and removed if anything goes wrong. For a chunk."""
-    writer = CacheWriter(residuals.folder, residuals.identity)
-    try:
-        yield writer
-        writer.finish()
-    finally:
-        if not is_finished(residuals.folder):
-            writer.discard()
 
 
 @dataclass(frozen=True)
@@ -233,17 +256,24 @@ def _compute(
     if not computed.entering:
         return _Part(computed, None)
     if response is None:
-        response = fit_response((h, computed.residuals[draw].back) for draw, h in computed.entering.items())
+        response = fit_response((h, _back(computed, draw)) for draw, h in computed.entering.items())
     return _Part(with_response(computed, response), response)
 
 
 def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
     """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
     parts = {
-        draw: Residual(residual.front, constant_part(residual.back, computed.entering[draw], response))
+        draw: Residual(residual.front, constant_part(_back(computed, draw), computed.entering[draw], response))
         for draw, residual in computed.residuals.items()
     }
     return Precomputed(parts, computed.reference, computed.entering)
+
+
+def _back(computed: Precomputed, draw: int) -> Tensor:
+    """Return a draw's back residual; with anything entering the back span, there is one."""
+    back = computed.residuals[draw].back
+    assert back is not None
+    return back
 
 
 def _records(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
@@ -262,27 +292,54 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
     return lambda phase, done, total: progress(phase, number * total + done, count * total)
 
 
-def remove_old_caches(parent: Path, *, keep: int, but: str = "") -> None:
-    """Remove all but the ``keep`` newest caches below ``parent``; only folders that hold a cache of ours.
+def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
+    """Remove all but the ``keep`` newest caches below ``parent`` that no process uses; only folders with one of our caches.
 
-    ``but`` is the name of one that stays in any case and is not counted.
+    ``exclude`` is the name of one that is kept in any case and not counted.
     """
     if not parent.is_dir():
         return
     try:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
-        own = [path for path in own if path.name != but]
+        own = [path for path in own if path.name != exclude and not _SCRATCH.fullmatch(path.name)]
         caches = sorted(own, key=lambda path: -path.stat().st_mtime)
     except OSError as error:  # another program may be removing the same
         logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
         return
     for path in caches[keep:]:
-        logger.info("BlockSkip: removing the old residuals %s", path.name)
-        remove_cache(path)
+        if _remove_unused(path):
+            logger.info("BlockSkip: removed the old residuals %s", path.name)
+    remove_stale_locks(parent)
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Remove a cache unless a process uses it; whether it is gone."""
+    try:
+        held = try_lock(folder)
+    except StorageError as error:
+        logger.warning("BlockSkip: %s", error)
+        return False
+    if held is None:
+        return False
+    with held:
+        remove_cache(folder)
+    return True
+
+
+@contextmanager
+def _removed_if_damaged(remove: Callable[[], bool]) -> Iterator[None]:
+    """Remove a cache that turns out to be damaged, so that the next run computes it again; the error says so."""
+    try:
+        yield
+    except CacheError as error:
+        done = "They have been removed; run again to compute them."
+        if not remove():
+            done = "Another process still uses them: wait for its end, and run again."
+        raise CacheError(f"{error} {done}") from error
 
 
 class DiskSource:
-    """All draws from a cache on disk; computed first if the cache is gone."""
+    """All draws from a cache on disk; it is computed first if it is missing."""
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
@@ -291,7 +348,24 @@ class DiskSource:
         """Yield one stretch: the whole run, from ``start`` on."""
         if start < len(run):
             write_cache(self._residuals, self._dit, self._progress)
-            yield _opened(self._residuals, run, range(start, len(run)))
+            yield self._opened(run, range(start, len(run)))
+
+    @contextmanager
+    def _opened(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
+        folder = self._residuals.folder
+        with _removed_if_damaged(lambda: _remove_unused(folder)), self._reading():
+            with _opened(self._residuals, run, micro_batches) as opened:
+                yield opened
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep every process from removing the cache; one that was removed before is computed once more."""
+        while True:
+            with lock(self._residuals.folder, waiting_for_another(self._residuals, self._progress), shared=True):
+                if is_finished(self._residuals.folder):
+                    yield
+                    return
+            write_cache(self._residuals, self._dit, self._progress)
 
 
 class ChunkedSource:
@@ -323,17 +397,39 @@ class ChunkedSource:
 
     @contextmanager
     def _chunk(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
-        residuals, draws = self._residuals, self._draws_of(run, micro_batches)
-        _require_room(residuals, self._dit, draws)
-        with _written(residuals) as writer:
+        draws = self._draws_of(run, micro_batches)
+        with _scratch_folder(self._residuals.folder) as folder:
+            residuals = replace(self._residuals, folder=folder)
+            _require_room(residuals, self._dit, draws)
+            writer = CacheWriter(folder, residuals.identity)
             part = _compute(residuals, self._dit, draws, self._progress, self._response)
             self._response = part.response
             writer.write(_records(residuals, part.computed, part.response))
-        try:
-            with _opened(residuals, run, micro_batches) as opened:
+            writer.finish()
+            with _removed_if_damaged(lambda: True), _opened(residuals, run, micro_batches) as opened:
                 yield opened
+
+
+@contextmanager
+def _scratch_folder(base: Path) -> Iterator[Path]:
+    """Give a folder that no other run has, and remove it in the end; also those of runs that were killed."""
+    folder = base.with_name(f"{base.name}-chunk-{unique_token()}")
+    with lock(folder, lambda: None):
+        _remove_abandoned(folder.parent)
+        try:
+            yield folder
         finally:
-            writer.discard()
+            remove_cache(folder)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    try:
+        folders = [path for path in parent.iterdir() if _SCRATCH.fullmatch(path.name)]
+    except OSError as error:
+        logger.warning("BlockSkip: residuals of a killed run cannot be removed: %s", error)
+        return
+    for path in folders:
+        _remove_unused(path)
 
 
 class FoldedSource:
@@ -349,26 +445,9 @@ class FoldedSource:
 def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
     """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
-    with _opened_cache(residuals.folder, residuals.identity) as cache:
+    with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
         cache.verify()  # now, rather than after hours of training
-        reference, response = cache.first("reference"), cache.first("response")
+        reference, response = Reference(*cache.require_first("reference")), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format
-            yield OpenResiduals(micro_batches, residual, Reference(*reference), response and response[1], form)
-
-
-@contextmanager
-def _opened_cache(folder: Path, identity: CacheIdentity) -> Iterator[ResidualCache]:
-    """Open a cache. One that turns out to be damaged is removed, so that queueing again computes it anew."""
-    cache = None
-    try:
-        cache = ResidualCache(folder, identity)
-        yield cache
-    except CacheError as error:
-        if cache is not None:
-            cache.close()
-        remove_cache(folder)
-        raise CacheError(f"{error} They have been removed; queue the workflow again to compute them anew.") from error
-    finally:
-        if cache is not None:
-            cache.close()
+            yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)

@@ -45,7 +45,7 @@ def attend_without_text(
         What ``attention`` returns, with the queries' axis joined again.
 
     Raises:
-        InvalidInputError: If there is no image token.
+        InvalidInputError: If there are no image tokens.
     """
     axis = 2 if skip_reshape else 1
     total = q.shape[axis]

@@ -1,11 +1,18 @@
-"""Which blocks to skip: the first n and the last m (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2)."""
+"""Which blocks to skip: the first n and the last m (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2).
+
+The paper replaces both spans by what they computed before training. In front that is exact, in value and in gradient: what
+a front block gives does not depend on the LoRA behind it. At the end it is neither, as what enters the last blocks moves
+with the LoRA, and the gradient passes them as if they were not there. So the last blocks can be *frozen* instead of skipped,
+which is not in the paper: they have no adapters, but run forward and backward, and the run is that of the whole model with
+a LoRA on the middle. They take weights and time, for which weights can be quantised and activations recomputed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import InvalidInputError
@@ -24,7 +31,7 @@ def num_skipped(skip_ratio: float, num_blocks: int) -> int:
         InvalidInputError: If the ratio is outside [0, 0.9] or leaves no block to train.
     """
     if not 0.0 <= skip_ratio <= MAX_SKIP_RATIO:
-        raise InvalidInputError(f"skip_ratio must lie between 0 and {MAX_SKIP_RATIO}, got {skip_ratio}.")
+        raise InvalidInputError(f"skip_ratio must be between 0 and {MAX_SKIP_RATIO}, got {skip_ratio}.")
     count = math.floor(skip_ratio * num_blocks + 0.5 + 1e-9)
     if count >= num_blocks:
         raise InvalidInputError(
@@ -39,6 +46,7 @@ class BlockSelection:
 
     Attributes:
         front, back: The paper's n and m.
+        frozen: How many of the kept blocks, at their end, run without adapters.
         num_blocks: All blocks of the model, in execution order.
         family: Name of the model family.
         method: How it was chosen.
@@ -56,20 +64,37 @@ class BlockSelection:
     method: SelectionMethod = "manual"
     block_bytes: tuple[int, ...] = field(default=(), compare=False)
     note: str = field(default="", compare=False)
+    frozen: int = 0
 
     def __post_init__(self) -> None:
-        if self.front < 0 or self.back < 0:
-            raise InvalidInputError(f"front and back must not be negative, got {self.front} and {self.back}.")
-        if self.front + self.back >= self.num_blocks:
+        if self.front < 0 or self.back < 0 or self.frozen < 0:
             raise InvalidInputError(
-                f"Skipping the first {self.front} and the last {self.back} of {self.num_blocks} blocks leaves none "
+                f"front, back and frozen must not be negative, got {self.front}, {self.back} and {self.frozen}."
+            )
+        if self.front + self.back + self.frozen >= self.num_blocks:
+            raise InvalidInputError(
+                f"Skipping the first {self.front} and the last {self.back + self.frozen} of {self.num_blocks} blocks leaves none "
                 f"to train. Lower front or back so that together they are at most {self.num_blocks - 1}."
             )
 
     @property
     def kept(self) -> range:
-        """Indices of the blocks that are trained."""
+        """Indices of the blocks that run in training."""
         return range(self.front, self.num_blocks - self.back)
+
+    @property
+    def adapted(self) -> range:
+        """Indices of the blocks that get adapters."""
+        return range(self.front, self.num_blocks - self.back - self.frozen)
+
+    @property
+    def frozen_span(self) -> range:
+        """Indices of the blocks that run without adapters."""
+        return range(self.adapted.stop, self.kept.stop)
+
+    def with_exact_back(self) -> BlockSelection:
+        """Return the selection with its last blocks frozen instead of skipped: nothing is approximated any more."""
+        return replace(self, back=0, frozen=self.frozen + self.back)
 
     @property
     def front_span(self) -> range:
@@ -83,7 +108,7 @@ class BlockSelection:
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of what decides the residuals, 32 hexadecimal digits."""
+        """Content hash of what decides the residuals, 32 hexadecimal digits; frozen blocks have none."""
         content = json.dumps([self.front, self.back, self.num_blocks, self.family])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -92,7 +117,7 @@ class BlockSelection:
         if (self.num_blocks, self.family) != (num_blocks, family):
             raise InvalidInputError(
                 f"The selection was made for {self.num_blocks} blocks of {self.family}, this model has {num_blocks} of "
-                f"{family}. Connect the same MODEL to Select Blocks."
+                f"{family}. Select blocks of the same model."
             )
 
     @property
@@ -110,8 +135,10 @@ class BlockSelection:
         skipped = self.front + self.back
         lines = [
             f"Skip the first {self.front} and the last {self.back} of {self.num_blocks} blocks "
-            f"({skipped / self.num_blocks:.0%}); train {len(self.kept)}.",
+            f"({skipped / self.num_blocks:.0%}); train {len(self.adapted)}.",
         ]
+        if self.frozen:
+            lines.append(f"The last {self.frozen} run in training too, without adapters.")
         if self.block_bytes:
             total = sum(self.block_bytes)
             lines.append(

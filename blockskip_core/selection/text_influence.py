@@ -8,16 +8,18 @@ longer look at the text there. For a budget of k skipped blocks,
 The sum separates into a part that depends on n and a part that depends on m, so N (1 + n_max + m_max) pictures serve
 every budget: a :class:`TextInfluence` is measured once, and a selection is then a look-up.
 
-This module holds the arithmetic; ``masked_attention`` says how attention is masked.
+This module holds the arithmetic and the loop; ``masked_attention`` says how attention is masked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -122,8 +124,62 @@ class TextInfluence:
         return cls(**content)
 
 
-def _checksum(content: dict) -> str:
+def _checksum(content: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class ProbeSampler(Protocol):
+    """Makes the probe pictures.
+
+    Attributes:
+        steps: Sampler steps that all pictures take together.
+    """
+
+    steps: int
+
+    def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> Sequence[Tensor]:
+        """Sample every probe picture, always from the same noise, and return what it is compared by.
+
+        Args:
+            masked: Indices of the blocks whose image tokens cannot see the text.
+            on_step: Called after every sampler step; may raise to interrupt.
+        """
+        ...
+
+
+def measure(
+    influence: TextInfluence,
+    sampler: ProbeSampler,
+    budget: int,
+    *,
+    with_window: bool = True,
+    keep: Callable[[TextInfluence], None] = lambda influence: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextInfluence:
+    """Measure what is missing for budgets up to ``budget`` (Alg. 1): the plain pictures, and those with runs masked.
+
+    Args:
+        influence: What was measured before; it is added to.
+        sampler: Makes the pictures.
+        budget: Blocks to be skipped at most.
+        with_window: Whether the sliding window is measured as well.
+        keep: Called after every distance, so that an interrupted measurement can continue.
+        progress: Called after every sampler step with those done and all; may raise to interrupt.
+    """
+    runs = influence.missing(budget, with_window=with_window)
+    if not runs:
+        return influence
+    total, done = (1 + len(runs)) * sampler.steps, itertools.count(1)
+
+    def on_step() -> None:
+        progress(next(done), total)
+
+    plain = sampler.embeddings(frozenset(), on_step)
+    for run, masked in runs.items():
+        pairs = zip(plain, sampler.embeddings(masked, on_step), strict=True)
+        influence.record(run, sum(cosine_distance(a, b) for a, b in pairs))
+        keep(influence)
+    return influence
 
 
 def measured_selection(

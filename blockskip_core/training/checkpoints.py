@@ -1,12 +1,13 @@
-"""Training states on disk: an interrupted run goes on from one and ends with the very weights it would have had.
+"""Training states on disk: an interrupted run resumes from one and ends with the very weights it would have had.
 
 A state is all that the next step depends on: the LoRA, the optimiser's moments, and how many steps were done. There is no
-random generator in it, for every random decision of a run is in its schedule (``data.schedule``), and the first values of the
+random generator in it, because every random decision of a run is in its schedule (``data.schedule``), and the first values of the
 LoRA follow from its seed. The learning rate follows from the number of steps.
 
-A run has a folder of its own, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
-states again, and another run cannot take them by mistake. The length of a run is no part of that: more steps go on from
-a finished run. A state is one safetensors file, written whole or not at all, with a checksum over its tensors.
+Each run has a folder, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
+states again, and another run cannot take them by mistake. A lock keeps two processes out of one folder. The length of a
+run is no part of its identity: more steps continue a finished run. A state is one safetensors file, written whole or not
+at all, with a checksum over its tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, InvalidInputError, StorageError
-from ..files import open_tensors, write_atomically
+from ..files import open_tensors, remove_leftovers, write_atomically
+from ..locks import lock, remove_stale_locks, try_lock
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 KEPT_RUNS = 3  # folders with states that stay on disk, newest first
 _LOSSES = "losses"
-_LATER = "Queue again when the disk is back, or turn resume off."
+_LATER = "Start the run again when the disk is back, or turn resume off."
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is, but for its length: two runs with equal parts have equal weights after equal steps.
+    """What a run is, apart from its length: two runs with equal parts have equal weights after equal steps.
 
     Attributes:
         parts: Name -> what it is; JSON.
@@ -66,7 +69,7 @@ class TrainingState:
         step: Optimiser steps done.
         losses: Of every micro-batch so far.
         tensors: The LoRA's and the optimiser's, by name; on the CPU.
-        numbers: What of the optimiser's state is no tensor, by name.
+        numbers: Those parts of the optimiser's state that are not tensors, by name.
     """
 
     step: int
@@ -82,7 +85,7 @@ class Checkpoints:
         folder: The run's own folder.
         identity: What the run is.
         every: Steps between two states; 0 writes one only when a run ends, however it ends.
-        keep: So many of the newest states stay.
+        keep: How many of the newest states to keep.
         resume: Whether to resume from an earlier state. If False, earlier states are kept, because the run reaches the
             same result.
 
@@ -101,6 +104,22 @@ class Checkpoints:
         self._folder, self._identity = folder, identity
         self._every, self._keep, self.resume = every, keep, resume
         self._saved: int | None = None
+
+    @contextmanager
+    def to_itself(self, waiting: Callable[[int], object]) -> Iterator[None]:
+        """Keep other processes from training the same run, until the end of a ``with`` block.
+
+        If one does so already, it is waited for: this run then continues from its states, or finds all steps done.
+
+        Args:
+            waiting: Called again and again meanwhile with the step that the other has reached; may raise to give up.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        with lock(self._folder, lambda: waiting(max(map(_step_of, self._states()), default=0))):
+            remove_leftovers(self._folder, lambda name: True, min_age_s=0)
+            yield
 
     def is_due(self, step: int) -> bool:
         """Return whether a state should be written after this step."""
@@ -137,7 +156,7 @@ class Checkpoints:
             self._remove(path)
 
     def newest(self, max_step: int) -> TrainingState | None:
-        """Return the newest state up to a step to go on from, or None.
+        """Return the newest state up to a step, to resume from, or None.
 
         A damaged one is removed, with a warning, and the one before is taken.
 
@@ -200,19 +219,27 @@ class Checkpoints:
 
 
 class _DamagedError(Exception):
-    """A file is no whole state."""
+    """A file that is not a complete state."""
 
 
-def remove_old_runs(parent: Path, *, keep: int, but: str) -> None:
-    """Remove the folders of all but the ``keep`` newest runs below ``parent``; ``but`` is a folder that stays."""
+def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
+    """Remove the folders of all but the ``keep`` newest runs below ``parent`` that no process trains.
+
+    ``exclude`` is the name of one that is kept in any case.
+    """
     if not parent.is_dir():
         return
     try:
-        runs = [path for path in parent.iterdir() if path.name != but and any(path.glob("state-*.safetensors"))]
+        runs = [path for path in parent.iterdir() if path.name != exclude and any(path.glob("state-*.safetensors"))]
         for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
-            logger.info("BlockSkip: removing the states of the old run %s", path.name)
-            shutil.rmtree(path, ignore_errors=True)
-    except OSError as error:  # another program may be removing the same
+            held = try_lock(path)
+            if held is None:
+                continue
+            with held:
+                logger.info("BlockSkip: removing the states of the old run %s", path.name)
+                shutil.rmtree(path, ignore_errors=True)
+        remove_stale_locks(parent)
+    except (OSError, StorageError) as error:  # another program may be removing the same
         logger.warning("BlockSkip: the states of old runs cannot be removed: %s", error)
 
 
@@ -227,5 +254,5 @@ def _checksum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         if tensor.numel():
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -57,7 +57,7 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**64:
-            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {self.seed}.")
+            raise InvalidInputError(f"seed must be between 0 and 2**64 - 1, got {self.seed}.")
         if not 0.0 < self.learning_rate < math.inf:
             raise InvalidInputError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
         for name in ("warmup_steps", "max_grad_norm", "weight_decay", "activation_budget"):

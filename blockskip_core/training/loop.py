@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from ..residuals.source import OpenResiduals, ResidualSource
 from ..selection.selection import BlockSelection
 from .checkpoints import Checkpoints, TrainingState
 from .config import TrainingConfig
+from .observer import TrainingObserver
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer
 from .result import StepReport, TrainingResult
 from .self_check import check_against_full_model, check_gradients
@@ -50,18 +50,6 @@ _OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
 Place = Callable[[dict[str, torch.nn.Module]], AbstractContextManager[Denoiser]]
 
 
-class Interlude(Protocol):
-    """What is done between two steps while the model that is trained on is unloaded, e.g. sampling a picture."""
-
-    def is_due(self, step: int) -> bool:
-        """Whether it is wanted after so many steps; 0 is before the first."""
-        ...
-
-    def __call__(self, step: int) -> None:
-        """Do it. What it takes of random numbers and memory it gives back."""
-        ...
-
-
 def train_lora(
     dit: SkippableDit,
     schedule: TrainingSchedule,
@@ -72,11 +60,10 @@ def train_lora(
     config: TrainingConfig,
     *,
     result: TrainingResult,
-    on_step: Callable[[StepReport], None],
+    observers: Sequence[TrainingObserver] = (),
     activation_bytes: int = 0,
     weights: WeightPlacement = "as fits",
     checkpoints: Checkpoints | None = None,
-    interlude: Interlude | None = None,
 ) -> None:
     """Train ``adapters`` in place.
 
@@ -88,48 +75,33 @@ def train_lora(
         adapters: The LoRA; whenever this function is left, its tensors hold the last good state and are on the CPU.
         config: Settings.
         result: Filled in as the run goes.
-        on_step: Called after every optimiser step; may raise to interrupt.
-        activation_bytes: What the host should keep free beside the weights.
+        observers: Told of the run in this order; see :class:`~.observer.TrainingObserver`.
+        activation_bytes: What the host should keep free in addition to the weights.
         weights: Where the host keeps the weights.
-        checkpoints: Where the run goes on from, and where its states are kept; None starts anew and keeps none.
-        interlude: Done between steps, outside the model's run.
+        checkpoints: Where the run resumes from and where its states are kept; None starts from the beginning and keeps
+            none.
 
     Raises:
         CheckpointError: If a state is that of another run.
         TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
             the full model before the first step, or a kept block gets no gradient.
     """
-    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, on_step, checkpoints)
+    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, observers, checkpoints)
     place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
     try:
         loop.resume()
-        if interlude and interlude.is_due(result.steps):  # before the first step, or the one that a resumed run lacks
-            loop.pause(interlude)
+        loop.pause_if_due()  # before the first step, or after the one that an interrupted run did not get to
         for opening in source.stretches(config.micro_batches, start=result.steps * config.accumulation):
             with opening as residuals:
-                for part in _between_interludes(residuals.micro_batches, config, interlude):
+                for part in loop.parts(residuals.micro_batches):
                     loop.run(residuals, part, place)
-                    if interlude and _interlude_after(part, config, interlude):
-                        loop.pause(interlude)
+                    if loop.ends_step(part):
+                        loop.pause_if_due()
     finally:
         try:
             loop.save()
         finally:
             loop.release()
-
-
-def _between_interludes(micro_batches: range, config: TrainingConfig, interlude: Interlude | None) -> Iterator[range]:
-    """Cut a stretch after every step behind which there is an interlude."""
-    start = micro_batches.start
-    for end in range(start + 1, micro_batches.stop + 1):
-        part = range(start, end)
-        if end == micro_batches.stop or (interlude and _interlude_after(part, config, interlude)):
-            yield part
-            start = end
-
-
-def _interlude_after(part: range, config: TrainingConfig, interlude: Interlude) -> bool:
-    return part.stop % config.accumulation == 0 and interlude.is_due(part.stop // config.accumulation)
 
 
 @dataclass(frozen=True)
@@ -154,13 +126,13 @@ class _Loop:
         adapters: LoraAdapters,
         config: TrainingConfig,
         result: TrainingResult,
-        on_step: Callable[[StepReport], None],
+        observers: Sequence[TrainingObserver],
         checkpoints: Checkpoints | None,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
         self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
-        self.adapters, self.config, self.result, self.on_step = adapters, config, result, on_step
+        self.adapters, self.config, self.result, self.observers = adapters, config, result, observers
         self.checkpoints = checkpoints
         adapters.to(dit.device)
         self.optimizer = build_optimizer(
@@ -193,11 +165,32 @@ class _Loop:
             for micro_batch in micro_batches:
                 step_micro_batch(micro_batch)
 
-    def pause(self, interlude: Interlude) -> None:
-        """Keep the state, for the interlude may take much memory, and do it; its time belongs to no step."""
+    def parts(self, micro_batches: range) -> Iterator[range]:
+        """Cut a stretch after every step at which an observer wants the model unloaded."""
+        start = micro_batches.start
+        for end in range(start + 1, micro_batches.stop + 1):
+            part = range(start, end)
+            if end == micro_batches.stop or (self.ends_step(part) and self.due(end // self.config.accumulation)):
+                yield part
+                start = end
+
+    def ends_step(self, part: range) -> bool:
+        """Whether the last of some micro-batches completes an optimiser step."""
+        return part.stop % self.config.accumulation == 0
+
+    def due(self, step: int) -> list[TrainingObserver]:
+        """Return the observers that want the model unloaded after this many steps."""
+        return [observer for observer in self.observers if observer.is_due(step)]
+
+    def pause_if_due(self) -> None:
+        """Let observers do what is due, e.g. sample; the state is saved first, because that may take much memory."""
+        due = self.due(self.result.steps)
+        if not due:
+            return
         self.save()
-        interlude(self.result.steps)
-        self.paused = True
+        for observer in due:
+            observer.between_steps(self.result.steps)
+        self.paused = True  # the time that it took belongs to no step
 
     @contextmanager
     def running(self, residuals: OpenResiduals, place: Place) -> Iterator[Callable[[int], None]]:
@@ -211,7 +204,7 @@ class _Loop:
             denoise = stack.enter_context(place(model.modules))
             if residuals.reference is not None and self.result.self_check is None:
                 self.result.self_check = check_against_full_model(
-                    self.dit, self.schedule, self.latents, model, denoise, residuals
+                    self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference
                 )
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)
@@ -223,7 +216,7 @@ class _Loop:
         total = 0.0
         for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
             with ExitStack() as stack:
-                # Twice, for a budget is used from the second micro-batch on.
+                # Twice, because a budget takes effect from the second micro-batch on.
                 counted = self.num_counted < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
                 loss = self._loss(stretch, batch) / len(draws)
             if counted:
@@ -268,11 +261,13 @@ class _Loop:
         losses, self.pending = tuple(self.pending), []
         if self.checkpoints and self.checkpoints.is_due(self.result.steps):
             self.save()
-        self.on_step(StepReport(self.result.steps, losses, rate, norm, seconds))
+        report = StepReport(self.result.steps, losses, rate, norm, seconds)
+        for observer in self.observers:
+            observer.on_step(report)
         self.started = time.perf_counter()
 
     def resume(self) -> None:
-        """Go on from the newest state, if there is one."""
+        """Continue from the newest state, if there is one."""
         state = self.checkpoints and self.checkpoints.newest(self.config.steps)
         if not state:
             return
@@ -304,13 +299,13 @@ class _Loop:
             self.result.problems.append(str(error))
 
     def release(self) -> None:
-        """Leave nothing of the run on the device, whoever still holds the LoRA."""
+        """Leave nothing of the run on the device, even if someone still holds the LoRA."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         self.adapters.to(torch.device("cpu"))
 
     def _set_rate(self, step: int) -> None:
-        """Set the learning rate of the step after so many; it follows from nothing else, so a run can resume anywhere."""
+        """Set the learning rate of the step after this many; it follows from nothing else, so a run can resume anywhere."""
         for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
             group["lr"] = self.config.learning_rate * factor(step)
 

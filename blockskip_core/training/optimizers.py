@@ -27,16 +27,15 @@ def build_optimizer(
     """Return an optimiser over ``parameters``.
 
     AdamW is torch's fused one where the parameters are on a device that is known to have it: on a GPU the other forms
-    hold copies of all moments for the time of a step (on FLUX.1 at rank 16 some 200 MiB).
+    hold copies of all moments during a step (on FLUX.1 at rank 16 some 200 MiB).
 
     Raises:
         InvalidInputError: If the extra package that it needs is not installed.
     """
-    settings = {"lr": learning_rate, "weight_decay": weight_decay}
     if name != "AdamW":
-        return _bitsandbytes().AdamW8bit(parameters, **settings)
+        return _bitsandbytes().AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
     fused = all(parameter.device.type in _WITH_FUSED_ADAMW for parameter in parameters)
-    return torch.optim.AdamW(parameters, fused=fused, **settings)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,7 +67,7 @@ def _leaves(content: Mapping[Any, Any], above: str) -> Iterator[tuple[str, Any]]
             yield f"{above}{key}", value
 
 
-def _bitsandbytes():
+def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes.optim")
     except ImportError as error:

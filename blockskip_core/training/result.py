@@ -1,4 +1,4 @@
-"""What a training tells: step by step, and in the end."""
+"""What a training reports: step by step, and at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepReport:
 
 @dataclass
 class TrainingResult:
-    """What a run left. Filled in as the run goes, so it is right whenever the run ends.
+    """What a run leaves behind. It is filled in during the run, so it is right whenever the run ends.
 
     Attributes:
         losses: Of every micro-batch.
@@ -39,7 +39,7 @@ class TrainingResult:
         steps: Optimiser steps done.
         self_check: Relative difference between the skipping and the full model before the first step, or None.
         saved_bytes: Bytes that a micro-batch kept for its backward pass, parameters not counted: the larger of the first
-            two, for the second is the first with an activation budget.
+            two, because a budget takes effect from the second one on.
         resumed_at: Steps that an earlier run had done.
         overflows: Steps that were left out because a gradient overflowed in float16.
         problems: What went wrong without ending the run, in sentences.

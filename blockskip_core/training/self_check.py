@@ -13,7 +13,7 @@ from ..data.schedule import TrainingSchedule
 from ..errors import TrainingError
 from ..model import Denoiser, SkippableDit
 from ..residuals.format import ResidualFormat
-from ..residuals.source import OpenResiduals
+from ..residuals.source import OpenResiduals, Reference
 from ..selection.selection import BlockSelection
 
 _EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
@@ -26,8 +26,16 @@ def check_against_full_model(
     model: SkippingModel,
     denoise: Denoiser,
     residuals: OpenResiduals,
+    reference: Reference,
 ) -> float:
     """Compare with the full model's recorded output, before the LoRA is attached: they must agree.
+
+    Args:
+        dit, schedule, latents: The model and its training examples.
+        model: The model with its skipped blocks replaced.
+        denoise: It, running.
+        residuals: What is replayed.
+        reference: The full model's output for one of the draws.
 
     Returns:
         The relative difference.
@@ -35,19 +43,20 @@ def check_against_full_model(
     Raises:
         TrainingError: If it is more than rounding explains.
     """
-    reference = residuals.reference
+    residual = residuals.residual
+    assert residual is not None, "there is no reference where nothing is stored"
     noisy, _, sigmas = (x.to(dit.device) for x in noisy_batch(schedule, latents, [reference.draw]))
     with torch.no_grad():
-        model.replay(residuals.residual, [reference.draw], None)
+        model.replay_stored(residual, [reference.draw])
         denoised = denoise(noisy, sigmas, [schedule[reference.draw].caption]).cpu()
     removed = (noisy.cpu() - reference.denoised).norm().clamp_min(1e-12)
     difference = ((denoised - reference.denoised).norm() / removed).item()
-    tolerance = _tolerance(residuals.residual(reference.draw), residuals.form) + dit.known_error
+    tolerance = _tolerance(residual(reference.draw), residuals.form) + dit.known_error
     if not difference <= tolerance:
         raise TrainingError(
             f"With nothing learned yet, the model with skipped blocks differs from the full model by "
-            f"{difference:.2e} (at most {tolerance:.0e} was expected). Another node may have changed the model "
-            "after Precompute Residuals; connect the same MODEL to both nodes."
+            f"{difference:.2e} (at most {tolerance:.0e} was expected). Something may have changed the model "
+            "since its residuals were computed; use the same model for both."
             + (" Or quantisation costs this model too much; choose a finer one." if dit.known_error else "")
         )
     return difference
@@ -59,7 +68,7 @@ def check_gradients(dit: SkippableDit, selection: BlockSelection, adapters: Lora
     Raises:
         TrainingError: If a kept block has none.
     """
-    for index in selection.kept:
+    for index in selection.adapted:
         block = dit.blocks[index].name + "."
         ups = [adapters.up(name) for name in adapters.names if name.startswith(block)]
         if ups and not any(up.grad is not None and up.grad.any() for up in ups):
@@ -74,4 +83,5 @@ def _tolerance(residual: Residual, form: ResidualFormat) -> float:
     if form != "exact":
         return _EIGHT_BIT_TOLERANCE
     dtype = next((tensor.dtype for tensor in residual.tensors().values()), None)
-    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 2e-2)
+    exact = {torch.float64: 1e-6, torch.float32: 1e-4}
+    return 2e-2 if dtype is None else exact.get(dtype, 2e-2)

@@ -23,7 +23,7 @@ def disable_kernels() -> None:
 
 
 @contextmanager
-def dynamic_vram(card: Card, limit: int | None = None) -> Iterator[pages.Pager]:
+def dynamic_vram(card: Card, limit: int | None = None, page: int = pages.PAGE) -> Iterator[pages.Pager]:
     """Let ComfyUI page weights in and out, as it does by default on NVIDIA's cards.
 
     Models must have been built before: here the host leaves weights empty until a file fills them. See :func:`as_dynamic`.
@@ -31,12 +31,13 @@ def dynamic_vram(card: Card, limit: int | None = None) -> Iterator[pages.Pager]:
     Args:
         card: The card.
         limit: The most pages of a model, or None for as many as fit.
+        page: Bytes of a page.
     """
     import comfy.memory_management
     import comfy.model_patcher
 
     ordinary = comfy.model_patcher.CoreModelPatcher
-    with pages.installed(card) as pager:
+    with pages.installed(card, page) as pager:
         pager.limit = limit
         try:
             comfy.memory_management.aimdo_enabled = True

@@ -4,7 +4,7 @@ A model's weights have addresses for good, and pages behind them that come and g
 asks for it is *faulted* in, or refused when the card is full; the host then copies the layer into a buffer that it uses
 again and again. A page that is taken away is filled with NaN here, so whoever still reads it shows in the result.
 
-Differs from comfy-aimdo: pages have 64 KiB instead of 32 MiB, so that a tiny model has several; files are not read into
+Differs from comfy-aimdo: pages can have 64 KiB instead of 32 MiB, so that a tiny model has several; files are not read into
 buffers; watermarks are not kept.
 """
 
@@ -23,8 +23,10 @@ from torch import Tensor
 from .card import Card
 
 PAGE = 64 * 1024
+FULL_PAGE = 32 * 2**20  # comfy-aimdo's own
 CHUNK = 16 * 2**20  # by which cast buffers grow
 ALIGNMENT = 512
+_MAP_NORESERVE = 0x4000  # of Linux; the addresses may be more than the machine has memory
 Allocation = tuple["ModelVBAR", int, int]  # whose it is, address, bytes
 
 
@@ -33,7 +35,7 @@ class Region:
 
     def __init__(self, size: int) -> None:
         self.size = max(int(size), mmap.PAGESIZE)
-        self._map = mmap.mmap(-1, self.size)
+        self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def tensor(self, address: int, size: int) -> Tensor:
@@ -56,6 +58,7 @@ class Pager:
 
     Args:
         card: The card.
+        page: Bytes of a page.
 
     Attributes:
         limit: The most pages that one model may have; None for as many as fit.
@@ -63,8 +66,8 @@ class Pager:
         models, regions: All models' pages; the addresses of these and of the buffers for layers without pages.
     """
 
-    def __init__(self, card: Card) -> None:
-        self.card = card
+    def __init__(self, card: Card, page: int = PAGE) -> None:
+        self.card, self.page = card, page
         self.limit: int | None = None
         self.faults = self.refused = self.evictions = 0
         self.models: weakref.WeakSet[ModelVBAR] = weakref.WeakSet()
@@ -86,7 +89,7 @@ class Pager:
             return False
         while True:
             try:
-                self.card.memory.take(PAGE)
+                self.card.memory.take(self.page)
                 return True
             except torch.OutOfMemoryError:
                 if not self._evict_one(asking):
@@ -94,9 +97,14 @@ class Pager:
 
     def forget(self, region: Region, resident: dict[int, int]) -> None:
         """Take all pages of a model that is gone."""
-        self.card.memory.give_back(len(resident) * PAGE)
+        self.card.memory.give_back(len(resident) * self.page)
         resident.clear()
-        region.spoil(0, region.size)
+        self.spoil(region, 0, region.size)
+
+    def spoil(self, region: Region, offset: int, size: int) -> None:
+        """Let whoever still reads bytes of a region show it, if the card has bytes at all."""
+        if self.card.where.type == "cpu":
+            region.spoil(offset, size)
 
     def _evict_one(self, asking: ModelVBAR) -> bool:
         for model in sorted(self.models, key=lambda model: model.priority):
@@ -176,18 +184,18 @@ class ModelVBAR:
 
     def free_memory(self, size_bytes: int) -> int:
         """Take pages away, the last ones first; return how many bytes that gave."""
-        pages = sorted(self.resident, reverse=True)[: -(-int(min(size_bytes, self.max_size)) // PAGE)]
+        pages = sorted(self.resident, reverse=True)[: -(-int(min(size_bytes, self.max_size)) // self.pager.page)]
         for page in pages:
             self._evict(page)
-        return len(pages) * PAGE
+        return len(pages) * self.pager.page
 
     def loaded_size(self) -> int:
         """Return the bytes of the pages that are there."""
-        return len(self.resident) * PAGE
+        return len(self.resident) * self.pager.page
 
     def get_nr_pages(self) -> int:
         """Return the number of all pages."""
-        return -(-self.max_size // PAGE)
+        return -(-self.max_size // self.pager.page)
 
     def get_residency(self) -> list[int]:
         """Return for each page 1 if it is there, and 2 more if it is being used."""
@@ -205,13 +213,13 @@ class ModelVBAR:
 
     def _pages(self, address: int, size: int) -> range:
         first = address - self.base_addr
-        return range(first // PAGE, (first + size - 1) // PAGE + 1)
+        return range(first // self.pager.page, (first + size - 1) // self.pager.page + 1)
 
     def _evict(self, page: int) -> None:
         del self.resident[page]
-        self._region.spoil(page * PAGE, PAGE)
+        self.pager.spoil(self._region, page * self.pager.page, self.pager.page)
         self.pager.evictions += 1
-        self.pager.card.memory.give_back(PAGE)
+        self.pager.card.memory.give_back(self.pager.page)
 
 
 class VRAMBuffer:
@@ -291,14 +299,14 @@ class HostBuffer:
 
 
 @contextmanager
-def installed(card: Card) -> Iterator[Pager]:
+def installed(card: Card, page: int = PAGE) -> Iterator[Pager]:
     """Put these in the place of comfy-aimdo's, whose library asks a driver."""
     import comfy_aimdo.host_buffer
     import comfy_aimdo.model_vbar
     import comfy_aimdo.torch
     import comfy_aimdo.vram_buffer
 
-    ModelVBAR.pager = Pager(card)
+    ModelVBAR.pager = Pager(card, page)
     replaced = {
         (comfy_aimdo.model_vbar, "ModelVBAR"): ModelVBAR,
         (comfy_aimdo.model_vbar, "vbar_fault"): lambda allocation: allocation[0].fault(*allocation[1:]),

@@ -19,7 +19,7 @@ EVENT = "blockskip.train"
 ROUTE = "/blockskip/last_run"
 SECONDS_BETWEEN_EVENTS = 0.25
 POINTS_IN_OUTPUT = 500
-"""In the node's output, which the host keeps in its history, the curve is thinned to so many."""
+"""In the node's output, which the host keeps in its history, the curve is thinned to this many."""
 LONGEST_ID = 200
 NO_ID = "00000000-0000-0000-0000-000000000000"
 """The page's word for a graph that did not come from a workflow file; each reload gives such a graph another id."""
@@ -60,7 +60,7 @@ class LiveChart:
         self._send()
 
     def earlier(self, losses: Sequence[float], steps: int) -> None:
-        """Show what an interrupted run had done, of which this one goes on."""
+        """Show what the interrupted run that this one resumes had done."""
         self._record.add_earlier(losses, steps)
 
     def step(self, step: int, steps: int, loss: float, learning_rate: float, **figures: Any) -> None:

@@ -49,7 +49,7 @@ class NodeProgress:
         self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
 
     def show(self, picture: Image.Image) -> None:
-        """Show a picture on the node, as samplers show theirs; at the place where the bar stands."""
+        """Show a picture on the node, as samplers show theirs; the progress bar stays where it is."""
         self._bar = self._bar or comfy.utils.ProgressBar(1)
         self._bar.update_absolute(self._done, preview=("JPEG", picture, LARGEST_PREVIEW))
 

@@ -39,14 +39,26 @@ def test_a_card_without_bytes_counts_as_one_with_them(card: SimpleNamespace, com
     assert "failed" not in without | computed
     for phase in ("precompute", "resident", "streamed"):
         for name, value in computed[phase].items():
-            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's
-                assert without[phase][name] == pytest.approx(value, rel=1e-3), (phase, name)
+            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's,
+                near = pytest.approx(value, rel=1e-3, abs=64)  # and the host's 4-bit format a table of 16 numbers
+                assert without[phase][name] == near, (phase, name)
     assert without["plan"] == computed["plan"]
     kept = without["resident"]
     assert kept["offloaded"] == kept["left"] == 0
     assert kept["said_peak"] == kept["peak"] > kept["resident"] >= kept["weights"] > 0
     assert without["streamed"]["offloaded"] > without["streamed"]["resident"]
     assert without["streamed"]["peak"] < kept["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_weights_can_be_paged(card: SimpleNamespace, comfyui: Path):
+    paged = card.main.run_cell(card.runs.Cell(card.runs.TINY, "bf16", 4.0, paged=True), comfyui)
+    assert "failed" not in paged, paged
+    run = paged["resident"]
+    assert run["offloaded"] == run["left"] == 0
+    assert 2**25 <= run["resident"] < 2**26 <= run["peak"]  # one page of 32 MiB, and layers that are never paged
+    assert "streamed" not in paged
 
 
 ANSWERS = """
@@ -98,7 +110,7 @@ def row(peak: float = 5.0, **changes: object) -> dict:
         "left": 0, "problems": [],
     }  # fmt: skip
     return {
-        "model": "M", "weights": "bf16", "card": 8.0, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
+        "model": "M", "weights": "bf16", "card": 8.0, "paged": False, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
         "plan": {"fits": False, "settings_fit": True, "says": "", "settings": "as small as possible."},
         "precompute": {"counted": GIB, "peak": 2 * GIB, "counted_host": GIB, "host": GIB, "left": 3 * 2**20},
         "resident": run, "streamed": {**run, "peak": GIB}, **changes,
@@ -138,19 +150,20 @@ def test_the_report_says_how_far_the_count_is_off_and_what_was_streamed(card):
     refused = row(card=12.0, streamed={"counted": 4 * GIB, "refused": "It was not started.", "left": 0})
     slow = row(card=16.0, peak=3.8)
     slow["resident"] |= {"offloaded": GIB, "problems": ["Weights are moved."]}
-    unplanned = row(card=24.0)
+    unplanned = row(card=24.0, peak=40.0, paged=True)
     unplanned["plan"] |= {"settings_fit": False}
     unplanned["resident"] |= {"offloaded": GIB}
+    del unplanned["streamed"]
     text = card.report.text([row(), refused, slow, unplanned])
-    assert "* resident: 4 of 4 cells ran; emulated against counted -5.0% to +25.0%" in text
-    assert "* streamed: 3 of 4 cells ran; emulated against counted -75.0% to -75.0%" in text
+    assert "* resident: 3 of 3 cells ran; emulated against counted -5.0% to +25.0%" in text
+    assert "* streamed: 2 of 3 cells ran; emulated against counted -75.0% to -75.0%" in text
     assert "* weights were streamed in 1 of 3 cells whose settings fit by Memory Plan" in text
     assert "at most 3.0 MiB" in text
     assert (
         "**M, bf16**, 2 + 1 of 6 skipped | 8 | too large | as small as possible | 4.00 | **5.00** | 1.00 | +25.0%"
         in text
     )
-    assert "|  | 24 | too large | none fit |" in text
+    assert "| **M, bf16, paged**, 2 + 1 of 6 skipped | 24 | too large | none fit |" in text
     assert "* M, bf16, 12 GiB, streamed: It was not started." in text
     assert "* M, bf16, 16 GiB, resident: Weights are moved." in text
 

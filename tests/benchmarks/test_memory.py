@@ -110,11 +110,28 @@ def test_report_compares_aims_with_what_was_counted(bench, tmp_path: Path):
     assert "| peak device memory, bf16 | <= 8.0 GiB | 7.500 GiB, of which weights 1.000 | yes |" in text
     assert "| peak device memory, fp8 base resident | <= 4.4 GiB | 5.000 GiB, of which weights 1.000 | no |" in text
     assert "both without checkpointing | <= 0.25 | 0.200 | yes |" in text
+    assert "precomputing, peak device memory" not in text  # nothing to compare with
     assert "In all 1 pairs" in text
     assert "No GPU was at hand" in text
     assert (tmp_path / "memory.png").is_file()
     rows[-1]["peak"] += 1
     assert "differ" in report.same(rows[-2:])
+
+
+@pytest.mark.parametrize(("blocks", "tokens", "met"), [(1, 0.25, "yes"), (2, 0.25, "no"), (1, 1.25, "no")])
+def test_precomputing_is_met_only_by_one_block_and_a_micro_batch(bench, blocks, tokens, met):
+    report = bench("memory_report")
+    others = GIB
+    whole = others + 19 * report.DOUBLE_BLOCK + 38 * report.SINGLE_BLOCK
+    weights = others + blocks * report.DOUBLE_BLOCK
+    before = {"part": "before training", "checkpointing": False}
+    rows = [
+        row("BlockSkip", "50% skipped", source="cached", peak=2 * GIB, between=GIB),
+        row(name="precomputing, 50% skipped", **before, weights=weights, peak=int(weights + tokens * GIB)),
+        row(name="choosing blocks", size=512, **before, weights=whole, peak=whole + GIB),
+    ]
+    (line,) = (line for line in report.targets(rows) if line.startswith("| precomputing"))
+    assert line.endswith(f"| {met} |")
 
 
 def test_the_real_model_is_counted_the_same_without_weights(bench, monkeypatch):

@@ -12,11 +12,11 @@ MIB = 2**20
 
 
 def test_it_measures_about_what_was_counted_and_names_the_card(card, bench, tmp_path, monkeypatch):  # noqa: F811
-    memory, gpu, real = bench("memory"), bench("memory_gpu"), bench("memory_real")
+    gpu, real = bench("memory_gpu"), bench("memory_real")
     monkeypatch.setattr(real, "DOUBLE", 1)
     monkeypatch.setattr(real, "SINGLE", 2)
     monkeypatch.setattr(gpu, "SKIPPED", (0, 1))
-    about = memory.about()
+    about = bench("command_line").about(card=card.name)
     gpu.write(gpu.rows_of(real.Lab(), about), tmp_path)
     assert card.name in (tmp_path / "memory_gpu.md").read_text("utf-8")
     rows = [json.loads(line) for line in (tmp_path / "memory_gpu.jsonl").read_text("utf-8").splitlines()]

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
+from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
 from blockskip_pack.blockskip_core.data.schedule import Draw, TrainingSchedule
-from blockskip_pack.blockskip_core.model import BlockInfo, TokenStreams, linear_names
+from blockskip_pack.blockskip_core.model import TokenStreams, linear_names
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.torch_dit import TorchDit
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from torch import Tensor, nn
 from torch.nn import functional
@@ -108,88 +111,50 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class DoubleIO:
-    def entering(self, args, kwargs):
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
         return TokenStreams(kwargs["img"], kwargs["txt"])
 
-    def leaving(self, result, args, kwargs):
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
         return TokenStreams(*result)
 
-    def result(self, streams, args, kwargs):
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         return streams.img, streams.txt
 
 
 class SingleIO:
-    def entering(self, args, kwargs):
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
         return TokenStreams(args[0][:, kwargs["num_text"] :], args[0][:, : kwargs["num_text"]])
 
-    def leaving(self, result, args, kwargs):
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
         return self.entering((result,), kwargs)
 
-    def result(self, streams, args, kwargs):
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        assert streams.txt is not None
         return torch.cat((streams.txt, streams.img), dim=1)
 
 
-class PlainDit:
+class PlainDit(TorchDit):
     """The model as a SkippableDit. Its weights ask for gradients, as those of hosts do."""
-
-    family = "plain"
-    frozen_stem = ("img_in", "txt_in", "time_in")
-    trainable_head = ("head",)
-    width = WIDTH
-    known_error = 0.0
-    room_for_blocks = 0  # one at a time
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.net = Net(num_double, num_single).to(dtype)
-            self.texts = [torch.randn(1, length, TEXT_WIDTH, dtype=dtype) for length in TEXT_LENGTHS]
-        self.blocks = [
-            BlockInfo(name, io, *_size(self.net.get_submodule(name)))
-            for kind, count, io in (
-                ("double_blocks", num_double, DoubleIO()),
-                ("single_blocks", num_single, SingleIO()),
-            )
-            for name in (f"{kind}.{index}" for index in range(count))
-        ]
+            net = Net(num_double, num_single).to(dtype)
+            texts = [torch.randn(1, length, TEXT_WIDTH, dtype=dtype) for length in TEXT_LENGTHS]
+        super().__init__(
+            net,
+            blocks={"double_blocks": DoubleIO(), "single_blocks": SingleIO()},
+            stem=("img_in", "txt_in", "time_in"),
+            head=("head",),
+            width=WIDTH,
+            denoise=denoise,
+            captions=texts,
+            family="plain",
+        )
 
     @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.net.img_in.weight.dtype
-
-    def module(self, name: str) -> nn.Module:
-        return self.net.get_submodule(name)
-
-    def image_tokens(self, rows: int, columns: int) -> int:
-        return rows * columns
-
-    def text_length(self, caption: int) -> int:
-        return self.texts[caption].shape[1]
-
-    def text_tokens(self, caption: int) -> int:
-        return self.text_length(caption)
-
-    def weight_for_backward(self, module: nn.Module, like: Tensor):
-        return plain_weight(module, like)
-
-    @contextmanager
-    def running(self, replacements: Mapping[str, nn.Module], *, activation_bytes: int = 0, weights: str = "as fits"):
-        originals = {name: self.module(name) for name in replacements}
-        try:
-            for name, module in replacements.items():
-                self._put(name, module)
-            yield self.denoise
-        finally:
-            for name, module in originals.items():
-                self._put(name, module)
-
-    def denoise(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
-        text = torch.cat([self.texts[caption] for caption in captions])
-        return noisy - sigmas.view(-1, 1, 1, 1) * self.net(noisy, sigmas, text)
+    def net(self) -> Any:
+        return self.model
 
     def weights_hash(self) -> str:
         """A hash of every weight's every bit."""
@@ -201,13 +166,10 @@ class PlainDit:
     def modules_by_name(self) -> dict[str, nn.Module]:
         return dict(self.net.named_modules())
 
-    def _put(self, name: str, module: nn.Module) -> None:
-        parent, _, leaf = name.rpartition(".")
-        self.net.get_submodule(parent)._modules[leaf] = module
 
-
-def _size(module: nn.Module) -> tuple[int, int]:
-    return sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
+def denoise(net: Net, noisy: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+    """The clean estimate of the whole model."""
+    return noisy - sigmas.view(-1, 1, 1, 1) * net(noisy, sigmas, text)
 
 
 # --- the independent reference -----------------------------------------------------------------------------------
@@ -229,7 +191,7 @@ def reference_denoise(
     image residual are those of the model without it. ``response`` is the back span's linear answer to its input.
     """
     net, lora = dit.net, lora or {}
-    text = torch.cat([dit.texts[caption] for caption in captions])
+    text = torch.cat([dit.captions[caption] for caption in captions])
 
     def linear(name: str, x: Tensor) -> Tensor:
         layer = net.get_submodule(name)
@@ -375,7 +337,7 @@ def train(
             config,
             result=result,
             checkpoints=checkpoints,
-            on_step=on_step or (lambda report: None),
+            observers=[OnStep(on_step)] if on_step else (),
         )
     finally:
         for handle in handles:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import time
 from contextlib import contextmanager
 
@@ -22,12 +23,17 @@ def test_the_file_is_written_under_another_name_first(tmp_path):
         seen.append((path.parent, path.name, (tmp_path / "file.txt").exists()))
 
     write_atomically(tmp_path / "file.txt", write)
-    assert seen == [(tmp_path, "file.txt.part", False)]
+    ((folder, name, was_there),) = seen
+    assert (folder, was_there) == (tmp_path, False)
+    assert re.fullmatch(r"file\.txt\.[0-9a-f]{8}\.part", name)
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
     assert (tmp_path / "file.txt").read_text() == "new"
 
 
-@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
 def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, problem):
     path = tmp_path / "file.txt"
     path.write_text("old")
@@ -40,6 +46,35 @@ def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, problem):
         write_atomically(path, write)
     assert caught.value.__cause__ is problem
     assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(2, "No such file or directory"), "Its folder was removed or renamed meanwhile"),
+        (SafetensorError("I/O error: No such file or directory (os error 2)"), "Its folder was removed or renamed"),
+        (OSError(13, "Permission denied"), "Close the program that has it open"),
+        (OSError(27, "File too large"), "Free some disk space"),
+        (OSError(30, "Read-only file system"), "That disk can only be read"),
+        (OSError(5, "Input/output error"), "Look whether the disk is full or damaged"),
+        (SafetensorError("something else"), "Look whether the disk is full or damaged"),
+    ],
+)
+def test_the_advice_is_about_the_cause(error, advice):
+    assert atomic_files.what_helps(error).startswith(advice)
+
+
+def test_two_writers_of_one_file_have_two_temporary_ones(tmp_path):
+    """Whoever is last wins, and both files are whole at every moment."""
+
+    def write(path):
+        path.write_text("first, half of it")
+        write_atomically(tmp_path / "file.txt", lambda path: path.write_text("second"))
+        path.write_text("first")
+
+    write_atomically(tmp_path / "file.txt", write)
+    assert (tmp_path / "file.txt").read_text() == "first"
     assert os.listdir(tmp_path) == ["file.txt"]
 
 

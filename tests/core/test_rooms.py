@@ -15,29 +15,36 @@ TABLE = {
     "units": "",
     "version": "",
     "files": "errors",
+    "locks": "errors files",
     "selection": "errors units",
     "data": "errors",
     "adapters": "errors",
     "ralu": "errors",
     "model": "selection",
     "blocks": "selection model",
-    "residuals": "errors units files selection data model blocks",
-    "training": "errors files selection data adapters model blocks residuals",
+    "residuals": "errors units files locks selection data model blocks",
+    "training": "errors files locks selection data adapters model blocks residuals",
+    "torch_dit": "adapters model",
+    "examples": "model",
+    "api": "errors files selection data adapters model blocks residuals training",
     "accounting": "errors units selection data adapters model blocks residuals training",
     "reporting": "units files selection data training",
     "hosts": "",
     "hosts/families": "errors selection adapters ralu model accounting",
-    "hosts/inputs": "errors data",
-    "hosts/files": "errors files adapters",
-    "hosts/models": "errors selection adapters model blocks residuals accounting hosts/families hosts/inputs",
-    "hosts/sampling": "errors selection adapters ralu model blocks hosts/families hosts/inputs hosts/models",
+    "hosts/inputs": "errors",
+    "hosts/files": "errors files locks adapters",
+    "hosts/models": "errors selection data adapters model blocks residuals accounting hosts/families hosts/inputs "
+    "hosts/files",
+    "hosts/sampling": "errors files locks selection adapters ralu model blocks hosts/families hosts/inputs hosts/files "
+    "hosts/models",
     "nodes/types": "",
+    "nodes/plan_text": "units accounting",
     "nodes/inputs": "errors selection residuals accounting",
     "nodes/page": "reporting",
-    "nodes/run": "errors units version files selection adapters model residuals training accounting reporting "
-    "hosts/files hosts/models hosts/sampling nodes/inputs nodes/page",
-    "nodes": "errors files selection data adapters ralu residuals training accounting reporting hosts/families "
-    "hosts/inputs hosts/files hosts/models hosts/sampling nodes/types nodes/inputs nodes/page nodes/run",
+    "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
+    "hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
+    "nodes": "errors selection data adapters ralu residuals training accounting reporting hosts/inputs hosts/files "
+    "hosts/models hosts/sampling nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}
 MODULES = [path for folder in (CORE, "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]

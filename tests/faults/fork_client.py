@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -97,23 +98,60 @@ class ForkServer:
             ``killed``; ``seconds``; and unless it was killed, ``error`` (names of the error's classes, or None),
             ``sentence``, ``ui`` and ``events``.
         """
-        base.mkdir(parents=True, exist_ok=True)
-        (base / "outcome.json").unlink(missing_ok=True)
+        return self.run_together([Order(base, graph, fault, kill_after)], meanwhile)[0]
+
+    def run_together(self, orders: Sequence[Order], meanwhile: Callable[[], None] = lambda: None) -> list[Any]:
+        """Run several graphs at the same time; see :meth:`run`."""
         began, looked = time.monotonic(), 0.0
-        process = self.ask("start", base=str(base), graph=graph or {}, fault=fault)
-        while not (end := self.ask("wait", process=process))["ended"]:
+        running = [(order, self._start(order)) for order in orders]
+        ended: dict[int, SimpleNamespace] = {}
+        while len(ended) < len(running):
             passed = time.monotonic() - began
-            if passed > LONGEST_RUN_S:
-                os.kill(process, signal.SIGKILL)
-                raise TimeoutError((base / "log.txt").read_text(encoding="utf-8")[-2000:])
-            if kill_after is not None and passed >= kill_after:
-                os.kill(process, signal.SIGKILL)  # its number is not given to another before it was waited for
+            for order, process in running:
+                if process in ended:
+                    continue
+                if (end := self.ask("wait", process=process))["ended"]:
+                    ended[process] = _outcome(order, end["signal"], passed)
+                elif passed > LONGEST_RUN_S:
+                    os.kill(process, signal.SIGKILL)
+                    raise TimeoutError(order.log())
+                elif order.kill_after is not None and passed >= order.kill_after:
+                    os.kill(process, signal.SIGKILL)  # its number is not given to another before it was waited for
             if passed >= looked + BETWEEN_LOOKS_S:
                 meanwhile()
                 looked = passed
             time.sleep(0.005)
-        found = SimpleNamespace(killed=end["signal"] == signal.SIGKILL, seconds=time.monotonic() - began)
-        if not found.killed:
-            assert end["signal"] is None, (base / "log.txt").read_text(encoding="utf-8")[-2000:]
-            vars(found).update(json.loads((base / "outcome.json").read_text(encoding="utf-8")))
-        return found
+        return [ended[process] for _, process in running]
+
+    def _start(self, order: Order) -> int:
+        order.base.mkdir(parents=True, exist_ok=True)
+        (order.base / "outcome.json").unlink(missing_ok=True)
+        disk = order.disk and str(order.disk)
+        return self.ask("start", base=str(order.base), graph=order.graph or {}, fault=order.fault, disk=disk)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run of the graph; see :meth:`ForkServer.run`.
+
+    Attributes:
+        disk: Where its files are, if not in ``base/disk``: two runs may have the same.
+    """
+
+    base: Path
+    graph: dict[str, Any] | None = None
+    fault: dict[str, Any] | None = None
+    kill_after: float | None = None
+    disk: Path | None = None
+
+    def log(self) -> str:
+        """The end of what the run has said."""
+        return (self.base / "log.txt").read_text(encoding="utf-8")[-2000:]
+
+
+def _outcome(order: Order, ended_by: int | None, seconds: float) -> SimpleNamespace:
+    found = SimpleNamespace(killed=ended_by == signal.SIGKILL, seconds=seconds)
+    if not found.killed:
+        assert ended_by is None, order.log()
+        vars(found).update(json.loads((order.base / "outcome.json").read_text(encoding="utf-8")))
+    return found

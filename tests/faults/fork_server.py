@@ -36,13 +36,13 @@ def serve(orders: Any, answers: Any) -> None:
         answers.flush()
 
 
-def start(base: str, graph: dict[str, Any], fault: dict[str, Any] | None) -> int:
-    """Run the graph in a copy of this process; its id."""
+def start(base: str, graph: dict[str, Any], fault: dict[str, Any] | None, disk: str | None = None) -> int:
+    """Run the graph in a copy of this process, with its files below ``disk`` or else ``base/disk``; its id."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            status = _run(Path(base), graph, fault or {})
+            status = _run(Path(base), graph, fault or {}, Path(disk) if disk else Path(base) / "disk")
         finally:
             os._exit(status)
     return process
@@ -71,12 +71,11 @@ def look(base: str) -> dict[str, Any]:
     }
 
 
-def _run(base: Path, graph: dict[str, Any], fault: dict[str, Any]) -> int:
-    """Run the graph with its files below ``base/disk``; what came of it stands in ``base/outcome.json``."""
+def _run(base: Path, graph: dict[str, Any], fault: dict[str, Any], disk: Path) -> int:
+    """Run the graph with its files below ``disk``; what came of it is in ``base/outcome.json``."""
     with open(base / "log.txt", "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    disk = base / "disk"
     tiny_graph.use_folders(disk)
     outcome: dict[str, Any] = {"error": None, "sentence": None, "events": [], "ui": None}
     try:

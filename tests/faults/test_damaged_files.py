@@ -87,14 +87,14 @@ def test_a_damaged_cache_is_never_trained_on(bench, core, restored, residual_for
     for number in range(DAMAGED_CACHES):
         restored(residuals.folder)
         what = damage(residuals.folder, number)
-        with pytest.raises(core("errors").CacheError, match="They have been removed; queue the workflow again"):
+        with pytest.raises(core("errors").CacheError, match="They have been removed; run again"):
             pytest.fail(f"{what}: {bench.train(residuals=residuals, steps=STEPS)}")
         assert not residuals.folder.exists(), what
         found += 1
         if number % 10 == 0:
             restored(residuals.folder)
             damage(residuals.folder, number)
-            with pytest.raises(core("errors").CacheError, match="They have been removed; queue the workflow again"):
+            with pytest.raises(core("errors").CacheError, match="They have been removed; run again"):
                 bench.precompute(residual_format=residual_format, **CHUNKS)
             again = bench.precompute(residual_format=residual_format, **CHUNKS)[0]
             assert_same(bench.train(residuals=again, steps=STEPS)[0], expected)

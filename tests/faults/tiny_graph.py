@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 TESTS = Path(__file__).resolve().parents[1]
-LEFTOVERS = (".part", ".trial")
+LEFTOVERS = (".part", ".trial", ".lock")
 PATCHES = {"draws": 6, "patch_min": 32, "patch_max": 64, "storage": "disk", "seed": 3, "chunk_size": 2}
 TRAINING = {
     "steps": 5,

@@ -4,86 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from .contract import CONTRACT, WIDGETS, line
 
-# Never remove or rename an entry: saved workflows name them. New inputs are optional.
-CONTRACT = {
-    "BlockSkip_SelectBlocks": {
-        "required": {
-            "model": "MODEL", "positive": "CONDITIONING", "method": "COMBO", "skip_ratio": "FLOAT", "front": "INT",
-            "back": "INT",
-        },
-        "optional": {"vae": "VAE", "clip_vision": "CLIP_VISION"},
-        "outputs": [("selection", "BLOCKSKIP_SELECTION"), ("heatmap", "IMAGE"), ("report", "STRING")],
-        "lists": True,
-    },
-    "BlockSkip_MemoryPlan": {
-        "required": {
-            "model": "MODEL", "positive": "CONDITIONING", "selection": "BLOCKSKIP_SELECTION", "patch_min": "INT",
-            "draws": "INT", "storage": "COMBO", "rank": "INT", "batch_size": "INT", "checkpointing": "BOOLEAN",
-            "quantize_kept": "COMBO", "activation_budget": "FLOAT", "card_memory": "FLOAT",
-        },
-        "optional": {"preset": "COMBO"},
-        "outputs": [
-            ("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY"),
-        ],
-        "lists": True,
-    },
-    "BlockSkip_PrecomputeResiduals": {
-        "required": {
-            "model": "MODEL", "vae": "VAE", "images": "IMAGE", "positive": "CONDITIONING",
-            "selection": "BLOCKSKIP_SELECTION", "draws": "INT", "patch_min": "INT", "patch_max": "INT",
-            "storage": "COMBO", "seed": "INT",
-        },
-        "optional": {"memory_settings": "BLOCKSKIP_MEMORY"},
-        "outputs": [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
-        "lists": True,
-    },
-    "BlockSkip_SampleWhileTraining": {
-        "required": {
-            "positive": "CONDITIONING", "vae": "VAE", "every": "INT", "at_start": "BOOLEAN", "width": "INT",
-            "height": "INT", "sampler_steps": "INT", "cfg": "FLOAT", "scheduler": "COMBO", "seed": "INT",
-        },
-        "optional": {"negative": "CONDITIONING", "memory_budget": "FLOAT"},
-        "outputs": [("samples", "BLOCKSKIP_SAMPLES")],
-        "lists": True,
-    },
-    "BlockSkip_TrainLora": {
-        "required": {
-            "model": "MODEL", "residuals": "BLOCKSKIP_RESIDUALS", "steps": "INT", "learning_rate": "FLOAT",
-            "rank": "INT", "seed": "INT",
-        },
-        "optional": {
-            "quantize_kept": "COMBO", "samples": "BLOCKSKIP_SAMPLES", "memory_settings": "BLOCKSKIP_MEMORY",
-        },
-        "outputs": [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
-        "lists": True,
-    },
-    "BlockSkip_ApplyLora": {
-        "required": {"model": "MODEL", "strength_model": "FLOAT"},
-        "optional": {"lora": "LORA_MODEL", "lora_name": "COMBO"},
-        "outputs": [("model", "MODEL"), ("info", "STRING")],
-        "lists": False,
-    },
-    "BlockSkip_RALUSampler": {
-        "required": {
-            "model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT", "seed": "INT", "cfg": "FLOAT",
-            "preset": "COMBO", "upsample_ratio": "FLOAT", "regions": "COMBO",
-        },
-        "optional": {
-            "negative": "CONDITIONING", "vae": "VAE", "mask": "MASK", "custom_steps": "STRING", "custom_ends": "STRING",
-            "custom_shift": "FLOAT",
-        },
-        "outputs": [("latent", "LATENT"), ("early_regions", "IMAGE"), ("report", "STRING")],
-        "lists": False,
-    },
-}  # fmt: skip
 IDS = list(CONTRACT)
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no cable
+OF_THEIR_OWN = ("cfg", "preset")  # the same word for different things
 
 
 @pytest.fixture(scope="module")
@@ -100,49 +27,69 @@ def each_node(test):
     return pytest.mark.parametrize("node", IDS, indirect=True)(test)
 
 
-def parameters_read(nodes, node):
-    """Return what a node reads, by name: parameters of its ``execute`` and, for ``**widgets``, of whom it hands on to."""
-    own = dict(inspect.signature(node.execute).parameters)
-    rest = own.pop("widgets", None)
-    if rest is None:
-        return own
-    assert rest.kind is inspect.Parameter.VAR_KEYWORD
-    handed_on = {
-        nodes.SelectBlocks: [nodes.select_blocks._Settings],
-        nodes.MemoryPlan: [nodes.memory_plan._Plan],
-        nodes.PrecomputeResiduals: [nodes.precompute_residuals._schedule],
-        nodes.TrainLora: [nodes.run.training_run.TrainingRun, nodes.run.training_run.TrainingConfig],
-    }[node]
-    read = {}
-    for reader in handed_on:
-        parameters = inspect.signature(reader).parameters.values()
-        if not dataclasses.is_dataclass(reader) and reader is not nodes.select_blocks._Settings:
-            parameters = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        read.update({parameter.name: parameter for parameter in parameters})
-    if node is nodes.PrecomputeResiduals:  # read by `execute` itself, out of its widgets
-        for name, default in (
-            ("storage", inspect.Parameter.empty), ("chunk_size", 64), ("back_residual", "constant"),
-            ("residual_format", "exact"), ("memory_settings", None),
-        ):  # fmt: skip
-            read[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-    assert not set(own) & set(read)
-    return {**own, **read}
+def requests(nodes):
+    """Return what a node's ``**settings`` become, by node."""
+    from blockskip_pack.blockskip_core.hosts.models.prepare import ResidualSettings
+    from blockskip_pack.blockskip_core.hosts.sampling.training_samples import SampleRequest
+
+    return {
+        nodes.SelectBlocks: nodes.select_blocks.Choice,
+        nodes.MemoryPlan: nodes.memory_plan.PlanRequest,
+        nodes.PrecomputeResiduals: ResidualSettings,
+        nodes.SampleWhileTraining: SampleRequest,
+        nodes.TrainLora: nodes.run.request.RunRequest,
+        nodes.RaluSampler: nodes.ralu_sampler.RaluRequest,
+    }
+
+
+def defaults_read(nodes, node):
+    """Return what a node reads by name, with its default: of its ``execute`` and of the request that settings become."""
+    absent = inspect.Parameter.empty
+    read = {name: parameter.default for name, parameter in inspect.signature(node.execute).parameters.items()}
+    if read.pop("settings", None) is None:
+        return read
+    for field in dataclasses.fields(requests(nodes)[node]):
+        default = absent if field.default is dataclasses.MISSING else field.default
+        assert default in (absent, read.setdefault(field.name, default)), field.name
+    if node is nodes.PrecomputeResiduals:
+        read["memory_settings"] = (
+            inspect.signature(nodes.precompute_residuals.residual_settings).parameters["memory_settings"].default
+        )
+    if node is nodes.SampleWhileTraining:  # these have other names in the core
+        read["sampler_steps"] = read.pop("steps")
+        del read["budget_bytes"]
+    return read
 
 
 def test_the_nodes_are_these(by_id):
-    assert set(IDS) <= set(by_id)
+    """A new node needs an entry in the contract."""
+    assert sorted(IDS) == sorted(by_id)
 
 
 @each_node
-def test_inputs_and_outputs_are_those_of_the_contract(node):
+def test_inputs_are_those_of_the_contract_in_its_order(node):
     schema = node.GET_SCHEMA()
-    contract = CONTRACT[schema.node_id]
-    required = {i.id: i.get_io_type() for i in schema.inputs if not i.optional}
-    optional = {i.id: i.get_io_type() for i in schema.inputs if i.optional}
-    assert required == contract["required"]
-    assert contract["optional"].items() <= optional.items()
-    assert [(output.id, output.get_io_type()) for output in schema.outputs] == contract["outputs"]
-    assert bool(schema.is_input_list) == contract["lists"]
+    promised = [text.strip() for text in CONTRACT[schema.node_id].inputs.strip().splitlines()]
+    assert [line(entry) for entry in schema.inputs] == promised
+
+
+@each_node
+def test_outputs_are_those_of_the_contract(node):
+    schema = node.GET_SCHEMA()
+    assert [(output.id, output.get_io_type()) for output in schema.outputs] == CONTRACT[schema.node_id].outputs
+    assert bool(schema.is_input_list) == CONTRACT[schema.node_id].takes_lists
+
+
+def test_an_input_of_several_nodes_is_the_same_at_each():
+    """Memory Plan is set as the other nodes are; only whether an input may be absent differs."""
+    found = {}
+    for contract in CONTRACT.values():
+        for text in contract.inputs.strip().splitlines():
+            name, kind, *rest = text.split()
+            if kind.rstrip("?") in WIDGETS and name not in OF_THEIR_OWN:
+                found.setdefault(name, set()).add((kind.rstrip("?"), *rest))
+    assert {name: kinds for name, kinds in found.items() if len(kinds) > 1} == {}
+    assert len(found) > 50
 
 
 @each_node
@@ -155,16 +102,16 @@ def test_required_inputs_come_before_the_optional_ones_that_need_no_cable(node):
 
 @each_node
 def test_schema_and_code_name_the_same_inputs(nodes, node):
-    assert {i.id for i in node.GET_SCHEMA().inputs} == set(parameters_read(nodes, node))
+    assert {i.id for i in node.GET_SCHEMA().inputs} == set(defaults_read(nodes, node))
 
 
 @each_node
 def test_an_optional_input_may_be_absent_and_is_then_what_the_widget_shows(nodes, node):
-    read = parameters_read(nodes, node)
+    read = defaults_read(nodes, node)
     for entry in node.GET_SCHEMA().inputs:
         if not entry.optional:
             continue
-        default = read[entry.id].default
+        default = read[entry.id]
         assert default is not inspect.Parameter.empty, entry.id
         if entry.get_io_type() in WIDGETS:
             assert default == entry.default, entry.id

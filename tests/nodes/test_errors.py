@@ -58,7 +58,7 @@ def test_select_refuses_a_ratio_that_leaves_no_block(bench, tiny, method):
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.95])
 def test_select_refuses_a_ratio_out_of_range(bench, ratio):
-    with refused(bench, f"skip_ratio must lie between 0 and 0.9, got {ratio}"):
+    with refused(bench, f"skip_ratio must be between 0 and 0.9, got {ratio}"):
         bench.select(method="preset", skip_ratio=ratio)
 
 
@@ -126,8 +126,8 @@ def test_precompute_refuses_sides_out_of_order(bench, nodes):
         bench.precompute(patch_min=64, patch_max=48)
     validate = nodes.PrecomputeResiduals.validate_inputs
     assert "must not be larger" in validate(patch_min=[64], patch_max=[48])
-    assert "patch_min must lie between 16 and 4096 px, got 8" in validate(patch_min=[8], patch_max=[48])
-    assert "patch_max must lie between 16 and 4096 px, got 8192" in validate(patch_min=[16], patch_max=[8192])
+    assert "patch_min must be between 16 and 4096 px, got 8" in validate(patch_min=[8], patch_max=[48])
+    assert "patch_max must be between 16 and 4096 px, got 8192" in validate(patch_min=[16], patch_max=[8192])
     assert validate(patch_min=[32], patch_max=[32]) is True
     assert validate(patch_min=[None], patch_max=[32]) is True  # linked
 
@@ -135,7 +135,7 @@ def test_precompute_refuses_sides_out_of_order(bench, nodes):
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"draws": 0}, "At least one draw is needed, got 0"),
+        ({"draws": 0}, "At least one training example is needed, got 0"),
         ({"storage": "cloud"}, "storage must be one of disk, chunked, on the fly, got 'cloud'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"back_residual": "cubic"}, "back_residual must be one of constant, linear, got 'cubic'"),
@@ -182,7 +182,7 @@ def test_precompute_refuses_a_model_of_no_known_family(bench, tiny):
 
 def test_precompute_refuses_the_selection_of_another_model(bench, tiny):
     foreign = bench.select(model=tiny.tiny_flux(depth=1))[0]
-    with refused(bench, "made for 5 blocks of flux, this model has 6 of flux. Connect the same MODEL"):
+    with refused(bench, "made for 5 blocks of flux, this model has 6 of flux. Select blocks of the same model"):
         bench.precompute(selection=foreign)
 
 
@@ -203,7 +203,7 @@ def test_precompute_refuses_a_vae_that_makes_no_numbers(bench, monkeypatch):
 def test_precompute_refuses_a_model_that_makes_no_numbers(bench):
     with torch.inference_mode():
         bench.model.model.diffusion_model.double_blocks[0].img_mlp[0].weight.fill_(float("nan"))
-    with refused(bench, "tokens of draw 0 are not finite"):
+    with refused(bench, "tokens of training example 0 are not finite"):
         bench.precompute()
 
 
@@ -403,7 +403,9 @@ def test_damaged_residuals_are_removed_and_said(bench):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 0xFF
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"are damaged \(shard-00000\.safetensors\)\. They have been removed; queue"):
+    with pytest.raises(
+        ValueError, match=r"are damaged \(shard-00000\.safetensors\)\. They have been removed; run again"
+    ):
         bench.train(residuals=residuals, steps=6)
     assert not list(bench.folders.output.glob("blockskip/residuals/*"))
     assert bench.train(residuals=bench.precompute()[0])[2] == 3

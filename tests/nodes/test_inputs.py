@@ -64,7 +64,7 @@ def test_what_does_not_belong_on_a_socket_is_refused(bench, residuals, stranger)
         ({"resume": "yes"}, "`resume` must be true or false, got a str"),
         ({"output_name": 7}, "`output_name` must be a text, got a int"),
         ({"targets": b"mlp"}, "`targets` must be a text, got a bytes"),
-        ({"seed": -1}, r"seed must lie between 0 and 2\*\*64 - 1, got -1"),
+        ({"seed": -1}, r"seed must be between 0 and 2\*\*64 - 1, got -1"),
         ({"alpha": float("inf")}, "alpha must be positive, got inf"),
         ({"alpha": float("nan")}, "alpha must be positive, got nan"),
     ],
@@ -123,7 +123,7 @@ def test_texts_of_another_encoder_are_refused_as_negative_too(bench):
 
 @pytest.mark.parametrize("picture", [None, "x", torch.zeros(()), torch.zeros(3), torch.zeros(1, 0, 64, 3), torch.zeros(1, 64, 64, 0)], ids=str)  # fmt: skip
 def test_what_is_no_picture_is_refused(bench, picture):
-    with pytest.raises(ValueError, match="is no picture. Connect Load Image|must have rows, columns and 3 colours"):
+    with pytest.raises(ValueError, match="is not a picture. Connect Load Image|must have rows, columns and 3 colours"):
         bench.precompute(images=listed(bench, picture))
 
 

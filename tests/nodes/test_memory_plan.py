@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,6 +23,12 @@ def plan(bench, nodes, run_node):
     return run
 
 
+def planned_run(bench, nodes, selection, **changes):
+    """The plan behind the node."""
+    request = nodes.memory_plan.PlanRequest(**{**PLAN, **changes})
+    return nodes.memory_plan.Plan(bench.model, [bench.prompt], selection, request, lambda *_: None)
+
+
 def test_a_small_run_fits_this_machine(plan):
     text, enough, chart, _ = plan().args
     assert enough is True
@@ -38,7 +46,7 @@ def test_a_card_that_is_too_small_is_told_what_to_change(plan):
     text, enough, *_ = plan(card_memory=0.0009, checkpointing=False, patch_min=64).args
     assert enough is False
     assert text.startswith("It does not fit: ")
-    assert "It will if you" in text or "No change of settings is enough" in text
+    assert "It fits if you" in text or "No change of settings makes it fit" in text
 
 
 @pytest.mark.parametrize("residual_format", ["exact", "int8"])
@@ -47,9 +55,7 @@ def test_a_card_that_is_too_small_is_told_what_to_change(plan):
 def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, back_residual, storage):
     settings = {"residual_format": residual_format, "back_residual": back_residual, "chunk_size": 4, "storage": storage}
     residuals = bench.precompute(draws=6, patch_min=32, patch_max=48, **settings)[0]
-    planned = nodes.memory_plan._Plan(
-        bench.model, [bench.prompt], residuals.selection, **{**PLAN, **settings, "patch_min": 32}
-    )
+    planned = planned_run(bench, nodes, residuals.selection, **settings)
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
     from blockskip_pack.blockskip_core.residuals.sources import residual_bytes
 
@@ -60,10 +66,30 @@ def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, b
 
 def test_saved_bytes_and_weights_are_those_of_the_run(bench, nodes):
     trained = bench.train(residuals=bench.precompute(patch_min=32, patch_max=48)[0]).ui["blockskip"][0]
-    planned = nodes.memory_plan._Plan(bench.model, [bench.prompt], bench.select()[0], **PLAN)
+    planned = planned_run(bench, nodes, bench.select()[0])
     counted = planned.count(planned.settings).training
     assert counted.saved == trained["saved_for_backward_bytes"]
     assert counted.weights >= trained["kept_weights_bytes"]
+
+
+def test_layers_that_are_quantised_for_the_run_are_in_host_memory_and_one_of_them_is_unpacked(bench, nodes):
+    from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
+    from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
+
+    planned = planned_run(bench, nodes, bench.select()[0])
+    off, int8 = (planned.count(replace(planned.settings, quantize_kept=form)) for form in ("off", "int8"))
+    dit = planned.run.dit
+    quantised = QuantisedDit(dit, [dit.blocks[index].name for index in planned.run.selection.kept], "int8")
+    layers = {
+        f"{name}.{path}": layer.weight
+        for name in quantised._names
+        for path, layer in quantised.module(name).named_modules()
+        if f"{name}.{path}" in quantised.layer_errors
+    }
+    assert int8.host - off.host == sum(map(stored_bytes, layers.values())) > 0
+    one = max(weight.numel() for weight in layers.values())
+    unpacked = one * (4 + dit.dtype.itemsize)
+    assert int8.training.peak - int8.training.weights == off.training.peak - off.training.weights + unpacked
 
 
 def test_the_model_is_not_loaded_and_not_changed(bench, plan):
@@ -118,7 +144,7 @@ def test_settings_that_do_not_fit_are_handed_on_with_the_change_that_helps(plan,
     gib = float(number) * {"KiB": 2.0**-20, "MiB": 2.0**-10, "GiB": 1.0}[unit]
     text, enough, _, settings = plan(card_memory=gib * 0.9, **wasteful).args
     assert not enough
-    assert "It will if you" in text
+    assert "It fits if you" in text
     assert settings.config.checkpointing or settings.config.batch_size == 1 or settings.patch_min < 64
     assert f"On the output `settings`: {settings.describe()}" in text
 
@@ -153,3 +179,27 @@ def test_residuals_that_the_plan_did_not_count_are_refused(bench, plan):
 def test_memory_settings_from_elsewhere_are_refused(bench, node):
     with pytest.raises(ValueError, match="memory_settings must come from Memory Plan's output `settings`, got a str"):
         getattr(bench, node)(memory_settings="8 GB")
+
+
+def test_an_exact_back_is_counted_with_its_blocks_and_in_their_format(bench, nodes):
+    selection = bench.select()[0]
+    training = {
+        name: planned_run(bench, nodes, selection, **changes).needs.training
+        for name, changes in {
+            "constant": {"back_residual": "constant"},
+            "exact": {"back_residual": "exact", "quantize_frozen": "off"},
+            "4-bit": {"back_residual": "exact", "quantize_frozen": "4-bit"},
+        }.items()
+    }
+    assert training["constant"].weights < training["4-bit"].weights < training["exact"].weights
+    assert training["exact"].operations > training["constant"].operations
+    needs = planned_run(bench, nodes, selection, back_residual="exact").needs
+    assert needs.disk < planned_run(bench, nodes, selection, back_residual="constant").needs.disk
+
+
+def test_the_trainer_takes_the_frozen_format_of_the_plan(bench, plan):
+    settings = plan(back_residual="exact", quantize_frozen="int8").args[3]
+    assert (settings.frozen, settings.quantize_frozen) == (1, "int8")
+    residuals = bench.precompute(back_residual="exact", memory_settings=settings)[0]
+    planned = bench.train(residuals=residuals, memory_settings=settings, quantize_frozen="off")
+    assert planned[1] == bench.train(residuals=residuals, quantize_frozen="int8")[1]

@@ -20,7 +20,7 @@ NEEDED = [
     "__init__.py",
     "nodes/__init__.py",
     "nodes/train_lora.py",
-    "nodes/run/training_run.py",
+    "nodes/run/training.py",
     "blockskip_core/__init__.py",
     "blockskip_core/hosts/families/flux.py",
     "requirements.txt",

@@ -185,7 +185,7 @@ def test_what_cannot_be_used_is_refused(ralu, changes, message):
 def test_a_model_of_no_known_family_is_refused(ralu, tiny):
     patcher = tiny.tiny_flux()
     patcher.model.diffusion_model = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"can be told where they lie \(FLUX\.1, .*, Krea 2, .*\), got Linear"):
+    with pytest.raises(ValueError, match=r"token positions can be set \(FLUX\.1, .*, Krea 2, .*\), got Linear"):
         ralu(model=patcher)
 
 

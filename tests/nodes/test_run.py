@@ -92,6 +92,43 @@ def test_a_linear_back_residual_starts_from_the_full_model_and_then_learns_other
     assert losses["linear"][1:] != losses["constant"][1:]
 
 
+@pytest.mark.parametrize("storage", ["disk", "chunked", "on the fly"])
+def test_with_an_exact_back_the_last_blocks_run_without_adapters(bench, storage):
+    before = weights(bench.model)
+    residuals = bench.precompute(storage=storage, back_residual="exact")[0]
+    trained = bench.train(residuals=residuals, output_name="loras/exact", quantize_frozen="off")
+    (figures,) = trained.ui["blockskip"]
+    assert (figures["skipped_first"], figures["skipped_last"], figures["frozen_last"]) == (2, 0, 1)
+    assert {name.split(".")[2] for name in trained[0] if "single_blocks" in name} == {"0", "1", "2"}
+    assert figures["kept_blocks"] == 4
+    if storage != "on the fly":
+        assert figures["self_check"] < 1e-6, "nothing is approximated"
+    assert "frozen last: 1" in bench.apply(lora=trained[0]).args[1]
+    after = weights(bench.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_residuals_of_an_exact_back_are_those_of_its_front(bench):
+    exact = bench.precompute(back_residual="exact")[0]
+    front = bench.precompute(selection=bench.select(front=2, back=0)[0])[0]
+    constant = bench.precompute()[0]
+    assert exact.folder == front.folder != constant.folder
+    own, others = (bench.train(residuals=some)[1]["loss"] for some in (exact, constant))
+    assert own[0] == pytest.approx(others[0], rel=0.2), "the same model before anything is learned, but for 4 bits"
+
+
+@pytest.mark.parametrize("form", ["int8", "4-bit"])
+def test_frozen_blocks_are_quantised_by_themselves(bench, form):
+    residuals = bench.precompute(back_residual="exact")[0]
+    exact = bench.train(residuals=residuals, quantize_frozen="off")
+    trained = bench.train(residuals=residuals, quantize_frozen=form)
+    kept = [run.ui["blockskip"][0]["kept_weights_bytes"] for run in (exact, trained)]
+    assert kept[1] < kept[0]
+    assert 0 < trained.ui["blockskip"][0]["self_check"] < 0.2
+    assert trained[1]["loss"] != exact[1]["loss"]
+    assert trained[1]["loss"] == pytest.approx(exact[1]["loss"], rel=0.2)
+
+
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_residuals_in_eight_bits_take_less_room_and_train_nearly_the_same(bench, form):
     exact, small = (bench.precompute(residual_format=which)[0] for which in ("exact", form))
@@ -239,9 +276,9 @@ def test_strength_zero_gives_the_plain_model(bench):
     assert bench.apply(lora=lora, strength_model=0.0)[0] is bench.model
 
 
-def test_measuring_remembers_what_it_measured(bench, nodes, monkeypatch):
+def test_measuring_remembers_what_it_measured(bench, core, monkeypatch):
     sampled = []
-    sampler = nodes.select_blocks.MaskedSampler
+    sampler = core("hosts.sampling.probe_pictures").MaskedSampler
     sample = sampler.sample
 
     def counting(self, *args, masked, **kwargs):

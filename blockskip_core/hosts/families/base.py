@@ -14,15 +14,14 @@ from ...accounting.weight_formats import stored_bytes
 from ...adapters.lora import LoraTargets
 from ...errors import InvalidInputError
 from ...model import BlockInfo, BlockIO, TokenStreams
-from .token_positions import TokenPositions
 
 TEXT_TOKENS = (
-    "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families that tell nobody
+    "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families whose calls do not say
 )
 
 
 class FamilyAdapter(ABC):
-    """A family's blocks, tokens and layers, as its ComfyUI class lays them out.
+    """A family's blocks, tokens and layers, as its ComfyUI class lays them out; ``capabilities`` says what else it may do.
 
     Attributes:
         family: Short name, kept in files.
@@ -46,24 +45,16 @@ class FamilyAdapter(ABC):
     pooled_entry: ClassVar[str] = ""
 
     def __init__(self, diffusion_model: nn.Module) -> None:
-        self._model = diffusion_model
+        self._model: Any = diffusion_model  # of the host's class, which has no types
 
     @classmethod
     @abstractmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         """Return whether the model is of this family."""
 
     @abstractmethod
     def blocks(self) -> Sequence[BlockInfo]:
         """Return all blocks in execution order."""
-
-    @abstractmethod
-    def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
-        """Return an APPLY_MODEL wrapper under which image tokens of these blocks cannot see the text."""
-
-    @abstractmethod
-    def token_positions(self) -> TokenPositions:
-        """Return how image tokens are told where they lie, for tokens of two sizes."""
 
     @property
     def frozen_stem(self) -> Sequence[str]:
@@ -146,6 +137,7 @@ class JoinedBlockIO:
         return self._split(result, kwargs)
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        assert streams.txt is not None  # they were split from the text by :meth:`entering`
         return torch.cat((streams.txt, streams.img), dim=1)
 
     def _split(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> TokenStreams:

@@ -8,14 +8,14 @@ share it; in Chroma one network makes it for every block. In the latter two it i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.ldm.chroma.model
 import comfy.ldm.flux.model
-from torch import nn
 
 from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, JoinedBlockIO, block_info
+from .capabilities import MasksText, PlacesTokens
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
@@ -33,12 +33,12 @@ class DoubleBlockIO:
         return streams.img, streams.txt
 
 
-class FluxAdapter(FamilyAdapter):
+class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens):
     """FLUX.1 (dev and schnell)."""
 
     family = "flux"
     title = "FLUX.1"
-    stem = ("img_in", "time_in", "guidance_in", "vector_in", "txt_in")
+    stem: ClassVar[tuple[str, ...]] = ("img_in", "time_in", "guidance_in", "vector_in", "txt_in")
     trainable_head = ("final_layer",)
     attention_layers = ("attn.qkv", "attn.proj", "linear1", "linear2")  # single blocks fuse attention and MLP in two
     mlp_layers = ("mlp.0", "mlp.2", "linear1", "linear2")
@@ -48,7 +48,7 @@ class FluxAdapter(FamilyAdapter):
     pooled_entry = "vector_in.in_layer"
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         """Not what else uses the class: FLUX.2 below; Ovis and LongCat, with other text and other layers."""
         return _is_flux(diffusion_model) and not any(
             getattr(diffusion_model.params, name)
@@ -85,7 +85,7 @@ class Flux2Adapter(FluxAdapter):
     )  # fmt: skip
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         return _is_flux(diffusion_model) and diffusion_model.params.global_modulation
 
 
@@ -98,9 +98,9 @@ class ChromaAdapter(FluxAdapter):
     reads_rope_options = False
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         return type(diffusion_model) is comfy.ldm.chroma.model.Chroma
 
 
-def _is_flux(diffusion_model: nn.Module) -> bool:
+def _is_flux(diffusion_model: Any) -> bool:
     return type(diffusion_model) is comfy.ldm.flux.model.Flux

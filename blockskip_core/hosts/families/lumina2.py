@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.lumina.model
-from torch import nn
 
 from ...model import BlockInfo
 from .base import TEXT_TOKENS, FamilyAdapter, JoinedBlockIO, block_info
+from .capabilities import MasksText, PlacesTokens
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, first_tokens_of_image
 
 
-class Lumina2Adapter(FamilyAdapter):
+class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
     """Z-Image and Lumina 2, text to image."""
 
     family = "lumina2"
@@ -30,7 +30,7 @@ class Lumina2Adapter(FamilyAdapter):
     text_entry = "cap_embedder.1"
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         """Not the variants that are given more than text: a pooled vector (NewBie) or pictures (omni)."""
         return (
             type(diffusion_model) is comfy.ldm.lumina.model.NextDiT

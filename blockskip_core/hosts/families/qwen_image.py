@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.qwen_image.model
-from torch import nn
 
 from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
+from .capabilities import MasksText, PlacesTokens
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, centred_tokens
 
@@ -31,7 +31,7 @@ class QwenBlockIO:
         return streams.txt, streams.img
 
 
-class QwenImageAdapter(FamilyAdapter):
+class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens):
     """Qwen-Image, text to image."""
 
     family = "qwen_image"
@@ -47,7 +47,7 @@ class QwenImageAdapter(FamilyAdapter):
     text_entry = "txt_in"
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         return type(diffusion_model) is comfy.ldm.qwen_image.model.QwenImageTransformer2DModel
 
     def blocks(self) -> Sequence[BlockInfo]:

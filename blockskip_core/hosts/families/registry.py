@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...errors import UnsupportedModelError
 from .base import FamilyAdapter
 from .flux import ChromaAdapter, Flux2Adapter, FluxAdapter
@@ -21,7 +23,7 @@ ADAPTERS: tuple[type[FamilyAdapter], ...] = (
 )
 
 
-def adapter_for(patcher) -> FamilyAdapter:
+def adapter_for(patcher: Any) -> FamilyAdapter:
     """Return the adapter of the family that a MODEL belongs to.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How tokens are told where they lie, for every family that can be sampled with tokens of two sizes.
+"""How tokens get their positions, for every family that can be sampled with tokens of two sizes.
 
 That is every family that can be trained (``ADAPTERS``), and those here, which need nothing else. Classes are named and
-not imported, for older hosts do not have all of them. Layouts as of ComfyUI 0.30.
+not imported, because older hosts do not have all of them. Layouts as of ComfyUI 0.30.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ...errors import UnsupportedModelError
+from .capabilities import PlacesTokens, require
 from .registry import ADAPTERS
 from .token_positions import RotaryPositions, TokenPositions, first_tokens, last_tokens
 
@@ -31,17 +30,17 @@ class SampledFamily:
 
     title: str
     of: str
-    positions: Callable[[nn.Module], TokenPositions]
-    patch: Callable[[nn.Module], int]
-    fits: Callable[[nn.Module], bool] = lambda model: True
+    positions: Callable[[Any], TokenPositions]
+    patch: Callable[[Any], int]
+    fits: Callable[[Any], bool] = lambda model: True
 
 
-def _is_hunyuan_image(model: nn.Module) -> bool:
+def _is_hunyuan_image(model: Any) -> bool:
     """Not the videos, nor the refiner, which is given a picture."""
     return len(model.patch_size) == 2 and model.in_channels == model.out_channels
 
 
-def _is_ovis(model: nn.Module) -> bool:
+def _is_ovis(model: Any) -> bool:
     """Not LongCat-Image, which moves its positions where a wrapper does not see it."""
     return model.params.yak_mlp and model.params.txt_norm
 
@@ -89,7 +88,7 @@ SAMPLED_ONLY: tuple[SampledFamily, ...] = (
 
 
 def positions_of(patcher: Any) -> tuple[TokenPositions, int]:
-    """Return how a MODEL's tokens are told where they lie, and the side of a token in latent cells.
+    """Return how a MODEL's tokens get their positions, and the side of a token in latent cells.
 
     Raises:
         UnsupportedModelError: If the model's family is none of these, naming those there are, or has no places to tell.
@@ -98,13 +97,14 @@ def positions_of(patcher: Any) -> tuple[TokenPositions, int]:
     for adapter in ADAPTERS:
         if adapter.matches(model):
             adapted = adapter(model)
-            return adapted.token_positions(), adapted.patch_size
+            placing = require(adapted, PlacesTokens, "Use KSampler.")
+            return placing.token_positions(), adapted.patch_size
     kind = f"{type(model).__module__}.{type(model).__name__}"
     for family in SAMPLED_ONLY:
         if family.of == kind and family.fits(model):
             return family.positions(model), family.patch(model)
-    known = ", ".join(family.title for family in (*ADAPTERS, *SAMPLED_ONLY))
+    known = ", ".join([*(family.title for family in ADAPTERS), *(family.title for family in SAMPLED_ONLY)])
     raise UnsupportedModelError(
-        f"Expected a model whose tokens can be told where they lie ({known}), got {type(model).__name__}. Load one of these, "
+        f"Expected a model whose token positions can be set ({known}), got {type(model).__name__}. Load one of these, "
         "or use KSampler."
     )

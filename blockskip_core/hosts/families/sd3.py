@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.mmdit
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ...model import BlockInfo, TokenStreams
 from ...selection.masked_attention import attend_without_text
 from .base import FamilyAdapter, block_info
+from .capabilities import MasksText, PlacesTokens
 from .text_masking import mask_by_block, wrap_options
 from .token_positions import TablePositions, TokenPositions
 
@@ -36,7 +37,7 @@ class JointBlockIO:
         return streams.txt, streams.img
 
 
-class Sd3Adapter(FamilyAdapter):
+class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
     """SD3.5 (Large and Medium), and SD3 of the same class."""
 
     family = "sd3"
@@ -50,7 +51,7 @@ class Sd3Adapter(FamilyAdapter):
     pooled_entry = "y_embedder.mlp.0"
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         return type(diffusion_model) is comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper
 
     def blocks(self) -> Sequence[BlockInfo]:

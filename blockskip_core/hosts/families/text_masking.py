@@ -2,7 +2,7 @@
 
 Everything happens in ``transformer_options`` of one call of the model: attention overrides and block replacements
 that other nodes have put there stay in force, and nothing of the model itself is touched. The wrapper sits around
-``apply_model``, for that is where every family passes, and where the text's length is known.
+``apply_model``, because every family passes there, and the text's length is known there.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def mask_by_index(options: dict[str, Any], masked: Callable[[dict[str, Any]], bo
 def mask_by_block(
     options: dict[str, Any], blocks: frozenset[int], override_for: Callable[[dict[str, Any]], Override]
 ) -> None:
-    """Give each block of ``blocks`` an attention override of its own, made anew for every call of the block.
+    """Give each block of ``blocks`` its own attention override, made for every call of the block.
 
-    For families whose attention is not told in which block it is, through the host's block replacement hook.
+    For families whose attention does not know which block it is in, through the host's block replacement hook.
 
     Args:
         options: transformer_options; changed.

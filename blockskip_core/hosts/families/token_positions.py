@@ -1,4 +1,4 @@
-"""Tells a model where the tokens of a strip really lie, for one call; one class per way in which models know positions.
+"""Gives the tokens of a strip their real positions, for one call; one class per way in which models keep positions.
 
 A strip is a latent that is one token high (``ralu.token_grid``). A model would take its tokens for one row of a picture.
 Where positions are rotated into queries and keys, a hook on the module that makes the rotations gives it other
@@ -22,14 +22,14 @@ Rewrite = Callable[[Tensor, TokenPlaces], Tensor]
 
 
 class TokenPositions(ABC):
-    """How a family is told where tokens lie."""
+    """How a family's tokens get their positions."""
 
     def prepare(self, patcher: Any) -> None:  # noqa: B027  most families need nothing
         """Put object patches onto a clone of the MODEL, before it is loaded."""
 
     @abstractmethod
     def placed(self, places: TokenPlaces, options: Mapping[str, Any]) -> Any:
-        """Return a context in which the model's image tokens lie at ``places``.
+        """Return a context in which the model's image tokens are at ``places``.
 
         Args:
             places: Of the tokens, in the order in which the model sees them.
@@ -110,7 +110,7 @@ def first_tokens_of_image(coordinates: Tensor, places: TokenPlaces) -> Tensor:
     """Put the image tokens, the first ones of their call, at ``places``; the call for text is left as it is.
 
     For families that place text and image in two calls, and fill both up with tokens at the end. Text counts up along
-    the first axis, an image lies at one place of it.
+    the first axis, an image has one place on it.
     """
     is_text = coordinates.shape[1] < places.rows.shape[1] or bool((coordinates[0, 0] != coordinates[0, 1])[0])
     return _for_samples(coordinates, places) if is_text else first_tokens(coordinates, places)
@@ -141,7 +141,7 @@ class TablePositions(TokenPositions):
         crop = patcher.get_model_object(self._method)
 
         def rows(hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
-            return crop(hw, device=device) if self._places is None else self._between(crop, device)
+            return crop(hw, device=device) if self._places is None else self._between(crop, self._places, device)
 
         patcher.add_object_patch(self._method, rows)
 
@@ -153,12 +153,12 @@ class TablePositions(TokenPositions):
         finally:
             self._places = None
 
-    def _between(self, crop: Callable[..., Tensor], device: torch.device | None) -> Tensor:
+    def _between(self, crop: Callable[..., Tensor], places: TokenPlaces, device: torch.device | None) -> Tensor:
         """Return the table between its rows, linearly; one row around the picture is taken along where there is one."""
-        border = 1 if max(self._places.grid) + 2 <= self._side else 0
-        height, width = (length + 2 * border for length in self._places.grid)
+        border = 1 if max(places.grid) + 2 <= self._side else 0
+        height, width = (length + 2 * border for length in places.grid)
         table = crop((height * self._patch, width * self._patch), device=device)[0].to(torch.float32)
-        rows, columns = (x.to(table.device) + border for x in (self._places.rows, self._places.columns))
+        rows, columns = (x.to(table.device) + border for x in (places.rows, places.columns))
         found = torch.zeros(*rows.shape, table.shape[-1], device=table.device)
         for row, share in _neighbours(rows, height):
             for column, other in _neighbours(columns, width):

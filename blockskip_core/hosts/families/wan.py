@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.wan.model
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
+from .capabilities import MasksText, PlacesTokens
 from .text_masking import mask_by_block, without_cross_attention, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
@@ -31,7 +32,7 @@ class WanBlockIO:
         return streams.img
 
 
-class WanAdapter(FamilyAdapter):
+class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
     """Wan 2.1 and 2.2, text to video."""
 
     family = "wan"
@@ -43,7 +44,7 @@ class WanAdapter(FamilyAdapter):
     text_entry = "text_embedding.0"
 
     @classmethod
-    def matches(cls, diffusion_model: nn.Module) -> bool:
+    def matches(cls, diffusion_model: Any) -> bool:
         """Not the variants that are given pictures, sound or control videos."""
         return (
             type(diffusion_model) is comfy.ldm.wan.model.WanModel

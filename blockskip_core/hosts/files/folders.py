@@ -8,7 +8,7 @@ import folder_paths
 
 
 def residuals_folder(key: str) -> Path:
-    """Return the folder of one cache of residuals; ``key`` is a content hash, never a text of a user."""
+    """Return the folder of one cache of residuals; ``key`` is a content hash, never text from a user."""
     return _root() / "residuals" / key
 
 

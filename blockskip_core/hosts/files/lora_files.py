@@ -19,11 +19,12 @@ from torch import Tensor
 from ...adapters.lora import LoraAdapters
 from ...adapters.lora_formats import metadata_from_strings, metadata_to_strings
 from ...errors import InvalidInputError, LoraFileError, StorageError
-from ...files import open_tensors, remove_leftovers, write_atomically
+from ...files import open_tensors, remove_leftovers, unique_token, write_atomically
+from ...locks import Lock, remove_stale_locks, try_lock
 
 
 class LoraModel(dict):
-    """A LORA_MODEL of the host (name -> tensor) that also carries what it says of itself."""
+    """A LORA_MODEL of the host (name -> tensor) that also carries metadata."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         super().__init__(tensors)
@@ -34,7 +35,7 @@ def output_path(prefix: str) -> Path:
     """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
 
     Raises:
-        InvalidInputError: If the prefix is no name or would leave the output folder.
+        InvalidInputError: If the prefix is not a name or would leave the output folder.
         StorageError: If its folder cannot be made.
     """
     if not prefix.isprintable():
@@ -61,22 +62,94 @@ def unused_path(path: Path) -> Path:
     The host counts files by their names as typed, so it misses those of "loras/" and the like; and another program may
     have taken a name since.
     """
-    while os.path.lexists(path):  # says no of a name that is too long, where Path.exists raises
-        counted = _COUNTED.fullmatch(path.name)
-        path = path.with_name(f"{counted['name']}_{int(counted['counter']) + 1:05}_.safetensors")
+    while os.path.lexists(path):  # False for a name that is too long, where Path.exists raises
+        path = _next(path)
     return path
 
 
-def require_writable(path: Path) -> None:
-    """Check before a long run that a file of this name can be written at its end; remove what killed ones have left.
+def _next(path: Path) -> Path:
+    name, counter = _parts(path)
+    return path.with_name(f"{name}_{counter + 1:05}_.safetensors")
+
+
+def _parts(path: Path) -> tuple[str, int]:
+    """Return name and counter of a file that the host has numbered."""
+    counted = _COUNTED.fullmatch(path.name)
+    assert counted is not None, f"{path.name} has no number"
+    return counted["name"], int(counted["counter"])
+
+
+class ReservedName:
+    """A file's name, and all names that begin with it, that no other run takes until it is released.
+
+    Attributes:
+        path: The file; it does not exist.
+
+    Args:
+        path: The first name to try; the next numbers follow.
 
     Raises:
         StorageError: If the disk refuses.
     """
-    name = re.escape(_COUNTED.fullmatch(path.name)["name"])
-    temporary = re.compile(rf"{name}_\d{{5,}}_(step\d+(_\d+)?)?\.(safetensors|html|png)\.(part|trial)")
-    remove_leftovers(path.parent, lambda name: temporary.fullmatch(name) is not None)
-    trial = path.with_name(path.name + ".trial")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Lock | None = None
+        self.renew()
+
+    def __enter__(self) -> ReservedName:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def renew(self) -> Path:
+        """Return the path; the next one if another program has put a file there since."""
+        while self._lock is None or os.path.lexists(self.path):
+            self.release()
+            self.path = unused_path(self.path)
+            self._lock = try_lock(_locked_name(self.path))
+            if self._lock is None:
+                self.path = _next(self.path)
+        return self.path
+
+    def release(self) -> None:
+        """Let others have the name."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+_LOCKED = ".blockskip"
+
+
+def _locked_name(path: Path) -> Path:
+    """Return what is locked for a LoRA file: nothing that is seen, and nothing that the host counts as a file of that name."""
+    return path.with_name(f".{path.stem}{_LOCKED}")
+
+
+def require_writable(path: Path) -> None:
+    """Check before a long run that a file of this name can be written at its end; remove what killed runs have left.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    name = re.escape(_parts(path)[0])
+    temporary = re.compile(
+        rf"({name}_\d{{5,}}_)(step\d+(_\d+)?)?\.(safetensors|html|png)(\.[0-9a-f]{{8}})?\.(part|trial)"
+    )
+
+    def is_abandoned(name: str) -> bool:
+        found = temporary.fullmatch(name)
+        held = try_lock(_locked_name(path.with_name(f"{found[1]}.safetensors"))) if found else None
+        if held is None:
+            return False
+        held.release()
+        return True
+
+    remove_leftovers(path.parent, is_abandoned)
+    remove_stale_locks(path.parent, f".*{_LOCKED}")
+    trial = path.with_name(f"{path.name}.{unique_token()}.trial")
     try:
         trial.touch()
         trial.unlink()
@@ -85,7 +158,7 @@ def require_writable(path: Path) -> None:
 
 
 def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
-    """Write a LoRA file with metadata; either the whole file is there afterwards, or none.
+    """Write a LoRA file with metadata; afterwards there is either the complete file or none.
 
     Raises:
         StorageError: If the disk refuses.
@@ -95,7 +168,7 @@ def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: 
 
 
 def file_stamp(name: str) -> str:
-    """Return what changes when a file of the loras folders is written anew; empty if there is no such file."""
+    """Return a value that changes whenever a file of the loras folders is rewritten; empty if there is no such file."""
     path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
     if path is None:
         return ""
@@ -107,7 +180,7 @@ def load_lora_file(name: str) -> LoraModel:
     """Read a file of the loras folders.
 
     Raises:
-        LoraFileError: If it is not there or is no LoRA file.
+        LoraFileError: If it is missing or not a LoRA file.
     """
     path = folder_paths.get_full_path("loras", name)
     if path is None or name not in folder_paths.get_filename_list("loras"):
@@ -161,7 +234,9 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
             )
         up, down, alpha, *further = patch.weights
         if any(part is not None for part in further):
-            raise LoraFileError(f"The LoRA to start from is no plain LoRA: {key} has more parts, as in DoRA or LoCon.")
+            raise LoraFileError(
+                f"The LoRA to start from is not a plain LoRA: {key} has more parts, as in DoRA or LoCon."
+            )
         if len(down) != adapters.settings.rank:
             raise LoraFileError(
                 f"The LoRA to start from has rank {len(down)}, here it is {adapters.settings.rank}. Set rank to "
@@ -174,7 +249,7 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
 
 
 def _patches(patcher: Any, lora: Mapping[str, Tensor]) -> dict[Any, Any]:
-    """Return what the host makes of a LoRA; it takes for granted that the tensors are what their names say."""
+    """Return what the host makes of a LoRA; it assumes that the tensors are what their names say."""
     keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
     try:
         return comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys, log_missing=False)
@@ -203,7 +278,7 @@ def _require_fitting_shapes(weights: Mapping[str, Tensor], patches: Mapping[Any,
 
 
 def describe(metadata: Mapping[str, Any], lora: Mapping[str, Tensor], num_patched: int) -> str:
-    """Return what a LoRA says of itself, several lines."""
+    """Return a LoRA's description of itself, several lines."""
     lines = [f"{num_patched} layers patched, {len(lora)} tensors."]
     if not metadata:
         return "\n".join([*lines, "The file says nothing of itself: it was not saved by BlockSkip."])

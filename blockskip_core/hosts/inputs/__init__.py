@@ -1,1 +1,1 @@
-"""What comes in beside the MODEL: conditionings and pictures, in the core's form."""
+"""What comes in besides the MODEL: conditionings and pictures, in the core's form."""

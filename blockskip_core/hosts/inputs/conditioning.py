@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidInputError
 
-# Settings of a CONDITIONING that act on a part of the picture or of the sampling: they mean nothing for a training crop.
+# Settings of a CONDITIONING that act on a part of the picture or of the sampling: they have no meaning for a training crop.
 _NOT_FOR_TRAINING = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "reference_latents")
 
 
@@ -23,7 +23,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
     several entries. Both are taken.
 
     Raises:
-        InvalidInputError: If there is none, one is no text, is not finite, or carries settings that training cannot follow.
+        InvalidInputError: If there are none, or one is not text, is not finite, or carries settings that training cannot follow.
     """
     entries = [entry for conditioning in positive if _is_list(conditioning) for entry in conditioning]
     if not entries:
@@ -43,7 +43,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
 
 
 def require_sampleable(conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is one that a sampler can follow; what its settings ask for is left to that.
+    """Check that a CONDITIONING is one that a sampler can follow; the sampler decides about its settings.
 
     Raises:
         InvalidInputError: If there is none, or an entry holds no text, or numbers that are not finite.
@@ -74,7 +74,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _parts(entry: Any) -> tuple[Tensor | None, Mapping[str, Any]]:
-    """Return the embedding and the settings of a CONDITIONING's entry; no embedding if it is none."""
+    """Return the embedding and the settings of a CONDITIONING's entry; None as embedding if it has none."""
     embedding, settings = entry if _is_list(entry) and len(entry) == 2 else (None, None)
     return (embedding, settings) if isinstance(embedding, Tensor) and isinstance(settings, Mapping) else (None, {})
 
@@ -98,13 +98,13 @@ def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return what ``model.apply_model`` takes for one conditioning beside latent and sigma, batch axis 1.
+    """Return what ``model.apply_model`` takes for one conditioning besides latent and sigma, batch axis 1.
 
     Args:
         model: The host's model (a BaseModel).
         conditioning: ``[[tensor, settings]]``.
         latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
-        device: Where the arguments shall lie.
+        device: Where the arguments are put.
 
     Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
     """
@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def join_arguments(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
 
     Raises:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.patch_sampling import crop_and_resize, reference_size, resize
-from ...data.schedule import TrainingSchedule
 from ...errors import InvalidInputError
 from .frames import has_frames, without_frame
 
@@ -22,7 +20,9 @@ def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
     """
     for index, batch in enumerate(images):
         if not isinstance(batch, Tensor) or batch.ndim < 2:
-            raise InvalidInputError(f"Number {index} of `images` is no picture. Connect Load Image or a dataset node.")
+            raise InvalidInputError(
+                f"Number {index} of `images` is not a picture. Connect Load Image or a dataset node."
+            )
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
         raise InvalidInputError("No pictures came in. Connect Load Image or a dataset node to `images`.")
@@ -39,24 +39,6 @@ def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
 def crop_multiple(vae: Any, patch_size: int) -> int:
     """Return what crop sides are multiples of, in pixels: VAE down-sampling times the model's patch size."""
     return int(vae.spacial_compression_encode()) * patch_size
-
-
-class TrainingCrops(Sequence[Tensor]):
-    """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for."""
-
-    def __init__(self, pictures: Sequence[Tensor], schedule: TrainingSchedule) -> None:
-        self._schedule = schedule
-        patches = schedule.patches
-        self._references = [resize(picture, *reference_size(*picture.shape[:2], patches)) for picture in pictures]
-
-    def __len__(self) -> int:
-        return len(self._schedule)
-
-    def __getitem__(self, index: int) -> Tensor:
-        draw = self._schedule[index]
-        reference = self._references[draw.picture]
-        size = self._schedule.patches.patch_min
-        return crop_and_resize(reference, top=draw.top, left=draw.left, side=draw.side, patch_min=size)
 
 
 def encode_crops(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,13 +11,14 @@ import comfy.model_management
 
 from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memory_needs
 from ...accounting.plan import MemorySettings
-from ...accounting.weight_formats import predicted_bytes, stored_bytes
+from ...accounting.weight_formats import WEIGHT_FORMATS, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
-from ...residuals.cache import predicted_bytes as residual_bytes
+from ...model import SkippableDit
 from ...residuals.format import ResidualFormat
 from ...selection.selection import BlockSelection
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
+from .quantised_blocks import bytes_to_unpack
 from .weightless_dit import WeightlessDit
 
 
@@ -75,12 +76,30 @@ class CountedRun:
             chunk=self._chunk,
             stored=stored,
             caption=self._longest,
+            residual_format=self._form,
         )
-        weights = self.weights(settings.quantize_kept)
-        needs = memory_needs(self._weightless, plan, weights)
+        weights = self.weights(settings)
+        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights), settings)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
-        return needs if plan.on_the_fly else replace(needs, disk=self._disk(plan.latent_shape, stored))
+        return needs
+
+    def _with_quantised_layers(self, needs: MemoryNeeds, settings: MemorySettings) -> MemoryNeeds:
+        """Add what layers that are quantised for the run take in addition to their weights on the device.
+
+        Packed, all of them are in host memory, because the MODEL stays as it is; unpacked, one is on the device at a time.
+        """
+        module = self.dit.patcher.model.diffusion_model
+        shrunk = [
+            (weight_format, (layer.weight.shape[0], layer.weight.shape[1]))
+            for name, weight_format in formats_of(self.dit, self.selection, settings).items()
+            for layer in module.get_submodule(name).modules()
+            if is_shrunk(layer, weight_format)
+        ]
+        packed = sum(WEIGHT_FORMATS[weight_format].num_bytes(*shape) for weight_format, shape in shrunk)
+        unpacked = bytes_to_unpack(max((math.prod(shape) for _, shape in shrunk), default=0), self.dit.dtype)
+        training = replace(needs.training, peak=needs.training.peak + unpacked)
+        return replace(needs, training=training, host=needs.host + packed)
 
     @property
     def _stays_on_device(self) -> bool:
@@ -88,42 +107,35 @@ class CountedRun:
         patcher = self.dit.patcher
         return patcher.offload_device == patcher.load_device and patcher.load_device.type != "cpu"
 
-    def weights(self, weight_format: str) -> StoredWeights:
-        """Return what the weights take, the kept blocks' in another format."""
-        module, kept = self.dit.patcher.model.diffusion_model, self.selection.kept
+    def weights(self, settings: MemorySettings) -> StoredWeights:
+        """Return what the weights take, with those blocks quantised that the run quantises."""
+        module, formats = self.dit.patcher.model.diffusion_model, formats_of(self.dit, self.selection, settings)
         everything = sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
         blocks = [
-            predicted_bytes(module.get_submodule(block.name), weight_format if index in kept else "off")
-            for index, block in enumerate(self.dit.blocks)
+            predicted_bytes(module.get_submodule(block.name), formats.get(block.name, "off"))
+            for block in self.dit.blocks
         ]
         return StoredWeights(blocks=blocks, others=everything - sum(self.dit.block_bytes))
 
     def trained_weights(self, settings: MemorySettings) -> int:
         """Return the bytes of weights that a training step uses."""
-        weights = self.weights(settings.quantize_kept)
+        weights = self.weights(settings)
         everything = settings.storage == "on the fly" or self._stays_on_device
         used = range(len(weights.blocks)) if everything else self.selection.kept
         return sum(weights.blocks[index] for index in used) + weights.others
 
     def largest_trained_block(self, settings: MemorySettings) -> int:
         """Return the bytes of the largest block that a training step uses."""
-        blocks = self.weights(settings.quantize_kept).blocks
+        blocks = self.weights(settings).blocks
         used = range(len(blocks)) if settings.storage == "on the fly" else self.selection.kept
         return max(blocks[index] for index in used)
 
-    def _disk(self, shape: Sequence[int], stored: int) -> int:
-        draws, itemsize = range(stored), self.dit.dtype.itemsize
-        residuals = residual_bytes(
-            draws,
-            front=self.selection.front > 0,
-            back=self.selection.back > 0,
-            img_tokens=self.dit.image_tokens(*shape[1:]),
-            txt_tokens=dict.fromkeys(draws, self.dit.text_tokens(self._longest)),
-            width=self.dit.width,
-            itemsize=itemsize,
-            form=self._form,
-        )
-        return residuals + self._linear * (self.selection.back > 0) * self.dit.width**2 * itemsize
+
+def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySettings) -> dict[str, str]:
+    """Return the blocks that a run quantises: path -> format; trained ones in one, frozen ones in another."""
+    chosen = dict.fromkeys(selection.adapted, settings.quantize_kept)
+    chosen |= dict.fromkeys(selection.frozen_span, settings.quantize_frozen)
+    return {dit.blocks[index].name: chosen[index] for index in sorted(chosen) if chosen[index] != "off"}
 
 
 def room_on(device: Any) -> tuple[int, str]:

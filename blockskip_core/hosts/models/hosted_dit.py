@@ -3,8 +3,8 @@
 The user's MODEL is never changed. A run makes a clone of the patcher (it shares the weights), gives it stand-ins as
 object patches, loads it through the host's own model management and unloads it in the end, which puts the original
 modules back. Two details make the weights of replaced modules stay off the device: the clone is loaded only after all
-clones were unloaded, for a loaded model keeps what it has; and it gets a new patches id, for the host takes object
-patches with an unchanged id as "already loaded".
+clones were unloaded, because a loaded model keeps what it has; and it gets a new patches id, because the host takes
+object patches with an unchanged id as "already loaded".
 """
 
 from __future__ import annotations
@@ -17,21 +17,16 @@ from functools import cached_property
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...adapters.lora import LoraTargets
 from ...errors import UnsupportedModelError
-from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear, linear_names
-from ...selection.selection import BlockSelection
-from ..families.base import TEXT_TOKENS
-from ..families.registry import adapter_for
-from ..inputs.conditioning import join_arguments, model_arguments
-from ..inputs.frames import with_frame, without_frame
+from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
+from ..inputs.conditioning import model_arguments
+from ..inputs.frames import with_frame
+from .adapted_dit import AdaptedDit
 from .residency import MODEL_PREFIX, evict_others, keep_what_autograd_saves, unload, whole_model
 
 logger = logging.getLogger(__name__)
@@ -42,7 +37,7 @@ _COMPILED = "torch.compile"  # key of the wrapper that the host's TorchCompileMo
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
-class HostedDit:
+class HostedDit(AdaptedDit):
     """A MODEL that can be run with blocks replaced.
 
     Args:
@@ -50,25 +45,16 @@ class HostedDit:
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
-    Attributes:
-        known_error: Nothing is added to the output by weights that are used as they are.
-
     Raises:
         UnsupportedModelError: If no adapter knows the model, or it carries what a copy of a block would not have.
         InvalidInputError: If a caption comes from another model's text encoder.
     """
 
-    known_error = 0.0
-
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
         self.patcher = patcher
-        self.adapter = adapter_for(patcher)
+        super().__init__(patcher)
         _require_no_injections(patcher)
         _require_plain_access(self.blocks, patcher.model.diffusion_model)
-        self.family = self.adapter.family
-        self.frozen_stem = self.adapter.frozen_stem
-        self.trainable_head = self.adapter.trainable_head
-        self.width = self.adapter.width
         self.adapter.require_texts(captions)
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
@@ -77,16 +63,6 @@ class HostedDit:
             logger.warning("BlockSkip: the attention that another node put on the MODEL is not used while training")
         if captions and any(_COMPILED in of_kind for of_kind in patcher.wrappers.values()):
             logger.warning("BlockSkip: the MODEL is trained without torch.compile, which would undo the skipping")
-
-    @cached_property
-    def blocks(self) -> Sequence[BlockInfo]:
-        """All blocks in execution order."""
-        return self.adapter.blocks()
-
-    @property
-    def block_bytes(self) -> tuple[int, ...]:
-        """Weight bytes of each block as loaded."""
-        return tuple(block.num_bytes for block in self.blocks)
 
     @property
     def device(self) -> torch.device:
@@ -123,34 +99,9 @@ class HostedDit:
             comfy.model_management.load_models_gpu([self.patcher])
         self._reserved = True
 
-    def text_length(self, caption: int) -> int:
-        """Return the number of text tokens that the model is given for a caption."""
-        return self._arguments[caption]["c_crossattn"].shape[1]
-
-    def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens that are in the stream for a caption."""
-        return self.adapter.text_tokens(self.text_length(caption))
-
-    def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent, with those that the host pads with."""
-        return self.adapter.image_tokens(rows, columns)
-
-    def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Module]:
-        """Return the linear layers that get an adapter, by their native names.
-
-        Not those of the last kept block whose only effect is on text tokens: behind it nothing that is trained reads
-        them, so they would have no gradient.
-        """
-        last = self.blocks[selection.kept[-1]].name + "."
-
-        def wanted(name: str) -> bool:
-            without_effect = name.startswith(last) and self.adapter.is_text_output(name)
-            return self.adapter.is_lora_target(name, targets) and not without_effect
-
-        return linear_names(self, selection, wanted)
-
     @cached_property
-    def _arguments(self) -> list[dict[str, Any]]:
+    def arguments(self) -> Sequence[Mapping[str, Any]]:
+        """What the model is called with besides latent and sigma, for each caption, on the CPU."""
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frame(model, torch.zeros(1, *self._latent_shape))
@@ -171,7 +122,7 @@ class HostedDit:
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
-            activation_bytes: Memory that the host should keep free beside the weights.
+            activation_bytes: Memory that the host should keep free in addition to the weights.
             weights: Where weights are kept. "resident" loads them all, where the host would leave some in host memory
                 to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself ("dynamic
                 VRAM") does that in any case, and on other than NVIDIA's cards the host fills 40 % of what is free with
@@ -205,7 +156,7 @@ class HostedDit:
                 if torch.is_grad_enabled():
                     keep_what_autograd_saves(clone, replacements, self.device)
             clone.pre_run()
-            yield self._denoiser(clone)
+            yield self._denoiser(clone.model, _options(clone))
         finally:
             comfy.model_management.in_training = was_training
             clone.cleanup()
@@ -218,49 +169,14 @@ class HostedDit:
         replaced = sum(size(self.module(name)) for name in replacements)
         return size(self.patcher.model) - replaced + sum(size(stand) for stand in replacements.values())
 
-    def _denoiser(self, clone: Any) -> Denoiser:
-        options = clone.model_options["transformer_options"].copy()
-        wrappers = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
-        options["wrappers"] = _without_compilation(wrappers)
-        options["optimized_attention_override"] = _differentiable_attention
 
-        def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
-            joined = join_arguments([self._arguments[caption] for caption in captions])
-            joined = {name: _to(value, self.device) for name, value in joined.items()}
-            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
-            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
-            latents = with_frame(clone.model, noisy)
-            denoised = clone.model.apply_model(latents, sigmas, transformer_options=call_options, **joined)
-            return without_frame(clone.model, denoised)
-
-        return denoise
-
-    @contextmanager
-    def weight_for_backward(self, module: nn.Module, like: Tensor) -> Iterator[Tensor]:
-        """Lend a linear layer's weight the way the host lends it to its own forward, whatever its storage."""
-        if hasattr(module, "cast_bias_weight"):  # other packs' packed layers (GGUF) bring a cast of their own
-            yield module.cast_bias_weight(like)[0]
-            return
-        if not hasattr(module, "weight_function"):
-            yield _as_applied(module, module.weight.to(like))
-            return
-        weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
-        try:
-            yield _as_applied(module, weight)
-        finally:
-            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-
-
-def _as_applied(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return the plain matrix that a layer multiplies its input with.
-
-    The host leaves a weight quantised when its nominal dtype fits already, and a product with a quantised weight would
-    round the gradient as well. Smoothed formats scale the input, channel by channel, before the weight.
-    """
-    if is_traceable_wrapper_subclass(weight):
-        weight = weight.dequantize()
-    smoothing = getattr(module, "pre_quant_scale", None)
-    return weight if smoothing is None else weight * smoothing.to(weight)
+def _options(clone: Any) -> dict[str, Any]:
+    """Return the ``transformer_options`` of a training's calls of a loaded clone."""
+    options = clone.model_options["transformer_options"].copy()
+    wrappers = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
+    options["wrappers"] = _without_compilation(wrappers)
+    options["optimized_attention_override"] = _differentiable_attention
+    return options
 
 
 def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Module) -> None:
@@ -292,15 +208,16 @@ def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None
     What was moved to the device has to be dropped before the host unloads, which would copy it back beside the MODEL's
     own weights.
     """
-    trees = [module for module in modules if isinstance(module, nn.Module)]
+    places = list(modules)
+    trees = [module for module in places if isinstance(module, nn.Module)]
     parameters = [parameter for tree in trees for parameter in tree.parameters()]
-    parameters += [tensor for tensor in modules if isinstance(tensor, nn.Parameter)]
+    parameters += [tensor for tensor in places if isinstance(tensor, nn.Parameter)]
     data = [(parameter, parameter.data) for parameter in parameters]
     layers = [(layer, dict(layer._parameters)) for tree in trees for layer in tree.modules()]
 
     def put_back() -> None:
-        for layer, before in layers:
-            layer._parameters.update(before)
+        for layer, own in layers:
+            layer._parameters.update(own)
         for parameter, before in data:
             parameter.data = before
 
@@ -310,10 +227,6 @@ def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None
 def _without_compilation(wrappers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Leave out the wrapper that puts compiled blocks into the model: it would put the original ones over ours."""
     return {kind: {key: w for key, w in of_kind.items() if key != _COMPILED} for kind, of_kind in wrappers.items()}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _require_no_injections(patcher: Any) -> None:

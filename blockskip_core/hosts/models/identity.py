@@ -57,7 +57,7 @@ def conditionings_identity(conditionings: Iterable[list]) -> str:
 
 
 def host_identity() -> str:
-    """Return what computes: another version may compute something slightly else."""
+    """Return what computes: another version may compute slightly different numbers."""
     return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}"
 
 

@@ -1,4 +1,4 @@
-"""A device that has no memory left, said in one sentence, with what filled it let go."""
+"""Out-of-memory errors: explained in one sentence, after releasing what filled the memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OutOfMemoryError(BlockSkipError, comfy.model_management.OOM_EXCEPTION):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an error of an allocator, of whatever device, which nobody has explained yet."""
+    """Tell whether an error is an allocator's, of whatever device, that has not been explained yet."""
     if isinstance(error, BlockSkipError):
         return False
     said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
@@ -32,7 +32,7 @@ _WORDS = ("out of memory", "can't allocate memory", "not enough memory")  # MPS;
 def let_go(error: BaseException) -> str:
     """Log an error, drop what the frames of its traceback hold, and return the first line of what it says.
 
-    The activations of the step that failed are among these: as long as somebody keeps the error, they fill the device.
+    The activations of the step that failed are among these: as long as anything holds the error, they fill the device.
     """
     logger.warning("BlockSkip: out of memory", exc_info=error)
     seen: BaseException | None = error
@@ -51,7 +51,7 @@ def out_of_memory_explained(doing: str, advice: str) -> Iterator[None]:
         advice: What to change, a sentence.
 
     Raises:
-        OutOfMemoryError: In the place of the allocator's error.
+        OutOfMemoryError: In place of the allocator's error.
     """
     try:
         yield

@@ -1,15 +1,15 @@
-"""Kept blocks quantised for the time of a run, in the host's own formats: more model in the same GPU memory.
+"""Kept blocks quantised for the duration of a run, in the host's own formats: more model in the same GPU memory.
 
 LoRA on a quantised base is the idea of QLoRA (arXiv 2305.14314). Here only the linear weights of the blocks that are
 trained are quantised, one layer at a time, when a run begins:
 
     original weight (stays where it is) --[+ the user's patches]--> float32, one layer --> quantised copy in host RAM
 
-The quantised copy is what the host loads, so never more than one layer is there in full: in a forward or backward
+The quantised copy is what the host loads, so no more than one layer is ever unpacked: in a forward or backward
 pass a layer's weight is dequantised, used and dropped. Inputs are not quantised, so gradients are those of the
 quantised weights. Patches (a LoRA applied before us) are part of what is quantised and are not applied again.
 
-The residuals are those of the model as loaded, for skipped blocks are not quantised. So before the first step the
+The residuals are those of the model as loaded, because skipped blocks are not quantised. So before the first step the
 trained model differs from the full model by what quantisation costs, and the self-check has to allow for that:
 :attr:`QuantisedDit.known_error`.
 """
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_shrunk, predicted_bytes, stored_bytes
 from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError
-from ...model import BlockInfo, Denoiser, WeightPlacement
+from ...model import BlockInfo, Denoiser, WeightPlacement, WrappedDit
 from .hosted_dit import HostedDit
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,11 @@ def available_formats() -> list[str]:
     return [name for name in names if name == "off" or WEIGHT_FORMATS[name].algorithm in comfy.quant_ops.QUANT_ALGOS]
 
 
+def default_for_frozen_blocks() -> str:
+    """Return the format of blocks that no adapter learns on: the smallest of this host, or "off" if it has none."""
+    return "4-bit" if "4-bit" in available_formats() else "off"
+
+
 def formats_on(device: torch.device) -> list[str]:
     """Return what ``quantize_kept`` can be on a device, "off" first: not every device has eight-bit numbers."""
     return [name for name in available_formats() if name == "off" or _works_on(name, str(device))]
@@ -66,7 +71,7 @@ def _works_on(weight_format: str, device: str) -> bool:
     try:
         packed = _packed(weight.to(device), weight_format)
         error = (packed.dequantize().float().cpu() - weight).norm() / weight.norm()
-    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in a way of its own
+    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in its own way
         logger.info("BlockSkip: no weights in %s on %s: %s", weight_format, device, problem)
         return False
     return error.item() < 0.2
@@ -86,13 +91,12 @@ def require_available(weight_format: str, device: torch.device) -> None:
         )
 
 
-class QuantisedDit:
+class QuantisedDit(WrappedDit):
     """A :class:`HostedDit` whose named blocks are quantised; everything else is the HostedDit's.
 
     Args:
         dit: The model. It is not changed, and can be used as it is in between.
-        names: Paths of the blocks.
-        weight_format: A key of ``WEIGHT_FORMATS``.
+        formats: Path of a block -> a key of ``WEIGHT_FORMATS``.
 
     Attributes:
         layer_errors: Layer -> relative error of its quantised weight (Frobenius norm); filled by :meth:`quantise`.
@@ -101,29 +105,30 @@ class QuantisedDit:
         InvalidInputError: If the host does not have the format.
     """
 
-    def __init__(self, dit: HostedDit, names: Sequence[str], weight_format: str) -> None:
-        require_available(weight_format, dit.device)
+    def __init__(self, dit: HostedDit, formats: Mapping[str, str]) -> None:
+        for weight_format in sorted(set(formats.values())):
+            require_available(weight_format, dit.device)
+        super().__init__(dit)
         self.layer_errors: dict[str, float] = {}
-        self._dit, self._names, self._format = dit, list(names), weight_format
+        self._dit, self._formats = dit, dict(formats)
         self._blocks: dict[str, nn.Module] = {}
         self._baked: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_dit"], name)
 
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
         """All blocks, with the bytes that they take in this run."""
         return [
-            dataclasses.replace(block, num_bytes=predicted_bytes(self._dit.module(block.name), self._format))
-            if block.name in self._names
+            dataclasses.replace(
+                block, num_bytes=predicted_bytes(self._dit.module(block.name), self._formats[block.name])
+            )
+            if block.name in self._formats
             else block
             for block in self._dit.blocks
         ]
 
     @property
     def known_error(self) -> float:
-        """Relative difference to the full model that quantisation may make, for the self-check.
+        """Relative difference from the full model that quantisation may cause, for the self-check.
 
         :data:`ERROR_ALLOWANCE` times the worst layer's error, as measured on this model's own weights.
         """
@@ -131,7 +136,7 @@ class QuantisedDit:
 
     def module(self, name: str) -> nn.Module:
         """Return the quantised block, or the model's own module if it is none of the quantised ones."""
-        if name not in self._names:
+        if name not in self._formats:
             return self._dit.module(name)
         self.quantise()
         return self._blocks[name]
@@ -145,7 +150,7 @@ class QuantisedDit:
         weights: WeightPlacement = "as fits",
     ) -> Iterator[Denoiser]:
         """Run as the HostedDit does, with room for one dequantised layer, and without the patches that are in it."""
-        room = self._largest_layer * (self._dit.dtype.itemsize + torch.float32.itemsize)
+        room = bytes_to_unpack(self._largest_layer, self._dit.dtype)
         with self._dit.running(
             replacements, activation_bytes=activation_bytes + room, weights=weights, baked=frozenset(self._baked)
         ) as denoise:
@@ -153,39 +158,39 @@ class QuantisedDit:
 
     @cached_property
     def _largest_layer(self) -> int:
-        layers = (layer for name in self._names for _, layer in self._shrunk(self._dit.module(name)))
+        layers = (layer for name in self._formats for _, layer in self._shrunk(name, self._dit.module(name)))
         return max((math.prod(layer.weight.shape) for layer in layers), default=0)
 
-    def _shrunk(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [(path, layer) for path, layer in block.named_modules() if is_shrunk(layer, self._format)]
+    def _shrunk(self, name: str, block: nn.Module) -> list[tuple[str, nn.Linear]]:
+        return [(path, layer) for path, layer in block.named_modules() if is_shrunk(layer, self._formats[name])]
 
     def quantise(self, progress: Progress | None = None) -> None:
-        """Quantise the blocks, once; without it this happens when the first of them is asked for.
+        """Quantise the blocks, once; otherwise it happens when the first of them is asked for.
 
         Args:
             progress: Called after every layer.
         """
         if self._blocks:
             return
-        blocks = {name: weight_sharing_copy(self._dit.module(name)) for name in self._names}
-        found = [(name, path, layer) for name, block in blocks.items() for path, layer in self._shrunk(block)]
+        blocks = {name: weight_sharing_copy(self._dit.module(name)) for name in self._formats}
+        found = [(name, path, layer) for name, block in blocks.items() for path, layer in self._shrunk(name, block)]
         linear_class = _weight_only_linear(self._dit.dtype)
         with torch.inference_mode(False), torch.no_grad():
             for done, (name, path, layer) in enumerate(found, 1):
                 parent, _, leaf = path.rpartition(".")
-                quantised = self._quantised(f"{name}.{path}", layer, linear_class)
+                quantised = self._quantised(f"{name}.{path}", layer, self._formats[name], linear_class)
                 blocks[name].get_submodule(parent)._modules[leaf] = quantised
                 if progress:
                     progress(done, len(found))
         self._blocks = blocks
 
-    def _quantised(self, name: str, layer: nn.Module, linear_class: type[nn.Module]) -> nn.Module:
+    def _quantised(self, name: str, layer: nn.Linear, weight_format: str, linear_class: Any) -> nn.Module:
         weight = self._with_patches(name, layer)
-        packed = _packed(weight, self._format)
+        packed = _packed(weight, weight_format)
         error = (packed.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)
         self.layer_errors[name] = error.item()
         linear = linear_class(layer.in_features, layer.out_features, bias=False)
-        linear.quant_format, linear.layout_type = WEIGHT_FORMATS[self._format].algorithm, _layout(self._format)
+        linear.quant_format, linear.layout_type = WEIGHT_FORMATS[weight_format].algorithm, _layout(weight_format)
         kept = packed.to(device=self._dit.patcher.offload_device, dtype=self._dit.dtype)
         linear.weight = nn.Parameter(kept, requires_grad=False)
         linear._parameters["bias"] = layer.bias
@@ -193,14 +198,26 @@ class QuantisedDit:
         _share_place(layer, linear)
         return linear
 
-    def _with_patches(self, name: str, layer: nn.Module) -> Tensor:
+    def _with_patches(self, name: str, layer: nn.Linear) -> Tensor:
         """Return a layer's weight as the host would load it, in float32 on the device."""
         patcher, key = self._dit.patcher, f"diffusion_model.{name}.weight"
-        weight = layer.weight
+        weight: Tensor = layer.weight
         if key in patcher.patches:
             weight = patcher.patch_weight_to_device(key, device_to=self._dit.device, return_weight=True)
             self._baked.add(key)
         return weight.detach().to(device=self._dit.device, dtype=torch.float32)
+
+
+def bytes_to_unpack(numbers: int, dtype: torch.dtype) -> int:
+    """Return what a layer takes while it is unpacked: in the dtype of the computation, and on the way to it.
+
+    The host's kernels for NVIDIA's cards write that dtype at once; everywhere else it goes through float32.
+
+    Args:
+        numbers: Of the layer's weight.
+        dtype: Of the computation.
+    """
+    return numbers * (dtype.itemsize + torch.float32.itemsize)
 
 
 def _packed(weight: Tensor, weight_format: str) -> Tensor:
@@ -213,11 +230,11 @@ def _layout(weight_format: str) -> str:
     return comfy.quant_ops.QUANT_ALGOS[WEIGHT_FORMATS[weight_format].algorithm]["comfy_tensor_layout"]
 
 
-def _weight_only_linear(dtype: torch.dtype) -> type[nn.Module]:
+def _weight_only_linear(dtype: torch.dtype) -> Any:
     """Return the host's class for quantised layers, in the form that never quantises inputs."""
     host_class = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True).Linear
 
-    class WeightOnlyLinear(host_class):
+    class WeightOnlyLinear(host_class):  # type: ignore[misc, valid-type]  # the class is made by a call
         def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             # The host hands the weight on quantised if its nominal dtype fits, and some formats then quantise x.
             if isinstance(weight, comfy.quant_ops.QuantizedTensor):
@@ -227,10 +244,10 @@ def _weight_only_linear(dtype: torch.dtype) -> type[nn.Module]:
     return WeightOnlyLinear
 
 
-def _share_place(layer: nn.Module, quantised: nn.Module) -> None:
+def _share_place(layer: Any, quantised: Any) -> None:
     """Give a layer's place in the host's virtual memory to its quantised form: places are never given back.
 
-    Only one of them is ever loaded, and the host forgets what lies there when the patches id changes.
+    Only one of them is ever loaded, and the host forgets what is there when the patches id changes.
     """
     size = stored_bytes(quantised.weight)
     if hasattr(layer, "_v") and _SMALLEST_STREAMED < size <= layer.weight.nbytes:

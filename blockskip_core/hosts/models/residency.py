@@ -2,16 +2,16 @@
 
 The rule that every run of a MODEL keeps:
 
-    What autograd will read is memory that nobody else writes into, made outside inference mode.
+    What autograd will read is memory that nothing else writes into, made outside inference mode.
 
-Three things follow from it, and each has its function here:
+Three things follow from it, each with a function here:
 
 - No module of the MODEL itself is loaded in a run: what the caller does not replace is replaced by a copy that shares
   its weights (:func:`whole_model`). Loaders run under ``torch.inference_mode``, so the MODEL's own parameters are
   inference tensors; the host moves them by assigning ``.data``, which torch refuses outside inference mode, and autograd
   refuses to save them.
 - Weights that autograd saves are on the device for the whole run, in memory of their own
-  (:func:`keep_what_autograd_saves`). A weight that is not there is lent: copied, for the time of its layer's forward,
+  (:func:`keep_what_autograd_saves`). A weight that is not there is lent: copied, while its layer's forward runs,
   into a buffer that the next layers' weights are copied into as well, or into pages that the host takes back. Nothing
   notices when backward reads such a buffer later (measured on a tiny FLUX.1: gradients 50 % off, losses unchanged).
   The weights of linear layers may be lent, because autograd never saves them: ``lora`` detaches these layers and asks
@@ -109,7 +109,7 @@ def unload(patcher: Any) -> None:
 
 
 def evict_others(patcher: Any) -> None:
-    """Unload every model on this one's device that is no clone of it: text encoders and VAEs have done their part."""
+    """Unload every model on this one's device that is not a clone of it: text encoders and VAEs have done their part."""
     management = comfy.model_management
     own = [loaded for loaded in management.current_loaded_models if _is_clone(loaded, patcher)]
     if len(own) < len(management.current_loaded_models):

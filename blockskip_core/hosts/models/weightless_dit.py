@@ -1,14 +1,13 @@
 """A model without weights as a :class:`~...model.SkippableDit`: for counting what a run will take, before it.
 
 The host's own classes run on the ``meta`` device. The host's loader is not used: it would make the weights real.
-Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that whoever counts sees them come and go.
+Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that a counter sees them come and go.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,45 +19,37 @@ from torch import Tensor, nn
 
 from ...accounting.measuring import FusedAttention
 from ...accounting.weightless import PACKED, replaced, weightless_copy
-from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
-from ..families.base import TEXT_TOKENS
+from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.published_sizes import published_model
-from ..families.registry import adapter_for
-from ..inputs.conditioning import join_arguments, model_arguments
-from ..inputs.frames import with_frame, without_frame
+from ..inputs.conditioning import model_arguments
+from ..inputs.frames import with_frame
+from .adapted_dit import AdaptedDit
 from .hosted_dit import HostedDit
 
 # Marks of the host's memory management and of patches on single layers; with them a layer would look for its weights.
-_MARKS = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
+_MARKS: dict[str, Any] = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
 
 
-class WeightlessDit:
+class WeightlessDit(AdaptedDit):
     """A model whose tensors have shapes only.
 
     Args:
         model: The host's model (a BaseModel) with all weights on ``meta``.
-        arguments: What the model is called with beside latent and sigma, for each caption, batch axis 1; any device.
+        arguments: What the model is called with besides latent and sigma, for each caption, batch axis 1; any device.
     """
-
-    known_error = 0.0
-    room_for_blocks = 0  # one at a time: the least that precomputing takes
 
     def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]]) -> None:
         self.model = model
-        self.adapter = adapter_for(SimpleNamespace(model=model))
-        self.family = self.adapter.family
-        self.frozen_stem = self.adapter.frozen_stem
-        self.trainable_head = self.adapter.trainable_head
-        self.width = self.adapter.width
+        super().__init__(SimpleNamespace(model=model))
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
 
     @classmethod
     def of(cls, dit: HostedDit) -> WeightlessDit:
         """Return the weightless twin of a loaded MODEL, with the same captions."""
-        model = weightless_copy(dit.patcher.model, without=_MARKS)
+        model: Any = weightless_copy(dit.patcher.model, without=_MARKS)
         _replace_packed_layers(model.diffusion_model)
         model.current_patcher = None
-        return cls(model, dit._arguments)
+        return cls(model, dit.arguments)
 
     @classmethod
     def published(
@@ -78,10 +69,15 @@ class WeightlessDit:
             latent = with_frame(model, torch.zeros(1, *latent_shape))
             return cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))])
 
-    @cached_property
-    def blocks(self) -> Sequence[BlockInfo]:
-        """All blocks in execution order."""
-        return self.adapter.blocks()
+    @property
+    def arguments(self) -> Sequence[Mapping[str, Any]]:
+        """What the model is called with besides latent and sigma, for each caption; shapes only."""
+        return self._arguments
+
+    @property
+    def room_for_blocks(self) -> int:
+        """0, so one block at a time: the least that precomputing takes."""
+        return 0
 
     @property
     def device(self) -> torch.device:
@@ -96,12 +92,6 @@ class WeightlessDit:
     def module(self, name: str) -> nn.Module:
         """Return the module at a path; never to be changed."""
         return self.model.diffusion_model.get_submodule(name)
-
-    text_length = HostedDit.text_length
-    text_tokens = HostedDit.text_tokens
-    image_tokens = HostedDit.image_tokens
-    lora_layers = HostedDit.lora_layers
-    weight_for_backward = HostedDit.weight_for_backward
 
     @contextmanager
     def running(
@@ -120,27 +110,15 @@ class WeightlessDit:
         Yields:
             The denoiser, bound to the captions.
         """
-        model = replaced(self.model, {f"diffusion_model.{name}": module for name, module in replacements.items()})
+        model: Any = replaced(self.model, {f"diffusion_model.{name}": module for name, module in replacements.items()})
         was_training = comfy.model_management.in_training
         loaded = [torch.empty_like(tensor) for tensor in _weights(model.diffusion_model)]
         try:
             comfy.model_management.in_training = True  # the kernels that a training run uses
-            yield self._denoiser(model)
+            yield self._denoiser(model, {"optimized_attention_override": _torch_attention})
         finally:
             comfy.model_management.in_training = was_training
             loaded.clear()
-
-    def _denoiser(self, model: Any) -> Denoiser:
-        options = {"optimized_attention_override": _torch_attention}
-
-        def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
-            joined = join_arguments([self._arguments[caption] for caption in captions])
-            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
-            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
-            latents = with_frame(model, noisy)
-            return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
-
-        return denoise
 
 
 def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:

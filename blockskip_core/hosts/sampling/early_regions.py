@@ -29,7 +29,7 @@ class RegionChoice:
         mask: Regions that are taken first, shape (B or 1, H, W), any size.
 
     Raises:
-        InvalidInputError: If there is no such method, the ratio is no share, or the mask is none.
+        InvalidInputError: If there is no such method, the ratio is not in [0, 1], or the mask is not a mask.
     """
 
     method: str
@@ -75,17 +75,18 @@ class RegionChoice:
         Returns:
             Regions, shape (B, rows, columns), boolean; pictures, shape (B, H, W, 3), if there is a VAE.
         """
-        pictures = None if self.vae is None else self._decoded(model, clean)
-        if self.method == "latent gradient":
+        pictures = None if self.vae is None else self._decoded(self.vae, model, clean)
+        if pictures is None or self.method == "latent gradient":
             scores = gradient_scores(clean.float().cpu(), grid)
         else:
             scores = edge_scores(pictures, grid, bright_half_only=self.method != "edges")
         forced = None if self.mask is None else _for_batch(masked_tokens(_on_cpu(self.mask), grid), len(scores))
         return choose_regions(scores, self.ratio, forced, seeded_noise(scores.shape, seed, 0, indices)), pictures
 
-    def _decoded(self, model: Any, clean: Tensor) -> Tensor:
+    @staticmethod
+    def _decoded(vae: Any, model: Any, clean: Tensor) -> Tensor:
         latent = model.process_latent_out(with_frame(model, clean).float())
-        pictures = self.vae.decode(latent.to(comfy.model_management.intermediate_device()))
+        pictures = vae.decode(latent.to(comfy.model_management.intermediate_device()))
         return pictures.reshape(-1, *pictures.shape[-3:]).float().cpu()  # a video's frames are a batch
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError
-from ...selection.text_influence import cosine_distance
+from ..families.capabilities import MasksText, require
 from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frame
 
@@ -62,7 +62,7 @@ class MaskedSampler:
     def __init__(self, patcher: Any, probe: ProbeConfig) -> None:
         self._patcher = patcher
         self._probe = probe
-        self._adapter = adapter_for(patcher)
+        self._masking = require(adapter_for(patcher), MasksText, "Choose method preset or manual.")
 
     def sample(
         self,
@@ -87,7 +87,7 @@ class MaskedSampler:
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 _WRAPPER,
-                self._adapter.text_masking_wrapper(masked),
+                self._masking.text_masking_wrapper(masked),
             )
         model = self._patcher.model
         empty = with_frame(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
@@ -119,9 +119,39 @@ class PictureMetric:
     name: str
     embed: Callable[[Tensor], Tensor]
 
-    def distance(self, a: Tensor, b: Tensor) -> float:
-        """Return 1 - cosine similarity of two embedded pictures."""
-        return cosine_distance(a, b)
+
+class ProbePictures:
+    """The probe pictures of some prompts, embedded: a :class:`~...selection.text_influence.ProbeSampler`.
+
+    Args:
+        patcher: The MODEL; left as it is.
+        positive: Single conditionings, each ``[[tensor, settings]]``.
+        negative: One such conditioning, or None; only read with guidance.
+        probe: Size, steps, guidance, pictures per prompt.
+        metric: What pictures are compared by.
+
+    Raises:
+        InvalidInputError: If a conditioning comes from another model's text encoder.
+    """
+
+    def __init__(
+        self, patcher: Any, positive: Sequence[list], negative: list | None, probe: ProbeConfig, metric: PictureMetric
+    ) -> None:
+        adapter_for(patcher).require_texts([*positive, *([negative] if negative else [])])
+        self._positive, self._negative, self._probe, self._metric = positive, negative, probe, metric
+        self._sampler = MaskedSampler(patcher, probe)
+        self.count = len(positive) * probe.num_seeds
+        self.steps = self.count * probe.steps
+
+    def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> list[Tensor]:
+        """Sample and embed every picture."""
+        return [self._embedding(prompt, number, masked, on_step)
+                for prompt in self._positive for number in range(self._probe.num_seeds)]  # fmt: skip
+
+    def _embedding(self, prompt: list, number: int, masked: frozenset[int], on_step: Callable[[], None]) -> Tensor:
+        seed = (self._probe.seed + number) % 2**64
+        latent = self._sampler.sample(prompt, self._negative or prompt, seed=seed, masked=masked, on_step=on_step)
+        return self._metric.embed(latent)
 
 
 def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:

@@ -1,8 +1,8 @@
 """RALU's three stages with the host's own sampler, guidance and model: coarse, mixed, fine.
 
-Every stage is a sampling run of its own for the host. So each stage's conditionings have the stage's size, memory is
-asked for by it, and caches that other nodes have put onto the MODEL begin anew with it: between stages the number of
-tokens changes, and nothing that was remembered fits.
+To the host, each stage is a separate sampling run. So conditionings and memory follow the stage's size, and caches that
+other nodes have put onto the MODEL start over: between stages the number of tokens changes, and nothing that was
+remembered fits.
 
 Source: RALU (arXiv 2507.08422), algorithm 1; see ``ralu`` for its parts.
 """
@@ -68,7 +68,7 @@ def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
         Shape (B, C, H, W), or with an axis of frames.
 
     Raises:
-        InvalidInputError: If it is no latent of a picture, or says what to keep of one.
+        InvalidInputError: If it is not the latent of a picture, or carries a mask.
     """
     samples = latent["samples"]
     if samples.is_nested:
@@ -105,7 +105,7 @@ class RegionAdaptiveSampler:
     def __init__(self, patcher: Any, plan: StagePlan, regions: RegionChoice) -> None:
         if not isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST):
             raise UnsupportedModelError(
-                "Expected a flow-matching model, for the added noise is matched to one, got a model that predicts "
+                "Expected a flow-matching model, because the added noise is matched to one, got a model that predicts "
                 "something else. Load such a model, or remove the node that changes its sampling."
             )
         if len(plan.steps) == MAX_STAGES:
@@ -131,8 +131,8 @@ class RegionAdaptiveSampler:
             positive, negative: CONDITIONINGs.
             cfg: Guidance scale; 1 for guidance-distilled models.
             latent: See :func:`empty_latent`.
-            seed: Of all noise.
-            batch_indices: Which of a seed's pictures these are, as the host's latents may say.
+            seed: Seeds all noise, including the noise added between stages.
+            batch_indices: Which of a seed's pictures these are, if the host's latents say so.
             on_step: The host's callback, (step, clean estimate, noisy latent, steps of all stages).
 
         Raises:
@@ -145,7 +145,7 @@ class RegionAdaptiveSampler:
         self._check_size(latent)
         indices = _indices(batch_indices, len(latent))
         if not 0 <= seed < 2**64:
-            raise InvalidInputError(f"seed must lie between 0 and 2**64 - 1, got {seed}.")
+            raise InvalidInputError(f"seed must be between 0 and 2**64 - 1, got {seed}.")
         noise = comfy.sample.prepare_noise(latent, seed, None if batch_indices is None else indices)
         run = _Run(self, noise, seed, indices, positive, negative, cfg, on_step)
         try:
@@ -170,10 +170,10 @@ class RegionAdaptiveSampler:
 
 
 def _indices(given: Any, count: int) -> list[int]:
-    """Return which of a seed's pictures are made. The host draws the noise of all before them, so there is a limit.
+    """Return which of a seed's pictures are made. The host also draws the noise of all earlier ones, so there is a limit.
 
     Raises:
-        InvalidInputError: If these are no such numbers, or not one for each picture.
+        InvalidInputError: If these are not such numbers, or not one for each picture.
     """
     if given is None:
         return list(range(count))
@@ -225,7 +225,7 @@ class _Run:
     """One batch of pictures on its way through the stages.
 
     Between stages ``_latent`` is the noisy latent at full size, in the model's own space and without an axis of frames;
-    coarse tokens are there four times.
+    coarse tokens appear four times.
     """
 
     def __init__(
@@ -251,8 +251,8 @@ class _Run:
         self._pixels = height * cells, width * cells
         self._fine = torch.zeros(len(noise), *self._grid, dtype=torch.bool)
         self._overlay: Tensor | None = None
-        self._latent: Tensor | None = None
-        self._clean: Tensor | None = None
+        self._latent: Tensor  # this and its clean estimate: from the first stage on
+        self._clean: Tensor
         self._tokens: list[int] = []
 
     def all_stages(self) -> Sampled:
@@ -265,7 +265,7 @@ class _Run:
         return Sampled(latent, overlay, tuple(self._tokens))
 
     def _coarse(self, number: int) -> None:
-        """Sample at half the side. A part of the noise is noise too."""
+        """Sample at half the side, with every other value of the noise, which is noise too."""
         self._tokens.append(self._grid[0] * self._grid[1])
         self._sample(number, self._noise[..., ::2, ::2].contiguous())
         self._latent = upsampled(self._latent, self._patch)
@@ -338,8 +338,8 @@ class EulerFrom(comfy.samplers.Sampler):
 
     def __init__(self, start: Tensor | None) -> None:
         self._start = start
-        self.state: Tensor | None = None
-        self.clean: Tensor | None = None
+        self.state: Tensor
+        self.clean: Tensor
 
     def sample(
         self,

@@ -1,7 +1,7 @@
 """Runs a model of the host on a latent with tokens of two sizes: its forward sees each token once, in a strip.
 
 A wrapper around ``apply_model``: outside of it a sampler, guidance, previews and masks work on a full-size latent, and
-inside of it the model works on a strip of tokens, whose places it is told. All else is the host's own.
+inside of it the model works on a strip of tokens and is given their positions. Everything else is the host's own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TokenStrips:
         patcher: The MODEL; it is left as it is.
 
     Raises:
-        UnsupportedModelError: If the model's family is not known, or cannot be told where tokens lie.
+        UnsupportedModelError: If the model's family is not known, or cannot be given token positions.
     """
 
     def __init__(self, patcher: Any) -> None:
@@ -91,14 +91,14 @@ class TokenStrips:
         return with_frame(self._model, grid.spread(tokens))
 
     def _require_own_model(self, executor: Any) -> None:
-        """Refuse a copy of the model, which would not know where tokens lie and say nothing.
+        """Refuse a copy of the model, which would silently use the wrong token positions.
 
         Raises:
             InvalidInputError: If the host samples one.
         """
         if getattr(executor, "class_obj", self._model) is not self._model:
             raise InvalidInputError(
-                "Region-adaptive sampling tells one model where tokens lie, and ComfyUI samples from a copy of it: a prompt "
+                "Region-adaptive sampling gives token positions to one model, and ComfyUI samples from a copy of it: a prompt "
                 "carries hooks (a LoRA of its own), or several GPUs share the work. Remove these, or use KSampler."
             )
 
@@ -111,7 +111,7 @@ def _only_text(c_concat: Any, control: Any, kwargs: dict[str, Any]) -> None:
     """
     found = [name for name in _PICTURES if kwargs.get(name) is not None and len(kwargs[name])]
     found += ["a ControlNet"] if control is not None else []
-    found += ["a picture beside the latent (inpainting or image to video)"] if c_concat is not None else []
+    found += ["a picture besides the latent (inpainting or image to video)"] if c_concat is not None else []
     if found:
         raise InvalidInputError(
             f"Region-adaptive sampling takes text conditionings only, got {', '.join(found)}. Use KSampler for these."

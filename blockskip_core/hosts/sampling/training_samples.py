@@ -1,4 +1,4 @@
-"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA acting as it stands.
+"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA applied.
 
 Nothing is written into weights and nothing is copied: the model is loaded as a training loads it, whole this time, and the
 LoRA's hooks are put on its kept blocks. So it is done between two steps, when no other run of the model is open. The
@@ -46,7 +46,7 @@ class SampleRequest:
         negative: One such conditioning, or None; only read with ``cfg`` above 1.
         vae: Decodes the latents.
         every: Steps between two times; the last step always counts.
-        at_start: Whether to sample before the first step as well.
+        at_start: Whether to sample before the first step too.
         width, height: Pixels.
         steps: Of the sampler.
         cfg: Guidance scale; 1 for guidance-distilled models.
@@ -80,7 +80,7 @@ class SampleRequest:
             if not 16 <= side <= 4096 or side % 16:
                 raise InvalidInputError(f"{name} must be a multiple of 16 from 16 to 4096 px, got {side}.")
         if not 1.0 <= self.cfg <= 100.0:
-            raise InvalidInputError(f"cfg must lie between 1 and 100, got {self.cfg}.")
+            raise InvalidInputError(f"cfg must be between 1 and 100, got {self.cfg}.")
         if not 0.0 <= self.budget_bytes < float("inf"):
             raise InvalidInputError(f"memory_budget must not be negative, got {self.budget_bytes / 2**30}.")
         if self.scheduler not in comfy.samplers.SCHEDULER_NAMES:
@@ -93,7 +93,7 @@ class SampleRequest:
             raise InvalidInputError("cfg above 1 needs a `negative`. Connect CLIP Text Encode with an empty text.")
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether pictures are wanted after so many steps of ``last``; 0 is before the first."""
+        """Whether pictures are wanted after this many of ``last`` steps; 0 is before the first."""
         if step == 0:
             return self.at_start
         return step % self.every == 0 or step == last
@@ -126,7 +126,7 @@ class TrainingSampler:
         form, width, height = patcher.model.latent_format, request.width, request.height
         cell = form.spacial_downscale_ratio
         self._shape = (form.latent_channels, height // cell, width // cell)
-        captions = [*request.positive, *([request.negative] if request.cfg > 1.0 else [])]
+        captions = [*request.positive, *([request.negative] if request.cfg > 1.0 and request.negative else [])]
         self._dit = HostedDit(patcher, captions, self._shape)
         multiple = cell * self._dit.adapter.patch_size
         if width % multiple or height % multiple:

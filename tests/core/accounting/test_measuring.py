@@ -11,6 +11,7 @@ from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
 from blockskip_pack.blockskip_core.blocks.stand_ins import TrainedBlock
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 DEVICES = [torch.device("cpu"), torch.device("meta")]
@@ -45,6 +46,18 @@ def test_what_was_there_counts_only_if_it_is_held(device):
         assert counting.live(device) == MIB
         del before
         assert counting.live(device) == 0
+
+
+def test_of_a_tensor_around_others_those_count():
+    part = torch.zeros(MIB // 4)
+    pair = TwoTensor(part, part.clone())  # looks like one float32 tensor of 1 MiB
+    with Counting() as counting:
+        counting.hold(pair)
+        assert counting.live(part.device) == 2 * MIB
+        twice = pair + pair
+        assert counting.live(part.device) == 4 * MIB
+        del pair, part, twice
+        assert counting.live(torch.device("cpu")) == 0
 
 
 def test_the_cpu_beside_meta_is_counted_apart():

@@ -30,12 +30,10 @@ LORA = LoraSettings(rank=2)
 class Weightless(PlainDit):
     """The plain model without weights; they are made, as a host loads them, for the time of a run."""
 
-    device = torch.device("meta")
-
     def __init__(self, **options):
         super().__init__(**options)
-        self.net = weightless_copy(self.net)
-        self.texts = [text.to("meta") for text in self.texts]
+        self.model = weightless_copy(self.model)
+        self.captions = [text.to("meta") for text in self.captions]
 
     @contextmanager
     def running(self, replacements, **placement):

@@ -89,15 +89,25 @@ def test_what_cannot_fit_is_not_promised():
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.text)
 def test_a_change_asks_for_no_more_than_before_and_is_done_once(change):
-    changed = change.apply(BIG)
-    assert changed is not BIG
-    assert price(changed).training.peak <= price(BIG).training.peak + GIB  # the budget counts with checkpointing only
+    big = replace(BIG, frozen=3)
+    changed = change.apply(big)
+    assert changed is not big
+    assert price(changed).training.peak <= price(big).training.peak + GIB  # the budget counts with checkpointing only
     assert change.apply(changed) is changed
 
 
 def test_formats_that_the_host_lacks_are_not_proposed():
     assert changes_that_fit(BIG, 8 * GIB, price, ("off", "fp8", "4-bit"))[0][-1].text == "set `quantize_kept` to fp8"
     assert changes_that_fit(BIG, 8 * GIB, price, ("off",)) is None
+
+
+def test_frozen_blocks_are_quantised_first_and_only_where_there_are_any():
+    change = next(change for change in CHANGES if "quantize_frozen" in change.text)
+    assert change.apply(BIG) is BIG
+    changed = change.apply(replace(BIG, frozen=3))
+    assert (changed.quantize_frozen, changed.quantize_kept) == ("4-bit", "off")
+    assert "quantize_frozen 4-bit" in changed.describe()
+    assert "quantize_frozen" not in BIG.describe()
 
 
 def test_a_batch_of_one_keeps_the_examples_of_a_step():

@@ -89,7 +89,7 @@ def test_the_mode_ends_with_its_context():
 def test_both_kinds_of_blocks_give_the_same_bits_with_and_without():
     dit = PlainDit()
     img, txt, vec = dit.net.embed(
-        torch.randn(2, 3, 2, 3).double(), torch.tensor([0.3, 0.8]).double(), torch.cat(dit.texts[:2])
+        torch.randn(2, 3, 2, 3).double(), torch.tensor([0.3, 0.8]).double(), torch.cat(dit.captions[:2])
     )
     double, single = dit.net.double_blocks[0], dit.net.single_blocks[0]
     plain = double(img=img.clone(), txt=txt.clone(), vec=vec)

@@ -79,7 +79,7 @@ def test_crop_side_never_exceeds_what_the_picture_has_room_for(largest):
 
 @pytest.mark.parametrize("t", [-0.001, 1.001, float("nan"), float("inf")])
 def test_a_noise_level_outside_0_to_1_is_refused(t):
-    with pytest.raises(InvalidInputError, match=r"noise level must lie in \[0, 1\]"):
+    with pytest.raises(InvalidInputError, match=r"noise level must be in \[0, 1\]"):
         crop_side(t, CONFIGS[0])
 
 

@@ -129,5 +129,5 @@ def test_one_picture_has_places_for_any_batch():
 def test_pictures_with_different_numbers_of_fine_regions_are_refused():
     fine = some_fine()
     fine[1, 1, 2] = True
-    with pytest.raises(InvalidInputError, match=r"as many fine regions as each other, got \[2, 3\]"):
+    with pytest.raises(InvalidInputError, match=r"must have equally many fine regions, got \[2, 3\]"):
         MixedGrid(fine)

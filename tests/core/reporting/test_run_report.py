@@ -223,9 +223,9 @@ def test_what_was_trained_is_said():
     assert (found["Chosen by"], found["Note"]) == ("manual", "By hand, for a test.")
     assert found["Weights left out, as loaded"] == "3.0 MiB"
     assert (found["Pictures"], found["Captions"]) == ("3", "2")
-    assert found["Draws"] == "7, of which 4 were trained on"
+    assert found["Training examples"] == "7, of which 4 were trained on"
     assert found["Patch sizes"] == "crops of 256 to 512 px, each resized to 256 px"
-    assert (found["Noise levels drawn as"], found["Seed of the draws"]) == ("logit-normal", "77")
+    assert (found["Noise levels drawn as"], found["Seed of the training examples"]) == ("logit-normal", "77")
     assert (found["Residuals"], found["Stored as"]) == ("chunked", "int8")
 
 
@@ -294,6 +294,15 @@ def test_every_block_is_drawn_as_what_it_was():
     assert {"double blocks", "single blocks"} <= set(labels)
 
 
+def running_means(losses, span):
+    """The exponential mean up to each loss, written out: weights (1 - 1 / span)^age, normed."""
+    means, above, below = [], 0.0, 0.0
+    for loss in losses:
+        above, below = above * (1 - 1 / span) + loss, below * (1 - 1 / span) + 1
+        means.append(above / below)
+    return means
+
+
 def test_losses_stand_where_they_belong():
     losses = [0.5, 0.1, 0.4, 0.3, 0.9]
     page = report_page(made(losses))
@@ -302,7 +311,7 @@ def test_losses_stand_where_they_belong():
     gaps = [b[0] - a[0] for a, b in zip(raw, raw[1:], strict=False)]
     assert gaps == pytest.approx([gaps[0]] * 4, abs=0.11)
     (smooth,) = paths(page, "smooth")
-    means = [0.3, 1 / 3, 0.8 / 3, 1.6 / 3, 0.6]
+    means = running_means(losses, 10)
     assert [drawn_value(y, 0.1, 0.9) for _, y in smooth] == pytest.approx(means, abs=1e-3)
 
 
@@ -336,7 +345,7 @@ def test_where_the_run_went_on_is_marked():
     marks = ElementTree.fromstring(run_charts.loss_chart([0.1, 0.2, 0.3], 1, 2)).iter("line")
     marks = [line for line in marks if line.get("class") == "mark"]
     assert [float(line.get("x1")) for line in marks] == [(run_charts.LEFT + run_charts.WIDTH - run_charts.RIGHT) / 2]
-    assert "went on from step 2" in "".join(marks[0].itertext())
+    assert "resumed at step 2" in "".join(marks[0].itertext())
     assert 'class="mark"' not in run_charts.loss_chart([0.1, 0.2, 0.3], 1)
 
 
@@ -371,11 +380,17 @@ def test_a_long_run_is_thinned_out_and_keeps_its_extremes(count):
     assert raw.count("V") == run_charts.MAX_RAW
     heights = [float(y) for y in re.findall(r"V([\d.]+)|M[\d.]+ ([\d.]+)", raw) for y in y if y]
     assert (min(heights), max(heights)) == (run_charts.TOP, 220 - run_charts.BOTTOM)
-    window = run_charts.smoothing_window(count)
-    middle = smooth[run_charts.MAX_SMOOTH // 3]
-    index = run_charts.evenly(count, run_charts.MAX_SMOOTH)[run_charts.MAX_SMOOTH // 3]
-    part = losses[index - window // 2 : index + window // 2 + 1]
-    assert drawn_value(middle[1], 0.05, 0.95) == pytest.approx(sum(part) / window, abs=1e-3)
+    means = running_means(losses, min(50.0, count / 10))
+    shown = [means[index] for index in run_charts.evenly(count, run_charts.MAX_SMOOTH)]
+    assert [drawn_value(height, 0.05, 0.95) for _, height in smooth] == pytest.approx(shown, abs=1e-3)
+
+
+def test_the_report_smooths_over_steps_as_the_live_chart_does():
+    losses = [0.3 + 0.1 * math.sin(n * 0.7) for n in range(40)]
+    by_step, each = (paths(f"<g>{run_charts.loss_chart(losses, n)}</g>", "smooth")[0] for n in (2, 1))
+    assert by_step != each
+    expected = running_means(losses, 2 * 10)
+    assert [drawn_value(y, min(losses), max(losses)) for _, y in by_step] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_coordinate_that_is_no_number_is_refused():

@@ -19,7 +19,6 @@ from blockskip_pack.blockskip_core.residuals.cache import (
     CacheWriter,
     ResidualCache,
     is_finished,
-    predicted_bytes,
     require_free_space,
 )
 
@@ -295,14 +294,6 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, content):
 # --- room on the disk --------------------------------------------------------------------------------------------
 
 
-def test_predicted_bytes_are_those_of_the_tensors():
-    assert predicted_bytes([], front=True, back=True, img_tokens=6, txt_tokens={}, width=4, itemsize=2) == 0
-    settings = {"img_tokens": 6, "txt_tokens": {0: 5, 1: 3}, "width": 4, "itemsize": 2}
-    assert predicted_bytes([0, 1], front=True, back=False, **settings) == (6 + 5 + 6 + 3) * 4 * 2
-    assert predicted_bytes([0, 1], front=False, back=True, **settings) == 2 * 6 * 4 * 2
-    assert predicted_bytes([0, 1, 0], front=True, back=True, **settings) == (3 * 6 + 5 + 3 + 5 + 3 * 6) * 4 * 2
-
-
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     free = DISK_RESERVE_BYTES + 3 * 2**30
@@ -336,7 +327,7 @@ def test_too_many_open_files_are_no_damage(tmp_path):
     cache = ResidualCache(folder, IDENTITY)
     with (
         too_many_open_files(),
-        pytest.raises(StorageError, match="cannot be read: .*Queue again when the disk is back"),
+        pytest.raises(StorageError, match="cannot be read: .*Run again when the disk is back"),
     ):
         cache.read(0)
     assert same_bits(cache.read(0)["back"], records()[0]["back"])

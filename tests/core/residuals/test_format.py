@@ -6,7 +6,7 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.residuals.cache import ResidualCache
-from blockskip_pack.blockskip_core.residuals.format import SCALE_BYTES, packed, unpacked
+from blockskip_pack.blockskip_core.residuals.format import SCALE_BYTES, ResidualShape, packed, unpacked
 from blockskip_pack.blockskip_core.residuals.sources import residual_bytes, write_cache
 
 from ..plain_dit import TEXT_LENGTHS, WIDTH, PlainDit
@@ -108,3 +108,13 @@ def test_a_cache_of_another_format_is_another_cache(tmp_path):
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(InvalidInputError, match="residual_format must be one of exact, int8, fp8, got 'int2'"):
         eight_bit_set(tmp_path, "int2")
+
+
+def test_the_bytes_of_a_shape_are_those_of_its_tensors():
+    sizes = {"img_tokens": 6, "txt_tokens": 5, "width": 4, "itemsize": 2}
+    assert ResidualShape(front=True, back=True, **sizes).num_bytes(0) == 0
+    assert ResidualShape(front=True, back=False, **sizes).num_bytes() == (6 + 5) * 4 * 2
+    assert ResidualShape(front=False, back=True, **sizes).num_bytes(2) == 2 * 6 * 4 * 2
+    assert ResidualShape(front=True, back=True, **sizes).num_bytes(3) == 3 * (6 + 5 + 6) * 4 * 2
+    assert ResidualShape(front=True, back=True, form="int8", **sizes).num_bytes(3) == 3 * (6 + 5 + 6) * (4 + 4)
+    assert [ResidualShape(front=True, back=back, **sizes).response_bytes() for back in (True, False)] == [32, 0]

@@ -239,7 +239,7 @@ def test_progress_counts_the_blocks():
 def test_tokens_that_are_not_finite_are_refused(spans, named):
     dit, clean = PlainDit(), latents()
     clean[1] = float("nan")
-    with pytest.raises(TrainingError, match=f"{named} tokens of draw 1 are not finite"):
+    with pytest.raises(TrainingError, match=f"{named} tokens of training example 1 are not finite"):
         precompute_residuals(dit, schedule(), clean, selection(*spans), range(4))
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core import locks
 from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.residuals import sources as residual_sources
@@ -91,9 +92,14 @@ def test_on_the_fly_writes_nothing(tmp_path):
 
 def test_chunks_hold_no_more_than_their_size_and_are_gone_afterwards(tmp_path):
     residuals, held = residual_set(tmp_path, "chunked", chunk_size=2), []
-    run(residuals, steps=5, on_step=lambda _: held.append(len(ResidualCache(residuals.folder, residuals.identity))))
+
+    def on_step(_):
+        (folder,) = tmp_path.glob("*-chunk-*[!k]")
+        held.append(len(ResidualCache(folder, residuals.identity)))
+
+    run(residuals, steps=5, on_step=on_step)
     assert held == [2, 2, 2, 2, 1]
-    assert not residuals.folder.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 class Interrupt(BaseException):
@@ -104,12 +110,12 @@ def test_an_interrupt_removes_the_chunk_that_is_open(tmp_path):
     residuals = residual_set(tmp_path, "chunked")
 
     def on_step(report):
-        assert is_finished(residuals.folder)
+        assert any(is_finished(path) for path in tmp_path.iterdir())
         raise Interrupt
 
     with pytest.raises(Interrupt):
         run(residuals, steps=5, on_step=on_step)
-    assert not residuals.folder.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("storage", ["disk", "chunked"])
@@ -176,9 +182,9 @@ def test_a_disk_without_room_is_said_before_the_model_runs(tmp_path):
 
 def test_stored_latents_come_back_as_they_were(tmp_path):
     residuals = residual_set(tmp_path)
-    assert stored_latents(residuals.folder, residuals.identity, len(PLAN)) is None
+    assert stored_latents(residuals, quiet) is None
     write_cache(residuals, PlainDit(), quiet)
-    assert torch.equal(stored_latents(residuals.folder, residuals.identity, len(PLAN)), residuals.latents)
+    assert torch.equal(stored_latents(residuals, quiet), residuals.latents)
 
 
 def damage(folder):
@@ -189,7 +195,7 @@ def damage(folder):
 
 
 def read_everything(residuals):
-    stored_latents(residuals.folder, residuals.identity, len(PLAN))
+    stored_latents(residuals, quiet)
     run(residuals, steps=5)
 
 
@@ -197,7 +203,7 @@ def test_a_damaged_cache_is_removed_and_the_user_told_to_queue_again(tmp_path):
     residuals = residual_set(tmp_path, chunk_size=100)
     write_cache(residuals, PlainDit(), quiet)
     damage(residuals.folder)
-    with pytest.raises(CacheError, match="are damaged .* They have been removed; queue the workflow again"):
+    with pytest.raises(CacheError, match="are damaged .* They have been removed; run again"):
         run(residuals, steps=5)
     assert not residuals.folder.exists()
     write_cache(residuals, PlainDit(), quiet)
@@ -244,6 +250,126 @@ def test_writing_a_cache_makes_room_for_it_among_the_old_ones(tmp_path):
     caches = {path.name for path in tmp_path.iterdir() if (path / MANIFEST).is_file()}
     assert caches == {residuals.folder.name, "old-0", "old-1"}
     assert len(caches) == residual_sources.KEPT_CACHES
+
+
+# --- more than one process -----------------------------------------------------------------------------------------
+# A lock is that of an opened file, so one that the test holds keeps the code out as another process's does.
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Let nobody wait for long."""
+    monkeypatch.setattr(locks, "SECONDS_BETWEEN_TRIES", 0.0)
+
+
+@pytest.mark.parametrize("storage", ["disk", "chunked"])
+def test_a_cache_that_is_read_is_not_removed(tmp_path, storage):
+    folder, seen = tmp_path / "here", []
+    residuals = residual_set(folder, storage)
+
+    def on_step(report):
+        remove_old_caches(folder, keep=0)
+        run(residual_set(folder, "chunked", model="other"), steps=1)
+        seen.append([is_finished(path) for path in folder.iterdir() if path.is_dir()])
+
+    expected, _ = run(residual_set(tmp_path / "elsewhere", storage), steps=5)
+    assert run(residuals, steps=5, on_step=on_step)[0].losses == expected.losses
+    assert seen == [[True]] * 5
+    remove_old_caches(folder, keep=0)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_cache_that_is_written_is_not_removed(tmp_path):
+    residuals, other = residual_set(tmp_path, chunk_size=1), residual_set(tmp_path, model="other")
+
+    def progress(phase, done, total):
+        if done == total:
+            remove_old_caches(tmp_path, keep=0)
+            write_cache(other, PlainDit(), quiet)
+
+    write_cache(residuals, PlainDit(), progress)
+    assert is_finished(residuals.folder)
+
+
+def test_another_process_that_computes_the_same_is_waited_for_and_its_cache_used(tmp_path, impatient):
+    residuals, calls = residual_set(tmp_path), []
+    write_cache(residuals, PlainDit(), quiet)
+    finished = residuals.folder / MANIFEST
+    finished.rename(tmp_path / "kept")
+    held = locks.try_lock(residuals.folder)
+
+    def progress(phase, done, total):
+        calls.append((phase, done, total))
+        if len(calls) == 4:
+            (tmp_path / "kept").rename(finished)
+            held.release()
+
+    assert not write_cache(residuals, PlainDit(), progress)
+    assert calls == [(residual_sources.WAITING, 3, 3)] * 4
+    assert torch.equal(stored_latents(residuals, quiet), residuals.latents)
+
+
+def test_one_that_ended_early_is_continued(tmp_path, impatient):
+    residuals, calls = residual_set(tmp_path), []
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(1))
+    held = locks.try_lock(residuals.folder)
+
+    def progress(*report):
+        calls.append(report)
+        held.release()
+
+    assert write_cache(residuals, PlainDit(), progress)
+    assert calls[:2] == [(residual_sources.WAITING, 1, 3), ("precomputing residuals", 1, 10)]
+
+
+@pytest.mark.parametrize("act", [lambda r, p: write_cache(r, PlainDit(), p), stored_latents], ids=["write", "read"])
+def test_whoever_waits_can_be_interrupted(tmp_path, impatient, act):
+    residuals = residual_set(tmp_path)
+
+    def progress(*report):
+        raise Interrupt
+
+    with locks.try_lock(residuals.folder), pytest.raises(Interrupt):
+        act(residuals, progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_was_removed_before_it_was_opened_is_computed_once_more(tmp_path):
+    residuals = residual_set(tmp_path)
+    (stretch,) = residuals.source(PlainDit(), quiet).stretches(MicroBatches(steps=3))
+    remove_old_caches(tmp_path, keep=0)
+    with stretch as opened:
+        assert opened.residual(0).front is not None
+
+
+def test_a_damaged_cache_that_another_process_reads_is_left_to_it(tmp_path):
+    residuals = residual_set(tmp_path, chunk_size=100)
+    write_cache(residuals, PlainDit(), quiet)
+    damage(residuals.folder)
+    with (
+        locks.try_lock(residuals.folder, shared=True),
+        pytest.raises(CacheError, match="Another process still uses them"),
+    ):
+        run(residuals)
+    assert is_finished(residuals.folder)
+
+
+def test_chunks_of_a_killed_run_are_removed_and_those_of_a_living_one_stay(tmp_path):
+    for name in ("a-chunk-00000000", "b-chunk-00000001"):
+        finished_cache(tmp_path / name, 10)
+    with locks.try_lock(tmp_path / "b-chunk-00000001"):
+        run(residual_set(tmp_path, "chunked"), steps=1)
+        assert sorted(os.listdir(tmp_path)) == ["b-chunk-00000001", "b-chunk-00000001.lock"]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next(tmp_path):
+    residuals = residual_set(tmp_path)
+    with pytest.raises(Stopped):
+        write_cache(residuals, PlainDit(), stop_in_chunk(1))
+    (residuals.folder / "shard-00001.safetensors.0123abcd.part").write_text("half")
+    write_cache(residuals, PlainDit(), quiet)
+    assert not list(residuals.folder.glob("*.part"))
 
 
 # --- going on with an unfinished cache ---------------------------------------------------------------------------
@@ -309,7 +435,7 @@ def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, cap
     calls = []
     write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
     assert calls[0][1:] == (1, 15)
-    assert "are computed anew" in caplog.text
+    assert "computing them again" in caplog.text
     ResidualCache(residuals.folder, residuals.identity).verify()
 
 
@@ -324,7 +450,7 @@ def test_an_unfinished_cache_counts_as_one_of_the_kept(tmp_path):
     residuals = residual_set(tmp_path)
     with pytest.raises(Stopped):
         write_cache(residuals, PlainDit(), stop_in_chunk(1))
-    remove_old_caches(tmp_path, keep=0, but=residuals.folder.name)
+    remove_old_caches(tmp_path, keep=0, exclude=residuals.folder.name)
     assert residuals.folder.exists()
     remove_old_caches(tmp_path, keep=0)
     assert not residuals.folder.exists()

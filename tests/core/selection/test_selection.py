@@ -22,7 +22,7 @@ def test_halves_are_rounded_up_whatever_the_binary_fraction():
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.91, 1.0, float("nan")])
 def test_a_ratio_out_of_range_is_refused(ratio):
-    with pytest.raises(InvalidInputError, match=r"skip_ratio must lie between 0 and 0\.9"):
+    with pytest.raises(InvalidInputError, match=r"skip_ratio must be between 0 and 0\.9"):
         num_skipped(ratio, FLUX_BLOCKS)
 
 
@@ -66,3 +66,25 @@ def test_the_fingerprint_follows_the_blocks_and_the_family_only():
         assert BlockSelection(**{**settings, **change}).fingerprint != base.fingerprint
     told = BlockSelection(**settings, method="preset", note="a note", block_bytes=(1,) * 6)
     assert told.fingerprint == base.fingerprint
+
+
+def test_an_exact_back_runs_and_has_no_adapters():
+    chosen = BlockSelection(front=2, back=3, num_blocks=10).with_exact_back()
+    assert (chosen.front, chosen.back, chosen.frozen) == (2, 0, 3)
+    assert list(chosen.kept) == list(range(2, 10))
+    assert list(chosen.adapted) == list(range(2, 7))
+    assert list(chosen.frozen_span) == [7, 8, 9]
+    assert list(chosen.back_span) == []
+    assert "train 5" in chosen.describe()
+    assert "The last 3 run in training too, without adapters." in chosen.describe()
+
+
+def test_frozen_blocks_have_no_residuals_so_they_do_not_decide_them():
+    front_only = BlockSelection(front=2, back=0, num_blocks=10)
+    assert BlockSelection(front=2, back=3, num_blocks=10).with_exact_back().fingerprint == front_only.fingerprint
+
+
+@pytest.mark.parametrize(("front", "back", "frozen"), [(0, 0, 10), (3, 3, 4), (0, 0, -1)])
+def test_frozen_blocks_count_like_skipped_ones(front, back, frozen):
+    with pytest.raises(InvalidInputError):
+        BlockSelection(front=front, back=back, num_blocks=10, frozen=frozen)

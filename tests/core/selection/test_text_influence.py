@@ -1,6 +1,7 @@
 """Selections by measurement: Eq. 2."""
 
 import json
+import math
 from random import Random
 
 import pytest
@@ -9,6 +10,7 @@ from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.selection.text_influence import (
     TextInfluence,
     cosine_distance,
+    measure,
     measured_selection,
     selection_table,
     window_length,
@@ -155,3 +157,59 @@ def test_a_changed_bit_in_a_remembered_measurement_is_found():
     without = json.loads(text)
     del without["checksum"]
     assert TextInfluence.from_json(json.dumps(without)) == influence  # as older versions wrote it
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+class Angles:
+    """Two pictures that are turned by an angle for every masked block, so that all distances are known."""
+
+    steps = 2 * 3
+
+    def __init__(self, turn=0.1, breaks_at=None):
+        self.turn, self.breaks_at, self.sampled = turn, breaks_at, []
+
+    def embeddings(self, masked, on_step):
+        if len(self.sampled) == self.breaks_at:
+            raise KeyboardInterrupt
+        self.sampled.append(masked)
+        for _ in range(self.steps):
+            on_step()
+        angles = [self.turn * len(masked) * scale for scale in (1.0, 2.0)]
+        return [torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64) for angle in angles]
+
+    def distance(self, count):
+        return sum(1.0 - math.cos(self.turn * count * scale) for scale in (1.0, 2.0))
+
+
+def test_measuring_samples_the_plain_pictures_once_and_every_run_once():
+    sampler, told, kept = Angles(), [], []
+    influence = TextInfluence(8, num_pictures=2)
+    found = measure(
+        influence, sampler, 3,
+        keep=lambda so_far: kept.append(len(so_far.front) + len(so_far.back) + len(so_far.window)),
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert found is influence
+    assert sampler.sampled[0] == frozenset()
+    assert len(set(sampler.sampled)) <= len(sampler.sampled) == 1 + 3 + 3 + 7  # windows of 2 of 8 blocks
+    for count in (1, 2, 3):
+        assert found.front[count] == pytest.approx(sampler.distance(count), abs=1e-12)
+        assert found.back[count] == pytest.approx(sampler.distance(count), abs=1e-12)
+    assert list(found.window.values()) == pytest.approx([sampler.distance(2)] * 7, abs=1e-12)
+    assert told == [(done, 14 * 6) for done in range(1, 14 * 6 + 1)]
+    assert kept == list(range(3, 16))  # after every distance; two of nothing masked are known
+
+
+def test_an_interrupted_measurement_continues_with_what_is_missing():
+    whole, interrupted = TextInfluence(8), TextInfluence(8)
+    measure(whole, Angles(), 2, with_window=False)
+    with pytest.raises(KeyboardInterrupt):
+        measure(interrupted, Angles(breaks_at=3), 2, with_window=False)
+    again = Angles()
+    assert measure(interrupted, again, 2, with_window=False) == whole
+    assert len(again.sampled) == 1 + 2
+    nothing = Angles()
+    assert measure(interrupted, nothing, 2, with_window=False) == whole
+    assert nothing.sampled == []

@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core import locks
 from blockskip_pack.blockskip_core.errors import CheckpointError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import _Loop, train_lora
+from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +43,7 @@ def train(
     try:
         train_lora(
             dit, PLAN, residuals.latents, residuals.selection, residuals.source(dit, quiet), adapters, config,
-            result=result, on_step=on_step, checkpoints=checkpoints,
+            result=result, observers=[OnStep(on_step)], checkpoints=checkpoints,
         )  # fmt: skip
     except Cut:
         pass
@@ -269,9 +271,9 @@ def test_old_runs_are_removed_and_strangers_are_not(tmp_path):
         Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "mine").mkdir()
-    remove_old_runs(tmp_path, keep=2, but="d")
+    remove_old_runs(tmp_path, keep=2, exclude="d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "mine"]
-    remove_old_runs(tmp_path / "nowhere", keep=1, but="x")
+    remove_old_runs(tmp_path / "nowhere", keep=1, exclude="x")
 
 
 def test_a_state_says_in_plain_text_what_it_is(tmp_path):
@@ -344,7 +346,7 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
     """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
     store(tmp_path).save(state())
-    said = "cannot be read: .*Too many open files.*Queue again when the disk is back"
+    said = "cannot be read: .*Too many open files.*Start the run again when the disk is back"
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)
@@ -366,3 +368,52 @@ def test_a_damaged_state_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "unlink", refuse)
     with pytest.raises(StorageError, match="cannot be removed: .*Permission denied"):
         store(tmp_path).newest(9)
+
+
+# --- more than one process: a lock that the test holds keeps the code out as another process's does -----------------
+
+
+def test_the_same_run_in_another_process_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SECONDS_BETWEEN_TRIES", 0.0)
+    ours, theirs, steps = store(tmp_path), store(tmp_path), []
+
+    def waiting(step):
+        steps.append(step)
+        if len(steps) == 3:
+            other.__exit__(None, None, None)
+        elif len(steps) == 2:
+            theirs.save(state())
+
+    other = theirs.to_itself(steps.append)
+    other.__enter__()
+    with ours.to_itself(waiting):
+        assert steps == [0, 0, state().step]
+        assert ours.newest(99).step == state().step
+    assert [path.name for path in tmp_path.iterdir()] == [ours._folder.name]
+
+
+def test_waiting_for_another_process_can_be_interrupted(tmp_path):
+    def waiting(step):
+        raise KeyboardInterrupt
+
+    with store(tmp_path).to_itself(waiting), pytest.raises(KeyboardInterrupt), store(tmp_path).to_itself(waiting):
+        pass
+
+
+def test_runs_that_another_process_trains_are_not_removed(tmp_path):
+    for name in "abc":
+        Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
+    (tmp_path / "gone.lock").touch()
+    with Checkpoints(tmp_path / "b", ME, every=1, keep=1).to_itself(lambda step: None):
+        remove_old_runs(tmp_path, keep=0, exclude="a")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "b.lock"]
+
+
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path):
+    ours = store(tmp_path)
+    ours.save(state())
+    half = ours._folder / "state-00000009.safetensors.0123abcd.part"
+    half.write_text("half")
+    with ours.to_itself(lambda step: None):
+        assert not half.exists()
+        assert ours.newest(99) is not None

@@ -78,6 +78,34 @@ def test_loss_and_gradients_are_those_of_plain_autograd(front, back, checkpointi
     assert any(gradient.any() for gradient in got.values())
 
 
+@pytest.mark.parametrize("source", [None, FoldedSource()], ids=["cached", "folded"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(("front", "back"), SPANS)
+def test_with_an_exact_back_loss_and_gradients_are_those_of_the_whole_model(front, back, checkpointing, source):
+    """At any LoRA: the whole model by plain autograd, nothing skipped, with the LoRA on the middle."""
+    plan, clean, dit = schedule(), latents(), PlainDit()
+    chosen = selection(front, back).with_exact_back()
+    adapters = lora_for(dit, chosen, zero=False)
+    assert {name.rpartition(".")[0] for name in adapters.names} == {dit.blocks[i].name for i in chosen.adapted}
+    source = source or MemorySource(dit, chosen, plan, clean)
+    loss, expected = reference_gradients(dit, None, adapters, plan, clean, [0, 1])
+    result, got = train(
+        dit, chosen, source, adapters, plan=plan, clean=clean, batch_size=2, checkpointing=checkpointing
+    )
+    assert result.losses == [pytest.approx(loss, abs=1e-12)]
+    assert_same_gradients(got, expected)
+
+
+def test_an_exact_back_is_what_the_papers_constant_is_not():
+    """The test above can fail: the constant's gradients are others as soon as something is skipped at the end."""
+    plan, clean, dit = schedule(), latents(), PlainDit()
+    adapters = lora_for(dit, selection(1, 2), zero=False)
+    _, expected = reference_gradients(dit, None, adapters, plan, clean, [0, 1])
+    _, _, _, _, got = trained(1, 2, dit=dit, plan=plan, clean=clean, batch_size=2)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(got, expected)
+
+
 @pytest.mark.parametrize(("front", "back"), SPANS)
 def test_the_folded_form_is_the_cached_form_while_nothing_is_learned(front, back):
     _, _, _, cached, expected = trained(front, back, zero=True, batch_size=2)
@@ -386,7 +414,7 @@ def test_gradients_in_half_precision_are_neither_scaled_nor_lost(dtype):
     dit, plan = PlainDit(dtype=dtype), schedule()
     wide = PlainDit(dtype=torch.float64)
     wide.net.load_state_dict({name: x.double() for name, x in dit.net.state_dict().items()})
-    wide.texts = [text.double() for text in dit.texts]
+    wide.captions = [text.double() for text in dit.captions]
     chosen, clean = selection(1, 1), latents()
     settings = {"plan": plan, "max_grad_norm": 0.0}
     norms = {}

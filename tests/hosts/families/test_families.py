@@ -240,6 +240,26 @@ def test_checkpointing_gives_the_same_gradients_to_the_last_bit(tiny, patcher):
         assert all(torch.equal(other[1][key], gradient) for key, gradient in plain[1].items())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_an_exact_back_gives_the_gradients_of_the_whole_model(tiny, patcher, checkpointing):
+    """The LoRA is on the middle in both runs; one replays the front and freezes the back, the other skips nothing."""
+    exact = tiny.chosen(1, 1).with_exact_back()
+    dit, clean = tiny.hosted(patcher), tiny.clean_latents()
+    got = {}
+    for spans, kind in ((exact, "exact"), (tiny.chosen(0, 0), "whole")):
+        adapters = tiny.lora(dit, exact, zero=False)
+        source = MemorySource(dit, spans, PLAN, clean)
+        result, gradients = train(
+            dit, spans, source, adapters, plan=PLAN, clean=clean, batch_size=2, checkpointing=checkpointing
+        )
+        got[kind] = (result.losses, gradients)
+    assert got["exact"][0] == pytest.approx(got["whole"][0], rel=1e-6)
+    assert got["exact"][1].keys() == got["whole"][1].keys()
+    for name, gradient in got["whole"][1].items():
+        difference = (got["exact"][1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert difference.item() < 1e-5, name
+
+
 def test_the_folded_form_gives_the_gradients_of_the_cached_one_while_the_lora_is_zero(tiny, patcher):
     for counts in some_spans(tiny):
         spans = tiny.chosen(*counts)

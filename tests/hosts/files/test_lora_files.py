@@ -113,6 +113,43 @@ def test_names_are_counted_up(files, output):
     assert files.output_path("loras/toy").name == "toy_00002_.safetensors"
 
 
+def test_two_runs_do_not_get_one_name(files, output):
+    path = files.output_path("loras/toy")
+    with files.ReservedName(path) as first, files.ReservedName(path) as second:
+        assert (first.path.name, second.path.name) == ("toy_00001_.safetensors", "toy_00002_.safetensors")
+        first.path.with_name("toy_00003_.safetensors").write_bytes(b"")
+        assert files.ReservedName(path).path.name == "toy_00004_.safetensors"
+        assert first.renew() == path, "nobody has put a file there"
+    with files.ReservedName(path) as third:
+        assert third.path == path
+    assert sorted(x.name for x in path.parent.iterdir()) == ["toy_00003_.safetensors"]
+
+
+def test_a_name_that_another_program_takes_is_left_to_it(files, output):
+    path = files.output_path("loras/toy")
+    with files.ReservedName(path) as ours, files.ReservedName(path) as second:
+        path.write_bytes(b"theirs")
+        assert ours.renew().name == "toy_00003_.safetensors"
+        assert second.renew().name == "toy_00002_.safetensors"
+
+
+def test_half_written_files_of_a_run_that_lives_stay(files, output):
+    import os
+
+    path = files.output_path("loras/toy")
+    with files.ReservedName(path) as ours:
+        names = ["toy_00001_step000010.safetensors.0123abcd.part", "toy_00002_.html.0123abcd.part"]
+        for name in names:
+            (path.parent / name).write_bytes(b"half")
+            os.utime(path.parent / name, (1000, 1000))
+        (path.parent / ".toy_00007_.blockskip.lock").touch()
+        files.require_writable(path)
+        assert sorted(x.name for x in path.parent.iterdir()) == [".toy_00001_.blockskip.lock", names[0]]
+        ours.release()
+        files.require_writable(path)
+        assert list(path.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "name",
     ["../x", "/etc/x", "a/../../x", "a\x00b", "a\nb", "..", ".", "", "C:\\x", "..\\x", "\\\\host\\x", "loras/", "~/x", "a//b",

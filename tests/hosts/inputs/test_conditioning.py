@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.data.crops import TrainingCrops
 from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig, crop_and_resize
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
@@ -164,7 +165,7 @@ def test_training_crops_are_cut_where_the_schedule_says(encoding):
     object.__setattr__(plan.draws[1], "top", 5)
     object.__setattr__(plan.draws[1], "left", 7)
     assert plan.patches == PatchConfig(patch_min=16, patch_max=32)
-    for crop, draw in zip(encoding.TrainingCrops(pictures, plan), plan, strict=True):
+    for crop, draw in zip(TrainingCrops(pictures, plan), plan, strict=True):
         expected = crop_and_resize(pictures[0], top=draw.top, left=draw.left, side=16, patch_min=16)
         assert torch.equal(crop, expected)
-    assert torch.equal(encoding.TrainingCrops(pictures, plan)[1], pictures[0][5:21, 7:23])
+    assert torch.equal(TrainingCrops(pictures, plan)[1], pictures[0][5:21, 7:23])

@@ -227,7 +227,7 @@ def test_a_table_is_read_between_its_rows():
     ("changes", "message"),
     [
         ({"control": {"input": []}}, "a ControlNet"),
-        ({"c_concat": torch.zeros(1, 1, 8, 12)}, "a picture beside the latent"),
+        ({"c_concat": torch.zeros(1, 1, 8, 12)}, "a picture besides the latent"),
         ({"ref_latents": [torch.zeros(1, 4, 8, 12)]}, "ref_latents"),
     ],
 )

@@ -10,7 +10,7 @@ def room(nodes, monkeypatch):
     """Set how much memory the device has free."""
 
     def set_free(free):
-        monkeypatch.setattr(nodes.run.training_run, "room_on", lambda device: (free, "a small card"))
+        monkeypatch.setattr(nodes.run.memory_check, "room_on", lambda device: (free, "a small card"))
 
     return set_free
 
@@ -20,7 +20,7 @@ def said(trained):
 
 
 def test_with_plenty_nothing_is_counted(bench, nodes, monkeypatch):
-    monkeypatch.setattr(nodes.run.training_run.CountedRun, "needs", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(nodes.run.memory_check.CountedRun, "needs", lambda *_: pytest.fail("counted"))
     assert said(bench.train())["problems"] == []
 
 
@@ -40,9 +40,9 @@ def test_a_run_that_cannot_fit_is_not_started(bench, room):
 def test_what_would_make_it_fit_is_in_the_sentence(bench, nodes, room, monkeypatch):
     residuals = bench.precompute()[0]
     counted = []
-    real = nodes.run.training_run.CountedRun.needs
+    real = nodes.run.memory_check.CountedRun.needs
     monkeypatch.setattr(
-        nodes.run.training_run.CountedRun,
+        nodes.run.memory_check.CountedRun,
         "needs",
         lambda self, settings: counted.append(real(self, settings)) or counted[-1],
     )
@@ -67,7 +67,7 @@ def test_layers_that_cannot_be_counted_do_not_end_the_run(bench, nodes, room, mo
     def broken(self, settings):
         raise AttributeError("no such shape")
 
-    monkeypatch.setattr(nodes.run.training_run.CountedRun, "needs", broken)
+    monkeypatch.setattr(nodes.run.memory_check.CountedRun, "needs", broken)
     room(1000)
     trained = bench.train()
     (problem,) = said(trained)["problems"]
@@ -91,7 +91,7 @@ def test_models_that_are_gone_are_no_obstacle(bench, nodes, monkeypatch):
             raise AttributeError("'NoneType' object has no attribute 'loaded_size'")
 
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [Gone()])
-    free, name = nodes.run.training_run.room_on(comfy.model_management.get_torch_device())
+    free, name = nodes.run.memory_check.room_on(comfy.model_management.get_torch_device())
     assert free > 0
     assert name
 

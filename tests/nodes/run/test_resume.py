@@ -203,7 +203,7 @@ def test_a_file_can_be_trained_further(bench, earlier):
 def test_a_lora_with_more_parts_or_none_is_refused(bench, earlier):
     layer = next(name.removesuffix(".lora_up.weight") for name in earlier if name.endswith("lora_up.weight"))
     dora = {**earlier, f"{layer}.dora_scale": torch.ones(len(earlier[f"{layer}.lora_up.weight"]), 1)}
-    with pytest.raises(ValueError, match="is no plain LoRA"):
+    with pytest.raises(ValueError, match="is not a plain LoRA"):
         bench.train(start_from=dora)
     with pytest.raises(ValueError, match="holds nothing for this model"):
         bench.train(start_from={})

@@ -68,7 +68,7 @@ def test_it_lies_beside_the_lora_and_says_what_the_node_says(bench):
     assert f", {said['lora_parameters']:,} parameters" in found["LoRA"]
     assert said["peak_memory_of"] in found["Peak memory"]
     assert (found["Model family"], found["Skipped"]) == ("FLUX.1", "the first 2 and the last 1 of 6")
-    assert found["Draws"] == "6, of which 6 were trained on"
+    assert found["Training examples"] == "6, of which 6 were trained on"
     assert found["Patch sizes"] == "crops of 32 to 64 px, each resized to 32 px"
     assert (found["Pictures"], found["Captions"], found["Residuals"]) == ("3", "1", "disk")
 
@@ -191,12 +191,12 @@ def test_the_line_under_the_node_names_it(bench, nodes, core, monkeypatch):
 
 
 def test_a_lora_that_vanishes_at_once_is_reported(bench, nodes, monkeypatch):
-    save = nodes.run.training_run.save_lora
+    save = nodes.run.files.save_lora
 
     def vanishing(tensors, metadata, path):
         save(tensors, metadata, path)
         path.unlink()
 
-    monkeypatch.setattr(nodes.run.training_run, "save_lora", vanishing)
+    monkeypatch.setattr(nodes.run.files, "save_lora", vanishing)
     problems = bench.train(output_name="loras/toy").ui["blockskip"][0]["problems"]
     assert [problem for problem in problems if "toy_00001_.safetensors" in problem]

@@ -118,7 +118,7 @@ def test_the_state_is_kept_before_sampling(bench, nodes, sampling, monkeypatch):
     def look(self, step):
         kept.append((step, [path.name for path in bench.folders.output.glob("blockskip/runs/*/state-*.safetensors")]))
 
-    monkeypatch.setattr(nodes.run.samples.RunSamples, "__call__", look)
+    monkeypatch.setattr(nodes.run.samples.RunSamples, "between_steps", look)
     bench.train(samples=sampling(), steps=3, save_every=100)
     assert [step for step, _ in kept] == [0, 2, 3]
     assert ["state-00000002.safetensors" in names for _, names in kept] == [False, True, True]

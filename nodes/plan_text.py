@@ -1,16 +1,18 @@
-"""The plan of ``plan`` in sentences."""
+"""A memory plan in sentences."""
 
 from __future__ import annotations
 
-from ..units import format_bytes
-from .memory_needs import MemoryNeeds
-from .plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
+from ..blockskip_core.accounting.memory_needs import MemoryNeeds
+from ..blockskip_core.accounting.plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
+from ..blockskip_core.units import format_bytes
+
+Found = tuple[list[Change], MemoryNeeds] | None  # of changes_that_fit
 
 
-def advice(found: tuple[list[Change], MemoryNeeds] | None) -> str:
+def advice(found: Found) -> str:
     """Return what :func:`changes_that_fit` found as a sentence."""
     if found is None:
-        return "No change of settings makes it fit; skip more blocks at Select Blocks or load a quantised model."
+        return "No change of settings makes it fit. Skip more blocks at Select Blocks, or load a quantised model."
     return f"It fits if you {' and '.join(change.text for change in found[0])}."
 
 
@@ -19,7 +21,7 @@ def report(
     needs: MemoryNeeds,
     available: int,
     place: str,
-    found: tuple[list[Change], MemoryNeeds] | None,
+    found: Found,
     *,
     draws: int = 1,
     speed: float | None = None,
@@ -56,7 +58,7 @@ def report(
 def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
     parts = {"a training step": needs.training.operations}
     if needs.precomputing is not None:
-        parts[f"precomputing {draws:,} draws"] = draws * needs.precomputing.operations
+        parts[f"precomputing {draws:,} training examples"] = draws * needs.precomputing.operations
     counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
     if speed is None:
         return f"work: {counted}. How long that takes on a card that is not here is not known."
@@ -73,19 +75,14 @@ def _verdict(
     needs: MemoryNeeds,
     available: int,
     place: str,
-    found: tuple[list[Change], MemoryNeeds] | None,
+    found: Found,
 ) -> str:
     peak = peak_of(settings, needs)
     has = f"{format_bytes(available)} of {place}"
     if fits(peak, available):
         return f"It fits: {format_bytes(peak)} of {has}."
     if found is None:
-        return (
-            f"It does not fit: {format_bytes(peak)}, and there are {has}. No change of settings is enough. Skip more blocks at "
-            "Select Blocks, set `kept_weights` to streamed, or load a quantised model."
-        )
-    changes, then = found
-    return (
-        f"It does not fit: {format_bytes(peak)}, and there are {has}. It will if you "
-        f"{' and '.join(change.text for change in changes)}: {format_bytes(peak_of(settings, then))}."
-    )
+        then = "Or set `kept_weights` to streamed, which is slow."
+    else:
+        then = f"It then takes {format_bytes(peak_of(settings, found[1]))}."
+    return f"It does not fit: {format_bytes(peak)}, and there are {has}. {advice(found)} {then}"

@@ -2,15 +2,25 @@
 
 from dataclasses import replace
 
+import pytest
 from blockskip_pack.blockskip_core.accounting.memory_needs import MemoryNeeds
 from blockskip_pack.blockskip_core.accounting.phase_counts import PhaseCount
 from blockskip_pack.blockskip_core.accounting.plan import changes_that_fit
-from blockskip_pack.blockskip_core.accounting.plan_text import advice, report
 
-from .test_plan import BIG, GIB, needs, phase, price
+from ..core.accounting.test_plan import BIG, GIB, needs, phase, price
 
 
-def test_the_report_says_all():
+@pytest.fixture
+def report(nodes):
+    return nodes.plan_text.report
+
+
+@pytest.fixture
+def advice(nodes):
+    return nodes.plan_text.advice
+
+
+def test_the_report_says_all(report):
     whole = needs(8 * GIB, selecting=22 * GIB, precomputing=GIB, weights=7 * GIB, host=GIB // 2, disk=2 * GIB)
     text = report(BIG, whole, 10 * GIB, "a card", None)
     assert text.startswith("It fits: 8.00 GiB of 10.00 GiB of a card.")
@@ -26,29 +36,31 @@ def test_the_report_says_all():
     assert "disk: no residuals" in report(BIG, needs(1), 10 * GIB, "a card", None)
 
 
-def test_the_verdict_names_the_change_or_says_that_there_is_none():
+def test_the_verdict_names_the_change_or_says_that_there_is_none(report):
     found = changes_that_fit(BIG, 8 * GIB, price)
     text = report(BIG, price(BIG), 8 * GIB, "a card", found).splitlines()[0]
-    assert text.startswith("It does not fit: 34.00 GiB, and there are 8.00 GiB of a card. It will if you switch `check")
-    assert text.endswith("and set `quantize_kept` to int8: 7.00 GiB.")
-    assert "No change of settings is enough. Skip more blocks" in report(BIG, price(BIG), GIB, "a card", None)
+    assert text.startswith("It does not fit: 34.00 GiB, and there are 8.00 GiB of a card. It fits if you switch `check")
+    assert text.endswith("and set `quantize_kept` to int8. It then takes 7.00 GiB.")
+    none = report(BIG, price(BIG), GIB, "a card", None)
+    assert "No change of settings makes it fit. Skip more blocks" in none
+    assert "Or set `kept_weights` to streamed" in none
 
 
-def test_advice_is_a_sentence():
+def test_advice_is_a_sentence(advice):
     assert advice(changes_that_fit(BIG, 30 * GIB, price)) == "It fits if you switch `checkpointing` on."
-    assert advice(None).startswith("No change of settings makes it fit;")
+    assert advice(None).startswith("No change of settings makes it fit.")
 
 
-def test_work_is_counted_and_timed_where_the_device_is_here():
+def test_work_is_counted_and_timed_where_the_device_is_here(report):
     whole = MemoryNeeds(
         selecting=phase(1), precomputing=PhaseCount(weights=0, peak=1, operations=2 * 10**12, host=0),
         training=PhaseCount(weights=0, peak=1, operations=5 * 10**12, host=0), lora=0, replayed=0, host=0, disk=0,
     )  # fmt: skip
     text = report(BIG, whole, GIB, "a card", None, draws=400, speed=10.0 * 10**12)
     assert (
-        "work: a training step 5 TFLOP, precomputing 400 draws 800 TFLOP. At least: a training step 0.5 s, precomputing 400 "
-        "draws 80 s, at the 10 TFLOP/s of this device's matrix products."
+        "work: a training step 5 TFLOP, precomputing 400 training examples 800 TFLOP. At least: a training step 0.5 s, "
+        "precomputing 400 training examples 80 s, at the 10 TFLOP/s of this device's matrix products."
     ) in text.splitlines()
     text = report(BIG, whole, GIB, "a card", None, draws=40_000, speed=10.0 * 10**12)
-    assert "precomputing 40,000 draws 133 min" in text
+    assert "precomputing 40,000 training examples 133 min" in text
     assert "on a card that is not here is not known." in report(BIG, whole, GIB, "a card", None)

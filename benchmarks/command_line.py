@@ -1,0 +1,69 @@
+"""What the benchmarks' commands have in common: options, logging, the pack made importable, rows in files of lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, Any]
+
+
+def parser(description: str | None, results: str = "where rows, table and plot go") -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has.
+
+    Args:
+        description: Of the benchmark: its module's docstring.
+        results: What is written to the folder of results.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    made.add_argument("--results", type=Path, default=RESULTS, help=results)
+    made.add_argument("--report", action="store_true", help="run nothing, write the report")
+    return made
+
+
+def begin(options: argparse.Namespace, logger: logging.Logger) -> None:
+    """Make the pack and its host importable, the results' folder, and let this benchmark alone be heard."""
+    from quality_world import use_pack
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    use_pack(options.comfyui)
+    logging.getLogger().setLevel(logging.WARNING)  # the host has its own idea of what is worth telling
+    logger.setLevel(logging.INFO)
+    options.results.mkdir(parents=True, exist_ok=True)
+
+
+def rows_in(file: Path) -> list[Row]:
+    """Return the rows of a file of lines; none if there is no such file."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def add_row(file: Path, row: Row) -> None:
+    """Append a row to a file of lines."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def about(*, host: bool = True, card: str = "no GPU") -> str:
+    """Return date, machine and software, on one line.
+
+    Args:
+        host: Whether ComfyUI's version is of interest.
+        card: The card's name, where one is measured.
+    """
+    import importlib.metadata as installed
+
+    versions = [f"{name} {installed.version(name)}" for name in ("torch", "peft", "diffusers")]
+    if host:
+        import comfyui_version
+
+        versions.insert(0, f"ComfyUI {comfyui_version.__version__}")
+    processor = platform.processor() or platform.machine()
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), {card}; {', '.join(versions)}."

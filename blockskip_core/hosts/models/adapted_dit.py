@@ -1,0 +1,166 @@
+"""What a model of the host says of itself through its family's adapter, with weights or without."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ...adapters.lora import LoraTargets
+from ...model import BlockInfo, Denoiser, WeightPlacement, linear_names
+from ...selection.selection import BlockSelection
+from ..families.base import TEXT_TOKENS
+from ..families.registry import adapter_for
+from ..inputs.conditioning import join_arguments
+from ..inputs.frames import with_frame, without_frame
+
+
+class AdaptedDit(ABC):
+    """A :class:`~...model.SkippableDit` of the host: all of it that follows from the family's adapter.
+
+    Args:
+        patcher: What has the host's model as ``model``.
+
+    Attributes:
+        adapter: The family's.
+        known_error: 0: weights that are used as they are add nothing to the output.
+
+    Raises:
+        UnsupportedModelError: If no adapter knows the model.
+    """
+
+    known_error: float = 0.0
+
+    def __init__(self, patcher: Any) -> None:
+        self.adapter = adapter_for(patcher)
+        self.family: str = self.adapter.family
+        self.frozen_stem = self.adapter.frozen_stem
+        self.trainable_head: Sequence[str] = self.adapter.trainable_head
+        self.width = self.adapter.width
+
+    @cached_property
+    def blocks(self) -> Sequence[BlockInfo]:
+        """All blocks in execution order."""
+        return self.adapter.blocks()
+
+    @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Weight bytes of each block as loaded."""
+        return tuple(block.num_bytes for block in self.blocks)
+
+    @property
+    @abstractmethod
+    def arguments(self) -> Sequence[Mapping[str, Any]]:
+        """What the model is called with besides latent and sigma, for each caption, batch axis 1."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token streams."""
+
+    @property
+    @abstractmethod
+    def room_for_blocks(self) -> int:
+        """Bytes of blocks that may be loaded together while residuals are computed."""
+
+    @abstractmethod
+    def module(self, name: str) -> nn.Module:
+        """Return the model's own module at a path; it must never be changed."""
+
+    @abstractmethod
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> AbstractContextManager[Denoiser]:
+        """Run the model with some modules replaced; see the contract."""
+
+    def text_length(self, caption: int) -> int:
+        """Return the number of text tokens that the model is given for a caption."""
+        return self.arguments[caption]["c_crossattn"].shape[1]
+
+    def text_tokens(self, caption: int) -> int:
+        """Return the number of text tokens that are in the stream for a caption."""
+        return self.adapter.text_tokens(self.text_length(caption))
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent, with those that the host pads with."""
+        return self.adapter.image_tokens(rows, columns)
+
+    def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Linear]:
+        """Return the linear layers that get an adapter, by their native names.
+
+        Not those of the last kept block whose only effect is on text tokens: behind it nothing that is trained reads
+        them, so they would have no gradient.
+        """
+        last = self.blocks[selection.kept[-1]].name + "."
+
+        def wanted(name: str) -> bool:
+            without_effect = name.startswith(last) and self.adapter.is_text_output(name)
+            return self.adapter.is_lora_target(name, targets) and not without_effect
+
+        return linear_names(self, selection, wanted)
+
+    @contextmanager
+    def weight_for_backward(self, module: nn.Module, like: Tensor) -> Iterator[Tensor]:
+        """Lend a linear layer's weight the way the host lends it to its own forward, whatever its storage."""
+        layer: Any = module  # of the host's classes, or of another pack's
+        if hasattr(layer, "cast_bias_weight"):  # other packs' packed layers (GGUF) bring a cast of their own
+            yield layer.cast_bias_weight(like)[0]
+            return
+        if not hasattr(layer, "weight_function"):
+            yield _as_applied(layer, layer.weight.to(like))
+            return
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+        try:
+            yield _as_applied(layer, weight)
+        finally:
+            comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+    def _denoiser(self, model: Any, options: Mapping[str, Any]) -> Denoiser:
+        """Return the denoiser of a model that is ready to run.
+
+        Args:
+            model: The host's model (a BaseModel).
+            options: ``transformer_options`` of every call.
+        """
+
+        def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
+            joined = join_arguments([self.arguments[caption] for caption in captions])
+            joined = {name: _to(value, self.device) for name, value in joined.items()}
+            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
+            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            latents = with_frame(model, noisy)
+            return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
+
+        return denoise
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _as_applied(layer: Any, weight: Tensor) -> Tensor:
+    """Return the plain matrix that a layer multiplies its input with.
+
+    The host leaves a weight quantised when its nominal dtype fits already, and a product with a quantised weight would
+    round the gradient as well. Smoothed formats scale the input, channel by channel, before the weight.
+    """
+    if is_traceable_wrapper_subclass(weight):
+        weight = weight.dequantize()
+    smoothing = getattr(layer, "pre_quant_scale", None)
+    return weight if smoothing is None else weight * smoothing.to(weight)

@@ -1,0 +1,177 @@
+"""Pictures, captions and a MODEL made into what a training reads: the schedule, its latents and its residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.crops import TrainingCrops
+from ...data.patch_sampling import PatchConfig, PatchOrder
+from ...data.schedule import TrainingSchedule, draw_schedule
+from ...data.timesteps import TimestepDistribution, sigma_sampler
+from ...residuals.back_response import BackResidual
+from ...residuals.cache import CacheIdentity
+from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
+from ...residuals.sources import PhaseProgress, ResidualSet, Storage, require_room, stored_latents, write_cache
+from ...selection.selection import BlockSelection
+from ..files.folders import residuals_folder
+from ..inputs.encoding import crop_multiple, encode_crops
+from ..inputs.frames import latent_shape
+from .hosted_dit import HostedDit
+from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSettings:
+    """How examples are drawn and their residuals kept.
+
+    Attributes:
+        draws: Training examples.
+        patch_min, patch_max: Sides in pixels of a training picture, and of the largest crop.
+        storage: Where residuals are kept.
+        seed: Every random decision follows from it.
+        patch_order: How a crop's side follows from its noise level.
+        timesteps: How noise levels are drawn; ``timestep_shift`` is only read by "shifted".
+        chunk_size: Examples that go through the model's blocks together.
+        back_residual: What stands in for the last blocks.
+        residual_format: How residuals are rounded.
+    """
+
+    draws: int
+    patch_min: int
+    patch_max: int
+    storage: Storage
+    seed: int
+    patch_order: PatchOrder = "low-to-high"
+    timesteps: TimestepDistribution = "model"
+    timestep_shift: float = 3.0
+    chunk_size: int = 64
+    back_residual: BackResidual = "constant"
+    residual_format: ResidualFormat = "exact"
+
+    def as_read(self) -> ResidualSettings:
+        """Return the settings with what this storage does not read at its default, so that it makes no other run."""
+        if self.storage != "on the fly":
+            return self
+        return replace(
+            self,
+            back_residual="constant" if self.back_residual == "linear" else self.back_residual,
+            residual_format="exact" if self.residual_format in RESIDUAL_FORMATS else self.residual_format,
+        )
+
+
+def prepare_residuals(
+    model: Any,
+    vae: Any,
+    pictures: Sequence[Tensor],
+    captions: Sequence[list],
+    selection: BlockSelection,
+    settings: ResidualSettings,
+    progress: PhaseProgress,
+) -> tuple[ResidualSet, TrainingCrops]:
+    """Draw the schedule, encode its crops and, with storage "disk", compute the residuals; what is there is used.
+
+    Args:
+        model: The MODEL.
+        vae: Belongs to it.
+        pictures: Each (H, W, 3) in [0, 1].
+        captions: Single conditionings, each ``[[tensor, settings]]``: one for all pictures or one for each.
+        selection: Blocks to be skipped.
+        settings: How.
+        progress: Called as it goes; may raise to interrupt.
+
+    Raises:
+        InvalidInputError: If something does not fit together, or there is no room.
+        StorageError: If the disk refuses.
+    """
+    settings = settings.as_read()
+    bare = HostedDit(model)
+    selection.require_for(len(bare.blocks), bare.family)
+    if settings.back_residual == "exact":
+        selection = selection.with_exact_back()
+    multiple = crop_multiple(vae, bare.adapter.patch_size)
+    schedule = _schedule(model, pictures, len(captions), multiple, settings)
+    crops = TrainingCrops(pictures, schedule)
+    identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
+    residuals = ResidualSet(
+        schedule=schedule,
+        latents=torch.empty(len(schedule), *latent_shape(model.model, settings.patch_min), device="meta"),  # not yet
+        selection=selection,
+        captions=captions,
+        identity=identity,
+        storage=settings.storage,
+        chunk_size=settings.chunk_size,
+        folder=residuals_folder(identity.key),
+        family=bare.family,
+        back_residual=settings.back_residual,
+    )
+    residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, progress))
+    if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
+        # Another process may have been faster. Its device may round otherwise, and the cache goes with its latents.
+        stored = stored_latents(residuals, progress)
+        residuals = residuals if stored is None else replace(residuals, latents=stored)
+    return residuals, crops
+
+
+def _dit(model: Any, residuals: ResidualSet) -> HostedDit:
+    return HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+
+
+def _schedule(
+    model: Any, pictures: Sequence[Tensor], num_captions: int, multiple: int, settings: ResidualSettings
+) -> TrainingSchedule:
+    sampling = model.get_model_object("model_sampling")
+    return draw_schedule(
+        [(picture.shape[0], picture.shape[1]) for picture in pictures],
+        num_captions=num_captions,
+        num_draws=settings.draws,
+        patches=PatchConfig(
+            patch_min=settings.patch_min, patch_max=settings.patch_max, multiple=multiple, order=settings.patch_order
+        ),
+        sample_sigmas=sigma_sampler(
+            settings.timesteps,
+            model_sigma=lambda time: float(sampling.percent_to_sigma(1.0 - time)),
+            shift=settings.timestep_shift,
+        ),
+        seed=settings.seed,
+        timesteps=settings.timesteps,
+    )
+
+
+def _identity(
+    dit: HostedDit,
+    vae: Any,
+    pictures: Sequence[Tensor],
+    captions: Sequence[list],
+    selection: BlockSelection,
+    schedule: TrainingSchedule,
+    settings: ResidualSettings,
+) -> CacheIdentity:
+    """Return all that decides the residuals' numbers."""
+    # A linear answer is fitted on the first chunk, so its size decides what is stored.
+    linear = settings.back_residual == "linear"
+    return CacheIdentity(
+        model=model_identity(dit.patcher),
+        schedule=schedule.fingerprint,
+        selection=selection.fingerprint,
+        pictures=tensors_identity(pictures) + module_identity(vae.first_stage_model),
+        captions=conditionings_identity(captions),
+        dtype=str(dit.dtype),
+        host=host_identity(),
+        residual_format=settings.residual_format,
+        back_residual=f"linear, {settings.chunk_size} draws" if linear else "constant",  # an exact back has none
+    )
+
+
+def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, progress: PhaseProgress) -> Tensor:
+    """Return the latents of all crops: those of a finished cache, or encoded now, if there is room for all that follows."""
+    if residuals.storage == "disk":
+        stored = stored_latents(residuals, progress)
+        if stored is not None:
+            return stored
+    require_room(residuals, _dit(model, residuals))  # before an hour is spent on pictures
+    return encode_crops(vae, model.model, crops, lambda done, total: progress("encoding crops", done, total))

@@ -1,0 +1,148 @@
+"""A diffusion transformer of plain torch as a :class:`~.model.SkippableDit`, without a host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.lora import plain_weight
+from .model import BlockInfo, BlockIO, Denoiser, WeightPlacement
+
+# (the model, noisy (B, C, H, W), sigmas (B,), captions joined along the batch axis) -> clean estimate (B, C, H, W)
+Denoise = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+class TorchDit:
+    """A module of your own, and what the method has to know of it.
+
+    Each run swaps stand-ins in for modules of the model and takes them out again. Weights stay where they are: those
+    that a run needs are copied to ``device`` for it. So a model may stay in host memory, and the device holds only
+    what is trained; whatever belongs to no block, stem or head has to be on the device already.
+
+    Args:
+        model: The module; its weights are never changed.
+        blocks: Name of a list of blocks (an ``nn.ModuleList`` of the model) -> how they take and give their tokens;
+            in execution order.
+        stem: Paths of the modules before the first block.
+        head: Paths of the modules after the last block.
+        width: Width of a token, D.
+        denoise: Calls the model; see :data:`Denoise`.
+        captions: Embedded texts, each (1, L, any width).
+        patch: Side of an image token in latent cells.
+        text_in_stream: Whether text tokens pass through the blocks, rather than being looked at by cross attention.
+        family: A name for the kind of model, kept in selections.
+        device: Where the model runs; by default where its weights are.
+    """
+
+    known_error = 0.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        blocks: Mapping[str, BlockIO],
+        stem: Sequence[str],
+        head: Sequence[str],
+        width: int,
+        denoise: Denoise,
+        captions: Sequence[Tensor],
+        patch: int = 1,
+        text_in_stream: bool = True,
+        family: str = "torch",
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.captions = model, captions
+        self.family, self.width, self.frozen_stem, self.trainable_head = family, width, stem, head
+        self.blocks = [_info(f"{name}.{path}", block, io) for name, io in blocks.items()
+                       for path, block in model.get_submodule(name).named_children()]  # fmt: skip
+        self._call, self._patch, self._text_in_stream = denoise, patch, text_in_stream
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._device or next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token streams."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def room_for_blocks(self) -> int:
+        """0, so residuals are computed one block at a time, which takes the least memory."""
+        return 0
+
+    def module(self, name: str) -> nn.Module:
+        """Return the model's own module at a path; it must never be changed."""
+        return self.model.get_submodule(name)
+
+    @contextmanager
+    def running(
+        self,
+        replacements: Mapping[str, nn.Module],
+        *,
+        activation_bytes: int = 0,
+        weights: WeightPlacement = "as fits",
+    ) -> Iterator[Denoiser]:
+        """Put stand-ins in for the duration of the context.
+
+        Args:
+            replacements: Path -> stand-in. Their weights are moved to the device.
+            activation_bytes, weights: Not read, as nothing is moved while the model runs.
+        """
+        originals = {name: self.module(name) for name in replacements}
+        try:
+            for name, module in replacements.items():
+                _move(module, self.device)
+                self._put(name, module)
+            yield self.denoise
+        finally:
+            for name, module in originals.items():
+                self._put(name, module)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        self.model.get_submodule(parent)._modules[leaf] = module
+
+    def denoise(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
+        """Return the model's clean estimate; a :data:`~.model.Denoiser`."""
+        texts = torch.cat([self.captions[caption] for caption in captions]).to(noisy.device)
+        return self._call(self.model, noisy, sigmas, texts)
+
+    def text_length(self, caption: int) -> int:
+        """Return the number of text tokens of a caption."""
+        return self.captions[caption].shape[1]
+
+    def text_tokens(self, caption: int) -> int:
+        """Return the number of text tokens between the blocks."""
+        return self.text_length(caption) if self._text_in_stream else 0
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        """Return the number of image tokens of a latent."""
+        return math.ceil(rows / self._patch) * math.ceil(columns / self._patch)
+
+    def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
+        """Lend a linear layer's weight."""
+        return plain_weight(module, like)
+
+
+def _info(name: str, block: nn.Module, io: BlockIO) -> BlockInfo:
+    weights = list(block.parameters())
+    return BlockInfo(name, io, sum(x.numel() for x in weights), sum(x.nbytes for x in weights))
+
+
+def _move(stand_in: nn.Module, device: torch.device) -> None:
+    """Move a stand-in's weights. Each becomes a new tensor where it moves: a stand-in may share it with the model."""
+    for layer in stand_in.modules():
+        for name, weight in layer._parameters.items():
+            if weight is not None and weight.device != device:
+                layer._parameters[name] = nn.Parameter(weight.detach().to(device), requires_grad=False)
+        for name, table in layer._buffers.items():
+            if table is not None and table.device != device:
+                layer._buffers[name] = table.to(device)

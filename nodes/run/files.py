@@ -1,0 +1,88 @@
+"""The files of a run: the LoRA, its checkpoints on the way, and the summary beside it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ...blockskip_core.adapters.lora_formats import to_file_tensors
+from ...blockskip_core.errors import StorageError
+from ...blockskip_core.hosts.files.lora_files import save_lora
+from ...blockskip_core.reporting.run_report import write_report
+from ...blockskip_core.training.observer import TrainingObserver
+from ...blockskip_core.training.result import StepReport
+from .figures import metadata, report
+from .outcome import RunOutcome
+from .prepare import PreparedRun
+
+logger = logging.getLogger(__name__)
+
+
+class RunFiles(TrainingObserver):
+    """Writes a run's files. A disk that refuses costs no run: it is said, and the run continues."""
+
+    def __init__(self, run: PreparedRun, outcome: RunOutcome) -> None:
+        self._run, self._outcome = run, outcome
+        self._checkpoints: list[Path] = []
+
+    def save_finished(self) -> None:
+        """Save a finished run; without a file, the LoRA is still on the node's output."""
+        try:
+            self._save_lora()
+        except StorageError as error:
+            self._outcome.saved = False
+            self._note(error, f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+        else:
+            self._save_summary()
+
+    def save_early(self) -> None:
+        """Save a run that did not get to its end.
+
+        Raises:
+            StorageError: If the LoRA cannot be written.
+        """
+        self._save_lora()
+        self._save_summary()
+
+    def on_step(self, step: StepReport) -> None:
+        """Write a checkpoint of the LoRA beside the final file when it is due; the oldest are removed."""
+        request, final = self._run.request, self._outcome.path
+        if not self._run.checkpoints.is_due(step.step) or step.step >= request.steps:
+            return
+        path = final.with_name(f"{final.stem}step{step.step:06}.safetensors")
+        try:
+            self._write_lora(path)
+        except StorageError as error:
+            self._note(error, str(error))
+            return
+        self._checkpoints.append(path)
+        for old in self._checkpoints[: -request.keep_last]:
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                self._note(error, f"An old checkpoint cannot be removed: {error}.")
+        del self._checkpoints[: -request.keep_last]
+
+    def _save_lora(self) -> None:
+        self._outcome.name.renew()  # another program may have taken it since
+        self._write_lora(self._outcome.path)
+
+    def _write_lora(self, path: Path) -> None:
+        adapters, request = self._run.adapters, self._run.request
+        tensors = to_file_tensors(adapters.state_dict(), adapters.scale, request.rank, request.file_format)
+        save_lora(tensors, metadata(self._run, self._outcome), path)
+        logger.info("BlockSkip: saved %s after step %d", path.name, self._outcome.result.steps)
+
+    def _save_summary(self) -> None:
+        """Write the summary beside the LoRA that it is of."""
+        path = self._outcome.path.with_suffix(".html")
+        try:
+            write_report(report(self._run, self._outcome), path)
+        except (StorageError, OSError) as error:  # OSError: the LoRA that was written just now is gone
+            self._note(error, str(error))
+        else:
+            self._outcome.summary_path = path
+
+    def _note(self, error: Exception, problem: str) -> None:
+        logger.error("BlockSkip: %s", error)
+        self._outcome.result.problems.append(problem)

@@ -1,0 +1,150 @@
+"""A request made ready to run: everything is checked and set up, nothing is loaded, nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...blockskip_core.accounting.step_estimate import estimated_step_bytes
+from ...blockskip_core.adapters.lora import LinearShape, LoraAdapters
+from ...blockskip_core.errors import CacheError
+from ...blockskip_core.hosts.files.folders import run_folder
+from ...blockskip_core.hosts.files.lora_files import load_lora_file, lora_to_start_from, output_path, require_writable
+from ...blockskip_core.hosts.models.counted_run import formats_of
+from ...blockskip_core.hosts.models.hosted_dit import HostedDit
+from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
+from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
+from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
+from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ...blockskip_core.version import VERSION
+from ..inputs import NO_FILE
+from .request import RunRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that can start.
+
+    Attributes:
+        request: What is asked for, with what Memory Plan ruled.
+        residuals: What stands in for the skipped blocks.
+        dit: The model as it was loaded; residuals are those of it.
+        trained_dit: The model as it is trained on: the same, or with its kept blocks quantised.
+        adapters: The LoRA, with its first values.
+        first_values: The same, to start over from.
+        checkpoints: Where training states are kept.
+        path: Where the LoRA will be saved.
+        sampler: Samples pictures on the way, or None.
+    """
+
+    request: RunRequest
+    residuals: ResidualSet
+    dit: HostedDit
+    trained_dit: HostedDit | QuantisedDit
+    adapters: LoraAdapters
+    first_values: Mapping[str, Tensor]
+    checkpoints: Checkpoints
+    path: Path
+    sampler: TrainingSampler | None
+
+    @property
+    def step_bytes(self) -> int:
+        """About what a step takes beside the weights, in bytes."""
+        config, dit, latents = self.request.config, self.dit, self.residuals.latents
+        text = max(dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
+        estimated = estimated_step_bytes(
+            num_kept=len(self.residuals.selection.kept),
+            tokens=dit.image_tokens(*latents.shape[-2:]) + text,
+            width=dit.width,
+            itemsize=dit.dtype.itemsize,
+            batch_size=config.batch_size,
+            checkpointing=config.checkpointing,
+            lora_numbers=self.adapters.num_parameters,
+        )
+        return estimated + round(config.activation_budget) * config.checkpointing
+
+
+def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> PreparedRun:
+    """Check a request against the model and its residuals, and set up what the run needs.
+
+    Raises:
+        BlockSkipError: If something does not fit together, or the disk refuses the LoRA's file.
+    """
+    request = request.planned_for(residuals)
+    path = output_path(request.output_name)
+    require_writable(path)
+    _require_same_model(model, residuals)
+    selection = residuals.selection
+    dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+    trained_dit = _quantised(dit, residuals, request)
+    adapters = _adapters(model, dit, residuals, request)
+    first_values = adapters.state_dict()
+    identity = _identity(residuals, request, adapters, first_values)
+    folder = run_folder(identity.key)
+    checkpoints = Checkpoints(
+        folder, identity, every=request.save_every, keep=request.keep_last, resume=request.resume
+    )  # fmt: skip
+    remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
+    sampler = None if request.samples is None else TrainingSampler(model, request.samples, selection)
+    return PreparedRun(
+        request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,
+        first_values=first_values, checkpoints=checkpoints, path=path, sampler=sampler,
+    )  # fmt: skip
+
+
+def _require_same_model(model: Any, residuals: ResidualSet) -> None:
+    if model_identity(model) != residuals.identity.model:
+        raise CacheError(
+            "The residuals were computed from another model than the one connected here. Connect the same MODEL "
+            "to Precompute Residuals and to Dynamic Patch Trainer."
+        )
+
+
+def _quantised(dit: HostedDit, residuals: ResidualSet, request: RunRequest) -> HostedDit | QuantisedDit:
+    """Return the model as it is trained on."""
+    formats = formats_of(dit, residuals.selection, request.memory(residuals))
+    return QuantisedDit(dit, formats) if formats else dit
+
+
+@torch.inference_mode(False)
+def _adapters(model: Any, dit: HostedDit, residuals: ResidualSet, request: RunRequest) -> LoraAdapters:
+    """Return the LoRA with its first values: random, or those of the LoRA that is trained further."""
+    start_from = request.start_from
+    if start_from is None and request.start_file != NO_FILE:
+        start_from = load_lora_file(request.start_file)
+    layers = dit.lora_layers(residuals.selection, request.targets)
+    shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    adapters = LoraAdapters(shapes, request.lora, seed=request.seed)
+    if start_from is not None:
+        adapters.load_state_dict(lora_to_start_from(model, start_from, adapters))
+    return adapters
+
+
+def _identity(
+    residuals: ResidualSet, request: RunRequest, adapters: LoraAdapters, first_values: Mapping[str, Tensor]
+) -> RunIdentity:
+    """Return what decides the LoRA's values after a given number of steps."""
+    no_effect = {"checkpointing", "activation_budget"}
+    if request.lr_schedule == "constant":
+        no_effect.add("warmup_steps")
+    if request.lr_schedule not in ("linear", "cosine"):  # their rates depend on how long the run is
+        no_effect.add("steps")
+    return RunIdentity(
+        {
+            **{f"residuals: {name}": value for name, value in asdict(residuals.identity).items()},
+            "storage": "on the fly" if residuals.storage == "on the fly" else "stored",
+            "scale": adapters.scale,
+            "quantize_kept": request.quantize_kept,
+            **({"quantize_frozen": request.quantize_frozen} if residuals.selection.frozen else {}),
+            "targets": request.targets,
+            "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
+            "made by": f"BlockSkip {VERSION}",
+            **{name: value for name, value in asdict(request.config).items() if name not in no_effect},
+        }
+    )

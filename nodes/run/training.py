@@ -1,0 +1,190 @@
+"""The trainer's work from request to figures: prepare, check the memory, train, save however it ends, tell."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ...blockskip_core.adapters.lora_formats import to_host_lora
+from ...blockskip_core.errors import TrainingError
+from ...blockskip_core.hosts.files.lora_files import LoraModel, ReservedName
+from ...blockskip_core.hosts.models.out_of_memory import OutOfMemoryError, is_out_of_memory, let_go
+from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
+from ...blockskip_core.hosts.models.residency import evict_others
+from ...blockskip_core.model import WeightPlacement
+from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.training.loop import train_lora
+from ...blockskip_core.training.observer import OnStep, TrainingObserver
+from ...blockskip_core.training.result import StepReport
+from ..page.live_chart import LiveChart
+from ..page.progress import NodeProgress
+from .display import ProgressLine, RunChart
+from .figures import metadata, on_node, outcome_line
+from .files import RunFiles
+from .memory_check import MemoryCheck
+from .outcome import RunOutcome
+from .peak_memory import PeakMemory
+from .prepare import PreparedRun, prepare
+from .request import RunRequest
+from .samples import RunSamples, shown_on_node
+
+logger = logging.getLogger(__name__)
+
+ADVICE = (
+    "Lower `patch_min` or `batch_size`, set `activation_budget` to 0, or skip more blocks at Select Blocks; Memory Plan "
+    "shows what fits."
+)
+
+
+@dataclass(frozen=True)
+class TrainedLora:
+    """What the trainer's node gives: its outputs, and figures for the page."""
+
+    lora: LoraModel
+    loss_map: dict[str, list[float]]
+    steps: int
+    ui: dict[str, Any]
+
+
+def run_training(
+    model: Any, residuals: ResidualSet, request: RunRequest, progress: NodeProgress, chart: LiveChart
+) -> TrainedLora:
+    """Train a LoRA as requested, save it, and return it as core's trainer would.
+
+    Raises:
+        BlockSkipError: If the run cannot start, or cannot continue; the message names the file that holds what was
+            learned. Anything else that ends it, Cancel too, saves what was learned and passes through.
+    """
+    run = prepare(model, residuals, request)
+
+    def wait_for_another(step: int) -> None:
+        progress("waiting for another process, which trains the same run", min(step, request.steps), request.steps)
+
+    with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
+        outcome = RunOutcome(PeakMemory(run.dit.device), name)
+        _Training(run, outcome, progress, chart).train()
+    progress.say(outcome_line(outcome))
+    with torch.inference_mode(False):  # the tensors are ordinary ones, as core's are
+        tensors = to_host_lora(run.adapters.state_dict(), run.adapters.scale, run.request.rank)
+    return TrainedLora(
+        LoraModel(tensors, metadata(run, outcome)),
+        {"loss": outcome.result.losses},
+        outcome.result.steps,
+        {"blockskip": [on_node(run, outcome)], **shown_on_node(outcome)},
+    )
+
+
+class _Training:
+    """The training of a prepared run: memory before it, files after it, and a second try if memory runs out."""
+
+    def __init__(self, run: PreparedRun, outcome: RunOutcome, progress: NodeProgress, chart: LiveChart) -> None:
+        self._run, self._outcome, self._progress = run, outcome, progress
+        self._memory_check = MemoryCheck(run, progress, outcome.result.problems)
+        self._files, self._chart = RunFiles(run, outcome), RunChart(run, outcome, chart)
+        self._observers: list[TrainingObserver] = [self._chart, self._files, ProgressLine(run, outcome, progress)]
+        if run.sampler is not None:
+            peak = self._memory_check.training_peak
+            self._observers.append(RunSamples(run, outcome, progress, run.sampler, training_peak=peak))
+
+    def train(self) -> None:
+        """Train, and save the LoRA however the run ends, if it has learned anything.
+
+        Raises:
+            TrainingError, OutOfMemoryError: If training cannot continue; the message names the file that holds what was
+                learned.
+            StorageError: If a run that ended early cannot be saved.
+        """
+        result = self._outcome.result
+        try:
+            self._train()
+        except (TrainingError, OutOfMemoryError) as error:
+            if not result.steps:
+                raise
+            self._files.save_early()
+            saved = f"What was learned so far is saved as {self._outcome.path.name}."
+            raise type(error)(f"{error} {saved}") from None
+        except BaseException:  # Cancel too, and at any moment of the last step
+            if result.steps:
+                self._files.save_early()
+            raise
+        finally:
+            self._chart.run_ended()
+        if result.overflows:
+            result.problems.append(
+                f"{result.overflows} steps were left out because gradients overflowed in float16; a model in bf16 has no "
+                "such limit."
+            )
+        self._files.save_finished()
+
+    def _train(self) -> None:
+        placement = self._memory_check.placement()
+        evict_others(self._run.dit.patcher)
+        self._outcome.memory.restart()  # text encoder and VAE are no part of the run's peak
+        if isinstance(self._run.trained_dit, QuantisedDit):
+            self._run.trained_dit.quantise(lambda done, total: self._progress("layers quantised", done, total))
+        ran_out = self._runs_out_of_memory(placement)
+        if ran_out is not None:
+            self._continue_streamed(placement, ran_out)
+
+    def _continue_streamed(self, placement: WeightPlacement, said: str) -> None:
+        """Continue a run that ran out of memory, with its weights streamed, from its last checkpoint.
+
+        Raises:
+            OutOfMemoryError: If they were streamed already, there are none to stream, or it happens again.
+        """
+        result, run = self._outcome.result, self._run
+        failed = f"Training ran out of memory after step {result.steps} ({said})."
+        if not self._can_stream(placement):
+            raise OutOfMemoryError(f"{failed} {ADVICE}")
+        problem = f"{failed} It continued with its weights streamed, which is slower. {ADVICE}"
+        logger.warning("BlockSkip: %s", problem)
+        result.problems.append(problem)
+        resumed_at = result.resumed_at
+
+        def keep_resumed_at(_: StepReport) -> None:  # what is resumed now is this run's own
+            result.resumed_at = resumed_at
+
+        self._observers.insert(0, OnStep(keep_resumed_at))
+        run.adapters.load_state_dict(run.first_values)
+        result.steps = 0
+        result.losses.clear()
+        run.checkpoints.resume = True
+        comfy.model_management.soft_empty_cache()
+        again = self._runs_out_of_memory("streamed")
+        if again is not None:
+            raise OutOfMemoryError(f"Training ran out of memory even with its weights streamed ({again}). {ADVICE}")
+
+    def _can_stream(self, placement: WeightPlacement) -> bool:
+        """Whether there are weights on the device that could be brought there layer by layer instead."""
+        return placement != "streamed" and self._run.dit.device.type != "cpu"
+
+    def _runs_out_of_memory(self, placement: WeightPlacement) -> str | None:
+        """Train; return what the allocator said if memory ran out, with everything let go, and None if all went well."""
+        try:
+            self._run_loop(placement)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return let_go(error)
+        return None
+
+    def _run_loop(self, placement: WeightPlacement) -> None:
+        run = self._run
+        train_lora(
+            run.trained_dit,
+            run.residuals.schedule,
+            run.residuals.latents,
+            run.residuals.selection,
+            run.residuals.source(run.dit, self._progress),
+            run.adapters,
+            run.request.config,
+            result=self._outcome.result,
+            observers=self._observers,
+            activation_bytes=run.step_bytes,
+            weights=placement,
+            checkpoints=run.checkpoints,
+        )

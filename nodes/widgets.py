@@ -1,0 +1,130 @@
+"""Inputs that several nodes have, declared once: same id, type, default and limits wherever they appear.
+
+Each function takes the tooltip and whatever else differs from node to node (``optional``, ``advanced``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..blockskip_core.adapters.lora import LoraTargets
+from ..blockskip_core.hosts.models.quantised_blocks import available_formats, default_for_frozen_blocks
+from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
+from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
+from ..blockskip_core.residuals.sources import STORAGES
+from .inputs import NO_FILE
+from .types import MemorySettingsSocket
+
+LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
+LARGEST_SIDE = 4096  # pixels
+MOST_STEPS = 1_000_000
+
+
+def seed(tooltip: str, *, control: Any = io.ControlAfterGenerate.fixed, **more: Any) -> io.Int.Input:
+    """Where random numbers start; ``control`` says what the page does with it after each run."""
+    return io.Int.Input(
+        "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=control, tooltip=tooltip, **more
+    )
+
+
+def side(name: str, default: int, tooltip: str, *, least: int = 16, **more: Any) -> io.Int.Input:
+    """The side of a picture in pixels."""
+    return io.Int.Input(name, default=default, min=least, max=LARGEST_SIDE, step=16, tooltip=tooltip, **more)
+
+
+def patch_min(tooltip: str) -> io.Int.Input:
+    """The side of every training picture."""
+    return side("patch_min", 256, tooltip)
+
+
+def probe_size(tooltip: str) -> io.Int.Input:
+    """The side of the pictures that block selection samples."""
+    return side("probe_size", 512, tooltip, least=64, optional=True, advanced=True)
+
+
+def draws(tooltip: str) -> io.Int.Input:
+    """How many training examples."""
+    return io.Int.Input("draws", default=400, min=1, max=1_000_000, tooltip=tooltip)
+
+
+def storage(tooltip: str) -> io.Combo.Input:
+    """Where residuals are kept."""
+    return io.Combo.Input("storage", options=list(STORAGES), default="disk", tooltip=tooltip)
+
+
+def chunk_size(tooltip: str) -> io.Int.Input:
+    """How many training examples go through the blocks together."""
+    return io.Int.Input(
+        "chunk_size", default=64, min=1, max=100_000, optional=True, advanced=True, tooltip=tooltip
+    )  # fmt: skip
+
+
+def back_residual(tooltip: str) -> io.Combo.Input:
+    """What stands in for the last blocks."""
+    return io.Combo.Input(
+        "back_residual", options=list(BACK_RESIDUALS), default="constant", optional=True, advanced=True, tooltip=tooltip
+    )
+
+
+def residual_format(tooltip: str) -> io.Combo.Input:
+    """How residuals are rounded."""
+    return io.Combo.Input(
+        "residual_format", options=list(RESIDUAL_FORMATS), default="exact", optional=True, advanced=True, tooltip=tooltip
+    )  # fmt: skip
+
+
+def rank(tooltip: str) -> io.Int.Input:
+    """The LoRA's rank."""
+    return io.Int.Input("rank", default=16, min=1, max=1024, tooltip=tooltip)
+
+
+def targets(tooltip: str) -> io.Combo.Input:
+    """Which layers learn."""
+    return io.Combo.Input(
+        "targets", options=list(get_args(LoraTargets)), default="attention and mlp", optional=True, advanced=True,
+        tooltip=tooltip,
+    )  # fmt: skip
+
+
+def batch_size(tooltip: str, **more: Any) -> io.Int.Input:
+    """How many training examples go through the model together."""
+    return io.Int.Input("batch_size", default=1, min=1, max=256, tooltip=tooltip, **more)
+
+
+def checkpointing(tooltip: str, **more: Any) -> io.Boolean.Input:
+    """Whether activations are recomputed."""
+    return io.Boolean.Input("checkpointing", default=True, tooltip=tooltip, **more)
+
+
+def activation_budget(tooltip: str, **more: Any) -> io.Float.Input:
+    """GiB of activations that are kept all the same."""
+    return io.Float.Input("activation_budget", default=0.0, min=0.0, max=1024.0, step=0.25, tooltip=tooltip, **more)
+
+
+def quantize_kept(tooltip: str, **more: Any) -> io.Combo.Input:
+    """The format of the trained blocks' weights."""
+    return io.Combo.Input("quantize_kept", options=available_formats(), default="off", tooltip=tooltip, **more)
+
+
+def quantize_frozen(tooltip: str) -> io.Combo.Input:
+    """The format of the weights of blocks that run without adapters."""
+    return io.Combo.Input(
+        "quantize_frozen", options=available_formats(), default=default_for_frozen_blocks(), optional=True, advanced=True,
+        tooltip=tooltip,
+    )  # fmt: skip
+
+
+def lora_file(name: str, tooltip: str, **more: Any) -> io.Combo.Input:
+    """A file of the loras folders, or none."""
+    files = folder_paths.get_filename_list("loras")
+    return io.Combo.Input(
+        name, options=[NO_FILE, *files], default=NO_FILE, optional=True, tooltip=tooltip, **more
+    )  # fmt: skip
+
+
+def memory_settings(tooltip: str) -> io.Input:
+    """What Memory Plan found."""
+    return MemorySettingsSocket.Input("memory_settings", optional=True, tooltip=tooltip)

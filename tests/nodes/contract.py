@@ -1,0 +1,204 @@
+"""What saved workflows and other packs rely on: each node's inputs in order, its outputs, and whether it takes lists.
+
+Never remove, rename or reorder an entry: saved workflows name inputs, and store widget values by position. A new input is
+optional and goes to the end. An input is one line:
+
+    steps INT = 500 [1, 1000000]
+    patch_min INT = 256 [16, 4096] step 16
+    storage COMBO = disk {disk | chunked | on the fly}
+
+A question mark: may be absent. ``control``: the page adds a widget of its own, which takes a place in saved workflows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no cable
+HOST_DECIDES = (
+    "quantize_kept",
+    "quantize_frozen",
+    "scheduler",
+    "start_file",
+    "lora_name",
+)  # choices that depend on version and files
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a node promises."""
+
+    inputs: str
+    outputs: list[tuple[str, str]]
+    takes_lists: bool = True
+
+
+def line(entry: Any) -> str:
+    """Return an input of a schema as a line."""
+    kind = entry.get_io_type()
+    parts = [entry.id, kind + ("?" if entry.optional else "")]
+    if kind in WIDGETS:
+        parts.append(f"= {entry.default}")
+    if kind in ("INT", "FLOAT"):
+        parts.append(f"[{entry.min}, {entry.max}]")
+        parts += [f"{name} {getattr(entry, name)}" for name in ("step", "round") if getattr(entry, name, None)]
+    if kind == "COMBO":
+        parts.append("{host's}" if entry.id in HOST_DECIDES else f"{{{' | '.join(entry.options)}}}")
+    if getattr(entry, "control_after_generate", None):
+        parts.append("control")
+    return " ".join(parts)
+
+
+CONTRACT = {
+    "BlockSkip_SelectBlocks": Contract(
+        """
+            model MODEL
+            positive CONDITIONING
+            method COMBO = attention mask {attention mask | preset | manual}
+            skip_ratio FLOAT = 0.5 [0.0, 0.9] step 0.05
+            front INT = 19 [0, 1000]
+            back INT = 10 [0, 1000]
+            vae VAE?
+            clip_vision CLIP_VISION?
+            negative CONDITIONING?
+            probe_size INT? = 512 [64, 4096] step 16
+            probe_steps INT? = 8 [1, 100]
+            probe_cfg FLOAT? = 1.0 [1.0, 30.0] step 0.1
+            probe_seeds INT? = 1 [1, 64]
+            seed INT? = 0 [0, 18446744073709551615] control
+            window_profile BOOLEAN? = True
+        """,
+        [("selection", "BLOCKSKIP_SELECTION"), ("heatmap", "IMAGE"), ("report", "STRING")],
+    ),
+    "BlockSkip_MemoryPlan": Contract(
+        """
+            model MODEL
+            positive CONDITIONING
+            selection BLOCKSKIP_SELECTION
+            patch_min INT = 256 [16, 4096] step 16
+            draws INT = 400 [1, 1000000]
+            storage COMBO = disk {disk | chunked | on the fly}
+            rank INT = 16 [1, 1024]
+            batch_size INT = 1 [1, 256]
+            checkpointing BOOLEAN = True
+            quantize_kept COMBO = off {host's}
+            activation_budget FLOAT = 0.0 [0.0, 1024.0] step 0.25
+            card_memory FLOAT = 0.0 [0.0, 1024.0] step 0.5
+            chunk_size INT? = 64 [1, 100000]
+            back_residual COMBO? = constant {constant | linear | exact}
+            residual_format COMBO? = exact {exact | int8 | fp8}
+            targets COMBO? = attention and mlp {attention and mlp | attention | mlp | all linear}
+            probe_size INT? = 512 [64, 4096] step 16
+            preset COMBO? = off {off | 6 GB | 8 GB | 12 GB | 16 GB | 24 GB}
+            use_spare BOOLEAN? = True
+            quantize_frozen COMBO? = 4-bit {host's}
+        """,
+        [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY")],
+    ),
+    "BlockSkip_PrecomputeResiduals": Contract(
+        """
+            model MODEL
+            vae VAE
+            images IMAGE
+            positive CONDITIONING
+            selection BLOCKSKIP_SELECTION
+            draws INT = 400 [1, 1000000]
+            patch_min INT = 256 [16, 4096] step 16
+            patch_max INT = 512 [16, 4096] step 16
+            storage COMBO = disk {disk | chunked | on the fly}
+            seed INT = 0 [0, 18446744073709551615] control
+            patch_order COMBO? = low-to-high {low-to-high | high-to-low | random | fixed}
+            timesteps COMBO? = model {model | uniform | logit-normal | shifted}
+            timestep_shift FLOAT? = 3.0 [0.01, 100.0] step 0.01
+            chunk_size INT? = 64 [1, 100000]
+            back_residual COMBO? = constant {constant | linear | exact}
+            residual_format COMBO? = exact {exact | int8 | fp8}
+            memory_settings BLOCKSKIP_MEMORY?
+        """,
+        [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
+    ),
+    "BlockSkip_SampleWhileTraining": Contract(
+        """
+            positive CONDITIONING
+            vae VAE
+            every INT = 100 [1, 1000000]
+            at_start BOOLEAN = True
+            width INT = 512 [16, 4096] step 16
+            height INT = 512 [16, 4096] step 16
+            sampler_steps INT = 20 [1, 1000]
+            cfg FLOAT = 1.0 [1.0, 100.0] step 0.1 round 0.01
+            scheduler COMBO = simple {host's}
+            seed INT = 0 [0, 18446744073709551615] control
+            negative CONDITIONING?
+            memory_budget FLOAT? = 2.0 [0.0, 1024.0] step 0.25
+        """,
+        [("samples", "BLOCKSKIP_SAMPLES")],
+    ),
+    "BlockSkip_TrainLora": Contract(
+        """
+            model MODEL
+            residuals BLOCKSKIP_RESIDUALS
+            steps INT = 500 [1, 1000000]
+            learning_rate FLOAT = 0.0001 [1e-08, 1.0] step 1e-06 round 1e-08
+            rank INT = 16 [1, 1024]
+            seed INT = 0 [0, 18446744073709551615] control
+            alpha FLOAT? = 0.0 [0.0, 1024.0] step 0.5
+            targets COMBO? = attention and mlp {attention and mlp | attention | mlp | all linear}
+            batch_size INT? = 1 [1, 256]
+            accumulation INT? = 1 [1, 256]
+            lr_schedule COMBO? = constant {constant | constant_with_warmup | cosine | linear}
+            warmup_steps INT? = 0 [0, 100000]
+            max_grad_norm FLOAT? = 1.0 [0.0, 1000.0] step 0.1
+            weight_decay FLOAT? = 0.01 [0.0, 1.0] step 0.001
+            checkpointing BOOLEAN? = True
+            loss_weighting COMBO? = none {none | sigma_sqrt | cosmap}
+            output_name STRING? = loras/blockskip
+            file_format COMBO? = peft {peft | kohya}
+            activation_budget FLOAT? = 0.0 [0.0, 1024.0] step 0.25
+            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes)}
+            kept_weights COMBO? = resident {resident | streamed}
+            quantize_kept COMBO? = off {host's}
+            save_every INT? = 100 [0, 1000000]
+            keep_last INT? = 2 [1, 1000]
+            resume BOOLEAN? = True
+            start_from LORA_MODEL?
+            start_file COMBO? = none {host's}
+            samples BLOCKSKIP_SAMPLES?
+            memory_settings BLOCKSKIP_MEMORY?
+            check_memory BOOLEAN? = True
+            quantize_frozen COMBO? = 4-bit {host's}
+        """,
+        [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
+    ),
+    "BlockSkip_ApplyLora": Contract(
+        """
+            model MODEL
+            strength_model FLOAT = 1.0 [-10.0, 10.0] step 0.01
+            lora LORA_MODEL?
+            lora_name COMBO? = none {host's}
+        """,
+        [("model", "MODEL"), ("info", "STRING")],
+        takes_lists=False,
+    ),
+    "BlockSkip_RALUSampler": Contract(
+        """
+            model MODEL
+            positive CONDITIONING
+            latent_image LATENT
+            seed INT = 0 [0, 18446744073709551615] control
+            cfg FLOAT = 1.0 [0.0, 100.0] step 0.1
+            preset COMBO = FLUX 5x {FLUX 4x | FLUX 5x | FLUX 7x | SD3 2x | SD3 3x | custom}
+            upsample_ratio FLOAT = 0.2 [0.0, 1.0] step 0.01
+            regions COMBO = edges {edges | latent gradient | edges (as published)}
+            negative CONDITIONING?
+            vae VAE?
+            mask MASK?
+            custom_steps STRING? = 5, 6, 7
+            custom_ends STRING? = 0.3, 0.45, 1
+            custom_shift FLOAT? = 3.0 [0.1, 100.0] step 0.01
+        """,
+        [("latent", "LATENT"), ("early_regions", "IMAGE"), ("report", "STRING")],
+        takes_lists=False,
+    ),
+}
