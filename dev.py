@@ -16,16 +16,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from devtools import code_map, environment
+from devtools import code_map, environment, processes, pytest_processes
+from devtools.processes import hand_over, wait_for
 
 ROOT = Path(__file__).resolve().parent
+NAME_OF_GPU = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
+SHORT_BENCHMARKS = {"speed": ["--quick", "--only", "256 px"], "memory": ["--parts", "gpu"]}
+BENCHMARK_SECONDS = 300  # each
 
 
 def main(arguments: list[str]) -> int:
     """Run a command; the exit status is pytest's or the demo's, or 1 when the way there failed."""
     options = parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that tools being waited for end too
+    signal.signal(signal.SIGTERM, processes.terminated)  # so that tools being waited for end too
     try:
         return {"test": test, "demo": demo, "benchmark": benchmark, "map": show_map}[options.command](options)
     except KeyboardInterrupt:
@@ -52,7 +56,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("test", parents=[shared], help="run the tests; arguments after -- go to pytest")
+    tests = commands.add_parser("test", parents=[shared], help="run the tests; arguments after -- go to pytest")
+    where = tests.add_mutually_exclusive_group()
+    where.add_argument("--card", action="store_true", help="only those on an emulated card")
+    where.add_argument("--gpu", action="store_true", help="those on a real card, and the benchmarks in a short form")
     show = commands.add_parser("demo", parents=[shared], help="train a small LoRA and show the results")
     show.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     show.add_argument("--subject", default="toby", help="whom to teach: toby, mila, pip, zuzu or nori")
@@ -85,8 +92,42 @@ def test(options: argparse.Namespace) -> int:
     if not os.environ.get("BLOCKSKIP_COMFYUI_0_18"):
         variables["BLOCKSKIP_COMFYUI_0_18"] = str(environment.fetched_host(environment.OLDER_HOST))
     python = environment.interpreter(host)
-    command = [python, "-m", "pytest", "--import-mode=importlib", *options.further]
-    return hand_over(command, variables)
+    if options.gpu:
+        return test_on_gpu(python, options.further, variables)
+    device = "card" if options.card else None
+    commands = [
+        pytest_command(python, arguments) for arguments in pytest_processes.arguments_of_each(options.further, device)
+    ]
+    if len(commands) == 1:
+        return hand_over(commands[0], variables)
+    return pytest_processes.combined_status([wait_for(command, variables) for command in commands])
+
+
+def pytest_command(python: Path, arguments: list[str]) -> list[str | Path]:
+    """pytest with these arguments."""
+    return [python, "-m", "pytest", "--import-mode=importlib", *arguments]
+
+
+def test_on_gpu(python: Path, further: list[str], variables: dict[str, str]) -> int:
+    """Run the tests of cards on a real one, then the benchmarks for at most ten minutes; their results name the card."""
+    gpu = subprocess.run([str(python), "-c", NAME_OF_GPU], capture_output=True, text=True).stdout.strip()
+    if not gpu:
+        complain(
+            "there is no GPU that torch can use here. `python dev.py test --card` runs the same tests on an emulated one."
+        )
+        return 1
+    logging.info("On %s", gpu)
+    (arguments,) = pytest_processes.arguments_of_each(further, "gpu")
+    statuses = [wait_for(pytest_command(python, arguments), variables)]
+    for name, arguments in SHORT_BENCHMARKS.items():
+        command = [python, ROOT / "benchmarks" / f"{name}.py", *arguments]
+        status = wait_for(command, variables, seconds=BENCHMARK_SECONDS)
+        if status is None:
+            complain(
+                f"the benchmark {name} was stopped after {BENCHMARK_SECONDS} seconds; what it has measured is kept."
+            )
+        statuses.append(status or 0)
+    return pytest_processes.combined_status(statuses)
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -111,19 +152,6 @@ def show_map(options: argparse.Namespace) -> int:
     """Print the map of the code."""
     sys.stdout.writelines(f"{line}\n" for line in code_map.code_map())
     return 0
-
-
-def hand_over(command: list[str | Path], variables: dict[str, str]) -> int:
-    """Become `command`, in the repository root, so that signals reach it and its status is ours."""
-    surroundings = {"OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 8)), **os.environ, **variables}
-    surroundings.pop("PYTHONPATH", None)  # a stray path could put this pack's `nodes` before ComfyUI's
-    words = list(map(str, command))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.name == "nt":
-        return subprocess.call(words, cwd=ROOT, env=surroundings)
-    os.chdir(ROOT)
-    os.execve(words[0], words, surroundings)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,12 @@ def add_row(file: Path, row: Row) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def about(*, host: bool = True) -> str:
+def about(*, host: bool = True, card: str = "no GPU") -> str:
     """Return date, machine and software, on one line.
 
     Args:
         host: Whether ComfyUI's version is of interest.
+        card: The card's name, where one is measured.
     """
     import importlib.metadata as installed
 
@@ -65,4 +66,4 @@ def about(*, host: bool = True) -> str:
 
         versions.insert(0, f"ComfyUI {comfyui_version.__version__}")
     processor = platform.processor() or platform.machine()
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), no GPU; {', '.join(versions)}."
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({processor}), {card}; {', '.join(versions)}."

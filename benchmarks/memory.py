@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("--parts", nargs="+", default=["real", "full", "families"], help="real, full, families")
+    parser.add_argument("--parts", nargs="+", default=["real", "full", "families"], help="real, full, families; or gpu")
     parser.add_argument("--again", action="store_true", help="count everything anew")
     return parser.parse_args()
 
@@ -70,12 +70,26 @@ def run(found: list[Any], file: Path, about: str) -> None:
         logger.info("%s, %s, %d px: %.2f GiB", arm.part, arm.name, arm.size, row.get("peak", 0) / 2**30)
 
 
+def measure_on_gpu(results: Path) -> None:
+    """Measure on this machine's card, and write a report of its own."""
+    import memory_gpu
+    import memory_real
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use here")
+    about = command_line.about(card=torch.cuda.get_device_name())
+    memory_gpu.write(memory_gpu.rows_of(memory_real.Lab(), about), results)
+
+
 def main() -> None:
     """Count, then write the report."""
     options = parse()
     command_line.begin(options, logger)
     import memory_report
 
+    if options.parts == ["gpu"]:
+        return measure_on_gpu(options.results)
     file = options.results / "memory.jsonl"
     if options.again:
         file.unlink(missing_ok=True)

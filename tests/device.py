@@ -6,16 +6,10 @@ The choice is for a whole process: an emulated card cannot be taken back, and Co
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import importlib.util
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-DEVTOOLS = "blockskip_devtools"
 KINDS = ("cpu", "card", "gpu")
 CARD_BYTES = 8 * 2**30
 
@@ -36,19 +30,15 @@ class Device:
 
 
 def choose(kind: str) -> Device:
-    """Return the device of this process; an emulated card is there from now on."""
+    """Return the device of this process; an emulated card is there from now on. The pack must have been loaded."""
     if kind == "card":
         return _emulated()
     return _real() if kind == "gpu" else Device("cpu")
 
 
 def devtools(name: str) -> ModuleType:
-    """A module of ``devtools/``, whose folder is a package by another name: the repository's root stays off ``sys.path``."""
-    if DEVTOOLS not in sys.modules:
-        spec = importlib.machinery.ModuleSpec(DEVTOOLS, None, is_package=True)
-        spec.submodule_search_locations = [str(ROOT / "devtools")]
-        sys.modules[DEVTOOLS] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{DEVTOOLS}.{name}")
+    """A module of ``devtools/``."""
+    return importlib.import_module(f"blockskip_pack.devtools.{name}")
 
 
 def _emulated() -> Device:

@@ -1,0 +1,69 @@
+"""Programs that ``dev.py`` runs in the repository: become one, or wait for one. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+Command = Sequence[str | Path]
+
+
+class Terminated(KeyboardInterrupt):
+    """This process was told to end. Its children were not, as they are by Ctrl-C."""
+
+
+def terminated(*_: object) -> None:
+    """Handle SIGTERM."""
+    raise Terminated
+
+
+def hand_over(command: Command, variables: Mapping[str, str]) -> int:
+    """Become `command`, so that signals reach it and its status is ours."""
+    words = list(map(str, command))
+    _flush()
+    if os.name == "nt":
+        return subprocess.call(words, cwd=ROOT, env=_surroundings(variables))
+    os.chdir(ROOT)
+    os.execve(words[0], words, _surroundings(variables))
+
+
+def wait_for(command: Command, variables: Mapping[str, str], seconds: float | None = None) -> int | None:
+    """Return the status of `command`, or None if it was interrupted because it was not done after so many seconds."""
+    _flush()
+    child = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=_surroundings(variables))
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _interrupt(child)
+        return None
+    except Terminated:
+        _interrupt(child)
+        raise
+    except KeyboardInterrupt:
+        child.wait()
+        raise
+
+
+def _interrupt(child: subprocess.Popen) -> None:
+    if os.name == "nt":
+        child.terminate()
+    else:
+        child.send_signal(signal.SIGINT)
+    child.wait()
+
+
+def _surroundings(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return a program's environment variables."""
+    found = {"OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 8)), **os.environ, **variables}
+    found.pop("PYTHONPATH", None)  # a stray path could put this pack's `nodes` before ComfyUI's
+    return found
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

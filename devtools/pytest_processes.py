@@ -1,0 +1,57 @@
+"""Which pytest processes ``python dev.py test`` runs: the ordinary tests, and those on a card, which cannot share one.
+
+An emulated card cannot be taken back, so what runs on it has a process of its own. Standard library only, like ``dev.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = "tests/card"
+ON_CARD_TOO = (  # tests of the nodes that run on either device
+    "tests/nodes/test_run.py",
+    "tests/nodes/test_memory_plan.py",
+    "tests/nodes/test_ralu_sampler.py",
+    "tests/nodes/run/test_samples.py",
+    "tests/nodes/run/test_memory_check.py",
+    "tests/nodes/run/test_resume.py",
+)
+NO_TESTS = 5  # pytest's exit status when nothing was selected
+
+
+def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> list[list[str]]:
+    """Return the arguments of each pytest process.
+
+    Args:
+        arguments: What the developer hands to pytest. Paths say which processes are meant; without any, both are.
+        device: ``card`` or ``gpu`` to run on that only; None for the ordinary tests and then those on an emulated card.
+    """
+    paths = [argument for argument in arguments if is_path(argument)]
+    if device is not None:
+        return [["--device", device, *arguments, *(() if paths else (CARD, *ON_CARD_TOO))]]
+    on_card = [path for path in paths if is_path(path, below=CARD)]
+    options = [argument for argument in arguments if argument not in paths]
+    ordinary = [path for path in paths if path not in on_card]
+    processes = []
+    if ordinary or not paths:
+        processes.append([*options, *ordinary, f"--ignore={CARD}"])
+    if on_card or not paths:
+        processes.append(["--device", "card", *options, *(on_card or (CARD, *ON_CARD_TOO))])
+    return processes
+
+
+def is_path(argument: str, below: str = ".") -> bool:
+    """Tell whether an argument names a file or folder below another one, or a test in it."""
+    path = (ROOT / argument.partition("::")[0]).resolve()
+    return not argument.startswith("-") and path.exists() and path.is_relative_to((ROOT / below).resolve())
+
+
+def combined_status(statuses: Iterable[int]) -> int:
+    """Return the exit status of several processes: of the first that failed. One without tests is no failure beside others."""
+    statuses = list(statuses)
+    failed = [status for status in statuses if status not in (0, NO_TESTS)]
+    if failed:
+        return failed[0]
+    return 0 if 0 in statuses else NO_TESTS
