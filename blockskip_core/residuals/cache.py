@@ -106,7 +106,7 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
     if needed_bytes + DISK_RESERVE_BYTES > free:
         raise InvalidInputError(
             f"The residuals would take {format_bytes(needed_bytes)} on disk, {format_bytes(free)} are free. "
-            "Use fewer draws, or set storage to `chunked` or `on the fly`."
+            "Use fewer training examples, or set storage to `chunked` or `on the fly`."
         )
 
 
@@ -212,7 +212,7 @@ class ResidualCache:
             CacheError: If the draw is absent, or a tensor does not match its checksum.
         """
         if draw not in self._names:
-            raise CacheError(f"Draw {draw} is not among the stored residuals.")
+            raise CacheError(f"Training example {draw} is not among the stored residuals.")
         return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw] if wanted(name)}
 
     def verify(self) -> None:

@@ -214,8 +214,8 @@ def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
     needed = 2 * residuals.latents.nbytes  # joined in the end
     if needed > free:
         raise InvalidInputError(
-            f"The latents of {len(residuals.schedule)} draws take {format_bytes(needed)} of host memory, "
-            f"{format_bytes(free)} are free. Use fewer draws."
+            f"The latents of {len(residuals.schedule)} training examples take {format_bytes(needed)} of host memory, "
+            f"{format_bytes(free)} are free. Use fewer training examples."
         )
     if residuals.storage != "on the fly":
         count = len(residuals.schedule) if residuals.storage == "disk" else residuals.chunk_size

@@ -66,6 +66,33 @@ def test_the_core_knows_no_host(path):
             assert "hosts" not in {alias.name for alias in node.names}
 
 
+NAMES_OF_NODES = (
+    "Select Blocks", "Precompute Residuals", "Dynamic Patch Trainer", "Memory Plan", "Sample While Training",
+    "Apply BlockSkip LoRA", "RALU Sampler", "queue", "Queue",
+)  # fmt: skip
+
+
+def texts(tree):
+    """Return all texts of a module but its docstrings, which only developers read."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented)
+            and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.value for node in constants if id(node) not in docs]
+
+
+@pytest.mark.parametrize("path", PURE, ids=relative)
+def test_the_core_speaks_of_arguments_not_of_nodes(path):
+    """What a person should do at which node, the nodes and hosts say."""
+    said = texts(ast.parse(path.read_text(encoding="utf-8")))
+    assert [text for text in said if any(name in text for name in NAMES_OF_NODES)] == []
+
+
+def test_the_search_for_names_of_nodes_finds_one():
+    tree = ast.parse('"""Select Blocks."""\nraise ValueError(f"Connect {x} to Select Blocks.")')
+    assert [text for text in texts(tree) if "Select Blocks" in text] == [" to Select Blocks."]
+
+
 def test_the_door_of_the_pack_imports_nothing_of_the_host():
     assert not imported(ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))) & HOST_MODULES
 

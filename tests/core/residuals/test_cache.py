@@ -112,7 +112,7 @@ def test_residuals_of_something_else_are_refused_by_name(tmp_path, field):
 
 
 def test_a_draw_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(CacheError, match="Draw 7 is not among"):
+    with pytest.raises(CacheError, match="Training example 7 is not among"):
         ResidualCache(written(tmp_path / "c"), IDENTITY).read(7)
 
 

@@ -486,7 +486,10 @@ def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
     require_room(residuals, dit)
     require_room(dataclasses.replace(residuals, latents=residuals.latents.to("meta")), dit)
     huge = dataclasses.replace(residuals, latents=torch.empty(5, 2**40, 2, 3, device="meta"))
-    with pytest.raises(InvalidInputError, match=r"latents of 5 draws take .* of host memory, .* Use fewer draws"):
+    with pytest.raises(
+        InvalidInputError,
+        match=r"latents of 5 training examples take .* of host memory, .* Use fewer training examples",
+    ):
         require_room(huge, dit)
     dit.width = 2**40
     with pytest.raises(InvalidInputError, match="on disk"):
