@@ -67,10 +67,10 @@ class BlockSelection:
     frozen: int = 0
 
     def __post_init__(self) -> None:
-        if self.front < 0 or self.back < 0 or self.frozen < 0:
-            raise InvalidInputError(
-                f"front, back and frozen must not be negative, got {self.front}, {self.back} and {self.frozen}."
-            )
+        if self.front < 0 or self.back < 0:
+            raise InvalidInputError(f"front and back must not be negative, got {self.front} and {self.back}.")
+        if self.frozen < 0:
+            raise InvalidInputError(f"frozen must not be negative, got {self.frozen}.")
         if self.front + self.back + self.frozen >= self.num_blocks:
             raise InvalidInputError(
                 f"Skipping the first {self.front} and the last {self.back + self.frozen} of {self.num_blocks} blocks leaves none "

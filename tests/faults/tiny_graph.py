@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 TESTS = Path(__file__).resolve().parents[1]
+PACKAGE = "blockskip_tests"
 LEFTOVERS = (".part", ".trial", ".lock")
 PATCHES = {"draws": 6, "patch_min": 32, "patch_max": 64, "storage": "disk", "seed": 3, "chunk_size": 2}
 TRAINING = {
@@ -29,13 +29,11 @@ TRAINING = {
 
 
 def load(*path: str) -> ModuleType:
-    """A module of the tests from its file."""
-    name = "_".join(["blockskip_tests", *path]).removesuffix(".py")
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, TESTS.joinpath(*path))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    """A module of the tests from its file, in a package, so that it can import those beside it."""
+    if PACKAGE not in sys.modules:
+        sys.modules[PACKAGE] = ModuleType(PACKAGE)
+        sys.modules[PACKAGE].__path__ = [str(TESTS)]
+    return importlib.import_module(".".join([PACKAGE, *path]).removesuffix(".py"))
 
 
 def prepare() -> None:

@@ -138,7 +138,7 @@ def test_precompute_refuses_sides_out_of_order(bench, nodes):
         ({"draws": 0}, "At least one training example is needed, got 0"),
         ({"storage": "cloud"}, "storage must be one of disk, chunked, on the fly, got 'cloud'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"back_residual": "cubic"}, "back_residual must be one of constant, linear, got 'cubic'"),
+        ({"back_residual": "cubic"}, "back_residual must be one of constant, linear, exact, got 'cubic'"),
         ({"residual_format": "int2"}, "residual_format must be one of exact, int8, fp8, got 'int2'"),
         ({"patch_order": "sideways"}, "Patch order must be one of .*, got 'sideways'"),
         ({"timesteps": "late"}, "timestep distribution must be one of .*, got 'late'"),

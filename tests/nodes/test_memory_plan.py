@@ -79,10 +79,10 @@ def test_layers_that_are_quantised_for_the_run_are_in_host_memory_and_one_of_the
     planned = planned_run(bench, nodes, bench.select()[0])
     off, int8 = (planned.count(replace(planned.settings, quantize_kept=form)) for form in ("off", "int8"))
     dit = planned.run.dit
-    quantised = QuantisedDit(dit, [dit.blocks[index].name for index in planned.run.selection.kept], "int8")
+    quantised = QuantisedDit(dit, {dit.blocks[index].name: "int8" for index in planned.run.selection.kept})
     layers = {
         f"{name}.{path}": layer.weight
-        for name in quantised._names
+        for name in quantised._formats
         for path, layer in quantised.module(name).named_modules()
         if f"{name}.{path}" in quantised.layer_errors
     }
