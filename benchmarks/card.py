@@ -14,7 +14,8 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     return sorted(found, key=lambda cell: (cell.card, cell.paged))
 
 
-def run_cell(cell: Cell, comfyui: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, comfyui: Path, *counts: Path) -> dict[str, Any]:
     """Run a cell in a process of its own and return its row, or one that says how the process failed."""
     done = subprocess.run(
-        [sys.executable, RUN, json.dumps(asdict(cell))], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
+        [sys.executable, RUN, json.dumps(asdict(cell)), *counts], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 0:
@@ -72,15 +73,25 @@ def cell_of(row: dict[str, Any]) -> Cell:
     return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
 
 
+def is_settled(cell: Cell, rows: list[dict[str, Any]]) -> bool:
+    """Return whether a cell was run, or a smaller card had room for everything: more room changes nothing then."""
+    for row in rows:
+        if "failed" in row or replace(cell_of(row), card=cell.card) != cell:
+            continue
+        if row["card"] == cell.card or (row["card"] < cell.card and row["plan"]["keeps_all"]):
+            return True
+    return False
+
+
 def run(wanted: list[Cell], file: Path, comfyui: Path) -> None:
     """Run the cells that are not in the file yet; those that failed are tried again."""
-    done = {cell_of(row) for row in rows_in(file) if "failed" not in row}
-    for cell in wanted:
-        if cell in done:
-            continue
-        row = run_cell(cell, comfyui)
-        command_line.add_row(file, row)
-        logger.info("%s, %s, %g GiB: %s", cell.model, cell.weights, cell.card, card_report.in_short(row))
+    with tempfile.TemporaryDirectory() as counts:  # for this run only: other code may count otherwise
+        for cell in wanted:
+            if is_settled(cell, rows_in(file)):
+                continue
+            row = run_cell(cell, comfyui, Path(counts))
+            command_line.add_row(file, row)
+            logger.info("%s, %s, %g GiB: %s", cell.model, cell.weights, cell.card, card_report.in_short(row))
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ card whose tensors have shapes and no bytes; *paged* with its dynamic VRAM, the 
 Bytes are those of all tensors that live on the card at the same time, each with its exact size. What a real allocator rounds
 up or cannot reuse, kernels' workspaces and the CUDA context are not in them. **Counted**: what Memory Plan says, before the run. Of each card an
 eighth and 0.5 GiB belong to others, as in Memory Plan's presets. Batch 1, crops of 256 px, rank 16, AdamW, 512 text tokens,
-half of the blocks skipped (preset). GiB if not said otherwise."""
+half of the blocks skipped (preset). Where a card has room for all activations, larger ones were not run. GiB if not said
+otherwise."""
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -116,7 +117,8 @@ def _table(rows: Iterable[Row], head: Sequence[str], cells: Callable[[Row], list
     for row in rows:
         front, back, blocks = row["selection"]
         name = f"**{_name(row)}**, {front} + {back} of {blocks} skipped"
-        lines.append(_line(["" if name == above else name, f"{row['card']:g}", *cells(row)]))
+        card = f"{row['card']:g}{' and more' * row['plan']['keeps_all']}"
+        lines.append(_line(["" if name == above else name, card, *cells(row)]))
         above = name
     return lines
 

@@ -1,13 +1,15 @@
 """One cell of the card benchmark, in a process of its own: a model's whole run through the nodes, on an emulated card.
 
-Takes a cell as JSON and prints what was seen as one line of JSON.
+Takes a cell as JSON, and a folder for counts, and prints what was seen as one line of JSON.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -52,15 +54,18 @@ class Cell:
         return self.card <= SMALLEST and not self.paged
 
 
-def seen_in(cell: Cell, folder: Path, comfyui: Path) -> dict[str, Any]:
+def seen_in(cell: Cell, folder: Path, comfyui: Path, counts: Path | None = None) -> dict[str, Any]:
     """Run a cell and return what was seen, in bytes; nothing of ComfyUI may have been imported before.
 
     Args:
         cell: What is run.
         folder: Empty; for the nodes' files.
         comfyui: ComfyUI's folder.
+        counts: Where counts are kept for other cells, see :func:`remember_counts`.
     """
     card = installed_card(cell, comfyui)
+    if counts is not None:
+        remember_counts(cell, counts)
     from command_line import about
 
     with Bench(cell, card, folder) as bench:
@@ -87,6 +92,23 @@ def installed_card(cell: Cell, comfyui: Path) -> Any:
     use_pack(comfyui)
     host.disable_kernels()
     return card
+
+
+def remember_counts(cell: Cell, folder: Path) -> None:
+    """Let what Memory Plan counts be counted once for all cards: it does not depend on the card, and takes most of a cell's time."""
+    from blockskip_pack.blockskip_core.hosts.models import counted_run
+
+    count = counted_run.memory_needs
+
+    def remembered(dit: Any, plan: Any, weights: Any) -> Any:
+        settings = {name: value for name, value in vars(plan).items() if name != "layers"}
+        key = repr((cell.model, cell.weights, settings, sorted(plan.layers), weights))
+        file = folder / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        if not file.is_file():
+            file.write_bytes(pickle.dumps(count(dit, plan, weights)))
+        return pickle.loads(file.read_bytes())
+
+    counted_run.memory_needs = remembered
 
 
 def loaded_model(cell: Cell) -> Any:
@@ -239,7 +261,7 @@ class Bench:
         )
         needs = run.needs(settings)
         seen = {
-            "fits": as_set, "settings_fit": fits(peak_of(settings, needs), self.memory.free()),
+            "fits": as_set, "keeps_all": as_set and not settings.config.checkpointing, "settings_fit": fits(peak_of(settings, needs), self.memory.free()),
             "says": text.splitlines()[0], "settings": settings.describe(),
         }  # fmt: skip
         return Plan(settings, needs, run.largest_trained_block(settings), seen)
@@ -345,10 +367,11 @@ class Bench:
 
 
 def main() -> None:
-    """Run the cell of the command line."""
+    """Run the cell of the command line; the folder of counts may follow."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        row = seen_in(Cell(**json.loads(sys.argv[1])), Path(folder), Path(os.environ["COMFYUI_PATH"]))
+        cell, counts = Cell(**json.loads(sys.argv[1])), Path(sys.argv[2]) if len(sys.argv) > 2 else None
+        row = seen_in(cell, Path(folder), Path(os.environ["COMFYUI_PATH"]), counts)
     sys.stdout.write(json.dumps(row) + "\n")
 
 

@@ -111,7 +111,7 @@ def row(peak: float = 5.0, **changes: object) -> dict:
     }  # fmt: skip
     return {
         "model": "M", "weights": "bf16", "card": 8.0, "paged": False, "with_bytes": False, "about": "today", "selection": (2, 1, 6),
-        "plan": {"fits": False, "settings_fit": True, "says": "", "settings": "as small as possible."},
+        "plan": {"fits": False, "keeps_all": False, "settings_fit": True, "says": "", "settings": "as small as possible."},
         "precompute": {"counted": GIB, "peak": 2 * GIB, "counted_host": GIB, "host": GIB, "left": 3 * 2**20},
         "resident": run, "streamed": {**run, "peak": GIB}, **changes,
     }  # fmt: skip
@@ -121,7 +121,7 @@ def test_a_stopped_run_is_resumed_and_a_failed_cell_is_tried_again(card, tmp_pat
     file, tried = tmp_path / "card.jsonl", []
     cells = [card.runs.Cell(name, "bf16", 8.0) for name in ("good", "bad")]
 
-    def run_cell(cell: object, comfyui: Path) -> dict:
+    def run_cell(cell: object, comfyui: Path, counts: Path) -> dict:
         tried.append(cell.model)
         return {**row(model=cell.model), **({"failed": "boom"} if len(tried) == 2 else {})}
 
@@ -133,6 +133,16 @@ def test_a_stopped_run_is_resumed_and_a_failed_cell_is_tried_again(card, tmp_pat
     assert tried == ["good", "bad", "bad"]
     assert [found["model"] for found in card.main.rows_in(file)] == ["good", "bad"]
     assert "boom" not in card.report.text(card.main.rows_in(file))
+
+
+def test_a_larger_card_than_one_with_room_for_everything_is_not_run(card):
+    cell, roomy = card.runs.Cell("M", "bf16", 16.0), row(card=12.0)
+    assert not card.main.is_settled(cell, [roomy])
+    roomy["plan"]["keeps_all"] = True
+    assert card.main.is_settled(cell, [roomy])
+    for other in ({"card": 24.0}, {"weights": "fp8"}, {"paged": True}, {"failed": "boom"}):
+        assert not card.main.is_settled(cell, [{**roomy, **other}])
+    assert "| 12 and more |" in card.report.text([roomy])
 
 
 def test_a_process_that_fails_is_told(card, tmp_path: Path, monkeypatch):
