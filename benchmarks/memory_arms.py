@@ -38,6 +38,8 @@ from torch.utils.checkpoint import checkpoint
 CORE, PLAIN, OURS, PREPARE = "ComfyUI's Train LoRA", "plain LoRA (peft)", "BlockSkip", "before training"
 WHOLE_RUN = "a whole run: 400 draws, 64 at a time"
 FORMATS = ("bf16", "fp8", "int8", "4-bit")
+FROZEN = "4-bit"
+EXACT = f"half skipped, the last ones frozen in {FROZEN}"
 SIZES = (512, 256)
 TEXT_TOKENS, RANK, CELL = 512, 16, 8  # CELL: pixels per latent cell
 
@@ -152,6 +154,20 @@ class Subject:
         config = TrainingConfig(steps=1, checkpointing=checkpointing)
         return count_training(dit, shape, selection, adapters, config, residual)
 
+    def exact(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
+        """Count a step whose last blocks run frozen, in :data:`FROZEN`, instead of being skipped.
+
+        Everything is counted as unpacked for every use: the largest layer of a step is one of the packed ones anyway.
+        """
+        dit, shape, selection = self._form(False), self.latent_shape(size), self.selection(*spans).with_exact_back()
+        adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
+        residual = residual_of_zeros(token_shapes(dit, shape, block=max(0, spans[0] - 1)), selection)
+        count = count_training(dit, shape, selection, adapters, TrainingConfig(steps=1), residual)
+        trained, frozen = self.stored(weights), self.stored(FROZEN)
+        blocks = [trained.blocks[index] for index in selection.adapted]
+        blocks += [frozen.blocks[index] for index in selection.frozen_span]
+        return count.with_weights(sum(blocks) + trained.others)
+
     def precompute(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
         """Count the precomputing of one draw."""
         count = count_precompute(self._form(weights == "bf16"), self.latent_shape(size), self.selection(*spans))
@@ -249,6 +265,11 @@ def arms_of(flux: Subject) -> list[Arm]:
                         for on in ((False, True) if source == "cached" else (True,))
                     ]  # fmt: skip
     arms += [
+        Arm(part=OURS, name=EXACT, size=256, checkpointing=True, weights=weights, skipped=(19, 10), source="cached",
+            count=lambda weights=weights: flux.exact(256, (19, 10), weights))
+        for weights in FORMATS
+    ]  # fmt: skip
+    arms += [
         Arm(part=PREPARE, name="precomputing, 50% skipped", size=size, weights=weights, skipped=(19, 10),
             count=lambda a=(size, (19, 10), weights): flux.precompute(*a))
         for weights in FORMATS for size in SIZES
@@ -273,6 +294,11 @@ def arms_of_family(published: Published) -> list[Arm]:
             skipped=published.halves, source="cached",
             count=lambda weights=weights: subject().ours(256, published.halves, True, weights, "cached"))
         for weights in FORMATS
+    ] + [
+        Arm(part=published.name, name=EXACT, size=256, checkpointing=True, weights=weights,
+            skipped=published.halves, source="cached",
+            count=lambda weights=weights: subject().exact(256, published.halves, weights))
+        for weights in FORMATS if published.halves[1]
     ]  # fmt: skip
 
 

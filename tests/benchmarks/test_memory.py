@@ -143,7 +143,9 @@ def test_the_real_model_is_counted_the_same_without_weights(bench, monkeypatch):
     monkeypatch.setattr(hosted_dit, "_WITH_BACKWARD", ("attention_pytorch",))  # the kernel of the counts
     lab = real.Lab()
     counts = [lab.ours((1, 1), True, weightless=weightless) for weightless in (False, True)]
-    assert counts[0].peak == counts[1].peak > counts[0].weights
+    beside = counts[0].between - counts[1].between  # a fused optimiser counts its steps on the device, 4 bytes a tensor
+    assert 0 < beside < 1024
+    assert counts[0].peak - beside == counts[1].peak > counts[0].weights
     assert counts[0].saved == counts[1].saved
     core = lab.core(True, True)
     assert core.weights == lab.weights

@@ -165,7 +165,7 @@ def test_on_the_fly_does_not_read_it(tmp_path):
 
 
 def test_another_word_is_refused(tmp_path):
-    with pytest.raises(InvalidInputError, match="back_residual must be one of constant, linear, got 'cubic'"):
+    with pytest.raises(InvalidInputError, match="back_residual must be one of constant, linear, exact, got 'cubic'"):
         residual_set(tmp_path, back_residual="cubic")
 
 
