@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from devtools import code_map, environment, processes, pytest_processes
-from devtools.processes import hand_over, wait_for
+from devtools.processes import hand_over, run_side_by_side, wait_for
 
 ROOT = Path(__file__).resolve().parent
 NAME_OF_GPU = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
@@ -100,7 +100,10 @@ def test(options: argparse.Namespace) -> int:
     ]
     if len(commands) == 1:
         return hand_over(commands[0], variables)
-    return pytest_processes.combined_status([wait_for(command, variables) for command in commands])
+    at_once = min(len(commands), os.cpu_count() or 1, 2)
+    threads = {"OMP_NUM_THREADS": "1"} if at_once > 1 else {}
+    statuses = run_side_by_side(commands, {**variables, **threads}, at_once)
+    return pytest_processes.combined_status(statuses)
 
 
 def pytest_command(python: Path, arguments: list[str]) -> list[str | Path]:

@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 Command = Sequence[str | Path]
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,6 +51,50 @@ def wait_for(command: Command, variables: Mapping[str, str], seconds: float | No
     except KeyboardInterrupt:
         child.wait()
         raise
+
+
+def run_side_by_side(commands: Sequence[Command], variables: Mapping[str, str], at_once: int) -> list[int]:
+    """Return the status of each command. What one has printed is shown as a whole when it is done.
+
+    Args:
+        commands: In the order in which they are started.
+        variables: Environment variables of all.
+        at_once: How many may run at the same time.
+    """
+    waiting, running, statuses = list(enumerate(commands)), {}, {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                index, command = waiting.pop(0)
+                running[index] = _start_quietly(command, variables)
+            for index, (child, output) in list(running.items()):
+                if child.poll() is not None:
+                    statuses[index] = child.returncode
+                    _show(output)
+                    del running[index]
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    finally:
+        for child, output in running.values():  # interrupted
+            _interrupt(child)
+            _show(output)
+    return [statuses[index] for index in range(len(commands))]
+
+
+def _start_quietly(command: Command, variables: Mapping[str, str]) -> tuple[subprocess.Popen, IO[bytes]]:
+    _flush()
+    output = tempfile.TemporaryFile()
+    words = list(map(str, command))
+    child = subprocess.Popen(
+        words, cwd=ROOT, env=_surroundings(variables), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+    )
+    return child, output
+
+
+def _show(output: IO[bytes]) -> None:
+    output.seek(0)
+    sys.stdout.write(output.read().decode(errors="replace"))
+    sys.stdout.flush()
+    output.close()
 
 
 def _interrupt(child: subprocess.Popen) -> None:

@@ -1,6 +1,7 @@
-"""Which pytest processes ``python dev.py test`` runs: the ordinary tests, and those on a card, which cannot share one.
+"""Which pytest processes ``python dev.py test`` runs: the ordinary tests in two halves, and those on a card.
 
-An emulated card cannot be taken back, so what runs on it has a process of its own. Standard library only, like ``dev.py``.
+An emulated card cannot be taken back, so what runs on it has a process of its own. The halves take about as long as each
+other and run side by side where there are two cores. Standard library only, like ``dev.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "tests/card"
+FIRST_HALF = ("tests/core", "tests/hosts", "tests/docs", "tests/demo")  # the other half is all the rest
 ON_CARD_TOO = (  # tests of the nodes that run on either device
     "tests/nodes/test_run.py",
     "tests/nodes/test_memory_plan.py",
@@ -26,7 +28,7 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
 
     Args:
         arguments: What the developer hands to pytest. Paths say which processes are meant; without any, both are.
-        device: ``card`` or ``gpu`` to run on that only; None for the ordinary tests and then those on an emulated card.
+        device: ``card`` or ``gpu`` to run on that only; None for the ordinary tests and those on an emulated card.
     """
     paths = [argument for argument in arguments if is_path(argument)]
     if device is not None:
@@ -34,11 +36,14 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     on_card = [path for path in paths if is_path(path, below=CARD)]
     options = [argument for argument in arguments if argument not in paths]
     ordinary = [path for path in paths if path not in on_card]
+    if not paths:
+        rest = [f"--ignore={folder}" for folder in (CARD, *FIRST_HALF)]
+        return [[*options, "tests", *rest], [*options, *FIRST_HALF], ["--device", "card", *options, CARD, *ON_CARD_TOO]]
     processes = []
-    if ordinary or not paths:
+    if ordinary:
         processes.append([*options, *ordinary, f"--ignore={CARD}"])
-    if on_card or not paths:
-        processes.append(["--device", "card", *options, *(on_card or (CARD, *ON_CARD_TOO))])
+    if on_card:
+        processes.append(["--device", "card", *options, *on_card])
     return processes
 
 

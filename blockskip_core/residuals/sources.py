@@ -381,6 +381,7 @@ class ChunkedSource:
         A run that starts within a chunk computes the rest of it. A linear answer is that of the first ``chunk_size`` draws,
         as on the disk; if the first stretch has others, these are computed for it.
         """
+        remove_stale_locks(self._residuals.folder.parent)  # of chunks whose run was killed before they had a folder
         length = max(1, self._residuals.chunk_size // run.batch_size)
         if start < len(run) and _wants_response(self._residuals):
             fitted = list(range(min(self._residuals.chunk_size, len(self._residuals.schedule))))

@@ -12,7 +12,12 @@ import torch
 from ...blockskip_core.adapters.lora_formats import to_host_lora
 from ...blockskip_core.errors import TrainingError
 from ...blockskip_core.hosts.files.lora_files import LoraModel, ReservedName
-from ...blockskip_core.hosts.models.out_of_memory import OutOfMemoryError, is_out_of_memory, let_go
+from ...blockskip_core.hosts.models.out_of_memory import (
+    OutOfMemoryError,
+    is_out_of_memory,
+    let_go,
+    out_of_memory_explained,
+)
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.models.residency import evict_others
 from ...blockskip_core.model import WeightPlacement
@@ -59,7 +64,8 @@ def run_training(
         BlockSkipError: If the run cannot start, or cannot continue; the message names the file that holds what was
             learned. Anything else that ends it, Cancel too, saves what was learned and passes through.
     """
-    run = prepare(model, residuals, request)
+    with out_of_memory_explained("Preparing the training", "Unload what else uses the device, and queue again."):
+        run = prepare(model, residuals, request)
 
     def wait_for_another(step: int) -> None:
         progress("waiting for another process, which trains the same run", min(step, request.steps), request.steps)

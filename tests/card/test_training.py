@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ..hosts.tiny_families import FAMILIES, FLUX, TinyFamily
-from .modes import MODES, PAGED
+from .modes import MODES
 from .runs import Outcome, Runs, leaving_nothing, on_cpu
 
 STORAGES = ("disk", "chunked", "on the fly")
@@ -20,23 +20,13 @@ UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_train
 OFTEN = ("streamed", "few_pages")  # modes that every family is trained in
 
 
-TENSORS_BESIDE_CHILDREN = ("z_image", "wan21", "wan22")  # families with weights in a module that has modules
-XFAIL = pytest.mark.xfail(
-    strict=True,
-    reason="With dynamic VRAM the MODEL itself is loaded once to reserve addresses, outside inference mode: its weights "
-    "beside children can then no longer be hashed, so the trainer dies after precomputing.",
-)
-
-
 def pairs() -> Iterator[Any]:
     """Every family in two modes and some in all; storages in turn, so that every family and mode sees each."""
     for row, family in enumerate(FAMILIES):
         for column, mode in enumerate(UNASKED):
             if mode in OFTEN or family.name in ("flux", "z_image", "wan21"):
                 storage = STORAGES[(row + column) % len(STORAGES)]
-                known_fault = mode in PAGED and family.name in TENSORS_BESIDE_CHILDREN and storage == "disk"
-                marks = [XFAIL] if known_fault else []
-                yield pytest.param(family, mode, storage, id=f"{family.name}-{mode}", marks=marks)
+                yield pytest.param(family, mode, storage, id=f"{family.name}-{mode}")
 
 
 @pytest.fixture(scope="module")

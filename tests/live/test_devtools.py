@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from ..device import devtools
 
 FAKE_HOST = """
 import http.server, subprocess, sys
@@ -116,3 +119,45 @@ def test_folder_without_comfyui_is_named(tmp_path: Path, devtool: Callable[[str]
     environment = devtool("environment")
     with pytest.raises(environment.EnvironmentProblem, match="is not a ComfyUI folder: it has no main.py"):
         environment.checked_host(tmp_path)
+
+
+# --- several pytest processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def processes() -> ModuleType:
+    return devtools("processes")
+
+
+def says(text: str, status: int = 0, seconds: float = 0.0) -> list[str]:
+    """A command that prints something, late, and ends with a status."""
+    return [sys.executable, "-c", f"import time; time.sleep({seconds}); print({text!r}); raise SystemExit({status})"]
+
+
+def test_commands_run_side_by_side_and_are_shown_whole_one_after_the_other(processes, capsys):
+    commands = [says("slow", seconds=1.0), says("quick", status=3), says("last")]
+    assert processes.run_side_by_side(commands, {}, at_once=2) == [0, 3, 0]
+    assert capsys.readouterr().out.split() == ["quick", "last", "slow"]
+
+
+def test_one_at_a_time_is_in_order(processes, capsys):
+    assert processes.run_side_by_side([says("first", seconds=0.3), says("second")], {}, at_once=1) == [0, 0]
+    assert capsys.readouterr().out.split() == ["first", "second"]
+
+
+def test_every_folder_of_tests_is_in_one_process():
+    chosen = devtools("pytest_processes")
+    rest, half, card = chosen.arguments_of_each(["-q"])
+    folders = {f"tests/{path.name}" for path in (chosen.ROOT / "tests").iterdir() if any(path.glob("**/test_*.py"))}
+    left_out = {argument.partition("=")[2] for argument in rest if argument.startswith("--ignore=")}
+    assert left_out == {*half[1:], "tests/card"} < folders
+    assert rest[1] == "tests"
+    assert card[:3] == ["--device", "card", "-q"]
+    assert "tests/card" in card
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"), [([0, 0], 0), ([0, 5], 0), ([5, 5], 5), ([0, 1], 1), ([2, 1], 2), ([0, -9], -9)]
+)
+def test_the_status_of_several_is_that_of_the_first_that_failed(statuses, expected):
+    assert devtools("pytest_processes").combined_status(statuses) == expected

@@ -96,7 +96,8 @@ class HostedDit(AdaptedDit):
         places are never given back.
         """
         if not self._reserved and self.patcher.is_dynamic():
-            comfy.model_management.load_models_gpu([self.patcher])
+            with torch.inference_mode():  # as the host loads it: outside, its own weights could not be hashed any more
+                comfy.model_management.load_models_gpu([self.patcher])
         self._reserved = True
 
     @cached_property
