@@ -42,6 +42,7 @@ WORD_NORM, PLACE_NORM = 6.0, 4.0
 
 DIT_RATE = 2e-3
 EMA_DECAY = 0.998
+LOGGED = 50  # steps between two lines of the log, each with a checkpoint
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -265,7 +266,7 @@ class DitTraining:
             loss = flow_loss(self.model, *inputs).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = learning_rate(self.step, self.options.steps, self.options.rate, warmup=200)
+        rate = learning_rate(self.step, self.options.steps, self.options.rate)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -285,7 +286,7 @@ def train_dit(options: argparse.Namespace, device: torch.device) -> None:
     while training.step < options.steps:
         bucket, loss = training.advance()
         losses.setdefault("x".join(map(str, bucket.size)), []).append(loss)
-        if training.step % 100 == 0:
+        if training.step % LOGGED == 0:
             shown = ", ".join(f"{size} {sum(kept) / len(kept):.4f}" for size, kept in sorted(losses.items()))
             logger.info("dit: step %d, %.0f s, loss %s", training.step, time.monotonic() - started, shown)
             losses, started = {}, time.monotonic()

@@ -22,7 +22,7 @@ logger = logging.getLogger("world_data")
 
 FIRST_SHARDS, FIRST_SHARD = {128: 15, 256: 6}, 2000
 HELD_OUT = 200
-GROWTH = 150  # steps after which every bucket gets another part
+GROWTH = 500  # steps after which every bucket gets another part
 CAPTION_DROPOUT = 0.1
 SAID_SHARE = 0.75  # how often size and place are said, each
 MAX_OBJECT_WEIGHT = 8.0
@@ -53,14 +53,14 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket((128, 128), 48, 0.26, 1500, 14),
-    Bucket((192, 128), 32, 0.07, 750, 8),
-    Bucket((128, 192), 32, 0.07, 750, 8),
-    Bucket((192, 192), 21, 0.14, 1000, 10),
-    Bucket((256, 192), 16, 0.07, 500, 8),
-    Bucket((192, 256), 16, 0.07, 500, 8),
-    Bucket((256, 256), 12, 0.2, 800, 12),
-    Bucket((320, 320), 8, 0.12, 400, 12),
+    Bucket((128, 128), 32, 0.26, 1500, 14),
+    Bucket((192, 128), 21, 0.07, 750, 8),
+    Bucket((128, 192), 21, 0.07, 750, 8),
+    Bucket((192, 192), 14, 0.14, 1000, 10),
+    Bucket((256, 192), 11, 0.07, 500, 8),
+    Bucket((192, 256), 11, 0.07, 500, 8),
+    Bucket((256, 256), 8, 0.2, 800, 12),
+    Bucket((320, 320), 5, 0.12, 400, 12),
 )
 
 
