@@ -19,6 +19,7 @@ from typing import Any
 
 import command_line
 import quality
+import torch
 from quality_arms import BASELINE, FULL, SMALL, arm_named
 from quality_world import Bench, Settings
 
@@ -35,6 +36,7 @@ class PlainBench(Bench):
         return self.conditioning(self.world.caption(scene, sized=False, placed=False))
 
 
+@torch.no_grad()  # as every cell of the quality benchmark; the training loop asks for gradients itself
 def pair(bench: Bench, subject: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Held-out losses at both sizes without a LoRA, with one that saw full pictures, and with one that saw crops."""
     models = {"base": bench.model}

@@ -124,7 +124,13 @@ def main() -> None:
     parts, below = load_world(options.assets), []
     for size in options.sizes:
         right, pictures = evaluate(parts, size, options)
-        about = {"pixels": size, "count": options.count, "steps": options.steps, "cfg": options.cfg}
+        about = {
+            "pixels": size,
+            "count": options.count,
+            "steps": options.steps,
+            "cfg": options.cfg,
+            "bfloat16": options.bfloat16,
+        }
         logger.info(json.dumps({**about, "right": right}))
         below += [f"{name} at {size[0]} x {size[1]}" for name, share in right.items() if share < BAR]
         if options.sheet:
