@@ -115,6 +115,7 @@ CONTRACT = {
             back_residual COMBO? = constant {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             memory_settings BLOCKSKIP_MEMORY?
+            files BLOCKSKIP_FILES?
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
