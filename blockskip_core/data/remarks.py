@@ -92,6 +92,23 @@ def on_transparent(pictures: Sequence[int], labels: Labels) -> str | None:
     )
 
 
+def put_on_white(pictures: Sequence[int], labels: Labels) -> str | None:
+    """Return which pictures had transparent parts, now white, or None."""
+    if not pictures:
+        return None
+    return f"{labels.counted(pictures)} partly transparent and shown on white: {labels.listed(pictures)}."
+
+
+def on_guessed_texts(pictures: Sequence[int], labels: Labels) -> str | None:
+    """Return of which pictures the caption may have wrong letters, or None; ``pictures`` are those of an unknown encoding."""
+    if not pictures:
+        return None
+    return (
+        f"The captions of {labels.listed(pictures)} are not in UTF-8 and were read as Windows-1252, which is right for Western "
+        "languages only. Save them in UTF-8 to be sure."
+    )
+
+
 def on_empty_captions(captions: Sequence[str], labels: Labels) -> str | None:
     """Return which pictures have no words, or None if all have some; ``captions`` are their texts."""
     empty = [index for index, caption in enumerate(captions) if not caption]

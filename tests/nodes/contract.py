@@ -22,6 +22,7 @@ HOST_DECIDES = (
     "scheduler",
     "start_file",
     "lora_name",
+    "folder",
 )  # choices that depend on version and files
 
 
@@ -200,6 +201,13 @@ CONTRACT = {
             custom_shift FLOAT? = 3.0 [0.1, 100.0] step 0.01
         """,
         [("latent", "LATENT"), ("early_regions", "IMAGE"), ("report", "STRING")],
+        takes_lists=False,
+    ),
+    "BlockSkip_LoadTrainingFolder": Contract(
+        """
+            folder COMBO = None {host's}
+        """,
+        [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,
     ),
 }
