@@ -125,7 +125,7 @@ BROKEN = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no picture", encoding="utf-8"),
     "huge": huge,
-    "floating point": lambda path: Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(path, format="TIFF"),
+    "floating point": lambda path: Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(path, format="TIFF"),
     "32 bits": lambda path: Image.fromarray(np.full((8, 8), 70000, dtype=np.int32)).save(path, format="TIFF"),
 }
 

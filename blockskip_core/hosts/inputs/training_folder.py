@@ -129,7 +129,7 @@ def _folder(folder: str) -> Path:
 
 def _pictures(root: Path) -> dict[Path, int]:
     """Return every picture of the folder and of the folders in it, sorted, and how often it counts."""
-    found = {path: 1 for path in _of_suffix(root)}
+    found = dict.fromkeys(_of_suffix(root), 1)
     for inner in sorted((path for path in _listed(root) if path.is_dir()), key=_order):
         named = _REPEATED.match(inner.name)
         times = int(named[1]) if named else 1
