@@ -93,7 +93,7 @@ def outcome(load, name, judge):
     """Return what a loader makes of the folder, in words."""
     try:
         images, texts, said = load()
-    except Exception as error:  # ComfyUI's own too: that is what the table says
+    except Exception as error:  # noqa: BLE001 - ComfyUI's own too, which the table names
         return "refused by name" if name in str(error) else f"an error that does not name it ({type(error).__name__})"
     return judge(images[0][0], texts[0], said)
 
