@@ -27,8 +27,9 @@ GAP, GROUP_TOP, TITLE = 40, 60, 30
 NOTE_WIDTH, LINE, LETTER = 460, 16, 5.9  # px of a note's line and letter
 NEVER = 2  # the mode of a muted node
 SAYS_SOMETHING = {  # px: nodes that grow by a few lines of text when they have run
+    "BlockSkip_LoadTrainingFolder": 60,
     "BlockSkip_MemoryPlan": 90,
-    "BlockSkip_PrecomputeResiduals": 50,
+    "BlockSkip_PrecomputeResiduals": 90,
     "BlockSkip_TrainLora": 90,
 }
 
