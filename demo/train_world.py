@@ -257,9 +257,10 @@ class DitTraining:
         from world_dit import flow_loss
 
         torch.manual_seed((self.options.seed << 32) + self.step)
-        bucket = random_bucket()
-        latents, ids, weights = random_rows(self.latents.available(bucket, self.step), bucket.batch)
-        sigma = random_sigmas(bucket.batch, bucket.shift)
+        bucket, scale = random_bucket(), self.options.scale
+        pictures = self.latents.available(bucket, self.step * scale)
+        latents, ids, weights = random_rows(pictures, bucket.batch * scale)
+        sigma = random_sigmas(bucket.batch * scale, bucket.shift)
         context, pooled = self.encoder.encode_ids(ids)
         with torch.autocast(self.device.type, torch.bfloat16):
             inputs = (x.to(self.device) for x in (latents, sigma, context, pooled, weights))
@@ -318,6 +319,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "blockskip" / "world")
     parser.add_argument("--assets", type=Path, default=host.ASSETS)
     parser.add_argument("--steps", type=int, default=8000, help="steps of the stage, over all its runs")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="the dit's batches, times this: 8 or more on a GPU"
+    )
     parser.add_argument("--rate", type=float, default=DIT_RATE, help="the dit's highest learning rate")
     parser.add_argument(
         "--start", type=Path, help="weights to start the dit from where there is no checkpoint"

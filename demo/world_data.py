@@ -22,7 +22,7 @@ logger = logging.getLogger("world_data")
 
 FIRST_SHARDS, FIRST_SHARD = {128: 15, 256: 6}, 2000
 HELD_OUT = 200
-GROWTH = 500  # steps after which every bucket gets another part
+GROWTH = 500  # steps of unscaled batches after which every bucket gets another part
 CAPTION_DROPOUT = 0.1
 SAID_SHARE = 0.75  # how often size and place are said, each
 MAX_OBJECT_WEIGHT = 8.0
@@ -167,7 +167,7 @@ class Latents:
             return self.coder.encode(pictures.contiguous(memory_format=torch.channels_last)).half().cpu()
 
     def available(self, bucket: Bucket, step: int) -> dict[str, Tensor]:
-        """All of a bucket's pictures that are in use at a step."""
+        """All of a bucket's pictures that are in use at a step of unscaled batches."""
         wanted = min(bucket.parts, 1 + step // GROWTH)
         held = self._loaded.get(bucket)
         while held is None or len(held["ids"]) < wanted * bucket.views:

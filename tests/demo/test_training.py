@@ -21,7 +21,7 @@ def training(comfyui: Path, demo, monkeypatch: pytest.MonkeyPatch) -> ModuleType
 
     monkeypatch.setattr(comfy.model_management, "in_training", False)
     data = demo("world_data")
-    tiny = (data.Bucket((64, 64), 2, 1.0, 4, 2), data.Bucket((96, 64), 2, 1.0, 4, 2))
+    tiny = (data.Bucket((64, 64), 2, 1.0, 8, 2), data.Bucket((96, 64), 2, 1.0, 8, 2))
     monkeypatch.setattr(data, "BUCKETS", tiny)
     monkeypatch.setattr(data, "GROWTH", 1)
     monkeypatch.setattr(demo("world_views"), "CANVASES", (96, 128, 192))
@@ -33,7 +33,14 @@ def options(folder: Path, steps: int) -> Namespace:
     (folder / "work").mkdir(exist_ok=True)
     start = ASSETS / "blockskip_world_dit.safetensors"
     return Namespace(
-        work=folder / "work", assets=folder / "assets", seed=3, steps=steps, rate=1e-3, start=start, compile=False
+        work=folder / "work",
+        assets=folder / "assets",
+        seed=3,
+        steps=steps,
+        rate=1e-3,
+        start=start,
+        compile=False,
+        scale=1,
     )
 
 
@@ -65,6 +72,25 @@ def test_what_is_written_loads_in_the_loader_and_differs_from_the_start(training
     written = tmp_path / "assets" / "blockskip_world_dit.safetensors"
     assert written.read_bytes() != (ASSETS / written.name).read_bytes()
     assert comfy.sd.load_diffusion_model(str(written)) is not None
+
+
+def test_scaled_batches_are_larger_and_take_new_pictures_sooner(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = options(tmp_path, 2)
+    changed.scale = 3
+    run = training.DitTraining(changed, torch.device("cpu"))
+    batches: list[tuple[int, int]] = []
+    rows = training.random_rows
+
+    def counted(data, batch):
+        batches.append((len(data["ids"]), batch))
+        return rows(data, batch)
+
+    monkeypatch.setattr(training, "random_rows", counted)
+    run.advance()
+    run.advance()
+    assert batches == [(8, 6), (16, 6)]
 
 
 def test_larger_pictures_are_trained_at_noisier_levels(demo) -> None:
