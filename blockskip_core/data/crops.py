@@ -12,7 +12,7 @@ from .schedule import TrainingSchedule
 
 
 class TrainingCrops(Sequence[Tensor]):
-    """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for.
+    """The crop of every draw at training size, each (patch_min, patch_min, 3); made on access.
 
     Args:
         pictures: Each (H, W, C), range [0, 1]; in the order of the sizes that the schedule was made for.

@@ -15,7 +15,7 @@ from ...blockskip_core.hosts.files.lora_files import LoraModel, ReservedName
 from ...blockskip_core.hosts.models.out_of_memory import (
     OutOfMemoryError,
     is_out_of_memory,
-    let_go,
+    log_and_release,
     out_of_memory_explained,
 )
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
@@ -176,7 +176,7 @@ class _Training:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return let_go(error)
+            return log_and_release(error)
         return None
 
     def _run_loop(self, placement: WeightPlacement) -> None:

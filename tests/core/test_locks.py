@@ -235,7 +235,7 @@ def test_a_disk_without_locks_is_warned_of_once_and_used(target, monkeypatch, ca
 
 def test_a_disk_that_refuses_is_said(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match=r"ab12\.lock could not be made: .*(Not a directory|File exists)"):
+    with pytest.raises(StorageError, match=r"ab12\.lock could not be created: .*(Not a directory|File exists)"):
         own_system.try_lock(tmp_path / "file" / "ab12")
 
 

@@ -478,7 +478,7 @@ def test_apply_refuses_a_damaged_file(bench):
 
 def test_apply_refuses_a_lora_for_another_kind_of_model(bench, lora_file):
     name = lora_file("other.safetensors", pair("input_blocks.1.1.proj_in", 64, 64))
-    with refused(bench, "holds nothing for Flux: it was trained for another kind"):
+    with refused(bench, "has nothing for Flux: it was trained for another kind"):
         bench.apply(lora_name=name)
 
 

@@ -224,7 +224,7 @@ def test_cores_own_nodes_take_the_outputs(bench, run_node):
     assert (bench.folders.loras / "cores_3_steps_00001_.safetensors").is_file()
     again = bench.apply(lora_name="cores_3_steps_00001_.safetensors")
     assert_same_weights(ours, patched_weights(again[0]))
-    assert "The file says nothing of itself" in again[1]
+    assert "The file has no metadata" in again[1]
 
     run_node(LossGraphNode, loss=loss_map, filename_prefix="loss")
     assert [path for path in bench.folders.temp.rglob("*.png") if path.stat().st_size]

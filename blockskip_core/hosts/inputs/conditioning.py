@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidInputError
 
-# Settings of a CONDITIONING that act on a part of the picture or of the sampling: they have no meaning for a training crop.
+# Settings of a CONDITIONING for a part of the picture or of the sampling; they mean nothing for a training crop.
 _NOT_FOR_TRAINING = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "reference_latents")
 
 
@@ -20,7 +20,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
     """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs.
 
     ComfyUI's dataset nodes give a list with one CONDITIONING per picture; other nodes give one CONDITIONING with
-    several entries. Both are taken.
+    several entries. Both are accepted.
 
     Raises:
         InvalidInputError: If there are none, or one is not text, is not finite, or carries settings that training cannot follow.
@@ -43,7 +43,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
 
 
 def require_sampleable(conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is one that a sampler can follow; the sampler decides about its settings.
+    """Check that a sampler can use a CONDITIONING; its settings are left to the sampler.
 
     Raises:
         InvalidInputError: If there is none, or an entry holds no text, or numbers that are not finite.
@@ -80,7 +80,7 @@ def _parts(entry: Any) -> tuple[Tensor | None, Mapping[str, Any]]:
 
 
 def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return what an entry of a CONDITIONING is made of, if it is one text."""
+    """Return embedding and settings of a CONDITIONING's entry, which must be one text."""
     embedding, settings = _parts(entry)
     if embedding is None:
         raise InvalidInputError(f"Conditioning {index} holds no text. Connect CLIP Text Encode or a dataset node.")
@@ -88,7 +88,7 @@ def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
     if len(form) != 3 or form[0] != 1 or 0 in form or not embedding.is_floating_point():
         raise InvalidInputError(
             f"Conditioning {index} must be one text of shape (1, tokens, width), got {form} of {embedding.dtype}. "
-            "Connect each text as a conditioning of its own."
+            "Connect each text as a separate conditioning."
         )
     pooled = settings.get("pooled_output")
     if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != 1):
@@ -98,15 +98,15 @@ def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return what ``model.apply_model`` takes for one conditioning besides latent and sigma, batch axis 1.
+    """Return the arguments of ``model.apply_model`` for one conditioning, besides latent and sigma, batch axis 1.
 
     Args:
         model: The host's model (a BaseModel).
         conditioning: ``[[tensor, settings]]``.
-        latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
-        device: Where the arguments are put.
+        latent: Any latent with the shape that will be denoised, (1, C, H, W), in the model's own scale.
+        device: Device for the arguments.
 
-    Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
+    If called outside inference mode, it returns tensors that autograd may save, whatever mode the inputs were made in.
     """
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     encoded = comfy.samplers.encode_model_conds(
@@ -124,7 +124,7 @@ def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
 
     Raises:
-        InvalidInputError: If one row has what another lacks (a mask over the text, say): they cannot be one batch.
+        InvalidInputError: If one row has an argument that another lacks (a text mask, say), so they cannot be batched.
     """
     first = rows[0]
     if any(row.keys() != first.keys() for row in rows):

@@ -1,4 +1,4 @@
-"""Pictures and training crops -> latents, through the VAE that is plugged in."""
+"""Pictures and training crops -> latents, through the connected VAE."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def flatten_pictures(images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def crop_multiple(vae: Any, patch_size: int) -> int:
-    """Return what crop sides are multiples of, in pixels: VAE down-sampling times the model's patch size."""
+    """Return the number of pixels that crop sides are multiples of: VAE down-sampling times the model's patch size."""
     return int(vae.spacial_compression_encode()) * patch_size
 
 
@@ -65,7 +65,7 @@ def encode_crops(
 
 
 def _require_fitting(latent: Tensor, model: Any) -> None:
-    """Refuse latents of another VAE before they are scaled: broadcasting could make something of them."""
+    """Refuse latents of another VAE before they are scaled: broadcasting could hide the mismatch."""
     channels, frames = model.latent_format.latent_channels, has_frames(model)
     if latent.shape[1] != channels:
         raise InvalidInputError(

@@ -244,7 +244,7 @@ def test_the_headline_says_how_the_run_ended(changes, said):
 
 def test_what_is_not_known_is_said_and_not_made_up():
     found = figures(RUNS["no seconds"])
-    assert found["Time per step"] == "no step was timed: an earlier run had done them all"
+    assert found["Time per step"] == "no step was timed: an earlier run had made them all"
     assert found["Kept for the backward pass"] == "not counted in this run"
     assert found["Self-check"].startswith("not made")
     assert figures(RUNS["only nan"])["Loss, mean of the first and the last tenth"] == "no loss is known"

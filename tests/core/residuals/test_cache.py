@@ -327,7 +327,7 @@ def test_too_many_open_files_are_no_damage(tmp_path):
     cache = ResidualCache(folder, IDENTITY)
     with (
         too_many_open_files(),
-        pytest.raises(StorageError, match="cannot be read: .*Run again when the disk is back"),
+        pytest.raises(StorageError, match="cannot be read: .*Run again when the disk is available"),
     ):
         cache.read(0)
     assert same_bits(cache.read(0)["back"], records()[0]["back"])
@@ -339,7 +339,7 @@ def test_too_many_open_files_are_no_damage(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "residuals").write_text("in the way")
-    with pytest.raises(StorageError, match="The folder for residuals cannot be made"):
+    with pytest.raises(StorageError, match="The folder for residuals cannot be created"):
         CacheWriter(tmp_path / "residuals" / "c", IDENTITY)
 
 

@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_made_does_not_end_the_run(tmp_path):
     (tmp_path / "run").write_text("in the way")
     got, result = train(tmp_path / "a", store(tmp_path))
     assert_same(got, expected)
-    assert "The folder for training states cannot be made" in result.problems[0]
+    assert "The folder for training states cannot be created" in result.problems[0]
 
 
 def test_states_of_a_longer_run_do_not_push_out_those_of_a_shorter_one(tmp_path):
@@ -346,7 +346,7 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
     """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
     store(tmp_path).save(state())
-    said = "cannot be read: .*Too many open files.*Start the run again when the disk is back"
+    said = "cannot be read: .*Too many open files.*Start the run again when the disk is available"
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)

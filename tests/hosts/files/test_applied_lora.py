@@ -68,7 +68,7 @@ def test_a_lora_for_another_kind_of_model_is_refused(files):
         "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.ones(8, 2),
     }
     for lora in (foreign, {}, {"x": torch.ones(3)}):
-        with pytest.raises(LoraFileError, match="holds nothing for Flux"):
+        with pytest.raises(LoraFileError, match="has nothing for Flux"):
             files.apply_lora(tiny_flux(), lora, 1.0)
 
 
@@ -134,7 +134,7 @@ def test_a_lora_that_would_make_a_layer_narrower_is_refused(files):
         files.apply_lora(patcher, control_lora(patcher, -2), 1.0)
 
 
-# --- what the host passes over -----------------------------------------------------------------------------------
+# --- tensors that the host ignores -------------------------------------------------------------------------------
 
 
 def test_what_is_not_used_is_counted_and_named_by_kind(files, caplog):
@@ -151,7 +151,8 @@ def test_what_is_not_used_is_counted_and_named_by_kind(files, caplog):
     tensors["diffusion_model.double_blocks.0.img_mlp.0.lora_C.weight"] = torch.ones(4, 4)
     applied = assert_as_the_hosts_loader(files, patcher, tensors)
     assert applied.passed_over == (
-        f"ComfyUI does not use 7 of the {total + 7} tensors: 2 of a text encoder, 1 of a kind that it does not read here "
+        f"ComfyUI does not use 7 of the {total + 7} tensors: 2 of a text encoder, 1 of a kind that it does not support "
+        "here "
         "(double_blocks.0.img_mlp.0.lora_C.weight), 4 of layers that this model does not have "
         "(double_blocks.30.img_mlp.0, double_blocks.30.txt_mlp.0)."
     )
