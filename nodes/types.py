@@ -1,4 +1,4 @@
-"""Sockets of our own."""
+"""The pack's own socket types."""
 
 from __future__ import annotations
 

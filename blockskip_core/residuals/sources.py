@@ -51,7 +51,7 @@ STORAGES: tuple[str, ...] = get_args(Storage)
 _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
 KEPT_CACHES = 3  # how many of the newest finished caches to keep on disk
 
-WAITING = "waiting for another process, which computes the same residuals"
+WAITING = "waiting for another process that computes the same residuals"
 _SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]

@@ -22,7 +22,7 @@ from .runs import Runs, leaving_nothing
 from .test_sampling import MEASURE, RALU
 
 pytestmark = pytest.mark.emulated
-ADVICE = ("Lower ", "Unload ", "Choose ", "Connect ", "Skip ", "It continued with its weights streamed")
+ADVICE = ("Lower ", "Unload ", "Choose ", "Connect ", "Skip ", "It continued with streamed weights")
 
 
 class Attempt:

@@ -103,7 +103,7 @@ def test_numbers_that_are_not_finite_are_refused_where_they_come_in(bench, value
         ([torch.zeros(1, 5, 16, dtype=torch.int64), {}], r"of torch.int64"),
         ([torch.zeros(1, 5, 16), {"pooled_output": torch.zeros(16)}], r"pooled output .* shape \(1, width\), got \(16,\)"),
         ([torch.zeros(1, 5, 16), {"pooled_output": "x"}], r"pooled output .* got str"),
-        ([torch.zeros(1, 5, 15), {}], "Conditioning 0 has width 15, FLUX.1 needs 16. Encode the text with the text encoder"),
+        ([torch.zeros(1, 5, 15), {}], "Conditioning 0 has width 15, FLUX.1 needs 16. Encode the text with the text"),
         ([torch.zeros(1, 5, 16), {"pooled_output": torch.zeros(1, 15)}], "has width 15, FLUX.1 needs 16"),
     ],
     ids=str,

@@ -157,16 +157,16 @@ class Nested:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cfg": 3.0}, "cfg is 3.0, and no negative came in"),
+        ({"cfg": 3.0}, "cfg is 3.0, but no negative came in"),
         ({"vae": None}, "found in the decoded picture, and no VAE came in"),
         ({"preset": "FLUX 9x"}, "preset must be one of FLUX 4x, .* or custom, got 'FLUX 9x'"),
         ({"regions": "corners"}, "regions must be one of edges, .*, got 'corners'"),
         ({"upsample_ratio": 1.5}, "share of early regions must be between 0 and 1, got 1.5"),
         (
             {"preset": "custom", "custom_steps": "5, x"},
-            "custom_steps must be numbers with commas in between, got '5, x'",
+            "custom_steps must be numbers separated by commas, got '5, x'",
         ),
-        ({"preset": "custom", "custom_ends": ""}, "custom_ends must be numbers with commas in between, got ''"),
+        ({"preset": "custom", "custom_ends": ""}, "custom_ends must be numbers separated by commas, got ''"),
         ({"preset": "custom", "custom_steps": "5, 6"}, "same number of steps and of end times, .* got 2 and 3"),
         ({"preset": "custom", "custom_ends": "0.5, 0.4, 1"}, "End times must rise"),
         ({"preset": "custom", "custom_steps": "0, 1, 1"}, "Every stage needs at least one step"),

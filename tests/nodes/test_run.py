@@ -205,7 +205,7 @@ def test_a_rank_that_no_layer_can_use_is_capped_and_said(bench):
     assert ranks == {64}
     (problem,) = trained.ui["blockskip"][0]["problems"]
     assert problem.startswith(
-        "rank 512 is more than 6 of 6 layers can use: their rank is that of their smaller side, 64"
+        "rank 512 is more than 6 of 6 layers can use: their rank is their smaller side, at least 64"
     )
     losses = trained[1]["loss"]
     assert max(losses) < 2 * losses[0]

@@ -46,7 +46,7 @@ def test_precompute_residuals(bench, locks, shown):
     bench.vae.encoded = 0
     with locks.try_lock(residuals.folder), cancelled():
         bench.precompute()
-    assert shown[-1] == "waiting for another process, which computes the same residuals: 1 of 1"
+    assert shown[-1] == "waiting for another process that computes the same residuals: 1 of 1"
     assert bench.vae.encoded == 0, "no picture is encoded before it is known whether that is needed"
 
 
@@ -57,7 +57,7 @@ def test_dynamic_patch_trainer(bench, locks, shown):
     before = bench.folders.files()
     with locks.try_lock(run), cancelled():
         bench.train(residuals=residuals, steps=3, save_every=1)
-    assert shown[-1] == "waiting for another process, which trains the same run: 2 of 3"
+    assert shown[-1] == "waiting for another process that trains the same run: 2 of 3"
     assert bench.folders.files() == before
 
 
@@ -68,4 +68,4 @@ def test_select_blocks(bench, locks, shown):
     file.unlink()
     with locks.try_lock(file), cancelled():
         bench.select(**measured)
-    assert shown[-1].startswith("waiting for another process, which measures the same blocks")
+    assert shown[-1].startswith("waiting for another process that measures the same blocks")

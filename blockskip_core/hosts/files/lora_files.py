@@ -54,9 +54,9 @@ def _require_no_link_out(output: Path, name: PurePosixPath) -> None:
         there = (output / folder).resolve()
         if not there.is_relative_to(inside):
             raise InvalidInputError(
-                f"{output.name}/{folder} is a link to {there}, outside ComfyUI's output folder, and nothing is saved through "
-                "such a link. Choose an output_name in another folder and move the file afterwards, or put the whole output "
-                "folder on the other disk: start ComfyUI with --output-directory."
+                f"{output.name}/{folder} is a link to {there}, outside ComfyUI's output folder, and nothing is saved "
+                "through such a link. Choose an output_name in another folder and move the file afterwards, or put the "
+                "whole output folder on the other disk: start ComfyUI with --output-directory."
             )
 
 

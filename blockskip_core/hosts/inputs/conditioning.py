@@ -57,8 +57,8 @@ def require_sampleable(conditioning: Any, name: str) -> None:
         form, pooled = tuple(embedding.shape), settings.get("pooled_output")
         if len(form) != 3 or 0 in form or not embedding.is_floating_point():
             raise InvalidInputError(
-                f"Conditioning {index} of `{name}` must have shape (batch, tokens, width), got {form} of {embedding.dtype}. "
-                "Connect CLIP Text Encode."
+                f"Conditioning {index} of `{name}` must have shape (batch, tokens, width), got {form} of "
+                f"{embedding.dtype}. Connect CLIP Text Encode."
             )
         if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
             what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__

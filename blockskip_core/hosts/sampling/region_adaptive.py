@@ -76,12 +76,13 @@ def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
         )
     if samples.ndim not in (4, 5) or 0 in samples.shape:
         raise InvalidInputError(
-            f"Expected a latent of shape (batch, channels, height, width), got {tuple(samples.shape)}. Use an empty latent image."
+            f"Expected a latent of shape (batch, channels, height, width), got {tuple(samples.shape)}. Use an empty "
+            "latent image."
         )
     if latent.get("noise_mask") is not None:
         raise InvalidInputError(
-            "Region-adaptive sampling makes whole pictures, got a latent with a noise mask (inpainting). Use an empty latent "
-            "image, or KSampler."
+            "Region-adaptive sampling makes whole pictures, got a latent with a noise mask (inpainting). Use an empty "
+            "latent image, or KSampler."
         )
     ratio = latent.get("downscale_ratio_spacial")
     return comfy.sample.fix_empty_latent_channels(patcher, samples, ratio)
@@ -155,16 +156,16 @@ class RegionAdaptiveSampler:
     def _check_size(self, latent: Tensor) -> None:
         if latent.ndim == 5 and latent.shape[2] != 1:
             raise InvalidInputError(
-                f"Region-adaptive sampling makes single pictures, got a latent of {latent.shape[2]} frames. Set its length "
-                "to 1."
+                f"Region-adaptive sampling makes single pictures, got a latent of {latent.shape[2]} frames. Set its "
+                "length to 1."
             )
         cells = self.strips.patcher.model.latent_format.spacial_downscale_ratio
         side = 2 * self.strips.patch * cells
         height, width = (length * cells for length in latent.shape[-2:])
         if len(self.plan.steps) > 1 and (height % side or width % side):
             raise InvalidInputError(
-                f"Expected a width and a height that are multiples of {side} px, because coarse tokens are that large, got "
-                f"{width} x {height}."
+                f"Expected a width and a height that are multiples of {side} px, because coarse tokens are that large, "
+                f"got {width} x {height}."
             )
 
 
@@ -181,8 +182,8 @@ def _indices(given: Any, count: int) -> list[int]:
     )
     if not good or len(given) != count:
         raise InvalidInputError(
-            f"A latent's batch_index must hold a whole number from 0 to {LAST_PICTURE - 1} for each of its {count} pictures. "
-            "Use an empty latent image."
+            f"A latent's batch_index must hold a whole number from 0 to {LAST_PICTURE - 1} for each of its {count} "
+            "pictures. Use an empty latent image."
         )
     return list(given)
 

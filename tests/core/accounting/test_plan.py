@@ -156,11 +156,11 @@ def test_a_training_starts_if_all_but_its_weights_fit():
     judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 4 * GIB, "the card")
     assert judged.starts
     assert judged.problem == (
-        "Training takes 10.00 GiB and the card has 4.00 GiB free, so weights are moved in every step, which is slow."
+        "Training needs 10.00 GiB and the card has 4.00 GiB free, so weights are moved in every step, which is slow."
     )
     judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 3 * GIB, "the card")
     assert not judged.starts
-    assert judged.problem.startswith("Training takes 3.00 GiB even without most of its weights, and the card has 3.00")
+    assert judged.problem.startswith("Training needs 3.00 GiB even without most of its weights, and the card has 3.00")
 
 
 def test_settings_say_what_they_are():

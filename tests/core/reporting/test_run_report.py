@@ -206,7 +206,7 @@ def test_the_numbers_are_right():
     found = rows(report_page(made(losses, planned=30, result={"step_seconds": [1.0, 2.0], "resumed_at": 18})))
     assert found["Steps"] == "20 of 30"
     assert found["Resumed at"] == "step 18"
-    assert found["Time per step"] == "1.500 s on average, 0:00:03 in all (steps timed: 2)"
+    assert found["Time per step"] == "1.500 s on average, 0:00:03 in total (steps timed: 2)"
     assert found["Peak memory"] == "1.25 GiB (process memory (RSS))"
     assert found["Kept for the backward pass"].startswith("1.5 MiB ")
     assert found["Weights of the trained blocks"] == "3.0 MiB of 6.0 MiB (2,670,000 of 4,360,000 parameters)"

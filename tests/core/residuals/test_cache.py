@@ -300,7 +300,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(residual_cache.shutil, "disk_usage", lambda path: usage._replace(free=free))
     folder = tmp_path / "not" / "there" / "yet"
     require_free_space(folder, 3 * 2**30)
-    with pytest.raises(InvalidInputError, match=r"would take 3\.00 GiB on disk, 3\.25 GiB are free.*`chunked`"):
+    with pytest.raises(InvalidInputError, match=r"would take 3\.00 GiB on disk, but 3\.25 GiB are free.*`chunked`"):
         require_free_space(folder, 3 * 2**30 + 1)
     assert not list(tmp_path.iterdir())
 

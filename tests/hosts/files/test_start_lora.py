@@ -125,13 +125,18 @@ NAME = "diffusion_model.single_blocks.0.linear2"
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"lora_te1_x.lora_up.weight": torch.ones(2, 2)}, r"parts that cannot be trained here\. .* 1 of a text encoder\.
-        Apply it"), ({f"{NAME}0.lora_A.weight": torch.ones(2, 2)}, r"1 of layers that this model does not have
-        \(single_blocks.0.linear20\)"), ({f"{NAME}.diff_b": torch.ones(64)}, r"also changes layers that are not trained
-        here \(single_blocks\.0\.linear2\.bias\)"), ({f"{NAME}.dora_scale": torch.ones(64, 1)},
-        r"single_blocks\.0\.linear2 has a magnitude of its own, as in DoRA"), ({f"{NAME}.reshape_weight":
-        torch.tensor([128, 640])}, "linear2 has more inputs or outputs than the model"), ({f"{NAME}.lora_B.weight":
-        torch.full((64, 2), torch.nan)}, "its numbers for single_blocks.0.linear2 are not all finite"),
+        (
+            {"lora_te1_x.lora_up.weight": torch.ones(2, 2)},
+            r"parts that cannot be trained here\. .* 1 of a text encoder\. Apply it",
+        ),
+        ({f"{NAME}0.lora_A.weight": torch.ones(2, 2)}, r"1 of layers that this model does not have \(single_blocks.0.linear20\)"),
+        (
+            {f"{NAME}.diff_b": torch.ones(64)},
+            r"also changes layers that are not trained here \(single_blocks\.0\.linear2\.bias\)",
+        ),
+        ({f"{NAME}.dora_scale": torch.ones(64, 1)}, r"single_blocks\.0\.linear2 has a magnitude vector, as in DoRA"),
+        ({f"{NAME}.reshape_weight": torch.tensor([128, 640])}, "linear2 has more inputs or outputs than the model"),
+        ({f"{NAME}.lora_B.weight": torch.full((64, 2), torch.nan)}, "its numbers for single_blocks.0.linear2 are not all finite"),
         ({f"{NAME}.lora_A.weight": torch.full((2, 320), torch.inf)}, "are not all finite"),
     ],
 )  # fmt: skip

@@ -30,8 +30,8 @@ def test_a_run_that_cannot_fit_is_not_started(bench, room):
     room(1000)
     with pytest.raises(
         ValueError,
-        match=r"Training takes .* and a small card has 1000 B free\. It was not started\. No "
-        r"change .* Or switch `check_memory` off to try it all the same\.",
+        match=r"Training needs .* and a small card has 1000 B free\. It was not started\. No "
+        r"change .* Or switch `check_memory` off to try anyway\.",
     ):
         bench.train(residuals=residuals)
     assert bench.folders.files() == before
@@ -61,7 +61,7 @@ def test_the_check_can_be_overridden_and_then_warns(bench, room):
     room(1000)
     trained = bench.train(check_memory=False)
     (problem,) = said(trained)["problems"]
-    assert problem.startswith("Training takes")
+    assert problem.startswith("Training needs")
     assert said(trained)["steps"] == 3
 
 
@@ -73,7 +73,9 @@ def test_layers_that_cannot_be_counted_do_not_end_the_run(bench, nodes, room, mo
     room(1000)
     trained = bench.train()
     (problem,) = said(trained)["problems"]
-    assert problem == ("Whether this run fits could not be counted (AttributeError: no such shape). It was started.")
+    assert problem == (
+        "The memory of this run could not be counted (AttributeError: no such shape). It was started anyway."
+    )
 
 
 def test_a_finished_run_is_not_refused(bench, room):
@@ -107,5 +109,5 @@ def test_advice_that_memory_plan_rules_says_so(bench, nodes, run_node, room):
     selection = bench.select()[0]
     planned = run_node(nodes.MemoryPlan, model=bench.model, positive=bench.prompt, selection=selection, **plan)
     room(1000)
-    with pytest.raises(ValueError, match="Some of these are set at Memory Plan. Or switch `check_memory` off"):
+    with pytest.raises(ValueError, match="Some of these are set on Memory Plan. Or switch `check_memory` off"):
         bench.train(residuals=residuals, memory_settings=planned.args[3])

@@ -1,4 +1,4 @@
-"""A run that runs out of memory continues with its weights streamed, and ends with the same LoRA."""
+"""A run that runs out of memory continues with streamed weights, and ends with the same LoRA."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_continues_from_its_last_step_to_the_same_lora(bench, allocator, fail
     assert len(allocator.results[-1].step_seconds) == STEPS  # none is trained twice
     (problem,) = said(trained)["problems"]
     assert problem.startswith(f"Training ran out of memory after step {failing} (CUDA out of memory. Tried")
-    assert "It continued with its weights streamed, which is slower. Lower `patch_min`" in problem
+    assert "It continued with streamed weights, which is slower. Lower `patch_min`" in problem
     assert (said(trained)["steps"], said(trained)["file"]) == (STEPS, "again_00001_.safetensors")
 
 
@@ -72,7 +72,7 @@ def test_what_it_resumes_of_itself_is_not_told_as_an_earlier_run(bench, allocato
 def test_a_second_time_it_ends_with_what_was_learned_saved(bench, allocator):
     allocator(2, 4)
     with pytest.raises(
-        RuntimeError, match="even with its weights streamed .* What was learned so far is saved as toy_0"
+        RuntimeError, match="even with streamed weights .* The LoRA so far is saved as toy_0"
     ) as error:
         bench.train(steps=STEPS, output_name="loras/toy")
     assert type(error.value).__name__ == "OutOfMemoryError"

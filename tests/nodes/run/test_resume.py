@@ -183,8 +183,9 @@ def test_its_rank_must_not_be_higher(bench, earlier):
 
 def test_it_must_not_change_what_is_not_trained(bench, earlier):
     fewer = bench.precompute(selection=bench.select(front=3, back=2)[0])[0]
-    with pytest.raises(ValueError, match=r"changes layers that are not trained here .* Apply it to the MODEL with Load
-        LoRA"): bench.train(residuals=fewer, start_from=earlier)
+    said = r"changes layers that are not trained here .* Apply it to the MODEL with Load LoRA"
+    with pytest.raises(ValueError, match=said):
+        bench.train(residuals=fewer, start_from=earlier)
 
 
 def test_it_must_be_for_this_model(bench):
