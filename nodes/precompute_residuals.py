@@ -93,8 +93,8 @@ def _what_to_train_on() -> list[io.Input]:
 def _the_examples() -> list[io.Input]:
     return [
         widgets.draws(
-            "How many training examples to prepare. A step uses `batch_size` of them per forward pass; a longer run "
-            "starts over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px."
+            "How many training examples to prepare. Each step uses one for each row of its batch; a longer run starts "
+            "over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px."
         ),
         widgets.patch_min(
             "Side in pixels of every training picture, and of the smallest crop. Memory and time depend on it. The "

@@ -1,4 +1,4 @@
-"""The pack's own socket types."""
+"""The pack's own types for inputs and outputs."""
 
 from __future__ import annotations
 

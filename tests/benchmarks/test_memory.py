@@ -112,7 +112,7 @@ def test_report_compares_aims_with_what_was_counted(bench, tmp_path: Path):
     assert "both without checkpointing | <= 0.25 | 0.200 | yes |" in text
     assert "precomputing, peak device memory" not in text  # nothing to compare with
     assert "In all 1 pairs" in text
-    assert "No GPU was at hand" in text
+    assert "No GPU was available" in text
     assert (tmp_path / "memory.png").is_file()
     rows[-1]["peak"] += 1
     assert "differ" in report.same(rows[-2:])

@@ -129,10 +129,10 @@ def test_resume_goes_on_with_the_run_of_the_training_workflow(
 ) -> None:
     first = maker.twin_of(maker.numbered(graphs["BlockSkip - Train FLUX.1 LoRA"]))
     done = output_of(succeed(client, first), first, "Dynamic Patch Trainer")["blockskip"][0]
-    longer = {"Go on: more steps": {"steps": 6}, "Train a LoRA file further": {"start_file": done["file"]}}
+    longer = {"Continue: more steps": {"steps": 6}, "Train a LoRA file further": {"start_file": done["file"]}}
     prompt = load_workflow("resume", longer)
     result = succeed(client, prompt)
-    more = output_of(result, prompt, "Go on: more steps")["blockskip"][0]
+    more = output_of(result, prompt, "Continue: more steps")["blockskip"][0]
     assert (more["resumed_at"], more["steps"]) == (4, 6)
     further = output_of(result, prompt, "Train a LoRA file further")["blockskip"][0]
     assert (further["resumed_at"], further["steps"], further["problems"]) == (0, 4, [])

@@ -213,7 +213,9 @@ def test_precompute_refuses_a_full_disk_before_it_writes(bench, core, monkeypatc
     bench.precompute()  # enough for this little
     assert list(bench.folders.output.glob("blockskip/residuals/*"))
     free.free = 256 * 2**20
-    with pytest.raises(ValueError, match=r"would take .* on disk, 256\.0 MiB are free\. Use fewer training examples"):
+    with pytest.raises(
+        ValueError, match=r"would take .* on disk, but 256\.0 MiB are free\. Use fewer training examples"
+    ):
         bench.precompute(seed=9)
     assert len(list(bench.folders.output.glob("blockskip/residuals/*"))) == 1
 

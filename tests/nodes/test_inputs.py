@@ -98,7 +98,7 @@ def test_numbers_that_are_not_finite_are_refused_where_they_come_in(bench, value
         ([torch.zeros(1, 5, 16)], "Conditioning 0 holds no text"),
         ([torch.zeros(1, 5, 16), None], "Conditioning 0 holds no text"),
         ([torch.zeros(5, 16), {}], r"must be one text of shape \(1, tokens, width\), got \(5, 16\)"),
-        ([torch.zeros(2, 5, 16), {}], r"got \(2, 5, 16\) of torch.float32. Connect each text as a conditioning of its own"),
+        ([torch.zeros(2, 5, 16), {}], r"got \(2, 5, 16\) of torch.float32. Connect each text as a separate conditioning"),
         ([torch.zeros(1, 0, 16), {}], r"got \(1, 0, 16\)"),
         ([torch.zeros(1, 5, 16, dtype=torch.int64), {}], r"of torch.int64"),
         ([torch.zeros(1, 5, 16), {"pooled_output": torch.zeros(16)}], r"pooled output .* shape \(1, width\), got \(16,\)"),

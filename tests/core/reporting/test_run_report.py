@@ -246,7 +246,7 @@ def test_what_is_not_known_is_said_and_not_made_up():
     found = figures(RUNS["no seconds"])
     assert found["Time per step"] == "no step was timed: an earlier run had made them all"
     assert found["Kept for the backward pass"] == "not counted in this run"
-    assert found["Self-check"].startswith("not made")
+    assert found["Self-check"].startswith("not done")
     assert figures(RUNS["only nan"])["Loss, mean of the first and the last tenth"] == "no loss is known"
 
 

@@ -488,7 +488,7 @@ def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
     huge = dataclasses.replace(residuals, latents=torch.empty(5, 2**40, 2, 3, device="meta"))
     with pytest.raises(
         InvalidInputError,
-        match=r"latents of 5 training examples take .* of host memory, .* Use fewer training examples",
+        match=r"latents of 5 training examples need .* of host memory, but .* Use fewer training examples",
     ):
         require_room(huge, dit)
     dit.width = 2**40

@@ -203,7 +203,7 @@ def test_a_flipped_bit_is_found_and_the_state_before_is_taken(tmp_path, place, c
     path.write_bytes(data)
     assert store(tmp_path).newest(9).step == 1
     assert not path.exists()
-    assert "state-00000002.safetensors is damaged" in caplog.text
+    assert "damaged training state state-00000002.safetensors" in caplog.text
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])

@@ -71,7 +71,7 @@ def test_layers_of_different_ranks_are_filled_up(start, model, alpha):
 
 def test_the_advice_on_ranks_leads_to_a_run(start, model):
     made = other_loras.pairs(model, KEPT, rank=lambda place: 3 + place % 3)
-    with pytest.raises(LoraFileError, match=r"has ranks from 3 to 5, .* here it is 2\. Set rank to 5, or more\."):
+    with pytest.raises(LoraFileError, match=r"has ranks from 3 to 5, .* but rank is 2 here\. Set rank to 5 or more\."):
         start(model, other_loras.native(made), adapters_of(model, rank=2))
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters_of(model, rank=5))
 
@@ -84,7 +84,7 @@ def test_names_of_kohya_and_its_alpha_are_read(start, model):
 
 def test_layers_that_diffusers_splits_are_joined(start, model):
     tensors, expected = other_loras.diffusers(model, KEPT)
-    with pytest.raises(LoraFileError, match=r"has ranks from 2 to 8, .*Set rank to 8, or more"):
+    with pytest.raises(LoraFileError, match=r"has ranks from 2 to 8, .*Set rank to 8 or more"):
         start(model, tensors, adapters_of(model, rank=4))
     assert_starts_from(start, model, tensors, expected, adapters_of(model, rank=8))
 

@@ -201,7 +201,7 @@ def test_the_self_check_is_on_and_sees_the_error_of_quantisation(weight_format):
     assert exact < 1e-5 < result.self_check < 2 * max(dit.layer_errors.values())
     for residual in source.computed.residuals.values():
         residual.back.neg_()
-    with pytest.raises(TrainingError, match="differs from the full model.*choose a finer one"):
+    with pytest.raises(TrainingError, match="differs from the full model.*choose a finer format"):
         one_run(dit, source=source)
     with pytest.raises(TrainingError, match=r"for both\.$"):
         one_run(plain, source=source)

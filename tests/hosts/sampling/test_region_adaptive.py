@@ -340,7 +340,7 @@ def test_a_node_that_divides_the_batch_is_told():
         }) for k in range(len(call["input"]))])  # fmt: skip
 
     patcher.set_model_unet_function_wrapper(one_by_one)
-    with pytest.raises(InvalidInputError, match="The model was called on 1 pictures at a time, and 2 belong together"):
+    with pytest.raises(InvalidInputError, match="The model was called on 1 pictures at a time, but 2 belong together"):
         sample(patcher, latent=empty(batch=2))
 
 

@@ -172,7 +172,7 @@ def test_a_lora_is_trained_further_from_where_it_was(bench, core, earlier, form,
 
 
 def test_its_rank_must_not_be_higher(bench, earlier):
-    with pytest.raises(ValueError, match=r"has rank 4, here it is 3\. Set rank to 4, or more"):
+    with pytest.raises(ValueError, match=r"has rank 4, but rank is 3 here\. Set rank to 4 or more"):
         bench.train(rank=3, start_from=earlier)
     further = bench.train(rank=6, steps=1, learning_rate=1e-8, weight_decay=0.0, start_from=dict(earlier))[0]
     for name in (name for name in earlier if name.endswith("lora_up.weight")):
