@@ -54,7 +54,7 @@ def is_path(argument: str, below: str = ".") -> bool:
 
 
 def combined_status(statuses: Iterable[int]) -> int:
-    """Return the combined exit status: that of the first failed process; having no tests only counts if all have none."""
+    """Return the combined exit status: that of the first failed process; no tests only counts if none had any."""
     statuses = list(statuses)
     failed = [status for status in statuses if status not in (0, NO_TESTS)]
     if failed:

@@ -1,4 +1,4 @@
-"""What goes wrong is said in a sentence that names the cause, and nothing is left behind on the disk."""
+"""Errors are reported in a sentence that names the cause, and nothing is left on the disk."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_precompute_refuses_a_model_that_makes_no_numbers(bench):
 def test_precompute_refuses_a_full_disk_before_it_writes(bench, core, monkeypatch):
     free = SimpleNamespace(total=0, used=0, free=300 * 2**20)
     monkeypatch.setattr(core("residuals.cache").shutil, "disk_usage", lambda path: free)
-    bench.precompute()  # enough for this little
+    bench.precompute()  # enough for this small amount
     assert list(bench.folders.output.glob("blockskip/residuals/*"))
     free.free = 256 * 2**20
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_the_trainer_refuses_names_that_are_too_long_before_it_trains(bench, res
 
 @pytest.mark.parametrize("name", ["loras/", "loras/toy", "loras//toy", "loras/toy/."])
 def test_no_earlier_file_is_written_over_whatever_the_name(bench, residuals, name):
-    """The host counts files by the name as it was typed, and finds none of those of a name with a slash at its end."""
+    """ComfyUI counts files by the name as typed, and finds none for a name that ends with a slash."""
     before = {}
     for seed in range(3):
         bench.train(residuals=residuals, output_name=name, seed=seed, steps=1)

@@ -1,4 +1,4 @@
-"""What a link of a wildcard type, or a loader that found nothing, brings to a node, is refused by its name."""
+"""Wrong inputs from a link of a wildcard type, or from a loader that found nothing, are refused by the input's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a run, through the node, against the run itself."""
+"""The plan of a run, through the node, compared with the run itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan(bench, nodes, run_node):
 
 
 def planned_run(bench, nodes, selection, **changes):
-    """The plan behind the node."""
+    """The function behind the node."""
     request = nodes.memory_plan.PlanRequest(**{**PLAN, **changes})
     return nodes.memory_plan.Plan(bench.model, [bench.prompt], selection, request, lambda *_: None)
 
