@@ -28,8 +28,9 @@ GAP, GROUP_TOP, TITLE = 40, 60, 30
 NOTE_WIDTH, LINE, LETTER = 460, 16, 5.9  # px: a note's width, and the size of its lines and letters
 NEVER = 2  # the mode of a muted node
 SHOWS_TEXT = {  # px: nodes that grow by a few lines of text after a run
+    "BlockSkip_LoadTrainingFolder": 60,
     "BlockSkip_MemoryPlan": 90,
-    "BlockSkip_PrecomputeResiduals": 50,
+    "BlockSkip_PrecomputeResiduals": 90,
     "BlockSkip_TrainLora": 90,
 }
 

@@ -161,11 +161,14 @@ def select(loaders: Loaders, skip_ratio: float, method: str = "preset", **more: 
     }
 
 
+def training_folder(title: str, folder: str = "my_subject") -> dict[str, Any]:
+    """Pictures, with a caption each or without."""
+    return node("BlockSkip_LoadTrainingFolder", title, folder=folder)
+
+
 def dataset() -> Prompt:
     """Pictures with captions."""
-    return {
-        "dataset": node("LoadImageTextDataSetFromFolder", "Pictures and captions of your subject", folder="my_subject")
-    }
+    return {"dataset": training_folder("Pictures and captions of your subject")}
 
 
 def captions(loaders: Loaders, words: str | Link, title: str = "Encode the captions") -> Prompt:
@@ -176,7 +179,9 @@ def captions(loaders: Loaders, words: str | Link, title: str = "Encode the capti
     }
 
 
-def residuals(loaders: Loaders, images: Link, *, draws: int = 500, seed: int = 0, **more: Any) -> dict[str, Any]:
+def residuals(
+    loaders: Loaders, images: Link, files: Link, *, draws: int = 500, seed: int = 0, **more: Any
+) -> dict[str, Any]:
     """Precompute Residuals with the paper's crops."""
     return node(
         "BlockSkip_PrecomputeResiduals",
@@ -192,13 +197,14 @@ def residuals(loaders: Loaders, images: Link, *, draws: int = 500, seed: int = 0
         storage="disk",
         seed=seed,
         **more,
+        files=files,
     )
 
 
-def prepared(loaders: Loaders, images: Link, **more: Any) -> Prompt:
+def prepared(loaders: Loaders, images: Link, files: Link, **more: Any) -> Prompt:
     """Compute the residuals and show the crops."""
     return {
-        "residuals": residuals(loaders, images, **more),
+        "residuals": residuals(loaders, images, files, **more),
         "patches": node("PreviewImage", "What training will see", images=["residuals", 1]),
     }
 
@@ -276,7 +282,7 @@ TRAIN = Graph(
         **dataset(),
         **captions(THREE_FILES, ["dataset", 1]),
         **select(THREE_FILES, 0.5),
-        **prepared(THREE_FILES, ["dataset", 0]),
+        **prepared(THREE_FILES, ["dataset", 0], ["dataset", 2]),
         **trained(THREE_FILES),
         **sampled(THREE_FILES),
     },
@@ -310,11 +316,11 @@ FIRST = Graph(
     "BlockSkip - My first LoRA",
     {
         **ONE_FP8_FILE.prompt,
-        "images": node("LoadImageDataSetFromFolder", "Pictures of your subject", folder="my_subject"),
+        "images": training_folder("Pictures of your subject"),
         **captions(ONE_FP8_FILE, "a photo of sks toy", "One caption for all pictures"),
         **select(ONE_FP8_FILE, 0.5),
         **planned(ONE_FP8_FILE, "off", draws=200),
-        **prepared(ONE_FP8_FILE, ["images", 0], draws=200, **FROM_PLAN),
+        **prepared(ONE_FP8_FILE, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
         **watched(
             ONE_FP8_FILE,
             steps=400,
@@ -439,7 +445,7 @@ def card(
             **captions(loaders, ["dataset", 1]),
             **select(loaders, skip_ratio),
             **planned(loaders, f"{size} GB"),
-            **prepared(loaders, ["dataset", 0], **FROM_PLAN),
+            **prepared(loaders, ["dataset", 0], ["dataset", 2], **FROM_PLAN),
             **watched(loaders, **FROM_PLAN),
             **sampled(loaders),
         },
@@ -511,9 +517,9 @@ RESUME = Graph(
         **dataset(),
         **captions(THREE_FILES, ["dataset", 1]),
         **select(THREE_FILES, 0.5),
-        **prepared(THREE_FILES, ["dataset", 0]),
+        **prepared(THREE_FILES, ["dataset", 0], ["dataset", 2]),
         **watched(THREE_FILES, title="Continue: more steps", steps=1000),
-        "other residuals": residuals(THREE_FILES, ["dataset", 0], seed=1),
+        "other residuals": residuals(THREE_FILES, ["dataset", 0], ["dataset", 2], seed=1),
         "other patches": node("PreviewImage", "New crops", images=["other residuals", 1]),
         "further": trainer(
             THREE_FILES,
@@ -583,7 +589,7 @@ SEVERAL = Graph(
     "BlockSkip - Several subjects",
     {
         **ONE_FP8_FILE.prompt,
-        "first": node("LoadImageTextDataSetFromFolder", "Pictures of the first subject", folder="my_subject"),
+        "first": training_folder("Pictures of the first subject"),
         "first name": node(
             "StringConcatenate",
             "Name of the first subject",
@@ -591,7 +597,7 @@ SEVERAL = Graph(
             string_b=["first", 1],
             delimiter=", ",
         ),
-        "second": node("LoadImageTextDataSetFromFolder", "Pictures of the second subject", folder="my_second_subject"),
+        "second": training_folder("Pictures of the second subject", "my_second_subject"),
         "second name": node(
             "StringConcatenate",
             "Name of the second subject",
@@ -605,9 +611,10 @@ SEVERAL = Graph(
         "all texts": node(
             "CreateList", "All captions", **{"inputs.input0": ["first name", 0], "inputs.input1": ["second name", 0]}
         ),
+        "all files": node("CreateList", "All files", **{"inputs.input0": ["first", 2], "inputs.input1": ["second", 2]}),
         **captions(ONE_FP8_FILE, ["all texts", 0]),
         **select(ONE_FP8_FILE, 0.5),
-        **prepared(ONE_FP8_FILE, ["all images", 0], draws=800),
+        **prepared(ONE_FP8_FILE, ["all images", 0], ["all files", 0], draws=800),
         **watched(ONE_FP8_FILE, steps=1000, rank=32, output_name="loras/my_subjects"),
         **sampled(
             ONE_FP8_FILE,
@@ -621,7 +628,7 @@ SEVERAL = Graph(
         Column(
             "2  Subjects",
             YELLOW,
-            ("first", "first name", "second", "second name", "all images", "all texts"),
+            ("first", "first name", "second", "second name", "all images", "all texts", "all files"),
             note="""**One folder for each.**
 
 Inside ComfyUI's `input` folder. The name is put in front of every caption of its folder. Pictures without a `.txt` have
@@ -635,9 +642,9 @@ only the name as their caption.""",
     ),
     """## Several subjects in one LoRA
 
-Two folders of pictures, each with its own name: *sks toy* and *zwx dog*. **Create List** joins them, pictures and
-captions in the same order, so that every picture keeps its caption. For a third subject, add one more folder, one
-more name, and one more link into each **Create List**.
+Two folders of pictures, each with its own name: *sks toy* and *zwx dog*. **Create List** joins them, pictures, captions
+and files in the same order, so that every picture keeps its caption. For a third subject, add one more folder, one more
+name, and one more link into each **Create List**.
 
 Training examples use all pictures in turn. So the folders should contain about the same number of pictures; a subject
 with twice as many is seen twice as often.
@@ -645,7 +652,7 @@ with twice as many is seen twice as often.
 Two subjects take more to learn than one: here 800 training examples (`draws`, about 3.5 GiB of disk), 1000 steps and
 rank 32. That is a starting point, not measured. If the two get mixed up, choose names that differ more.
 
-A dataset in sub-folders works as well: one **Load Image-Text (from Folder)** reads `my_subjects/1_toy` and
+A dataset in sub-folders works as well: one **Load Training Folder** reads `my_subjects/1_toy` and
 `my_subjects/1_dog` together; the number says how often each picture counts.""",
     headline="Several subjects",
     subline="two folders, two names\none LoRA",

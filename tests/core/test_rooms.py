@@ -31,7 +31,7 @@ TABLE = {
     "reporting": "units files selection data training",
     "hosts": "",
     "hosts/families": "errors selection adapters ralu model accounting",
-    "hosts/inputs": "errors",
+    "hosts/inputs": "errors data",
     "hosts/files": "errors files locks adapters",
     "hosts/models": "errors selection data adapters model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",

@@ -23,6 +23,7 @@ HOST_DECIDES = (
     "scheduler",
     "start_file",
     "lora_name",
+    "folder",
 )  # choices that depend on version and files
 
 
@@ -116,6 +117,7 @@ CONTRACT = {
             back_residual COMBO? = constant {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             memory_settings BLOCKSKIP_MEMORY?
+            files BLOCKSKIP_FILES?
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -200,6 +202,13 @@ CONTRACT = {
             custom_shift FLOAT? = 3.0 [0.1, 100.0] step 0.01
         """,
         [("latent", "LATENT"), ("early_regions", "IMAGE"), ("report", "STRING")],
+        takes_lists=False,
+    ),
+    "BlockSkip_LoadTrainingFolder": Contract(
+        """
+            folder COMBO = None {host's}
+        """,
+        [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,
     ),
 }

@@ -80,7 +80,7 @@ def test_select_refuses_settings_that_make_no_sense(bench, setting, match):
 def test_select_refuses_prompts_that_are_not_numbers(bench, tiny):
     broken = tiny.captions((5,))[0]
     broken[0][0][0, 0, 0] = float("nan")
-    with refused(bench, "Conditioning 0 contains NaN or Inf"):
+    with refused(bench, "Conditioning 1 contains NaN or Inf"):
         bench.select(method="attention mask", positive=broken)
 
 
@@ -111,7 +111,7 @@ def test_precompute_refuses_no_captions(bench):
 
 
 def test_precompute_refuses_a_picture_smaller_than_the_patch(bench):
-    with refused(bench, "40 x 31 px is smaller than the patch of 32 px"):
+    with refused(bench, "1 of 1 pictures is smaller than the patch of 32 px: number 1 \\(40 x 31 px\\)"):
         bench.precompute(images=torch.rand(1, 31, 40, 3))
 
 
@@ -155,23 +155,23 @@ def test_precompute_refuses_settings_that_make_no_sense(bench, setting, match):
 def test_precompute_refuses_pictures_and_captions_that_are_not_numbers(bench, tiny, value):
     picture = torch.rand(1, 64, 64, 3)
     picture[0, 0, 0, 0] = value
-    with refused(bench, "Picture 1 contains NaN or Inf"):
+    with refused(bench, "Picture 2 of 2 contains NaN or Inf"):
         bench.precompute(images=listed(bench, [torch.rand(1, 64, 64, 3), picture]))
     caption = tiny.captions((5,))[0]
     caption[0][1]["pooled_output"][0, 0] = value
-    with refused(bench, "Conditioning 0 contains NaN or Inf"):
+    with refused(bench, "Conditioning 1 contains NaN or Inf"):
         bench.precompute(positive=caption)
 
 
 def test_precompute_refuses_pictures_without_colours(bench):
-    with refused(bench, r"3 colours, got shape \(64, 64, 1\)"):
+    with refused(bench, r"Picture 1 must come in the shape .* 3 colours\), got \(1, 64, 64, 1\)"):
         bench.precompute(images=torch.rand(1, 64, 64, 1))
 
 
 def test_precompute_refuses_a_caption_for_a_part_of_the_picture(bench, tiny):
     caption = tiny.captions((5,))[0]
     caption[0][1]["area"] = (1, 1, 0, 0)
-    with refused(bench, "Conditioning 0 carries area, which training cannot follow"):
+    with refused(bench, "Conditioning 1 carries area, which training cannot follow"):
         bench.precompute(positive=caption)
 
 

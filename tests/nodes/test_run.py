@@ -354,8 +354,14 @@ def test_a_caption_for_each_picture_goes_with_its_picture(bench, tiny):
     residuals = bench.precompute(positive=captions)[0]
     assert [draw.caption for draw in residuals.schedule] == [draw.picture for draw in residuals.schedule]
     assert bench.train(residuals=residuals, batch_size=2)[2] == 3
-    joined = [entry for caption in captions for entry in caption]  # one CONDITIONING with three entries
-    assert bench.precompute(positive=joined)[0].identity == residuals.identity
+
+
+def test_texts_that_were_combined_are_one_prompt_and_no_captions(bench, tiny):
+    combined = [
+        entry for caption in tiny.captions((5, 3, 7)) for entry in caption
+    ]  # as Conditioning (Combine) gives it
+    with pytest.raises(ValueError, match="Conditioning 1 combines 3 texts, and training takes one text at a time"):
+        bench.precompute(positive=combined)
 
 
 def test_one_batch_of_pictures_does_as_well_as_a_list(bench):

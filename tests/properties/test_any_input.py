@@ -33,15 +33,20 @@ def world(nodes, core, tiny, run_node, tmp_path_factory):
     """A model, its inputs, and a folder in which every change is noticed."""
     import folder_paths
 
+    pictures = core("reporting.pictures")
     sandbox = tmp_path_factory.mktemp("sandbox")
     base = sandbox / "comfyui"
     (base / "output" / "loras").mkdir(parents=True)
     (base / "temp").mkdir()
+    (base / "input" / "toy").mkdir(parents=True)
     (sandbox / "beside").mkdir()
+    for file in (base / "input" / "toy" / "a.png", sandbox / "beside" / "b.png"):
+        pictures.as_picture(torch.rand(40, 50, 3)).save(file)
     model = tiny.tiny_flux()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_paths, "output_directory", str(base / "output"))
         patch.setattr(folder_paths, "temp_directory", str(base / "temp"))
+        patch.setattr(folder_paths, "input_directory", str(base / "input"))
         loras = ([str(base / "output" / "loras")], {".safetensors"})
         patch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
         patch.setattr(folder_paths, "filename_list_cache", {})
@@ -184,6 +189,7 @@ def test_precompute_residuals(world, data):
         "images": strategies.pictures(),
         "positive": strategies.conditionings(WIDTH),
         "selection": strategies.socket(world.selection),
+        "files": strategies.Input(st.just([]), st.lists(strategies.STRANGERS, max_size=2), optional=True),
         "memory_settings": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
         **strategies.widgets(node, usual),
     }
@@ -277,3 +283,14 @@ def test_a_name_reaches_no_other_folder(world, name, absolute):
         world, world.nodes.TrainLora, **TRAIN, model=world.model, residuals=world.residuals, output_name=name
     )
     assert not absolute or ".." in name or outcome == "InvalidInputError"
+
+
+@examples(150)
+@given(
+    folder=strategies.NAMES
+    | strategies.STRANGERS
+    | st.sampled_from(["toy", "toy/", "./toy", "../beside", "toy/../../beside"])
+)
+def test_load_training_folder(world, folder):
+    outcome = holds(world, world.nodes.LoadTrainingFolder, folder=folder)
+    assert outcome == ("success" if folder in ("toy", "toy/", "./toy") else "InvalidInputError")

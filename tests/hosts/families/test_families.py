@@ -134,7 +134,7 @@ def test_texts_of_another_encoder_are_refused(tiny, patcher):
     (embedding, settings), *_ = texts[1]
     for width in (1, embedding.shape[-1] + 1):
         wrong = [texts[0], [[torch.zeros(1, 7, width), settings]]]
-        with pytest.raises(InvalidInputError, match=f"Conditioning 1 has width {width}, .* needs"):
+        with pytest.raises(InvalidInputError, match=f"Conditioning 2 has width {width}, .* needs"):
             adapter.require_texts(wrong)
 
 
