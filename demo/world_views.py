@@ -57,7 +57,7 @@ class View:
         return (x - left) / (right - left), (y - top) / (bottom - top), radius
 
     def seen(self) -> float:
-        """Share of the square around the object that lies inside the view."""
+        """Share of the square around the object that is inside the view."""
         x, y, radius = self.circle()
         reach = (radius * min(self.size) / side for side in self.size)
         share = 1.0
