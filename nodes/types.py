@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 BlockSelectionSocket = io.Custom("BLOCKSKIP_SELECTION")  # blockskip_core.selection.selection.BlockSelection
-ResidualsSocket = io.Custom("BLOCKSKIP_RESIDUALS")  # blockskip_core.residuals.sources.ResidualSet
+ResidualsSocket = io.Custom("BLOCKSKIP_RESIDUALS")  # blockskip_core.residuals.residual_set.ResidualSet
 MemorySettingsSocket = io.Custom("BLOCKSKIP_MEMORY")  # blockskip_core.accounting.plan.MemorySettings
 SamplesSocket = io.Custom("BLOCKSKIP_SAMPLES")  # blockskip_core.hosts.sampling.training_samples.SampleRequest
 LoraModelSocket = io.Custom("LORA_MODEL")  # core's: a flat dict of tensors

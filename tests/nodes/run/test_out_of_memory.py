@@ -71,9 +71,7 @@ def test_what_it_resumes_of_itself_is_not_told_as_an_earlier_run(bench, allocato
 
 def test_a_second_time_it_ends_with_what_was_learned_saved(bench, allocator):
     allocator(2, 4)
-    with pytest.raises(
-        RuntimeError, match="even with streamed weights .* The LoRA so far is saved as toy_0"
-    ) as error:
+    with pytest.raises(RuntimeError, match="even with streamed weights .* The LoRA so far is saved as toy_0") as error:
         bench.train(steps=STEPS, output_name="loras/toy")
     assert type(error.value).__name__ == "OutOfMemoryError"
     info = bench.apply(lora_name="toy_00001_.safetensors").args[1]
