@@ -207,7 +207,7 @@ def test_too_little_room_is_said_before_pictures_are_encoded(disk, kind):
         pytest.skip("a limit on the size of files leaves the disk as large as it is")
     outcome = disk._server.run(disk.base)
     assert_one_sentence_of_ours(
-        outcome, "^The residuals would take .* on disk, .* are free. Use fewer training examples"
+        outcome, "^The residuals would take .* on disk, but .* are free. Use fewer training examples"
     )
     assert disk.files() == {}
 

@@ -362,14 +362,14 @@ def test_the_trainer_stops_before_a_loss_that_is_not_finite_and_keeps_nothing(be
     with torch.inference_mode():
         bench.model.model.diffusion_model.final_layer.linear.weight.fill_(float("nan"))
     residuals = bench.precompute(storage="on the fly")[0]
-    with refused(bench, "loss is not finite in step 1. The LoRA is left as it was after step 0"):
+    with refused(bench, "loss is not finite in step 1. The LoRA is kept as it was after step 0"):
         bench.train(residuals=residuals)
 
 
 def test_the_trainer_keeps_what_it_had_when_a_later_loss_is_not_finite(bench, residuals, core):
     from safetensors.torch import load_file
 
-    with pytest.raises(ValueError, match=r"is not finite in step 2\. The LoRA is left as it was after step 1"):
+    with pytest.raises(ValueError, match=r"is not finite in step 2\. The LoRA is kept as it was after step 1"):
         bench.train(residuals=residuals, learning_rate=1e30)
     (path,) = bench.folders.loras.glob("*.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
