@@ -114,9 +114,7 @@ def test_on_gpu(python: Path, further: list[str], variables: dict[str, str]) -> 
     """Run the card tests on a real card, then benchmarks for at most ten minutes; their results name the card."""
     gpu = subprocess.run([str(python), "-c", NAME_OF_GPU], capture_output=True, text=True).stdout.strip()
     if not gpu:
-        complain(
-            "torch cannot use a GPU here. `python dev.py test --card` runs the same tests on an emulated one."
-        )
+        complain("torch cannot use a GPU here. `python dev.py test --card` runs the same tests on an emulated one.")
         return 1
     logging.info("On %s", gpu)
     (arguments,) = pytest_processes.arguments_of_each(further, "gpu")
