@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     where.add_argument("--card", action="store_true", help="only the tests on an emulated card")
     where.add_argument("--gpu", action="store_true", help="the tests on a real card, and short benchmarks")
     show = commands.add_parser("demo", parents=[shared], help="train a small LoRA and show the results")
-    show.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    show.add_argument("--keep", action="store_true", help="keep the server running until Ctrl-C")
     show.add_argument("--subject", default="toby", help="subject to train: toby, mila, pip, zuzu or nori")
     show.add_argument("--pictures", metavar="DIR", type=Path, help="your own drawings with captions instead")
     show.add_argument("--output", metavar="DIR", type=Path, default="demo_output", help="where the results go")

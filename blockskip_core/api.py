@@ -70,7 +70,9 @@ class Examples:
             schedule: Made by ``draw_schedule`` for pictures of these sizes.
             encode: A crop (side, side, 3) -> its latent (C, H, W).
         """
-        return cls(schedule, torch.stack([encode(crop) for crop in TrainingCrops(pictures, schedule)]))
+        crops = TrainingCrops(pictures, schedule)
+        latents = {index: encode(crops[index]) for index in crops.by_picture(range(len(crops)))}
+        return cls(schedule, torch.stack([latents[index] for index in range(len(crops))]))
 
 
 class MemoryResiduals:

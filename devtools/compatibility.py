@@ -53,10 +53,26 @@ are written, on diffusers' layers. *kohya* are the names and the alpha used by s
 their rules from ComfyUI's layer names; these programs themselves were not run.
 
 "Loads" means that every trained layer is found, with the right numbers, at the size of the published model and with the
-default targets. If diffusers is not listed for a format, it does not always raise an error: it may recognise no layer, warn,
-and continue without effect.
+default targets. If diffusers is not listed for a format, it does not always raise an error: it may recognise no layer,
+warn, and continue without effect.
 
 The file contains the same information: under `loads_in` in its metadata, shown by `info` of Apply BlockSkip LoRA.""",
+    ),
+    Section(
+        title="Pictures and captions",
+        results="training_files.json",
+        before="What two loaders give of a file in a folder of pictures and captions:",
+        after="""\
+"Refused by name": an error that says which file it is. Pictures from any other node can be trained on as well, if their values
+are 0 to 1; Precompute Residuals names those that are not, and those that are all of one colour.""",
+    ),
+    Section(
+        title="Conditionings as captions",
+        results="captions.json",
+        before="What Precompute Residuals makes of a conditioning at `positive`, by the node that made it of a text:",
+        after="""\
+What describes the text itself is honoured. What acts on a part of the picture or of the sampling has no meaning for a training
+crop and is refused. Several captions come as a list, which dataset nodes and Create List make.""",
     ),
 )
 

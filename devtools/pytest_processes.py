@@ -1,8 +1,8 @@
 """Which pytest processes ``python dev.py test`` runs: the ordinary tests in parts, and those on a card.
 
-An emulated card cannot be taken back, so what runs on it has a process of its own. The parts are started in the order given
-here, two at a time where there are two cores; the longest come first, so that both cores are busy until the end. Standard
-library only, like ``dev.py``.
+An emulated card cannot be removed from a process, so the tests on it run in separate processes. The parts start in the
+order given here, two at a time on machines with at least two cores; the longest come first, which keeps both cores busy
+until the end. Standard library only, like ``dev.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "tests/card"
-PARTS = (  # longest first; the last one is all that no other part names
+PARTS = (  # longest first; the last one is everything that no other part names
     ("tests/live", "tests/faults"),
     ("tests/hosts", "tests/docs"),
     ("tests/core", "tests/demo"),
@@ -33,8 +33,8 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     """Return the arguments of each pytest process.
 
     Args:
-        arguments: What the developer hands to pytest. Paths say which processes are meant; without any, both are.
-        device: ``card`` or ``gpu`` to run on that only; None for the ordinary tests and those on an emulated card.
+        arguments: The developer's arguments for pytest. Paths select the processes; without paths, all of them run.
+        device: ``card`` or ``gpu`` to run only on that; None for the ordinary tests and those on an emulated card.
     """
     paths = [argument for argument in arguments if is_path(argument)]
     if device is not None:
@@ -60,13 +60,13 @@ def _parts(options: Sequence[str]) -> Iterator[list[str]]:
 
 
 def is_path(argument: str, below: str = ".") -> bool:
-    """Tell whether an argument names a file or folder below another one, or a test in it."""
+    """Return whether an argument names a file or folder below another one, or a test in it."""
     path = (ROOT / argument.partition("::")[0]).resolve()
     return not argument.startswith("-") and path.exists() and path.is_relative_to((ROOT / below).resolve())
 
 
 def combined_status(statuses: Iterable[int]) -> int:
-    """Return the exit status of several processes: of the first that failed. One without tests is no failure beside others."""
+    """Return the combined exit status: that of the first failed process; no tests only counts if none had any."""
     statuses = list(statuses)
     failed = [status for status in statuses if status not in (0, NO_TESTS)]
     if failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_lora import ApplyLora
+from .load_training_folder import LoadTrainingFolder
 from .memory_plan import MemoryPlan
 from .page.live_chart import add_route
 from .precompute_residuals import PrecomputeResiduals
@@ -21,6 +22,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     TrainLora,
     ApplyLora,
     RaluSampler,
+    LoadTrainingFolder,
 ]
 
 

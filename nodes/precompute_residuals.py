@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..blockskip_core.data.crops import TrainingCrops
 from ..blockskip_core.data.patch_sampling import PATCH_ORDERS
 from ..blockskip_core.data.schedule import TrainingSchedule, largest_crop
 from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS
-from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.inputs.encoding import flatten_pictures
+from ..blockskip_core.hosts.inputs.material import checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
 from ..blockskip_core.reporting import pictures
@@ -23,7 +24,7 @@ from . import widgets
 from .inputs import checked, connected, require_memory_settings, single
 from .page.live_chart import announcer
 from .page.progress import NodeProgress
-from .types import BlockSelectionSocket, ResidualsSocket
+from .types import BlockSelectionSocket, ResidualsSocket, TrainingFilesSocket
 
 
 class PrecomputeResiduals(io.ComfyNode):
@@ -65,12 +66,12 @@ class PrecomputeResiduals(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, **settings: Any
+        cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, files: Any = None, **settings: Any
     ) -> io.NodeOutput:
         model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
         asked = residual_settings(**checked(cls, **settings))
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
-        return io.NodeOutput(*precompute(model, vae, images, positive, selection, asked, progress))
+        return io.NodeOutput(*precompute(model, vae, images, positive, files, selection, asked, progress))
 
 
 def _what_to_train_on() -> list[io.Input]:
@@ -93,8 +94,8 @@ def _what_to_train_on() -> list[io.Input]:
 def _the_examples() -> list[io.Input]:
     return [
         widgets.draws(
-            "How many training examples to prepare. A step uses `batch_size` of them per forward pass; a longer run "
-            "starts over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px."
+            "How many training examples to prepare. Each step uses one for each row of its batch; a longer run starts "
+            "over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px."
         ),
         widgets.patch_min(
             "Side in pixels of every training picture, and of the smallest crop. Memory and time depend on it. The "
@@ -144,6 +145,10 @@ def _the_details() -> list[io.Input]:
             "rounded; int8 rounds less. Ignored by `on the fly`."
         ),
         widgets.memory_settings("From Memory Plan. Takes precedence over `patch_min` and `storage`."),
+        TrainingFilesSocket.Input(
+            "files", optional=True,
+            tooltip="From Load Training Folder: messages then name a picture by its file, and missing captions are noticed.",
+        ),
     ]  # fmt: skip
 
 
@@ -160,6 +165,7 @@ def precompute(
     vae: Any,
     images: Any,
     positive: Any,
+    files: Any,
     selection: BlockSelection,
     settings: ResidualSettings,
     progress: NodeProgress,
@@ -171,29 +177,32 @@ def precompute(
     """
     advice = "Lower `patch_min`, or unload whatever else uses the device, and queue again: finished parts are kept."
     with out_of_memory_explained("Precomputing", advice):
-        photos, captions = flatten_pictures(images), flatten_conditionings(positive)
-        residuals, crops = prepare_residuals(model, vae, photos, captions, selection, settings, progress)
-        sheet = pictures.as_image(contact_sheet(crops, residuals.schedule))
-    progress.say(size_note(photos, residuals.schedule))
-    return residuals, sheet
+        material = checked_material(images, positive, files)
+        residuals, crops = prepare_residuals(
+            model, vae, material.pictures, material.captions, selection, settings, progress, material.pictures.labels
+        )
+        sheet = pictures.as_image(contact_sheet(crops, residuals.schedule, material.blank))
+    progress.say("\n".join([*material.remarks, size_note(material.pictures.sizes, residuals.schedule)]))
+    return replace(residuals, remarks=material.remarks), sheet
 
 
-def contact_sheet(crops: Sequence[Tensor], schedule: TrainingSchedule) -> Image.Image:
-    """Return some of the crops, from low to high noise, with their labels."""
+def contact_sheet(crops: TrainingCrops, schedule: TrainingSchedule, blank: Collection[int]) -> Image.Image:
+    """Return some of the crops, from low to high noise, with their labels; those of blank pictures are marked."""
     by_noise = sorted(range(len(schedule)), key=lambda index: schedule[index].sigma)
     shown = [by_noise[place] for place in pictures.evenly(len(by_noise))]
     labels = [f"t {schedule[index].sigma:.2f} · {schedule[index].side} px" for index in shown]
-    return pictures.contact_sheet([crops[index] for index in shown], labels)
+    marked = [place for place, index in enumerate(shown) if schedule[index].picture in blank]
+    return pictures.contact_sheet(crops.taken(shown), labels, marked)
 
 
-def size_note(photos: Sequence[Tensor], schedule: TrainingSchedule) -> str:
+def size_note(sizes: Sequence[tuple[int, int]], schedule: TrainingSchedule) -> str:
     """Return a note on pictures that are too small for the largest crop; nothing is scaled up."""
     top = schedule.patches.patch_max
-    room = [largest_crop(photo.shape[0], photo.shape[1], schedule.patches) for photo in photos]
+    room = [largest_crop(height, width, schedule.patches) for height, width in sizes]
     short = [side for side in room if side < top]
     if not short:
-        return f"{len(schedule)} training examples from {len(photos)} pictures"
+        return f"{len(schedule)} training examples from {len(sizes)} pictures"
     return (
-        f"{len(short)} of {len(photos)} pictures are smaller than patch_max ({top} px): their largest crop is "
+        f"{len(short)} of {len(sizes)} pictures are smaller than patch_max ({top} px): their largest crop is "
         f"{min(short)} px or more, and nothing is scaled up"
     )

@@ -126,7 +126,7 @@ def _custom() -> list[io.Input]:
     return [
         io.String.Input(
             "custom_steps", default="5, 6, 7", optional=True, advanced=True,
-            tooltip="Steps of each stage, for one to three stages. Only used by custom.",
+            tooltip="Steps of each stage, for at most 3 stages. Only used by custom.",
         ),
         io.String.Input(
             "custom_ends", default="0.3, 0.45, 1", optional=True, advanced=True,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CacheError, InvalidInputError
 from .patch_sampling import PatchConfig, crop_side, reference_size
+from .remarks import Labels, on_size
 
 SCHEDULE_VERSION = 1
 
@@ -128,6 +129,7 @@ def draw_schedule(
     sample_sigmas: Callable[[int, torch.Generator], Tensor],
     seed: int,
     timesteps: str = "model",
+    labels: Labels | None = None,
 ) -> TrainingSchedule:
     """Decide picture, caption, noise level, crop and noise of every training example.
 
@@ -142,6 +144,7 @@ def draw_schedule(
         sample_sigmas: ``(count, generator) -> sigmas`` of shape (count,) in (0, 1].
         seed: Determines every random decision.
         timesteps: Name of the noise level distribution, recorded with the schedule.
+        labels: What the pictures are called in messages; their numbers without.
 
     Raises:
         InvalidInputError: If there are no pictures or draws, the number of captions does not fit, or a picture is too
@@ -156,6 +159,9 @@ def draw_schedule(
         )
     if num_draws < 1:
         raise InvalidInputError(f"At least one training example is needed, got {num_draws}.")
+    too_small = on_size(picture_sizes, patches.patch_min, labels or Labels(len(picture_sizes)))
+    if too_small:
+        raise InvalidInputError(too_small)
     sizes = [reference_size(height, width, patches) for height, width in picture_sizes]
     room = [largest_crop(height, width, patches) for height, width in picture_sizes]
 

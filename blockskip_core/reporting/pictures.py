@@ -6,7 +6,7 @@ The host already has Pillow, and a plotting library is not worth a dependency fo
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,8 +41,13 @@ def evenly(count: int, limit: int = MAX_CROPS) -> list[int]:
     return [round(place * (count - 1) / (limit - 1)) for place in range(limit)]
 
 
-def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int = 160) -> Image.Image:
-    """Return crops, each (H, W, 3), in a grid in the given order, with labels underneath."""
+def contact_sheet(
+    crops: Sequence[Tensor], labels: Sequence[str], marked: Collection[int] = (), *, cell: int = 160
+) -> Image.Image:
+    """Return crops, each (H, W, 3), in a grid in the given order, with labels underneath.
+
+    Those at the positions in ``marked`` are crossed out, because something is wrong with their picture.
+    """
     columns = min(8, len(crops))
     rows = -(-len(crops) // columns)
     gap, line = 8, 22
@@ -53,7 +58,10 @@ def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int =
         top = gap + place // columns * (cell + line + gap)
         picture = as_picture(crop)
         sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
-        draw.text((left + 2, top + cell + 4), label, fill=INK, font=_font(13))
+        draw.text((left + 2, top + cell + 4), label, fill=TOO_MUCH if place in marked else INK, font=_font(13))
+        if place in marked:
+            draw.rectangle((left, top, left + cell - 1, top + cell - 1), outline=TOO_MUCH, width=4)
+            draw.line((left, top, left + cell - 1, top + cell - 1), fill=TOO_MUCH, width=4)
     return sheet
 
 

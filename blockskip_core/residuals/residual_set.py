@@ -47,6 +47,7 @@ class ResidualSet:
         family: The model family.
         back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; both
             are ignored on the fly. "exact" requires a selection that freezes its last blocks and skips none of them.
+        remarks: Anything odd about the pictures and captions, in sentences for the run's summary.
     """
 
     schedule: TrainingSchedule
@@ -59,6 +60,7 @@ class ResidualSet:
     folder: Path
     family: str
     back_residual: BackResidual = "constant"
+    remarks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.back_residual not in BACK_RESIDUALS:

@@ -106,7 +106,7 @@ class _Training:
             StorageError: If a run that ended early cannot be saved.
         """
         result = self._outcome.result
-        result.problems.extend(_on_ranks(self._run))
+        result.problems.extend([*self._run.residuals.remarks, *_on_ranks(self._run)])
         try:
             self._train()
         except (TrainingError, OutOfMemoryError) as error:

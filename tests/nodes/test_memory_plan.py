@@ -1,4 +1,4 @@
-"""The plan of a run, through the node, against the run itself."""
+"""The plan of a run, through the node, compared with the run itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan(bench, nodes, run_node):
 
 
 def planned_run(bench, nodes, selection, **changes):
-    """The plan behind the node."""
+    """The function behind the node."""
     request = nodes.memory_plan.PlanRequest(**{**PLAN, **changes})
     return nodes.memory_plan.Plan(bench.model, [bench.prompt], selection, request, lambda *_: None)
 
@@ -151,7 +151,7 @@ def test_settings_that_do_not_fit_are_handed_on_with_the_change_that_helps(plan,
 
 def test_a_preset_is_a_card_with_room_for_the_desktop(plan):
     text = plan(preset="8 GB", card_memory=99.0).args[0]
-    assert "of 6.50 GiB of a card with 8 GB." in text
+    assert "6.50 GiB available (a card with 8 GB)." in text
     assert "How long that takes on another card is not known." in text
     with pytest.raises(ValueError, match="preset must be off or one of 6 GB, 8 GB, 12 GB, 16 GB, 24 GB, got '7 GB'"):
         plan(preset="7 GB")

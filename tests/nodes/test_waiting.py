@@ -1,6 +1,6 @@
 """A node that waits for another ComfyUI says so, and Cancel ends the waiting.
 
-A lock is that of an opened file, so one that the test holds keeps the nodes out as another process's does.
+A lock belongs to an open file, so a lock held by the test keeps the nodes out like that of another process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def locks(core, monkeypatch):
 
 @pytest.fixture
 def shown(nodes, monkeypatch):
-    """What was shown under the node; Cancel is pressed after a while of waiting."""
+    """The text shown under the node; Cancel is pressed after some waiting."""
     import comfy.model_management
 
     found = []

@@ -99,20 +99,20 @@ class FamilyAdapter(ABC):
             InvalidInputError: If one does not have the width that the model reads.
         """
         width, pooled_width = self._features(self.text_entry), self._features(self.pooled_entry)
-        for index, [[embedding, settings]] in enumerate(conditionings):
+        for number, [[embedding, settings]] in enumerate(conditionings, 1):
             pooled = settings.get("pooled_output")
             if width and embedding.shape[-1] != width:
-                self._refuse_text(index, embedding.shape[-1], width)
+                self._refuse_text(number, embedding.shape[-1], width)
             if pooled_width and pooled is not None and pooled.shape[-1] < pooled_width:  # any more is not read
-                self._refuse_text(index, pooled.shape[-1], pooled_width)
+                self._refuse_text(number, pooled.shape[-1], pooled_width)
 
     def _features(self, name: str) -> int | None:
         layer = dict(self._model.named_modules()).get(name) if name else None
         return getattr(layer, "in_features", None)
 
-    def _refuse_text(self, index: int, got: int, expected: int) -> None:
+    def _refuse_text(self, number: int, got: int, expected: int) -> None:
         raise InvalidInputError(
-            f"Conditioning {index} has width {got}, {self.title} needs {expected}. Encode the text with the text "
+            f"Conditioning {number} has width {got}, {self.title} needs {expected}. Encode the text with the text "
             "encoder that belongs to the model."
         )
 

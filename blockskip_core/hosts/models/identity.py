@@ -7,7 +7,7 @@ Hashing 24 GB of weights would take longer than a short training, so each weight
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfyui_version
@@ -45,7 +45,7 @@ def module_identity(module: nn.Module) -> str:
 def tensors_identity(tensors: Iterable[Tensor]) -> str:
     """Return a content hash of all numbers in some tensors (pictures are small enough for that)."""
     digest = _Digest(samples=None)
-    digest.add(list(tensors))
+    digest.add(tensors if isinstance(tensors, Sequence) else list(tensors))
     return digest.hexdigest()
 
 
@@ -95,11 +95,12 @@ class _Digest:
             for key, item in value.items():
                 self._text(str(key))
                 self._add(item)
-        elif isinstance(value, (list, tuple)):
-            self._text(f"{len(value)} items")
-            self.add(*value)
         elif isinstance(value, (str, int, float, bool, bytes, type(None))):
             self._text(repr(value))
+        elif isinstance(value, Sequence):  # including one that creates its items on demand
+            self._text(f"{len(value)} items")
+            for item in value:
+                self._add(item)
         else:  # e.g. the host's weight adapters: class and tensors
             self._text(type(value).__name__)
             self._add(getattr(value, "weights", None))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...data.crops import TrainingCrops
 from ...data.patch_sampling import PatchConfig, PatchOrder
+from ...data.remarks import Labels
 from ...data.schedule import TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
 from ...residuals.back_response import BackResidual
@@ -73,6 +74,7 @@ def prepare_residuals(
     selection: BlockSelection,
     settings: ResidualSettings,
     progress: PhaseProgress,
+    labels: Labels | None = None,
 ) -> tuple[ResidualSet, TrainingCrops]:
     """Draw the schedule, encode its crops and, with storage "disk", compute the residuals unless they are stored.
 
@@ -84,6 +86,7 @@ def prepare_residuals(
         selection: Blocks to be skipped.
         settings: How examples are drawn and stored.
         progress: Called during the work; may raise to interrupt.
+        labels: The pictures' names in messages; their numbers if None.
 
     Raises:
         InvalidInputError: If inputs do not fit together, or there is not enough space.
@@ -95,7 +98,7 @@ def prepare_residuals(
     if settings.back_residual == "exact":
         selection = selection.with_exact_back()
     multiple = crop_multiple(vae, bare.adapter.patch_size)
-    schedule = _schedule(model, pictures, len(captions), multiple, settings)
+    schedule = _schedule(model, pictures, len(captions), multiple, settings, labels)
     crops = TrainingCrops(pictures, schedule)
     identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
     residuals = ResidualSet(
@@ -123,7 +126,12 @@ def _dit(model: Any, residuals: ResidualSet) -> HostedDit:
 
 
 def _schedule(
-    model: Any, pictures: Sequence[Tensor], num_captions: int, multiple: int, settings: ResidualSettings
+    model: Any,
+    pictures: Sequence[Tensor],
+    num_captions: int,
+    multiple: int,
+    settings: ResidualSettings,
+    labels: Labels | None,
 ) -> TrainingSchedule:
     sampling = model.get_model_object("model_sampling")
     return draw_schedule(
@@ -140,6 +148,7 @@ def _schedule(
         ),
         seed=settings.seed,
         timesteps=settings.timesteps,
+        labels=labels,
     )
 
 
@@ -175,4 +184,7 @@ def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet,
         if stored is not None:
             return stored
     require_room(residuals, _dit(model, residuals))  # before spending an hour on encoding
-    return encode_crops(vae, model.model, crops, lambda done, total: progress("encoding crops", done, total))
+    order = crops.by_picture(range(len(crops)))
+    return encode_crops(
+        vae, model.model, crops, lambda done, total: progress("encoding crops", done, total), order=order
+    )

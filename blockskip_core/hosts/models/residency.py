@@ -14,7 +14,7 @@ Three things follow, each with a function here:
   (:func:`keep_what_autograd_saves`). Any other weight is provided only temporarily: while its layer's forward runs it
   is copied into a buffer that is reused for the next layers, or into pages that the host reclaims. If backward reads
   such a buffer later, no error is raised (measured on a tiny FLUX.1: gradients 50 % off, losses unchanged). For linear
-  layers this is safe, because autograd never saves their weights: ``lora`` detaches these layers and requests the
+  layers this is safe, because autograd never saves their weights: ``lora`` detaches these layers and asks for the
   weight again in backward.
 - Other models are moved off the device before its free memory is queried (:func:`evict_others`).
 """

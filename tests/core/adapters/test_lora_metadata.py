@@ -1,4 +1,4 @@
-"""Metadata of LoRA files: ours, what we write for other programs, and what we read of theirs."""
+"""Metadata of LoRA files: ours, what we write for other programs, and what we read from theirs."""
 
 import json
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Low-rank changes: joining, filling up and cutting down leave ``up @ down`` as it was."""
+"""Low-rank changes: joining, padding and truncating keep ``up @ down``."""
 
 import pytest
 import torch

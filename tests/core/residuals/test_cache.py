@@ -1,4 +1,4 @@
-"""Stored residuals: what goes in comes out, or is refused."""
+"""Stored residuals: what is read equals what was written, or is refused."""
 
 import dataclasses
 import errno
@@ -141,7 +141,7 @@ def test_an_unfinished_cache_is_replaced(tmp_path):
 
 
 def read_or_refuse(folder, given):
-    """Return whether reading was refused; whatever is read must be what was written, bit for bit."""
+    """Return whether reading was refused; what is read must equal what was written bit for bit."""
     try:
         read = read_all(folder)
     except CacheError:
@@ -154,7 +154,7 @@ def read_or_refuse(folder, given):
 
 
 def damaged_copies(tmp_path, given, name, damage):
-    """Yield (folder, place) with one file damaged, 50 times at random places."""
+    """Yield (folder, place) 50 times, each with one file damaged at a random place."""
     folder = written(tmp_path / "whole", given)
     whole = (folder / name).read_bytes()
     rng = Random(7)
@@ -223,7 +223,7 @@ def test_the_right_name_with_another_draws_numbers_is_refused(tmp_path):
 
 
 def rewrite_manifest(folder, change):
-    """Change a manifest's content and make its digest right again."""
+    """Change a manifest's content and correct its digest."""
     body = json.loads(json.loads((folder / MANIFEST).read_text())["body"])
     body = json.dumps(change(body))
     digest = hashlib.blake2b(body.encode(), digest_size=16).hexdigest()

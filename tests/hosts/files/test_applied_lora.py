@@ -1,4 +1,4 @@
-"""LoRAs on a MODEL: as the host's own loader would patch them in, or refused; what is passed over is said."""
+"""LoRAs on a MODEL: applied like ComfyUI's own loader, or refused; ignored tensors are reported."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def files(comfyui):
 
 
 def merged(patcher):
-    """All weights of a MODEL with its patches, as the host merges them."""
+    """All weights of a MODEL with its patches, as merged by ComfyUI."""
     import comfy.model_management
 
     clone = patcher.clone()
@@ -84,7 +84,7 @@ def test_applying_makes_a_clone_and_strength_scales_the_change(files):
     assert torch.equal(full_forward(hosted(patcher), clean, [0]), plain)
 
 
-# --- what others write -------------------------------------------------------------------------------------------
+# --- files of other programs -------------------------------------------------------------------------------------
 
 BLOCKS = ["double_blocks.0", "single_blocks.1"]
 
@@ -134,7 +134,7 @@ def test_a_lora_that_would_make_a_layer_narrower_is_refused(files):
         files.apply_lora(patcher, control_lora(patcher, -2), 1.0)
 
 
-# --- tensors that the host ignores -------------------------------------------------------------------------------
+# --- tensors that ComfyUI ignores --------------------------------------------------------------------------------
 
 
 def test_what_is_not_used_is_counted_and_named_by_kind(files, caplog):
@@ -169,7 +169,7 @@ def test_a_lora_that_is_used_as_a_whole_says_nothing(files, caplog):
 
 
 def test_the_reader_of_the_host_agrees_on_what_is_passed_over(files, caplog):
-    """The host warns of each tensor that it did not load; the same ones are counted here."""
+    """ComfyUI warns about each tensor that it did not load; the same ones are counted here."""
     import comfy.lora
 
     patcher = tiny_flux()

@@ -1,4 +1,4 @@
-"""Starting from any trainer's LoRA: the same change of the weights, or a message that says what prevents it."""
+"""Starting from any trainer's LoRA: the same change of the weights, or a message with the reason why not."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def adapters_of(model, rank=8, alpha=None, targets="all linear"):
 
 
 def changes(adapters):
-    """Layer -> change of its weight, of those that have one."""
+    """Layer -> change of its weight, for layers that have one."""
     found = {name: adapters.scale * (adapters.up(name) @ adapters.down(name)).detach() for name in adapters.names}
     return {name: change for name, change in found.items() if change.any()}
 
@@ -63,7 +63,7 @@ def test_layers_of_different_ranks_are_filled_up(start, model, alpha):
     adapters = adapters_of(model, rank=8, alpha=alpha)
     first = adapters.state_dict()
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters)
-    for name, (up, _) in made.items():  # what is new may learn: A as in a fresh LoRA, B zero
+    for name, (up, _) in made.items():  # new ranks can learn: A as in a fresh LoRA, B zero
         rank = up.shape[1]
         assert torch.equal(adapters.down(name)[rank:], first[f"{name}.lora_A.weight"][rank:])
         assert not adapters.up(name)[:, rank:].any()
@@ -71,7 +71,7 @@ def test_layers_of_different_ranks_are_filled_up(start, model, alpha):
 
 def test_the_advice_on_ranks_leads_to_a_run(start, model):
     made = other_loras.pairs(model, KEPT, rank=lambda place: 3 + place % 3)
-    with pytest.raises(LoraFileError, match=r"has ranks from 3 to 5, .* here it is 2\. Set rank to 5, or more\."):
+    with pytest.raises(LoraFileError, match=r"has ranks from 3 to 5, .* but rank is 2 here\. Set rank to 5 or more\."):
         start(model, other_loras.native(made), adapters_of(model, rank=2))
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters_of(model, rank=5))
 
@@ -84,7 +84,7 @@ def test_names_of_kohya_and_its_alpha_are_read(start, model):
 
 def test_layers_that_diffusers_splits_are_joined(start, model):
     tensors, expected = other_loras.diffusers(model, KEPT)
-    with pytest.raises(LoraFileError, match=r"has ranks from 2 to 8, .*Set rank to 8, or more"):
+    with pytest.raises(LoraFileError, match=r"has ranks from 2 to 8, .*Set rank to 8 or more"):
         start(model, tensors, adapters_of(model, rank=4))
     assert_starts_from(start, model, tensors, expected, adapters_of(model, rank=8))
 
@@ -112,7 +112,7 @@ def test_a_layer_that_is_narrower_than_the_lora_is_cut_down(start, model):
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters_of(model, rank=64))
 
 
-# --- what cannot be taken ----------------------------------------------------------------------------------------
+# --- files that cannot be used -----------------------------------------------------------------------------------
 
 
 def of_kept(model):

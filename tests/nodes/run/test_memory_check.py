@@ -1,4 +1,4 @@
-"""The trainer counts before it starts, and refuses what cannot fit."""
+"""The trainer counts before it starts, and refuses runs that cannot fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def room(nodes, monkeypatch):
-    """Set how much memory the device has free."""
+    """Set the device's free memory."""
 
     def set_free(free):
         monkeypatch.setattr(nodes.run.memory_check, "room_on", lambda device: (free, "a small card"))

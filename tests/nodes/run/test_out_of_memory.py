@@ -12,7 +12,7 @@ STEPS = 5
 
 @pytest.fixture
 def allocator(nodes, monkeypatch):
-    """Let the allocator fail after given steps, once each, on a device that weights can be streamed to."""
+    """Make the allocator fail once after each of the given steps, on a device that weights can be streamed to."""
     training = nodes.run.training
     monkeypatch.setattr(training._Training, "_can_stream", lambda self, placement: placement != "streamed")
     progress = nodes.train_lora.NodeProgress
@@ -51,13 +51,13 @@ def said(trained):
 def test_it_continues_from_its_last_step_to_the_same_lora(bench, allocator, failing, save_every):
     residuals = bench.precompute()[0]
     expected = bench.train(residuals=residuals, steps=STEPS)
-    shutil.rmtree(bench.folders.output / "blockskip" / "runs")  # or it would resume from these
+    shutil.rmtree(bench.folders.output / "blockskip" / "runs")  # otherwise it would resume from these
     placements = allocator(failing)
     trained = bench.train(residuals=residuals, steps=STEPS, save_every=save_every, output_name="loras/again")
     assert placements == ["resident", "streamed"]
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
     assert trained[1] == expected[1]
-    assert len(allocator.results[-1].step_seconds) == STEPS  # none is trained twice
+    assert len(allocator.results[-1].step_seconds) == STEPS  # no step is trained twice
     (problem,) = said(trained)["problems"]
     assert problem.startswith(f"Training ran out of memory after step {failing} (CUDA out of memory. Tried")
     assert "It continued with streamed weights, which is slower. Lower `patch_min`" in problem
