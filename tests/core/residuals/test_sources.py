@@ -333,7 +333,7 @@ def test_whoever_waits_can_be_interrupted(tmp_path, impatient, act):
 
 def test_a_cache_that_was_removed_before_it_was_opened_is_computed_once_more(tmp_path):
     residuals = residual_set(tmp_path)
-    (stretch,) = residuals.source(PlainDit(), quiet).stretches(MicroBatches(steps=3))
+    (stretch,) = source_of(residuals, PlainDit(), quiet).stretches(MicroBatches(steps=3))
     remove_old_caches(tmp_path, keep=0)
     with stretch as opened:
         assert opened.residual(0).front is not None
