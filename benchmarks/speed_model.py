@@ -83,7 +83,7 @@ def fastest_dtype(device: torch.device, seconds: float = 0.3) -> tuple[torch.dty
     return best, f"The model is in {str(best).removeprefix('torch.')}, which is faster here (GFLOP/s: {told})."
 
 
-@torch.inference_mode(False)  # whoever calls first: create tensors that autograd may save
+@torch.inference_mode(False)  # whatever mode the caller is in, create tensors that autograd may save
 def build_flux(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Any:
     """Return a MODEL with random weights, made on the device that runs it and kept where the host keeps models.
 

@@ -61,18 +61,18 @@ The file contains the same information: under `loads_in` in its metadata, shown 
     Section(
         title="Pictures and captions",
         results="training_files.json",
-        before="What two loaders give of a file in a folder of pictures and captions:",
+        before="How two loaders handle a file in a folder of pictures and captions:",
         after="""\
-"Refused by name": an error that says which file it is. Pictures from any other node can be trained on as well, if their values
-are 0 to 1; Precompute Residuals names those that are not, and those that are all of one colour.""",
+"Refused by name": an error that names the file. Pictures from any other node can be used for training as well, if their
+values are 0 to 1; Precompute Residuals names those that are not, and those of a single colour.""",
     ),
     Section(
         title="Conditionings as captions",
         results="captions.json",
-        before="What Precompute Residuals makes of a conditioning at `positive`, by the node that made it of a text:",
+        before="How Precompute Residuals handles a conditioning at `positive`, by the node that made it from a text:",
         after="""\
-What describes the text itself is honoured. What acts on a part of the picture or of the sampling has no meaning for a training
-crop and is refused. Several captions come as a list, which dataset nodes and Create List make.""",
+Settings that describe the text itself are used. Settings for a part of the picture or of the sampling mean nothing for
+a training crop and are refused. Several captions must be a list, as from dataset nodes and Create List.""",
     ),
 )
 

@@ -62,7 +62,7 @@ class MemoryPlan(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
-            inputs=[*_needed(), *_the_card(), *_the_rest()],
+            inputs=[*_required_inputs(), *_card_inputs(), *_other_inputs()],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="The plan, for Preview as Text."),
                 io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits with these settings."),
@@ -90,7 +90,7 @@ class MemoryPlan(io.ComfyNode):
         )
 
 
-def _needed() -> list[io.Input]:
+def _required_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The MODEL that you will train on."),
         io.Conditioning.Input("positive", tooltip="The captions; the longest one counts."),
@@ -106,7 +106,7 @@ def _needed() -> list[io.Input]:
     ]
 
 
-def _the_card() -> list[io.Input]:
+def _card_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "card_memory", default=0.0, min=0.0, max=1024.0, step=0.5,
@@ -116,7 +116,7 @@ def _the_card() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_rest() -> list[io.Input]:
+def _other_inputs() -> list[io.Input]:
     return [
         widgets.chunk_size(AT_PRECOMPUTE),
         widgets.back_residual(AT_PRECOMPUTE),
