@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 
@@ -262,6 +263,28 @@ def test_it_runs_again_when_a_file_has_changed_and_only_then(nodes, folder):
     assert len(set(keys)) == 4
     assert "There is no folder" in key(folder="../outside")
     assert key() == key(folder=None) == ""
+
+
+def test_comfyui_asks_for_that_as_it_asks_a_node(nodes, folder, monkeypatch, caplog):
+    import execution
+    from comfy_execution.graph import DynamicPrompt
+
+    import nodes as host_nodes
+
+    kind = "BlockSkip_LoadTrainingFolder"
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, kind, nodes.LoadTrainingFolder)
+    photo(folder / "a.png")
+
+    def key(chosen):
+        prompt = DynamicPrompt({"1": {"class_type": kind, "inputs": {"folder": chosen}}})
+        return asyncio.run(execution.IsChangedCache("p", prompt, None).get("1"))
+
+    before = key("toy")
+    assert key("toy") == before == [nodes.LoadTrainingFolder.fingerprint_inputs(folder="toy")]
+    photo(folder / "b.png")
+    assert key("toy") != before
+    assert key(["2", 0]) is not None  # linked
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_its_outputs_go_into_precompute_residuals(load, folder, bench):
