@@ -212,6 +212,18 @@ def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load
         load()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_no_page_can_show_harms_nothing(load, folder, bench):
+    for name in (b"a\xff.png", b"b\nc.png"):
+        Image.new("RGB", (64, 64)).save(os.fsdecode(os.path.join(os.fsencode(folder), name)), format="PNG")
+    images, _, files = load()
+    assert [file.name for file in files] == ["a?.png", "b?c.png"]
+    listed = type(bench.pictures)
+    residuals = bench.precompute(images=listed(images), files=listed(files))[0]
+    assert "a?.png (black), b?c.png (black)" in residuals.remarks[0]
+    assert "html" in bench.train(residuals=residuals).ui["blockskip"][0]["summary_file"]
+
+
 def test_a_folder_without_pictures_is_refused(load, folder):
     (folder / "a.txt").write_text("toy", encoding="utf-8")
     (folder / "._a.png").write_bytes(b"what some systems leave beside a picture")
