@@ -1,4 +1,4 @@
-"""Sockets of our own."""
+"""The pack's own types for inputs and outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load Training Folder: what editors and cameras write is read as they show it, what cannot be read is named."""
+"""Load Training Folder: files of editors and cameras load as they look there, and unreadable files are named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 @pytest.fixture
 def folder(comfyui, tmp_path, monkeypatch):
-    """A folder "toy" in an input folder of the test's own."""
+    """A folder "toy" in a temporary input folder."""
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
@@ -66,7 +66,7 @@ def test_every_ending_is_read(load, folder, ending):
 
 def test_a_jpeg_is_turned_as_the_camera_was_held(load, folder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     photo(folder / "a.jpg", exif=exif)
     assert load()[0][0].shape == (1, 40, 30, 3)
 
@@ -136,7 +136,7 @@ def test_a_picture_that_cannot_be_read_is_named(load, folder, kind):
     photo(folder / "a.png")
     BROKEN[kind](folder / "b.png")
     with pytest.raises(
-        ValueError, match=r"^b\.png (cannot be read as a picture|holds floating-point|is grey with values)"
+        ValueError, match=r"^b\.png (cannot be read as a picture|contains floating-point|is grey with values)"
     ) as refused:
         load()
     assert "take it out of the folder" in str(refused.value) or "Save it as PNG or JPEG" in str(refused.value)
@@ -171,7 +171,7 @@ def test_other_endings_of_captions_are_read_and_txt_counts_first(load, folder):
 def test_a_caption_that_cannot_be_read_is_named(load, folder, content):
     photo(folder / "a.png")
     (folder / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^a\.txt is (no text in UTF-8|larger than 64 KiB)"):
+    with pytest.raises(ValueError, match=r"^a\.txt is (not text in UTF-8|larger than 64 KiB)"):
         load()
 
 
@@ -208,7 +208,7 @@ def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load
     assert images[1].data_ptr() == images[2].data_ptr()
     assert len(images) == len(texts) == 4
     (folder / "99999_x").mkdir()
-    with pytest.raises(ValueError, match="asks for its pictures 99999 times, at most 1000"):
+    with pytest.raises(ValueError, match="asks for its pictures 99999 times, but at most 1000"):
         load()
 
 
