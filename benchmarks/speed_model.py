@@ -21,8 +21,8 @@ from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule, draw_s
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.residuals.cache import CacheIdentity
 from blockskip_pack.blockskip_core.residuals.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.residuals.residual_set import ResidualSet
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
-from blockskip_pack.blockskip_core.residuals.sources import ResidualSet
 from blockskip_pack.blockskip_core.selection.presets import preset_selection
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from torch import Tensor

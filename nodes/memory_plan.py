@@ -30,7 +30,7 @@ from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_bl
 from ..blockskip_core.reporting.pictures import as_image, memory_bars
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
-from ..blockskip_core.residuals.sources import STORAGES, Storage
+from ..blockskip_core.residuals.residual_set import STORAGES, Storage
 from ..blockskip_core.selection.selection import BlockSelection
 from ..blockskip_core.training.config import TrainingConfig
 from . import widgets

@@ -18,7 +18,7 @@ from ..blockskip_core.hosts.inputs.material import checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
 from ..blockskip_core.reporting import pictures
-from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 from . import widgets
 from .inputs import checked, connected, require_memory_settings, single

@@ -44,10 +44,12 @@ class Labels:
 
     def listed(self, pictures: Sequence[int], details: Sequence[str] = ()) -> str:
         """Return the names of some pictures, each with its detail in brackets, and the number of further ones."""
-        shown = [self.short(index) for index in pictures[:MOST_NAMED]]
-        shown = [f"{name} ({detail})" for name, detail in zip(shown, details, strict=False)] if details else shown
-        more = len(pictures) - len(shown)
-        return ", ".join(shown) + (f" and {more} more" if more else "")
+        names = [self.short(index) for index in pictures]
+        if details:
+            names = [f"{name} ({detail})" for name, detail in zip(names, details, strict=True)]
+        distinct = list(dict.fromkeys(names))  # a picture may count several times
+        more = len(distinct) - MOST_NAMED
+        return ", ".join(distinct[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
     def counted(self, pictures: Sequence[int]) -> str:
         """Return "1 of 12 pictures is" or "3 of 12 pictures are"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 
@@ -211,6 +212,18 @@ def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load
         load()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_no_page_can_show_harms_nothing(load, folder, bench):
+    for name in (b"a\xff.png", b"b\nc.png"):
+        Image.new("RGB", (64, 64)).save(os.fsdecode(os.path.join(os.fsencode(folder), name)), format="PNG")
+    images, _, files = load()
+    assert [file.name for file in files] == ["a?.png", "b?c.png"]
+    listed = type(bench.pictures)
+    residuals = bench.precompute(images=listed(images), files=listed(files))[0]
+    assert "a?.png (black), b?c.png (black)" in residuals.remarks[0]
+    assert "html" in bench.train(residuals=residuals).ui["blockskip"][0]["summary_file"]
+
+
 def test_a_folder_without_pictures_is_refused(load, folder):
     (folder / "a.txt").write_text("toy", encoding="utf-8")
     (folder / "._a.png").write_bytes(b"what some systems leave beside a picture")
@@ -262,6 +275,28 @@ def test_it_runs_again_when_a_file_has_changed_and_only_then(nodes, folder):
     assert len(set(keys)) == 4
     assert "There is no folder" in key(folder="../outside")
     assert key() == key(folder=None) == ""
+
+
+def test_comfyui_asks_for_that_as_it_asks_a_node(nodes, folder, monkeypatch, caplog):
+    import execution
+    from comfy_execution.graph import DynamicPrompt
+
+    import nodes as host_nodes
+
+    kind = "BlockSkip_LoadTrainingFolder"
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, kind, nodes.LoadTrainingFolder)
+    photo(folder / "a.png")
+
+    def key(chosen):
+        prompt = DynamicPrompt({"1": {"class_type": kind, "inputs": {"folder": chosen}}})
+        return asyncio.run(execution.IsChangedCache("p", prompt, None).get("1"))
+
+    before = key("toy")
+    assert key("toy") == before == [nodes.LoadTrainingFolder.fingerprint_inputs(folder="toy")]
+    photo(folder / "b.png")
+    assert key("toy") != before
+    assert key(["2", 0]) is not None  # linked
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_its_outputs_go_into_precompute_residuals(load, folder, bench):

@@ -36,7 +36,7 @@ class Pictures(Sequence[Tensor]):
     def __init__(self, images: Sequence[Any], names: Sequence[str] = ()) -> None:
         self._given = [picture for batch in _numbered(images) for picture in batch]
         if not self._given:
-            raise InvalidInputError("No pictures came in. Connect Load Image or a dataset node to `images`.")
+            raise InvalidInputError("No pictures came in. Connect Load Training Folder or Load Image to `images`.")
         self.labels = Labels(len(self._given), names)
         self._as_given, self.transparent = [], []
         for index, picture in enumerate(self._given):
@@ -72,12 +72,12 @@ def _numbered(images: Sequence[Any]) -> list[Tensor]:
         number = sum(map(len, batches)) + 1
         if not isinstance(batch, Tensor):
             raise InvalidInputError(
-                f"Picture {number} is not a picture but a {type(batch).__name__}. Connect Load Image or a dataset node."
+                f"Picture {number} is not a picture but a {type(batch).__name__}. Connect Load Training Folder or Load Image."
             )
         if batch.ndim != 4 or batch.shape[-1] not in _COLOURS or 0 in batch.shape[1:]:
             raise InvalidInputError(
                 f"Picture {number} must come in the shape (pictures, rows, columns, 3 colours), got {tuple(batch.shape)}. "
-                "Connect Load Image or a dataset node."
+                "Connect Load Training Folder or Load Image."
             )
         batches.append(batch)
     return batches
@@ -89,7 +89,7 @@ def _require_picture(name: str, picture: Tensor) -> bool:
         kind = str(picture.dtype).removeprefix("torch.")
         raise InvalidInputError(
             f"{name} holds values of the type {kind}; pictures are floating-point numbers from 0 to 1. "
-            "Load it with Load Image or a dataset node."
+            "Load the file with Load Training Folder or Load Image."
         )
     colours = picture[..., :3].to("cpu", torch.float32)
     if not torch.isfinite(colours).all():
@@ -98,7 +98,7 @@ def _require_picture(name: str, picture: Tensor) -> bool:
     if found:
         raise InvalidInputError(
             f"{name} has values from {found[0]:.3g} to {found[1]:.3g}; pictures are 0 to 1. "
-            "Check the node that made it, or load it with Load Image."
+            "Bring it into that range, or load the file with Load Training Folder or Load Image."
         )
     low, high = colours.aminmax()
     in_place = picture.dtype == torch.float32 and picture.device.type == "cpu"

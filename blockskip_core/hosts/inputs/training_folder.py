@@ -60,7 +60,7 @@ def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> L
             f"There are no pictures in the folder {folder!r}: none of its files ends with {', '.join(SUFFIXES)}."
         )
     loaded = [_Picture.read(path, root) for path in _announced(list(found), progress)]
-    counted = [picture for picture in loaded for _ in range(found[root / picture.name])]
+    counted = [picture for picture in loaded for _ in range(found[picture.path])]
     return LoadedFolder(
         images=[picture.image for picture in counted],
         texts=[picture.caption.text for picture in counted],
@@ -84,8 +84,9 @@ def folder_identity(folder: str) -> str:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture with its caption."""
+    """A picture with its caption; ``name`` is for people."""
 
+    path: Path
     name: str
     image: Tensor
     caption: CaptionText
@@ -93,10 +94,10 @@ class _Picture:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> _Picture:
-        name = path.relative_to(root).as_posix()
+        name = _shown(path, root)
         _require_inside(path, name)
         image, transparent = read_picture(path, name)
-        return cls(name, image, _caption(path, root), transparent)
+        return cls(path, name, image, _caption(path, root), transparent)
 
 
 def _remarks(loaded: list[_Picture]) -> list[str]:
@@ -172,7 +173,7 @@ def _caption(picture: Path, root: Path) -> CaptionText:
     files = _captions_of(picture)
     if not files:
         return CaptionText("", guessed=False)
-    name = files[0].relative_to(root).as_posix()
+    name = _shown(files[0], root)
     _require_inside(files[0], name)
     try:
         with files[0].open("rb") as file:
@@ -187,6 +188,11 @@ def _caption(picture: Path, root: Path) -> CaptionText:
         return caption_text(content)
     except InvalidInputError as error:
         raise InvalidInputError(f"{name} {error}") from error
+
+
+def _shown(path: Path, root: Path) -> str:
+    """Return a file's name as a message and a page can hold it: no line breaks, and no bytes that are no characters."""
+    return "".join(char if char.isprintable() else "?" for char in path.relative_to(root).as_posix())
 
 
 def _require_inside(path: Path, name: str) -> None:

@@ -27,7 +27,7 @@ from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
 from .adapted_dit import AdaptedDit
-from .residency import MODEL_PREFIX, evict_others, keep_what_autograd_saves, unload, whole_model
+from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ class HostedDit(AdaptedDit):
             clone.cleanup()
             put_back()
             unload(clone)
+            drop_cast_buffers()
 
     def _planned_bytes(self, replacements: Mapping[str, nn.Module]) -> int:
         """Return the bytes that will be loaded; the host would plan with the size of the MODEL's own modules."""
