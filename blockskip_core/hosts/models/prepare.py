@@ -23,6 +23,7 @@ from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
+from .patches import for_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def prepare_residuals(
         InvalidInputError: If something does not fit together, or there is no room.
         StorageError: If the disk refuses.
     """
-    settings = settings.as_read()
+    settings, model = settings.as_read(), for_training(model)
     bare = HostedDit(model)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":
