@@ -1,0 +1,326 @@
+"""What other nodes and packs put on a MODEL, as they put it there; the host's own nodes are in tests/nodes/test_host_nodes.py."""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.errors import UnsupportedModelError
+from torch import nn
+
+from ..hosted_runs import chosen, hosted, run
+from ..tiny_flux import assert_same_weights, tiny_flux, weights
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+
+
+def for_training(patcher):
+    from blockskip_pack.blockskip_core.hosts.models.patches import for_training
+
+    return for_training(patcher)
+
+
+def require_sampled_in_stages(patcher):
+    from blockskip_pack.blockskip_core.hosts.models.patches import require_sampled_in_stages
+
+    require_sampled_in_stages(patcher)
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def other_function(*args, **kwargs):
+    raise AssertionError("it is left out")
+
+
+def blocks_compiled_as_patches(patcher):
+    """As packs do that compile block by block."""
+    for path in ("double_blocks.0", "double_blocks.1", "single_blocks.2"):
+        name = f"diffusion_model.{path}"
+        patcher.add_object_patch(name, compiled(patcher.get_model_object(name)))
+
+
+def whole_model_compiled_as_a_patch(patcher):
+    patcher.add_object_patch("diffusion_model", compiled(patcher.model.diffusion_model))
+
+
+def blocks_compiled_for_a_call(patcher):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    set_torch_compile_wrapper(patcher, "eager", keys=[f"diffusion_model.single_blocks.{i}" for i in range(4)])
+
+
+def attention_replaced(patcher):
+    """As packs do whose guidance is inside attention."""
+    block = patcher.model.diffusion_model.single_blocks[1]
+    patcher.add_object_patch("diffusion_model.single_blocks.1.forward", MethodType(other_function, block))
+
+
+def forward_replaced(patcher):
+    patcher.add_object_patch("diffusion_model.forward_orig", MethodType(other_function, patcher.model.diffusion_model))
+
+
+def block_replaced(patcher):
+    patcher.set_model_patch_replace(other_function, "dit", "double_block", 0)
+
+
+def block_patched(patcher):
+    patcher.set_model_double_block_patch(other_function)
+
+
+def call_wrapped(patcher):
+    patcher.set_model_unet_function_wrapper(other_function)
+
+
+def model_wrapped(patcher):
+    import comfy.patcher_extension
+
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "a_cache", other_function)
+
+
+def model_wrapped_in_the_options(patcher):
+    import comfy.patcher_extension
+
+    options = patcher.model_options["transformer_options"]
+    comfy.patcher_extension.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, other_function, options)
+
+
+def attention_overridden(patcher):
+    patcher.model_options["transformer_options"]["optimized_attention_override"] = other_function
+
+
+def on_several_gpus(patcher):
+    patcher.set_additional_models("multigpu", [tiny_flux()])
+
+
+LEFT_OUT = {
+    blocks_compiled_as_patches: "torch.compile",
+    whole_model_compiled_as_a_patch: "torch.compile",
+    blocks_compiled_for_a_call: "torch.compile",
+    attention_replaced: "diffusion_model.single_blocks.1.forward",
+    forward_replaced: "diffusion_model.forward_orig",
+    block_replaced: "other_function",
+    block_patched: "other_function",
+    call_wrapped: "other_function",
+    model_wrapped: "a_cache",
+    model_wrapped_in_the_options: "other_function",
+    attention_overridden: "optimized_attention_override",
+    on_several_gpus: "several GPUs",
+}
+
+
+@pytest.mark.parametrize(("put", "name"), LEFT_OUT.items(), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("loaded", [False, True], ids=["unloaded", "loaded"])
+def test_what_belongs_to_sampling_is_left_out_and_named_in_one_line(put, name, loaded, caplog):
+    import comfy.model_management
+    from blockskip_pack.blockskip_core.hosts.models.identity import model_identity
+
+    patcher = tiny_flux()
+    before, plain = weights(patcher), model_identity(patcher)
+    _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
+    changed = patcher.clone()
+    put(changed)
+    if loaded:  # as after a picture was sampled with it
+        comfy.model_management.load_models_gpu([changed])
+    patches, caplog.records[:] = dict(changed.object_patches), []
+    with caplog.at_level(logging.WARNING):
+        cleaned = for_training(changed)
+        _, gradients, _ = run(cleaned, chosen(2, 1), steps=1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"BlockSkip: left out of training, because it belongs to sampling: {name}"]
+    for layer, gradient in expected.items():
+        assert torch.equal(gradients[layer], gradient)
+    assert model_identity(cleaned) == plain
+    assert (changed.object_patches, cleaned.object_patches) == (patches, {})
+    comfy.model_management.unload_all_models()
+    assert_same_weights(patcher, before)
+
+
+def test_a_model_without_anything_is_the_same_object_and_nothing_is_said(caplog):
+    patcher = tiny_flux()
+    patcher.add_patches({"diffusion_model.img_in.weight": ("diff", (torch.ones(64, 16),))})
+    patcher.set_model_rope_options(2.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    assert for_training(patcher) is patcher
+    assert not caplog.records
+
+
+def test_what_is_followed_stays_when_something_is_left_out():
+    patcher = tiny_flux()
+    patcher.set_model_rope_options(2.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    patcher.add_patches({"diffusion_model.img_in.weight": ("diff", (torch.ones(64, 16),))})
+    theirs = nn.Linear(4, 4)
+    patcher.add_object_patch("diffusion_model.time_in.in_layer", theirs)
+    patcher.set_model_compute_dtype(torch.bfloat16)
+    model_wrapped(patcher)
+    cleaned = for_training(patcher)
+    assert cleaned is not patcher
+    assert cleaned.model_options == {
+        "transformer_options": {"rope_options": patcher.model_options["transformer_options"]["rope_options"]}
+    }
+    assert cleaned.patches.keys() == {"diffusion_model.img_in.weight"}
+    assert cleaned.object_patches == patcher.object_patches
+    assert hosted(cleaned).dtype == torch.bfloat16
+    assert patcher.wrappers
+
+
+class Hint:
+    """A patch that holds a model, as the host's ControlNets do."""
+
+    def models(self):
+        return []
+
+    def __call__(self, args):
+        raise AssertionError("it is refused")
+
+
+def another_block(patcher):
+    patcher.add_object_patch("diffusion_model.double_blocks.1", nn.Identity())
+
+
+def another_layer(patcher):
+    patcher.add_object_patch("diffusion_model.single_blocks.1.linear1", nn.Linear(64, 320))
+
+
+def another_weight(patcher):
+    patcher.add_object_patch("diffusion_model.single_blocks.1.linear1.weight", nn.Parameter(torch.zeros(320, 64)))
+
+
+def another_list(patcher):
+    patcher.add_object_patch("diffusion_model.double_blocks", nn.ModuleList())
+
+
+def another_model(patcher):
+    patcher.add_object_patch("diffusion_model", nn.Identity())
+
+
+def compiled_for_good(patcher):
+    patcher.model.diffusion_model.single_blocks[1] = compiled(patcher.model.diffusion_model.single_blocks[1])
+
+
+def hint_in_the_blocks(patcher):
+    patcher.set_model_double_block_patch(Hint())
+
+
+def hint_in_a_block_s_place(patcher):
+    patcher.set_model_patch_replace(Hint(), "dit", "single_block", 1)
+
+
+def hint_around_the_model(patcher):
+    patcher.set_model_unet_function_wrapper(Hint())
+
+
+def another_prediction(patcher):
+    import comfy.model_sampling
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    patcher.add_object_patch("model_sampling", Sampling())
+
+
+def other_latents(patcher):
+    import comfy.latent_formats
+
+    patcher.add_object_patch("latent_format", comfy.latent_formats.SDXL())
+
+
+def hooks(patcher):
+    patcher.hook_patches = {"a hook": {}}
+
+
+REFUSED = {
+    another_block: ("other modules in the place of its blocks", "diffusion_model.double_blocks.1", False),
+    another_layer: ("other modules in the place of its blocks", "diffusion_model.single_blocks.1.linear1", False),
+    another_weight: ("other modules in the place of its blocks", "diffusion_model.single_blocks.1.linear1.weight", False),
+    another_list: ("other modules in the place of its blocks", "diffusion_model.double_blocks", False),
+    another_model: ("other modules in the place of its blocks", "diffusion_model", False),
+    compiled_for_good: (
+        "other modules in the place of its blocks", r"diffusion_model.single_blocks.1 \(compiled in place\)", False,
+    ),
+    hint_in_the_blocks: ("a ControlNet or another model in its blocks", "Hint", True),
+    hint_in_a_block_s_place: ("a ControlNet or another model in its blocks", "Hint", True),
+    hint_around_the_model: ("a ControlNet or another model in its blocks", "Hint", True),
+    another_prediction: (
+        "another kind of prediction than flow matching", "ModelSamplingDiscrete, V_PREDICTION", True,
+    ),
+    other_latents: ("another latent format", "SDXL", True),
+    hooks: ("a LoRA in bypass mode or weight hooks", "weight hooks", False),
+}  # fmt: skip
+"""How it is put on -> what it is called, what came, whether region-adaptive sampling refuses it too."""
+
+
+@pytest.mark.parametrize(("put", "said"), REFUSED.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_what_cannot_be_followed_is_refused_in_a_sentence(put, said):
+    title, names, in_stages = said
+    patcher = tiny_flux()
+    put(patcher)
+    with pytest.raises(UnsupportedModelError, match=f"^Training cannot follow {title} on the MODEL, got {names}\\. "):
+        for_training(patcher)
+    if in_stages:
+        with pytest.raises(UnsupportedModelError, match=f"^Region-adaptive sampling cannot follow {title} on the MODEL"):
+            require_sampled_in_stages(patcher)
+    else:
+        require_sampled_in_stages(patcher)
+
+
+@pytest.mark.parametrize("put", [on_several_gpus], ids=["several GPUs"])
+def test_what_only_sampling_in_stages_refuses(put):
+    patcher = tiny_flux()
+    put(patcher)
+    with pytest.raises(UnsupportedModelError, match="^Region-adaptive sampling cannot follow the work of several GPUs"):
+        require_sampled_in_stages(patcher)
+
+
+def test_a_block_that_compiles_itself_is_trained_as_it_is():
+    _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
+    patcher = tiny_flux()
+    for block in patcher.model.diffusion_model.single_blocks:
+        block.compile(backend="eager")
+    _, gradients, _ = run(patcher, chosen(2, 1), steps=1)
+    for layer, gradient in expected.items():
+        assert torch.equal(gradients[layer], gradient)
+
+
+def test_a_weight_wrapper_is_followed():
+    def half(weight):
+        return weight * 0.5
+
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    wrapped, halved = tiny_flux(), tiny_flux()
+    wrapped.add_weight_wrapper(key, half)
+    shape = halved.model.get_submodule(key.removesuffix(".weight")).weight.shape
+    halved.add_patches({key: ("diff", (torch.zeros(shape),))}, 1.0, 0.5)
+    _, expected, _ = run(halved, chosen(2, 1), steps=1)
+    _, gradients, _ = run(wrapped, chosen(2, 1), steps=1)
+    for layer, gradient in expected.items():
+        torch.testing.assert_close(gradients[layer], gradient)
+
+
+def test_calls_have_the_options_of_the_host_s_samplers():
+    seen = []
+
+    class Watching(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args, **kwargs):
+            seen.append(kwargs["transformer_options"])
+            return self.layer(*args, **kwargs)
+
+    patcher = tiny_flux()
+    dit = hosted(patcher)
+    block = Watching(dit.module("double_blocks.0"))
+    sigmas = torch.tensor([0.7, 0.2])
+    with torch.no_grad(), dit.running({"double_blocks.0": block}) as denoise:
+        denoise(torch.randn(2, 4, 8, 8), sigmas, [1, 1])
+        denoise(torch.randn(2, 4, 8, 8), sigmas, [0, 1])
+    one, two = seen
+    assert torch.equal(one["sigmas"], sigmas)
+    assert torch.equal(one["sample_sigmas"], sigmas)
+    assert (one["cond_or_uncond"], two["cond_or_uncond"]) == ([0], [0, 0])
+    assert one["uuids"] == two["uuids"][1:]
+    assert len({*two["uuids"]}) == 2
