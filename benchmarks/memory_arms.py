@@ -226,7 +226,7 @@ class Subject:
                     hook.module.forward = hook._bypass_forward
             else:
                 tensors, _ = core._setup_lora_adapters(patcher, {}, "LoRA", torch.bfloat16, RANK)
-        dit = WeightlessDit(model, self.dit.arguments)
+        dit = WeightlessDit(model, self.dit.arguments, torch.device("cuda"))
         for info in dit.blocks:
             block = dit.module(info.name)
             block.forward = _guarded(block.forward, checkpointing)

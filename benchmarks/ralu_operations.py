@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from blockskip_pack.blockskip_core.accounting.measuring import Counting, FusedAttention
+from blockskip_pack.blockskip_core.accounting.fused_kernels import FusedAttention
+from blockskip_pack.blockskip_core.accounting.measuring import Counting
 from blockskip_pack.blockskip_core.hosts.families.published_sizes import PUBLISHED_SIZES
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS

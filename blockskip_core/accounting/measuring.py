@@ -9,7 +9,7 @@ counts come out of a real run. Three conventions:
                  tensors on the CPU are host memory.
     operations   Multiplications and additions of matrix products and attention, forward, recomputed and backward, by
                  torch's own formulas: one multiply-add is 2.
-    attention    On ``meta``, inside :class:`FusedAttention`, as a fused kernel does it: no matrix of scores.
+    kernels      On ``meta``, inside the contexts of ``fused_kernels``, as a GPU's fused kernels do it.
 
 Values on ``meta`` mean nothing. Where a loop asks for a number it gets 1, and where tensors come to the CPU they
 are zeros, so that the real loops can be counted without a second copy of them.
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -117,34 +116,6 @@ def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
     if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", _META).type == "cpu":
         return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
     return func(*args, **kwargs)
-
-
-class FusedAttention(TorchFunctionMode):
-    """Lets ``meta`` tensors attend with a fused kernel's shapes; torch would choose the one that materialises the scores.
-
-    To be entered around the attention itself: a recomputation in backward does not see contexts around the backward.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            return _fused_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    kernel = aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 def _attention_operations(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

@@ -90,7 +90,6 @@ MODES: dict[str, Mode] = {
     "resident": resident, "low_vram": low_vram, "streamed": streamed, "async_malloc": async_malloc,
     "streamed_by_trainer": streamed_by_trainer, "all_pages": all_pages, "few_pages": few_pages, "no_pages": no_pages,
 }  # fmt: skip
-PAGED = frozenset({"all_pages", "few_pages", "no_pages"})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from ..core.plain_dit import selection
 from ..hosts.tiny_families import FLUX
@@ -82,6 +83,17 @@ def test_training(card, runs: Runs, model, ways):
     assert counted > 100 * MIB
     assert peak[0] == pytest.approx(counted, rel=ALLOWED)
     assert outcome.said["peak_memory_bytes"] == pytest.approx(counted, rel=ALLOWED)
+
+
+def test_what_is_kept_for_the_backward_pass(card, runs: Runs, comfyui):
+    """All but a few single numbers, in a dtype in which fused kernels keep less than plain operations."""
+    half = tiny_flux(depth=2, depth_single=3, width=640, heads=5, mlp_ratio=4.0, dtype=torch.bfloat16)
+    for checkpointing in (True, False):
+        runs.start_over()
+        residuals = runs.precompute(FLUX, half)
+        outcome = runs.train_on(half, residuals, steps=2, checkpointing=checkpointing)
+        counted = needs(half, checkpointing=checkpointing).training.saved
+        assert outcome.said["saved_for_backward_bytes"] == pytest.approx(counted, abs=64)
 
 
 @pytest.mark.parametrize(("weight_format", "copies"), UNPACKED.items())

@@ -98,11 +98,6 @@ def test_the_lora_that_its_owner_still_holds_is_not_on_the_card(card):
     assert all(parameter.is_cpu for parameter in adapters.parameters())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Unloaded outside inference mode, a MODEL's weights can no longer be reshaped, and so not be hashed, until the "
-    "host loads them again; their `.data` can be.",
-)
 def test_after_the_button_that_unloads_models(runs):
     """The host unloads in its main thread then, outside the inference mode that prompts run in."""
     import comfy.model_management as management

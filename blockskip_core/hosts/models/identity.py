@@ -108,7 +108,8 @@ class _Digest:
         self._hash.update(text.encode() + b"\0")
 
     def _sampled(self, tensor: Tensor) -> bytes:
-        flat = tensor.as_subclass(Tensor).detach().reshape(-1)
+        # Not detached: a weight that ComfyUI has moved outside inference mode has no version counter, and so no views; `data` has.
+        flat = tensor.data.as_subclass(Tensor).reshape(-1)
         if flat.is_meta:
             return b""
         if self._samples is not None and flat.numel() > self._samples:

@@ -17,7 +17,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ...accounting.measuring import FusedAttention
+from ...accounting.fused_kernels import FusedAttention, has_fused_rms_norm, with_fused_rms_norm
 from ...accounting.weightless import PACKED, replaced, weightless_copy
 from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.published_sizes import published_model
@@ -36,12 +36,16 @@ class WeightlessDit(AdaptedDit):
     Args:
         model: The host's model (a BaseModel) with all weights on ``meta``.
         arguments: What the model is called with besides latent and sigma, for each caption, batch axis 1; any device.
+        runs_on: The device whose kernels are counted.
     """
 
-    def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]], runs_on: torch.device) -> None:
         self.model = model
         super().__init__(SimpleNamespace(model=model))
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
+        if has_fused_rms_norm(runs_on):
+            for block in self.blocks:
+                with_fused_rms_norm(self.module(block.name))
 
     @classmethod
     def of(cls, dit: HostedDit) -> WeightlessDit:
@@ -49,13 +53,13 @@ class WeightlessDit(AdaptedDit):
         model: Any = weightless_copy(dit.patcher.model, without=_MARKS)
         _replace_packed_layers(model.diffusion_model)
         model.current_patcher = None
-        return cls(model, dit.arguments)
+        return cls(model, dit.arguments, dit.patcher.load_device)
 
     @classmethod
     def published(
         cls, name: str, caption: list, latent_shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
     ) -> WeightlessDit:
-        """Return a published model at its full size.
+        """Return a published model at its full size, to be counted as on an NVIDIA or AMD card.
 
         Args:
             name: A key of ``published_sizes.PUBLISHED_SIZES``.
@@ -67,7 +71,7 @@ class WeightlessDit(AdaptedDit):
         model = published_model(name, dtype, cast_to)
         with torch.inference_mode(False), torch.no_grad():
             latent = with_frame(model, torch.zeros(1, *latent_shape))
-            return cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))])
+            return cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))], torch.device("cuda"))
 
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:

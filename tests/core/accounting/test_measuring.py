@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.accounting.measuring import Counting, FusedAttention
+from blockskip_pack.blockskip_core.accounting.fused_kernels import FusedAttention
+from blockskip_pack.blockskip_core.accounting.measuring import Counting
 from blockskip_pack.blockskip_core.accounting.weightless import replaced, weightless_copy
 from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings, plain_weight
 from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes

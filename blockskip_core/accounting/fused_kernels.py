@@ -1,0 +1,100 @@
+"""What a GPU's fused kernels keep for the backward pass, on ``meta`` tensors.
+
+Torch chooses a kernel by the device. For ``meta`` it chooses plain operations, which keep more: attention its matrix of
+scores, RMS norm a float32 copy of its input. In these contexts ``meta`` tensors are counted as on a GPU.
+
+Enter them inside the module that is counted: a recomputation in backward does not see contexts around the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+
+def has_fused_rms_norm(device: torch.device) -> bool:
+    """Tell whether torch has an RMS norm in one kernel that can be differentiated: on CUDA and ROCm, since 2.9."""
+    fused = getattr(aten, "_fused_rms_norm", None)
+    return device.type == "cuda" and fused is not None and len(fused.default._schema.returns) == 2
+
+
+class FusedAttention(TorchFunctionMode):
+    """Context in which ``meta`` tensors attend as a fused kernel does it: without a matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is functional.scaled_dot_product_attention and args[0].is_meta:
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class FusedRmsNorm(TorchFunctionMode):
+    """Context in which ``meta`` tensors are normalised as a fused kernel does it: without a float32 copy.
+
+    Like torch's, the kernel refuses a weight of another dtype than the input; plain operations do the work then.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is functional.rms_norm and args[0].is_meta:
+            return _rms_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def with_fused_rms_norm(module: nn.Module) -> None:
+    """Let a module without weights, and copies of it, run inside :class:`FusedRmsNorm`; its class's name stays."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": _inside(kind.forward), "__module__": kind.__module__})
+
+
+def _inside(forward: Any) -> Any:
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with FusedRmsNorm():
+            return forward(self, *args, **kwargs)
+
+    return run
+
+
+def _fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    if weight is not None and weight.dtype != x.dtype:
+        return functional.rms_norm(x, list(shape), weight, eps)
+    return _RmsNorm.apply(x, weight, len(shape))
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Shapes only: what torch's kernel allocates and keeps, which is the input, the weight and a factor per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, normalized_dims: int) -> Tensor:
+        """Make the output, and one float32 factor per normalised row."""
+        factors = x.new_empty((*x.shape[:-normalized_dims], *(1,) * normalized_dims), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, factors)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Make the gradients that are asked for."""
+        x, weight, _ = ctx.saved_tensors
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        return torch.empty_like(x) if wants_x else None, torch.empty_like(weight) if wants_weight else None, None
