@@ -246,8 +246,9 @@ def _other_options(patcher: Any) -> Iterator[str]:
 
 def _name(function: Any) -> str:
     """Return the name of a node's function for people: of the class or function that made it."""
-    described = function if hasattr(function, "__qualname__") else type(function)
-    return described.__qualname__.partition(".")[0]
+    if hasattr(function, "__qualname__"):
+        return function.__qualname__.partition(".")[0]
+    return type(function).__name__
 
 
 PATCH_KINDS: tuple[PatchKind, ...] = (

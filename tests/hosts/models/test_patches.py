@@ -324,3 +324,38 @@ def test_calls_have_the_options_of_the_host_s_samplers():
     assert (one["cond_or_uncond"], two["cond_or_uncond"]) == ([0], [0, 0])
     assert one["uuids"] == two["uuids"][1:]
     assert len({*two["uuids"]}) == 2
+
+
+@pytest.mark.parametrize("change", ["multiplier", "noise levels", "dtype"])
+def test_numbers_of_what_is_followed_are_part_of_the_identity(change):
+    """Without, residuals that were stored before would be used for another model."""
+    import comfy.model_sampling
+    from blockskip_pack.blockskip_core.hosts.models.identity import model_identity
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    one, other = tiny_flux(), tiny_flux()
+    if change == "dtype":
+        one.set_model_compute_dtype(torch.float16)
+        other.set_model_compute_dtype(torch.bfloat16)
+    else:
+        for patcher, multiplier, shift in ((one, 1.0, 3.0), (other, 1000.0 if change == "multiplier" else 1.0, 3.0)):
+            sampling = Sampling()
+            sampling.set_parameters(shift=shift + (patcher is other and change == "noise levels"), multiplier=multiplier)
+            patcher.add_object_patch("model_sampling", sampling)
+    assert model_identity(one) != model_identity(other)
+    assert model_identity(one) == model_identity(one.clone())
+
+
+def test_memory_is_counted_in_the_compute_dtype_of_another_node():
+    from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+
+    patcher = tiny_flux()
+    patcher.set_model_compute_dtype(torch.bfloat16)
+    twin = WeightlessDit.of(hosted(patcher))
+    assert twin.dtype == torch.bfloat16
+    with torch.no_grad(), twin.running({}) as denoise:
+        answer = denoise(torch.empty(1, 4, 8, 8, device="meta"), torch.empty(1, device="meta"), [0])
+    assert answer.shape == (1, 4, 8, 8)
+    assert hosted(tiny_flux()).dtype == torch.float32
