@@ -26,12 +26,15 @@ class Section:
         title: Its heading.
         results: File in ``tests/compatibility``.
         before, after: What is said around the table.
+        joined_by: If not empty, rows with equal outcomes become one, with their first cells joined by this in the last
+            column.
     """
 
     title: str
     results: str
     before: str
     after: str = ""
+    joined_by: str = ""
 
 
 INTRODUCTION = """\
@@ -58,6 +61,35 @@ warn, and go on without effect.
 
 The file says the same of itself: under `loads_in` in its metadata, and in `info` of Apply BlockSkip LoRA.""",
     ),
+    Section(
+        title="Nodes that change a MODEL",
+        results="model_nodes.json",
+        joined_by=", ",
+        before="""\
+Every node of ComfyUI 0.30.0 that takes a MODEL and gives one was put in front of Select Blocks, Precompute Residuals and
+Dynamic Patch Trainer, and in front of RALU Sampler, with a small FLUX.1. Memory Plan and Sample While Training follow the same
+list as training.
+
+* *left out*: it belongs to sampling. The LoRA is that without the node, to the last bit, and each node of ours names in
+  ComfyUI's log what it leaves out. So it may stay on the line for the sampler.
+* *followed*: it acts as in ComfyUI's own sampler. *followed in part*: the log names the rest.
+* *no effect*: nothing changes, with this model or with these settings.
+* *refused*: with a sentence, before any work.""",
+        after="""\
+Patches of weights (LoRAs, merges) are followed whatever the node. RALU Sampler samples with noise levels of its own, so another
+schedule has no effect there.""",
+    ),
+    Section(
+        title="Other packs",
+        results="model_patches.json",
+        joined_by="; ",
+        before="""\
+Other packs put the same few kinds of things on a MODEL. These were put there as packs do it; the packs themselves were not run. In
+training, the outcome is that of the numbers; for RALU Sampler it is what the list says that both use.""",
+        after="""\
+What carries a model of its own, or a picture, is not left out: pictures without it would be other pictures. Connect the MODEL
+from before that node.""",
+    ),
 )
 
 
@@ -66,8 +98,27 @@ def document() -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
         content = json.loads((RESULTS / section.results).read_text(encoding="utf-8"))
-        parts.extend([f"## {section.title}", section.before, table(content["columns"], content["rows"]), section.after])
+        columns, rows = content["columns"], content["rows"]
+        if section.joined_by:
+            columns, rows = grouped(columns, rows, section.joined_by)
+        parts.extend([f"## {section.title}", section.before, table(columns, rows), section.after])
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def grouped(columns: Sequence[str], rows: Sequence[Sequence[str]], joined_by: str) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows with one row for each set of outcomes, in the order of outcomes."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, *outcomes in rows:
+        together.setdefault(tuple(outcomes), []).append(name)
+    found = [[*outcomes, joined_by.join(shortened(names))] for outcomes, names in sorted(together.items())]
+    return [*columns[1:], columns[0]], found
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return names with all nodes for merging as one."""
+    merging = [name for name in names if name.startswith("ModelMerge")]
+    others = [name for name in names if name not in merging]
+    return [*others, f"all {len(merging)} nodes ModelMerge…"] if merging else others
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

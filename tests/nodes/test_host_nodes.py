@@ -27,7 +27,14 @@ NAMES = [row[0] for row in json.loads((FOLDER / RECORDED).read_text(encoding="ut
 SMALL = {"samples": torch.zeros(1, 4, 8, 12)}
 EXAMPLES = {**PATCHES, "draws": 2}
 STEPS = {**TRAINING, "steps": 2}
-RALU = {"seed": 7, "cfg": 3.0, "preset": "custom", "custom_steps": "2, 2, 2", "upsample_ratio": 0.34, "regions": "edges"}
+RALU = {
+    "seed": 7,
+    "cfg": 3.0,
+    "preset": "custom",
+    "custom_steps": "2, 2, 2",
+    "upsample_ratio": 0.34,
+    "regions": "edges",
+}
 CACHES = ("EasyCache", "LazyCache")  # need steps that can be left out
 LOG = "blockskip_pack.blockskip_core.hosts.models.patches"
 
@@ -133,6 +140,13 @@ def plainly(world, kind: str, job, before: Any) -> dict[str, torch.Tensor]:
     return world.plain[key][0]
 
 
+def reason_of(sentence: str) -> str:
+    """Return why something is refused; the sentence says what came, and what to do."""
+    parts = re.fullmatch(r"[^.]+ cannot follow (.+) on the MODEL, got [^.]+\. ([^.]+\.)+", sentence)
+    assert parts, sentence
+    return parts[1]
+
+
 def outcome(world, job, model: Any, plain: dict[str, torch.Tensor]) -> str:
     """Return what becomes of a node: why it is refused, or whether it changes anything."""
     from blockskip_pack.blockskip_core.errors import BlockSkipError
@@ -140,13 +154,11 @@ def outcome(world, job, model: Any, plain: dict[str, torch.Tensor]) -> str:
     try:
         found = job(model)
     except BlockSkipError as error:
-        reason = re.fullmatch(r"[^.]+ cannot follow (.+) on the MODEL, got [^.]+\. ([^.]+\.)+", str(error))
-        assert reason, error
-        return f"refused: {reason[1]}"
-    except Exception as error:
+        return f"refused: {reason_of(str(error))}"
+    except (AttributeError, TypeError) as error:
         with pytest.raises(type(error)):
             core_s_euler(model, world)
-        return f"fails in ComfyUI's own sampler too"
+        return "fails in ComfyUI's own sampler too"
     assert found.keys() == plain.keys()
     assert all(bool(value.isfinite().all()) for value in found.values())
     return "no effect" if all(torch.equal(found[name], plain[name]) for name in plain) else "followed"
@@ -219,6 +231,54 @@ def test_a_node_in_front_of_training_and_of_ralu(name, world, on, sockets, train
         one_stage = {"custom_steps": "3", "custom_ends": "1"}
         torch.testing.assert_close(ralu(model, **one_stage)["latent"], core_s_euler(model, world), rtol=1e-4, atol=1e-4)
     assert_recorded(RECORDED, COLUMNS, [name, of_training, of_ralu])
+
+
+EVERY_NODE = ("select", "measure", "plan", "precompute", "train", "train with samples")
+
+
+@pytest.fixture
+def every_node(nodes, run_node, world, vae, pictures):
+    """Every node of ours that takes a MODEL to train on: name -> what it gives with one, but for its summary."""
+    selection = run_node(nodes.SelectBlocks, model=world.model, positive=world.prompt, **MANUAL)[0]
+    common = {"positive": world.prompt, "selection": selection}
+    examples = {"vae": vae, "images": pictures, **common, **EXAMPLES}
+    residuals = run_node(nodes.PrecomputeResiduals, model=world.model, **examples)[0]
+    plan = {name: entry.default for entry in nodes.MemoryPlan.GET_SCHEMA().inputs
+            if (name := entry.id) not in ("model", "positive", "selection")} | {"patch_min": 32, "probe_size": 64, "draws": 2}  # fmt: skip
+    samples = run_node(
+        nodes.SampleWhileTraining, positive=world.prompt, vae=vae, every=2, at_start=False, width=64, height=64,
+        sampler_steps=1, cfg=1.0, scheduler="simple", seed=1,
+    )[0]  # fmt: skip
+    measure = {"method": "attention mask", "skip_ratio": 0.2, "front": 0, "back": 0, "probe_size": 64, "probe_steps": 1}
+
+    def call(name: str, model: Any) -> Any:
+        return {
+            "select": lambda: run_node(nodes.SelectBlocks, model=model, positive=world.prompt, **MANUAL)[2],
+            "measure": lambda: run_node(nodes.SelectBlocks, model=model, positive=world.prompt, **measure)[2],
+            "plan": lambda: run_node(nodes.MemoryPlan, model=model, **common, **plan).args[1],
+            "precompute": lambda: run_node(nodes.PrecomputeResiduals, model=model, **examples)[0].identity,
+            "train": lambda: run_node(nodes.TrainLora, model=model, residuals=residuals, **STEPS)[1],
+            "train with samples": lambda: run_node(
+                nodes.TrainLora, model=model, residuals=residuals, samples=samples, **STEPS
+            )[1],
+        }[name]()  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("name", EVERY_NODE)
+def test_all_our_nodes_follow_the_same_list(name, every_node, world, on, caplog):
+    from blockskip_pack.blockskip_core.errors import UnsupportedModelError
+
+    expected = every_node(name, world.model)
+    caplog.clear()
+    assert every_node(name, on("EasyCache")[1]) == expected
+    lines = [record.getMessage() for record in caplog.records if record.name == LOG]
+    assert lines == ["BlockSkip: left out of training, because it belongs to sampling: easycache"]
+    with pytest.raises(
+        UnsupportedModelError, match="Training cannot follow a ControlNet or another model in its blocks"
+    ):
+        every_node(name, on("USOStyleReference")[1])
 
 
 def core_s_euler(model: Any, world) -> torch.Tensor:

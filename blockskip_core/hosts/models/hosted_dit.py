@@ -212,4 +212,3 @@ def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None
             parameter.data = before
 
     return put_back
-

@@ -119,7 +119,10 @@ def _other_sampling(patcher: Any) -> Iterator[str]:
     """Yield how the model's output is read, unless x - sigma * output is the picture and x = (1 - sigma) picture + sigma noise."""
     sampling = patcher.get_model_object("model_sampling")
     with torch.inference_mode():
-        sigma, picture, noise, output = torch.tensor([0.25, 0.75]), *torch.tensor([[2.0, 3.0], [5.0, 7.0], [11.0, 13.0]])
+        sigma, picture, noise, output = (
+            torch.tensor([0.25, 0.75]),
+            *torch.tensor([[2.0, 3.0], [5.0, 7.0], [11.0, 13.0]]),
+        )
         noisy = (1.0 - sigma) * picture + sigma * noise
         found = (
             sampling.noise_scaling(sigma, noise.clone(), picture),

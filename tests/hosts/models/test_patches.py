@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import MethodType
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from blockskip_pack.blockskip_core.errors import UnsupportedModelError
 from torch import nn
 
+from ...compatibility.recorded import assert_recorded
 from ..hosted_runs import chosen, hosted, run
+from ..packed_linear import pack_blocks
 from ..tiny_flux import assert_same_weights, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
@@ -22,10 +25,20 @@ def for_training(patcher):
     return for_training(patcher)
 
 
-def require_sampled_in_stages(patcher):
+def in_stages(patcher) -> str:
+    """Return what region-adaptive sampling does with what is on a MODEL."""
     from blockskip_pack.blockskip_core.hosts.models.patches import require_sampled_in_stages
 
-    require_sampled_in_stages(patcher)
+    try:
+        require_sampled_in_stages(patcher)
+    except UnsupportedModelError as error:
+        sentence = r"Region-adaptive sampling cannot follow [^.]+ on the MODEL, got [^.]+\. .+"
+        return "refused" if re.fullmatch(sentence, str(error)) else str(error)
+    return "followed"
+
+
+def record(put, *outcomes):
+    assert_recorded("model_patches.json", ("On the MODEL", "Training", "RALU Sampler"), [put.__doc__, *outcomes])
 
 
 def compiled(module):
@@ -37,51 +50,59 @@ def other_function(*args, **kwargs):
 
 
 def blocks_compiled_as_patches(patcher):
-    """As packs do that compile block by block."""
+    """blocks compiled one by one, as object patches"""
     for path in ("double_blocks.0", "double_blocks.1", "single_blocks.2"):
         name = f"diffusion_model.{path}"
         patcher.add_object_patch(name, compiled(patcher.get_model_object(name)))
 
 
 def whole_model_compiled_as_a_patch(patcher):
+    """the whole model compiled, as an object patch"""
     patcher.add_object_patch("diffusion_model", compiled(patcher.model.diffusion_model))
 
 
 def blocks_compiled_for_a_call(patcher):
+    """blocks compiled one by one with ComfyUI's `set_torch_compile_wrapper`"""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     set_torch_compile_wrapper(patcher, "eager", keys=[f"diffusion_model.single_blocks.{i}" for i in range(4)])
 
 
 def attention_replaced(patcher):
-    """As packs do whose guidance is inside attention."""
+    """another `forward` in one of its blocks, as packs put it whose guidance is inside attention"""
     block = patcher.model.diffusion_model.single_blocks[1]
     patcher.add_object_patch("diffusion_model.single_blocks.1.forward", MethodType(other_function, block))
 
 
 def forward_replaced(patcher):
+    """another `forward_orig` of the whole model"""
     patcher.add_object_patch("diffusion_model.forward_orig", MethodType(other_function, patcher.model.diffusion_model))
 
 
 def block_replaced(patcher):
+    """a function in the place of a block (`patches_replace`)"""
     patcher.set_model_patch_replace(other_function, "dit", "double_block", 0)
 
 
 def block_patched(patcher):
+    """a function behind a block (`patches`)"""
     patcher.set_model_double_block_patch(other_function)
 
 
 def call_wrapped(patcher):
+    """a function around each call (`model_function_wrapper`), where some caches are"""
     patcher.set_model_unet_function_wrapper(other_function)
 
 
 def model_wrapped(patcher):
+    """a wrapper around the diffusion model, where other caches are"""
     import comfy.patcher_extension
 
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "a_cache", other_function)
 
 
 def model_wrapped_in_the_options(patcher):
+    """a wrapper in `transformer_options`"""
     import comfy.patcher_extension
 
     options = patcher.model_options["transformer_options"]
@@ -89,10 +110,12 @@ def model_wrapped_in_the_options(patcher):
 
 
 def attention_overridden(patcher):
+    """another attention (`optimized_attention_override`)"""
     patcher.model_options["transformer_options"]["optimized_attention_override"] = other_function
 
 
 def on_several_gpus(patcher):
+    """copies for several GPUs"""
     patcher.set_additional_models("multigpu", [tiny_flux()])
 
 
@@ -137,6 +160,7 @@ def test_what_belongs_to_sampling_is_left_out_and_named_in_one_line(put, name, l
     assert (changed.object_patches, cleaned.object_patches) == (patches, {})
     comfy.model_management.unload_all_models()
     assert_same_weights(patcher, before)
+    record(put, "left out", in_stages(changed))
 
 
 def test_a_model_without_anything_is_the_same_object_and_nothing_is_said(caplog):
@@ -177,42 +201,52 @@ class Hint:
 
 
 def another_block(patcher):
+    """another module in the place of a block"""
     patcher.add_object_patch("diffusion_model.double_blocks.1", nn.Identity())
 
 
 def another_layer(patcher):
+    """another layer in a block"""
     patcher.add_object_patch("diffusion_model.single_blocks.1.linear1", nn.Linear(64, 320))
 
 
 def another_weight(patcher):
+    """another weight in a block"""
     patcher.add_object_patch("diffusion_model.single_blocks.1.linear1.weight", nn.Parameter(torch.zeros(320, 64)))
 
 
 def another_list(patcher):
+    """another list of blocks"""
     patcher.add_object_patch("diffusion_model.double_blocks", nn.ModuleList())
 
 
 def another_model(patcher):
+    """another model in the place of the whole"""
     patcher.add_object_patch("diffusion_model", nn.Identity())
 
 
 def compiled_for_good(patcher):
+    """a block that was replaced by its compiled self in the model, not on the MODEL"""
     patcher.model.diffusion_model.single_blocks[1] = compiled(patcher.model.diffusion_model.single_blocks[1])
 
 
 def hint_in_the_blocks(patcher):
+    """a function behind a block, with a model of its own"""
     patcher.set_model_double_block_patch(Hint())
 
 
 def hint_in_a_block_s_place(patcher):
+    """a function in the place of a block, with a model of its own"""
     patcher.set_model_patch_replace(Hint(), "dit", "single_block", 1)
 
 
 def hint_around_the_model(patcher):
+    """a function around each call, with a model of its own"""
     patcher.set_model_unet_function_wrapper(Hint())
 
 
 def another_prediction(patcher):
+    """another kind of prediction than flow matching"""
     import comfy.model_sampling
 
     class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
@@ -222,12 +256,14 @@ def another_prediction(patcher):
 
 
 def other_latents(patcher):
+    """another latent format"""
     import comfy.latent_formats
 
     patcher.add_object_patch("latent_format", comfy.latent_formats.SDXL())
 
 
 def hooks(patcher):
+    """weight hooks"""
     patcher.hook_patches = {"a hook": {}}
 
 
@@ -254,24 +290,13 @@ REFUSED = {
 
 @pytest.mark.parametrize(("put", "said"), REFUSED.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_what_cannot_be_followed_is_refused_in_a_sentence(put, said):
-    title, names, in_stages = said
+    title, names, both = said
     patcher = tiny_flux()
     put(patcher)
     with pytest.raises(UnsupportedModelError, match=f"^Training cannot follow {title} on the MODEL, got {names}\\. "):
         for_training(patcher)
-    if in_stages:
-        with pytest.raises(UnsupportedModelError, match=f"^Region-adaptive sampling cannot follow {title} on the MODEL"):
-            require_sampled_in_stages(patcher)
-    else:
-        require_sampled_in_stages(patcher)
-
-
-@pytest.mark.parametrize("put", [on_several_gpus], ids=["several GPUs"])
-def test_what_only_sampling_in_stages_refuses(put):
-    patcher = tiny_flux()
-    put(patcher)
-    with pytest.raises(UnsupportedModelError, match="^Region-adaptive sampling cannot follow the work of several GPUs"):
-        require_sampled_in_stages(patcher)
+    assert in_stages(patcher) == ("refused" if both else "followed")
+    record(put, "refused", in_stages(patcher))
 
 
 def test_a_block_that_compiles_itself_is_trained_as_it_is():
@@ -282,6 +307,25 @@ def test_a_block_that_compiles_itself_is_trained_as_it_is():
     _, gradients, _ = run(patcher, chosen(2, 1), steps=1)
     for layer, gradient in expected.items():
         assert torch.equal(gradients[layer], gradient)
+
+
+def packed_layers(patcher):
+    """packed layers of another pack that unpack their weights themselves, as those for GGUF files do"""
+    pack_blocks(patcher.model.diffusion_model)
+
+
+def test_packed_layers_are_followed():
+    patcher = tiny_flux(mlp_ratio=4.0)
+    packed_layers(patcher)
+    assert for_training(patcher) is patcher
+    result, gradients, _ = run(patcher, chosen(2, 1), steps=1)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert any(bool(gradient.any()) for gradient in gradients.values())
+    record(packed_layers, "followed", in_stages(patcher))
+
+
+def weight_wrapper(patcher):
+    """a function that wraps a weight (`add_weight_wrapper`)"""
 
 
 def test_a_weight_wrapper_is_followed():
@@ -297,6 +341,7 @@ def test_a_weight_wrapper_is_followed():
     _, gradients, _ = run(wrapped, chosen(2, 1), steps=1)
     for layer, gradient in expected.items():
         torch.testing.assert_close(gradients[layer], gradient)
+    record(weight_wrapper, "followed", in_stages(wrapped))
 
 
 def test_calls_have_the_options_of_the_host_s_samplers():
@@ -342,7 +387,9 @@ def test_numbers_of_what_is_followed_are_part_of_the_identity(change):
     else:
         for patcher, multiplier, shift in ((one, 1.0, 3.0), (other, 1000.0 if change == "multiplier" else 1.0, 3.0)):
             sampling = Sampling()
-            sampling.set_parameters(shift=shift + (patcher is other and change == "noise levels"), multiplier=multiplier)
+            sampling.set_parameters(
+                shift=shift + (patcher is other and change == "noise levels"), multiplier=multiplier
+            )
             patcher.add_object_patch("model_sampling", sampling)
     assert model_identity(one) != model_identity(other)
     assert model_identity(one) == model_identity(one.clone())

@@ -319,7 +319,9 @@ def test_a_controlnet_on_the_model_is_refused():
 
     patcher = tiny_flux()
     patcher.set_model_patch(Hint(), "double_block")
-    with pytest.raises(UnsupportedModelError, match="cannot follow a ControlNet or another model in its blocks.*got Hint"):
+    with pytest.raises(
+        UnsupportedModelError, match="cannot follow a ControlNet or another model in its blocks.*got Hint"
+    ):
         sample(patcher)
 
 
