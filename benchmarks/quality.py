@@ -250,17 +250,22 @@ def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: l
     )
 
 
+def add_world_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which world, subjects, seeds and settings."""
+    parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
+    parser.add_argument("--subjects", nargs="+", default=["toby", "mila", "pip", "zuzu", "nori"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"))
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__, "where cells, table and plot go")
-    parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
+    add_world_arguments(parser)
     parser.add_argument("--arms", nargs="+", default=["base", BASELINE, *(a.name for a in ARMS if a.name != BASELINE)])
-    parser.add_argument("--subjects", nargs="+", default=["toby", "mila", "pip", "zuzu", "nori"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument(
         "--share", default="1/1", help="1/2 and 2/2: two runs side by side, each with half of the cells"
     )
-    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"))
     options = parser.parse_args()
     options.share = tuple(map(int, options.share.split("/")))
     return options

@@ -63,14 +63,14 @@ def to_picture(values: Tensor) -> Image.Image:
 
 def sheet(pictures: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
     """Pictures in rows with their captions above."""
-    size = pictures[0].width
+    width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * size, rows * (size + LABEL_HEIGHT)), "white")
+    canvas = Image.new("RGB", (columns * width, rows * (height + LABEL_HEIGHT)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        x, y = (i % columns) * size, (i // columns) * (size + LABEL_HEIGHT)
+        x, y = (i % columns) * width, (i // columns) * (height + LABEL_HEIGHT)
         canvas.paste(picture, (x, y + LABEL_HEIGHT))
-        pen.text((x + 2, y + 1), label[: size // 6], fill="black")
+        pen.text((x + 2, y + 1), label[: width // 6], fill="black")
     return canvas
 
 

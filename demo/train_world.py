@@ -20,14 +20,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import host
 import world
 from blockskip_demo_nodes.words import WordEncoder, WordTokenizer, read_text_file
+from world_data import Bucket, Latents, random_bucket, random_rows, random_sigmas, to_tensor
+from world_files import save_checkpoint, write_atomically
 
 logger = logging.getLogger("train_world")
 
@@ -39,42 +40,15 @@ LATENT_NOISE = 0.12
 SENTENCE_LENGTH = 16
 WORD_NORM, PLACE_NORM = 6.0, 4.0
 
-SMALL, LARGE = 128, 256
-SHARD = 2000
-SHARDS = {SMALL: 15, LARGE: 6}
-BATCHES = {SMALL: 64, LARGE: 18}
-SHIFTS = {SMALL: 1.5, LARGE: 2.0}
-SHOWN = {"star": 2.5, "heart": 1.5, "ring": 1.5}  # how much more often than others; these are hard to learn
-CAPTION_DROPOUT = 0.1
-MAX_OBJECT_WEIGHT = 8.0
 DIT_RATE = 2e-3
 EMA_DECAY = 0.998
+LOGGED = 50  # steps between two lines of the log, each with a checkpoint
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then a cosine to nearly zero over all steps."""
     progress = min(1.0, step / steps)
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under another name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint so that a kill never leaves half a file."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def to_tensor(pictures: list) -> Tensor:
-    """PIL pictures of one size to ``[B, 3, H, W]`` bytes."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
 
 def picture_pool(count: int, seed: int) -> Tensor:
@@ -205,97 +179,6 @@ def load_text(options: argparse.Namespace) -> tuple[WordTokenizer, WordEncoder]:
     return WordTokenizer(tokenizer_data=data), encoder
 
 
-def shard_scenes(size: int, number: int, seed: int) -> list[world.Scene]:
-    """The ``SHARD`` scenes of one part of the training pictures."""
-    rng = random.Random(f"{seed}/{size}/{number}")
-    return [world.random_scene(rng) for _ in range(SHARD)]
-
-
-def held_out_scenes(count: int, seed: int = 0) -> list[world.Scene]:
-    """``count`` scenes whose captions are in none of the training pictures, at any size."""
-    known = {
-        world.caption(scene)
-        for size, shards in SHARDS.items()
-        for number in range(shards)
-        for scene in shard_scenes(size, number, seed)
-    }
-    rng, chosen = random.Random(f"{seed}/held out"), {}
-    while len(chosen) < count:
-        scene = world.random_scene(rng)
-        if world.caption(scene) not in known:
-            chosen.setdefault(world.caption(scene), scene)
-    return list(chosen.values())
-
-
-def latent_shard(
-    size: int, number: int, options: argparse.Namespace, coder: torch.nn.Module
-) -> dict[str, Tensor]:
-    """``SHARD`` scenes as latents ``[SHARD, 16, size/8, size/8]`` and word ids ``[SHARD, L]``, made once."""
-    path = options.work / f"latents_{size}_{number:02d}.safetensors"
-    if path.exists():
-        return load_file(path)
-    scenes = shard_scenes(size, number, options.seed)
-    tokenizer, _ = load_text(options)
-    device = next(coder.parameters()).device
-    latents = []
-    for start in range(0, SHARD, 50):
-        pictures = to_tensor([world.render(scene, size) for scene in scenes[start : start + 50]])
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-            latents.append(coder.encode(pictures.to(device).float() / 255).half().cpu())
-    ids = torch.tensor([tokenizer.word_ids(world.caption(scene)) for scene in scenes])
-    write_atomically(path, {"latents": torch.cat(latents), "ids": ids}, {})
-    logger.info("dit: wrote %s", path.name)
-    return load_file(path)
-
-
-def latent_set(size: int, shards: int, options: argparse.Namespace) -> dict[str, Tensor]:
-    """All scenes of one picture size."""
-    from world_vae import SlimCoder, slim_state_dict
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    coder = SlimCoder()
-    coder.load_state_dict(slim_state_dict(load_file(options.assets / host.VAE_FILE), coder.state_dict()))
-    coder.to(device)
-    parts = [latent_shard(size, number, options, coder) for number in range(shards)]
-    data = {key: torch.cat([part[key] for part in parts]) for key in ("latents", "ids")}
-    scenes = [scene for number in range(shards) for scene in shard_scenes(size, number, options.seed)]
-    return {
-        **data,
-        "weights": torch.stack([object_weights(scene, size // 8) for scene in scenes]),
-        "shown": torch.tensor([SHOWN.get(scene.shape, 1.0) for scene in scenes]),
-    }
-
-
-def object_weights(scene: world.Scene, cells: int) -> Tensor:
-    """Weights ``[cells, cells]`` of mean 1 that give a scene's object as much of the loss as its ground.
-
-    Grounds are most of a picture, and without this the shape of small objects is learnt last. A weight per place
-    does not move the optimum, which is the mean of the data at every place.
-    """
-    (x, y), reach = world.PLACES[scene.place], 1.2 * world.SIZES[scene.size]
-    middle = (torch.arange(cells) + 0.5) / cells
-    inside = ((middle - y).abs() < reach).unsqueeze(1) & ((middle - x).abs() < reach).unsqueeze(0)
-    share = inside.float().mean()
-    weights = torch.where(inside, min(MAX_OBJECT_WEIGHT, (1 - share) / share), 1.0)
-    return (weights / weights.mean()).half()
-
-
-def random_rows(data: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents ``[batch, 16, h, w]``, word ids ``[batch, L]``, weights ``[batch, h, w]``; a tenth of the captions
-    are empty."""
-    rows = torch.multinomial(data["shown"], batch)
-    ids = data["ids"][rows]
-    kept = torch.rand(batch, 1) >= CAPTION_DROPOUT
-    return data["latents"][rows].float(), ids * kept, data["weights"][rows].float()
-
-
-def random_sigmas(batch: int, shift: float) -> Tensor:
-    """Noise levels ``[batch]``: logit-normal, moved towards noise by ``shift``, one in ten uniform."""
-    sigma = torch.randn(batch).sigmoid()
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    return torch.where(torch.rand(batch) < 0.1, torch.rand(batch), sigma)
-
-
 @torch.no_grad()
 def follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
     """Exponential moving average of the weights, quick at the start."""
@@ -316,75 +199,100 @@ def dit_optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train_dit(options: argparse.Namespace, device: torch.device) -> None:
-    """Train the transformer on cached latents: small pictures first, then both sizes in turn."""
-    from world_dit import build_dit, comfy_names, flow_loss, prepare_for_training
+def frozen_coder(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """The written autoencoder."""
+    from world_vae import SlimCoder, slim_state_dict
 
-    torch.manual_seed(options.seed)
-    _, encoder = load_text(options)
-    model, average = build_dit(device), build_dit(device)
-    average.load_state_dict(model.state_dict())
-    optimisers = dit_optimisers(model)
-    sets = {size: latent_set(size, shards, options) for size, shards in SHARDS.items()}
-    checkpoint, step = options.work / "dit.pt", 0
-    if options.start and not checkpoint.exists():
-        for copy in (model, average):
-            copy.load_state_dict(comfy_names(load_file(options.start)))
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
-        step = state["step"]
-        torch.manual_seed(options.seed + step)
-    prepare_for_training(model, options.compile)
-    logger.info(
-        "dit: %s pictures, from step %d", {size: len(data["ids"]) for size, data in sets.items()}, step
-    )
+    coder = SlimCoder()
+    coder.load_state_dict(slim_state_dict(load_file(options.assets / host.VAE_FILE), coder.state_dict()))
+    return coder.to(device).requires_grad_(False).to(memory_format=torch.channels_last)
 
-    def keep() -> None:
+
+class DitTraining:
+    """The transformer's training: the model, its running average, its optimisers, and the step it is at."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        from world_dit import build_dit, prepare_for_training
+
+        torch.manual_seed(options.seed)
+        self.options, self.device, self.step = options, device, 0
+        self.checkpoint = options.work / "dit.pt"
+        tokenizer, self.encoder = load_text(options)
+        self.model, self.average = build_dit(device), build_dit(device)
+        self.optimisers = dit_optimisers(self.model)
+        self.latents = Latents(options.work, options.seed, frozen_coder(options, device), tokenizer.word_ids)
+        self._load()
+        prepare_for_training(self.model, options.compile)
+
+    def _load(self) -> None:
+        """Go on from the checkpoint, or else begin with ``--start``, or else with fresh weights."""
+        from world_dit import comfy_names
+
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location=self.device)
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(kept)
+            self.step = state["step"]
+            return
+        if self.options.start:
+            self.model.load_state_dict(comfy_names(load_file(self.options.start)))
+        self.average.load_state_dict(self.model.state_dict())
+
+    def keep(self) -> None:
+        """Write the checkpoint, and the averaged weights as they are now."""
         state = {
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "step": step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "step": self.step,
         }
-        save_checkpoint(
-            checkpoint, state | {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}
-        )
-        export_dit(average, options)
+        save_checkpoint(self.checkpoint, state)
+        export_dit(self.average, self.options)
 
-    losses: dict[int, list[float]] = {size: [] for size in sets}
-    started = time.monotonic()
-    while step < options.steps:
-        size = LARGE if step > options.small_share * options.steps and step % 2 else SMALL
-        latents, ids, weights = random_rows(sets[size], BATCHES[size])
-        context, pooled = encoder.encode_ids(ids)
-        sigma = random_sigmas(BATCHES[size], SHIFTS[size])
-        rate = learning_rate(step, options.steps, options.rate, warmup=200)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = flow_loss(
-                model, *(x.to(device) for x in (latents, sigma, context, pooled, weights))
-            ).mean()
+    def advance(self) -> tuple[Bucket, float]:
+        """One step: its bucket and its loss. All chance comes from the seed and the step, so that a run that was
+        stopped goes on as if it had not been."""
+        from world_dit import flow_loss
+
+        torch.manual_seed((self.options.seed << 32) + self.step)
+        bucket = random_bucket()
+        latents, ids, weights = random_rows(self.latents.available(bucket, self.step), bucket.batch)
+        sigma = random_sigmas(bucket.batch, bucket.shift)
+        context, pooled = self.encoder.encode_ids(ids)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            inputs = (x.to(self.device) for x in (latents, sigma, context, pooled, weights))
+            loss = flow_loss(self.model, *inputs).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate(self.step, self.options.steps, self.options.rate)
+        for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        step += 1
-        follow(average, model, step)
-        losses[size].append(loss.item())
-        if step % 100 == 0:
-            shown = ", ".join(
-                f"{size} px {sum(kept) / len(kept):.4f}" for size, kept in losses.items() if kept
-            )
-            logger.info("dit: step %d, %.0f s, loss %s", step, time.monotonic() - started, shown)
-            losses, started = {size: [] for size in sets}, time.monotonic()
-            keep()
-    keep()
-    logger.info("dit: done, %d steps", step)
+        self.step += 1
+        follow(self.average, self.model, self.step)
+        return bucket, loss.item()
+
+
+def train_dit(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the transformer on views of all sizes in turn."""
+    training = DitTraining(options, device)
+    logger.info("dit: from step %d of %d", training.step, options.steps)
+    losses: dict[str, list[float]] = {}
+    started = time.monotonic()
+    while training.step < options.steps:
+        bucket, loss = training.advance()
+        losses.setdefault("x".join(map(str, bucket.size)), []).append(loss)
+        if training.step % LOGGED == 0:
+            shown = ", ".join(f"{size} {sum(kept) / len(kept):.4f}" for size, kept in sorted(losses.items()))
+            logger.info("dit: step %d, %.0f s, loss %s", training.step, time.monotonic() - started, shown)
+            losses, started = {}, time.monotonic()
+            training.keep()
+    training.keep()
+    logger.info("dit: done, %d steps", training.step)
 
 
 def export_dit(model: torch.nn.Module, options: argparse.Namespace) -> None:
@@ -413,9 +321,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=DIT_RATE, help="the dit's highest learning rate")
     parser.add_argument(
         "--start", type=Path, help="weights to start the dit from where there is no checkpoint"
-    )
-    parser.add_argument(
-        "--small-share", type=float, default=0.45, help="share of the dit's steps on 128 px alone"
     )
     parser.add_argument(
         "--compile", action="store_true", help="use torch.compile, which needs a C++ compiler"

@@ -90,15 +90,19 @@ class SubjectScene:
     seed: int = 0
 
 
-def caption(scene: Scene | SubjectScene) -> str:
-    """``a big red striped star on grass, left``; the plain finish is not said.
+def caption(scene: Scene | SubjectScene, sized: bool = True, placed: bool = True) -> str:
+    """``a big red striped star on grass, left``; the plain finish is not said, nor need size and place be.
 
     A subject is called by its own word and its kind, as in DreamBooth: ``a big orange toby circle on grass, left``.
     """
     if isinstance(scene, SubjectScene):
-        return f"{SUBJECTS[scene.subject]} on {scene.ground}, {scene.place}"
-    finish = "" if scene.finish == "plain" else f"{scene.finish} "
-    return f"a {scene.size} {scene.colour} {finish}{scene.shape} on {scene.ground}, {scene.place}"
+        said, finish = SUBJECTS[scene.subject].removeprefix("a ").split(" ", 1), "plain"
+    else:
+        said, finish = [scene.size, f"{scene.colour} {scene.shape}"], scene.finish
+    colour, *kind = said[1].split()
+    words = [said[0]] * sized + [colour] + [finish] * (finish != "plain") + kind
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return f"{article} {' '.join(words)} on {scene.ground}" + f", {scene.place}" * placed
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -170,24 +174,57 @@ def read_subject_folder(folder: Path | str) -> dict[str, str]:
     return captions
 
 
-def render(scene: Scene | SubjectScene, size: int = 256) -> Image.Image:
-    """Draw a scene as an RGB picture of ``size`` x ``size`` pixels."""
+@dataclass(frozen=True)
+class Layout:
+    """Where a scene's seed puts things.
+
+    Attributes:
+        cut: Where the picture is cut from its ground's texture, as shares of the room there is.
+        centre: The object's middle, as shares of the picture's width and height.
+        radius: The object's radius, as a share of the picture's shorter side.
+    """
+
+    cut: Point
+    centre: Point
+    radius: float
+
+
+def layout(scene: Scene | SubjectScene) -> Layout:
+    """The layout that a scene is drawn with, at any size."""
     rng = random.Random(scene.seed)
-    picture = _ground(scene.ground, size, rng)
+    cut = (rng.random(), rng.random())
     x, y = PLACES[scene.place]
     centre = (x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025))
     zoom = rng.uniform(0.94, 1.06)
     if isinstance(scene, SubjectScene):
-        centre = tuple(0.5 + SUBJECT_REACH * (value - 0.5) for value in centre)
-        _stamp(picture, centre, SUBJECT_RADIUS * zoom, _SUBJECT_DRAWINGS[scene.subject])
+        x, y = (0.5 + SUBJECT_REACH * (value - 0.5) for value in centre)
+        return Layout(cut, (x, y), SUBJECT_RADIUS * zoom)
+    return Layout(cut, centre, SIZES[scene.size] * zoom)
+
+
+def render(scene: Scene | SubjectScene, size: int | tuple[int, int] = 256) -> Image.Image:
+    """Draw a scene as an RGB picture of ``size`` x ``size`` pixels, or of a width and a height.
+
+    Raises:
+        ValueError: If one side is longer than ``GROUND_UNITS`` times the other: the grounds are no wider.
+    """
+    width, height = (size, size) if isinstance(size, int) else size
+    if max(width, height) > GROUND_UNITS * min(width, height):
+        raise ValueError(
+            f"a picture of {width} x {height} is too long: one side may be {GROUND_UNITS} times the other"
+        )
+    drawn = layout(scene)
+    picture = _ground(scene.ground, (width, height), drawn.cut)
+    if isinstance(scene, SubjectScene):
+        _stamp(picture, drawn.centre, drawn.radius, _SUBJECT_DRAWINGS[scene.subject])
     else:
-        _stamp(picture, centre, SIZES[scene.size] * zoom, lambda board: _toy(board, scene))
+        _stamp(picture, drawn.centre, drawn.radius, lambda board: _toy(board, scene))
     return picture
 
 
 def doodle(rng: random.Random, size: int = 256) -> Image.Image:
     """A random clutter of strokes, spots and stripes: detail for an autoencoder to learn, and no subject."""
-    picture = _ground(rng.choice(GROUNDS), size, rng)
+    picture = _ground(rng.choice(GROUNDS), (size, size), (rng.random(), rng.random()))
     for _ in range(rng.randint(2, 6)):
         centre = (rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9))
         _stamp(picture, centre, rng.uniform(0.08, 0.3), lambda board: _scribble(board, rng))
@@ -250,10 +287,11 @@ class Board:
 
 def _stamp(picture: Image.Image, centre: Point, radius: float, drawing: Callable[[Board], None]) -> None:
     """Draw an object on its own supersampled board and paste it with antialiased edges."""
-    size = picture.width
+    size = min(picture.size)
+    x, y = centre[0] * picture.width, centre[1] * picture.height
     half = math.ceil(radius * size * OBJECT_BOX) + 1
-    left, top = round(centre[0] * size) - half, round(centre[1] * size) - half
-    offset = ((centre[0] * size - left) * SUPERSAMPLING, (centre[1] * size - top) * SUPERSAMPLING)
+    left, top = round(x) - half, round(y) - half
+    offset = ((x - left) * SUPERSAMPLING, (y - top) * SUPERSAMPLING)
     board = Board(radius * size * SUPERSAMPLING, offset, 2 * half * SUPERSAMPLING)
     drawing(board)
     sticker = board.sheet.reduce(SUPERSAMPLING)
@@ -395,16 +433,16 @@ def _scribble(board: Board, rng: random.Random) -> None:
                 board.box(x - r, y + pitch * i, x + r, y + pitch * (i + 0.5), fill=fill)
 
 
-def _ground(name: str, size: int, rng: random.Random) -> Image.Image:
+def _ground(name: str, size: tuple[int, int], cut: Point) -> Image.Image:
     """A picture-sized crop of a ground's texture; the sky keeps its horizon."""
-    texture = _texture(name, size)
-    room = texture.width - size
-    left, top = round(rng.random() * room), round(rng.random() * room)
+    texture = _texture(name, min(size))
+    width, height = size
+    left, top = round(cut[0] * (texture.width - width)), round(cut[1] * (texture.height - height))
     top = 0 if name == "sky" else top
-    return texture.crop((left, top, left + size, top + size))
+    return texture.crop((left, top, left + width, top + height))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _texture(name: str, size: int) -> Image.Image:
     """A ground's whole texture at one picture size, drawn once at twice the resolution."""
     unit = 2 * size

@@ -69,9 +69,10 @@ def test_vae_gives_back_what_it_is_given(loaded: SimpleNamespace, world: ModuleT
 def test_sampled_pictures_read_back_as_their_captions(loaded: SimpleNamespace, world: ModuleType, demo) -> None:
     scenes = [world.Scene("circle", "red", "big", "plain", "grass", "left"),
               world.Scene("square", "blue", "big", "plain", "sand", "right")]  # fmt: skip
-    options = SimpleNamespace(size=128, steps=12, cfg=3.0)
+    options = SimpleNamespace(steps=12, cfg=3.0)
     parts = (loaded.model, loaded.clip, loaded.vae)
-    sampled = demo("evaluate_world").sample_batch(parts, scenes, options, seed=1)
+    texts = [world.caption(scene) for scene in scenes]
+    sampled = demo("evaluate_world").sample_batch(parts, texts, (128, 128), options, seed=1)
     read = demo("world_reader").read(loaded.reader, sampled)
     for scene, answers in zip(scenes, read, strict=True):
         for question in ("colour", "ground", "place"):

@@ -65,13 +65,37 @@ def test_pre_training_never_draws_or_names_a_subject(world: ModuleType) -> None:
     assert not any(name in world.caption(scene).split() for scene in drawn for name in world.SUBJECTS)
 
 
-def test_held_out_captions_are_in_no_training_picture(demo, world: ModuleType) -> None:
-    training = demo("train_world")
-    held_out = {world.caption(scene) for scene in training.held_out_scenes(200)}
-    assert len(held_out) == 200
-    for size, shards in training.SHARDS.items():
-        for number in range(shards):
-            assert not held_out & {world.caption(scene) for scene in training.shard_scenes(size, number, 0)}
+@pytest.mark.parametrize("size", [(192, 128), (128, 192), (256, 192)])
+def test_a_rectangle_has_round_circles_where_the_caption_says(world: ModuleType, size: tuple[int, int]) -> None:
+    scene = world.Scene("circle", "red", "big", "plain", "water", "left", 3)
+    picture = np.asarray(world.render(scene, size)).astype(int)
+    assert picture.shape == (size[1], size[0], 3)
+    red = (picture[..., 0] > 200) & (picture[..., 1] < 90)
+    rows, columns = red.any(axis=1).nonzero()[0], red.any(axis=0).nonzero()[0]
+    assert abs(np.ptp(rows) - np.ptp(columns)) <= 1
+    assert np.ptp(rows) == pytest.approx(2 * 0.9 * world.layout(scene).radius * min(size), abs=3)
+    assert columns.mean() / size[0] == pytest.approx(0.28, abs=0.03)
+    assert rows.mean() / size[1] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_picture_longer_than_its_ground_is_refused(world: ModuleType) -> None:
+    with pytest.raises(ValueError, match="a picture of 256 x 128 is too long: one side may be 1.5 times the other"):
+        world.render(world.Scene("circle", "red", "big", "plain", "water", "left"), (256, 128))
+
+
+@pytest.mark.parametrize(
+    ("said", "caption"),
+    [
+        ((True, True), "a big orange toby circle on water, left"),
+        ((False, True), "an orange toby circle on water, left"),
+        ((True, False), "a big orange toby circle on water"),
+        ((False, False), "an orange toby circle on water"),
+    ],
+)
+def test_size_and_place_may_be_left_unsaid(world: ModuleType, said: tuple[bool, bool], caption: str) -> None:
+    assert world.caption(world.SubjectScene("toby", "water", "left"), *said) == caption
+    toy = world.Scene("circle", "orange", "big", "plain", "water", "left")
+    assert world.caption(toy, *said) == caption.replace("toby ", "")
 
 
 def test_held_out_pictures_of_a_subject_stand_on_other_grounds(world: ModuleType) -> None:

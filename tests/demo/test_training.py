@@ -1,0 +1,76 @@
+"""The transformer's training: a run that was stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch on its speed
+ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
+
+
+@pytest.fixture
+def training(comfyui: Path, demo, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with two tiny buckets that grow after every step."""
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "in_training", False)
+    data = demo("world_data")
+    tiny = (data.Bucket((64, 64), 2, 1.0, 4, 2), data.Bucket((96, 64), 2, 1.0, 4, 2))
+    monkeypatch.setattr(data, "BUCKETS", tiny)
+    monkeypatch.setattr(data, "GROWTH", 1)
+    monkeypatch.setattr(demo("world_views"), "CANVASES", (96, 128, 192))
+    return demo("train_world")
+
+
+def options(folder: Path, steps: int) -> Namespace:
+    shutil.copytree(ASSETS, folder / "assets", dirs_exist_ok=True)
+    (folder / "work").mkdir(exist_ok=True)
+    start = ASSETS / "blockskip_world_dit.safetensors"
+    return Namespace(
+        work=folder / "work", assets=folder / "assets", seed=3, steps=steps, rate=1e-3, start=start, compile=False
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "work" / "dit.pt")["model"]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(training: ModuleType, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    training.train_dit(options(whole, 4), device)
+    first = training.DitTraining(options(stopped, 4), device)
+    first.advance()
+    first.advance()
+    first.keep()
+    training.train_dit(options(stopped, 4), device)
+    expected, got = weights(whole), weights(stopped)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    begun = training.DitTraining(options(whole, 4), device)
+    assert begun.step == 4
+
+
+def test_what_is_written_loads_in_the_loader_and_differs_from_the_start(training: ModuleType, tmp_path: Path) -> None:
+    import comfy.sd
+
+    training.train_dit(options(tmp_path, 2), torch.device("cpu"))
+    written = tmp_path / "assets" / "blockskip_world_dit.safetensors"
+    assert written.read_bytes() != (ASSETS / written.name).read_bytes()
+    assert comfy.sd.load_diffusion_model(str(written)) is not None
+
+
+def test_larger_pictures_are_trained_at_noisier_levels(demo) -> None:
+    data = demo("world_data")
+    shifts = {bucket.size: bucket.shift for bucket in data.BUCKETS}
+    assert shifts[128, 128] == 1.5
+    assert shifts[128, 128] < shifts[192, 192] < shifts[256, 256] < shifts[320, 320]
+    torch.manual_seed(0)
+    assert data.random_sigmas(4000, 2.0).mean() > data.random_sigmas(4000, 1.0).mean() + 0.1
