@@ -104,6 +104,20 @@ def shares(right: dict[str, list[bool]]) -> dict[str, float]:
     return {name: round(sum(marks) / len(marks), 3) for name, marks in right.items()}
 
 
+def judge(parts: tuple, options: argparse.Namespace) -> list[str]:
+    """Evaluate at every size, log the shares, write the sheet, and say what is below the bar."""
+    below = []
+    for size in options.sizes:
+        right, pictures = evaluate(parts, size, options)
+        about = {"pixels": size, "count": options.count, "steps": options.steps, "cfg": options.cfg}
+        logger.info(json.dumps({**about, "right": right}))
+        below += [f"{name} at {size[0]} x {size[1]}" for name, share in right.items() if share < BAR]
+        if options.sheet:
+            labels = [world.caption(scene) for scene in held_out_scenes(options.count)[: len(pictures)]]
+            sheet(pictures, labels, columns=6).save(options.sheet)
+    return below
+
+
 def main() -> None:
     """Evaluate, print, and fail below the bar."""
     parser = argparse.ArgumentParser(
@@ -121,21 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     host.use_comfyui(options.comfyui)
-    parts, below = load_world(options.assets), []
-    for size in options.sizes:
-        right, pictures = evaluate(parts, size, options)
-        about = {
-            "pixels": size,
-            "count": options.count,
-            "steps": options.steps,
-            "cfg": options.cfg,
-            "bfloat16": options.bfloat16,
-        }
-        logger.info(json.dumps({**about, "right": right}))
-        below += [f"{name} at {size[0]} x {size[1]}" for name, share in right.items() if share < BAR]
-        if options.sheet:
-            labels = [world.caption(scene) for scene in held_out_scenes(options.count)[: len(pictures)]]
-            sheet(pictures, labels, columns=6).save(options.sheet)
+    below = judge(load_world(options.assets), options)
     if below:
         raise SystemExit(f"Below {BAR:.0%}: {', '.join(below)}.")
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes docs/compatibility.md from what the tests found: ``python devtools/compatibility.py``.
+"""Write docs/compatibility.md from test results: ``python devtools/compatibility.py``.
 
-A section's table is a file in ``tests/compatibility``: its columns, and its rows as a test found them. That test fails when
-it finds something else; with BLOCKSKIP_RECORD=1 in the environment it writes the file anew. The words around a table are
-here.
+A section's table is a file in ``tests/compatibility`` with its columns and its rows, as found by a test. That test
+fails if it finds something else; with BLOCKSKIP_RECORD=1 in the environment it rewrites the file. The text around the
+tables is here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Section:
     Attributes:
         title: Its heading.
         results: File in ``tests/compatibility``.
-        before, after: What is said around the table.
+        before, after: Text before and after the table.
         joined_by: If not empty, rows with equal outcomes become one, with their first cells joined by this in the last
             column.
     """
@@ -40,26 +40,42 @@ class Section:
 INTRODUCTION = """\
 # Compatibility
 
-What works together with BlockSkip, and what does not. Every cell is the outcome of a test; this file is written by
-`devtools/compatibility.py` from what they found, so do not edit it."""
+What works together with BlockSkip, and what does not. Every cell is a test result; `devtools/compatibility.py` writes
+this file, so do not edit it."""
 
 SECTIONS: Sequence[Section] = (
     Section(
         title="LoRA files",
         results="lora_files.json",
         before="""\
-`file_format` of Dynamic Patch Trainer decides the names inside the file. Which programs load it, by family:""",
+`file_format` of Dynamic Patch Trainer sets the layer names in the file. Which programs load it, by family:""",
         after="""\
 *ComfyUI* is Load LoRA, LoraLoaderModelOnly and Apply BlockSkip LoRA. *diffusers* is `load_lora_weights` of 0.42.1. *peft* is
 `set_peft_model_state_dict`, with the prefix before the layer's name removed, on ComfyUI's layers or, where *diffusers* names
-are written, on those of diffusers. *kohya* are the names and the alpha that sd-scripts and musubi-tuner use, by their rule,
-on ComfyUI's layer names; these programs themselves were not run.
+are written, on diffusers' layers. *kohya* are the names and the alpha used by sd-scripts and musubi-tuner, derived by
+their rules from ComfyUI's layer names; these programs themselves were not run.
 
-"Loads" means: every layer that was trained, at its place, with the right numbers, at the size of the published model and with
-the default targets. A format that is not named for diffusers is not always an error there: it may find no layer it knows,
-warn, and go on without effect.
+"Loads" means that every trained layer is found, with the right numbers, at the size of the published model and with the
+default targets. If diffusers is not listed for a format, it does not always raise an error: it may recognise no layer,
+warn, and continue without effect.
 
-The file says the same of itself: under `loads_in` in its metadata, and in `info` of Apply BlockSkip LoRA.""",
+The file contains the same information: under `loads_in` in its metadata, shown by `info` of Apply BlockSkip LoRA.""",
+    ),
+    Section(
+        title="Pictures and captions",
+        results="training_files.json",
+        before="What two loaders give of a file in a folder of pictures and captions:",
+        after="""\
+"Refused by name": an error that says which file it is. Pictures from any other node can be trained on as well, if their values
+are 0 to 1; Precompute Residuals names those that are not, and those that are all of one colour.""",
+    ),
+    Section(
+        title="Conditionings as captions",
+        results="captions.json",
+        before="What Precompute Residuals makes of a conditioning at `positive`, by the node that made it of a text:",
+        after="""\
+What describes the text itself is honoured. What acts on a part of the picture or of the sampling has no meaning for a training
+crop and is refused. Several captions come as a list, which dataset nodes and Create List make.""",
     ),
     Section(
         title="Nodes that change a MODEL",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_lora import ApplyLora
+from .load_training_folder import LoadTrainingFolder
 from .memory_plan import MemoryPlan
 from .page.live_chart import add_route
 from .precompute_residuals import PrecomputeResiduals
@@ -21,14 +22,15 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     TrainLora,
     ApplyLora,
     RaluSampler,
+    LoadTrainingFolder,
 ]
 
 
 class BlockSkipExtension(ComfyExtension):
-    """What ComfyUI asks for the nodes."""
+    """The extension that ComfyUI loads the nodes from."""
 
     async def on_load(self) -> None:
-        """Offer the last runs to the chart on the trainer's node."""
+        """Serve the latest runs to the chart on the trainer's node."""
         add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

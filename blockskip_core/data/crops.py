@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 from torch import Tensor
@@ -12,7 +12,11 @@ from .schedule import TrainingSchedule
 
 
 class TrainingCrops(Sequence[Tensor]):
-    """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for.
+    """The crop of every draw at training size, each (patch_min, patch_min, 3); made on access.
+
+    One picture at a time is held at its reference size: all of them could be as much memory again as the pictures. So
+        whoever
+    wants many crops takes them in the order of :meth:`by_picture`.
 
     Args:
         pictures: Each (H, W, C), range [0, 1]; in the order of the sizes that the schedule was made for.
@@ -20,11 +24,8 @@ class TrainingCrops(Sequence[Tensor]):
     """
 
     def __init__(self, pictures: Sequence[Tensor], schedule: TrainingSchedule) -> None:
-        self._schedule = schedule
-        self._references = [
-            resize(picture, *reference_size(picture.shape[0], picture.shape[1], schedule.patches))
-            for picture in pictures
-        ]
+        self._pictures, self._schedule = pictures, schedule
+        self._held: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._schedule)
@@ -37,8 +38,26 @@ class TrainingCrops(Sequence[Tensor]):
 
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return self.taken(range(*index.indices(len(self))))
         draw = self._schedule[index]
-        reference = self._references[draw.picture]
         size = self._schedule.patches.patch_min
-        return crop_and_resize(reference, top=draw.top, left=draw.left, side=draw.side, patch_min=size)
+        return crop_and_resize(
+            self._reference(draw.picture), top=draw.top, left=draw.left, side=draw.side, patch_min=size
+        )
+
+    def by_picture(self, draws: Iterable[int]) -> list[int]:
+        """Return draws in the order in which each picture is resized once."""
+        return sorted(draws, key=lambda index: self._schedule[index].picture)
+
+    def taken(self, draws: Sequence[int]) -> list[Tensor]:
+        """Return the crops of some draws, in their order."""
+        made = {index: self[index] for index in self.by_picture(draws)}
+        return [made[index] for index in draws]
+
+    def _reference(self, picture: int) -> Tensor:
+        if self._held is None or self._held[0] != picture:
+            self._held = None  # before the next is made
+            given = self._pictures[picture]
+            height, width = reference_size(given.shape[0], given.shape[1], self._schedule.patches)
+            self._held = (picture, resize(given, height, width))
+        return self._held[1]

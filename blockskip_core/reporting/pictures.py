@@ -1,12 +1,12 @@
-"""Pictures for people: the selection heatmap and the contact sheet of training crops. Drawn with Pillow.
+"""Pictures for users: the selection heatmap and the contact sheet of training crops, drawn with Pillow.
 
-Pillow because the host has it, and plotting libraries are not worth a dependency for two drawings.
+The host already has Pillow, and a plotting library is not worth a dependency for a few drawings.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,8 +41,13 @@ def evenly(count: int, limit: int = MAX_CROPS) -> list[int]:
     return [round(place * (count - 1) / (limit - 1)) for place in range(limit)]
 
 
-def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int = 160) -> Image.Image:
-    """Return crops, each (H, W, 3), in a grid in the order in which they come, with labels underneath."""
+def contact_sheet(
+    crops: Sequence[Tensor], labels: Sequence[str], marked: Collection[int] = (), *, cell: int = 160
+) -> Image.Image:
+    """Return crops, each (H, W, 3), in a grid in the given order, with labels underneath.
+
+    Those at the positions in ``marked`` are crossed out, because something is wrong with their picture.
+    """
     columns = min(8, len(crops))
     rows = -(-len(crops) // columns)
     gap, line = 8, 22
@@ -53,14 +58,17 @@ def contact_sheet(crops: Sequence[Tensor], labels: Sequence[str], *, cell: int =
         top = gap + place // columns * (cell + line + gap)
         picture = as_picture(crop)
         sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
-        draw.text((left + 2, top + cell + 4), label, fill=INK, font=_font(13))
+        draw.text((left + 2, top + cell + 4), label, fill=TOO_MUCH if place in marked else INK, font=_font(13))
+        if place in marked:
+            draw.rectangle((left, top, left + cell - 1, top + cell - 1), outline=TOO_MUCH, width=4)
+            draw.line((left, top, left + cell - 1, top + cell - 1), fill=TOO_MUCH, width=4)
     return sheet
 
 
 def selection_heatmap(
     selection: BlockSelection, influence: TextInfluence | None, block_names: Sequence[str]
 ) -> Image.Image:
-    """Return the model's blocks in order, what is skipped, and how much the text matters where it was measured."""
+    """Return a picture of the model's blocks in order, which are skipped, and the measured influence of the text."""
     cell = max(12, min(48, 1100 // selection.num_blocks))
     left, width = 230, cell * selection.num_blocks
     rows = _profiles(influence)
@@ -78,7 +86,7 @@ def selection_heatmap(
 
 
 def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict: str) -> Image.Image:
-    """Return a bar for every phase's peak, in bytes, against what is available; the training's weights are marked."""
+    """Return a bar chart of every phase's peak bytes against the available ones, with the training's weights marked."""
     left, width, row = 200, 560, 46
     lines = textwrap.wrap(verdict, 100)
     top = 24 + 20 * len(lines)
@@ -111,7 +119,7 @@ def _bytes_line(selection: BlockSelection) -> str:
 
 
 def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float]]]:
-    """Return (label, block -> distance) of what was measured; a window is drawn at its middle block."""
+    """Return (label, block -> distance) for each measurement; a window is drawn at its middle block."""
     if influence is None:
         return []
     count = influence.num_blocks

@@ -1,7 +1,7 @@
-"""Where a training run's residuals come from: all of them from disk, a chunk at a time, or folded into each step.
+"""The sources of a training run's residuals: all from disk, a chunk at a time, or folded into each step.
 
-See ``source`` for what the three mean. A :class:`ResidualSet` is what travels from the node that precomputes to the
-node that trains: light, and complete enough that a source can compute what is missing.
+``source`` explains the three. A :class:`ResidualSet` is what the precomputing node passes to the training node: small,
+and complete enough that a source can compute whatever is missing.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ logger = logging.getLogger(__name__)
 Storage = Literal["disk", "chunked", "on the fly"]
 STORAGES: tuple[str, ...] = get_args(Storage)
 _ITEMSIZES = {"torch.float64": 8, "torch.float32": 4}  # bytes per number of a token stream; 2 for all others
-KEPT_CACHES = 3  # finished caches that stay on disk, newest first
+KEPT_CACHES = 3  # how many of the newest finished caches to keep on disk
 
-WAITING = "waiting for another process, which computes the same residuals"
+WAITING = "waiting for another process that computes the same residuals"
 _SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
@@ -60,20 +60,21 @@ PhaseProgress = Callable[[str, int, int], None]  # (phase, done, total); may rai
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSet:
-    """Everything that decides a run's residuals.
+    """Everything that determines a run's residuals.
 
     Attributes:
         schedule: The draws.
         latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
         selection: Blocks to be skipped.
         captions: Conditionings, opaque to this module.
-        identity: What the residuals are (to be) computed from.
+        identity: What the residuals are computed from.
         storage: Where they are kept.
-        chunk_size: Draws that go through the model's blocks together, and that are kept at a time if chunked.
+        chunk_size: Number of draws that go through the model's blocks together, and that are kept at a time if chunked.
         folder: This set's folder.
         family: The model family.
-        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; neither
-            is read on the fly. "exact" goes with a selection that freezes its last blocks and skips none of them.
+        back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; both
+            are ignored on the fly. "exact" requires a selection that freezes its last blocks and skips none of them.
+        remarks: Anything odd about the pictures and captions, in sentences for the run's summary.
     """
 
     schedule: TrainingSchedule
@@ -86,6 +87,7 @@ class ResidualSet:
     folder: Path
     family: str
     back_residual: BackResidual = "constant"
+    remarks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.back_residual not in BACK_RESIDUALS:
@@ -94,7 +96,7 @@ class ResidualSet:
             )
         if self.back_residual == "exact" and self.selection.back:
             raise InvalidInputError(
-                f"An exact back freezes the last blocks, and this selection skips {self.selection.back} of them."
+                f"An exact back freezes the last blocks, but this selection skips {self.selection.back} of them."
             )
         if self.identity.residual_format not in RESIDUAL_FORMATS:
             raise InvalidInputError(
@@ -106,7 +108,7 @@ class ResidualSet:
             raise InvalidInputError(f"chunk_size must be at least 1, got {self.chunk_size}.")
 
     def source(self, dit: SkippableDit, progress: PhaseProgress) -> DiskSource | ChunkedSource | FoldedSource:
-        """Return the source that this set's storage asks for."""
+        """Return the source for this set's storage."""
         if self.storage == "on the fly":
             return FoldedSource()
         kind = DiskSource if self.storage == "disk" else ChunkedSource
@@ -137,22 +139,22 @@ def _wants_response(residuals: ResidualSet) -> bool:
 
 
 def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> bool:
-    """Compute the residuals of all draws and store them; a finished cache is used as it is, an unfinished one is resumed.
+    """Compute and store the residuals of all draws; a finished cache is used, an unfinished one is resumed.
 
-    If another process computes the same ones, its cache is waited for: that costs neither the time nor the disk twice. If
-    that process ends early, this one continues where it was.
+    If another process is computing the same residuals, this waits for its cache, which saves time and disk space. If
+    that process ends early, this one continues where it stopped.
 
     Args:
         residuals: What to compute.
         dit: The model.
-        progress: Called as the blocks are passed, and while another process is waited for.
+        progress: Called during the passes, and while waiting for another process.
 
     Returns:
         Whether anything was computed.
 
     Raises:
-        InvalidInputError: If there is not enough room.
-        StorageError: If the disk refuses.
+        InvalidInputError: If there is not enough disk space.
+        StorageError: If the disk cannot be written.
     """
     if is_finished(residuals.folder):
         return False
@@ -170,7 +172,7 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
 
 
 def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Callable[[], None]:
-    """Return what reports how far another process is that computes these residuals."""
+    """Return a function that reports the progress of another process that is computing these residuals."""
     total = -(-len(residuals.schedule) // residuals.chunk_size)
     return lambda: progress(WAITING, min(num_shards(residuals.folder), total), total)
 
@@ -190,10 +192,10 @@ def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhasePro
 def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | None:
     """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
 
-    If another process computes it, it is waited for.
+    If another process is computing it, this waits.
 
     Raises:
-        CacheError: If the cache is damaged; it has been removed then.
+        CacheError: If the cache is damaged; it is removed.
     """
     folder = residuals.folder
     with _removed_if_damaged(lambda: _remove_unused(folder)):
@@ -205,17 +207,17 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | 
 
 
 def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
-    """Check that there is room for latents and residuals before anything is computed; latents may be on ``meta``.
+    """Check that there is space for latents and residuals before anything is computed; latents may be on ``meta``.
 
     Raises:
-        InvalidInputError: With predicted and free bytes.
+        InvalidInputError: If not, with predicted and free bytes.
     """
     free = psutil.virtual_memory().available
-    needed = 2 * residuals.latents.nbytes  # joined in the end
+    needed = 2 * residuals.latents.nbytes  # twice, because they are joined in the end
     if needed > free:
         raise InvalidInputError(
-            f"The latents of {len(residuals.schedule)} training examples take {format_bytes(needed)} of host memory, "
-            f"{format_bytes(free)} are free. Use fewer training examples."
+            f"The latents of {len(residuals.schedule)} training examples need {format_bytes(needed)} of host memory, "
+            f"but {format_bytes(free)} are free. Use fewer training examples."
         )
     if residuals.storage != "on the fly":
         count = len(residuals.schedule) if residuals.storage == "disk" else residuals.chunk_size
@@ -229,7 +231,7 @@ def _require_room(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int
 
 @dataclass(frozen=True)
 class _Part:
-    """A chunk of draws as it is stored."""
+    """A chunk of draws in the form in which it is stored."""
 
     computed: Precomputed
     response: Tensor | None
@@ -242,7 +244,7 @@ def _compute(
     progress: PhaseProgress,
     response: Tensor | None,
 ) -> _Part:
-    """Compute a chunk; the first one decides the response for all."""
+    """Compute a chunk; the response for all chunks is fitted on the first one."""
     computed = precompute_residuals(
         dit,
         residuals.schedule,
@@ -261,7 +263,7 @@ def _compute(
 
 
 def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
-    """Return residuals whose back part is what the linear answer leaves to be stored; see ``back_response``."""
+    """Return residuals with the linear response subtracted from their back part; see ``back_response``."""
     parts = {
         draw: Residual(residual.front, constant_part(_back(computed, draw), computed.entering[draw], response))
         for draw, residual in computed.residuals.items()
@@ -270,7 +272,7 @@ def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
 
 
 def _back(computed: Precomputed, draw: int) -> Tensor:
-    """Return a draw's back residual; with anything entering the back span, there is one."""
+    """Return a draw's back residual; it exists whenever there are tokens entering the back span."""
     back = computed.residuals[draw].back
     assert back is not None
     return back
@@ -293,9 +295,9 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
 
 
 def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
-    """Remove all but the ``keep`` newest caches below ``parent`` that no process uses; only folders with one of our caches.
+    """Remove old caches below ``parent`` that no process uses, except the ``keep`` newest; nothing else is removed.
 
-    ``exclude`` is the name of one that is kept in any case and not counted.
+    ``exclude`` is the name of a cache that is always kept and not counted.
     """
     if not parent.is_dir():
         return
@@ -303,8 +305,8 @@ def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
         own = [path for path in own if path.name != exclude and not _SCRATCH.fullmatch(path.name)]
         caches = sorted(own, key=lambda path: -path.stat().st_mtime)
-    except OSError as error:  # another program may be removing the same
-        logger.warning("BlockSkip: old residuals cannot be removed: %s", error)
+    except OSError as error:  # another program may be removing them too
+        logger.warning("BlockSkip: cannot remove old residuals: %s", error)
         return
     for path in caches[keep:]:
         if _remove_unused(path):
@@ -313,7 +315,7 @@ def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
 
 
 def _remove_unused(folder: Path) -> bool:
-    """Remove a cache unless a process uses it; whether it is gone."""
+    """Remove a cache unless a process uses it; return whether it was removed."""
     try:
         held = try_lock(folder)
     except StorageError as error:
@@ -328,18 +330,18 @@ def _remove_unused(folder: Path) -> bool:
 
 @contextmanager
 def _removed_if_damaged(remove: Callable[[], bool]) -> Iterator[None]:
-    """Remove a cache that turns out to be damaged, so that the next run computes it again; the error says so."""
+    """Remove a cache that proves damaged, so that the next run computes it again, and say so in the error."""
     try:
         yield
     except CacheError as error:
         done = "They have been removed; run again to compute them."
         if not remove():
-            done = "Another process still uses them: wait for its end, and run again."
+            done = "Another process still uses them: wait until it ends, and run again."
         raise CacheError(f"{error} {done}") from error
 
 
 class DiskSource:
-    """All draws from a cache on disk; it is computed first if it is missing."""
+    """All draws from a cache on disk, which is computed first if it is missing."""
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
@@ -359,7 +361,7 @@ class DiskSource:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep every process from removing the cache; one that was removed before is computed once more."""
+        """Prevent other processes from removing the cache; if it was already removed, compute it again."""
         while True:
             with lock(self._residuals.folder, waiting_for_another(self._residuals, self._progress), shared=True):
                 if is_finished(self._residuals.folder):
@@ -369,19 +371,19 @@ class DiskSource:
 
 
 class ChunkedSource:
-    """A chunk at a time: computed, trained on, removed. The disk never holds more than one."""
+    """One chunk at a time: computed, trained on, removed. The disk never holds more than one."""
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
         self._response: Tensor | None = None
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
-        """Yield the run in stretches of as many micro-batches as a chunk of draws holds.
+        """Yield the run in stretches, each with the micro-batches of one chunk of draws.
 
-        A run that starts within a chunk computes the rest of it. A linear answer is that of the first ``chunk_size`` draws,
-        as on the disk; if the first stretch has others, these are computed for it.
+        A run that starts within a chunk computes the rest of that chunk. The linear response is fitted on the first
+        ``chunk_size`` draws, as with storage on disk; if the first stretch has other draws, those are computed extra.
         """
-        remove_stale_locks(self._residuals.folder.parent)  # of chunks whose run was killed before they had a folder
+        remove_stale_locks(self._residuals.folder.parent)  # of chunks whose run was killed before creating their folder
         length = max(1, self._residuals.chunk_size // run.batch_size)
         if start < len(run) and _wants_response(self._residuals):
             fitted = list(range(min(self._residuals.chunk_size, len(self._residuals.schedule))))
@@ -413,7 +415,7 @@ class ChunkedSource:
 
 @contextmanager
 def _scratch_folder(base: Path) -> Iterator[Path]:
-    """Give a folder that no other run has, and remove it in the end; also those of runs that were killed."""
+    """Provide a folder that no other run uses, and remove it at the end; also remove those of killed runs."""
     folder = base.with_name(f"{base.name}-chunk-{unique_token()}")
     with lock(folder, lambda: None):
         _remove_abandoned(folder.parent)
@@ -427,7 +429,7 @@ def _remove_abandoned(parent: Path) -> None:
     try:
         folders = [path for path in parent.iterdir() if _SCRATCH.fullmatch(path.name)]
     except OSError as error:
-        logger.warning("BlockSkip: residuals of a killed run cannot be removed: %s", error)
+        logger.warning("BlockSkip: cannot remove residuals of a killed run: %s", error)
         return
     for path in folders:
         _remove_unused(path)
@@ -447,7 +449,7 @@ def _opened(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> 
     """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
     with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
-        cache.verify()  # now, rather than after hours of training
+        cache.verify()  # fail now rather than after hours of training
         reference, response = Reference(*cache.require_first("reference")), cache.first("response")
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
             form = residuals.identity.residual_format

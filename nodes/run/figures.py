@@ -1,6 +1,6 @@
-"""What is told of a run: in the LoRA's metadata, on the node, in the summary, and in the line under the node.
+"""The facts about a run for the LoRA's metadata, the node, the summary, and the line under the node.
 
-Each fact is stated once, in :func:`facts`; the others pick from them by name.
+Each fact is stated once, in :func:`facts`; the other functions pick from them by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ON_NODE = (
 
 
 def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
-    """Return every fact of a run by its name: the settings, what was trained on what, and what came of it."""
+    """Return every fact of a run by its name: settings, model, training examples and results."""
     return {
         **run.request.shown(),
         "steps_planned": run.request.steps,
@@ -45,7 +45,7 @@ def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
 
 
 def metadata(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
-    """Return what the LoRA's file says of itself."""
+    """Return the metadata of the LoRA's file."""
     return _chosen(facts(run, outcome), IN_METADATA)
 
 
@@ -55,7 +55,7 @@ def on_node(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
 
 
 def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
-    """Return everything that the summary says; the LoRA's file is there."""
+    """Return the content of the summary; the LoRA's file must exist."""
     known = facts(run, outcome)
     return RunReport(
         file=outcome.path.name,
@@ -87,11 +87,11 @@ def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
 
 
 def outcome_line(outcome: RunOutcome) -> str:
-    """Return what is left under the node: what was trained, and what went wrong on the way."""
+    """Return the line that stays under the node: what was trained, and any problems."""
     result = outcome.result
     done = f"{result.steps} steps"
     if result.resumed_at == result.steps:
-        done = f"This run had finished before: {done}, nothing left to train"
+        done = f"This run was already finished: {done}, nothing left to train"
     elif result.resumed_at:
         done += f", {result.resumed_at} of them by the earlier run that this one resumed"
     saved = f"saved as {outcome.path.name}" if outcome.saved else "not saved"
@@ -101,7 +101,7 @@ def outcome_line(outcome: RunOutcome) -> str:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Return the mean; None of nothing."""
+    """Return the mean, or None for no values."""
     return sum(values) / len(values) if values else None
 
 

@@ -1,4 +1,4 @@
-"""The tools that the live tests stand on: the client, the server's life and death, the cache of environments."""
+"""The tools that the live tests use: the client, starting and ending the server, the cache of environments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURE = {
 
 @pytest.fixture
 def fake_host(tmp_path: Path) -> Callable[[str], Path]:
-    """A folder that starts like a ComfyUI, runs a line of Python, and answers every request."""
+    """A folder that starts like ComfyUI, runs a line of Python, and answers every request."""
 
     def write(line: str = "") -> Path:
         (tmp_path / "main.py").write_text(FAKE_HOST.format(line=line), encoding="utf-8")
@@ -43,7 +43,7 @@ def fake_host(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether the process is gone, or a zombie that nobody has collected yet."""
+    """Whether the process has ended, or is a zombie that has not been collected yet."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return not state or state.startswith("Z")
 

@@ -7,7 +7,8 @@ optional and goes to the end. An input is one line:
     patch_min INT = 256 [16, 4096] step 16
     storage COMBO = disk {disk | chunked | on the fly}
 
-A question mark: may be absent. ``control``: the page adds a widget of its own, which takes a place in saved workflows.
+A question mark marks an optional input. ``control``: the page adds another widget, which has a position in saved
+workflows.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no cable
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no link
 HOST_DECIDES = (
     "quantize_kept",
     "quantize_frozen",
     "scheduler",
     "start_file",
     "lora_name",
+    "folder",
 )  # choices that depend on version and files
 
 
@@ -115,6 +117,7 @@ CONTRACT = {
             back_residual COMBO? = constant {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             memory_settings BLOCKSKIP_MEMORY?
+            files BLOCKSKIP_FILES?
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -199,6 +202,13 @@ CONTRACT = {
             custom_shift FLOAT? = 3.0 [0.1, 100.0] step 0.01
         """,
         [("latent", "LATENT"), ("early_regions", "IMAGE"), ("report", "STRING")],
+        takes_lists=False,
+    ),
+    "BlockSkip_LoadTrainingFolder": Contract(
+        """
+            folder COMBO = None {host's}
+        """,
+        [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,
     ),
 }

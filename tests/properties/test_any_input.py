@@ -1,6 +1,6 @@
-"""Whatever comes in, a node succeeds or says in a sentence of ours why not.
+"""With any input, a node succeeds or explains in one sentence why not.
 
-And whatever came in, no file lies outside ComfyUI's folders, and the MODEL's weights and modules are as before.
+And with any input, no file is written outside ComfyUI's folders, and the MODEL's weights and modules are unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_SENTENCE = 1500
 
 
 class World(SimpleNamespace):
-    """What the nodes are called with. Hypothesis shows it with every example that fails, so it says little."""
+    """The nodes' arguments. Hypothesis shows this object with every failing example, so its repr is short."""
 
     def __repr__(self):
         return "world"
@@ -30,18 +30,23 @@ class World(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def world(nodes, core, tiny, run_node, tmp_path_factory):
-    """A model, what belongs to it, and a folder whose every change is seen."""
+    """A model, its inputs, and a folder in which every change is noticed."""
     import folder_paths
 
+    pictures = core("reporting.pictures")
     sandbox = tmp_path_factory.mktemp("sandbox")
     base = sandbox / "comfyui"
     (base / "output" / "loras").mkdir(parents=True)
     (base / "temp").mkdir()
+    (base / "input" / "toy").mkdir(parents=True)
     (sandbox / "beside").mkdir()
+    for file in (base / "input" / "toy" / "a.png", sandbox / "beside" / "b.png"):
+        pictures.as_picture(torch.rand(40, 50, 3)).save(file)
     model = tiny.tiny_flux()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_paths, "output_directory", str(base / "output"))
         patch.setattr(folder_paths, "temp_directory", str(base / "temp"))
+        patch.setattr(folder_paths, "input_directory", str(base / "input"))
         loras = ([str(base / "output" / "loras")], {".safetensors"})
         patch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
         patch.setattr(folder_paths, "filename_list_cache", {})
@@ -65,14 +70,14 @@ TRAIN = {"steps": 1, "learning_rate": 1e-3, "rank": 2, "seed": 5}
 
 
 def call(world, node, **inputs):
-    """Call a node as the host does; one value is a list of one, for a node that takes lists."""
+    """Call a node as ComfyUI does; for a node that takes lists, a single value becomes a list."""
     if node.INPUT_IS_LIST:
         inputs = {name: Listed(value if isinstance(value, list) else [value]) for name, value in inputs.items()}
     return world.run_node(node, **inputs)
 
 
 def state_of(world):
-    """What must stay: weights and modules of the model, and every file outside of output and temp."""
+    """What must not change: the model's weights and modules, and every file outside of output and temp."""
     digest = hashlib.blake2b()
     for name, tensor in world.model.model.state_dict().items():
         digest.update(name.encode())
@@ -86,7 +91,7 @@ def state_of(world):
 
 
 def holds(world, node, **inputs):
-    """Call a node with any input; see the module."""
+    """Call a node with any input; see the module's docstring."""
     outcome, sentence = "success", ""
     try:
         call(world, node, **inputs)
@@ -105,7 +110,7 @@ def holds(world, node, **inputs):
 
 
 def examples(count):
-    """So many examples."""
+    """Hypothesis settings with this number of examples."""
     return settings(max_examples=count, suppress_health_check=list(HealthCheck))
 
 
@@ -184,6 +189,7 @@ def test_precompute_residuals(world, data):
         "images": strategies.pictures(),
         "positive": strategies.conditionings(WIDTH),
         "selection": strategies.socket(world.selection),
+        "files": strategies.Input(st.just([]), st.lists(strategies.STRANGERS, max_size=2), optional=True),
         "memory_settings": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
         **strategies.widgets(node, usual),
     }
@@ -271,9 +277,20 @@ def test_ralu_sampler(world, data):
 @examples(100)
 @given(name=strategies.NAMES, absolute=st.booleans())
 def test_a_name_reaches_no_other_folder(world, name, absolute):
-    """Absolute names lead into a folder beside ComfyUI's, which is watched."""
+    """Absolute names point to a watched folder outside ComfyUI's."""
     name = f"{world.sandbox}/beside/{name}" if absolute else name
     outcome = holds(
         world, world.nodes.TrainLora, **TRAIN, model=world.model, residuals=world.residuals, output_name=name
     )
     assert not absolute or ".." in name or outcome == "InvalidInputError"
+
+
+@examples(150)
+@given(
+    folder=strategies.NAMES
+    | strategies.STRANGERS
+    | st.sampled_from(["toy", "toy/", "./toy", "../beside", "toy/../../beside"])
+)
+def test_load_training_folder(world, folder):
+    outcome = holds(world, world.nodes.LoadTrainingFolder, folder=folder)
+    assert outcome == ("success" if folder in ("toy", "toy/", "./toy") else "InvalidInputError")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,61 +13,99 @@ from torch import Tensor
 
 from ...errors import InvalidInputError
 
-# Settings of a CONDITIONING that act on a part of the picture or of the sampling: they have no meaning for a training crop.
-_NOT_FOR_TRAINING = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "reference_latents")
+# Settings of a CONDITIONING that a training crop cannot follow. All others describe the text itself (pooled_output,
+# attention_mask, guidance, ...) and are passed to the model as when sampling.
+_OF_A_PART = ("area", "mask", "set_area_to_bounds", "mask_strength", "gligen")
+_OF_SAMPLING = ("hooks", "default", "clip_start_percent", "clip_end_percent")
+_OF_OTHER_MEDIA = (
+    "control", "reference_latents", "reference_latents_text_embeds", "concat_latent_image", "concat_mask",
+    "clip_vision_output", "clip_vision_outputs", "clip_vision_output_ref", "unclip_conditioning", "control_video",
+    "vace_frames", "camera_conditions", "audio_embed", "ref_audio", "reference_motion", "face_video_pixels",
+    "pose_video_latent", "context_latents", "keyframe_idxs", "time_dim_concat", "time_dim_replace",
+)  # fmt: skip
+_NOT_FOR_TRAINING = (*_OF_A_PART, *_OF_SAMPLING, *_OF_OTHER_MEDIA)
+_NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+"""Settings that have no effect at this value, and that training cannot follow at any other. The strength of a single text
+also cancels out when sampling, because it is a weight relative to other texts."""
 
 
 def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
-    """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs.
-
-    ComfyUI's dataset nodes give a list with one CONDITIONING per picture; other nodes give one CONDITIONING with
-    several entries. Both are taken.
+    """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs with one text each.
 
     Raises:
-        InvalidInputError: If there are none, or one is not text, is not finite, or carries settings that training cannot follow.
+        InvalidInputError: If there are none, or one is not one text, is not finite, or carries settings that training
+            cannot follow.
     """
-    entries = [entry for conditioning in positive if _is_list(conditioning) for entry in conditioning]
-    if not entries:
+    given = [conditioning for conditioning in positive if _is_list(conditioning) and conditioning]
+    if not given:
         raise InvalidInputError("No conditioning came in. Connect CLIP Text Encode or a dataset node to `positive`.")
-    for index, entry in enumerate(entries):
-        embedding, settings = _require_text(index, entry)
-        refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
-        if refused:
+    for number, conditioning in enumerate(given, 1):
+        if len(conditioning) > 1:
             raise InvalidInputError(
-                f"Conditioning {index} carries {', '.join(refused)}, which training cannot follow. "
-                "Connect a plain text conditioning."
+                f"Conditioning {number} combines {len(conditioning)} texts, and training takes one text at a time. "
+                "Leave out Conditioning (Combine), or write both into one text."
             )
-        tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
-        if not all(torch.isfinite(tensor).all() for tensor in tensors):
-            raise InvalidInputError(f"Conditioning {index} contains NaN or Inf. Check the text encoder.")
-    return [[entry] for entry in entries]
+        _require_trainable(number, conditioning[0])
+    return [[conditioning[0]] for conditioning in given]
+
+
+def same_texts(captions: Sequence[list]) -> list[str]:
+    """Return a key for each single conditioning; those of the same text have the same key."""
+    return [_text_key(embedding, settings) for [[embedding, settings]] in captions]
+
+
+def _text_key(embedding: Tensor, settings: Mapping[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (embedding, settings.get("pooled_output")):
+        if tensor is not None:
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _require_trainable(number: int, entry: Any) -> None:
+    embedding, settings = _require_text(number, entry)
+    refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
+    refused += [name for name, neutral in _NEUTRAL.items() if not _says_nothing(settings.get(name), neutral)]
+    if refused:
+        raise InvalidInputError(
+            f"Conditioning {number} carries {', '.join(refused)}, which training cannot follow. "
+            "Connect a plain text conditioning."
+        )
+    tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
+
+
+def _says_nothing(value: Any, neutral: float) -> bool:
+    return value is None or (isinstance(value, (int, float)) and value == neutral)
 
 
 def require_sampleable(conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is one that a sampler can follow; the sampler decides about its settings.
+    """Check that a sampler can use a CONDITIONING; its settings are left to the sampler.
 
     Raises:
         InvalidInputError: If there is none, or an entry holds no text, or numbers that are not finite.
     """
     if not _is_list(conditioning) or not conditioning:
         raise InvalidInputError(f"No conditioning came in for `{name}`. Connect CLIP Text Encode.")
-    for index, entry in enumerate(conditioning):
+    for number, entry in enumerate(conditioning, 1):
         embedding, settings = _parts(entry)
         if embedding is None:
-            raise InvalidInputError(f"Conditioning {index} of `{name}` holds no text. Connect CLIP Text Encode.")
+            raise InvalidInputError(f"Conditioning {number} of `{name}` holds no text. Connect CLIP Text Encode.")
         form, pooled = tuple(embedding.shape), settings.get("pooled_output")
         if len(form) != 3 or 0 in form or not embedding.is_floating_point():
             raise InvalidInputError(
-                f"Conditioning {index} of `{name}` must have shape (batch, tokens, width), got {form} of {embedding.dtype}. "
-                "Connect CLIP Text Encode."
+                f"Conditioning {number} of `{name}` must have shape (batch, tokens, width), got {form} of "
+                f"{embedding.dtype}. Connect CLIP Text Encode."
             )
         if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
             what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
             raise InvalidInputError(
-                f"The pooled output of conditioning {index} must have shape (batch, width), got {what}."
+                f"The pooled output of conditioning {number} must have shape (batch, width), got {what}."
             )
         if not embedding.isfinite().all() or (pooled is not None and not pooled.isfinite().all()):
-            raise InvalidInputError(f"Conditioning {index} of `{name}` contains NaN or Inf. Check the text encoder.")
+            raise InvalidInputError(f"Conditioning {number} of `{name}` contains NaN or Inf. Check the text encoder.")
 
 
 def _is_list(value: Any) -> bool:
@@ -79,34 +118,34 @@ def _parts(entry: Any) -> tuple[Tensor | None, Mapping[str, Any]]:
     return (embedding, settings) if isinstance(embedding, Tensor) and isinstance(settings, Mapping) else (None, {})
 
 
-def _require_text(index: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return what an entry of a CONDITIONING is made of, if it is one text."""
+def _require_text(number: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return embedding and settings of a CONDITIONING's entry, which must be one text."""
     embedding, settings = _parts(entry)
     if embedding is None:
-        raise InvalidInputError(f"Conditioning {index} holds no text. Connect CLIP Text Encode or a dataset node.")
+        raise InvalidInputError(f"Conditioning {number} holds no text. Connect CLIP Text Encode or a dataset node.")
     form = tuple(embedding.shape)
     if len(form) != 3 or form[0] != 1 or 0 in form or not embedding.is_floating_point():
         raise InvalidInputError(
-            f"Conditioning {index} must be one text of shape (1, tokens, width), got {form} of {embedding.dtype}. "
-            "Connect each text as a conditioning of its own."
+            f"Conditioning {number} must be one text of shape (1, tokens, width), got {form} of {embedding.dtype}. "
+            "Connect each text as a separate conditioning."
         )
     pooled = settings.get("pooled_output")
     if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != 1):
         what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-        raise InvalidInputError(f"The pooled output of conditioning {index} must have shape (1, width), got {what}.")
+        raise InvalidInputError(f"The pooled output of conditioning {number} must have shape (1, width), got {what}.")
     return embedding, settings
 
 
 def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return what ``model.apply_model`` takes for one conditioning besides latent and sigma, batch axis 1.
+    """Return the arguments of ``model.apply_model`` for one conditioning, besides latent and sigma, batch axis 1.
 
     Args:
         model: The host's model (a BaseModel).
         conditioning: ``[[tensor, settings]]``.
-        latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
-        device: Where the arguments are put.
+        latent: Any latent with the shape that will be denoised, (1, C, H, W), in the model's own scale.
+        device: Device for the arguments.
 
-    Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
+    If called outside inference mode, it returns tensors that autograd may save, whatever mode the inputs were made in.
     """
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     encoded = comfy.samplers.encode_model_conds(
@@ -124,7 +163,7 @@ def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
 
     Raises:
-        InvalidInputError: If one row has what another lacks (a mask over the text, say): they cannot be one batch.
+        InvalidInputError: If one row has an argument that another lacks (a text mask, say), so they cannot be batched.
     """
     first = rows[0]
     if any(row.keys() != first.keys() for row in rows):

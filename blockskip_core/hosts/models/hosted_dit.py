@@ -1,10 +1,10 @@
 """A MODEL of the host as a :class:`~...model.SkippableDit`.
 
-The user's MODEL is never changed. A run makes a clone of the patcher (it shares the weights), gives it stand-ins as
-object patches, loads it through the host's own model management and unloads it in the end, which puts the original
-modules back. Two details make the weights of replaced modules stay off the device: the clone is loaded only after all
-clones were unloaded, because a loaded model keeps what it has; and it gets a new patches id, because the host takes
-object patches with an unchanged id as "already loaded".
+The user's MODEL is never changed. A run clones the patcher (the clone shares the weights), gives the clone stand-ins as
+object patches, loads it through the host's own model management and unloads it at the end, which restores the original
+modules. Two details keep the weights of replaced modules off the device: the clone is loaded only after all other
+clones are unloaded, because a loaded model keeps what it has; and it gets a new patches id, because the host treats
+object patches with an unchanged id as already loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .adapted_dit import AdaptedDit
 from .patches import for_training
 from .residency import MODEL_PREFIX, evict_others, keep_what_autograd_saves, unload, whole_model
 
-_MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free: what the host's own trainer asks for to stream weights
+_MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
 
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
@@ -37,7 +37,7 @@ class HostedDit(AdaptedDit):
     """A MODEL that can be run with blocks replaced.
 
     Args:
-        patcher: The MODEL; left as it is. What only belongs to sampling is left out; see ``patches``.
+        patcher: The MODEL; left unchanged. What only belongs to sampling is left out; see ``patches``.
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
@@ -57,12 +57,12 @@ class HostedDit(AdaptedDit):
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         return self.patcher.load_device
 
     @property
     def room_for_blocks(self) -> int:
-        """Bytes of blocks that may be loaded together: a quarter of what is free, or all where nothing is moved."""
+        """Bytes of blocks that may be loaded together: a quarter of the free memory, or all on the CPU."""
         if self.device.type == "cpu":
             return sum(self.block_bytes)
         unload(self.patcher)
@@ -76,16 +76,16 @@ class HostedDit(AdaptedDit):
         return self.patcher.model.get_dtype() if chosen is None else chosen
 
     def module(self, name: str) -> nn.Module:
-        """Return the model's own module, unloaded: a copy must not have the marks of a loaded one."""
+        """Return the model's own module, unloaded, because a copy must not have the attributes of a loaded module."""
         self._reserve_addresses()
         unload(self.patcher)
         return self.patcher.model.diffusion_model.get_submodule(name)
 
     def _reserve_addresses(self) -> None:
-        """Let a dynamic patcher give the model's own layers their place in its virtual memory, once.
+        """Have a dynamic patcher assign the model's own layers their place in its virtual memory, once.
 
-        Copies of layers share the place of the original; without one, every copy would be given a new place, and
-        places are never given back.
+        Copies of layers share the original's place; if the original had none, every copy would get a new one, and
+        places are never released.
         """
         if not self._reserved and self.patcher.is_dynamic():
             with torch.inference_mode():  # as the host loads it: outside, its own weights could not be hashed any more
@@ -94,7 +94,7 @@ class HostedDit(AdaptedDit):
 
     @cached_property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with besides latent and sigma, for each caption, on the CPU."""
+        """The model's arguments besides latent and sigma, for each caption, on the CPU."""
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frame(model, torch.zeros(1, *self._latent_shape))
@@ -109,18 +109,18 @@ class HostedDit(AdaptedDit):
         weights: WeightPlacement = "as fits",
         baked: Collection[str] = frozenset(),
     ) -> Iterator[Denoiser]:
-        """Load the model with ``replacements`` in place; unload it and put everything back afterwards.
+        """Load the model with ``replacements`` in place; unload it and restore everything afterwards.
 
-        What is not replaced is loaded as a copy too; see ``residency`` for why.
+        Modules that are not replaced are loaded as copies too; ``residency`` explains why.
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
             activation_bytes: Memory that the host should keep free in addition to the weights.
-            weights: Where weights are kept. "resident" loads them all, where the host would leave some in host memory
-                to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself ("dynamic
-                VRAM") does that in any case, and on other than NVIDIA's cards the host fills 40 % of what is free with
-                weights even if they are to be streamed. Weights that autograd saves are on the device in any case.
-            baked: Keys of patches that the weights of ``replacements`` contain already.
+            weights: Where weights are kept. "resident" loads all of them, even those that the host would leave in host
+                memory to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself
+                ("dynamic VRAM") always does so, and on cards other than NVIDIA's the host fills 40 % of the free memory
+                with weights even if they should be streamed. Weights that autograd saves are always on the device.
+            baked: Keys of patches that the weights of ``replacements`` already contain.
 
         Yields:
             The denoiser, bound to this MODEL's captions.
@@ -136,9 +136,9 @@ class HostedDit(AdaptedDit):
         clone.patches_uuid = uuid.uuid4()
         clone.size = self._planned_bytes(replacements)
         was_training = comfy.model_management.in_training
-        put_back = _remember_places(everything.values())
+        put_back = _remember_tensors(everything.values())
         try:
-            comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
+            comfy.model_management.in_training = True  # kernels with a backward, and the same ones for residuals
             evict_others(clone)
             with torch.inference_mode(False):
                 comfy.model_management.load_models_gpu(
@@ -157,20 +157,20 @@ class HostedDit(AdaptedDit):
             unload(clone)
 
     def _planned_bytes(self, replacements: Mapping[str, nn.Module]) -> int:
-        """Return what will be loaded. The host would plan with what the MODEL's own modules take."""
+        """Return the bytes that will be loaded; the host would plan with the size of the MODEL's own modules."""
         size = comfy.model_management.module_size
         replaced = sum(size(self.module(name)) for name in replacements)
         return size(self.patcher.model) - replaced + sum(size(stand) for stand in replacements.values())
 
 
 def _options(clone: Any) -> dict[str, Any]:
-    """Return the ``transformer_options`` of a training's calls of a loaded clone."""
+    """Return the ``transformer_options`` for a training's calls to a loaded clone."""
     options = clone.model_options["transformer_options"]
     return {**options, "optimized_attention_override": _differentiable_attention}
 
 
 def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Module) -> None:
-    """Refuse layers whose weight nobody can lend: without it no gradient passes."""
+    """Refuse layers whose weight cannot be obtained: no gradient can pass without it."""
     for block in blocks:
         for path, layer in diffusion_model.get_submodule(block.name).named_modules():
             if not is_linear(layer) or hasattr(layer, "cast_bias_weight"):
@@ -186,17 +186,17 @@ def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Modul
 
 
 def _differentiable_attention(attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Attend as the host would, unless its kernel has no backward: then with torch's own."""
+    """Use the host's attention, or torch's if the host's kernel has no backward."""
     if attention.__name__ not in _WITH_BACKWARD:
         attention = attention_pytorch
     return attention(*args, **kwargs)
 
 
-def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None]:
-    """Return a function that gives these modules the tensors back that they have now.
+def _remember_tensors(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None]:
+    """Return a function that restores the tensors that these modules have now.
 
-    What was moved to the device has to be dropped before the host unloads, which would copy it back beside the MODEL's
-    own weights.
+    Tensors that were moved to the device must be dropped before the host unloads; it would copy them back to host
+    memory, where the MODEL's own weights already are.
     """
     places = list(modules)
     trees = [module for module in places if isinstance(module, nn.Module)]

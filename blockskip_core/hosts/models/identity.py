@@ -1,13 +1,13 @@
-"""Content hashes: is this the model, these the pictures and captions, that residuals were made from?
+"""Content hashes, to tell whether residuals were made from this model and these pictures and captions.
 
-Hashing 24 GB of weights would take longer than a short training, so each weight contributes its name, shape, dtype
-and 256 numbers spread over it. Patches (a LoRA applied before us) contribute in the same way, with their strengths.
+Hashing 24 GB of weights would take longer than a short training, so each weight contributes its name, shape, dtype and
+256 numbers spread over it. Patches (a LoRA applied earlier) contribute in the same way, with their strengths.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfyui_version
@@ -20,7 +20,7 @@ SAMPLES_PER_TENSOR = 256
 
 
 def model_identity(patcher: Any) -> str:
-    """Return a content hash of a MODEL: its diffusion model's weights and what is patched onto them.
+    """Return a content hash of a MODEL: its diffusion model's weights and their patches.
 
     The model is unloaded first: while it is loaded, patches may be merged into its weights.
     """
@@ -36,16 +36,16 @@ def model_identity(patcher: Any) -> str:
 def module_identity(module: nn.Module) -> str:
     """Return a content hash of a module's weights."""
     state = module.state_dict()
-    own = dict(module.named_parameters())  # some packs list packed weights in a state dict by their size only
+    own = dict(module.named_parameters())  # some packs give only sizes of packed weights in a state dict
     digest = _Digest()
     digest.add({name: own.get(name, state[name]) if state[name].is_meta else state[name] for name in sorted(state)})
     return digest.hexdigest()
 
 
 def tensors_identity(tensors: Iterable[Tensor]) -> str:
-    """Return a content hash of every number of some tensors (pictures: small enough for that)."""
+    """Return a content hash of all numbers in some tensors (pictures are small enough for that)."""
     digest = _Digest(samples=None)
-    digest.add(list(tensors))
+    digest.add(tensors if isinstance(tensors, Sequence) else list(tensors))
     return digest.hexdigest()
 
 
@@ -57,7 +57,7 @@ def conditionings_identity(conditionings: Iterable[list]) -> str:
 
 
 def host_identity() -> str:
-    """Return what computes: another version may compute slightly different numbers."""
+    """Return the versions of host and torch, because other versions may compute slightly different numbers."""
     return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}"
 
 
@@ -105,12 +105,13 @@ class _Digest:
             for key, item in value.items():
                 self._text(str(key))
                 self._add(item)
-        elif isinstance(value, (list, tuple)):
-            self._text(f"{len(value)} items")
-            self.add(*value)
         elif isinstance(value, (str, int, float, bool, bytes, type(None))):
             self._text(repr(value))
-        else:  # a weight adapter of the host and the like: its class and the tensors in it
+        elif isinstance(value, Sequence):  # including one that creates its items on demand
+            self._text(f"{len(value)} items")
+            for item in value:
+                self._add(item)
+        else:  # e.g. the host's weight adapters: class and tensors
             self._text(type(value).__name__)
             self._add(getattr(value, "weights", None))
 

@@ -1,4 +1,4 @@
-"""What a whole run takes is what its phases say."""
+"""The memory of a whole run is the sum of what its phases report."""
 
 from __future__ import annotations
 

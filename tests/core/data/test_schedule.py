@@ -126,7 +126,10 @@ def test_every_draw_has_noise_of_its_own():
         ({"sizes": SIZES[:3], "num_captions": 2}, "each of the 3 pictures, got 2 captions"),
         ({"num_captions": 0}, "got 0 captions"),
         ({"num_draws": 0}, "At least one training example is needed, got 0"),
-        ({"sizes": [(64, 64), (63, 400)], "num_captions": 1}, "400 x 63 px is smaller than the patch of 64 px"),
+        (
+            {"sizes": [(64, 64), (63, 400)], "num_captions": 1},
+            r"^1 of 2 pictures is smaller than the patch of 64 px: number 2 \(400 x 63 px\)",
+        ),
     ],
 )
 def test_inputs_that_cannot_be_drawn_from_are_refused(changes, message):

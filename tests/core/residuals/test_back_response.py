@@ -1,4 +1,4 @@
-"""The back span's linear answer: exact where it must be, better than a constant where it can be."""
+"""The back span's linear response: exact where it must be, better than a constant where it can be."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_output_and_gradients_are_those_of_the_written_out_formula():
 
 
 def test_it_follows_the_full_model_more_closely_than_a_constant():
-    """On forty draws of the small transformer, with a small LoRA."""
+    """For forty draws of the small transformer, with a small LoRA."""
     dit = PlainDit()
     plan = schedule([0.1 + 0.8 * i / 40 for i in range(40)], [0] * 40)
     clean = latents(40)

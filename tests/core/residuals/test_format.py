@@ -1,4 +1,4 @@
-"""Residuals in eight bits: how far off they may be, and how much room they take."""
+"""Residuals in eight bits: their maximum error and their size."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ EIGHT_BITS = ("int8", "fp8")
 
 
 def tokens(*shape, seed=0, dtype=torch.float32):
-    """Tokens whose sizes differ a lot, with a zero token and one of a single large number."""
+    """Tokens of very different magnitudes, including a zero token and one with a single large number."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     x = x * torch.logspace(-3, 3, shape[1])[:, None]
     x[:, 0] = 0

@@ -1,4 +1,4 @@
-"""Where a run's residuals come from: disk, chunks, or folded into each step."""
+"""The sources of a run's residuals: disk, chunks, or folded into each step."""
 
 import dataclasses
 import os
@@ -103,7 +103,7 @@ def test_chunks_hold_no_more_than_their_size_and_are_gone_afterwards(tmp_path):
 
 
 class Interrupt(BaseException):
-    """What hosts raise to interrupt a run."""
+    """The exception with which a host interrupts a run."""
 
 
 def test_an_interrupt_removes_the_chunk_that_is_open(tmp_path):
@@ -140,7 +140,7 @@ def test_a_finished_cache_is_not_computed_again(tmp_path):
     first = run(residuals, steps=5, progress=lambda *report: calls.append(report))[0]
     assert calls == []
     shutil.rmtree(residuals.folder)
-    assert run(residuals, steps=5)[0].losses == first.losses  # and computed anew when it is gone
+    assert run(residuals, steps=5)[0].losses == first.losses  # and recomputed when it is missing
 
 
 def test_progress_runs_over_all_chunks(tmp_path):
@@ -253,12 +253,12 @@ def test_writing_a_cache_makes_room_for_it_among_the_old_ones(tmp_path):
 
 
 # --- more than one process -----------------------------------------------------------------------------------------
-# A lock is that of an opened file, so one that the test holds keeps the code out as another process's does.
+# A lock belongs to an open file, so a lock held by the test keeps the code out like that of another process.
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Let nobody wait for long."""
+    """Make every wait short."""
     monkeypatch.setattr(locks, "SECONDS_BETWEEN_TRIES", 0.0)
 
 
@@ -372,11 +372,11 @@ def test_what_a_killed_writer_left_half_written_is_removed_by_the_next(tmp_path)
     assert not list(residuals.folder.glob("*.part"))
 
 
-# --- going on with an unfinished cache ---------------------------------------------------------------------------
+# --- continuing an unfinished cache ------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
-    """Somebody pressed Cancel."""
+    """The user pressed Cancel."""
 
 
 def stop_in_chunk(number):
@@ -390,7 +390,7 @@ def stop_in_chunk(number):
 
 
 def contents(folder):
-    """All files by name, the manifest by what it says."""
+    """The content of all files by name; the manifest as parsed JSON."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -488,7 +488,7 @@ def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
     huge = dataclasses.replace(residuals, latents=torch.empty(5, 2**40, 2, 3, device="meta"))
     with pytest.raises(
         InvalidInputError,
-        match=r"latents of 5 training examples take .* of host memory, .* Use fewer training examples",
+        match=r"latents of 5 training examples need .* of host memory, but .* Use fewer training examples",
     ):
         require_room(huge, dit)
     dit.width = 2**40

@@ -1,4 +1,4 @@
-"""CONDITIONINGs and pictures of the host on their way in."""
+"""ComfyUI's CONDITIONINGs as inputs, and crops on their way through the VAE."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -34,8 +34,13 @@ def encoding(comfyui):
 
 def test_entries_are_flattened_in_order(conditioning):
     a, b, c = (entry[0] for entry in captions((5, 3, 4)))
-    assert conditioning.flatten_conditionings([[a], [b, c]]) == [[a], [b], [c]]
-    assert conditioning.flatten_conditionings([[a, b, c]]) == [[a], [b], [c]]
+    assert conditioning.flatten_conditionings([[a], [b], [c]]) == [[a], [b], [c]]
+
+
+def test_texts_that_are_combined_are_no_caption(conditioning):
+    a, b, c = (entry[0] for entry in captions((5, 3, 4)))
+    with pytest.raises(InvalidInputError, match="Conditioning 2 combines 2 texts, and training takes one"):
+        conditioning.flatten_conditionings([[a], [b, c]])
 
 
 @pytest.mark.parametrize("nothing", [[], [[]]])
@@ -47,15 +52,40 @@ def test_nothing_is_refused(conditioning, nothing):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("area", (8, 8, 0, 0)), ("mask", torch.ones(1, 8, 8)), ("control", object()), ("gligen", ()), ("hooks", object()),
-     ("start_percent", 0.2), ("end_percent", 0.8), ("reference_latents", [torch.ones(1)])],
+     ("start_percent", 0.2), ("end_percent", 0.8), ("reference_latents", [torch.ones(1)]), ("strength", 0.2),
+     ("strength", torch.ones(2)), ("concat_latent_image", torch.ones(1, 4, 4, 4)), ("clip_vision_output", object()),
+     ("default", True)],
 )  # fmt: skip
 def test_settings_that_training_cannot_follow_are_refused_by_name(conditioning, name, value):
     made = captions((5, 3))
     made[1][0][1][name] = value
-    with pytest.raises(InvalidInputError, match=f"Conditioning 1 carries {name}, which training cannot follow"):
+    with pytest.raises(InvalidInputError, match=f"Conditioning 2 carries {name}, which training cannot follow"):
         conditioning.flatten_conditionings(made)
     made[1][0][1][name] = None
     assert len(conditioning.flatten_conditionings(made)) == 2
+
+
+def test_settings_that_say_nothing_are_taken(conditioning):
+    made = captions((5,))
+    made[0][0][1].update(strength=1.0, start_percent=0.0, end_percent=1.0)
+    assert len(conditioning.flatten_conditionings(made)) == 1
+
+
+@pytest.mark.parametrize("setting", ["strength", "start_percent", "end_percent"])
+def test_every_value_but_the_neutral_one_is_refused(conditioning, setting):
+    made = captions((5,))
+    made[0][0][1][setting] = 0.5
+    with pytest.raises(InvalidInputError, match=f"carries {setting}, which"):
+        conditioning.flatten_conditionings(made)
+
+
+def test_equal_texts_have_equal_keys(conditioning):
+    first, other = captions((5, 5))
+    again = [[first[0][0].clone(), dict(first[0][1])]]
+    keys = conditioning.same_texts([first, other, again])
+    assert keys[0] == keys[2] != keys[1]
+    again[0][1]["pooled_output"] = again[0][1]["pooled_output"] + 1
+    assert conditioning.same_texts([again]) != [keys[0]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -64,7 +94,7 @@ def test_numbers_that_are_not_finite_are_refused(conditioning, where, value):
     made = captions((5, 3))
     embedding, settings = made[1][0]
     (embedding if where == "embedding" else settings["pooled_output"])[0, 0] = value
-    with pytest.raises(InvalidInputError, match="Conditioning 1 contains NaN or Inf"):
+    with pytest.raises(InvalidInputError, match="Conditioning 2 contains NaN or Inf"):
         conditioning.flatten_conditionings(made)
 
 
@@ -78,7 +108,7 @@ def test_the_model_is_given_text_pooled_vector_and_guidance(conditioning):
     with torch.inference_mode():
         entry = captions((5,))[0]
     given = conditioning.model_arguments(model, entry, torch.zeros(1, *LATENT_SHAPE), torch.device("cpu"))
-    assert given["guidance"].tolist() == [3.5]  # the host's default
+    assert given["guidance"].tolist() == [3.5]  # ComfyUI's default
     assert not any(value.is_inference() for value in given.values() if isinstance(value, torch.Tensor))
 
 
@@ -90,7 +120,7 @@ def test_rows_are_joined_along_the_batch(conditioning):
 
 
 def test_captions_with_a_mask_over_padding_are_run_as_the_host_runs_them(comfyui):
-    """Qwen-Image is given a mask by some text encoders."""
+    """Some text encoders give Qwen-Image a mask."""
     tiny = next(family for family in FAMILIES if family.name == "qwen_image")
     mask = torch.tensor([[1, 1, 1, 0, 0]])
     patcher, clean, spans = tiny.build(), tiny.clean_latents(), tiny.chosen(1, 2)
@@ -107,27 +137,8 @@ def test_rows_with_different_settings_are_not_one_batch(conditioning):
         conditioning.join_arguments([{"a": torch.ones(1, 2)}, {"a": torch.ones(1, 2), "mask": torch.ones(1, 2)}])
 
 
-def test_pictures_are_flattened_and_brought_into_range(encoding):
-    pictures = encoding.flatten_pictures([torch.rand(2, 8, 9, 3), torch.rand(1, 5, 6, 4) * 3 - 1])
-    assert [tuple(p.shape) for p in pictures] == [(8, 9, 3), (8, 9, 3), (5, 6, 3)]
-    assert all(0.0 <= p.min() and p.max() <= 1.0 for p in pictures)
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([], "No pictures came in"),
-        ([torch.rand(1, 8, 9, 1)], r"Picture 0 must have rows, columns and 3 colours, got shape \(8, 9, 1\)"),
-        ([torch.rand(1, 8, 9, 3), torch.full((1, 4, 4, 3), float("nan"))], "Picture 1 contains NaN or Inf"),
-    ],
-)
-def test_pictures_that_are_none_are_refused(encoding, images, message):
-    with pytest.raises(InvalidInputError, match=message):
-        encoding.flatten_pictures(images)
-
-
 class Vae:
-    """Averages 8 x 8 px; the first colour twice, so that there are four channels."""
+    """Averages 8 x 8 px; repeats the first colour, so that there are four channels."""
 
     def encode(self, pixels):
         cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)

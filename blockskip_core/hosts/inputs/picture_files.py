@@ -1,0 +1,69 @@
+"""A picture's file -> an IMAGE that shows what an editor shows."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ...errors import InvalidInputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_DEEPEST = 65535
+_BACKGROUND = (255, 255, 255)
+
+
+def read_picture(path: Path, name: str) -> tuple[Tensor, bool]:
+    """Return a picture, shape (1, H, W, 3), float32 in [0, 1], and whether it had transparent parts.
+
+    It is turned as its EXIF data say. Grey of 16 bits keeps its range. Transparent parts are put on white.
+
+    Args:
+        path: The file.
+        name: What it is called in messages.
+
+    Raises:
+        InvalidInputError: If it cannot be read as a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return _read(ImageOps.exif_transpose(opened), name)
+    except InvalidInputError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes of them
+        raise InvalidInputError(
+            f"{name} cannot be read as a picture ({type(error).__name__}: {error}). Save it again as PNG or JPEG, or take it "
+            "out of the folder."
+        ) from error
+
+
+def _read(picture: Image.Image, name: str) -> tuple[Tensor, bool]:
+    if picture.mode in _DEEP_GREY:
+        return _grey(np.asarray(picture).astype(np.float32), name), False
+    if picture.mode == "F":
+        raise InvalidInputError(
+            f"{name} holds floating-point numbers, whose white is not known. Save it as PNG or JPEG, or take it out of the folder."
+        )
+    transparent = False
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        transparent = bool(np.asarray(picture.getchannel("A")).min() < 255)
+        background = Image.new("RGBA", picture.size, (*_BACKGROUND, 255))
+        picture = Image.alpha_composite(background, picture)
+    values = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(values / 255.0).unsqueeze(0), transparent
+
+
+def _grey(values: np.ndarray, name: str) -> Tensor:
+    if values.min() < 0 or values.max() > _DEEPEST:
+        raise InvalidInputError(
+            f"{name} is grey with values from {values.min():g} to {values.max():g}, more than 16 bits hold. Save it as PNG or JPEG."
+        )
+    return torch.from_numpy(values / _DEEPEST).unsqueeze(-1).expand(-1, -1, 3).contiguous().unsqueeze(0)

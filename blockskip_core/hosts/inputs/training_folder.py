@@ -1,0 +1,199 @@
+"""A folder of pictures and captions below ComfyUI's input folder: what is in it, and its content for a training."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+from torch import Tensor
+
+from ...data import remarks
+from ...data.caption_text import CaptionText, caption_text
+from ...data.picture_checks import only_colour
+from ...errors import InvalidInputError
+from .material import TrainingFile
+from .picture_files import SUFFIXES, read_picture
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""In the order in which they are looked for."""
+LARGEST_CAPTION = 64 * 1024
+MOST_REPEATS = 1000
+_REPEATED = re.compile(r"(\d{1,9})_")
+"""What begins the name of a sub-folder whose pictures count several times: the convention of kohya's trainers."""
+
+
+@dataclass(frozen=True)
+class LoadedFolder:
+    """What a folder holds; one element of each list for every picture, and several for one that counts several times.
+
+    Attributes:
+        images: IMAGEs of one picture each.
+        texts: Captions; "" where there is none.
+        files: The same, by name.
+        remarks: What is odd, in sentences.
+    """
+
+    images: list[Tensor]
+    texts: list[str]
+    files: list[TrainingFile]
+    remarks: list[str]
+
+
+def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> LoadedFolder:
+    """Read the pictures of a folder and of its sub-folders, in the order of their names, and their captions.
+
+    Args:
+        folder: A folder below ComfyUI's input folder, as its lists name it.
+        progress: Called with (pictures read, of how many); may raise to interrupt.
+
+    Raises:
+        InvalidInputError: If there is no such folder, it holds no pictures, or one of its files cannot be read.
+    """
+    root = _folder(folder)
+    found = _pictures(root)
+    if not found:
+        raise InvalidInputError(
+            f"There are no pictures in the folder {folder!r}: none of its files ends with {', '.join(SUFFIXES)}."
+        )
+    loaded = [_Picture.read(path, root) for path in _announced(list(found), progress)]
+    counted = [picture for picture in loaded for _ in range(found[root / picture.name])]
+    return LoadedFolder(
+        images=[picture.image for picture in counted],
+        texts=[picture.caption.text for picture in counted],
+        files=[TrainingFile(picture.name, picture.caption.text) for picture in counted],
+        remarks=_remarks(loaded),
+    )
+
+
+def folder_identity(folder: str) -> str:
+    """Return what changes when a picture or caption is added, removed or written; the reason if the folder cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for path in _pictures(_folder(folder)):
+            for file in [path, *_captions_of(path)]:
+                stamp = file.stat()
+                digest.update(f"{file} {stamp.st_size} {stamp.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
+    except (InvalidInputError, OSError) as error:  # the node will say so when it runs
+        return str(error)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture with its caption."""
+
+    name: str
+    image: Tensor
+    caption: CaptionText
+    transparent: bool
+
+    @classmethod
+    def read(cls, path: Path, root: Path) -> _Picture:
+        name = path.relative_to(root).as_posix()
+        _require_inside(path, name)
+        image, transparent = read_picture(path, name)
+        return cls(name, image, _caption(path, root), transparent)
+
+
+def _remarks(loaded: list[_Picture]) -> list[str]:
+    """Return what is odd; that there are no captions at all is not, because one text may be meant for all pictures."""
+    labels = remarks.Labels(len(loaded), [picture.name for picture in loaded])
+    texts = [picture.caption.text for picture in loaded]
+    blank = {index: colour for index, picture in enumerate(loaded) if (colour := only_colour(picture.image[0]))}
+    said = [
+        remarks.on_blank(blank, labels),
+        remarks.put_on_white([index for index, picture in enumerate(loaded) if picture.transparent], labels),
+        remarks.on_empty_captions(texts, labels) if any(texts) else None,
+        remarks.on_guessed_texts([index for index, picture in enumerate(loaded) if picture.caption.guessed], labels),
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def _folder(folder: str) -> Path:
+    """Return the folder of that name below the input folder, never the input folder itself nor one outside of it."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    try:
+        found = (root / folder).resolve()
+        if found != root and found.is_relative_to(root) and found.is_dir():
+            return found
+    except (OSError, ValueError):  # a name that no file system takes
+        pass
+    raise InvalidInputError(
+        f"There is no folder {folder!r} in ComfyUI's input folder. Put your pictures into one there, press R, and choose it."
+    )
+
+
+def _pictures(root: Path) -> dict[Path, int]:
+    """Return every picture of the folder and of the folders in it, sorted, and how often it counts."""
+    found = dict.fromkeys(_of_suffix(root), 1)
+    for inner in sorted((path for path in _listed(root) if path.is_dir()), key=_order):
+        named = _REPEATED.match(inner.name)
+        times = int(named[1]) if named else 1
+        if times > MOST_REPEATS:
+            raise InvalidInputError(
+                f"The folder {inner.name!r} asks for its pictures {times} times, at most {MOST_REPEATS} are possible."
+            )
+        found |= {path: times for path in _of_suffix(inner) if times}
+    return found
+
+
+def _of_suffix(folder: Path) -> list[Path]:
+    pictures = [path for path in _listed(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return sorted((path for path in pictures if not path.name.startswith(".")), key=_order)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InvalidInputError(f"The folder {folder.name!r} cannot be read: {error.strerror}.") from error
+
+
+def _order(path: Path) -> list[tuple[int, str]]:
+    """Return the place of a name as people count: 2.png comes before 10.png."""
+    parts = re.split(r"(\d{1,18})", path.name.casefold())
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts] + [(0, path.name)]
+
+
+def _captions_of(picture: Path) -> list[Path]:
+    """Return the files that may hold a picture's caption, the first one counts; endings may be in capitals."""
+    endings = [ending for suffix in CAPTION_SUFFIXES for ending in (suffix, suffix.upper())]
+    candidates = [picture.with_suffix(ending) for ending in endings]
+    return [path for path in candidates if path.is_file()]
+
+
+def _caption(picture: Path, root: Path) -> CaptionText:
+    files = _captions_of(picture)
+    if not files:
+        return CaptionText("", guessed=False)
+    name = files[0].relative_to(root).as_posix()
+    _require_inside(files[0], name)
+    try:
+        with files[0].open("rb") as file:
+            content = file.read(LARGEST_CAPTION + 1)
+    except OSError as error:
+        raise InvalidInputError(f"{name} cannot be read: {error.strerror}.") from error
+    if len(content) > LARGEST_CAPTION:
+        raise InvalidInputError(f"{name} is larger than {LARGEST_CAPTION // 1024} KiB, and so no caption. Shorten it.")
+    try:
+        return caption_text(content)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name} {error}") from error
+
+
+def _require_inside(path: Path, name: str) -> None:
+    """Refuse a link that leads out of the input folder."""
+    if not path.resolve().is_relative_to(Path(folder_paths.get_input_directory()).resolve()):
+        raise InvalidInputError(
+            f"{name} is a link out of ComfyUI's input folder. Copy the file itself into the folder."
+        )
+
+
+def _announced(paths: list[Path], progress: Callable[[int, int], None]) -> Iterator[Path]:
+    for number, path in enumerate(paths, 1):
+        yield path
+        progress(number, len(paths))

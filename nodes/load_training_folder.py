@@ -1,0 +1,74 @@
+"""Load Training Folder: pictures and their captions, as any editor may have written them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..blockskip_core.hosts.inputs.training_folder import LoadedFolder, folder_identity, load_training_folder
+from .inputs import checked
+from .page.progress import NodeProgress
+from .types import TrainingFilesSocket
+
+
+class LoadTrainingFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BlockSkip_LoadTrainingFolder",
+            display_name="Load Training Folder",
+            category="BlockSkip/training",
+            description=(
+                "Loads pictures and their captions from a folder in ComfyUI's input folder. Reads text files in whatever "
+                "encoding an editor wrote, turns photos upright, keeps 16-bit grey, puts transparent pictures on white, says "
+                "which captions are missing, and names a file that cannot be read."
+            ),
+            search_aliases=["blockskip", "load folder", "dataset", "captions", "training images"],
+            is_experimental=True,
+            inputs=[
+                io.Combo.Input(
+                    "folder", options=folder_paths.get_input_subfolders(),
+                    tooltip="A folder in ComfyUI's `input` folder, with pictures and a `.txt` of the same name for each. R "
+                    "refreshes the list.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "images", display_name="images", is_output_list=True, tooltip="The pictures, in the order of their names."
+                ),
+                io.String.Output(
+                    "texts", display_name="texts", is_output_list=True,
+                    tooltip="Their captions, for CLIP Text Encode; empty where there is none.",
+                ),
+                TrainingFilesSocket.Output(
+                    "files", display_name="files", is_output_list=True,
+                    tooltip="For Precompute Residuals, which then names pictures by their files.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: Any = None, **_others: Any) -> str:
+        """Run again when a file of the folder has changed."""
+        return folder_identity(folder) if isinstance(folder, str) else ""
+
+    @classmethod
+    def execute(cls, folder: Any) -> io.NodeOutput:
+        progress = NodeProgress(cls.hidden.unique_id)
+        loaded = loaded_folder(checked(cls, folder=folder)["folder"], progress)
+        return io.NodeOutput(loaded.images, loaded.texts, loaded.files)
+
+
+def loaded_folder(folder: str, progress: NodeProgress) -> LoadedFolder:
+    """Return the folder's content, and say on the node what is odd about it.
+
+    Raises:
+        InvalidInputError: If it cannot be used.
+    """
+    loaded = load_training_folder(folder, lambda done, total: progress("loading pictures", done, total))
+    captions = sum(map(bool, loaded.texts)) or "none"
+    progress.say("\n".join([*loaded.remarks, f"Pictures: {len(loaded.images)}; captions: {captions}"]))
+    return loaded

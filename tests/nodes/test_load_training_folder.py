@@ -1,0 +1,286 @@
+"""Load Training Folder: what editors and cameras write is read as they show it, what cannot be read is named."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def folder(comfyui, tmp_path, monkeypatch):
+    """A folder "toy" in an input folder of the test's own."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    found = tmp_path / "input" / "toy"
+    found.mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    return found
+
+
+@pytest.fixture
+def load(nodes, run_node, folder):
+    return lambda name="toy": run_node(nodes.LoadTrainingFolder, folder=name).args
+
+
+@pytest.fixture
+def said(nodes, monkeypatch):
+    found = []
+    monkeypatch.setattr(nodes.load_training_folder.NodeProgress, "say", lambda self, text: found.append(text))
+    return found
+
+
+def photo(path, size=(40, 30), seed=1, **options):
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).save(path, **options)
+    return torch.from_numpy(values / np.float32(255.0))
+
+
+def test_pictures_captions_and_names_come_in_the_order_of_the_names(load, folder, said):
+    for number in (10, 2, 1):
+        photo(folder / f"{number}.png", seed=number)
+        (folder / f"{number}.txt").write_text(f"toy {number}", encoding="utf-8")
+    images, texts, files = load()
+    assert texts == ["toy 1", "toy 2", "toy 10"]
+    assert [(file.name, file.caption) for file in files] == [
+        ("1.png", "toy 1"),
+        ("2.png", "toy 2"),
+        ("10.png", "toy 10"),
+    ]
+    assert [tuple(image.shape) for image in images] == [(1, 30, 40, 3)] * 3
+    assert torch.equal(images[1][0], photo(folder / "again.png", seed=2))
+    assert said == ["Pictures: 3; captions: 3"]
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "bmp", "tif", "PNG"])
+def test_every_ending_is_read(load, folder, ending):
+    values = photo(folder / f"a.{ending}", **({"lossless": True} if ending == "webp" else {}))
+    assert torch.equal(load()[0][0][0], values)
+
+
+def test_a_jpeg_is_turned_as_the_camera_was_held(load, folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo(folder / "a.jpg", exif=exif)
+    assert load()[0][0].shape == (1, 40, 30, 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_grey_of_sixteen_bits_keeps_its_range(load, folder, said, kind):
+    values = np.linspace(2000, 60000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(folder / f"grey.{kind}")
+    [image] = load()[0]
+    expected = torch.from_numpy(values.astype(np.float32) / 65535).expand(3, -1, -1).movedim(0, -1)
+    torch.testing.assert_close(image[0], expected)
+    assert "one colour" not in said[0]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_parts_are_white_whatever_colour_is_hidden_in_them(load, folder, said, mode):
+    values = np.zeros((32, 32, 4), dtype=np.uint8)
+    values[:16] = (90, 90, 90, 255)
+    values[16:] = (0, 255, 0, 0) if mode == "RGBA" else (10, 10, 10, 0)
+    picture = Image.fromarray(values).convert("RGBA")
+    if mode == "P":
+        picture = Image.new("P", (32, 32), 0)
+        picture.putpalette([90, 90, 90, 0, 255, 0])
+        picture.paste(1, (0, 16, 32, 32))
+        picture.save(folder / "a.png", transparency=1)
+    else:
+        picture.convert("LA" if mode == "PA" else mode).save(folder / "a.png")
+    [image] = load()[0]
+    assert torch.equal(image[0, 20], torch.ones(32, 3))
+    torch.testing.assert_close(image[0, 4], torch.full((32, 3), 90 / 255))
+    assert said[0].startswith("1 of 1 pictures is partly transparent and shown on white: a.png.")
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "YCbCr"])
+def test_other_modes_become_colours(load, folder, mode):
+    photo(folder / "x.png")
+    Image.open(folder / "x.png").convert(mode).save(folder / "x.tif")
+    (folder / "x.png").unlink()
+    assert load()[0][0].shape == (1, 30, 40, 3)
+
+
+def truncated(path):
+    photo(path)
+    path.write_bytes(path.read_bytes()[:900])
+
+
+def huge(path):
+    """A few bytes that claim to be 60000 x 60000 px."""
+    header = (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    )
+    path.write_bytes(header + b"\0" * 64)
+
+
+BROKEN = {
+    "truncated": truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no picture", encoding="utf-8"),
+    "huge": huge,
+    "floating point": lambda path: Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(path, format="TIFF"),
+    "32 bits": lambda path: Image.fromarray(np.full((8, 8), 70000, dtype=np.int32)).save(path, format="TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_picture_that_cannot_be_read_is_named(load, folder, kind):
+    photo(folder / "a.png")
+    BROKEN[kind](folder / "b.png")
+    with pytest.raises(
+        ValueError, match=r"^b\.png (cannot be read as a picture|holds floating-point|is grey with values)"
+    ) as refused:
+        load()
+    assert "take it out of the folder" in str(refused.value) or "Save it as PNG or JPEG" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("\ufeffa grüner toy \n".encode(), "a grüner toy"),
+        ("a grüner toy".encode("utf-16"), "a grüner toy"),
+        ("a grüner toy".encode("latin-1"), "a grüner toy"),
+        (b" \r\n\xef\xbb\xbf ", ""),
+    ],
+)
+def test_captions_of_windows_editors_are_read(load, folder, content, text):
+    photo(folder / "a.png")
+    (folder / "a.txt").write_bytes(content)
+    assert load()[1] == [text]
+
+
+def test_other_endings_of_captions_are_read_and_txt_counts_first(load, folder):
+    for name in ("a", "b", "c"):
+        photo(folder / f"{name}.png")
+    (folder / "a.caption").write_text("one", encoding="utf-8")
+    (folder / "b.TXT").write_text("two", encoding="utf-8")
+    (folder / "c.txt").write_text("three", encoding="utf-8")
+    (folder / "c.caption").write_text("not this", encoding="utf-8")
+    assert load()[1] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\0", b"a" * 70000])
+def test_a_caption_that_cannot_be_read_is_named(load, folder, content):
+    photo(folder / "a.png")
+    (folder / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^a\.txt is (no text in UTF-8|larger than 64 KiB)"):
+        load()
+
+
+def test_missing_captions_guesses_and_blank_pictures_are_said(load, folder, said):
+    for name in "abcd":
+        photo(folder / f"{name}.png")
+    Image.new("RGB", (30, 30), "black").save(folder / "e.png")
+    (folder / "a.txt").write_bytes("grüner toy".encode("cp1252"))
+    (folder / "b.txt").write_text("toy", encoding="utf-8")
+    (folder / "c.txt").write_text("\ufeff \n", encoding="utf-8")
+    load()
+    lines = said[0].splitlines()
+    assert lines[0].startswith("1 of 5 pictures is all of one colour, or almost: e.png (black).")
+    assert lines[1].startswith(
+        "3 of 5 captions are missing or empty: c.png, d.png, e.png. A picture's caption is a .txt file"
+    )
+    assert lines[2].startswith("The captions of a.png are not in UTF-8 and were read as Windows-1252")
+    assert lines[3] == "Pictures: 5; captions: 2"
+
+
+def test_no_captions_at_all_are_no_fault_here(load, folder, said):
+    photo(folder / "a.png")
+    assert load()[1] == [""]
+    assert said == ["Pictures: 1; captions: none"]
+
+
+def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load, folder):
+    for name in ("2_toy", "plain", "0_not"):
+        (folder / name).mkdir()
+        photo(folder / name / "a.png")
+    photo(folder / "top.png")
+    images, texts, files = load()
+    assert [file.name for file in files] == ["top.png", "2_toy/a.png", "2_toy/a.png", "plain/a.png"]
+    assert images[1].data_ptr() == images[2].data_ptr()
+    assert len(images) == len(texts) == 4
+    (folder / "99999_x").mkdir()
+    with pytest.raises(ValueError, match="asks for its pictures 99999 times, at most 1000"):
+        load()
+
+
+def test_a_folder_without_pictures_is_refused(load, folder):
+    (folder / "a.txt").write_text("toy", encoding="utf-8")
+    (folder / "._a.png").write_bytes(b"what some systems leave beside a picture")
+    with pytest.raises(
+        ValueError, match="There are no pictures in the folder 'toy': none of its files ends with .png, .jpg"
+    ):
+        load()
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../outside", "toy/../../outside", "/etc", "toy\0", "no", "x" * 5000, "toy/a.png"]
+)
+def test_only_folders_below_the_input_folder_are_read(load, folder, name):
+    photo(folder / "a.png")
+    photo(folder.parents[1] / "outside" / "b.png")
+    with pytest.raises(ValueError, match="There is no folder .* in ComfyUI's input folder"):
+        load(name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_links_out_of_the_input_folder_are_refused(load, folder):
+    outside = folder.parents[1] / "outside"
+    photo(outside / "b.png")
+    (outside / "c.txt").write_text("secret", encoding="utf-8")
+    (folder.parent / "linked").symlink_to(outside)
+    with pytest.raises(ValueError, match="There is no folder 'linked'"):
+        load("linked")
+    photo(folder / "c.png")
+    (folder / "c.txt").symlink_to(outside / "c.txt")
+    with pytest.raises(ValueError, match=r"^c\.txt is a link out of ComfyUI's input folder"):
+        load()
+    (folder / "c.png").unlink()
+    (folder / "b.png").symlink_to(outside / "b.png")
+    with pytest.raises(ValueError, match=r"^b\.png is a link out of ComfyUI's input folder"):
+        load()
+
+
+def test_it_runs_again_when_a_file_has_changed_and_only_then(nodes, folder):
+    key = nodes.LoadTrainingFolder.fingerprint_inputs
+    photo(folder / "a.png")
+    keys = [key(folder="toy"), key(folder="toy")]
+    (folder / "a.txt").write_text("toy", encoding="utf-8")
+    keys.append(key(folder="toy"))
+    photo(folder / "b.png")
+    keys.append(key(folder="toy"))
+    photo(folder / "b.png", size=(50, 50))
+    keys.append(key(folder="toy"))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+    assert "There is no folder" in key(folder="../outside")
+    assert key() == key(folder=None) == ""
+
+
+def test_its_outputs_go_into_precompute_residuals(load, folder, bench):
+    for name in "abc":
+        photo(folder / f"{name}.png", size=(64, 64), seed=ord(name))
+    images, _, files = load()
+    listed = type(bench.pictures)
+    assert len(bench.precompute(images=listed(images), files=listed(files))[0].schedule) == 6
+    photo(folder / "b.png", size=(64, 20))
+    images, _, files = load()
+    with pytest.raises(ValueError, match=r"smaller than the patch of 32 px: b\.png \(64 x 20 px\)"):
+        bench.precompute(images=listed(images), files=listed(files))
+
+
+def test_cores_loader_makes_grey_of_sixteen_bits_white_and_that_is_said(folder, bench, core):
+    from comfy_extras.nodes_dataset import LoadImageDataSetFromFolderNode
+
+    values = np.linspace(2000, 60000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(folder / "grey.png")
+    images = LoadImageDataSetFromFolderNode.execute("toy").args[0]
+    residuals = bench.precompute(images=type(bench.pictures)(images))[0]
+    assert residuals.remarks[0].startswith("1 of 1 pictures is all of one colour, or almost: number 1 (white).")
