@@ -102,12 +102,12 @@ def remember_counts(cell: Cell, folder: Path) -> None:
 
     count = counted_run.memory_needs
 
-    def remembered(dit: Any, plan: Any, weights: Any) -> Any:
+    def remembered(dit: Any, plan: Any, weights: Any, once: Any) -> Any:
         settings = {name: value for name, value in vars(plan).items() if name != "layers"}
         key = repr((cell.model, cell.weights, settings, sorted(plan.layers), weights))
         file = folder / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         if not file.is_file():
-            file.write_bytes(pickle.dumps(count(dit, plan, weights)))
+            file.write_bytes(pickle.dumps(count(dit, plan, weights, once)))
         return pickle.loads(file.read_bytes())
 
     counted_run.memory_needs = remembered

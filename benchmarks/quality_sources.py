@@ -15,10 +15,11 @@ from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule
 from blockskip_pack.blockskip_core.model import SkippableDit
 from blockskip_pack.blockskip_core.residuals.back_response import fit_response
+from blockskip_pack.blockskip_core.residuals.chunks import with_response
 from blockskip_pack.blockskip_core.residuals.format import RESIDUAL_FORMATS, packed, unpacked
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
-from blockskip_pack.blockskip_core.residuals.sources import FoldedSource, with_response
+from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 
 PRECOMPUTE_BATCH = 16

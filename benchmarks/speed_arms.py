@@ -18,7 +18,8 @@ from blockskip_pack.blockskip_core.blocks.out_of_place import OutOfPlace
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, velocity_loss
 from blockskip_pack.blockskip_core.hosts.inputs.conditioning import model_arguments
 from blockskip_pack.blockskip_core.model import linear_names
-from blockskip_pack.blockskip_core.residuals.sources import DiskSource, FoldedSource, write_cache
+from blockskip_pack.blockskip_core.residuals.cached_set import write_cache
+from blockskip_pack.blockskip_core.residuals.sources import DiskSource, FoldedSource
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
 from blockskip_pack.blockskip_core.training.result import TrainingResult

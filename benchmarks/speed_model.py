@@ -21,8 +21,8 @@ from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule, draw_s
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.residuals.cache import CacheIdentity
 from blockskip_pack.blockskip_core.residuals.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.residuals.residual_set import ResidualSet
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
-from blockskip_pack.blockskip_core.residuals.sources import ResidualSet
 from blockskip_pack.blockskip_core.selection.presets import preset_selection
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from torch import Tensor
@@ -83,7 +83,7 @@ def fastest_dtype(device: torch.device, seconds: float = 0.3) -> tuple[torch.dty
     return best, f"The model is in {str(best).removeprefix('torch.')}, which is faster here (GFLOP/s: {told})."
 
 
-@torch.inference_mode(False)  # whoever calls first: create tensors that autograd may save
+@torch.inference_mode(False)  # whatever mode the caller is in, create tensors that autograd may save
 def build_flux(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Any:
     """Return a MODEL with random weights, made on the device that runs it and kept where the host keeps models.
 

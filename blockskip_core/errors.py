@@ -10,7 +10,7 @@
     +-- TrainingError           training cannot continue (a loss that is not finite, a failed self-check)
     +-- OutOfMemoryError        a device ran out of memory; defined in hosts, because it also derives from theirs
 
-Every message is one or two sentences: what was expected, what came, what to do.
+Every message is one or two sentences: what was expected, what was received, what to do.
 """
 
 

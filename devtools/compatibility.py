@@ -64,47 +64,47 @@ The file contains the same information: under `loads_in` in its metadata, shown 
     Section(
         title="Pictures and captions",
         results="training_files.json",
-        before="What two loaders give of a file in a folder of pictures and captions:",
+        before="How two loaders handle a file in a folder of pictures and captions:",
         after="""\
-"Refused by name": an error that says which file it is. Pictures from any other node can be trained on as well, if their values
-are 0 to 1; Precompute Residuals names those that are not, and those that are all of one colour.""",
+"Refused by name": an error that names the file. Pictures from any other node can be used for training as well, if their
+values are 0 to 1; Precompute Residuals names those that are not, and those of a single colour.""",
     ),
     Section(
         title="Conditionings as captions",
         results="captions.json",
-        before="What Precompute Residuals makes of a conditioning at `positive`, by the node that made it of a text:",
+        before="How Precompute Residuals handles a conditioning at `positive`, by the node that made it from a text:",
         after="""\
-What describes the text itself is honoured. What acts on a part of the picture or of the sampling has no meaning for a training
-crop and is refused. Several captions come as a list, which dataset nodes and Create List make.""",
+Settings that describe the text itself are used. Settings for a part of the picture or of the sampling mean nothing for
+a training crop and are refused. Several captions must be a list, as from dataset nodes and Create List.""",
     ),
     Section(
         title="Nodes that change a MODEL",
         results="model_nodes.json",
         joined_by=", ",
         before="""\
-Every node of ComfyUI 0.30.0 that takes a MODEL and gives one was put in front of Select Blocks, Precompute Residuals and
-Dynamic Patch Trainer, and in front of RALU Sampler, with a small FLUX.1. Memory Plan and Sample While Training follow the same
-list as training.
+Every node of ComfyUI 0.30.0 that takes and returns a MODEL was connected before Select Blocks, Precompute Residuals and
+Dynamic Patch Trainer, and before RALU Sampler, with a small FLUX.1. Memory Plan and Sample While Training use the same rules as
+training.
 
-* *left out*: it belongs to sampling. The LoRA is that without the node, to the last bit, and each node of ours names in
-  ComfyUI's log what it leaves out. So it may stay on the line for the sampler.
+* *left out*: it belongs to sampling. The LoRA is the same as without the node, to the last bit, and ComfyUI's log names what is
+  left out. So the node can stay connected.
 * *followed*: it acts as in ComfyUI's own sampler. *followed in part*: the log names the rest.
-* *no effect*: nothing changes, with this model or with these settings.
-* *refused*: with a sentence, before any work.""",
+* *no effect*: nothing changes, with this model and these settings.
+* *refused*: with a message, before any work.""",
         after="""\
-Patches of weights (LoRAs, merges) are followed whatever the node. RALU Sampler samples with noise levels of its own, so another
-schedule has no effect there.""",
+Weight patches (LoRAs, merges) are followed, whichever node makes them. RALU Sampler has its own noise levels, so another schedule
+has no effect there.""",
     ),
     Section(
         title="Other packs",
         results="model_patches.json",
         joined_by="; ",
         before="""\
-Other packs put the same few kinds of things on a MODEL. These were put there as packs do it; the packs themselves were not run. In
-training, the outcome is that of the numbers; for RALU Sampler it is what the list says that both use.""",
+Other packs put the same kinds of things on a MODEL. Here they were put on it in the same way; the packs themselves were not run.
+Outcomes in training come from runs, those of RALU Sampler from the rules that both use.""",
         after="""\
-What carries a model of its own, or a picture, is not left out: pictures without it would be other pictures. Connect the MODEL
-from before that node.""",
+Anything with its own model or picture is refused rather than left out, because the model would do something else without it.
+Connect the MODEL from before that node.""",
     ),
 )
 

@@ -234,10 +234,10 @@ class ProgressLine:
         data = event.data
         if event.kind == "executing" and data.get("node"):
             self._enter(data["node"])
-            self._tell("")
+            self._show("")
         elif event.kind == "progress" and data.get("node"):
             self._enter(data["node"])
-            self._tell(f"{data['value']:.0f}/{data['max']:.0f}")
+            self._show(f"{data['value']:.0f}/{data['max']:.0f}")
 
     def end(self) -> None:
         """Finish the line."""
@@ -249,7 +249,7 @@ class ProgressLine:
             self.end()
             self.node, self.told = node, 0.0
 
-    def _tell(self, state: str) -> None:
+    def _show(self, state: str) -> None:
         elapsed = time.monotonic() - self.start
         line = f"{elapsed:7.1f} s  {self.titles.get(self.node, self.node)}  {state}".rstrip()
         if self.stream.isatty():

@@ -1,17 +1,23 @@
-"""Which pytest processes ``python dev.py test`` runs: the ordinary tests in two halves, and those on a card.
+"""Which pytest processes ``python dev.py test`` runs: the ordinary tests in parts, and those on a card.
 
-An emulated card cannot be removed from a process, so the tests on it run in a separate process. The halves take about
-equally long and run side by side on machines with at least two cores. Standard library only, like ``dev.py``.
+An emulated card cannot be removed from a process, so the tests on it run in separate processes. The parts start in the
+order given here, two at a time on machines with at least two cores; the longest come first, which keeps both cores busy
+until the end. Standard library only, like ``dev.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "tests/card"
-FIRST_HALF = ("tests/core", "tests/hosts", "tests/docs", "tests/demo")  # the other half is the rest
+PARTS = (  # longest first; the last one is everything that no other part names
+    ("tests/live", "tests/faults"),
+    ("tests/hosts", "tests/docs"),
+    ("tests/core", "tests/demo"),
+    (),
+)
 ON_CARD_TOO = (  # tests of the nodes that run on either device
     "tests/nodes/test_run.py",
     "tests/nodes/test_memory_plan.py",
@@ -37,14 +43,20 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     options = [argument for argument in arguments if argument not in paths]
     ordinary = [path for path in paths if path not in on_card]
     if not paths:
-        rest = [f"--ignore={folder}" for folder in (CARD, *FIRST_HALF)]
-        return [[*options, "tests", *rest], [*options, *FIRST_HALF], ["--device", "card", *options, CARD, *ON_CARD_TOO]]
+        return [*_parts(options), *(["--device", "card", *options, *part] for part in ((CARD,), ON_CARD_TOO))]
     processes = []
     if ordinary:
         processes.append([*options, *ordinary, f"--ignore={CARD}"])
     if on_card:
         processes.append(["--device", "card", *options, *on_card])
     return processes
+
+
+def _parts(options: Sequence[str]) -> Iterator[list[str]]:
+    named = [folder for part in PARTS for folder in part]
+    for part in PARTS:
+        rest = [] if part else ["tests", *(f"--ignore={folder}" for folder in (CARD, *named))]
+        yield [*options, *part, *rest]
 
 
 def is_path(argument: str, below: str = ".") -> bool:

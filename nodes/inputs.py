@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..blockskip_core.accounting.plan import MemorySettings
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 
 NO_FILE = "none"

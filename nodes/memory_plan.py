@@ -30,7 +30,7 @@ from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_bl
 from ..blockskip_core.reporting.pictures import as_image, memory_bars
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
-from ..blockskip_core.residuals.sources import STORAGES, Storage
+from ..blockskip_core.residuals.residual_set import STORAGES, Storage
 from ..blockskip_core.selection.selection import BlockSelection
 from ..blockskip_core.training.config import TrainingConfig
 from . import widgets
@@ -62,7 +62,7 @@ class MemoryPlan(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
-            inputs=[*_needed(), *_the_card(), *_the_rest()],
+            inputs=[*_required_inputs(), *_card_inputs(), *_other_inputs()],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="The plan, for Preview as Text."),
                 io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits with these settings."),
@@ -90,7 +90,7 @@ class MemoryPlan(io.ComfyNode):
         )
 
 
-def _needed() -> list[io.Input]:
+def _required_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The MODEL that you will train on."),
         io.Conditioning.Input("positive", tooltip="The captions; the longest one counts."),
@@ -106,7 +106,7 @@ def _needed() -> list[io.Input]:
     ]
 
 
-def _the_card() -> list[io.Input]:
+def _card_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "card_memory", default=0.0, min=0.0, max=1024.0, step=0.5,
@@ -116,7 +116,7 @@ def _the_card() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_rest() -> list[io.Input]:
+def _other_inputs() -> list[io.Input]:
     return [
         widgets.chunk_size(AT_PRECOMPUTE),
         widgets.back_residual(AT_PRECOMPUTE),

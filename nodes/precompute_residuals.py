@@ -18,7 +18,7 @@ from ..blockskip_core.hosts.inputs.material import checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
 from ..blockskip_core.reporting import pictures
-from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 from . import widgets
 from .inputs import checked, connected, require_memory_settings, single
@@ -42,7 +42,7 @@ class PrecomputeResiduals(io.ComfyNode):
             search_aliases=["blockskip", "dynamic patch", "residual cache", "cache latents", "make dataset"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[*_what_to_train_on(), *_the_examples(), *_the_details()],
+            inputs=[*_training_inputs(), *_example_inputs(), *_detail_inputs()],
             outputs=[
                 ResidualsSocket.Output("residuals", display_name="residuals", tooltip="For Dynamic Patch Trainer."),
                 io.Image.Output(
@@ -74,7 +74,7 @@ class PrecomputeResiduals(io.ComfyNode):
         return io.NodeOutput(*precompute(model, vae, images, positive, files, selection, asked, progress))
 
 
-def _what_to_train_on() -> list[io.Input]:
+def _training_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The same MODEL that you will train on."),
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
@@ -91,7 +91,7 @@ def _what_to_train_on() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_examples() -> list[io.Input]:
+def _example_inputs() -> list[io.Input]:
     return [
         widgets.draws(
             "How many training examples to prepare. Each step uses one for each row of its batch; a longer run starts "
@@ -115,7 +115,7 @@ def _the_examples() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_details() -> list[io.Input]:
+def _detail_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "patch_order", options=list(PATCH_ORDERS), default="low-to-high", optional=True, advanced=True,

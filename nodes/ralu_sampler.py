@@ -35,7 +35,7 @@ class RaluSampler(io.ComfyNode):
             ),
             search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
             is_experimental=True,
-            inputs=[*_what_to_sample(), *_how(), *_the_regions(), *_custom()],
+            inputs=[*_sampling_inputs(), *_method_inputs(), *_region_inputs(), *_custom_inputs()],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="For VAE Decode."),
                 io.Image.Output(
@@ -64,7 +64,7 @@ class RaluSampler(io.ComfyNode):
         return io.NodeOutput({**kept, "samples": found.latent}, found.overlay, report)
 
 
-def _what_to_sample() -> list[io.Input]:
+def _sampling_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
             "model", tooltip="A flow-matching diffusion transformer. LoRAs work in every stage."
@@ -83,7 +83,7 @@ def _what_to_sample() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _how() -> list[io.Input]:
+def _method_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
@@ -98,7 +98,7 @@ def _how() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_regions() -> list[io.Input]:
+def _region_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "upsample_ratio", default=0.2, min=0.0, max=1.0, step=0.01,
@@ -122,7 +122,7 @@ def _the_regions() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _custom() -> list[io.Input]:
+def _custom_inputs() -> list[io.Input]:
     return [
         io.String.Input(
             "custom_steps", default="5, 6, 7", optional=True, advanced=True,

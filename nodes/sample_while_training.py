@@ -28,7 +28,7 @@ class SampleWhileTraining(io.ComfyNode):
             search_aliases=["blockskip", "preview", "sample", "validation", "training preview"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[*_what_and_when(), *_how()],
+            inputs=[*_schedule_inputs(), *_sampler_inputs()],
             outputs=[
                 SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
             ],
@@ -44,7 +44,7 @@ class SampleWhileTraining(io.ComfyNode):
         return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **request))
 
 
-def _what_and_when() -> list[io.Input]:
+def _schedule_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input(
             "positive", tooltip="The prompts; each gives one picture. Use other words than in the captions."
@@ -62,7 +62,7 @@ def _what_and_when() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _how() -> list[io.Input]:
+def _sampler_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "sampler_steps", default=20, min=1, max=1000, tooltip="Steps of the sampler (Euler) for each picture."

@@ -41,7 +41,7 @@ class SelectBlocks(io.ComfyNode):
             search_aliases=["blockskip", "dit-blockskip", "skip layers", "block selection", "low vram lora"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[*_the_choice(), *_the_probe_models(), *_the_probe()],
+            inputs=[*_choice_inputs(), *_probe_model_inputs(), *_probe_inputs()],
             outputs=[
                 BlockSelectionSocket.Output("selection", display_name="selection", tooltip="For Precompute Residuals."),
                 io.Image.Output(
@@ -65,7 +65,7 @@ class SelectBlocks(io.ComfyNode):
         return io.NodeOutput(chosen.selection, pictures.as_image(chosen.heatmap), chosen.report)
 
 
-def _the_choice() -> list[io.Input]:
+def _choice_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
             "model",
@@ -99,7 +99,7 @@ def _the_choice() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_probe_models() -> list[io.Input]:
+def _probe_model_inputs() -> list[io.Input]:
     return [
         io.Vae.Input(
             "vae", optional=True,
@@ -114,7 +114,7 @@ def _the_probe_models() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_probe() -> list[io.Input]:
+def _probe_inputs() -> list[io.Input]:
     return [
         widgets.probe_size("Side of the probe pictures in pixels."),
         io.Int.Input(

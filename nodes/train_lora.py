@@ -38,8 +38,8 @@ class TrainLora(io.ComfyNode):
             is_experimental=True,
             # Saved workflows store widget values by position: new inputs go to the end.
             inputs=[
-                *_always_needed(), *_the_adapter(), *_the_step(), *_the_file(), *_memory_and_speed(), *_checkpoints(),
-                *_start_samples_and_plan(),
+                *_required_inputs(), *_adapter_inputs(), *_step_inputs(), *_file_inputs(), *_memory_inputs(), *_checkpoint_inputs(),
+                *_other_inputs(),
             ],
             outputs=[
                 LoraModelSocket.Output(
@@ -69,7 +69,7 @@ class TrainLora(io.ComfyNode):
         return io.NodeOutput(trained.lora, trained.loss_map, trained.steps, ui={**trained.ui, **chart.output()})
 
 
-def _always_needed() -> list[io.Input]:
+def _required_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The same MODEL as at Precompute Residuals."),
         ResidualsSocket.Input("residuals", tooltip="From Precompute Residuals."),
@@ -86,7 +86,7 @@ def _always_needed() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_adapter() -> list[io.Input]:
+def _adapter_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "alpha", default=0.0, min=0.0, max=1024.0, step=0.5, optional=True, advanced=True,
@@ -99,7 +99,7 @@ def _the_adapter() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_step() -> list[io.Input]:
+def _step_inputs() -> list[io.Input]:
     return [
         widgets.batch_size("Training examples per forward pass. More needs more memory.", optional=True),
         io.Int.Input(
@@ -135,7 +135,7 @@ def _the_step() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_file() -> list[io.Input]:
+def _file_inputs() -> list[io.Input]:
     return [
         io.String.Input(
             "output_name", default="loras/blockskip", optional=True,
@@ -152,7 +152,7 @@ def _the_file() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _memory_and_speed() -> list[io.Input]:
+def _memory_inputs() -> list[io.Input]:
     return [
         widgets.activation_budget(
             "GiB of activations to keep instead of recomputing them when `checkpointing` is on, which is faster. "
@@ -179,7 +179,7 @@ def _memory_and_speed() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _checkpoints() -> list[io.Input]:
+def _checkpoint_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "save_every", default=100, min=0, max=widgets.MOST_STEPS, optional=True,
@@ -198,7 +198,7 @@ def _checkpoints() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _start_samples_and_plan() -> list[io.Input]:
+def _other_inputs() -> list[io.Input]:
     return [
         LoraModelSocket.Input(
             "start_from", optional=True,

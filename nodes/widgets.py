@@ -14,7 +14,7 @@ from ..blockskip_core.adapters.lora import LoraTargets
 from ..blockskip_core.hosts.models.quantised_blocks import available_formats, default_for_frozen_blocks
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
-from ..blockskip_core.residuals.sources import STORAGES
+from ..blockskip_core.residuals.residual_set import STORAGES
 from .inputs import NO_FILE
 from .types import MemorySettingsSocket
 

@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if device.obstacle:
             item.add_marker(pytest.mark.skip(reason=device.obstacle))
         elif device.kind == "cpu" and ROOT / "tests" / "card" in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="needs a card, in a process of its own: python dev.py test --card"))
+            item.add_marker(pytest.mark.skip(reason="needs a card, in a separate process: python dev.py test --card"))
         elif device.kind == "gpu" and item.get_closest_marker("emulated"):
             item.add_marker(pytest.mark.skip(reason="only an emulated card can do this"))
 

@@ -6,7 +6,7 @@ Axis legend: ``C H W`` latent channels, rows, columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,15 +119,33 @@ class MemoryNeeds:
         )
 
 
-def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None) -> MemoryNeeds:
+class CountedOnce:
+    """Remembers the phases of a model's runs by what they depend on, because counting a full-size model takes seconds."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Hashable, PhaseCount] = {}
+
+    def __call__(self, count: Callable[[], PhaseCount], *depends_on: Hashable) -> PhaseCount:
+        """Return a count, made only if none is known for the same arguments."""
+        if depends_on not in self._counts:
+            self._counts[depends_on] = count()
+        return self._counts[depends_on]
+
+
+def memory_needs(
+    dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None, once: CountedOnce | None = None
+) -> MemoryNeeds:
     """Return what a run will need.
 
     Args:
         dit: The model, without weights.
         plan: The run.
         weights: Bytes of the weights as loaded, if they differ from the tensors of ``dit``.
+        once: What has been counted of other runs of the same model, if anything has.
     """
+    once = once or CountedOnce()
     selection, shape = plan.selection, plan.latent_shape
+    spans = (tuple(shape), selection.front, selection.back, selection.frozen, plan.caption)
     passing = not plan.on_the_fly
     tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
     residual = residual_of_zeros(tokens, selection)
@@ -135,14 +153,22 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
     if plan.linear and residual.back is not None and passing:
         response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
     adapters = adapters_on(dit, plan.layers, plan.lora)
-    selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)
-    training = count_training(
-        dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
-        response=response,
+    selecting = once(
+        lambda: count_pass(dit, plan.probe_shape, caption=plan.caption), "selecting", *plan.probe_shape, plan.caption
+    )
+    training = once(
+        lambda: count_training(
+            dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
+            response=response,
+        ),
+        "training", *spans, frozenset(plan.layers), plan.lora, plan.config, passing, response is None,
     )  # fmt: skip
     precomputing = None
     if passing and selection.front + selection.back:
-        precomputing = count_precompute(dit, shape, selection, caption=plan.caption, keep_entering=plan.linear)
+        precomputing = once(
+            lambda: count_precompute(dit, shape, selection, caption=plan.caption, keep_entering=plan.linear),
+            "precomputing", *spans, plan.linear,
+        )  # fmt: skip
     if weights is not None:
         kept = selection.kept if passing else range(len(weights.blocks))
         selecting = selecting.with_weights(sum(weights.blocks) + weights.others)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..blocks.weight_sharing import is_unpacked, rebind_methods
 
-PACKED = torch.float8_e4m3fn  # stands for weights in the host's own formats, which have to be unpacked for use
+PACKED = torch.float8_e4m3fn  # represents weights in the host's own formats, which have to be unpacked for use
 
 
 def weightless_copy(module: nn.Module, *, without: Mapping[str, Any] | None = None) -> nn.Module:

@@ -144,7 +144,7 @@ def draw_schedule(
         sample_sigmas: ``(count, generator) -> sigmas`` of shape (count,) in (0, 1].
         seed: Determines every random decision.
         timesteps: Name of the noise level distribution, recorded with the schedule.
-        labels: What the pictures are called in messages; their numbers without.
+        labels: The pictures' names in messages; their numbers if None.
 
     Raises:
         InvalidInputError: If there are no pictures or draws, the number of captions does not fit, or a picture is too

@@ -90,7 +90,7 @@ class Kernel:
         named = {name: call.lowered(value) for name, value in kwargs.items()}
         self._require_one_device(call, args)
         if self._card.streams.are_judged:
-            self._tell_streams(args, kwargs)
+            self._report_to_streams(args, kwargs)
         if self._is_random:
             with call.random_numbers(named, kwargs.get("generator")):
                 result = self._operation(*lowered, **named)
@@ -109,7 +109,7 @@ class Kernel:
             f"({self._schema.name}, a tensor of shape {tuple(call.from_cpu.shape)} is on the CPU)"
         )
 
-    def _tell_streams(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _report_to_streams(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         values = [*args, *(kwargs.get(argument.name) for argument in self._schema.arguments[len(args) :])]

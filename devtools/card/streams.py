@@ -121,29 +121,29 @@ class Streams:
 
     def wait(self, waiting: Stream, event: Event) -> None:
         """Make later kernels on a stream wait for an event."""
-        self._tell("_handle_event_wait", event.number, waiting.cuda_stream)
+        self._report("_handle_event_wait", event.number, waiting.cuda_stream)
 
     def record(self, event: Event, stream: Stream) -> None:
         """Complete an event once all work that is now on a stream is done."""
-        self._tell("_handle_event_record", event.number, stream.cuda_stream)
+        self._report("_handle_event_record", event.number, stream.cuda_stream)
 
     def host_waits_for_event(self, event: Event) -> None:
         """Make the host, and so everything that it launches later, wait for an event."""
-        self._tell("_handle_event_synchronization", event.number)
+        self._report("_handle_event_synchronization", event.number)
 
     def host_waits_for(self, stream: Stream) -> None:
         """Make the host wait for a stream."""
-        self._tell("_handle_stream_synchronization", stream.cuda_stream)
+        self._report("_handle_stream_synchronization", stream.cuda_stream)
 
     def synchronize(self) -> None:
         """Make the host wait for all streams."""
-        self._tell("_handle_device_synchronization")
+        self._report("_handle_device_synchronization")
 
     def _names(self, tensors: Iterable[Tensor]) -> set[int]:
         storages = (tensor.untyped_storage() for tensor in tensors)
         return {self._blocks.name(storage.data_ptr()) for storage in storages if storage.nbytes()}
 
-    def _tell(self, event: str, *numbers: int) -> None:
+    def _report(self, event: str, *numbers: int) -> None:
         if self._sanitizer is not None:
             with self._lock:
                 getattr(self._sanitizer, event)(*numbers)

@@ -36,9 +36,9 @@ def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
     return {
         **run.request.shown(),
         "steps_planned": run.request.steps,
-        **_of_the_model(run),
-        **_of_the_examples(run),
-        **_of_the_training(outcome),
+        **_model_facts(run),
+        **_example_facts(run),
+        **_training_facts(outcome),
         "trained_with": f"BlockSkip {VERSION}",
         "peft_version": version_of("peft"),
     }
@@ -109,7 +109,7 @@ def _chosen(known: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
-def _of_the_model(run: PreparedRun) -> dict[str, Any]:
+def _model_facts(run: PreparedRun) -> dict[str, Any]:
     selection, blocks = run.residuals.selection, run.dit.blocks
     kept = [run.trained_dit.blocks[index] for index in selection.kept]
     return {
@@ -132,7 +132,7 @@ def _of_the_model(run: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _of_the_examples(run: PreparedRun) -> dict[str, Any]:
+def _example_facts(run: PreparedRun) -> dict[str, Any]:
     residuals, schedule = run.residuals, run.residuals.schedule
     return {
         "patch_min": schedule.patches.patch_min,
@@ -146,7 +146,7 @@ def _of_the_examples(run: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _of_the_training(outcome: RunOutcome) -> dict[str, Any]:
+def _training_facts(outcome: RunOutcome) -> dict[str, Any]:
     result = outcome.result
     tenth = max(1, len(result.losses) // 10)
     return {

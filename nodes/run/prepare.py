@@ -23,7 +23,7 @@ from ...blockskip_core.hosts.models.identity import model_identity, tensors_iden
 from ...blockskip_core.hosts.models.patches import for_training
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
-from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.residuals.residual_set import ResidualSet
 from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
 from ...blockskip_core.version import VERSION
 from ..inputs import NO_FILE

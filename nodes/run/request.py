@@ -16,7 +16,7 @@ from ...blockskip_core.data.flow_matching import LossWeighting
 from ...blockskip_core.errors import InvalidInputError
 from ...blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks
 from ...blockskip_core.hosts.sampling.training_samples import SampleRequest
-from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.residuals.residual_set import ResidualSet
 from ...blockskip_core.training.config import LearningRateSchedule, TrainingConfig
 from ...blockskip_core.training.optimizers import OptimizerName
 from ..inputs import NO_FILE, require_memory_settings

@@ -21,7 +21,8 @@ from ...blockskip_core.hosts.models.out_of_memory import (
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.models.residency import evict_others
 from ...blockskip_core.model import WeightPlacement
-from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.residuals.residual_set import ResidualSet
+from ...blockskip_core.residuals.sources import source_of
 from ...blockskip_core.training.loop import train_lora
 from ...blockskip_core.training.observer import OnStep, TrainingObserver
 from ...blockskip_core.training.result import StepReport
@@ -186,7 +187,7 @@ class _Training:
             run.residuals.schedule,
             run.residuals.latents,
             run.residuals.selection,
-            run.residuals.source(run.dit, self._progress),
+            source_of(run.residuals, run.dit, self._progress),
             run.adapters,
             run.request.config,
             result=self._outcome.result,

@@ -175,6 +175,8 @@ def leaving_nothing(card: Any, model: Any) -> Iterator[None]:
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor.cpu(), before[name].cpu()) for name, tensor in after.items())
     assert all(tensor.is_cpu or tensor.untyped_storage().data_ptr() in kept for tensor in after.values())
+    with torch.inference_mode():  # one that was moved outside it has no views any more, and ComfyUI needs them
+        assert all(tensor.detach().shape == before[name].shape for name, tensor in model.model.state_dict().items())
     assert not model.object_patches_backup
     assert not management.in_training
 

@@ -107,6 +107,21 @@ def test_training_on_quantised_weights(card, runs: Runs, model, weight_format, c
     assert counted * (1 - ALLOWED) <= peak[0] <= counted * (1 + ALLOWED) + copies * largest
 
 
+def test_a_step_of_the_optimiser_makes_no_copies(card):
+    """Of the weights, the gradients or the moments, as torch's own choice for cards does."""
+    from blockskip_pack.blockskip_core.training.optimizers import build_optimizer
+
+    parameters = [torch.nn.Parameter(torch.zeros(MIB, device="cuda")) for _ in range(4)]
+    optimizer = build_optimizer("AdamW", parameters, learning_rate=1e-4, weight_decay=0.01)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # makes the moments
+    before = card.memory.settled()
+    card.memory.reset_peak()
+    optimizer.step()
+    assert card.memory.peak - before < parameters[0].nbytes
+
+
 def test_precomputing_a_block_at_a_time(card, runs: Runs, model, monkeypatch):
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 

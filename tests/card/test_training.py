@@ -76,6 +76,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no checkpointing": {"checkpointing": False},
     "batches": {"batch_size": 2, "accumulation": 2},
     "linear residual": {"back_residual": "linear"},
+    "exact back": {"back_residual": "exact", "quantize_frozen": "off"},
+    "exact back in 4-bit": {"back_residual": "exact", "quantize_frozen": "4-bit"},
     "residuals in eight bits": {"residual_format": "int8"},
     "samples in between": {"sample_every": 2},
 }
@@ -88,7 +90,11 @@ def test_every_way_to_spend_or_save_memory(compare, settings, mode):
 
 
 def test_weights_that_the_trainer_streams(compare):
+    import comfy.model_management as management
+
     compare(FLUX, "streamed_by_trainer", kept_weights="streamed")
+    compare(FLUX, "streamed_by_trainer", kept_weights="streamed", back_residual="exact", quantize_frozen="int8")
+    assert not management.STREAM_CAST_BUFFERS  # the host would keep them for its next streamed model
 
 
 def test_the_lora_that_its_owner_still_holds_is_not_on_the_card(card):

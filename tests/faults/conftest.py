@@ -17,6 +17,6 @@ from .fork_client import NAMESPACES, ForkServer, may_mount
 def fork_server(comfyui: Path) -> Iterator[ForkServer]:
     """A process with ComfyUI and the pack loaded, which runs graphs in forked copies of itself."""
     if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork: a run in a process of its own would take seconds each")
+        pytest.skip("this system has no fork: starting a separate process for each run would take seconds")
     with ForkServer(next(filter(may_mount, NAMESPACES), ())) as server:
         yield server

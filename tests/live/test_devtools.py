@@ -147,13 +147,17 @@ def test_one_at_a_time_is_in_order(processes, capsys):
 
 def test_every_folder_of_tests_is_in_one_process():
     chosen = devtools("pytest_processes")
-    rest, half, card = chosen.arguments_of_each(["-q"])
+    processes = chosen.arguments_of_each(["-q"])
+    ordinary = [arguments[1:] for arguments in processes if arguments[0] == "-q"]
+    (rest,) = (paths for paths in ordinary if "tests" in paths)
+    named = [path for paths in ordinary if paths is not rest for path in paths]
     folders = {f"tests/{path.name}" for path in (chosen.ROOT / "tests").iterdir() if any(path.glob("**/test_*.py"))}
-    left_out = {argument.partition("=")[2] for argument in rest if argument.startswith("--ignore=")}
-    assert left_out == {*half[1:], "tests/card"} < folders
-    assert rest[1] == "tests"
-    assert card[:3] == ["--device", "card", "-q"]
-    assert "tests/card" in card
+    assert len(named) == len(set(named))
+    assert set(named) < folders
+    assert {argument.partition("=")[2] for argument in rest[1:]} == {*named, "tests/card"}
+    on_card = [arguments[3:] for arguments in processes if arguments[:3] == ["--device", "card", "-q"]]
+    assert len(ordinary) + len(on_card) == len(processes)
+    assert ["tests/card"] in on_card
 
 
 @pytest.mark.parametrize(

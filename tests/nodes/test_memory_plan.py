@@ -57,7 +57,7 @@ def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, b
     residuals = bench.precompute(draws=6, patch_min=32, patch_max=48, **settings)[0]
     planned = planned_run(bench, nodes, residuals.selection, **settings)
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
-    from blockskip_pack.blockskip_core.residuals.sources import residual_bytes
+    from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes
 
     dit = HostedDit(bench.model, residuals.captions, residuals.latents.shape[1:])
     stored = range(6 if storage == "disk" else 4)

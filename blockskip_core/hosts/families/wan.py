@@ -75,10 +75,10 @@ class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
         return RotaryPositions(self._model.rope_embedder, last_tokens, stretched=True)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
-        return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallSeesNothing()))
+        return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallReturnsNothing()))
 
 
-class _SecondCallSeesNothing:
+class _SecondCallReturnsNothing:
     """Attention override for one block, whose first call is self attention and whose second is to the text."""
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""The inputs besides the MODEL, conditionings and pictures, converted for the core."""
+"""The inputs other than the MODEL: training folders, conditionings and pictures, converted for the core."""

@@ -50,7 +50,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
 
 
 def same_texts(captions: Sequence[list]) -> list[str]:
-    """Return a key for each single conditioning; those of the same text have the same key."""
+    """Return a key for each single conditioning; equal texts have equal keys."""
     return [_text_key(embedding, settings) for [[embedding, settings]] in captions]
 
 
@@ -66,7 +66,7 @@ def _text_key(embedding: Tensor, settings: Mapping[str, Any]) -> str:
 def _require_trainable(number: int, entry: Any) -> None:
     embedding, settings = _require_text(number, entry)
     refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
-    refused += [name for name, neutral in _NEUTRAL.items() if not _says_nothing(settings.get(name), neutral)]
+    refused += [name for name, neutral in _NEUTRAL.items() if not _has_no_effect(settings.get(name), neutral)]
     if refused:
         raise InvalidInputError(
             f"Conditioning {number} carries {', '.join(refused)}, which training cannot follow. "
@@ -77,7 +77,7 @@ def _require_trainable(number: int, entry: Any) -> None:
         raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
 
 
-def _says_nothing(value: Any, neutral: float) -> bool:
+def _has_no_effect(value: Any, neutral: float) -> bool:
     return value is None or (isinstance(value, (int, float)) and value == neutral)
 
 

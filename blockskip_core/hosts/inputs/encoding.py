@@ -34,7 +34,7 @@ def encode_crops(
         model: The host's model that it belongs to.
         crops: Each (side, side, 3) in [0, 1].
         progress: Called with (crops done, total); may raise to interrupt.
-        order: In which order crops are asked for, all of them; as they come without. The latents come as the crops do.
+        order: The order in which to read all crops; empty for their own order. The latents are in the crops' order.
 
     Raises:
         InvalidInputError: If the VAE's latents do not fit the model, or are not finite.

@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.model_management
 
-from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memory_needs
+from ...accounting.memory_needs import CountedOnce, MemoryNeeds, RunPlan, StoredWeights, memory_needs
 from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import WEIGHT_FORMATS, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
@@ -54,6 +54,7 @@ class CountedRun:
         self._draws, self._chunk, self._linear = draws, min(chunk_size, draws), linear
         self._form, self._probe_size = residual_format, probe_size
         self._longest = max(range(captions), key=dit.text_length)
+        self._once = CountedOnce()
 
     @cached_property
     def _weightless(self) -> WeightlessDit:
@@ -79,7 +80,7 @@ class CountedRun:
             residual_format=self._form,
         )
         weights = self.weights(settings)
-        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights), settings)
+        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights, self._once), settings)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
         return needs

@@ -26,7 +26,7 @@ from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
 from .adapted_dit import AdaptedDit
 from .patches import for_training
-from .residency import MODEL_PREFIX, evict_others, keep_what_autograd_saves, unload, whole_model
+from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
 
 _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
 
@@ -155,6 +155,7 @@ class HostedDit(AdaptedDit):
             clone.cleanup()
             put_back()
             unload(clone)
+            drop_cast_buffers()
 
     def _planned_bytes(self, replacements: Mapping[str, nn.Module]) -> int:
         """Return the bytes that will be loaded; the host would plan with the size of the MODEL's own modules."""

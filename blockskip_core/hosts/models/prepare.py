@@ -16,8 +16,9 @@ from ...data.schedule import TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
 from ...residuals.back_response import BackResidual
 from ...residuals.cache import CacheIdentity
+from ...residuals.cached_set import stored_latents, write_cache
 from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
-from ...residuals.sources import PhaseProgress, ResidualSet, Storage, require_room, stored_latents, write_cache
+from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, require_room
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
 from ..inputs.encoding import crop_multiple, encode_crops

@@ -116,6 +116,16 @@ def evict_others(patcher: Any) -> None:
         management.free_memory(1e30, patcher.load_device, keep_loaded=own)
 
 
+def drop_cast_buffers() -> None:
+    """Free the buffers that streamed weights were copied into.
+
+    The host keeps them for its next streamed model: hundreds of MiB, a layer's weight per stream. With dynamic VRAM it
+    drops them after every node itself.
+    """
+    if comfy.model_management.STREAM_CAST_BUFFERS:
+        comfy.model_management.reset_cast_buffers()
+
+
 def paged_bytes(device: torch.device) -> int:
     """Return the bytes on a device that torch's allocator does not count: the pages and buffers of dynamic VRAM."""
     management = comfy.model_management

@@ -7,8 +7,10 @@ from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, veloci
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.residuals.back_response import constant_part, fit_response
 from blockskip_pack.blockskip_core.residuals.cache import ResidualCache
+from blockskip_pack.blockskip_core.residuals.cached_set import write_cache
+from blockskip_pack.blockskip_core.residuals.chunks import with_response
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
-from blockskip_pack.blockskip_core.residuals.sources import residual_bytes, with_response, write_cache
+from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes
 
 from ..plain_dit import WIDTH, PlainDit, latents, lora_for, lora_tensors, reference_denoise, schedule, selection
 from .test_sources import PLAN, quiet, residual_set, run

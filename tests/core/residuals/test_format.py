@@ -6,8 +6,9 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.residuals.cache import ResidualCache
+from blockskip_pack.blockskip_core.residuals.cached_set import write_cache
 from blockskip_pack.blockskip_core.residuals.format import SCALE_BYTES, ResidualShape, packed, unpacked
-from blockskip_pack.blockskip_core.residuals.sources import residual_bytes, write_cache
+from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes
 
 from ..plain_dit import TEXT_LENGTHS, WIDTH, PlainDit
 from .test_sources import PLAN, quiet, residual_set, run

@@ -7,6 +7,7 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core import locks
 from blockskip_pack.blockskip_core.errors import CheckpointError, InvalidInputError, StorageError
+from blockskip_pack.blockskip_core.residuals.sources import source_of
 from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
@@ -42,7 +43,7 @@ def train(
 
     try:
         train_lora(
-            dit, PLAN, residuals.latents, residuals.selection, residuals.source(dit, quiet), adapters, config,
+            dit, PLAN, residuals.latents, residuals.selection, source_of(residuals, dit, quiet), adapters, config,
             result=result, observers=[OnStep(on_step)], checkpoints=checkpoints,
         )  # fmt: skip
     except Cut:
