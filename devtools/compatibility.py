@@ -26,7 +26,7 @@ class Section:
         title: Its heading.
         results: File in ``tests/compatibility``.
         before, after: Text before and after the table.
-        joined_by: If not empty, rows with equal outcomes become one, with their first cells joined by this in the last
+        joined_by: If not empty, rows with equal outcomes are merged, with their first cells joined by this in the last
             column.
     """
 
@@ -92,16 +92,16 @@ training.
 * *no effect*: nothing changes, with this model and these settings.
 * *refused*: with a message, before any work.""",
         after="""\
-Weight patches (LoRAs, merges) are followed, whichever node makes them. RALU Sampler has its own noise levels, so another schedule
-has no effect there.""",
+Weight patches (LoRAs, merges) are followed, whichever node makes them. RALU Sampler has its own noise levels, so
+another schedule has no effect there.""",
     ),
     Section(
         title="Other packs",
         results="model_patches.json",
         joined_by="; ",
         before="""\
-Other packs put the same kinds of things on a MODEL. Here they were put on it in the same way; the packs themselves were not run.
-Outcomes in training come from runs, those of RALU Sampler from the rules that both use.""",
+Other packs make the same kinds of changes to a MODEL. The tests make these changes in the same way; the packs
+themselves were not run. Outcomes in training come from runs, those of RALU Sampler from the rules that both use.""",
         after="""\
 Anything with its own model or picture is refused rather than left out, because the model would do something else without it.
 Connect the MODEL from before that node.""",
@@ -122,7 +122,7 @@ def document() -> str:
 
 
 def grouped(columns: Sequence[str], rows: Sequence[Sequence[str]], joined_by: str) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows with one row for each set of outcomes, in the order of outcomes."""
+    """Return columns and rows with one row per set of outcomes, sorted by outcomes."""
     together: dict[tuple[str, ...], list[str]] = {}
     for name, *outcomes in rows:
         together.setdefault(tuple(outcomes), []).append(name)
@@ -131,7 +131,7 @@ def grouped(columns: Sequence[str], rows: Sequence[Sequence[str]], joined_by: st
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Return names with all nodes for merging as one."""
+    """Return names with all merging nodes combined into one entry."""
     merging = [name for name in names if name.startswith("ModelMerge")]
     others = [name for name in names if name not in merging]
     return [*others, f"all {len(merging)} nodes ModelMerge…"] if merging else others

@@ -120,13 +120,13 @@ class MemoryNeeds:
 
 
 class CountedOnce:
-    """Remembers the phases of a model's runs by what they depend on, because counting a full-size model takes seconds."""
+    """Caches the counts of a model's phases by what they depend on, as counting a full-size model takes seconds."""
 
     def __init__(self) -> None:
         self._counts: dict[Hashable, PhaseCount] = {}
 
     def __call__(self, count: Callable[[], PhaseCount], *depends_on: Hashable) -> PhaseCount:
-        """Return a count, made only if none is known for the same arguments."""
+        """Return the count for these arguments, computing it only the first time."""
         if depends_on not in self._counts:
             self._counts[depends_on] = count()
         return self._counts[depends_on]
@@ -141,7 +141,7 @@ def memory_needs(
         dit: The model, without weights.
         plan: The run.
         weights: Bytes of the weights as loaded, if they differ from the tensors of ``dit``.
-        once: What has been counted of other runs of the same model, if anything has.
+        once: Cache of counts from other runs of the same model, if there is one.
     """
     once = once or CountedOnce()
     selection, shape = plan.selection, plan.latent_shape

@@ -33,10 +33,10 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
 
 
 def rebind_methods(module: nn.Module, twin: nn.Module) -> None:
-    """Make methods that are kept as values on a module the copy's own; otherwise the copy would run the original.
+    """Bind methods stored as attributes on a module to the copy; otherwise the copy would run the original.
 
-    Hosts leave them behind: what puts another function in the place of a layer's ``forward``, and the method back, makes
-    an attribute of it.
+    Hosts leave such attributes behind: replacing a layer's ``forward`` by another function and restoring the method
+    turns the method into an attribute.
     """
     for name, value in list(twin.__dict__.items()):
         if isinstance(value, MethodType) and value.__self__ is module:

@@ -1,6 +1,7 @@
-"""The host's nodes that take a MODEL and return one, found in its own registry, and inputs for them.
+"""ComfyUI's nodes that take and return a MODEL, found in its registry, and inputs for them.
 
-Widgets are at their defaults, unless a default does nothing; sockets get the smallest thing that a node takes.
+Widgets have their defaults unless the default has no effect; other inputs get the smallest object that the node
+accepts.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ ONLY_FOR: Mapping[str, str] = {
     "TripoSplatSamplingPreview": "TripoSplat",
     "WanUni3CControlnetApply": "Wan",
 }
-"""Node -> the only models that it takes: it fails on a FLUX.1, without us."""
+"""Node -> the only models that it supports; it fails on a FLUX.1 even without our nodes."""
 
 NO_INPUTS: Mapping[str, str] = {
     "LTXVReferenceAudio": "a VAE for audio",
     "WanInfiniteTalkToVideo": "a model patch for speech, and encoded speech",
 }
-"""Node -> what it takes that cannot be made small."""
+"""Node -> an input that cannot be created in a small size."""
 
 AFTER: Mapping[str, str] = {"HiDreamO1PatchSeamSmoothing": "ModelSamplingSD3", "ModelNoiseScale": "ModelSamplingSD3"}
-"""Node -> another one that comes first, because it needs a schedule that FLUX.1 does not have."""
+"""Node -> a node to connect before it, because it needs a schedule that FLUX.1 does not have."""
 
 CHANGED: Mapping[str, Mapping[str, Any]] = {
     "ChromaRadianceOptions": {"nerf_tile_size": 64},
@@ -47,24 +48,24 @@ CHANGED: Mapping[str, Mapping[str, Any]] = {
     "SkipLayerGuidanceSD3": {"layers": "1", "start_percent": 0.0},
     "TorchCompileModel": {"backend": "eager"},
 }
-"""Node -> widgets that are not at their defaults."""
+"""Node -> widgets with values other than their defaults."""
 
 
 OPTIONAL: Mapping[str, str] = {"ZImageFunControlnet": "image"}
-"""Node -> an optional input without which it does nothing."""
+"""Node -> an optional input without which it has no effect."""
 
 
 def registry() -> dict[str, type]:
-    """Return the host's nodes by id, with those of ``comfy_extras``."""
+    """Return ComfyUI's nodes by id, including those of ``comfy_extras``."""
     host = importlib.import_module("nodes")
     if "EasyCache" not in host.NODE_CLASS_MAPPINGS:
         failed = asyncio.run(host.init_builtin_extra_nodes())
-        assert not {*failed} - {"nodes_replacements.py"}, failed  # that one has no nodes, and needs a running server
+        assert not {*failed} - {"nodes_replacements.py"}, failed  # it has no nodes, and needs a running server
     return host.NODE_CLASS_MAPPINGS
 
 
 def nodes_on_a_model() -> dict[str, type]:
-    """Return those that take a MODEL and return one."""
+    """Return those that take and return a MODEL."""
     return {
         name: node
         for name, node in registry().items()
@@ -73,12 +74,12 @@ def nodes_on_a_model() -> dict[str, type]:
 
 
 def applied(name: str, model: Any, sockets: Mapping[str, Any]) -> Any:
-    """Run a node on a MODEL; return the MODEL that it gives.
+    """Run a node on a MODEL and return its output MODEL.
 
     Args:
         name: Its id.
-        model: For its input of type MODEL, the first one.
-        sockets: Name or type of an input -> what is connected to it.
+        model: For its first input of type MODEL.
+        sockets: Name or type of an input -> the connected value.
     """
     node = nodes_on_a_model()[name]
     connected = {"MODEL": model, **sockets}
@@ -105,7 +106,7 @@ def _inputs(node: type, *sections: str) -> list[tuple[str, Any, Mapping[str, Any
 
 
 def _widget(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
-    if name.startswith("ModelMerge") and kind == "FLOAT":  # 1 would be the first model alone
+    if name.startswith("ModelMerge") and kind == "FLOAT":  # 1 would give only the first model
         return 0.5
     if "default" in options:
         return options["default"]
@@ -114,7 +115,7 @@ def _widget(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
 
 
 def model_patch() -> SimpleNamespace:
-    """Return what nodes for ControlNets take as MODEL_PATCH; they look at some numbers, and keep it."""
+    """Return a MODEL_PATCH for ControlNet nodes, which read some of its numbers and keep it."""
     inner = SimpleNamespace(
         additional_in_dim=0, cond_in_channels=3, process_input_latent_image=lambda latent: latent.flatten(2).mT
     )
@@ -122,7 +123,7 @@ def model_patch() -> SimpleNamespace:
 
 
 def hypernetwork(width: int) -> dict[Any, Any]:
-    """Return the content of a hypernetwork's file, for attention of a width."""
+    """Return the content of a hypernetwork file for attention with a given width."""
     generator = torch.Generator().manual_seed(2)
     half = {"linear.weight": torch.randn(width, width, generator=generator), "linear.bias": torch.zeros(width)}
     return {width: [half, half]}

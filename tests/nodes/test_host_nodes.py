@@ -1,7 +1,7 @@
-"""Every node of the host that changes a MODEL, in front of our nodes: the same as without, followed, or one sentence.
+"""Every ComfyUI node that changes a MODEL, connected before our nodes: left out, followed, or refused in one sentence.
 
-What is found is recorded in ``tests/compatibility/model_nodes.json``, which docs/compatibility.md shows. A node that is not
-recorded fails: a new host brings new ones.
+The outcomes are recorded in ``tests/compatibility/model_nodes.json``, which docs/compatibility.md shows. A node that is
+not recorded fails, because a new ComfyUI may add nodes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RALU = {
     "upsample_ratio": 0.34,
     "regions": "edges",
 }
-CACHES = ("EasyCache", "LazyCache")  # need steps that can be left out
+CACHES = ("EasyCache", "LazyCache")  # they need steps that can be skipped
 LOG = "blockskip_pack.blockskip_core.hosts.models.patches"
 
 
@@ -46,12 +46,12 @@ def is_the_newest_host(comfyui) -> bool:
 @pytest.fixture(autouse=True)
 def _newest(comfyui):
     if not is_the_newest_host(comfyui):
-        pytest.skip("the table is of ComfyUI 0.30.0")
+        pytest.skip("the table is for ComfyUI 0.30.0")
 
 
 @pytest.fixture(scope="module")
 def world(comfyui, nodes, tiny, tmp_path_factory):
-    """Models and conditionings; what is on no MODEL is computed once."""
+    """Models and conditionings; results for a plain MODEL are computed once."""
     return SimpleNamespace(
         model=tiny.tiny_flux(), other=tiny.tiny_flux(seed=1), prompt=tiny.captions((5,))[0],
         negative=tiny.captions((5,), seed=3)[0], plain={},
@@ -60,7 +60,7 @@ def world(comfyui, nodes, tiny, tmp_path_factory):
 
 @pytest.fixture
 def sockets(world, vae, folders, monkeypatch):
-    """What nodes are connected to; files are where the host looks for them."""
+    """The nodes' inputs; files are where ComfyUI looks for them."""
     import folder_paths
     from safetensors.torch import save_file
 
@@ -84,7 +84,7 @@ def sockets(world, vae, folders, monkeypatch):
 
 @pytest.fixture
 def training(nodes, run_node, world, vae, pictures):
-    """Select, precompute and train on a MODEL; give the losses and the LoRA."""
+    """Select, precompute and train on a MODEL; return the losses and the LoRA."""
 
     def train(model: Any) -> dict[str, torch.Tensor]:
         selection = run_node(nodes.SelectBlocks, model=model, positive=world.prompt, **MANUAL)[0]
@@ -115,14 +115,14 @@ def ralu(nodes, run_node, world, vae):
 
 @pytest.fixture
 def _not_compiled():
-    """Compiled modules run as they are, which is faster here, and they are in the same places."""
+    """Compiled modules run uncompiled, which is faster here, but they are in the same places."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @pytest.fixture
 def on(world, sockets, _not_compiled):
-    """Put a node onto the MODEL: (what is in front of it, what it gives)."""
+    """Apply a node to the MODEL and return (the MODEL before it, its output)."""
 
     def put(name: str) -> tuple[Any, Any]:
         first = AFTER.get(name)
@@ -133,22 +133,22 @@ def on(world, sockets, _not_compiled):
 
 
 def plainly(world, kind: str, job, before: Any) -> dict[str, torch.Tensor]:
-    """Return what a job gives without the node; it is done once."""
+    """Return a job's result without the node; it is run only once."""
     key = kind, None if before is world.model else id(before)
     if key not in world.plain:
-        world.plain[key] = job(before), before  # kept, so that its id is not given again
+        world.plain[key] = job(before), before  # kept, so that its id is not reused
     return world.plain[key][0]
 
 
 def reason_of(sentence: str) -> str:
-    """Return why something is refused; the sentence says what came, and what to do."""
+    """Return the reason for a refusal; the message must say what was received and what to do."""
     parts = re.fullmatch(r"[^.]+ cannot follow (.+) on the MODEL, got [^.]+\. ([^.]+\.)+", sentence)
     assert parts, sentence
     return parts[1]
 
 
 def outcome(world, job, model: Any, plain: dict[str, torch.Tensor]) -> str:
-    """Return what becomes of a node: why it is refused, or whether it changes anything."""
+    """Return a node's outcome: why it is refused, or whether it changes anything."""
     from blockskip_pack.blockskip_core.errors import BlockSkipError
 
     try:
@@ -165,7 +165,7 @@ def outcome(world, job, model: Any, plain: dict[str, torch.Tensor]) -> str:
 
 
 def host_s_answer(model: Any, prompt: list, noisy: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Return the clean estimate that a sampler of the host gets from a MODEL, with all that is on it."""
+    """Return the clean estimate that a ComfyUI sampler gets from a MODEL with all its changes."""
     import comfy.sample
     import comfy.samplers
 
@@ -227,7 +227,7 @@ def test_a_node_in_front_of_training_and_of_ralu(name, world, on, sockets, train
 
     sample = partial(ralu, custom_steps="4, 4, 4") if name in CACHES else ralu
     of_ralu = outcome(world, sample, model, plainly(world, "longer" if name in CACHES else "ralu", sample, before))
-    if of_ralu == "followed" and name not in CACHES:  # these compare a step with the one before, and a stage has fewer
+    if of_ralu == "followed" and name not in CACHES:  # caches compare consecutive steps, and a stage has fewer steps
         one_stage = {"custom_steps": "3", "custom_ends": "1"}
         torch.testing.assert_close(ralu(model, **one_stage)["latent"], core_s_euler(model, world), rtol=1e-4, atol=1e-4)
     assert_recorded(RECORDED, COLUMNS, [name, of_training, of_ralu])
@@ -238,7 +238,7 @@ EVERY_NODE = ("select", "measure", "plan", "precompute", "train", "train with sa
 
 @pytest.fixture
 def every_node(nodes, run_node, world, vae, pictures):
-    """Every node of ours that takes a MODEL to train on: name -> what it gives with one, but for its summary."""
+    """Each of our nodes that takes a MODEL to train on: name -> its outputs for a MODEL, except its summary."""
     selection = run_node(nodes.SelectBlocks, model=world.model, positive=world.prompt, **MANUAL)[0]
     common = {"positive": world.prompt, "selection": selection}
     examples = {"vae": vae, "images": pictures, **common, **EXAMPLES}
@@ -282,7 +282,7 @@ def test_all_our_nodes_follow_the_same_list(name, every_node, world, on, caplog)
 
 
 def core_s_euler(model: Any, world) -> torch.Tensor:
-    """Return what SamplerCustom gives with the steps of RALU in one stage."""
+    """Return SamplerCustom's output with the steps of RALU in one stage."""
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import SamplerCustom
 

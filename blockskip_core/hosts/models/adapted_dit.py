@@ -152,16 +152,16 @@ class AdaptedDit(ABC):
 
 
 def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, Any]:
-    """Return what the host's samplers tell a model of a call: noise levels, and which conditionings it is for.
+    """Return the options that the host's samplers pass to a model: noise levels, and the conditionings of the call.
 
     Args:
         sigmas: Noise levels of the batch, shape (B,).
-        captions: Index of each row's caption; rows of one caption are a batch of one conditioning.
+        captions: Index of each row's caption; rows with the same caption are a batch of one conditioning.
     """
     conditionings = captions if len(set(captions)) > 1 else captions[:1]
     return {
         "sigmas": sigmas,
-        "sample_sigmas": sigmas,  # of all steps; here every call is a run of one step
+        "sample_sigmas": sigmas,  # those of all steps; here every call is a run of one step
         "cond_or_uncond": [0] * len(conditionings),  # 0: the positive one
         "uuids": [uuid.UUID(int=caption) for caption in conditionings],
     }

@@ -37,12 +37,13 @@ class HostedDit(AdaptedDit):
     """A MODEL that can be run with blocks replaced.
 
     Args:
-        patcher: The MODEL; left unchanged. What only belongs to sampling is left out; see ``patches``.
+        patcher: The MODEL, which is left unchanged. Anything that only belongs to sampling is left out; see
+            ``patches``.
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model, or it carries what training cannot follow.
+        UnsupportedModelError: If no adapter knows the model, or it has a change that training cannot follow.
         InvalidInputError: If a caption comes from another model's text encoder.
     """
 
@@ -71,7 +72,7 @@ class HostedDit(AdaptedDit):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the token streams; another node may have chosen it."""
+        """Dtype of the token streams, which another node may have set."""
         chosen = self.patcher.get_model_object("manual_cast_dtype")
         return self.patcher.model.get_dtype() if chosen is None else chosen
 

@@ -62,7 +62,7 @@ def host_identity() -> str:
 
 
 def _names(value: Any) -> Any:
-    """Return a nested container with functions and objects replaced by where they are defined, modules by their numbers."""
+    """Return a nested container with functions and objects replaced by where they are defined, modules by numbers."""
     if isinstance(value, Mapping):
         return {str(key): _names(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple, set)):
@@ -71,7 +71,7 @@ def _names(value: Any) -> Any:
         return value
     if isinstance(value, torch.dtype):
         return str(value)
-    if isinstance(value, nn.Module):  # a schedule, or a layer: its numbers too
+    if isinstance(value, nn.Module):  # a schedule or a layer: include its numbers
         return [_place(value), _names({key: x for key, x in vars(value).items() if isinstance(x, (str, int, float))}),
                 module_identity(value)]  # fmt: skip
     return _place(value)

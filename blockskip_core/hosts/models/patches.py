@@ -1,13 +1,13 @@
-"""What other nodes have put on a MODEL, and what becomes of it: one list for all of our nodes.
+"""How this pack treats what other nodes have put on a MODEL: one list for all our nodes.
 
-Training calls the model itself, once per example, with its own blocks in the middle; a sampler of the host calls it step by
-step. So whatever belongs to sampling (guidance, caches, compilation) has no place in training and is left out: a MODEL with
-EasyCache on it trains, and is named in files, as one without. What changes the model itself either can be followed, or is
-refused before any work. Region-adaptive sampling is sampling by the host, and follows nearly everything; what it refuses
-would see tokens of two sizes as a picture.
+Training calls the model itself, once per example, with its own blocks in the middle; the host's samplers call it step
+by step. So everything that belongs to sampling (guidance, caches, compilation) is left out of training: a MODEL with
+EasyCache on it is trained, and identified in files, like one without. Anything that changes the model itself is either
+followed or refused before any work. Region-adaptive sampling uses the host's sampler and follows nearly everything; it
+refuses what would treat tokens of two sizes as a picture.
 
-In neither list, and followed by both: weight patches (LoRA, merges), weight wrappers, callbacks, the compute dtype, another
-schedule of a flow-matching model, stretched or moved positions, and modules that replace one of the host's outside of the
+Not listed, and followed by both: weight patches (LoRA, merges), weight wrappers, callbacks, the compute dtype, another
+schedule of a flow-matching model, scaled or shifted positions, and modules that replace one of the host's outside the
 blocks.
 """
 
@@ -33,27 +33,26 @@ logger = logging.getLogger(__name__)
 Verdict = Literal["followed", "left out", "refused"]
 
 FOLLOWED_OPTIONS = ("rope_options",)
-"""Keys of ``transformer_options`` that a model reads by itself, without another node's function."""
+"""Keys of ``transformer_options`` that the model itself reads, without another node's function."""
 
 _COMPILED = "torch.compile"  # key of the host's wrapper that puts compiled modules into the model for a call
 _AROUND_THE_MODEL = (
     comfy.patcher_extension.WrappersMP.APPLY_MODEL,
     comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL,
 )
-_SILENT = ("disable_cfg1_optimization", "torch_compile_kwargs")  # notes that come with a function that is named anyway
+_SILENT = ("disable_cfg1_optimization", "torch_compile_kwargs")  # they accompany a function that is named anyway
 
 
 @dataclass(frozen=True)
 class PatchKind:
-    """A kind of thing that other nodes put on a MODEL.
+    """A kind of change that other nodes make to a MODEL.
 
     Attributes:
-        title: What it is, for people.
-        found: MODEL -> names of what is there.
-        training: What becomes of it in training: by Select Blocks, Memory Plan, Precompute Residuals, the trainer and its
-            samples.
-        ralu: What becomes of it in region-adaptive sampling.
-        instead: What to do where it is refused.
+        title: Its description in messages.
+        found: MODEL -> names of the changes of this kind.
+        training: How training treats it: Select Blocks, Memory Plan, Precompute Residuals, the trainer and its samples.
+        ralu: How region-adaptive sampling treats it.
+        instead: What to do if it is refused.
     """
 
     title: str
@@ -64,16 +63,16 @@ class PatchKind:
 
 
 def for_training(patcher: Any) -> Any:
-    """Return the MODEL that is trained: this one, or a clone without what only belongs to sampling.
+    """Return the MODEL to train: this one, or a clone without what only belongs to sampling.
 
-    What is left out is said in the log. A clone has nothing that could be left out, so this may be called again.
+    The log names what is left out. The clone has nothing more to leave out, so this may be called again.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model, or there is something on it that training cannot follow.
+        UnsupportedModelError: If no adapter knows the model, or it has a change that training cannot follow.
     """
-    if patcher.object_patches_backup:  # while it is loaded, they are in the place of the model's own
+    if patcher.object_patches_backup:  # while it is loaded, the patches replace the model's own modules
         unload(patcher)
-    adapter_for(patcher)  # of a family that is not known there is nothing else to say
+    adapter_for(patcher)  # an unknown family is reported first
     _refuse(patcher, "Training", lambda kind: kind.training)
     left_out = [name for kind in PATCH_KINDS if kind.training == "left out" for name in kind.found(patcher)]
     if not left_out:
@@ -88,12 +87,12 @@ def for_training(patcher: Any) -> Any:
     clone.wrappers, clone.additional_models = {}, {}
     for name in {*_compiled_patches(patcher), *_replaced_functions(patcher)}:
         del clone.object_patches[name]
-    clone.patches_uuid = uuid.uuid4()  # with the same, the host would keep what it has loaded
+    clone.patches_uuid = uuid.uuid4()  # with the same id, the host would keep what it has loaded
     return clone
 
 
 def require_sampled_in_stages(patcher: Any) -> None:
-    """Check that region-adaptive sampling can follow what is on a MODEL.
+    """Check that region-adaptive sampling can follow all changes to a MODEL.
 
     Raises:
         UnsupportedModelError: If not.
@@ -116,7 +115,7 @@ def _refuse(patcher: Any, who: str, verdict: Callable[[PatchKind], Verdict]) -> 
 
 
 def _other_sampling(patcher: Any) -> Iterator[str]:
-    """Yield how the model's output is read, unless x - sigma * output is the picture and x = (1 - sigma) picture + sigma noise."""
+    """Yield the kind of sampling unless picture = x - sigma * output with x = (1 - sigma) picture + sigma noise."""
     sampling = patcher.get_model_object("model_sampling")
     with torch.inference_mode():
         sigma, picture, noise, output = (
@@ -130,7 +129,7 @@ def _other_sampling(patcher: Any) -> Iterator[str]:
             sampling.calculate_denoised(sigma, output, noisy),
         )
     if not all(map(torch.allclose, found, (noisy, noisy, noisy - sigma * output))):
-        yield from (base.__name__ for base in type(sampling).__bases__)  # the class itself is made for one model
+        yield from (base.__name__ for base in type(sampling).__bases__)  # the class itself is created per model
 
 
 def _other_latents(patcher: Any) -> Iterator[str]:
@@ -139,7 +138,7 @@ def _other_latents(patcher: Any) -> Iterator[str]:
 
 
 def _functions(patcher: Any) -> Iterator[Any]:
-    """Yield what is called in or around the model's blocks."""
+    """Yield the functions that are called in or around the model's blocks."""
     options = patcher.model_options["transformer_options"]
     for patches in options.get("patches", {}).values():
         yield from patches
@@ -149,7 +148,7 @@ def _functions(patcher: Any) -> Iterator[Any]:
 
 
 def _has_a_model(function: Any) -> bool:
-    """Whether it has weights of its own, or a picture: the host moves such a patch to the device, or loads its models."""
+    """Whether it has its own weights or picture; the host moves such a patch to the device, or loads its models."""
     return any(hasattr(function, name) for name in ("models", "model_patch", "to"))
 
 
@@ -168,7 +167,7 @@ def _weight_hooks(patcher: Any) -> Iterator[str]:
 
 
 def _compiled_patches(patcher: Any) -> Iterator[str]:
-    """Yield paths of modules that are replaced by themselves, compiled."""
+    """Yield paths of modules that are replaced by their compiled versions."""
     for path, value in patcher.object_patches.items():
         original = getattr(value, "_orig_mod", None)
         if original is not None and original is comfy.utils.get_attr(patcher.model, path):
@@ -176,14 +175,14 @@ def _compiled_patches(patcher: Any) -> Iterator[str]:
 
 
 def _replaced_functions(patcher: Any) -> Iterator[str]:
-    """Yield paths of functions that are replaced by others, as nodes do that change attention."""
+    """Yield paths of functions that are replaced by others, as by nodes that change attention."""
     for path, value in patcher.object_patches.items():
         if callable(value) and not isinstance(value, (nn.Module, type)) and path.startswith(MODEL_PREFIX):
             yield path
 
 
 def _replaced_blocks(patcher: Any) -> Iterator[str]:
-    """Yield paths in the blocks at which there is another module than the host's, and those around them."""
+    """Yield paths in or around the blocks at which there is a module other than the host's."""
     left_out = {*_compiled_patches(patcher), *_replaced_functions(patcher)}
     lists = {block.name.partition(".")[0] for block in adapter_for(patcher).blocks()}
     for path in patcher.object_patches.keys() - left_out:
@@ -201,7 +200,7 @@ def _compilation(patcher: Any) -> Iterator[str]:
 
 
 def _all_wrappers(patcher: Any) -> Iterator[tuple[str, str]]:
-    """Yield (where, name) of every wrapper but the host's compiling one."""
+    """Yield (where, name) of every wrapper except the host's for compilation."""
     in_options = patcher.model_options["transformer_options"].get("wrappers", {})
     for wrappers in (patcher.wrappers, in_options):
         for where, of_kind in wrappers.items():
@@ -219,7 +218,7 @@ def _wrappers_around_sampling(patcher: Any) -> Iterator[str]:
 
 
 def _guidance(patcher: Any) -> Iterator[str]:
-    """Yield the functions of a sampler: how predictions are combined, and what happens between."""
+    """Yield the functions of a sampler: those that combine predictions, and those called between steps."""
     for key, value in patcher.model_options.items():
         if key not in ("transformer_options", "model_function_wrapper", "context_handler", *_SILENT):
             functions = value if isinstance(value, list) and value else [value]
@@ -241,14 +240,14 @@ def _several_gpus(patcher: Any) -> Iterator[str]:
 
 
 def _other_options(patcher: Any) -> Iterator[str]:
-    """Yield what else is in the options of a call; only another node's function would read it."""
+    """Yield all other options of a call; only another node's function would read them."""
     options: Mapping[str, Any] = patcher.model_options["transformer_options"]
     known = ("patches", "patches_replace", "wrappers", "callbacks", *FOLLOWED_OPTIONS)
     return (key for key, value in options.items() if key not in known and value is not None)
 
 
 def _name(function: Any) -> str:
-    """Return the name of a node's function for people: of the class or function that made it."""
+    """Return a readable name for a node's function: that of the class or function that created it."""
     if hasattr(function, "__qualname__"):
         return function.__qualname__.partition(".")[0]
     return type(function).__name__
@@ -265,15 +264,15 @@ PATCH_KINDS: tuple[PatchKind, ...] = (
         "a LoRA in bypass mode or weight hooks", _weight_hooks, "refused", "followed",
         "Apply the LoRA with Load LoRA, and connect the MODEL without hooks.",
     ),
-    PatchKind("other modules in the place of its blocks", _replaced_blocks, "refused", "followed"),
-    PatchKind("the work of several GPUs", _several_gpus, "left out", "refused"),
+    PatchKind("other modules instead of its blocks", _replaced_blocks, "refused", "followed"),
+    PatchKind("work split across several GPUs", _several_gpus, "left out", "refused"),
     PatchKind("context windows", _context_windows, "left out", "refused"),
     PatchKind("compiled modules", _compilation, "left out", "followed"),
-    PatchKind("functions in the place of the model's own", _replaced_functions, "left out", "followed"),
+    PatchKind("functions that replace the model's own", _replaced_functions, "left out", "followed"),
     PatchKind("functions in its blocks", _patches_without_a_model, "left out", "followed"),
     PatchKind("wrappers around the model, such as caches", _wrappers_around_the_model, "left out", "followed"),
     PatchKind("wrappers around sampling", _wrappers_around_sampling, "left out", "followed"),
     PatchKind("guidance and other functions of a sampler", _guidance, "left out", "followed"),
-    PatchKind("other models that are loaded with it", _other_models, "left out", "followed"),
+    PatchKind("other models loaded with it", _other_models, "left out", "followed"),
     PatchKind("other options of a call", _other_options, "left out", "followed"),
 )  # fmt: skip

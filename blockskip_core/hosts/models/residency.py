@@ -119,8 +119,8 @@ def evict_others(patcher: Any) -> None:
 def drop_cast_buffers() -> None:
     """Free the buffers that streamed weights were copied into.
 
-    The host keeps them for its next streamed model: hundreds of MiB, a layer's weight per stream. With dynamic VRAM it
-    drops them after every node itself.
+    The host keeps them for its next streamed model: hundreds of MiB, one layer's weight per stream. With dynamic VRAM
+    it drops them itself after every node.
     """
     if comfy.model_management.STREAM_CAST_BUFFERS:
         comfy.model_management.reset_cast_buffers()

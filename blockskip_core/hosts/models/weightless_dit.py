@@ -144,7 +144,7 @@ def _shape_of(value: Any) -> Any:
 
 
 def _compute_as(model: Any, patcher: Any) -> None:
-    """Give a copy the compute dtype that another node has chosen for the MODEL; the host casts every weight to it."""
+    """Give a copy the compute dtype that another node has set on the MODEL; the host casts every weight to it."""
     model.manual_cast_dtype = patcher.get_model_object("manual_cast_dtype")
     if patcher.force_cast_weights:
         for layer in model.diffusion_model.modules():

@@ -97,7 +97,8 @@ class RegionAdaptiveSampler:
         regions: How early regions are found; ignored with fewer than three stages.
 
     Raises:
-        UnsupportedModelError: If the model is of an unknown family, or carries what this cannot follow; see ``patches``.
+        UnsupportedModelError: If the model's family is unknown, or it has a change that this cannot follow; see
+            ``patches``.
         InvalidInputError: If regions are needed and a VAE is missing.
     """
 

@@ -82,7 +82,7 @@ class Doubling(nn.Linear):
 
 
 def put_back_on_itself(layer):
-    """What is left of a host that has put another function in a method's place, and this one back: the method as a value."""
+    """A host that replaces a method by another function and restores it leaves the method behind as an attribute."""
     layer.forward = layer.forward
     assert "forward" in layer.__dict__
     return layer

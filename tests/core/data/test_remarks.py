@@ -1,4 +1,4 @@
-"""Sentences about pictures and captions: they name what they are about, and are silent where there is nothing to say."""
+"""Remarks on pictures and captions: they name the pictures, and there are none if nothing is odd."""
 
 from __future__ import annotations
 

@@ -503,7 +503,7 @@ def test_what_other_nodes_attach_changes_the_identity(comfyui, change):
 
 
 def test_a_layer_whose_forward_was_replaced_and_put_back_is_trained_as_any_other(comfyui):
-    """As after sampling with a LoRA in bypass mode, or with a node that replaces attention."""
+    """As after sampling with a LoRA in bypass mode or with a node that replaces attention."""
     _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
     patcher = tiny_flux()
     for module in patcher.model.diffusion_model.modules():

@@ -1,4 +1,4 @@
-"""What other nodes and packs put on a MODEL, as they put it there; the host's own nodes are in tests/nodes/test_host_nodes.py."""
+"""Changes of other nodes and packs to a MODEL, made as they make them; for ComfyUI's nodes see test_host_nodes.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def for_training(patcher):
 
 
 def in_stages(patcher) -> str:
-    """Return what region-adaptive sampling does with what is on a MODEL."""
+    """Return how region-adaptive sampling treats a MODEL's changes."""
     from blockskip_pack.blockskip_core.hosts.models.patches import require_sampled_in_stages
 
     try:
@@ -69,7 +69,7 @@ def blocks_compiled_for_a_call(patcher):
 
 
 def attention_replaced(patcher):
-    """another `forward` in one of its blocks, as packs put it whose guidance is inside attention"""
+    """another `forward` in one of its blocks, as set by packs with guidance inside attention"""
     block = patcher.model.diffusion_model.single_blocks[1]
     patcher.add_object_patch("diffusion_model.single_blocks.1.forward", MethodType(other_function, block))
 
@@ -80,22 +80,22 @@ def forward_replaced(patcher):
 
 
 def block_replaced(patcher):
-    """a function in the place of a block (`patches_replace`)"""
+    """a function that replaces a block (`patches_replace`)"""
     patcher.set_model_patch_replace(other_function, "dit", "double_block", 0)
 
 
 def block_patched(patcher):
-    """a function behind a block (`patches`)"""
+    """a function after a block (`patches`)"""
     patcher.set_model_double_block_patch(other_function)
 
 
 def call_wrapped(patcher):
-    """a function around each call (`model_function_wrapper`), where some caches are"""
+    """a function around each call (`model_function_wrapper`), as some caches use"""
     patcher.set_model_unet_function_wrapper(other_function)
 
 
 def model_wrapped(patcher):
-    """a wrapper around the diffusion model, where other caches are"""
+    """a wrapper around the diffusion model, as other caches use"""
     import comfy.patcher_extension
 
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "a_cache", other_function)
@@ -146,7 +146,7 @@ def test_what_belongs_to_sampling_is_left_out_and_named_in_one_line(put, name, l
     _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
     changed = patcher.clone()
     put(changed)
-    if loaded:  # as after a picture was sampled with it
+    if loaded:  # as after sampling a picture with it
         comfy.model_management.load_models_gpu([changed])
     patches, caplog.records[:] = dict(changed.object_patches), []
     with caplog.at_level(logging.WARNING):
@@ -191,7 +191,7 @@ def test_what_is_followed_stays_when_something_is_left_out():
 
 
 class Hint:
-    """A patch that holds a model, as the host's ControlNets do."""
+    """A patch that contains a model, like ComfyUI's ControlNets."""
 
     def models(self):
         return []
@@ -201,7 +201,7 @@ class Hint:
 
 
 def another_block(patcher):
-    """another module in the place of a block"""
+    """another module instead of a block"""
     patcher.add_object_patch("diffusion_model.double_blocks.1", nn.Identity())
 
 
@@ -221,27 +221,27 @@ def another_list(patcher):
 
 
 def another_model(patcher):
-    """another model in the place of the whole"""
+    """another model instead of the whole one"""
     patcher.add_object_patch("diffusion_model", nn.Identity())
 
 
 def compiled_for_good(patcher):
-    """a block that was replaced by its compiled self in the model, not on the MODEL"""
+    """a block replaced by its compiled version in the model itself, not on the MODEL"""
     patcher.model.diffusion_model.single_blocks[1] = compiled(patcher.model.diffusion_model.single_blocks[1])
 
 
 def hint_in_the_blocks(patcher):
-    """a function behind a block, with a model of its own"""
+    """a function after a block, with its own model"""
     patcher.set_model_double_block_patch(Hint())
 
 
 def hint_in_a_block_s_place(patcher):
-    """a function in the place of a block, with a model of its own"""
+    """a function that replaces a block, with its own model"""
     patcher.set_model_patch_replace(Hint(), "dit", "single_block", 1)
 
 
 def hint_around_the_model(patcher):
-    """a function around each call, with a model of its own"""
+    """a function around each call, with its own model"""
     patcher.set_model_unet_function_wrapper(Hint())
 
 
@@ -268,13 +268,13 @@ def hooks(patcher):
 
 
 REFUSED = {
-    another_block: ("other modules in the place of its blocks", "diffusion_model.double_blocks.1", False),
-    another_layer: ("other modules in the place of its blocks", "diffusion_model.single_blocks.1.linear1", False),
-    another_weight: ("other modules in the place of its blocks", "diffusion_model.single_blocks.1.linear1.weight", False),
-    another_list: ("other modules in the place of its blocks", "diffusion_model.double_blocks", False),
-    another_model: ("other modules in the place of its blocks", "diffusion_model", False),
+    another_block: ("other modules instead of its blocks", "diffusion_model.double_blocks.1", False),
+    another_layer: ("other modules instead of its blocks", "diffusion_model.single_blocks.1.linear1", False),
+    another_weight: ("other modules instead of its blocks", "diffusion_model.single_blocks.1.linear1.weight", False),
+    another_list: ("other modules instead of its blocks", "diffusion_model.double_blocks", False),
+    another_model: ("other modules instead of its blocks", "diffusion_model", False),
     compiled_for_good: (
-        "other modules in the place of its blocks", r"diffusion_model.single_blocks.1 \(compiled in place\)", False,
+        "other modules instead of its blocks", r"diffusion_model.single_blocks.1 \(compiled in place\)", False,
     ),
     hint_in_the_blocks: ("a ControlNet or another model in its blocks", "Hint", True),
     hint_in_a_block_s_place: ("a ControlNet or another model in its blocks", "Hint", True),
@@ -285,7 +285,7 @@ REFUSED = {
     other_latents: ("another latent format", "SDXL", True),
     hooks: ("a LoRA in bypass mode or weight hooks", "weight hooks", False),
 }  # fmt: skip
-"""How it is put on -> what it is called, what came, whether region-adaptive sampling refuses it too."""
+"""Change -> its title, the name in the message, whether region-adaptive sampling refuses it too."""
 
 
 @pytest.mark.parametrize(("put", "said"), REFUSED.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -310,7 +310,7 @@ def test_a_block_that_compiles_itself_is_trained_as_it_is():
 
 
 def packed_layers(patcher):
-    """packed layers of another pack that unpack their weights themselves, as those for GGUF files do"""
+    """another pack's packed layers that unpack their weights themselves, as for GGUF files"""
     pack_blocks(patcher.model.diffusion_model)
 
 
@@ -373,7 +373,7 @@ def test_calls_have_the_options_of_the_host_s_samplers():
 
 @pytest.mark.parametrize("change", ["multiplier", "noise levels", "dtype"])
 def test_numbers_of_what_is_followed_are_part_of_the_identity(change):
-    """Without, residuals that were stored before would be used for another model."""
+    """Otherwise, stored residuals would be used for another model."""
     import comfy.model_sampling
     from blockskip_pack.blockskip_core.hosts.models.identity import model_identity
 
