@@ -26,12 +26,15 @@ class Section:
         title: Its heading.
         results: File in ``tests/compatibility``.
         before, after: Text before and after the table.
+        joined_by: If not empty, rows with equal outcomes become one, with their first cells joined by this in the last
+            column.
     """
 
     title: str
     results: str
     before: str
     after: str = ""
+    joined_by: str = ""
 
 
 INTRODUCTION = """\
@@ -74,6 +77,35 @@ values are 0 to 1; Precompute Residuals names those that are not, and those of a
 Settings that describe the text itself are used. Settings for a part of the picture or of the sampling mean nothing for
 a training crop and are refused. Several captions must be a list, as from dataset nodes and Create List.""",
     ),
+    Section(
+        title="Nodes that change a MODEL",
+        results="model_nodes.json",
+        joined_by=", ",
+        before="""\
+Every node of ComfyUI 0.30.0 that takes and returns a MODEL was connected before Select Blocks, Precompute Residuals and
+Dynamic Patch Trainer, and before RALU Sampler, with a small FLUX.1. Memory Plan and Sample While Training use the same rules as
+training.
+
+* *left out*: it belongs to sampling. The LoRA is the same as without the node, to the last bit, and ComfyUI's log names what is
+  left out. So the node can stay connected.
+* *followed*: it acts as in ComfyUI's own sampler. *followed in part*: the log names the rest.
+* *no effect*: nothing changes, with this model and these settings.
+* *refused*: with a message, before any work.""",
+        after="""\
+Weight patches (LoRAs, merges) are followed, whichever node makes them. RALU Sampler has its own noise levels, so another schedule
+has no effect there.""",
+    ),
+    Section(
+        title="Other packs",
+        results="model_patches.json",
+        joined_by="; ",
+        before="""\
+Other packs put the same kinds of things on a MODEL. Here they were put on it in the same way; the packs themselves were not run.
+Outcomes in training come from runs, those of RALU Sampler from the rules that both use.""",
+        after="""\
+Anything with its own model or picture is refused rather than left out, because the model would do something else without it.
+Connect the MODEL from before that node.""",
+    ),
 )
 
 
@@ -82,8 +114,27 @@ def document() -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
         content = json.loads((RESULTS / section.results).read_text(encoding="utf-8"))
-        parts.extend([f"## {section.title}", section.before, table(content["columns"], content["rows"]), section.after])
+        columns, rows = content["columns"], content["rows"]
+        if section.joined_by:
+            columns, rows = grouped(columns, rows, section.joined_by)
+        parts.extend([f"## {section.title}", section.before, table(columns, rows), section.after])
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def grouped(columns: Sequence[str], rows: Sequence[Sequence[str]], joined_by: str) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows with one row for each set of outcomes, in the order of outcomes."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, *outcomes in rows:
+        together.setdefault(tuple(outcomes), []).append(name)
+    found = [[*outcomes, joined_by.join(shortened(names))] for outcomes, names in sorted(together.items())]
+    return [*columns[1:], columns[0]], found
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return names with all nodes for merging as one."""
+    merging = [name for name in names if name.startswith("ModelMerge")]
+    others = [name for name in names if name not in merging]
+    return [*others, f"all {len(merging)} nodes ModelMerge…"] if merging else others
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
+from ..blockskip_core.hosts.models.patches import for_training
 from ..blockskip_core.hosts.sampling.measured_blocks import text_influence
 from ..blockskip_core.hosts.sampling.probe_pictures import ProbeConfig
 from ..blockskip_core.reporting import pictures
@@ -184,6 +185,7 @@ def choose_blocks(model: Any, choice: Choice, progress: NodeProgress, **plugged:
         OutOfMemoryError: If the probe pictures do not fit on the device.
     """
     choice.probe  # noqa: B018 - checks the settings for every method
+    model = for_training(model)
     dit, influence = HostedDit(model), None
     if choice.method == MEASURED:
         influence = _measured(model, dit, choice, progress, **plugged)

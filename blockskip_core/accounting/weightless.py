@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..blocks.weight_sharing import is_unpacked
+from ..blocks.weight_sharing import is_unpacked, rebind_methods
 
 PACKED = torch.float8_e4m3fn  # represents weights in the host's own formats, which have to be unpacked for use
 
@@ -45,6 +45,7 @@ def replaced(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Mod
         below.setdefault(child, {})[rest] = stand_in
     for child, inner in below.items():
         twin._modules[child] = replaced(module.get_submodule(child), inner)
+    rebind_methods(module, twin)
     return twin
 
 
@@ -64,6 +65,7 @@ def _copy(module: nn.Module, without: Mapping[str, Any], seen: dict[int, Any]) -
         own = getattr(module, kind)
         setattr(twin, kind, {name: None if value is None else _shape_of(value, seen) for name, value in own.items()})
     twin._modules = {name: child and _copy(child, without, seen) for name, child in module._modules.items()}
+    rebind_methods(module, twin)
     return twin
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,7 +28,19 @@ def weight_sharing_copy(module: nn.Module) -> nn.Module:
     twin._buffers = {name: own if own is None else weight_sharing_alias(own) for name, own in module._buffers.items()}
     twin._modules = {name: child and weight_sharing_copy(child) for name, child in module._modules.items()}
     copy_hooks(module, twin)
+    rebind_methods(module, twin)
     return twin
+
+
+def rebind_methods(module: nn.Module, twin: nn.Module) -> None:
+    """Make methods that are kept as values on a module the copy's own; otherwise the copy would run the original.
+
+    Hosts leave them behind: what puts another function in the place of a layer's ``forward``, and the method back, makes
+    an attribute of it.
+    """
+    for name, value in list(twin.__dict__.items()):
+        if isinstance(value, MethodType) and value.__self__ is module:
+            twin.__dict__[name] = MethodType(value.__func__, twin)
 
 
 def copy_hooks(module: nn.Module, twin: nn.Module) -> None:

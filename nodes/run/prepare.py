@@ -20,6 +20,7 @@ from ...blockskip_core.hosts.files.start_lora import lora_to_start_from
 from ...blockskip_core.hosts.models.counted_run import formats_of
 from ...blockskip_core.hosts.models.hosted_dit import HostedDit
 from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
+from ...blockskip_core.hosts.models.patches import for_training
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
 from ...blockskip_core.residuals.residual_set import ResidualSet
@@ -80,7 +81,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     Raises:
         BlockSkipError: If inputs do not fit together, or the LoRA's file cannot be written.
     """
-    request = request.planned_for(residuals)
+    request, model = request.planned_for(residuals), for_training(model)
     path = output_path(request.output_name)
     require_writable(path)
     _require_same_model(model, residuals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -142,12 +143,28 @@ class AdaptedDit(ABC):
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
             joined = join_arguments([self.arguments[caption] for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
-            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
+            call_options = {**options, **_options_of_a_sampler(sigmas, captions)}
             call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
             latents = with_frame(model, noisy)
             return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
 
         return denoise
+
+
+def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, Any]:
+    """Return what the host's samplers tell a model of a call: noise levels, and which conditionings it is for.
+
+    Args:
+        sigmas: Noise levels of the batch, shape (B,).
+        captions: Index of each row's caption; rows of one caption are a batch of one conditioning.
+    """
+    conditionings = captions if len(set(captions)) > 1 else captions[:1]
+    return {
+        "sigmas": sigmas,
+        "sample_sigmas": sigmas,  # of all steps; here every call is a run of one step
+        "cond_or_uncond": [0] * len(conditionings),  # 0: the positive one
+        "uuids": [uuid.UUID(int=caption) for caption in conditionings],
+    }
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,6 @@ object patches with an unchanged id as already loaded.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 import comfy.model_management
-import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
@@ -27,12 +25,10 @@ from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
 from .adapted_dit import AdaptedDit
+from .patches import for_training
 from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
 
-logger = logging.getLogger(__name__)
-
 _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
-_COMPILED = "torch.compile"  # key of the wrapper that the host's TorchCompileModel puts around the model
 
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
@@ -41,29 +37,23 @@ class HostedDit(AdaptedDit):
     """A MODEL that can be run with blocks replaced.
 
     Args:
-        patcher: The MODEL; left unchanged.
+        patcher: The MODEL; left unchanged. What only belongs to sampling is left out; see ``patches``.
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
     Raises:
-        UnsupportedModelError: If no adapter supports the model, or it carries something that copies of its blocks would
-            lack.
+        UnsupportedModelError: If no adapter knows the model, or it carries what training cannot follow.
         InvalidInputError: If a caption comes from another model's text encoder.
     """
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
-        self.patcher = patcher
-        super().__init__(patcher)
-        _require_no_injections(patcher)
-        _require_plain_access(self.blocks, patcher.model.diffusion_model)
+        self.patcher = for_training(patcher)
+        super().__init__(self.patcher)
+        _require_plain_access(self.blocks, self.patcher.model.diffusion_model)
         self.adapter.require_texts(captions)
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
         self._reserved = False
-        if captions and "optimized_attention_override" in patcher.model_options["transformer_options"]:
-            logger.warning("BlockSkip: the attention that another node put on the MODEL is not used while training")
-        if captions and any(_COMPILED in of_kind for of_kind in patcher.wrappers.values()):
-            logger.warning("BlockSkip: the MODEL is trained without torch.compile, which would undo the skipping")
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +71,9 @@ class HostedDit(AdaptedDit):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the token streams."""
-        return self.patcher.model.get_dtype_inference()
+        """Dtype of the token streams; another node may have chosen it."""
+        chosen = self.patcher.get_model_object("manual_cast_dtype")
+        return self.patcher.model.get_dtype() if chosen is None else chosen
 
     def module(self, name: str) -> nn.Module:
         """Return the model's own module, unloaded, because a copy must not have the attributes of a loaded module."""
@@ -97,7 +88,7 @@ class HostedDit(AdaptedDit):
         places are never released.
         """
         if not self._reserved and self.patcher.is_dynamic():
-            with torch.inference_mode():  # as the host loads it: outside, its own weights could not be hashed any more
+            with torch.inference_mode():  # as in the host; otherwise its weights could no longer be hashed
                 comfy.model_management.load_models_gpu([self.patcher])
         self._reserved = True
 
@@ -175,11 +166,8 @@ class HostedDit(AdaptedDit):
 
 def _options(clone: Any) -> dict[str, Any]:
     """Return the ``transformer_options`` for a training's calls to a loaded clone."""
-    options = clone.model_options["transformer_options"].copy()
-    wrappers = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
-    options["wrappers"] = _without_compilation(wrappers)
-    options["optimized_attention_override"] = _differentiable_attention
-    return options
+    options = clone.model_options["transformer_options"]
+    return {**options, "optimized_attention_override": _differentiable_attention}
 
 
 def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Module) -> None:
@@ -225,17 +213,3 @@ def _remember_tensors(modules: Iterable[nn.Module | Tensor]) -> Callable[[], Non
             parameter.data = before
 
     return put_back
-
-
-def _without_compilation(wrappers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Leave out the wrapper that puts compiled blocks into the model: it would replace our stand-ins."""
-    return {kind: {key: w for key, w in of_kind.items() if key != _COMPILED} for kind, of_kind in wrappers.items()}
-
-
-def _require_no_injections(patcher: Any) -> None:
-    """Refuse anything that the host injects into the model's own modules when loading: stand-ins would lack it."""
-    if patcher.injections or patcher.hook_patches:
-        raise UnsupportedModelError(
-            "The MODEL carries a LoRA in bypass mode or weight hooks, which would not apply to blocks that are run one "
-            "by one. Apply the LoRA with Load LoRA instead, and connect the MODEL without hooks."
-        )

@@ -62,13 +62,23 @@ def host_identity() -> str:
 
 
 def _names(value: Any) -> Any:
-    """Return a nested container with functions and objects replaced by where they are defined."""
+    """Return a nested container with functions and objects replaced by where they are defined, modules by their numbers."""
     if isinstance(value, Mapping):
         return {str(key): _names(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple, set)):
         return [_names(item) for item in value]
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, nn.Module):  # a schedule, or a layer: its numbers too
+        return [_place(value), _names({key: x for key, x in vars(value).items() if isinstance(x, (str, int, float))}),
+                module_identity(value)]  # fmt: skip
+    return _place(value)
+
+
+def _place(value: Any) -> str:
+    """Return where a function or a class is defined."""
     place = value if hasattr(value, "__qualname__") else type(value)
     return f"{place.__module__}.{place.__qualname__}"
 

@@ -25,6 +25,7 @@ from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
+from .patches import for_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def prepare_residuals(
         InvalidInputError: If inputs do not fit together, or there is not enough space.
         StorageError: If the disk cannot be written.
     """
-    settings = settings.as_read()
+    settings, model = settings.as_read(), for_training(model)
     bare = HostedDit(model)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":

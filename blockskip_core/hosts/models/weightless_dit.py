@@ -53,6 +53,7 @@ class WeightlessDit(AdaptedDit):
         """Return the weightless twin of a loaded MODEL, with the same captions."""
         model: Any = weightless_copy(dit.patcher.model, without=_MARKS)
         _replace_packed_layers(model.diffusion_model)
+        _compute_as(model, dit.patcher)
         model.current_patcher = None
         return cls(model, dit.arguments, dit.patcher.load_device)
 
@@ -140,6 +141,15 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def _shape_of(value: Any) -> Any:
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _compute_as(model: Any, patcher: Any) -> None:
+    """Give a copy the compute dtype that another node has chosen for the MODEL; the host casts every weight to it."""
+    model.manual_cast_dtype = patcher.get_model_object("manual_cast_dtype")
+    if patcher.force_cast_weights:
+        for layer in model.diffusion_model.modules():
+            if hasattr(layer, "comfy_cast_weights"):
+                layer.comfy_cast_weights = True
 
 
 def _replace_packed_layers(module: nn.Module) -> None:

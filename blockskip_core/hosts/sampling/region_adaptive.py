@@ -14,20 +14,20 @@ from typing import Any
 
 import comfy.k_diffusion.sampling
 import comfy.model_management
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor
 
-from ...errors import InvalidInputError, UnsupportedModelError
+from ...errors import InvalidInputError
 from ...ralu.noise_matching import restarted, seeded_noise
 from ...ralu.overlay import refined_overlay
 from ...ralu.timestep_matching import MAX_STAGES, StagePlan
 from ...ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 from ..inputs.conditioning import require_sampleable
 from ..inputs.frames import with_frame, without_frame
+from ..models.patches import require_sampled_in_stages
 from .early_regions import RegionChoice
 from .token_strips import TokenStrips
 
@@ -97,20 +97,14 @@ class RegionAdaptiveSampler:
         regions: How early regions are found; ignored with fewer than three stages.
 
     Raises:
-        UnsupportedModelError: If the model is of an unknown family, or not a flow-matching model.
-        InvalidInputError: If a ControlNet is on it.
+        UnsupportedModelError: If the model is of an unknown family, or carries what this cannot follow; see ``patches``.
         InvalidInputError: If regions are needed and a VAE is missing.
     """
 
     def __init__(self, patcher: Any, plan: StagePlan, regions: RegionChoice) -> None:
-        if not isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST):
-            raise UnsupportedModelError(
-                "Expected a flow-matching model, because the added noise is matched to one, got a model that predicts "
-                "something else. Load such a model, or remove the node that changes its sampling."
-            )
+        require_sampled_in_stages(patcher)
         if len(plan.steps) == MAX_STAGES:
             regions.check()
-        _require_no_pictures_in_patches(patcher)
         self.strips = TokenStrips(patcher)
         self.plan, self.regions = plan, regions
 
@@ -204,21 +198,6 @@ def _check_conditionings(*conditionings: list) -> None:
 
 def _is_set(value: Any) -> bool:
     return value is not None and value is not False
-
-
-def _require_no_pictures_in_patches(patcher: Any) -> None:
-    """Refuse ControlNets that are patches of the MODEL, because their hints are made for a whole picture.
-
-    Raises:
-        InvalidInputError: If there is one.
-    """
-    patches = patcher.model_options.get("transformer_options", {}).get("patches", {})
-    for patch in (patch for listed in patches.values() for patch in listed):
-        if hasattr(patch, "model_patch") or hasattr(patch, "encoded_image"):
-            raise InvalidInputError(
-                f"Region-adaptive sampling takes a MODEL without a ControlNet on it, got {type(patch).__name__}. Use "
-                "KSampler for it."
-            )
 
 
 class _Run:

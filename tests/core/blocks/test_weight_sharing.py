@@ -74,3 +74,25 @@ def test_a_frozen_copy_can_be_marked_and_unmarked_where_a_host_finds_it():
     assert torch.equal(frozen(x), 2.0 * original(x))
     del frozen.factor
     assert torch.equal(frozen(x), original(x))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def put_back_on_itself(layer):
+    """What is left of a host that has put another function in a method's place, and this one back: the method as a value."""
+    layer.forward = layer.forward
+    assert "forward" in layer.__dict__
+    return layer
+
+
+def test_a_method_that_was_put_back_on_the_original_is_the_copy_s_own():
+    original = nn.Sequential(put_back_on_itself(Doubling(3, 4)))
+    twin = weight_sharing_copy(original)
+    twin[0].weight = nn.Parameter(torch.zeros(4, 3))
+    twin[0].bias = nn.Parameter(torch.ones(4))
+    x = torch.randn(2, 3)
+    assert torch.equal(twin(x), torch.full((2, 4), 2.0))
+    assert torch.equal(original(x), 2 * nn.functional.linear(x, original[0].weight, original[0].bias))

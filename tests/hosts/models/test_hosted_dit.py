@@ -14,14 +14,17 @@ from torch import nn
 
 from ...core.plain_dit import MemorySource, train
 from ..hosted_runs import (
+    LATENT_SHAPE,
     NUM_BLOCKS,
     PLAN,
+    captions,
     chosen,
     clean_latents,
     flux_lora,
     full_forward,
     host_sample,
     hosted,
+    plain_forward,
     replayed,
     run,
 )
@@ -379,7 +382,7 @@ def test_a_model_of_another_kind_is_refused_by_name(comfyui):
 
     radiance = comfy.ldm.chroma_radiance.model.ChromaRadiance.__new__(comfy.ldm.chroma_radiance.model.ChromaRadiance)
     for kind, model in (("SomeUnet", SomeUnet()), ("ChromaRadiance", radiance)):
-        patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model))
+        patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model), object_patches_backup={})
         with pytest.raises(UnsupportedModelError, match=rf"supported family \(.*FLUX\.1.*\), got {kind}\."):
             adapter_for(patcher)
         with pytest.raises(UnsupportedModelError):
@@ -497,3 +500,20 @@ def test_what_other_nodes_attach_changes_the_identity(comfyui, change):
         changed.model_options["transformer_options"]["optimized_attention_override"] = model_identity
     assert model_identity(changed) != model_identity(patcher)
     assert model_identity(patcher.clone()) == model_identity(patcher)
+
+
+def test_a_layer_whose_forward_was_replaced_and_put_back_is_trained_as_any_other(comfyui):
+    """As after sampling with a LoRA in bypass mode, or with a node that replaces attention."""
+    _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
+    patcher = tiny_flux()
+    for module in patcher.model.diffusion_model.modules():
+        module.forward = module.forward
+    patched = patcher.clone()
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    patched.add_patches({key: ("diff", (torch.ones(patched.model.get_submodule(key[:-7]).weight.shape),))})
+    _, gradients, _ = run(patcher, chosen(2, 1), steps=1)
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient)
+    noisy, sigmas = torch.randn(1, *LATENT_SHAPE), torch.tensor([0.5])
+    with torch.no_grad(), hosted(patched).running({}) as denoise:
+        torch.testing.assert_close(denoise(noisy, sigmas, [0]), plain_forward(patched, noisy, sigmas, captions()))

@@ -312,14 +312,16 @@ def test_a_mask_without_bounds_is_taken():
 
 def test_a_controlnet_on_the_model_is_refused():
     class Hint:
-        encoded_image = None
+        model_patch = None
 
         def __call__(self, args):
             return args
 
     patcher = tiny_flux()
     patcher.set_model_patch(Hint(), "double_block")
-    with pytest.raises(InvalidInputError, match="takes a MODEL without a ControlNet on it, got Hint"):
+    with pytest.raises(
+        UnsupportedModelError, match="cannot follow a ControlNet or another model in its blocks.*got Hint"
+    ):
         sample(patcher)
 
 
@@ -480,9 +482,12 @@ def test_a_video_is_refused():
 def test_a_model_that_is_no_flow_is_refused():
     import comfy.model_sampling
 
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
     patcher = tiny_flux().clone()
-    patcher.add_object_patch("model_sampling", comfy.model_sampling.ModelSamplingDiscrete())
-    with pytest.raises(UnsupportedModelError, match="flow-matching"):
+    patcher.add_object_patch("model_sampling", Sampling())
+    with pytest.raises(UnsupportedModelError, match="cannot follow another kind of prediction than flow matching"):
         sample(patcher)
 
 
