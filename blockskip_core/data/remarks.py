@@ -126,7 +126,7 @@ def on_empty_captions(captions: Sequence[str], labels: Labels) -> str | None:
 
 
 def on_zeroed_captions(zeroed: int, count: int) -> str | None:
-    """Return how many of ``count`` captions hold no words because their conditioning is all zeros, or None if none is."""
+    """Return how many of ``count`` captions contain no words because their conditioning is all zeros, or None if 0."""
     if not zeroed:
         return None
     return (

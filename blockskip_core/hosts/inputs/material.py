@@ -63,7 +63,7 @@ def checked_material(images: Sequence[Any], positive: Sequence[Any], files: Sequ
 
 
 def _on_captions(captions: Sequence[list], pictures: Pictures, files: Sequence[TrainingFile]) -> str | None:
-    """Return a remark on captions without words, or, if there is one caption per picture, on equal ones; None if all is well."""
+    """Return a remark on captions without words or, if there is one caption per picture, on missing or equal ones."""
     zeroed = sum(not embedding.any() for [[embedding, _]] in captions)
     if zeroed:
         return remarks.on_zeroed_captions(zeroed, len(captions))
