@@ -125,6 +125,16 @@ def on_empty_captions(captions: Sequence[str], labels: Labels) -> str | None:
     return f"{which}. A picture's caption is a .txt file of the same name. {WHY_CAPTIONS}"
 
 
+def on_zeroed_captions(zeroed: int, count: int) -> str | None:
+    """Return how many of ``count`` captions hold no words because their conditioning is all zeros, or None if none is."""
+    if not zeroed:
+        return None
+    return (
+        f"{zeroed} of {count} captions {'is' if zeroed == 1 else 'are'} all zeros, as ConditioningZeroOut makes them: they hold "
+        f"no words. {WHY_CAPTIONS}"
+    )
+
+
 def on_equal_captions(captions: Sequence[Hashable], pictures: Sequence[Hashable]) -> str | None:
     """Return how many captions are equal although their pictures differ, or None if hardly any are.
 

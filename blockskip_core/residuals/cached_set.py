@@ -1,4 +1,4 @@
-"""A set of residuals on disk: computed once, by one process at a time, and read by any number of them."""
+"""A set of residuals on disk: computed once, by one process at a time, and read by any number of processes."""
 
 from __future__ import annotations
 

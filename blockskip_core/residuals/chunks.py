@@ -1,4 +1,4 @@
-"""A chunk of draws: computed together, and in the form in which a cache stores them."""
+"""Computes chunks of draws together, in the form in which a cache stores them."""
 
 from __future__ import annotations
 

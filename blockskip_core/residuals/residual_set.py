@@ -1,4 +1,4 @@
-"""Everything that determines a run's residuals, and how much room they need.
+"""Everything that determines a run's residuals, and how much space they need.
 
 A :class:`ResidualSet` is what the precomputing node passes to the training node: small, and complete enough that a source
 can compute whatever is missing.
@@ -101,7 +101,7 @@ def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[in
 
 
 def wants_response(residuals: ResidualSet) -> bool:
-    """Tell whether a linear response is fitted; there must be a skipped back span to fit it on."""
+    """Return whether a linear response is fitted, which needs a skipped back span."""
     return residuals.back_residual == "linear" and residuals.selection.back > 0
 
 

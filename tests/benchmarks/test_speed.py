@@ -44,7 +44,7 @@ def test_every_arm_gives_seconds_or_a_reason_and_a_stopped_run_goes_on(small, co
     times = {arm.name: arm.times for arm in arms}
     assert all(len(r["seconds"]) == times[r["arm"]] and min(r["seconds"]) > 0 for r in found if "error" not in r)
     streamed = small.speed_arms.ours_name(0.0, LARGE, True, "weights streamed")
-    assert failed.pop(streamed) == "This needs a GPU: on a processor all weights lie in its memory anyway."
+    assert failed.pop(streamed) == "This needs a GPU: on a CPU all weights are in its memory anyway."
     # Apart from those, only ComfyUI core's trainer may fail, and with its default settings it does not.
     core = [r["arm"] for r in found if r["part"] == small.speed_arms.CORE]
     assert set(failed) <= set(core) - {small.speed_arms.core_name(LARGE, "checkpointing")}

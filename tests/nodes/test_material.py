@@ -56,6 +56,13 @@ def test_captions_that_are_all_the_same_are_noticed(bench, said, prompt):
     assert said[-1].startswith("6 training examples")
 
 
+def test_a_caption_without_words_is_noticed(bench, said, prompt):
+    import nodes as host
+
+    bench.precompute(positive=host.ConditioningZeroOut().zero_out(prompt)[0])
+    assert said[-1].startswith("1 of 1 captions is all zeros, as ConditioningZeroOut makes them: they hold no words.")
+
+
 def test_the_file_is_named_of_a_picture_that_is_too_small(bench, core):
     file = core("hosts.inputs.material").TrainingFile
     images = listed(bench, [picture(seed) for seed in range(17)] + [torch.rand(1, 20, 30, 3)] + [picture(99)])

@@ -169,8 +169,8 @@ def conditionings(first, second):
 def test_conditionings(bench, tiny, core):
     for title, given in conditionings(*tiny.captions((5, 5))).items():
         try:
-            bench.precompute(positive=given, storage="on the fly", draws=1)
-            found = "used"
+            remarks = bench.precompute(positive=given, storage="on the fly", draws=1)[0].remarks
+            found = "used" + (", with the remark that it holds no words" if "no words" in "".join(remarks) else "")
         except core("errors").InvalidInputError as error:
             found = f"refused: {str(error).removeprefix('Conditioning 1 ').split(',')[0]}"
         assert_recorded("captions.json", CAPTIONS, [title, found])

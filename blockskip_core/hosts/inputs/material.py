@@ -63,7 +63,10 @@ def checked_material(images: Sequence[Any], positive: Sequence[Any], files: Sequ
 
 
 def _on_captions(captions: Sequence[list], pictures: Pictures, files: Sequence[TrainingFile]) -> str | None:
-    """Return a remark on captions if there is one per picture, or None."""
+    """Return a remark on captions without words, or, if there is one caption per picture, on equal ones; None if all is well."""
+    zeroed = sum(not embedding.any() for [[embedding, _]] in captions)
+    if zeroed:
+        return remarks.on_zeroed_captions(zeroed, len(captions))
     if len(captions) != len(pictures) or len(captions) == 1:
         return None
     empty = remarks.on_empty_captions([file.caption for file in files], pictures.labels)

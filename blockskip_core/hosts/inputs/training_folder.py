@@ -84,7 +84,7 @@ def folder_identity(folder: str) -> str:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture with its caption; ``name`` is for people."""
+    """A picture with its caption; ``name`` is readable."""
 
     path: Path
     name: str
@@ -191,7 +191,7 @@ def _caption(picture: Path, root: Path) -> CaptionText:
 
 
 def _shown(path: Path, root: Path) -> str:
-    """Return a file's name as a message and a page can hold it: no line breaks, and no bytes that are no characters."""
+    """Return a file's name in a form for messages and pages: no line breaks, and only printable characters."""
     return "".join(char if char.isprintable() else "?" for char in path.relative_to(root).as_posix())
 
 

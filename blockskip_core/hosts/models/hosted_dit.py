@@ -88,7 +88,7 @@ class HostedDit(AdaptedDit):
         places are never released.
         """
         if not self._reserved and self.patcher.is_dynamic():
-            with torch.inference_mode():  # as the host loads it: outside, its own weights could not be hashed any more
+            with torch.inference_mode():  # as in the host; otherwise its weights could no longer be hashed
                 comfy.model_management.load_models_gpu([self.patcher])
         self._reserved = True
 

@@ -37,6 +37,7 @@ def test_nothing_is_said_of_nothing():
     assert remarks.put_on_white([], labels) is None
     assert remarks.on_guessed_texts([], labels) is None
     assert remarks.on_empty_captions(["a toy", "a dog"], labels) is None
+    assert remarks.on_zeroed_captions(0, 2) is None
     assert remarks.on_equal_captions(["x", "y"], ["1", "2"]) is None
 
 

@@ -83,7 +83,7 @@ def test_sampling_that_fails_is_told_and_ends_nothing(bench, sampling, monkeypat
     trained = bench.train(steps=3, samples=request)
     assert len(calls) == 1
     (problem,) = said(trained)["problems"]
-    assert problem.startswith("Sampling after step 0 failed (RuntimeError: out of paint). No more pictures")
+    assert problem.startswith("Sampling after step 0 failed (RuntimeError: out of paint). This run samples no more")
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
 
 
