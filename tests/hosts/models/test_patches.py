@@ -8,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.blocks.weight_sharing import weight_sharing_copy
 from blockskip_pack.blockskip_core.errors import UnsupportedModelError
 from torch import nn
 
@@ -358,11 +359,12 @@ def test_calls_have_the_options_of_the_host_s_samplers():
 
     patcher = tiny_flux()
     dit = hosted(patcher)
-    block = Watching(dit.module("double_blocks.0"))
-    sigmas = torch.tensor([0.7, 0.2])
+    block = Watching(weight_sharing_copy(dit.module("double_blocks.0")))
+    sigmas = torch.tensor([0.7, 0.2], device=dit.device)
+    noisy = torch.randn(2, 4, 8, 8).to(dit.device)
     with torch.no_grad(), dit.running({"double_blocks.0": block}) as denoise:
-        denoise(torch.randn(2, 4, 8, 8), sigmas, [1, 1])
-        denoise(torch.randn(2, 4, 8, 8), sigmas, [0, 1])
+        denoise(noisy, sigmas, [1, 1])
+        denoise(noisy, sigmas, [0, 1])
     one, two = seen
     assert torch.equal(one["sigmas"], sigmas)
     assert torch.equal(one["sample_sigmas"], sigmas)
