@@ -1,6 +1,6 @@
-"""BlockSkip: teach a large diffusion transformer your own subject on a small GPU, inside ComfyUI.
+"""BlockSkip: train LoRAs of large diffusion transformers on a small GPU, inside ComfyUI.
 
-The door of the pack. It imports nothing of ComfyUI, so that tests and packaging tools can import it.
+The pack's entry point. It does not import ComfyUI, so that tests and packaging tools can import it.
 """
 
 import logging

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """The developer's commands: ``python dev.py test``, ``demo``, ``benchmark NAME``, and ``map``.
 
-``map`` prints what every file is. The others make what they need on first use (an environment and a ComfyUI, kept in the
-user's cache folder) and reuse it afterwards. ``--comfyui DIR`` or the variable COMFYUI_PATH names a ComfyUI of your own
-instead.
+``map`` describes every file. The others create what they need on first use (an environment and a ComfyUI, in the user's
+cache folder) and reuse it afterwards. To use your own ComfyUI instead, pass ``--comfyui DIR`` or set COMFYUI_PATH.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ BENCHMARK_SECONDS = 300  # each
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; the exit status is pytest's or the demo's, or 1 when the way there failed."""
+    """Run a command; the exit status is pytest's or the demo's, or 1 if that could not be started."""
     options = parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
-    signal.signal(signal.SIGTERM, processes.terminated)  # so that tools being waited for end too
+    signal.signal(signal.SIGTERM, processes.terminated)  # so that child processes end too
     try:
         return {"test": test, "demo": demo, "benchmark": benchmark, "map": show_map}[options.command](options)
     except KeyboardInterrupt:
@@ -43,31 +42,31 @@ def main(arguments: list[str]) -> int:
 
 
 def complain(text: str) -> None:
-    """Tell the user why it ends here."""
+    """Print an error message."""
     sys.stderr.write(f"dev.py: {text}\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line; what follows ``--`` goes to pytest or to the benchmark."""
+    """Read the command line; arguments after ``--`` go to pytest or to the benchmark."""
     own, further = split_at_dashes(arguments)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--comfyui", metavar="DIR", help="a ComfyUI folder of your own (or set COMFYUI_PATH)")
+    shared.add_argument("--comfyui", metavar="DIR", help="your own ComfyUI folder (or set COMFYUI_PATH)")
     shared.add_argument("--verbose", action="store_true", help="show the tools' output and full tracebacks")
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
     tests = commands.add_parser("test", parents=[shared], help="run the tests; arguments after -- go to pytest")
     where = tests.add_mutually_exclusive_group()
-    where.add_argument("--card", action="store_true", help="only those on an emulated card")
-    where.add_argument("--gpu", action="store_true", help="those on a real card, and the benchmarks in a short form")
+    where.add_argument("--card", action="store_true", help="only the tests on an emulated card")
+    where.add_argument("--gpu", action="store_true", help="the tests on a real card, and short benchmarks")
     show = commands.add_parser("demo", parents=[shared], help="train a small LoRA and show the results")
-    show.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
-    show.add_argument("--subject", default="toby", help="whom to teach: toby, mila, pip, zuzu or nori")
-    show.add_argument("--pictures", metavar="DIR", type=Path, help="your own drawings with captions, instead")
+    show.add_argument("--keep", action="store_true", help="keep the server running until Ctrl-C")
+    show.add_argument("--subject", default="toby", help="subject to train: toby, mila, pip, zuzu or nori")
+    show.add_argument("--pictures", metavar="DIR", type=Path, help="your own drawings with captions instead")
     show.add_argument("--output", metavar="DIR", type=Path, default="demo_output", help="where the results go")
     measure = commands.add_parser("benchmark", parents=[shared], help="measure; arguments after -- go to the benchmark")
     measure.add_argument("name", choices=benchmark_names())
-    commands.add_parser("map", parents=[shared], help="print every file with what it is")
+    commands.add_parser("map", parents=[shared], help="describe every file")
     options = parser.parse_args(own)
     if further and options.command in ("demo", "map"):
         parser.error(f"the {options.command} command takes no arguments after --")
@@ -75,12 +74,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def benchmark_names() -> list[str]:
-    """The benchmarks; a file with an underscore in its name is a part of one, as ``quality_arms`` is of ``quality``."""
+    """The benchmarks; a file with an underscore in its name is part of one, like ``quality_arms`` of ``quality``."""
     return sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "_" not in path.stem)
 
 
 def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first ``--``, and what stands after it."""
+    """Return the arguments before and after the first ``--``."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:cut], arguments[cut + 1 :]
 
@@ -107,17 +106,15 @@ def test(options: argparse.Namespace) -> int:
 
 
 def pytest_command(python: Path, arguments: list[str]) -> list[str | Path]:
-    """pytest with these arguments."""
+    """Return the command for pytest with these arguments."""
     return [python, "-m", "pytest", "--import-mode=importlib", *arguments]
 
 
 def test_on_gpu(python: Path, further: list[str], variables: dict[str, str]) -> int:
-    """Run the tests of cards on a real one, then the benchmarks for at most ten minutes; their results name the card."""
+    """Run the card tests on a real card, then benchmarks for at most ten minutes; their results name the card."""
     gpu = subprocess.run([str(python), "-c", NAME_OF_GPU], capture_output=True, text=True).stdout.strip()
     if not gpu:
-        complain(
-            "there is no GPU that torch can use here. `python dev.py test --card` runs the same tests on an emulated one."
-        )
+        complain("torch cannot use a GPU here. `python dev.py test --card` runs the same tests on an emulated one.")
         return 1
     logging.info("On %s", gpu)
     (arguments,) = pytest_processes.arguments_of_each(further, "gpu")
@@ -127,7 +124,7 @@ def test_on_gpu(python: Path, further: list[str], variables: dict[str, str]) -> 
         status = wait_for(command, variables, seconds=BENCHMARK_SECONDS)
         if status is None:
             complain(
-                f"the benchmark {name} was stopped after {BENCHMARK_SECONDS} seconds; what it has measured is kept."
+                f"the benchmark {name} was stopped after {BENCHMARK_SECONDS} seconds; its measurements so far are kept."
             )
         statuses.append(status or 0)
     return pytest_processes.combined_status(statuses)

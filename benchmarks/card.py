@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Does it fit? Published models at their full size on emulated cards, through the nodes and ComfyUI's own memory management.
+"""Does it fit? Published models at full size on emulated cards, through the nodes and ComfyUI's own memory management.
 
-The card's tensors have shapes and no bytes (``devtools/card/shapes.py``), so nothing is computed, but everything is moved,
-kept and freed as on a real card. Each model on each card is a cell, run in a process of its own; every finished cell is a
-line in ``results/card.jsonl``, so a run may be stopped at any time and resumed.
+The card's tensors have shapes but no data (``devtools/card/shapes.py``), so nothing is computed, but everything is
+moved, kept and freed as on a real card. Each model on each card is a cell, run in a separate process; every finished
+cell is a line in ``results/card.jsonl``, so a run can be stopped at any time and resumed.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def parse() -> argparse.Namespace:
     parser = command_line.parser(__doc__, "where rows and tables go")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--cards", nargs="+", type=float, default=CARDS, metavar="GIB")
-    parser.add_argument("--quick", action="store_true", help="one tiny model; prints its tables and keeps nothing")
-    parser.add_argument("--again", action="store_true", help="run everything anew")
+    parser.add_argument("--quick", action="store_true", help="run one tiny model, print its tables and keep nothing")
+    parser.add_argument("--again", action="store_true", help="run everything again")
     options = parser.parse_args()
     if options.comfyui is None:
-        parser.error("say where ComfyUI is: --comfyui FOLDER or the environment variable COMFYUI_PATH")
+        parser.error("ComfyUI's folder is missing: pass --comfyui FOLDER or set the environment variable COMFYUI_PATH")
     return options
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """All cells, small cards first: bf16 on every card; fp8, and weights that are paged, on the smallest."""
+    """Return all cells, small cards first: bf16 on every card; fp8 and paged weights on the smallest."""
     found = [Cell(model, "bf16", card) for card in options.cards for model in options.models]
     found += [Cell(model, "fp8", SMALLEST) for model in options.models]
     found += [Cell(model, "bf16", SMALLEST, paged=True) for model in options.models]
@@ -51,7 +51,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def run_cell(cell: Cell, comfyui: Path, *counts: Path) -> dict[str, Any]:
-    """Run a cell in a process of its own and return its row, or one that says how the process failed."""
+    """Run a cell in a separate process and return its row, or one with the error if the process failed."""
     done = subprocess.run(
         [sys.executable, RUN, json.dumps(asdict(cell)), *counts], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
         capture_output=True, text=True, check=False,
@@ -64,17 +64,17 @@ def run_cell(cell: Cell, comfyui: Path, *counts: Path) -> dict[str, Any]:
 
 
 def rows_in(file: Path) -> list[dict[str, Any]]:
-    """All rows; of those of the same cell the last."""
+    """Return the last row of every cell."""
     return list({cell_of(row): row for row in command_line.rows_in(file)}.values())
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
-    """Return the cell that a row is of."""
+    """Return the cell of a row."""
     return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
 
 
 def is_settled(cell: Cell, rows: list[dict[str, Any]]) -> bool:
-    """Return whether a cell was run, or a smaller card had room for everything: more room changes nothing then."""
+    """Return whether a cell was run, or a smaller card had room for everything, so a larger one changes nothing."""
     for row in rows:
         if "failed" in row or replace(cell_of(row), card=cell.card) != cell:
             continue
@@ -84,8 +84,8 @@ def is_settled(cell: Cell, rows: list[dict[str, Any]]) -> bool:
 
 
 def run(wanted: list[Cell], file: Path, comfyui: Path) -> None:
-    """Run the cells that are not in the file yet; those that failed are tried again."""
-    with tempfile.TemporaryDirectory() as counts:  # for this run only: other code may count otherwise
+    """Run the cells that are not in the file yet, and those that failed."""
+    with tempfile.TemporaryDirectory() as counts:  # for this run only, because other code may count differently
         for cell in wanted:
             if is_settled(cell, rows_in(file)):
                 continue
@@ -95,7 +95,7 @@ def run(wanted: list[Cell], file: Path, comfyui: Path) -> None:
 
 
 def main() -> int:
-    """Run, then write the report; the status says whether a cell failed."""
+    """Run, then write the report; the exit status is 1 if a cell failed."""
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.quick:

@@ -11,12 +11,12 @@ Row = dict[str, Any]
 
 CONVENTIONS = """\
 `python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management on a
-card whose tensors have shapes and no bytes; *paged* with its dynamic VRAM, the default on NVIDIA cards, in pages of 32 MiB.
-Bytes are those of all tensors that live on the card at the same time, each with its exact size. What a real allocator rounds
-up or cannot reuse, kernels' workspaces and the CUDA context are not in them. **Counted**: what Memory Plan says, before the run. Of each card an
-eighth and 0.5 GiB belong to others, as in Memory Plan's presets. Batch 1, crops of 256 px, rank 16, AdamW, 512 text tokens,
-half of the blocks skipped (preset). Where a card has room for all activations, larger ones were not run. GiB if not said
-otherwise."""
+card whose tensors have shapes but no data; *paged* with its dynamic VRAM, the default on NVIDIA cards, in pages of 32
+MiB. Bytes are those of all tensors alive on the card at the same time, each with its exact size. A real allocator's
+rounding and fragmentation, kernels' workspaces and the CUDA context are not included. **Counted**: Memory Plan's count
+before the run. An eighth and 0.5 GiB of each card belong to other programs, as in Memory Plan's presets. Batch 1, crops
+of 256 px, rank 16, AdamW, 512 text tokens, half of the blocks skipped (preset). If a card has room for all activations,
+larger ones were not run. GiB unless stated otherwise."""
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -27,13 +27,13 @@ def text(rows: Sequence[Row]) -> str:
     lines = ["# Models on emulated cards", "", *sorted({row["about"] for row in good}), "", CONVENTIONS, ""]
     lines += ["## In short", "", *in_few_sentences(good), ""]
     for title, among, head, cells in (
-        ("Training with the settings that Memory Plan gives", good, _TRAINING_HEAD, _training),
+        ("Training with Memory Plan's settings", good, _TRAINING_HEAD, _training),
         ("The same with `kept_weights` streamed", _with_streaming(good), _STREAMED_HEAD, _streamed),
         ("Precomputing, and host memory", good, _PRECOMPUTING_HEAD, _precomputing),
     ):
         lines += [f"## {title}", "", *_table(among, head, cells), ""]
     refused = [sentence for row in good for sentence in _refusals(row)]
-    lines += ["## Said by the trainer", "", *(refused or ["Nothing."]), ""]
+    lines += ["## Messages of the trainer", "", *(refused or ["None."]), ""]
     failed = [f"* {_name(row)}, {row['card']:g} GiB: {row['failed']}" for row in rows if "failed" in row]
     if failed:
         lines += ["## Cells that failed", "", *failed, ""]
@@ -53,7 +53,7 @@ def in_short(row: Row) -> str:
 
 
 def in_few_sentences(rows: Sequence[Row]) -> list[str]:
-    """Return what all cells come to."""
+    """Return a summary of all cells."""
     lines = []
     planned = [row for row in rows if row["plan"]["settings_fit"]]
     for placement, among in (("resident", planned), ("streamed", _with_streaming(rows))):
@@ -72,13 +72,13 @@ def in_few_sentences(rows: Sequence[Row]) -> list[str]:
 
 
 _TRAINING_HEAD = (
-    "card", "plan, as set", "settings it gives", "counted", "emulated", "of that, optimiser", "error", "weights on the card",
-    "in host memory",
+    "card", "plan, as set", "plan's settings", "counted", "emulated", "of that, optimiser", "error",
+    "weights on the card", "in host memory",
 )  # fmt: skip
 _STREAMED_HEAD = ("card", "counted", "emulated", "error", "weights on the card", "in host memory", "left, MiB")
 _PRECOMPUTING_HEAD = (
-    "card", "counted, one block at a time", "emulated", "host memory beside the model, counted", "emulated, precomputing",
-    "emulated, training", "left after precomputing, MiB", "left after training, MiB",
+    "card", "counted, one block at a time", "emulated", "host memory besides the model, counted",
+    "emulated, precomputing", "emulated, training", "left after precomputing, MiB", "left after training, MiB",
 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _precomputing(row: Row) -> list[str]:
 
 
 def _table(rows: Iterable[Row], head: Sequence[str], cells: Callable[[Row], list[str]]) -> list[str]:
-    """Return rows in Markdown, a model's below its name."""
+    """Return rows as a Markdown table, grouped by model."""
     lines = [_line(["", *head]), _line(["---"] * (len(head) + 1))]
     above = None
     for row in rows:

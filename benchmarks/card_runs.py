@@ -1,6 +1,6 @@
-"""One cell of the card benchmark, in a process of its own: a model's whole run through the nodes, on an emulated card.
+"""One cell of the card benchmark, in a separate process: a model's whole run through the nodes, on an emulated card.
 
-Takes a cell as JSON, and a folder for counts, and prints what was seen as one line of JSON.
+Takes a cell as JSON and a folder for counts, and prints the measurements as one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 CPU = torch.device("cpu")
-TINY = "tiny FLUX"  # not published: for a quick look, and for the comparison with a card that has bytes
+TINY = "tiny FLUX"  # not published: for a quick check, and for the comparison with a card that has data
 WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 SMALLEST = 8.0  # GiB
 STEPS, DRAWS, CHUNK, RANK, TEXT_TOKENS, CROP = 2, 2, 64, 16, 512, 256
@@ -32,14 +32,16 @@ STEPS, DRAWS, CHUNK, RANK, TEXT_TOKENS, CROP = 2, 2, 64, 16, 512, 256
 
 @dataclass(frozen=True)
 class Cell:
-    """What is run.
+    """What to run.
 
     Attributes:
         model: A name of ``published_sizes``, or :data:`TINY`.
-        weights: The format that they are loaded in, see :data:`WEIGHTS`.
+        weights: The format in which they are loaded, see :data:`WEIGHTS`.
         card: GiB of the card.
-        paged: Whether ComfyUI pages weights in and out (dynamic VRAM, its default on NVIDIA cards) instead of loading models.
-        with_bytes: Whether the card has bytes, and so computes; only for a model that fits into host memory.
+        paged: Whether ComfyUI pages weights in and out (dynamic VRAM, its default on NVIDIA cards) instead of loading
+            models.
+        with_bytes: Whether the card's tensors have data, so that it computes; only for models that fit into host
+            memory.
     """
 
     model: str
@@ -50,18 +52,18 @@ class Cell:
 
     @property
     def streams(self) -> bool:
-        """Whether it is also run with streamed weights: where it matters, and where the host has a choice."""
+        """Whether to run it with streamed weights too: where this matters, and where the host has a choice."""
         return self.card <= SMALLEST and not self.paged
 
 
 def seen_in(cell: Cell, folder: Path, comfyui: Path, counts: Path | None = None) -> dict[str, Any]:
-    """Run a cell and return what was seen, in bytes; nothing of ComfyUI may have been imported before.
+    """Run a cell and return the measurements in bytes; ComfyUI must not have been imported before.
 
     Args:
-        cell: What is run.
-        folder: Empty; for the nodes' files.
+        cell: What to run.
+        folder: An empty folder for the nodes' files.
         comfyui: ComfyUI's folder.
-        counts: Where counts are kept for other cells, see :func:`remember_counts`.
+        counts: Folder for counts that other cells can reuse, see :func:`remember_counts`.
     """
     card = installed_card(cell, comfyui)
     if counts is not None:
@@ -95,17 +97,17 @@ def installed_card(cell: Cell, comfyui: Path) -> Any:
 
 
 def remember_counts(cell: Cell, folder: Path) -> None:
-    """Let what Memory Plan counts be counted once for all cards: it does not depend on the card, and takes most of a cell's time."""
+    """Reuse Memory Plan's counts for all cards: they do not depend on the card, and take most of a cell's time."""
     from blockskip_pack.blockskip_core.hosts.models import counted_run
 
     count = counted_run.memory_needs
 
-    def remembered(dit: Any, plan: Any, weights: Any) -> Any:
+    def remembered(dit: Any, plan: Any, weights: Any, once: Any) -> Any:
         settings = {name: value for name, value in vars(plan).items() if name != "layers"}
         key = repr((cell.model, cell.weights, settings, sorted(plan.layers), weights))
         file = folder / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         if not file.is_file():
-            file.write_bytes(pickle.dumps(count(dit, plan, weights)))
+            file.write_bytes(pickle.dumps(count(dit, plan, weights, once)))
         return pickle.loads(file.read_bytes())
 
     counted_run.memory_needs = remembered
@@ -132,7 +134,7 @@ def loaded_model(cell: Cell) -> Any:
 
 
 def caption_for(name: str) -> list:
-    """Return a conditioning of zeros as the model's text encoder would give it."""
+    """Return a conditioning of zeros with the shape that the model's text encoder would give."""
     from memory_arms import FAMILIES, FLUX
 
     width = {TINY: FLUX.text_width, **{family.name: family.text_width for family in FAMILIES}}[name]
@@ -140,7 +142,7 @@ def caption_for(name: str) -> list:
 
 
 class NoVae:
-    """In the place of the VAE that belongs to a model: makes zeros of the right shape."""
+    """Replaces a model's VAE; returns zeros of the right shape."""
 
     def __init__(self, model: Any) -> None:
         self._format = model.latent_format
@@ -159,13 +161,13 @@ class NoVae:
 
 @dataclass(frozen=True)
 class Plan:
-    """What Memory Plan said.
+    """The result of Memory Plan.
 
     Attributes:
-        settings: Its output.
-        needs: What a run with them takes, counted.
+        settings: Its output ``settings``.
+        needs: The counted needs of a run with them.
         largest_block: Bytes of the largest block of a training step.
-        seen: For the row.
+        seen: Values for the row.
     """
 
     settings: Any
@@ -175,11 +177,11 @@ class Plan:
 
 
 class Peaks:
-    """The most bytes of the card that were taken by us, by what was going on.
+    """The most bytes of the card used by us, by stage.
 
     Attributes:
         bytes: Stage -> bytes.
-        stage: What is going on.
+        stage: The current stage.
     """
 
     def __init__(self, memory: Any, used: int, others: int) -> None:
@@ -195,9 +197,9 @@ class Bench:
     """A model, the nodes, and the card that they run on.
 
     Args:
-        cell: What is run.
+        cell: What to run.
         card: The emulated card, with ComfyUI on it.
-        folder: Empty; for the nodes' files.
+        folder: An empty folder for the nodes' files.
     """
 
     def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
@@ -206,7 +208,7 @@ class Bench:
         from blockskip_pack.blockskip_core.accounting.plan import RESERVED
         from blockskip_pack.blockskip_core.hosts.models import quantised_blocks
 
-        if not cell.with_bytes:  # whether a format computes well on this card cannot be tried without numbers
+        if not cell.with_bytes:  # without data, formats cannot be tried on this card
             quantised_blocks._works_on = lambda weight_format, device: True
         self.nodes, self.memory = nodes, card.memory
         share, more = RESERVED
@@ -224,7 +226,7 @@ class Bench:
             from devtools.card import comfyui as host
             from devtools.card.pages import FULL_PAGE
 
-            comfy.model_management.MAX_PINNED_MEMORY = 0  # copies of all weights, which would need memory here
+            comfy.model_management.MAX_PINNED_MEMORY = 0  # pinned copies of all weights would need real memory
             self._pager = self._host.enter_context(host.dynamic_vram(card, page=FULL_PAGE))
             self.model = host.as_dynamic(self.model)
         self.caption = caption_for(cell.model)
@@ -239,11 +241,11 @@ class Bench:
         self._host.close()
 
     def chosen(self) -> tuple[int, int, int]:
-        """Return how many blocks are skipped in front and at the back, and how many there are."""
+        """Return the numbers of blocks skipped at the front and at the back, and of all blocks."""
         return self.selection.front, self.selection.back, self.selection.num_blocks
 
     def plan(self) -> Plan:
-        """Ask Memory Plan for settings that fit what is free, with what is left put to use; count what they take."""
+        """Get settings from Memory Plan that fit the free memory and use what is left; count what they need."""
         from blockskip_pack.blockskip_core.accounting.plan import fits, peak_of
         from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
         from blockskip_pack.blockskip_core.hosts.inputs.frames import latent_shape
@@ -267,7 +269,7 @@ class Bench:
         return Plan(settings, needs, run.largest_trained_block(settings), seen)
 
     def precompute(self, plan: Plan) -> tuple[dict[str, Any], Any]:
-        """Precompute a few examples to the disk; return what was seen, and the residuals."""
+        """Precompute a few examples to disk; return the measurements and the residuals."""
         counted = plan.needs.precomputing
         seen: dict[str, Any] = {"counted": counted.peak, "counted_host": plan.needs.host}
         with self._watched(seen):
@@ -279,7 +281,7 @@ class Bench:
         return {**seen, "left": self._used()}, residuals
 
     def train(self, plan: Plan, residuals: Any, placement: str) -> dict[str, Any]:
-        """Train a few steps; return what was seen, or why it was refused."""
+        """Train a few steps; return the measurements, or why the run was refused."""
         from blockskip_pack.blockskip_core.errors import BlockSkipError
 
         counted = plan.needs.training
@@ -288,7 +290,7 @@ class Bench:
             "counted_host": plan.needs.host,
         }  # fmt: skip
         if placement == "streamed":
-            seen["counted"] += plan.largest_block - counted.weights  # as Memory Plan's verdict takes it
+            seen["counted"] += plan.largest_block - counted.weights  # as in Memory Plan's verdict
         try:
             with self._watched_steps(seen):
                 summary = self._run(
@@ -296,7 +298,7 @@ class Bench:
                     memory_settings=plan.settings, kept_weights=placement, output_name=f"loras/{placement}",
                 ).ui["blockskip"][0]  # fmt: skip
             seen.update(
-                said_peak=summary["peak_memory_bytes"] - self.others,  # too high if paged: here torch counts the pages too
+                said_peak=summary["peak_memory_bytes"] - self.others,  # too high if paged: torch counts pages here
                 saved=summary["saved_for_backward_bytes"],
                 problems=summary["problems"],
             )  # fmt: skip
@@ -306,7 +308,7 @@ class Bench:
 
     @contextmanager
     def _watched(self, seen: dict[str, Any]) -> Iterator[Peaks]:
-        """Note the peaks on the card, and that of host memory beside the model as loaded."""
+        """Record the peaks on the card, and of host memory besides the loaded model."""
         from blockskip_pack.blockskip_core.accounting.measuring import Counting
 
         peaks = Peaks(self.memory, self._used(), self.others)
@@ -320,10 +322,10 @@ class Bench:
 
     @contextmanager
     def _watched_steps(self, seen: dict[str, Any]) -> Iterator[None]:
-        """As :meth:`_watched`, optimiser steps apart; note where the weights are at the last of them."""
+        """Like :meth:`_watched`, with optimiser steps separate; also record where the weights are at the last one."""
 
         def before(optimizer: Any, args: tuple, kwargs: dict) -> None:
-            if optimizer.param_groups[0]["params"][0].is_cuda:  # not where the trainer counts a run without weights
+            if optimizer.param_groups[0]["params"][0].is_cuda:  # not when the trainer counts a run without weights
                 seen["resident"], seen["offloaded"] = self._weights()
                 peaks.stage = "optimiser"
 
@@ -339,7 +341,7 @@ class Bench:
                     hook.remove()
 
     def _weights(self) -> tuple[int, int]:
-        """Return the bytes of the loaded model's weights on the card and in host memory; pages count whole."""
+        """Return the bytes of the loaded model's weights on the card and in host memory, counting whole pages."""
         import comfy.model_management
         from blockskip_pack.blockskip_core.accounting.weight_formats import stored_bytes
 
@@ -352,7 +354,7 @@ class Bench:
         return num_bytes["cuda"] + paged, max(0, num_bytes["cpu"] - paged)
 
     def _used(self) -> int:
-        """Return the bytes of the card that are taken by us, once unreachable objects are gone."""
+        """Return the bytes of the card used by us, after collecting unreachable objects."""
         return self.memory.settled() - self.others
 
     def _run(self, node: str, **inputs: Any) -> Any:
@@ -367,7 +369,7 @@ class Bench:
 
 
 def main() -> None:
-    """Run the cell of the command line; the folder of counts may follow."""
+    """Run the cell given on the command line, optionally followed by the folder of counts."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         cell, counts = Cell(**json.loads(sys.argv[1])), Path(sys.argv[2]) if len(sys.argv) > 2 else None

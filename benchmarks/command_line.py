@@ -1,4 +1,4 @@
-"""What the benchmarks' commands have in common: options, logging, the pack made importable, rows in files of lines."""
+"""Shared by the benchmarks' commands: options, logging, importing the pack, rows in JSON-lines files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def parser(description: str | None, results: str = "where rows, table and plot g
     """Return a parser with the options that every benchmark has.
 
     Args:
-        description: Of the benchmark: its module's docstring.
-        results: What is written to the folder of results.
+        description: Description of the benchmark, its module's docstring.
+        results: What is written to the results folder.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
@@ -30,23 +30,23 @@ def parser(description: str | None, results: str = "where rows, table and plot g
 
 
 def begin(options: argparse.Namespace, logger: logging.Logger) -> None:
-    """Make the pack and its host importable, the results' folder, and let this benchmark alone be heard."""
+    """Make the pack and its host importable, create the results folder, and log only this benchmark's messages."""
     from quality_world import use_pack
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     use_pack(options.comfyui)
-    logging.getLogger().setLevel(logging.WARNING)  # the host has its own idea of what is worth telling
+    logging.getLogger().setLevel(logging.WARNING)  # the host changes the level
     logger.setLevel(logging.INFO)
     options.results.mkdir(parents=True, exist_ok=True)
 
 
 def rows_in(file: Path) -> list[Row]:
-    """Return the rows of a file of lines; none if there is no such file."""
+    """Return the rows of a JSON-lines file, or none if there is no such file."""
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def add_row(file: Path, row: Row) -> None:
-    """Append a row to a file of lines."""
+    """Append a row to a JSON-lines file."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
 
@@ -55,8 +55,8 @@ def about(*, host: bool = True, card: str = "no GPU") -> str:
     """Return date, machine and software, on one line.
 
     Args:
-        host: Whether ComfyUI's version is of interest.
-        card: The card's name, where one is measured.
+        host: Whether to include ComfyUI's version.
+        card: The card's name, if one is used.
     """
     import importlib.metadata as installed
 

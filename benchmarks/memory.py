@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What training takes: exact counts of live bytes and of operations, at full size and without a GPU.
+"""What training needs: exact counts of live bytes and operations, at full size and without a GPU.
 
-Full-size models are counted without weights (``blockskip_core.accounting.measuring``); a smaller one is trained for real, through
-ComfyUI's own trainer among others, and counted in the same way. Every finished row is a line in
-``results/memory.jsonl``, so a run may be stopped and goes on where it was.
+Full-size models are counted without weights (``blockskip_core.accounting.measuring``); a smaller one is really trained,
+among others through ComfyUI's own trainer, and counted in the same way. Every finished row is a line in
+``results/memory.jsonl``, so a run can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["real", "full", "families"], help="real, full, families; or gpu")
-    parser.add_argument("--again", action="store_true", help="count everything anew")
+    parser.add_argument("--again", action="store_true", help="count everything again")
     return parser.parse_args()
 
 
 def arms(parts: list[str]) -> list[Any]:
-    """The arms of some parts; models are built when the first of their arms is counted."""
+    """Return the arms of some parts; models are built when the first of their arms is counted."""
     import memory_arms
     import memory_real
 
@@ -42,18 +42,18 @@ def arms(parts: list[str]) -> list[Any]:
 
 
 def key_of(row: dict[str, Any]) -> tuple:
-    """What tells rows apart."""
+    """Return what identifies a row."""
     names = ("part", "name", "size", "checkpointing", "weights_format", "skipped", "source")
     return tuple(tuple(row[name]) if name == "skipped" else row[name] for name in names)
 
 
 def rows_in(file: Path) -> list[dict[str, Any]]:
-    """All rows; of those with the same key the last."""
+    """Return the last row of every key."""
     return list({key_of(row): row for row in command_line.rows_in(file)}.values())
 
 
 def run(found: list[Any], file: Path, about: str) -> None:
-    """Count what is not in the file yet."""
+    """Count the arms that are not in the file yet."""
     done = {key_of(row) for row in rows_in(file)}
     for arm in found:
         row = {_RENAMED.get(name, name): value for name, value in vars(arm).items() if name != "count"}
@@ -62,7 +62,7 @@ def run(found: list[Any], file: Path, about: str) -> None:
         start = time.perf_counter()
         try:
             row.update(vars(arm.count()))
-        except RuntimeError as error:  # an arm of others that does not run is a result too
+        except RuntimeError as error:  # if another trainer does not run, that is a result too
             row["failed"] = str(error).splitlines()[0]
         row.update(seconds=round(time.perf_counter() - start, 2), about=about)
         command_line.add_row(file, row)
@@ -71,13 +71,13 @@ def run(found: list[Any], file: Path, about: str) -> None:
 
 
 def measure_on_gpu(results: Path) -> None:
-    """Measure on this machine's card, and write a report of its own."""
+    """Measure on this machine's card, and write a separate report."""
     import memory_gpu
     import memory_real
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU that torch can use here")
+        raise SystemExit("torch cannot use a GPU here")
     about = command_line.about(card=torch.cuda.get_device_name())
     memory_gpu.write(memory_gpu.rows_of(memory_real.Lab(), about), results)
 

@@ -1,4 +1,4 @@
-"""What is counted: core's trainer, a plain LoRA, this package in many settings; on models without weights."""
+"""The arms to count: core's trainer, a plain LoRA, and this package in many settings, on models without weights."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ TEXT_TOKENS, RANK, CELL = 512, 16, 8  # CELL: pixels per latent cell
 
 @dataclass(frozen=True)
 class Published:
-    """A published model as it is counted.
+    """A published model to count.
 
     Attributes:
         name: A key of ``published_sizes``.
         text_width: Features of a text token.
-        channels, cell: Of its latents: channels, and pixels per cell.
-        halves: (front, back) with half of the blocks skipped: the paper's if it has one, else as much from each end.
+        channels, cell: Channels of its latents, and pixels per cell.
+        halves: (front, back) with half of the blocks skipped: the paper's choice, or else the same from each end.
     """
 
     name: str
@@ -83,15 +83,15 @@ class Arm:
     """One row.
 
     Attributes:
-        part: Whose it is.
-        name: For people.
+        part: The trainer or model that it belongs to.
+        name: Readable name.
         size: Pixels per side.
         checkpointing: Whether activations are recomputed.
         weights: Format of the base's weights.
         skipped: (front, back).
         source: Where residuals come from: "cached" or "on the fly".
         count: Counts it.
-        host_copies: Copies of the model's weights that it makes in host memory beside the loaded one.
+        host_copies: Number of copies of the model's weights that it makes in host memory besides the loaded one.
     """
 
     part: str
@@ -123,19 +123,19 @@ class Subject:
         return self._forms[torch.bfloat16]
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(C, H, W) of a picture of this many pixels per side."""
+        """Return (C, H, W) of a picture with ``size`` pixels per side."""
         side = size // self.published.cell
         return (self.published.channels, side, side)
 
     def stored(self, weights: str) -> StoredWeights:
-        """What the weights take in a format: linear layers of the blocks are packed, all else stays in bfloat16."""
+        """Return the bytes of the weights in a format: the blocks' linear layers packed, all others in bfloat16."""
         blocks = [predicted_bytes(self.dit.module(info.name), _OFF.get(weights, weights)) for info in self.dit.blocks]
         model = self.dit.model.diffusion_model
         others = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         return StoredWeights(blocks=blocks, others=others - sum(info.num_bytes for info in self.dit.blocks))
 
     def selection(self, front: int, back: int) -> BlockSelection:
-        """A selection of its blocks."""
+        """Return a selection of its blocks."""
         return BlockSelection(front=front, back=back, num_blocks=len(self.dit.blocks), family=self.dit.family)
 
     def ours(self, size: int, spans: tuple[int, int], checkpointing: bool, weights: str, source: str) -> PhaseCount:
@@ -145,7 +145,7 @@ class Subject:
         kept = range(len(stored.blocks)) if source == "on the fly" else self.selection(*spans).kept
         return count.with_weights(sum(stored.blocks[index] for index in kept) + stored.others)
 
-    @cache  # noqa: B019  the formats of eight bits and less differ in what is kept only
+    @cache  # noqa: B019  formats of eight bits and less differ only in the bytes of weights
     def _ours(self, size: int, spans: tuple[int, int], checkpointing: bool, plain: bool, source: str) -> PhaseCount:
         dit, shape, selection = self._form(plain), self.latent_shape(size), self.selection(*spans)
         adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
@@ -157,7 +157,7 @@ class Subject:
     def exact(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
         """Count a step whose last blocks run frozen, in :data:`FROZEN`, instead of being skipped.
 
-        Everything is counted as unpacked for every use: the largest layer of a step is one of the packed ones anyway.
+        All weights are counted as unpacked for every use, because the largest layer of a step is packed anyway.
         """
         dit, shape, selection = self._form(False), self.latent_shape(size), self.selection(*spans).with_exact_back()
         adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
@@ -169,19 +169,19 @@ class Subject:
         return count.with_weights(sum(blocks) + trained.others)
 
     def precompute(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
-        """Count the precomputing of one draw."""
+        """Count precomputing one draw."""
         count = count_precompute(self._form(weights == "bf16"), self.latent_shape(size), self.selection(*spans))
         stored = self.stored(weights)
         return count.with_weights(max(stored.blocks) + stored.others)
 
     def whole_pass(self, size: int, weights: str) -> PhaseCount:
-        """Count a pass of the whole model, as block selection samples with it."""
+        """Count a pass of the whole model, as in block selection."""
         stored = self.stored(weights)
         count = count_pass(self._form(weights == "bf16"), self.latent_shape(size))
         return count.with_weights(sum(stored.blocks) + stored.others)
 
     def needs(self, spans: tuple[int, int], draws: int, chunk: int) -> PhaseCount:
-        """Count training at 256 px; ``host`` is that of a whole run with this many draws, as ``memory_needs`` says it."""
+        """Count training at 256 px; ``host`` is that of a whole run with ``draws`` draws, by ``memory_needs``."""
         selection, shape = self.selection(*spans), self.latent_shape(256)
         plan = RunPlan(
             latent_shape=shape, probe_shape=shape, selection=selection, lora=LoraSettings(rank=RANK),
@@ -206,12 +206,12 @@ class Subject:
         return _count_loop(self.dit, stand_ins, parameters, self.latent_shape(size))
 
     def core(self, size: int, checkpointing: bool, bypass: bool) -> PhaseCount:
-        """Count a step with the adapters of core's node, set up by core's own functions on a model of their own.
+        """Count a step with the adapters of core's node, set up by core's own functions on a separate model.
 
-        Core's loop runs under autocast, which ``meta`` does not have: it would keep some tensors in float32 instead.
-        Blocks run out of place, or autograd would raise. With checkpointing each block is recomputed by itself, which
-        is ``checkpoint_depth`` 2 of the node. Its default, 1, takes the whole model as one block: it computes everything
-        twice and saves nothing at the peak.
+        Core's loop runs under autocast, which ``meta`` does not support; it would keep some tensors in float32 instead.
+        Blocks run out of place, because autograd would raise otherwise. With checkpointing each block is recomputed
+        separately, which is ``checkpoint_depth`` 2 of the node. Its default, 1, treats the whole model as one block,
+        which computes everything twice and saves nothing at the peak.
         """
         import comfy_extras.nodes_train as core
 
@@ -240,7 +240,7 @@ _OFF = {"bf16": "off"}
 
 
 def arms_of(flux: Subject) -> list[Arm]:
-    """All arms of FLUX.1-dev, in the order of the table."""
+    """Return all arms of FLUX.1-dev, in the order of the table."""
     arms = [
         Arm(part=CORE, name=("bypass mode" if bypass else "weight wrappers") + (", checkpoint_depth 2" if on else ""),
             size=512, checkpointing=on, host_copies=1, count=lambda on=on, bypass=bypass: flux.core(512, on, bypass))
@@ -287,7 +287,7 @@ def arms_of(flux: Subject) -> list[Arm]:
 
 
 def arms_of_family(published: Published) -> list[Arm]:
-    """What is counted of every other family: half of the model skipped, at 256 px."""
+    """Return the arms of every other family: half of the model skipped, at 256 px."""
     subject = cache(lambda: Subject(published))
     return [
         Arm(part=published.name, name="half skipped", size=256, checkpointing=True, weights=weights,
@@ -305,7 +305,7 @@ def arms_of_family(published: Published) -> list[Arm]:
 def _count_loop(
     dit: WeightlessDit, modules: Mapping[str, nn.Module], parameters: Sequence[Tensor], latent_shape: Sequence[int]
 ) -> PhaseCount:
-    """Count two steps of a plain loop: loss, backward, clipping, AdamW. The second is reported."""
+    """Count two steps of a plain loop (loss, backward, clipping, AdamW) and report the second."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
     before = 0
     with torch.inference_mode(False), torch.enable_grad(), Counting() as counting:
@@ -333,7 +333,7 @@ def _count_loop(
 
 @contextmanager
 def _saving_into(saved: SavedBytes, modules: Mapping[str, nn.Module]):
-    """Count what is kept for the backward pass: by autograd, and by the checkpoints of our stand-ins."""
+    """Count what autograd and our stand-ins' checkpoints keep for the backward pass."""
     for module in modules.values():
         if hasattr(module, "checkpointed"):
             module.saved = saved
@@ -352,7 +352,7 @@ def _saving_into(saved: SavedBytes, modules: Mapping[str, nn.Module]):
 
 
 def _wrap(model: nn.Module, key: str, adapter: Any) -> None:
-    """Put a function around a weight, as the host's loader does for what a patcher was given."""
+    """Wrap a weight in a function, as the host's loader does for a patcher's weight wrappers."""
     path, _, kind = key.rpartition(".")
     module = model.get_submodule(path)
     setattr(module, f"{kind}_function", [*getattr(module, f"{kind}_function"), adapter])  # the list may be the class's

@@ -1,4 +1,4 @@
-"""The smaller FLUX.1 on this machine's card: what torch's allocator gave out, beside what was counted without a card."""
+"""The smaller FLUX.1 on this machine's card: bytes from torch's allocator, compared with the count without a card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("memory")
 
 
 def rows_of(lab: Lab, about: str) -> Iterator[Row]:
-    """Train in a few ways, two steps each."""
+    """Train two steps in each of several ways."""
     for spans in ((0, 0), SKIPPED):
         for checkpointing in (True, False):
             row = {
@@ -54,10 +54,11 @@ def write(rows: Iterable[Row], folder: Path) -> None:
     (folder / "memory_gpu.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     lines = [
         "# Memory, measured on a card", "", rows[0]["about"], "",
-        f"A FLUX.1 of ComfyUI's own class, {WIDTH} wide, in float32, trained for two steps at {SIZE} px. Counted: live tensors, "
-        "without a card. Allocated: the same as torch's allocator rounds it, and workspaces of kernels. Reserved: what torch "
-        "took from the card for it.", "",
-        "| blocks skipped | checkpointing | counted, MiB | allocated, MiB | reserved, MiB | allocated against counted |",
+        f"A FLUX.1 of ComfyUI's own class, {WIDTH} wide, in float32, trained for two steps at {SIZE} px. Counted: live "
+        "tensors, without a card. Allocated: the same with the allocator's rounding, plus workspaces of kernels. "
+        "Reserved: what torch reserved on the card.", "",
+        "| blocks skipped | checkpointing | counted, MiB | allocated, MiB | reserved, MiB | allocated against counted "
+        "|",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [

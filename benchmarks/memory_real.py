@@ -1,7 +1,7 @@
-"""A smaller FLUX.1 with random weights, trained for real on the CPU: by ComfyUI's own node and by this package.
+"""A smaller FLUX.1 with random weights, really trained on the CPU, by ComfyUI's own node and by this package.
 
-Core's node cannot be run without weights. Here it is run as it is, and counted by the same :class:`Counting`; this
-package is counted on the same model both for real and without weights, and the two counts must be equal.
+Core's node cannot run without weights. Here it is run unchanged, and counted by the same :class:`Counting`; this
+package is counted on the same model both with and without weights, and the two counts must be equal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from memory_arms import CELL, CORE, OURS, RANK, TEXT_TOKENS, Arm
 
 WIDTH, HEADS, DOUBLE, SINGLE, CONTEXT, POOLED, CHANNELS = 512, 4, 4, 8, 768, 256, 16
-SKIPPED = (4, 2)  # half of twelve blocks, split as the paper splits FLUX.1's
+SKIPPED = (4, 2)  # half of twelve blocks, split like the paper's choice for FLUX.1
 SIZE = 256
 PART = f"for real: a FLUX.1 {WIDTH} wide, {DOUBLE} + {SINGLE} blocks"
 
@@ -39,7 +39,7 @@ class Lab:
 
     @cached_property
     def patcher(self) -> Any:
-        """The MODEL, with the factory that ComfyUI's loaders leave on it and core's trainer calls for its own copy."""
+        """The MODEL, with the factory that ComfyUI's loaders attach and that core's trainer calls for its own copy."""
         patcher = _patcher_of(self._model())
         patcher.cached_patcher_init = (lambda disable_dynamic=False: _patcher_of(self._model(), disable_dynamic), ())
         return patcher
@@ -84,8 +84,9 @@ class Lab:
     def core(self, checkpointing: bool, bypass: bool) -> PhaseCount:
         """Run core's node for one and for two steps, as ComfyUI calls it, and count it.
 
-        The model itself is not counted and its copy is, as host memory would be: on a CPU both are of one kind. So the
-        weights of the copy stand for those that a GPU would hold.
+        The model itself is not counted, but its copy is: on a CPU host and device memory are the same, so the weights
+            of the
+        copy represent those that a GPU would hold.
         """
         one = self._core(1, checkpointing, bypass)[1].operations
         saved, counting = self._core(2, checkpointing, bypass)
@@ -110,9 +111,9 @@ class Lab:
             saved.add(tensor)
             return tensor
 
-        self.patcher  # noqa: B018  built before the counting begins
+        self.patcher  # noqa: B018  build it before counting begins
         with warnings.catch_warnings(), Counting() as counting:
-            warnings.simplefilter("ignore")  # autocast says that float32 is no autocasting
+            warnings.simplefilter("ignore")  # autocast warns about float32
             with torch.inference_mode(), _hooks_unless(checkpointing, pack):
                 TrainLoraNode.execute(
                     model=[self.patcher], latents=[{"samples": torch.zeros(1, *self.latent_shape)}],
@@ -121,7 +122,7 @@ class Lab:
         return saved.total // steps, counting
 
     def ours(self, spans: tuple[int, int], checkpointing: bool, *, weightless: bool) -> PhaseCount:
-        """Run two steps of this package's training loop, for real or without weights, and count the second."""
+        """Run two steps of this package's training loop, with or without weights, and count the second."""
         real = HostedDit(self.patcher, [self.caption], self.latent_shape)
         dit = WeightlessDit.of(real) if weightless else real
         selection = BlockSelection(front=spans[0], back=spans[1], num_blocks=len(dit.blocks), family=dit.family)
@@ -135,7 +136,7 @@ class Lab:
 
 
 def _hooks_unless(checkpointing: bool, pack: Callable) -> Any:
-    """Hooks that see what is saved; core's checkpoints keep their own, so with them nothing is told."""
+    """Return hooks that see what is saved; with checkpoints none, because core's use their own hooks."""
     from contextlib import nullcontext
 
     return nullcontext() if checkpointing else torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -150,7 +151,7 @@ def _patcher_of(model: Any, disable_dynamic: bool = False) -> Any:
 
 
 def arms_of(lab: Lab) -> list[Arm]:
-    """All arms that are run for real."""
+    """Return all arms with real training."""
     shared = {"part": PART, "size": SIZE, "weights": "float32"}
     arms = [
         Arm(**shared, name=f"{CORE}, {'bypass mode' if bypass else 'weight wrappers'}" + ", checkpoint_depth 1" * on,

@@ -11,55 +11,56 @@ Row = dict[str, Any]
 FLUX_PARTS = ("ComfyUI's Train LoRA", "plain LoRA (peft)", "BlockSkip", "before training")
 
 CONVENTIONS = """\
-**What the numbers are.** Bytes are exact counts of tensors that live at the same time, each memory once, from the
-operation that makes it to the moment when nothing holds it: weights, activations, gradients, LoRA (float32 in our rows,
-bfloat16 in those of peft and core), optimiser, residuals, and weights unpacked for one layer's use. They are **not** what
-a GPU's allocator will show: what it rounds up, what it cannot reuse, what kernels use inside (workspaces) and the
-CUDA context are not in them. No GPU was at hand. On models of full size the real training loop ran on torch's `meta`
-device (shapes without memory); attention is counted as a fused kernel. Operations are those of matrix products and
-attention, forward, recomputed and backward, one multiply-add as 2. Batch 1, rank 16, 512 text tokens."""
+**What the numbers are.** Bytes are exact counts of tensors alive at the same time, each storage once, from the
+operation that creates it until nothing refers to it: weights, activations, gradients, LoRA (float32 in our rows,
+bfloat16 in those of peft and core), optimiser, residuals, and weights unpacked for one layer's use. They are **not**
+what a GPU's allocator will show: its rounding and fragmentation, kernels' workspaces and the CUDA context are not
+included. No GPU was available. For full-size models the real training loop ran on torch's `meta` device (shapes without
+memory); attention is counted as a fused kernel. Operations are those of matrix products and attention, forward,
+recomputed and backward, one multiply-add as 2. Batch 1, rank 16, 512 text tokens."""
 
 LIMITS = """\
-The row that is not met: without recomputation the kept blocks take 10.45 10¹² operations, forward and backward; recomputing
-their forward adds 5.11, and 0.25 of the plain LoRA's 45.76 is 11.44. And a card needs more than the count: 7.99 GiB
-do not fit into 8 GiB beside the CUDA context. A base that is quantised for the run (`quantize_kept`) also takes host memory
-of its own size, for the MODEL stays as it was loaded: 3.8 GiB in fp8, 2.2 GiB in 4-bit. One that is loaded quantised does not."""
+The target that is not met: without recomputation the kept blocks take 10.45 10¹² operations, forward and backward;
+recomputing their forward adds 5.11, and 0.25 of the plain LoRA's 45.76 is 11.44. Also, a card needs more than the
+count: 7.99 GiB and the CUDA context do not fit into 8 GiB. Quantising for the run (`quantize_kept`) also takes host
+memory for the quantised copy, because the MODEL itself is not changed: 3.8 GiB in fp8, 2.2 GiB in 4-bit. A base that is
+loaded quantised does not."""
 
 OTHERS = """\
-`plain LoRA` is peft's own on the same layers of all blocks, blocks run out of place (in place autograd raises). Core's
-adapters were set up by core's own functions on a model without weights, without autocast, which `meta` does not have
-and which would keep more. Core's default `checkpoint_depth` of 1 recomputes the whole model as one piece: every
-operation twice, and the peak of the row without checkpointing (run for real below); the rows here are with 2, per block.
-Core's node also makes a second copy of the model's weights in host memory. fp8, int8 and 4-bit (NVFP4) pack the linear
-layers of blocks, the rest stays bf16. Each layer is unpacked to bf16 for its use; a format whose kernel goes through
-float32 needs up to 252 MiB more while FLUX.1's largest layer is unpacked."""
+`plain LoRA` is peft's own LoRA on the same layers of all blocks, which run out of place (in place autograd raises).
+Core's adapters were set up by core's own functions on a model without weights, and without autocast, which `meta` does
+not support and which would keep more. Core's default `checkpoint_depth` of 1 recomputes the whole model as one piece,
+which takes every operation twice and has the peak of the row without checkpointing (really run below); the rows here
+use 2, per block. Core's node also makes a second copy of the model's weights in host memory. fp8, int8 and 4-bit
+(NVFP4) pack the linear layers of blocks; everything else stays in bf16. Each layer is unpacked to bf16 for its use; a
+format whose kernel goes through float32 needs up to 252 MiB more while FLUX.1's largest layer is unpacked."""
 
 
 def gib(count: float) -> str:
-    """Bytes for people."""
+    """Return bytes as text in GiB."""
     return f"{count / GIB:.2f}"
 
 
 def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
-    """The row with these values."""
+    """Return the row with these values."""
     rows = (row for row in rows if all(row.get(name) == value for name, value in wanted.items()))
     return next((row for row in rows if "peak" in row), None)
 
 
 def cell(row: Row, name: str, size: int) -> str:
-    """A number of a row, or what became of it."""
+    """Return a number of a row as text, or "fails"."""
     return "fails" if "failed" in row else f"{row[name] / size:.2f}" if row[name] else ""
 
 
 def place(row: Row) -> tuple:
-    """Where a row of FLUX.1-dev stands."""
+    """Return the sort key of a row of FLUX.1-dev."""
     formats = ("bf16", "fp8", "int8", "4-bit")
     order = (FLUX_PARTS.index(row["part"]), formats.index(row["weights_format"]), -row["size"])
     return (*order, row["name"], row["source"], row["checkpointing"])
 
 
 def table(rows: Sequence[Row], baseline: Row | None, unit: str = "GiB") -> list[str]:
-    """Rows in Markdown; operations against the baseline's."""
+    """Return rows as a Markdown table, with operations relative to the baseline's."""
     lines = [
         f"| | px | base | checkpointing | weights, {unit} | kept between steps, {unit} | saved for backward, {unit} | "
         f"peak, {unit} | operations, 10¹² | against plain LoRA at 512 px |",
@@ -80,13 +81,13 @@ def table(rows: Sequence[Row], baseline: Row | None, unit: str = "GiB") -> list[
     return lines
 
 
-WIDTH = 3072  # of FLUX.1; bytes below are bf16's
+WIDTH = 3072  # of FLUX.1; bytes below are for bf16
 LARGEST_LAYER = WIDTH * 7 * WIDTH * 2  # linear1 of a single block
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 19, 38
 
 
 def _linears(*shapes: tuple[int, int]) -> int:
-    """Bytes of linear layers with bias; shapes in widths."""
+    """Return the bytes of linear layers with bias; shapes are in units of the width."""
     return 2 * sum(WIDTH * rows * WIDTH * columns + WIDTH * columns for rows, columns in shapes)
 
 
@@ -96,7 +97,7 @@ SINGLE_BLOCK = _linears((1, 3), (1, 7), (5, 1)) + _NORMS
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """What was aimed at, and what was counted."""
+    """Return the targets and the counts as a table."""
     half = {"part": "BlockSkip", "name": "50% skipped", "size": 256, "source": "cached"}
     plain = {"part": "plain LoRA (peft)", "size": 512}
     bf16 = find(rows, **half, weights_format="bf16", checkpointing=True)
@@ -139,7 +140,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
     whole = find(rows, part="before training", name="choosing blocks", weights_format="bf16")
     if prepared and whole and bf16:
         counted = (
-            f"{gib(prepared['peak'])} GiB: {gib(prepared['weights'])} of one block, stem and head, "
+            f"{gib(prepared['peak'])} GiB: {gib(prepared['weights'])} for one block, stem and head, "
             f"{(prepared['peak'] - prepared['weights']) / MIB:.0f} MiB of tokens"
         )
         aim = "one block and a micro-batch"
@@ -149,12 +150,12 @@ def targets(rows: Sequence[Row]) -> list[str]:
 
 
 def is_one_block(prepared: Row, whole: Row, training: Row) -> bool:
-    """Whether precomputing takes no more than one block, what is no block, and what a micro-batch of training takes.
+    """Return whether precomputing takes at most one block, stem and head, and the memory of a training micro-batch.
 
     Args:
-        prepared: Precomputing.
-        whole: A pass of the whole model.
-        training: A training step; its peak less what is there between steps is a micro-batch.
+        prepared: Row of precomputing.
+        whole: Row of a pass of the whole model.
+        training: Row of a training step; its peak minus the memory between steps is that of a micro-batch.
     """
     no_block = whole["weights"] - DOUBLE_BLOCKS * DOUBLE_BLOCK - SINGLE_BLOCKS * SINGLE_BLOCK
     micro_batch = training["peak"] - training["between"]
@@ -169,17 +170,17 @@ def write(rows: list[Row], folder: Path) -> None:
     families = [row for row in rows if row not in flux and row not in real]
     baseline = find(flux, part="plain LoRA (peft)", size=512, checkpointing=False)
     text = ["# Memory and operations, counted", "", *sorted({row["about"] for row in rows}), "", CONVENTIONS, ""]
-    text += ["## Aims", "", *targets(flux), "", "## FLUX.1-dev", "", *table(flux, baseline), "", OTHERS, ""]
+    text += ["## Targets", "", *targets(flux), "", "## FLUX.1-dev", "", *table(flux, baseline), "", OTHERS, ""]
     if families:
         text += ["## Other families, half of the blocks skipped", "", *table(families, None), ""]
     if real:
-        text += ["## Run for real", "", *table(real, None, "MiB"), "", same(real), ""]
+        text += ["## Really run", "", *table(real, None, "MiB"), "", same(real), ""]
     (folder / "memory.md").write_text("\n".join(text), encoding="utf-8")
     plot(flux, folder / "memory.png")
 
 
 def same(real: Sequence[Row]) -> str:
-    """Whether real runs and runs without weights were counted the same."""
+    """Return a sentence on whether real runs and runs without weights gave the same counts."""
     pairs = 0
     for row in real:
         twin = find(real, name=row["name"] + ", counted without weights", checkpointing=row["checkpointing"])
@@ -188,11 +189,11 @@ def same(real: Sequence[Row]) -> str:
             if any(twin[name] != row[name] for name in names):
                 return f"The counts of {row['name']} differ between the real run and the one without weights."
             pairs += 1
-    return f"In all {pairs} pairs the real run and the one without weights were counted the same to the last byte."
+    return f"In all {pairs} pairs the counts of the real run and of the one without weights are equal to the byte."
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """Where the peak goes: weights, what stays between steps, and the rest."""
+    """Plot the parts of the peak: weights, what stays between steps, and the rest."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""Does it learn the subject? The paper's ablations, on the demo world, on a processor.
+"""Does it learn the subject? The paper's ablations, on the demo world, on a CPU.
 
-    python dev.py benchmark quality            # all arms, subjects and seeds; goes on where it was stopped
-    python dev.py benchmark quality -- --report   # only write the table and the plot anew
+    python dev.py benchmark quality            # all arms, subjects and seeds; resumes a stopped run
+    python dev.py benchmark quality -- --report   # only rewrite the table and the plot
 
-Every cell (arm, subject, seed) is one line of ``benchmarks/results/quality_cells.jsonl``, so a run may be stopped at
-any time, and several may work side by side (``--share 1/2`` and ``--share 2/2``).
+Every cell (arm, subject, seed) is one line of ``benchmarks/results/quality_cells.jsonl``, so a run can be stopped at
+any time, and several runs can work side by side (``--share 1/2`` and ``--share 2/2``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROBE_CAPTIONS = 4
 
 
 def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -> tuple[Any, dict[str, Any]]:
-    """Train one LoRA; the MODEL with it, and what the training cost."""
+    """Train one LoRA; return the MODEL with it, and the costs of the training."""
     from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_host_lora
     from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
@@ -86,7 +86,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
 
 
 def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -> Any:
-    """The arm's training schedule."""
+    """Return the arm's training schedule."""
     from blockskip_pack.blockskip_core.data.patch_sampling import PatchConfig
     from blockskip_pack.blockskip_core.data.schedule import draw_schedule
     from blockskip_pack.blockskip_core.data.timesteps import sigma_sampler
@@ -107,7 +107,7 @@ def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -
 
 
 def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
-    """The arm's blocks."""
+    """Return the arm's block selection."""
     from blockskip_pack.blockskip_core.selection.presets import preset_selection
     from blockskip_pack.blockskip_core.selection.selection import BlockSelection, num_skipped
 
@@ -125,10 +125,10 @@ def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
 
 
 def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Settings) -> Any:
-    """What masking the text does in each run of blocks (Eq. 2), measured once in the reader's features.
+    """Return the effect of masking the text in each run of blocks (Eq. 2), measured once in the reader's features.
 
-    With a subject, on the model with a LoRA on all blocks that was trained on it, and with its captions. The paper
-    measures on fine-tuned models (Fig. 3).
+    If a subject is given, it is measured on the model with a LoRA on all blocks trained on that subject, and with its
+    captions. The paper measures on fine-tuned models (Fig. 3).
     """
     from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence, measure
 
@@ -151,7 +151,7 @@ def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Sett
 
 
 class ReadPictures:
-    """Probe pictures of some captions, each from a noise of its own, in the reader's features."""
+    """Probe pictures of some captions, each with its own noise, in the reader's features."""
 
     def __init__(self, bench: Bench, model: Any, texts: list[str]) -> None:
         from blockskip_pack.blockskip_core.hosts.sampling.probe_pictures import MaskedSampler, ProbeConfig
@@ -162,7 +162,7 @@ class ReadPictures:
 
     @torch.no_grad()
     def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> list[torch.Tensor]:
-        """Sample every picture and read it."""
+        """Sample every picture and return the reader's features."""
         bench = self._bench
         pictures = [
             bench.vae.decode(
@@ -177,7 +177,7 @@ class ReadPictures:
 
 @torch.no_grad()
 def cell(bench: Bench, name: str, subject: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Train and judge one cell; "base" is the model as it is, judged in the same way."""
+    """Train and evaluate one cell; "base" is the untrained model, evaluated in the same way."""
     model, costs = bench.model, {}
     if name != "base":
         model, costs = train(bench, arm_named(name), subject, seed, settings)
@@ -191,7 +191,7 @@ def cell(bench: Bench, name: str, subject: str, seed: int, settings: Settings) -
 
 
 def keep_picture(bench: Bench, picture: torch.Tensor, name: str) -> None:
-    """Write a sample, for the sheet."""
+    """Write a sample for the sheet."""
     from sample_world import to_picture
 
     folder = bench.results / "quality_samples"
@@ -200,7 +200,7 @@ def keep_picture(bench: Bench, picture: torch.Tensor, name: str) -> None:
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """All (arm, subject, seed), seeds outermost, so that an early stop leaves whole comparisons; our share of them."""
+    """Yield our share of all (arm, subject, seed), by seed first, so that an early stop leaves complete comparisons."""
     part, parts = options.share
     every = [(arm, subject, seed) for seed in options.seeds for subject in options.subjects for arm in options.arms]
     pairs = sorted({(seed, subject) for _, subject, seed in every}, key=[(s, x) for _, x, s in every].index)
@@ -210,7 +210,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 
 def run(bench: Bench, options: argparse.Namespace, settings: Settings) -> None:
-    """Work through the cells that are not done; arms that come to the same training share one."""
+    """Run the cells that are not done; arms with identical trainings share one."""
     file = bench.results / f"quality_cells{'' if options.share[1] == 1 else '_' + str(options.share[0])}.jsonl"
     key = key_of(bench, settings)
     done = {
@@ -231,13 +231,13 @@ def run(bench: Bench, options: argparse.Namespace, settings: Settings) -> None:
 
 
 def key_of(bench: Bench, settings: Settings) -> str:
-    """What cells must share to be compared: the world's weights and all settings."""
+    """Return the hash of what comparable cells must share: the world's weights and all settings."""
     parts = [bench.identity, dataclasses.asdict(settings)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
 
 
 def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: list[str]) -> str | None:
-    """A finished arm that trains exactly as this one, its blocks being chosen the same by another way."""
+    """Return a finished arm whose training is identical because another method chose the same blocks, or None."""
 
     def training(arm: Arm) -> tuple:
         selection = choose(bench, arm, subject, settings)

@@ -1,11 +1,11 @@
-"""The arms of the quality benchmark: which pictures a LoRA sees, which blocks are left out, what stands in for them."""
+"""The arms of the quality benchmark: which pictures a LoRA sees, which blocks are skipped, what replaces them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-FULL, SMALL = 256, 128  # the world's full picture size, and the size that is trained on otherwise
+FULL, SMALL = 256, 128  # the world's full picture size, and the smaller training size
 
 Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
 Choice = Literal["none", "measured", "measured on a trained model", "preset", "first only", "last only"]
@@ -21,9 +21,9 @@ class Arm:
     Attributes:
         name: The row's name.
         part: The section of the table.
-        source: Where the paper has it; empty for what is ours.
+        source: Where it is in the paper; empty for our own arms.
         views: Pictures at full size, resized to the small size, or dynamic patches in an order.
-        choice, ratio: How many blocks are skipped, and by which choice of first and last.
+        choice, ratio: How first and last blocks are chosen, and the share that is skipped.
         stand_in: What replaces the skipped blocks.
         changes: What differs from the common settings: rank, learning_rate, draws, refreshes.
     """
@@ -81,7 +81,7 @@ ARMS: tuple[Arm, ...] = (
 
 
 def arm_named(name: str) -> Arm:
-    """The arm of a name."""
+    """Return the arm with a name."""
     for arm in ARMS:
         if arm.name == name:
             return arm

@@ -17,7 +17,7 @@ MIB = 2**20
 Cell = dict[str, Any]
 Cells = dict[tuple[str, str, int], Cell]
 
-CLAIMS = (  # what is said, the arm that should be better, the one that should be worse
+CLAIMS = (  # claim, the arm that should be better, the one that should be worse
     ("residuals are needed (Table 2)", "skip 50%, patches", "no residual"),
     ("keep the middle, not only the end: the choice beats skipping only the first (Table 2)",
      "skip 50%, patches", "skip only the first"),
@@ -42,18 +42,18 @@ CLAIMS = (  # what is said, the arm that should be better, the one that should b
 
 
 def rows(folder: Path) -> list[Cell]:
-    """All cells of all runs."""
+    """Return all cells of all runs."""
     files = sorted(folder.glob("quality_cells*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
 
 
 def file_name(text: str) -> str:
-    """A name that every file system takes."""
+    """Return a name that is valid on every file system."""
     return "".join(letter if letter.isalnum() else "_" for letter in text)
 
 
 def recovered(cells: Cells, arm: str, subject: str, seed: int, loss: str = "held_out_loss") -> float | None:
-    """R = (L_base - L_arm) / (L_base - L_LoRA); None until all three are there."""
+    """Return R = (L_base - L_arm) / (L_base - L_LoRA), or None unless all three exist."""
     found = [cells.get((name, subject, seed)) for name in ("base", arm, BASELINE)]
     if None in found:
         return None
@@ -62,24 +62,24 @@ def recovered(cells: Cells, arm: str, subject: str, seed: int, loss: str = "held
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
+    """Return the mean and its standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
 
 def of_arm(cells: Cells, arm: str) -> list[Cell]:
-    """An arm's cells."""
+    """Return an arm's cells."""
     return [cell for (name, _, _), cell in cells.items() if name == arm]
 
 
 def all_recovered(cells: Cells, arm: str, loss: str = "held_out_loss") -> dict[tuple[str, int], float]:
-    """R of every subject and seed."""
+    """Return R for every subject and seed."""
     found = {(s, n): recovered(cells, name, s, n, loss) for name, s, n in cells if name == arm}
     return {place: value for place, value in found.items() if value is not None}
 
 
 def table(cells: Cells) -> list[str]:
-    """The arms in Markdown."""
+    """Return the arms as a Markdown table."""
     lines = [
         "| arm | paper | skipped | R, full size | R, small | subject | place | ground | saved for backward | "
         "block weights | s/step |",
@@ -121,7 +121,7 @@ def _shares(own: list[Cell]) -> str:
 
 
 def _least(own: list[Cell], name: str) -> float:
-    """The fastest cell: whatever else ran on the machine can only slow a step down."""
+    """Return the fastest cell's value, because other load on the machine can only slow a step down."""
     return min(cell[name] for cell in own) if own else math.nan
 
 
@@ -130,7 +130,7 @@ def _median(own: list[Cell], name: str) -> float:
 
 
 def comparisons(cells: Cells) -> list[str]:
-    """Every claim, over the cells that both arms have."""
+    """Return every claim with the differences over the cells that both arms have."""
     lines = [
         "| claim | R, full size | holds in | R, small | holds in | subject cosine |",
         "|---|---|---|---|---|---|",
@@ -178,11 +178,11 @@ def write(folder: Path, key: str, settings: Any, about: str) -> None:
 
 
 PANELS = (("held_out_loss", f"R at {FULL} px"), ("held_out_loss_small", f"R at {SMALL} px"))
-SHOWN = (-1.4, 2.1)  # what lies farther out is told by its number
+SHOWN = (-1.4, 2.1)  # values outside this range are printed as numbers
 
 
 def plot(cells: Cells, file: Path) -> None:
-    """R of every arm at both sizes, with the single cells as dots."""
+    """Plot R of every arm at both sizes, with single cells as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,7 +218,7 @@ def _bar(axes: Any, height: int, values: list[float], colour: str) -> None:
 
 
 def samples(folder: Path, subjects: Sequence[str], file: Path, side: int = 128) -> None:
-    """The first sample of seed 0, arms in rows and subjects in columns."""
+    """Draw the first sample of seed 0, arms in rows and subjects in columns."""
     names = ["base", *(arm.name for arm in ARMS)]
 
     def source(arm: str, who: str) -> Path:

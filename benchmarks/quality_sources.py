@@ -1,4 +1,4 @@
-"""What stands in for the skipped blocks in each arm: sources of residuals, all held in memory."""
+"""What replaces the skipped blocks in each arm: sources of residuals, all held in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule
 from blockskip_pack.blockskip_core.model import SkippableDit
 from blockskip_pack.blockskip_core.residuals.back_response import fit_response
+from blockskip_pack.blockskip_core.residuals.chunks import with_response
 from blockskip_pack.blockskip_core.residuals.format import RESIDUAL_FORMATS, packed, unpacked
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
-from blockskip_pack.blockskip_core.residuals.sources import FoldedSource, with_response
+from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 
 PRECOMPUTE_BATCH = 16
@@ -28,9 +29,10 @@ Stretches = Iterator[AbstractContextManager[OpenResiduals]]
 
 @dataclass
 class Cached:
-    """Residuals of the base model, computed once; their answer to a changed input constant, diagonal or linear.
+    """Residuals of the base model, computed once, with a constant, diagonal or linear response to a changed input.
 
-    In int8 and fp8 they are constants, rounded as the cache on disk rounds them. An answer is fitted on the first draws, as many as a chunk of the node has.
+    In int8 and fp8 they are constants, rounded like those in the cache on disk. A response is fitted on the first
+    draws, as many as in one of the node's chunks.
     """
 
     dit: SkippableDit
@@ -40,11 +42,11 @@ class Cached:
     kind: str = "constant"
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
-        """The whole run in one."""
+        """Yield the whole run as one stretch."""
         yield nullcontext(self.opened(self.dit, range(start, len(run))))
 
     def opened(self, dit: SkippableDit, micro_batches: range) -> OpenResiduals:
-        """Residuals from the weights that ``dit`` has now."""
+        """Return residuals computed from the current weights of ``dit``."""
         computed = precompute_residuals(
             dit, self.schedule, self.latents, self.selection, range(len(self.schedule)),
             batch_size=PRECOMPUTE_BATCH, keep_entering=self.kind in ("diagonal", "linear"),
@@ -67,7 +69,7 @@ def _rounded(residual: Residual, form: str) -> Residual:
 
 
 def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The regression of every channel on itself alone, as a matrix."""
+    """Return the regression of every channel on itself only, as a matrix."""
     h, d = (torch.cat([pair[i].flatten(0, -2) for pair in pairs]).double() for i in (0, 1))
     h, d = h - h.mean(0), d - d.mean(0)
     return torch.diag((h * d).sum(0) / (1.01 * h.square().sum(0))).float()
@@ -75,13 +77,13 @@ def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.T
 
 @dataclass(kw_only=True)
 class Refreshed(Cached):
-    """The same, computed anew from the current weights so many times over the run."""
+    """Like :class:`Cached`, but recomputed from the current weights ``times`` times during the run."""
 
     current: Callable[[], SkippableDit]
     times: int
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
-        """Stretches of equal length; the first is the paper's."""
+        """Yield stretches of equal length; the first is the paper's."""
         length = -(-len(run) // (self.times + 1))
         for first in range(start, len(run), length):
             every = range(first, min(first + length, len(run)))
@@ -99,7 +101,7 @@ class Nothing:
     selection: BlockSelection
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
-        """The whole run in one."""
+        """Yield the whole run as one stretch."""
         embedded = self._embedded()
         back = torch.zeros_like(embedded[0].img) if self.selection.back else None
         residuals = {draw: Residual(tokens, back) for draw, tokens in embedded.items()}
@@ -108,7 +110,7 @@ class Nothing:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _embedded(self) -> dict[int, Any]:
-        """Tokens that enter the first block."""
+        """Return the tokens that enter the first block."""
         recording = Recording()
         first, *others = self.dit.blocks
         modules = {block.name: PassThrough(block.io) for block in others}
@@ -125,7 +127,7 @@ class Nothing:
 
 
 def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, **parts: Any) -> Any:
-    """The source of an arm; ``parts`` are dit, schedule, latents, selection."""
+    """Return the source of an arm; ``parts`` are dit, schedule, latents, selection."""
     if stand_in == "on the fly":
         return FoldedSource()
     if stand_in == "nothing":

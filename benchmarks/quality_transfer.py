@@ -1,11 +1,11 @@
-"""Does what is learnt from small crops carry to full pictures? A LoRA on all blocks, trained on crops at 128 px.
+"""Does training on small crops transfer to full pictures? A LoRA on all blocks, trained on crops at 128 px.
 
     python quality_transfer.py --comfyui FOLDER [--subjects toby mila] [--captions plain full]
 
-R at 256 px is the held-out gain of the LoRA that saw crops, as a share of that of a LoRA that saw full pictures. No block
-is skipped, so R says what the world's model can carry from size to size, and is the most that any arm of the quality
-benchmark with crops can be expected to reach. ``plain`` captions do not say size and place, which a crop changes. Every
-finished pair is a line of ``results/quality_transfer.jsonl``; lines of other weights or settings are left alone.
+R at 256 px is the held-out gain of a LoRA trained on crops, as a share of that of a LoRA trained on full pictures. No
+block is skipped, so R measures how much the world's model can transfer between sizes, and is the most that any arm of
+the quality benchmark with crops can be expected to reach. ``plain`` captions omit size and place, which a crop changes.
+Every finished pair is a line of ``results/quality_transfer.jsonl``; lines for other weights or settings are left alone.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ FILE = "quality_transfer.jsonl"
 
 
 class PlainBench(Bench):
-    """A bench whose captions say neither size nor place."""
+    """A bench whose captions contain neither size nor place."""
 
     def _captioned(self, scene: Any) -> list:
         return self.conditioning(self.world.caption(scene, sized=False, placed=False))
 
 
-@torch.no_grad()  # as every cell of the quality benchmark; the training loop asks for gradients itself
+@torch.no_grad()  # like every cell of the quality benchmark; the training loop enables gradients itself
 def pair(bench: Bench, subject: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Held-out losses at both sizes without a LoRA, with one that saw full pictures, and with one that saw crops."""
+    """Held-out losses at both sizes: without a LoRA, with one trained on full pictures, with one trained on crops."""
     models = {"base": bench.model}
     for name, arm in (("full", BASELINE), ("crops", CROPS)):
         models[name], _ = quality.train(bench, arm_named(arm), subject, seed, settings)
@@ -54,7 +54,7 @@ def recovered(losses: dict[str, float]) -> float:
     """The crops' gain as a share of the full pictures'.
 
     Raises:
-        ValueError: If full pictures gained nothing, so that there is nothing to recover.
+        ValueError: If full pictures gave no gain, so that there is nothing to recover.
     """
     gain = losses["base"] - losses["full"]
     if gain <= 0:
@@ -63,12 +63,12 @@ def recovered(losses: dict[str, float]) -> float:
 
 
 def key_of(bench: Bench, captions: str, settings: Settings) -> str:
-    """What lines must share to be compared."""
+    """Return the key that lines must share to be comparable."""
     return json.dumps([bench.identity, captions, dataclasses.asdict(settings)])
 
 
 def run(options: argparse.Namespace, settings: Settings) -> dict[str, float]:
-    """Work through the pairs that are not done; mean R at full size by kind of captions."""
+    """Run the pairs that are not finished; return the mean R at full size by kind of captions."""
     import host
 
     file, means = options.results / FILE, {}
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, settings: Settings) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the pairs, say the means, and fail below the bar."""
+    """Run the pairs, log the means, and fail below the bar."""
     parser = command_line.parser(__doc__, "where the lines go")
     quality.add_world_arguments(parser)
     parser.set_defaults(subjects=["toby"], seeds=[0])

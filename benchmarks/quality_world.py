@@ -1,4 +1,4 @@
-"""The demo world as a bench: its model loaded by ComfyUI, a subject's pictures, what is measured on a LoRA."""
+"""The demo world as a test bench: its model loaded by ComfyUI, a subject's pictures, and measures of a LoRA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEMO = ROOT / "demo"
 
 
 def use_pack(comfyui: Path | None) -> None:
-    """Make ``comfy``, the demo's modules and ``blockskip_pack`` importable, the pack as ComfyUI loads it."""
+    """Make ``comfy``, the demo's modules and ``blockskip_pack`` importable; the pack as ComfyUI loads it."""
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     sys.path.insert(0, str(DEMO))
     import host
@@ -33,15 +33,15 @@ def use_pack(comfyui: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all arms share.
+    """The settings that all arms share.
 
     Attributes:
-        steps, batch_size, rank, learning_rate, lr_schedule: Of the training.
-        draws: Different training examples; a run longer than that starts over.
-        pictures: Training pictures of a subject.
-        held_out: Pictures of the subject on grounds that were not trained on, for the loss.
-        levels, noises: The grid of noise levels and noises that the loss is taken on.
-        prompts: Pictures that are sampled for the fidelities.
+        steps, batch_size, rank, learning_rate, lr_schedule: Settings of the training.
+        draws: Number of different training examples; a longer run starts over.
+        pictures: Number of training pictures of a subject.
+        held_out: Number of pictures of the subject on unseen grounds, for the loss.
+        levels, noises: The grid of noise levels and noises for the loss.
+        prompts: Number of pictures sampled for the fidelities.
         sampling_steps, cfg: How they are sampled.
     """
 
@@ -61,13 +61,13 @@ class Settings:
 
 
 def batched(items: Iterable, count: int) -> Iterator[list]:
-    """Lists of up to ``count`` items."""
+    """Yield lists of up to ``count`` items."""
     waiting = list(items)
     return (waiting[start : start + count] for start in range(0, len(waiting), count))
 
 
 class Bench:
-    """The loaded world, and the folder that results go to."""
+    """The loaded world, and the folder for results."""
 
     def __init__(self, assets: Path, results: Path) -> None:
         import host
@@ -92,13 +92,13 @@ class Bench:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks in the model."""
         from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
         return len(HostedDit(self.model).blocks)
 
     def encoded(self, subject: str, photos: list[Tensor], schedule: Any) -> Tensor:
-        """Clean latents of all draws, shape (draws, C, h, w); every crop goes through the VAE once."""
+        """Return clean latents of all draws, shape (draws, C, h, w); every crop is encoded once."""
         from blockskip_pack.blockskip_core.data.crops import TrainingCrops
 
         crops = TrainingCrops(photos, schedule)
@@ -113,11 +113,11 @@ class Bench:
         return torch.stack([self._latents[place] for place in wanted])
 
     def conditioning(self, text: str) -> list:
-        """The CONDITIONING of a caption."""
+        """Return the CONDITIONING of a caption."""
         return self._sample_world.encode(self.clip, text)
 
     def sample(self, model: Any, text: str, seed: int, size: int, settings: Settings) -> Tensor:
-        """A picture ``[H, W, 3]`` in [0, 1] by ComfyUI's own sampler."""
+        """Return a picture ``[H, W, 3]`` in [0, 1] from ComfyUI's own sampler."""
         import comfy.sample
 
         side = size // 8
@@ -129,12 +129,12 @@ class Bench:
         return self.vae.decode(latent)[0].clamp(0, 1)
 
     def training_set(self, subject: str, settings: Settings) -> tuple[list[Tensor], list[list]]:
-        """Pictures ``[H, W, 3]`` of a subject and a CONDITIONING for each."""
+        """Return pictures ``[H, W, 3]`` of a subject and a CONDITIONING for each."""
         scenes = self.world.subject_scenes(subject, settings.pictures, seed=0)
         return [self._drawn(scene, 256) for scene in scenes], [self._captioned(scene) for scene in scenes]
 
     def held_out(self, subject: str, count: int) -> list:
-        """Scenes of the subject on grounds that are not trained on."""
+        """Return scenes of the subject on unseen grounds."""
         return self.world.subject_scenes(subject, count, seed=1, held_out=True)
 
     def _drawn(self, scene: Any, size: int) -> Tensor:
@@ -144,7 +144,7 @@ class Bench:
         return self.conditioning(self.world.caption(scene))
 
     def held_out_loss(self, model: Any, subject: str, size: int, settings: Settings) -> float:
-        """Mean velocity error of a MODEL on held-out pictures, over a fixed grid of noise levels and noises."""
+        """Return a MODEL's mean velocity error on held-out pictures, over a fixed grid of noise levels and noises."""
         from blockskip_pack.blockskip_core.data.flow_matching import velocity_loss
         from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
@@ -171,7 +171,7 @@ class Bench:
     def fidelity(
         self, model: Any, subject: str, seed: int, size: int, settings: Settings
     ) -> tuple[dict[str, float], list[Tensor]]:
-        """Subject and prompt fidelity of sampled pictures on held-out grounds, and the pictures."""
+        """Return subject and prompt fidelity of pictures sampled on held-out grounds, and the pictures."""
         scenes = self.held_out(subject, 10)
         chosen = [scenes[(seed * settings.prompts + i) % len(scenes)] for i in range(settings.prompts)]
         pictures = [

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""RALU Sampler: its operations, counted at full size, and its pictures on the demo's world, read back.
+"""RALU Sampler: its operations, counted at full size, and its pictures of the demo's world, judged by the reader.
 
-Every finished row is a line in ``results/ralu.jsonl``, so a run may be stopped and goes on where it was.
+Every finished row is a line in ``results/ralu.jsonl``, so a run can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", default=["operations", "pictures", "caches"], help="also seconds, and panel"
     )
-    parser.add_argument("--prompts", type=int, default=20, help="pictures of each arm")
-    parser.add_argument("--steps", type=int, default=50, help="of plain sampling at full length")
-    parser.add_argument("--shape", default="mid", help="seconds: of speed_model.SHAPES")
-    parser.add_argument("--side", type=int, default=512, help="seconds: of the picture")
-    parser.add_argument("--plain-steps", type=int, default=5, help="seconds: plain steps that are run")
-    parser.add_argument("--repeats", type=int, default=1, help="seconds: the median of so many")
+    parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
+    parser.add_argument("--steps", type=int, default=50, help="steps of plain sampling at full length")
+    parser.add_argument("--shape", default="mid", help="for seconds: a key of speed_model.SHAPES")
+    parser.add_argument("--side", type=int, default=512, help="for seconds: side of the picture")
+    parser.add_argument("--plain-steps", type=int, default=5, help="for seconds: number of plain steps to run")
+    parser.add_argument("--repeats", type=int, default=1, help="for seconds: number of runs for the median")
     return parser.parse_args()
 
 
 def about() -> str:
-    """Date, machine and software, one line."""
+    """Return date, machine and software on one line."""
     import comfyui_version
     import torch
 
@@ -49,7 +49,7 @@ def about() -> str:
 
 
 def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
-    """Put a part's rows in the place of its old ones."""
+    """Replace a part's rows."""
     kept = [row for row in rows_in(file) if row["part"] != part]
     new = [{"part": part, **row, "about": about()} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")

@@ -13,7 +13,7 @@ from blockskip_pack.blockskip_core.hosts.families.published_sizes import PUBLISH
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS
 
-SIDE = 64  # tokens of 1024 px, in fine ones
+SIDE = 64  # fine tokens per side at 1024 px
 PATCH, CHANNELS = 2, 16  # of FLUX.1 and SD3.5
 T5_SIZE = {
     "num_layers": 24, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "dense_act_fn": "gelu_pytorch_tanh",
@@ -26,7 +26,7 @@ VAE_SIZE = {
 
 
 class ByKind(Counting):
-    """Counts, and knows which operations are attention's own two products."""
+    """Counts attention's own two products separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class ByKind(Counting):
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one forward.
+    """Operations of one forward.
 
     Attributes:
-        products: Multiplications and additions of all matrix products and convolutions but attention's own.
+        products: Multiplications and additions of all matrix products and convolutions except attention's own.
         attention: Those of queries with keys, and of weights with values.
     """
 
@@ -65,11 +65,11 @@ class Operations:
 
 @lru_cache
 def forward(name: str, image_tokens: int, text_tokens: int) -> Operations:
-    """Of a published model's forward on a strip of tokens, as the sampler calls it in its second stage."""
+    """Count a published model's forward on a strip of tokens, as in the sampler's second stage."""
     pooled = PUBLISHED_SIZES[name].config.get("vec_in_dim") or PUBLISHED_SIZES[name].config.get("adm_in_channels")
     caption = [[torch.zeros(1, text_tokens, 4096), {"pooled_output": torch.zeros(1, pooled), "guidance": 3.5}]]
     dit = WeightlessDit.published(name, caption, (CHANNELS, 2 * PATCH, 2 * PATCH))
-    if "SD3" in name:  # its table of positions is no longer than a picture; the sampler reads it at other places
+    if "SD3" in name:  # its table of positions is only as long as a picture; the sampler reads other rows
         dit.model.diffusion_model.cropped_pos_embed = lambda hw, device=None: torch.empty(
             1, image_tokens, dit.width, device=device
         )
@@ -80,7 +80,7 @@ def forward(name: str, image_tokens: int, text_tokens: int) -> Operations:
 
 
 def text_encoder(text_tokens: int) -> Operations:
-    """Of T5-XXL's encoder."""
+    """Count T5-XXL's encoder."""
     import comfy.ops
     from comfy.text_encoders.t5 import T5
 
@@ -93,31 +93,31 @@ def text_encoder(text_tokens: int) -> Operations:
 
 
 def decoder(side: int) -> Operations:
-    """Of FLUX.1's VAE decoder, for a latent with ``side`` cells."""
+    """Count FLUX.1's VAE decoder for a latent with ``side`` cells per side."""
     from comfy.ldm.modules.diffusionmodules.model import Decoder, pytorch_attention
 
     with torch.device("meta"):
         built = Decoder(**VAE_SIZE)
         latent = torch.empty(1, CHANNELS, side, side)
-    built.mid.attn_1.optimized_attention = pytorch_attention  # the host's own choice asks the device for free memory
+    built.mid.attn_1.optimized_attention = pytorch_attention  # the host's own function queries the device's free memory
     with torch.no_grad(), FusedAttention(), ByKind() as counting:
         built(latent)
     return Operations(counting.operations - counting.attention, counting.attention)
 
 
 def tokens_of_stages(ratio: float) -> tuple[int, int, int]:
-    """Image tokens at 1024 px; regions are a share of the coarse tokens, rounded down."""
+    """Return image tokens per stage at 1024 px; regions are a share of the coarse tokens, rounded down."""
     coarse = (SIDE // 2) ** 2
     return coarse, coarse + 3 * int(coarse * ratio), SIDE**2
 
 
 def plain(name: str, steps: int, text_tokens: int) -> Operations:
-    """Of sampling at full resolution."""
+    """Count sampling at full resolution."""
     return steps * forward(name, SIDE**2, text_tokens)
 
 
 def staged(name: str, preset: str, ratio: float, text_tokens: int) -> Operations:
-    """Of the three stages."""
+    """Count the three stages."""
     stages = zip(PRESETS[preset].steps, tokens_of_stages(ratio), strict=True)
     first, second, third = (steps * forward(name, tokens, text_tokens) for steps, tokens in stages)
     return first + second + third
@@ -130,7 +130,7 @@ SD3_ARMS = (("SD3 2x", 0.3), ("SD3 3x", 0.2))
 
 
 def rows() -> list[dict[str, Any]]:
-    """Everything that is counted."""
+    """Return all counts."""
     found = []
     for text_tokens in (256, 512):
         found.append(_row("FLUX.1-dev", "plain", 50, None, text_tokens, plain("FLUX.1-dev", 50, text_tokens)))

@@ -1,4 +1,4 @@
-"""Pictures of the demo's world: plain sampling, the stages at the same operations, and naive upsampling as a control."""
+"""Pictures of the demo's world: plain sampling, the stages with equal operations, and naive upsampling as a control."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger("__main__")
 
 
 class World:
-    """The demo's model, its reader, and prompts that are in none of its training pictures."""
+    """The demo's model, its reader, and prompts that are not in its training pictures."""
 
     def __init__(self, assets: Path, prompts: int) -> None:
         import evaluate_world
@@ -52,18 +52,18 @@ class World:
         self._weightless = WeightlessDit.of(HostedDit(self.model, [caption], (16, PATCH, PATCH)))
 
     def conditionings(self, scenes: list) -> tuple[list, list]:
-        """Positive, a row per picture, and negative."""
+        """Return the positive conditioning, one row per picture, and the negative one."""
         return self._joined([self._encode(self.drawing.caption(scene)) for scene in scenes]), self._encode("")
 
     def operations(self, tokens: int) -> int:
-        """Of the model's forward on so many image tokens, counted."""
+        """Count the operations of the model's forward on ``tokens`` image tokens."""
         noisy = torch.empty(1, 16, PATCH, tokens * PATCH, device="meta")
         with torch.no_grad(), self._weightless.running({}) as denoise, Counting() as counting:
             denoise(noisy, torch.empty(1, device="meta"), [0])
         return counting.operations
 
     def drawn(self) -> Tensor:
-        """What the prompts mean, drawn by the world, shape (B, 3, H, W)."""
+        """Return pictures of the prompts drawn by the world, shape (B, 3, H, W)."""
         pictures = [np.array(self.drawing.render(scene, SIZE)) for scene in self.scenes]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
@@ -73,9 +73,9 @@ class Arm:
     """One way of sampling.
 
     Attributes:
-        name: For people.
-        steps: Of the sampler.
-        operations: Of all its forwards, for one picture without guidance.
+        name: Readable name.
+        steps: Number of sampler steps.
+        operations: Operations of all its forwards, for one picture without guidance.
         sample: (noise, positive, negative, seed) -> latents.
     """
 
@@ -86,7 +86,7 @@ class Arm:
 
 
 def arms(world: World, full_steps: int) -> list[Arm]:
-    """All arms; plain sampling at equal operations is rounded up to a whole step."""
+    """Return all arms; plain sampling at equal operations is rounded up to a whole step."""
     found = [plain(world, "plain", full_steps)]
     for preset in ("FLUX 5x", "FLUX 7x"):
         stages = staged(world, preset, 0.2)
@@ -96,7 +96,7 @@ def arms(world: World, full_steps: int) -> list[Arm]:
 
 
 def plain(world: World, name: str, steps: int) -> Arm:
-    """Euler on the model's ordinary schedule."""
+    """Return the arm with Euler on the model's ordinary schedule."""
 
     def sample(noise: Tensor, positive: list, negative: list, seed: int) -> Tensor:
         return comfy.sample.sample(
@@ -108,7 +108,7 @@ def plain(world: World, name: str, steps: int) -> Arm:
 
 
 def staged(world: World, preset: str, ratio: float) -> Arm:
-    """The three stages."""
+    """Return the arm with the three stages."""
     plan, coarse = PRESETS[preset], (SIZE // TOKEN // 2) ** 2
     tokens = (coarse, coarse + 3 * int(coarse * ratio), 4 * coarse)
 
@@ -122,7 +122,7 @@ def staged(world: World, preset: str, ratio: float) -> Arm:
 
 
 def naive(world: World, preset: str) -> Arm:
-    """The same first stage; then all tokens are copied, no noise is added, and sampling goes on where it was."""
+    """Return the control: after the same first stage all tokens are copied, and sampling continues without noise."""
     plan, coarse = PRESETS[preset], (SIZE // TOKEN // 2) ** 2
     later = sum(plan.steps[1:])
     (schedule,) = solved_plan((1000,), (1.0,)).sigmas
@@ -144,7 +144,7 @@ def naive(world: World, preset: str) -> Arm:
 
 
 def pictures_of(world: World, arm: Arm) -> Tensor:
-    """Pictures of all prompts, shape (B, 3, H, W)."""
+    """Return pictures of all prompts, shape (B, 3, H, W)."""
     made = []
     for start in range(0, len(world.scenes), BATCH):
         scenes = world.scenes[start : start + BATCH]
@@ -157,7 +157,7 @@ def pictures_of(world: World, arm: Arm) -> Tensor:
 
 
 def measures(world: World, pictures: Tensor, drawn: Tensor) -> dict[str, float]:
-    """Share of right answers, likeness to what the prompt means, edges, and steps at the borders of tokens."""
+    """Return the share of right answers, likeness to the prompt, edges, and steps at the borders of tokens."""
     answers = world.reading.read(world.reader, pictures)
     right = {
         name: sum(a[name] == getattr(s, name) for a, s in zip(answers, world.scenes, strict=True)) / len(answers)
@@ -169,7 +169,7 @@ def measures(world: World, pictures: Tensor, drawn: Tensor) -> dict[str, float]:
 
 
 def border_contrast(pictures: Tensor) -> float:
-    """How much larger steps between neighbouring pixels are at the borders of tokens than elsewhere; 1 is none."""
+    """Return how much larger pixel steps are at the borders of tokens than elsewhere; 1 means equal."""
     found = []
     for dim in (-1, -2):
         steps = pictures.diff(dim=dim).abs().mean((0, 1, 3 + (dim == -1) * -1))
@@ -179,7 +179,7 @@ def border_contrast(pictures: Tensor) -> float:
 
 
 def rows(world: World, full_steps: int, sheet: Path) -> list[dict[str, Any]]:
-    """Every arm, and the world's own drawings of the same prompts; writes the sheet of pictures too."""
+    """Return rows of every arm and of the world's own drawings of the prompts; also write the sheet of pictures."""
     drawn = world.drawn()
     shown = [("what the prompts mean, drawn", drawn)]
     found = [{"name": shown[0][0], "steps": 0, "operations": 0, "seconds": 0.0, **measures(world, drawn, drawn)}]
@@ -197,9 +197,9 @@ def rows(world: World, full_steps: int, sheet: Path) -> list[dict[str, Any]]:
 
 
 def rows_with_cache(world: World) -> list[dict[str, Any]]:
-    """FLUX 5x and plain sampling with core's EasyCache: how often the model itself is called, and what comes out.
+    """Return rows of FLUX 5x and plain sampling with core's EasyCache: number of model calls, and measures.
 
-    In bfloat16: in float32 that cache writes into the latent that its caller goes on with, staged or not.
+    In bfloat16, because in float32 that cache writes into its caller's latent, staged or not.
     """
     from comfy_extras.nodes_easycache import EasyCacheNode
 
@@ -229,7 +229,7 @@ def rows_with_cache(world: World) -> list[dict[str, Any]]:
 
 
 def side_by_side(shown: list[tuple[str, Tensor]]) -> Image.Image:
-    """One row of pictures per arm, its name above."""
+    """Return a sheet with one row of pictures per arm, and its name above."""
     from PIL import ImageDraw
 
     label = 16
@@ -246,7 +246,7 @@ def side_by_side(shown: list[tuple[str, Tensor]]) -> Image.Image:
 
 
 def panel(world: World, target: Path) -> None:
-    """Draw the help page's picture: early regions, the stages' pictures, plain ones at 50 steps; a column per prompt."""
+    """Draw the help page's picture: early regions, RALU, and plain sampling at 50 steps; one column per prompt."""
     positive, negative = world.conditionings(world.scenes)
     empty = torch.zeros(len(world.scenes), 16, SIZE // CELL, SIZE // CELL)
     choice = RegionChoice(method="edges", ratio=0.2, vae=world.vae)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# The paper's, in 10^12 operations: arXiv 2507.08422, results on FLUX.1-dev at 1024 px.
+# The paper's numbers in 10^12 operations: arXiv 2507.08422, results on FLUX.1-dev at 1024 px.
 PAPER = {"plain": 2991.0, "FLUX 5x": 540.47, "FLUX 7x": 426.01}
-# Text tokens and share of early regions with which the counts come closest to it.
+# Text tokens and share of early regions for which the counts are closest to them.
 LIKELY = {"plain": (512, None), "FLUX 5x": (256, 0.2), "FLUX 7x": (512, 0.1)}
 ASKED = ("shape", "colour", "ground", "place", "size", "finish")
 TERA = 1e12
@@ -28,14 +28,14 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def whole_run(rows: list[dict[str, Any]], what: str, text_tokens: int, ratio: float | None, kind: str) -> float:
-    """Operations of a run from prompt to picture, in 10^12.
+    """Return the operations of a run from prompt to picture, in 10^12.
 
     Args:
-        rows: Of the part.
-        what: plain, or a preset.
-        text_tokens: Of the prompt.
+        rows: Rows of the part.
+        what: "plain", or a preset.
+        text_tokens: Number of text tokens.
         ratio: Share of early regions.
-        kind: "products" leaves attention's own products out, "all" does not.
+        kind: "products" excludes attention's own products, "all" includes them.
     """
 
     def of(model: str, what: str, tokens: int, ratio: float | None = None) -> float:
@@ -52,10 +52,12 @@ def whole_run(rows: list[dict[str, Any]], what: str, text_tokens: int, ratio: fl
 def _operations(rows: list[dict[str, Any]]) -> list[str]:
     text = [
         "## Operations, counted", "",
-        f"{rows[0]['about']} The host's own classes at full size ran on torch's `meta` device (shapes without memory).", "",
-        "Multiplications and additions at 1024 x 1024, one multiply-add as 2, in 10¹². The transformer only, without guidance "
-        "by a second call.", "",
-        "| model | sampling | early regions | text tokens | steps | without attention's products | with them | of plain |",
+        f"{rows[0]['about']} The host's own classes at full size ran on torch's `meta` device (shapes without "
+        "memory).", "",
+        "Multiplications and additions at 1024 x 1024, one multiply-add as 2, in 10¹². The transformer only, without "
+        "guidance by a second call.", "",
+        "| model | sampling | early regions | text tokens | steps | without attention's products | with them | of "
+        "plain |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     plain = {}
@@ -71,22 +73,23 @@ def _operations(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['products'] / TERA:.1f} | {total:.1f} | 1 / {plain[key] / total:.2f} |"
         )
     text += [
-        "", "### Against the paper", "",
-        "The paper's numbers are those of whole runs **without attention's own two products** (queries with keys, weights with "
-        "values): with text encoder (T5-XXL), decoder, and for the stages a decoding at 512 px. Each agrees with one "
-        "number of text tokens and one share of early regions:", "",
+        "", "### Comparison with the paper", "",
+        "The paper's numbers are for whole runs **without attention's own two products** (queries with keys, weights "
+        "with values): with text encoder (T5-XXL), decoder, and for the stages one decoding at 512 px. Each agrees "
+        "with one number of text tokens and one share of early regions:", "",
         "| sampling | paper | counted | difference | text tokens | early regions |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for what, (tokens, ratio) in LIKELY.items():
         counted = whole_run(rows, what, tokens, ratio, "products")
         early = "" if ratio is None else ratio
         text.append(
-            f"| {what} | {PAPER[what]:.2f} | {counted:.2f} | {100 * (counted / PAPER[what] - 1):+.2f} % | {tokens} | {early} |"
+            f"| {what} | {PAPER[what]:.2f} | {counted:.2f} | {100 * (counted / PAPER[what] - 1):+.2f} % | {tokens} | "
+            f"{early} |"
         )
     text += [
         "", "So the numbers fit a plain run with 512 text tokens, a 5x run with 256, and a 7x run with 512 and the 0.1 of the "
-        "published code, not the 0.2 of the text. This is our reading; the paper does not say. With the same text on both "
-        "sides, whole runs:", "",
+        "published code, not the 0.2 of the text. This is our interpretation; the paper does not say. Whole runs with "
+        "the same text for both:", "",
         "| sampling | early regions | text tokens | without attention's products | of plain | with them | of plain |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -104,13 +107,13 @@ def _pictures(rows: list[dict[str, Any]]) -> list[str]:
     prompts = rows[0]["prompts"]
     text = [
         "## Pictures of the demo's world", "",
-        f"{rows[0]['about']} The demo's model (FLUX.1 format, 256 px, guidance 4), {prompts} prompts that are in none of its "
-        "training pictures, one seed each, the same noise to start from in every row. Its reader says what is in "
-        "the pictures: the share of right answers. With so few pictures one answer is "
-        f"{100 / prompts:.0f} %. Likeness: cosine of the reader's features with those of the scene that the prompt means, as the "
-        "world draws it. Edges: share of edge pixels (Canny). Borders: how much larger steps between neighbouring pixels are at "
-        "the borders of tokens than elsewhere. Operations: 10⁹ for one picture without guidance, counted. Seconds: for all "
-        "pictures, on a shared processor.", "",
+        f"{rows[0]['about']} The demo's model (FLUX.1 format, 256 px, guidance 4), {prompts} prompts that are not in "
+        "its training pictures, one seed each, with the same initial noise in every row. The columns from shape to "
+        f"finish are the share of right answers of its reader. With so few pictures one answer is {100 / prompts:.0f} "
+        "%. Likeness: cosine of the reader's features with those of the prompt's scene as drawn by the world. Edges: "
+        "share of edge pixels (Canny). Borders: how much larger pixel steps are at the borders of tokens than "
+        "elsewhere. Operations: 10⁹ for one picture without guidance, counted. Seconds: for all pictures, on a shared "
+        "CPU.", "",
         "| sampling | operations | of plain | " + " | ".join(ASKED) + " | likeness | edges | borders | seconds |",
         "|---|---|---|" + "---|" * (len(ASKED) + 4),
     ]  # fmt: skip
@@ -119,8 +122,8 @@ def _pictures(rows: list[dict[str, Any]]) -> list[str]:
         spent = f"{row['operations'] / 1e9:.1f} | 1 / {plain / row['operations']:.2f}" if row["operations"] else " | "
         right = " | ".join(f"{100 * row[name]:.0f} %" for name in ASKED)
         text.append(
-            f"| {row['name']} | {spent} | {right} | {row['likeness']:.3f} | {100 * row['edges']:.2f} % | {row['borders']:.3f} "
-            f"| {row['seconds']:.0f} |"
+            f"| {row['name']} | {spent} | {right} | {row['likeness']:.3f} | {100 * row['edges']:.2f} % | "
+            f"{row['borders']:.3f} | {row['seconds']:.0f} |"
         )
     return [*text, "", "![One row per way of sampling, one column per prompt](ralu_samples.jpg)"]
 
@@ -128,9 +131,9 @@ def _pictures(rows: list[dict[str, Any]]) -> list[str]:
 def _caches(rows: list[dict[str, Any]]) -> list[str]:
     text = [
         "", "## With core's EasyCache", "",
-        f"{rows[0]['about']} The same world in bfloat16, {rows[0]['prompts']} prompts in batches of ten. Every stage is a run of "
-        "its own for a cache. Calls: how often the model itself was called in each stage, mean of the batches; a fraction "
-        "where they differ.", "",
+        f"{rows[0]['about']} The same world in bfloat16, {rows[0]['prompts']} prompts in batches of ten. For a cache "
+        "every stage is a separate run. Calls: how often the model itself was called in each stage, averaged over the "
+        "batches.", "",
         "| sampling | threshold | steps | calls | shape | likeness |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
@@ -147,9 +150,9 @@ def _seconds(rows: list[dict[str, Any]]) -> list[str]:
         return []
     text = [
         "", "## Seconds", "",
-        "FLUX.1 models with random weights. Of plain sampling the steps under \"run\" were run, and the time of 50 is worked out; "
-        "regions by latent gradient, without decoding. On a processor: processor time, for it was shared; neighbours still slow it "
-        "down through memory, so these are rough.", "",
+        "FLUX.1 models with random weights. For plain sampling the steps in the column \"run\" were run, and the time "
+        "of 50 is calculated; regions by latent gradient, without decoding. On a CPU: processor time, because the "
+        "machine was shared; other load still slows it down through memory, so these are rough.", "",
         "| model | device | side | sampling | run | seconds | of plain |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:

@@ -1,7 +1,7 @@
-"""Wall-clock time of the stages and of plain sampling, on a FLUX.1 with random weights: time does not ask what they are.
+"""Wall-clock time of the stages and of plain sampling, on a FLUX.1 with random weights, which do not affect the time.
 
-On a GPU: ``python dev.py benchmark ralu -- --parts seconds --shape flux-dev --side 1024 --plain-steps 50``. On a processor a
-smaller shape, and a few plain steps, of which the time of 50 is worked out.
+On a GPU: ``python dev.py benchmark ralu -- --parts seconds --shape flux-dev --side 1024 --plain-steps 50``. On a CPU
+use a smaller shape and a few plain steps, from which the time of 50 is calculated.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ TIMED = (("FLUX 4x", 0.3), ("FLUX 5x", 0.2), ("FLUX 7x", 0.2))
 
 
 def rows(shape: str, side: int, plain_steps: int, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of plain sampling and of each preset, the median of some repeats, and one run before to warm up.
+    """Return the seconds of plain sampling and of each preset, as the median of some repeats after a warm-up.
 
     Args:
         shape: A key of ``speed_model.SHAPES``.
-        side: Of the picture in pixels.
-        plain_steps: Plain steps that are really run.
-        repeats: Of everything.
+        side: Side of the picture in pixels.
+        plain_steps: Number of plain steps that are really run.
+        repeats: Number of repeats of everything.
     """
     size, device = SHAPES[shape], comfy.model_management.get_torch_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -64,7 +64,7 @@ def rows(shape: str, side: int, plain_steps: int, repeats: int) -> list[dict[str
 
 
 def _median(work: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Return seconds by the clock, or on a processor, which may be shared, seconds of processor time."""
+    """Return wall-clock seconds, or on a CPU, which may be shared, seconds of processor time."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     taken = []
     for _ in range(repeats):

@@ -1,12 +1,12 @@
 """How long does a training step take? Core's trainer, a plain LoRA and BlockSkip, side by side in one run.
 
-    python dev.py benchmark speed                 # about 20 minutes on two cores; goes on where it was stopped
+    python dev.py benchmark speed                 # about 20 minutes on two cores; resumes a stopped run
     python dev.py benchmark speed -- --quick      # one round of one step
-    python dev.py benchmark speed -- --report     # only write the table and the plot anew
+    python dev.py benchmark speed -- --report     # only rewrite the table and the plot
 
-All arms run in turn, round after round, every second round backwards, so that whatever slows the machine down for a
-while hits all of them alike. Ratios are taken within a round. Without a GPU the model is a FLUX of a twentieth of the
-size (ComfyUI's own class, random weights); with one it has the size of FLUX.1-dev.
+All arms run in turn, round after round, every second round in reverse order, so that a temporary slowdown of the
+machine affects all of them equally. Ratios are taken within a round. Without a GPU the model is a FLUX of a twentieth
+of the size (ComfyUI's own class, random weights); with one it has the size of FLUX.1-dev.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Row = dict[str, Any]
 def measure(
     lab: Any, arms: Iterable[Any], rounds: int, steps: int, shared: Row, file: Path, minutes: float = math.inf
 ) -> None:
-    """Time what is not in ``file`` yet; every arm of every round becomes a line of it.
+    """Time what is not in ``file`` yet; every arm of every round becomes a line in it.
 
-    An arm that fails is a line too, with what the error says instead of seconds, and is not tried again. A round that
-    would not be done after ``minutes``, going by the longest so far, is not begun; the first always is.
+    An arm that fails is a line too, with the error instead of seconds, and is not tried again. A round is not started
+    if, judging by the longest so far, it would not end within ``minutes``; the first is always run.
     """
     rows = [row for row in speed_report.rows(file) if row["key"] == shared["key"]]
     done = {(row["arm"], row["round"]) for row in rows}
@@ -48,7 +48,7 @@ def measure(
     for number in range(rounds):
         begun = time.monotonic()
         if begun - started + longest > 60 * minutes:
-            logger.info("no time is left for round %d of %d", number + 1, rounds)
+            logger.info("no time left for round %d of %d", number + 1, rounds)
             break
         for arm in arms if number % 2 == 0 else reversed(arms):
             if (arm.name, number) in done or arm.name in failed:
@@ -64,7 +64,7 @@ def measure(
 
 
 def attempt(lab: Any, arm: Any, steps: int) -> Row:
-    """Seconds of an arm, or the first sentence of what went wrong."""
+    """Return the seconds of an arm, or the first sentence of its error."""
     from speed_model import settle
 
     settle()
@@ -81,14 +81,14 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1, help="counted steps of an arm in a round; one more goes before")
-    parser.add_argument("--minutes", type=float, default=20, help="begin no round that would not be done by then")
+    parser.add_argument("--steps", type=int, default=1, help="counted steps of an arm in a round, after a warm-up step")
+    parser.add_argument("--minutes", type=float, default=20, help="start no round that would not end by then")
     parser.add_argument("--quick", action="store_true", help="one round of one counted step")
     parser.add_argument("--shape", help="mid, flux-dev or tiny; by default flux-dev on a GPU, mid without one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not the fastest")
     parser.add_argument("--sizes", nargs=2, type=int, default=(512, 256), metavar="PIXELS")
-    parser.add_argument("--draws", type=int, help="draws that are precomputed together; 64 on a GPU, 3 without one")
-    parser.add_argument("--only", metavar="TEXT", help="only arms whose name has this in it")
+    parser.add_argument("--draws", type=int, help="number of draws precomputed together; 64 on a GPU, 3 without one")
+    parser.add_argument("--only", metavar="TEXT", help="only arms whose name contains this")
     options = parser.parse_args()
     if options.quick:
         options.rounds = options.steps = 1
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, device: torch.device, file: Path) -> None:
-    """Measure everything that was asked for."""
+    """Measure all requested arms."""
     import speed_model
     from speed_arms import all_arms
 
@@ -129,13 +129,13 @@ def run(options: argparse.Namespace, device: torch.device, file: Path) -> None:
 
 
 def key_of(shared: Row) -> str:
-    """What rows must share to stand in one table: machine, software and settings, but not what was said about them."""
+    """Return the hash of what rows in one table must share: machine, software and settings, but not the remark."""
     parts = {name: value for name, value in shared.items() if name != "reason"}
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def machine(device: torch.device) -> str:
-    """The processor and the GPU, if there is one."""
+    """Return the CPU, and the GPU if there is one."""
     processor = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
     told = f"{os.cpu_count()} cores ({processor or platform.machine()}), {torch.get_num_threads()} threads"
     return f"{told}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{told}, no GPU"
@@ -147,7 +147,7 @@ def _cpuinfo() -> list[str]:
 
 
 def versions() -> str:
-    """Of the software that computes."""
+    """Return the versions of the software."""
     import importlib.metadata as installed
 
     import comfyui_version

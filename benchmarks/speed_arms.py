@@ -1,4 +1,4 @@
-"""What is timed: core's trainer, a plain LoRA, this package in many settings, precomputing against plain forwards."""
+"""The arms to time: core's trainer, a plain LoRA, this package in many settings, precomputing, plain forwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from blockskip_pack.blockskip_core.blocks.out_of_place import OutOfPlace
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, velocity_loss
 from blockskip_pack.blockskip_core.hosts.inputs.conditioning import model_arguments
 from blockskip_pack.blockskip_core.model import linear_names
-from blockskip_pack.blockskip_core.residuals.sources import DiskSource, FoldedSource, write_cache
+from blockskip_pack.blockskip_core.residuals.cached_set import write_cache
+from blockskip_pack.blockskip_core.residuals.sources import DiskSource, FoldedSource
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
 from blockskip_pack.blockskip_core.training.result import TrainingResult
@@ -33,7 +34,7 @@ CORE, PLAIN, OURS, PREPARE = "ComfyUI's Train LoRA", "plain LoRA (peft)", "Block
 
 
 class NotHere(RuntimeError):
-    """An arm that means nothing on this machine."""
+    """An arm that makes no sense on this machine."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Arm:
     """One row of the table.
 
     Attributes:
-        part: Whose it is.
-        name: Unique, for people.
+        part: The trainer that it belongs to.
+        name: Unique readable name.
         size: Pixels per side.
         run: ``(lab, count) -> seconds`` of each counted step (or of each draw, for precomputing).
-        unit: What the seconds are of.
-        times: How many times as many counted steps as usual: for arms whose ratio has a narrow target.
+        unit: The unit that the seconds are for.
+        times: Factor for the number of counted steps, for arms whose ratio has a narrow target.
     """
 
     part: str
@@ -58,33 +59,33 @@ class Arm:
 
 
 def ours_name(ratio: float, size: int, checkpointing: bool, source: str = "") -> str:
-    """The name of one of our arms."""
+    """Return the name of one of our arms."""
     how = "checkpointing" if checkpointing else "no checkpointing"
     return f"{ratio:.0%} skipped, {size} px, {how}" + (f", {source}" if source else "")
 
 
 def core_name(size: int, what: str) -> str:
-    """The name of one of core's arms."""
+    """Return the name of one of core's arms."""
     return f"Train LoRA, {size} px, {what}"
 
 
 def plain_name(size: int, checkpointing: bool) -> str:
-    """The name of one of the plain LoRA's arms."""
+    """Return the name of one of the plain LoRA's arms."""
     return f"plain LoRA, {size} px, {'checkpointing' if checkpointing else 'no checkpointing'}"
 
 
 def forward_name(size: int) -> str:
-    """The name of the plain forward's arm."""
+    """Return the name of the plain forward's arm."""
     return f"plain forward of the whole model, {size} px"
 
 
 def precompute_name(size: int) -> str:
-    """The name of the precomputing arm."""
+    """Return the name of the precomputing arm."""
     return f"precompute and write, 50% skipped, {size} px"
 
 
 def all_arms(large: int, small: int) -> list[Arm]:
-    """Every arm, in the order of the table; those that are compared with each other stand together."""
+    """Return all arms in the order of the table; arms that are compared are next to each other."""
     arms = [
         Arm(CORE, core_name(large, what), large, partial(core_steps, size=large, **settings))
         for what, settings in CORE_SETTINGS.items()
@@ -131,8 +132,8 @@ CORE_SETTINGS: dict[str, dict[str, Any]] = {
 def core_steps(lab: Lab, count: int, *, size: int, **changes: Any) -> list[float]:
     """Time core's node, called with lists and under inference mode as ComfyUI calls it.
 
-    Its progress bar says when a step is done, though not more often than ten times a second; so what is reported for
-    each step is the mean of all but the first.
+    Its progress bar reports when a step is done, but at most ten times a second; so the time for each step is the mean
+    of all but the first.
     """
     from comfy_extras.nodes_train import TrainLoraNode
 
@@ -146,7 +147,7 @@ def core_steps(lab: Lab, count: int, *, size: int, **changes: Any) -> list[float
     }  # fmt: skip
     latents = {"samples": lab.latents(size)}
     with _step_times() as done, torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # autocast says on a processor that float32 is no autocasting
+        warnings.simplefilter("ignore")  # on a CPU autocast warns about float32
         TrainLoraNode.execute(
             model=[lab.patcher], latents=[latents], positive=[lab.caption], **{k: [v] for k, v in settings.items()}
         )
@@ -156,7 +157,7 @@ def core_steps(lab: Lab, count: int, *, size: int, **changes: Any) -> list[float
 
 @contextmanager
 def _step_times() -> Iterator[list[tuple[int, float]]]:
-    """Collect (steps done, time) from the host's progress bar; what was hooked to it before is put back."""
+    """Collect (steps done, time) from the host's progress bar; restore its previous hook."""
     import comfy.utils
 
     times: list[tuple[int, float]] = []
@@ -206,7 +207,7 @@ def plain_steps(lab: Lab, count: int, *, size: int, checkpointing: bool) -> list
 
 
 def _guarded(forward: Callable[..., Any], checkpointing: bool, *args: Any, **kwargs: Any) -> Any:
-    """Run a block out of place: without that, its in-place additions make autograd raise."""
+    """Run a block out of place, because its in-place additions would make autograd raise."""
 
     def run(*inner: Any, **named: Any) -> Any:
         with OutOfPlace():
@@ -220,14 +221,14 @@ def _guarded(forward: Callable[..., Any], checkpointing: bool, *args: Any, **kwa
 
 
 class _PlainStep:
-    """One training step of a model of the host, with nothing of ours in it but the loss."""
+    """One training step of a model of the host, with none of our code except the loss."""
 
     def __init__(self, lab: Lab, size: int, model: Any, device: torch.device) -> None:
         self.schedule, self.latents, self.device, self.model = lab.schedule(size), lab.latents(size), device, model
         self.arguments = model_arguments(model, lab.caption, self.latents[:1], device)
 
     def denoised(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The clean estimate of one draw, with the truth and the noise level."""
+        """Return the clean estimate of one draw, with the true latent and the noise level."""
         noisy, clean, sigmas = (x.to(self.device) for x in noisy_batch(self.schedule, self.latents, [draw]))
         return self.model.apply_model(noisy, sigmas, transformer_options={}, **self.arguments), clean, sigmas
 
@@ -248,7 +249,7 @@ def our_steps(
     """Time the package's own training loop, called as the trainer node calls it."""
     dit, selection = lab.hosted(size), lab.selection(ratio)
     if source == "weights streamed" and dit.device.type == "cpu":
-        raise NotHere("This needs a GPU: on a processor all weights lie in its memory anyway.")
+        raise NotHere("This needs a GPU: on a CPU all weights are in its memory anyway.")
     layers = linear_names(dit, selection, lambda name: dit.adapter.is_lora_target(name, "attention and mlp"))
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     adapters = LoraAdapters(shapes, LoraSettings(rank=lab.rank, alpha=lab.rank), seed=0)
@@ -286,7 +287,7 @@ def _residuals(lab: Lab, dit: Any, size: int, ratio: float, source: str) -> Iter
 def _step_bytes(
     lab: Lab, dit: Any, size: int, selection: Any, checkpointing: bool, source: str, lora_numbers: int
 ) -> int:
-    """What the host is asked to keep free. Asked for everything, it keeps the weights in main memory."""
+    """Return the bytes that the host should keep free; if it is everything, the weights stay in main memory."""
     if source == "weights streamed":
         import comfy.model_management
 
@@ -306,7 +307,7 @@ def _step_bytes(
 
 
 def plain_forwards(lab: Lab, count: int, *, size: int) -> list[float]:
-    """Time the host's own forward of the draws that are precomputed, loading not counted; seconds per draw."""
+    """Time the host's own forward of the same draws, without loading; seconds per draw."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([lab.patcher])
@@ -323,7 +324,7 @@ def plain_forwards(lab: Lab, count: int, *, size: int) -> list[float]:
 
 
 def precomputed_draws(lab: Lab, count: int, *, size: int) -> list[float]:
-    """Time what Precompute Residuals does once the latents are there, loading and writing counted."""
+    """Time what Precompute Residuals does after encoding, including loading and writing."""
     stored = lab.residual_set(size, 0.5)
     dit = lab.hosted(size)
     seconds = []

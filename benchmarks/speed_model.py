@@ -1,6 +1,6 @@
-"""Models of ComfyUI's own FLUX class with random weights, and what a training of them needs.
+"""Models of ComfyUI's own FLUX class with random weights, and what training them needs.
 
-What is measured is time, and time does not ask what the weights are.
+Only time is measured, and the values of the weights do not affect it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from blockskip_pack.blockskip_core.data.schedule import TrainingSchedule, draw_s
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.residuals.cache import CacheIdentity
 from blockskip_pack.blockskip_core.residuals.precompute import Precomputed, precompute_residuals
+from blockskip_pack.blockskip_core.residuals.residual_set import ResidualSet
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
-from blockskip_pack.blockskip_core.residuals.sources import ResidualSet
 from blockskip_pack.blockskip_core.selection.presets import preset_selection
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from torch import Tensor
@@ -36,10 +36,10 @@ class Shape:
     """Sizes of a FLUX.1.
 
     Attributes:
-        width, heads, double, single: Of the transformer; its MLPs are four times as wide, as FLUX.1's are.
+        width, heads, double, single: Sizes of the transformer; its MLPs are four times as wide, as in FLUX.1.
         context, pooled: Widths of the text tokens and of the pooled text.
-        text_tokens: How many text tokens a caption has. ComfyUI gives FLUX.1 256 of them for a short caption.
-        guidance: Whether it takes a guidance, as FLUX.1-dev does.
+        text_tokens: Number of text tokens in a caption. For a short caption ComfyUI gives FLUX.1 256.
+        guidance: Whether it takes a guidance value, like FLUX.1-dev.
     """
 
     width: int
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def num_blocks(self) -> int:
-        """All blocks."""
+        """Number of all blocks."""
         return self.double + self.single
 
 
@@ -83,12 +83,12 @@ def fastest_dtype(device: torch.device, seconds: float = 0.3) -> tuple[torch.dty
     return best, f"The model is in {str(best).removeprefix('torch.')}, which is faster here (GFLOP/s: {told})."
 
 
-@torch.inference_mode(False)  # whoever asks first: tensors that autograd may save
+@torch.inference_mode(False)  # whatever mode the caller is in, create tensors that autograd may save
 def build_flux(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Return a MODEL with random weights, made on the device where it will run and kept where the host keeps it.
+    """Return a MODEL with random weights, made on the device that runs it and kept where the host keeps models.
 
-    It carries the factory that ComfyUI's loaders leave on a MODEL, which core's trainer calls to get modules of its
-    own. Where a loader would read the file again, this one gives new modules over the same weights.
+    It has the factory that ComfyUI's loaders attach to a MODEL, which core's trainer calls to get its own modules. A
+    loader would read the file again; this factory returns new modules over the same weights.
     """
     import comfy.model_management
 
@@ -155,14 +155,14 @@ def _patcher_of(model: Any, disable_dynamic: bool) -> Any:
 
 @dataclass
 class Lab:
-    """A model, its training data at any size, and residuals that were computed already.
+    """A model, its training data at any size, and the residuals computed so far.
 
     Attributes:
-        shape, dtype: Of the model.
-        folder: For caches on disk.
+        shape, dtype: Shape and dtype of the model.
+        folder: Folder for caches on disk.
         sizes: Pixels per side of the large and the small training pictures.
-        draws: Training examples of each size; a run longer than that starts over.
-        rank: Of every LoRA.
+        draws: Number of training examples of each size; a longer run starts over.
+        rank: Rank of every LoRA.
         unit: Pictures are multiples of this many pixels.
     """
 
@@ -190,12 +190,12 @@ class Lab:
         return [[torch.randn(1, self.shape.text_tokens, self.shape.context, generator=generator), settings]]
 
     def latents(self, size: int) -> Tensor:
-        """Clean latents of all draws, shape (draws, C, H, W)."""
+        """Return clean latents of all draws, shape (draws, C, H, W)."""
         side = size // PIXELS_PER_CELL
         return torch.randn(self.draws, CHANNELS, side, side, generator=torch.Generator().manual_seed(size))
 
     def schedule(self, size: int) -> TrainingSchedule:
-        """Draws whose crops are whole pictures of this size."""
+        """Return draws whose crops are whole pictures of this size."""
         return draw_schedule(
             [(size, size)] * self.draws,
             num_captions=1,
@@ -206,17 +206,17 @@ class Lab:
         )
 
     def hosted(self, size: int) -> HostedDit:
-        """The MODEL as the package sees it."""
+        """Return the MODEL as the package sees it."""
         return HostedDit(self.patcher, [self.caption], self.latents(size).shape[1:])
 
     def selection(self, ratio: float) -> BlockSelection:
-        """The paper's choice for FLUX.1, scaled; no block for ratio 0."""
+        """Return the paper's choice for FLUX.1, scaled; no block for ratio 0."""
         if ratio:
             return preset_selection(ratio, self.shape.num_blocks, "flux")
         return BlockSelection(front=0, back=0, num_blocks=self.shape.num_blocks, family="flux")
 
     def in_memory(self, size: int, ratio: float) -> InMemory:
-        """Residuals of all draws, computed once."""
+        """Return the residuals of all draws, computed once."""
         if (size, ratio) not in self._computed:
             self._computed[size, ratio] = precompute_residuals(
                 self.hosted(size), self.schedule(size), self.latents(size), self.selection(ratio), range(self.draws)
@@ -224,7 +224,7 @@ class Lab:
         return InMemory(self._computed[size, ratio])
 
     def residual_set(self, size: int, ratio: float) -> ResidualSet:
-        """The same residuals, to be kept on disk."""
+        """Return the same residuals for storage on disk."""
         parts = dict.fromkeys(("model", "schedule", "selection", "pictures", "captions", "host"), "speed")
         return ResidualSet(
             schedule=self.schedule(size),
@@ -241,18 +241,18 @@ class Lab:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A source whose residuals lie in memory."""
+    """A source whose residuals are in memory."""
 
     computed: Precomputed
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Any:
-        """The whole run in one."""
+        """Yield the whole run as one stretch."""
         computed = self.computed
         yield nullcontext(OpenResiduals(range(start, len(run)), computed.residuals.__getitem__, computed.reference))
 
 
 def settle() -> None:
-    """Unload everything, so that no arm inherits what another left in memory."""
+    """Unload everything, so that no arm is affected by what another left in memory."""
     import gc
 
     import comfy.model_management
@@ -263,7 +263,7 @@ def settle() -> None:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that a call takes, work that it left on the device included."""
+    """Return the seconds that a call takes, including work queued on the device."""
     _wait()
     start = time.perf_counter()
     call()

@@ -16,7 +16,7 @@ Rounds = dict[int, float]  # round -> median seconds of that round
 
 @dataclass(frozen=True)
 class Claim:
-    """A target: the ratio of two arms, and on which side of a limit it must lie."""
+    """A target: the ratio of two arms, with a lower or upper limit."""
 
     text: str
     over: str
@@ -26,7 +26,7 @@ class Claim:
 
 
 def claims(large: int, small: int) -> list[Claim]:
-    """The targets. A ratio is seconds of ``over`` by seconds of ``under``, within a round."""
+    """Return the targets. A ratio is the seconds of ``over`` divided by those of ``under``, within a round."""
     from speed_arms import core_name, forward_name, ours_name, plain_name, precompute_name
 
     found = []
@@ -54,45 +54,45 @@ def claims(large: int, small: int) -> list[Claim]:
 
 
 def rows(file: Path) -> list[Row]:
-    """All rows of a file; none if there is no file yet."""
+    """Return all rows of a file, or none if there is no file yet."""
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def first_sentence(error: Exception, most: int = 160) -> str:
-    """The first sentence of an error, on one line and not too long."""
+    """Return the first sentence of an error, on one line and not too long."""
     text = re.split(r"(?<=[.!?])\s|\n", str(error).strip() or type(error).__name__, maxsplit=1)[0].replace("|", "/")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def told(outcome: Row) -> str:
-    """One arm in one round, for the log."""
+    """Return one arm in one round as text for the log."""
     return outcome["error"] if "error" in outcome else f"{statistics.median(outcome['seconds']):.3f} s"
 
 
 def by_round(found: Iterable[Row], arm: str) -> Rounds:
-    """Median seconds of an arm in each round."""
+    """Return the median seconds of an arm in each round."""
     return {row["round"]: statistics.median(row["seconds"]) for row in found if row["arm"] == arm and "seconds" in row}
 
 
 def ratios(found: list[Row], over: str, under: str) -> list[float]:
-    """Seconds of one arm by seconds of another, in each round that has both."""
+    """Return the seconds of one arm divided by those of another, in each round that has both."""
     above, below = by_round(found, over), by_round(found, under)
     return [above[number] / below[number] for number in sorted(above.keys() & below.keys())]
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:
-    """Median, least and greatest."""
+    """Return median, minimum and maximum as text."""
     told = form(statistics.median(values))
     return told if len(values) == 1 else f"{told} ({form(min(values))} to {form(max(values))})"
 
 
 def seconds(value: float) -> str:
-    """Seconds for people."""
+    """Return seconds as text."""
     return f"{value:.3g}"
 
 
 def table(found: list[Row]) -> list[str]:
-    """The arms in Markdown, in the order in which they were first run."""
+    """Return the arms as a Markdown table, in the order of their first run."""
     first = found[0]
     from speed_arms import core_name, plain_name
 
@@ -119,7 +119,7 @@ def table(found: list[Row]) -> list[str]:
 
 
 def targets(found: list[Row]) -> list[str]:
-    """Every claim with its target and what was measured."""
+    """Return every claim with its target and the measurement."""
     lines = ["| target | wanted | measured, by round | met |", "|---|---|---|---|"]
     for claim in claims(found[0]["large"], found[0]["small"]):
         wanted = f"{'at least' if claim.at_least else 'at most'} {claim.limit:g}"
@@ -158,9 +158,9 @@ def write(stem: Path) -> None:
         f"{first['date']} to {found[-1]['date']}, {first['machine']}; {first['versions']}.",
         "",
         f"A FLUX of ComfyUI's own class with random weights, shape `{first['shape']}` of `benchmarks/speed_model.py`. "
-        f"{first['reason']} {rounds} round(s), {first['steps']} counted step(s) of each arm in a round after one that "
-        f"is not counted; batch 1, rank 16, AdamW. {first['draws']} draws are precomputed together. Shown are the "
-        "median of the rounds and, in brackets, the least and the greatest.",
+        f"{first['reason']} {rounds} round(s), {first['steps']} counted step(s) of each arm in a round after one for "
+        f"warming up; batch 1, rank 16, AdamW. {first['draws']} draws are precomputed together. Values are the median "
+        "of the rounds, with minimum and maximum in brackets.",
         "",
         *targets(found),
         "",
@@ -172,7 +172,7 @@ def write(stem: Path) -> None:
 
 
 def plot(found: list[Row], file: Path) -> None:
-    """Seconds of every arm that has some, with its rounds as dots."""
+    """Plot the seconds of every arm, with its rounds as dots."""
     import matplotlib
 
     matplotlib.use("Agg")

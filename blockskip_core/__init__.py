@@ -1,6 +1,6 @@
 """DiT-BlockSkip: LoRA training of diffusion transformers with most of the model left out.
 
-Everything but ``hosts`` runs on plain torch. A whole training, on a model of your own:
+Everything except ``hosts`` runs on plain torch. A complete training on your own model:
 
     import torch
     import blockskip_core as blockskip
@@ -27,9 +27,9 @@ Everything but ``hosts`` runs on plain torch. A whole training, on a model of yo
     with blockskip.apply(dit, lora) as denoise:
         estimate = denoise(noisy, sigmas, [0])
 
-A model in host memory is trained on a GPU by ``TorchDit(..., device=torch.device("cuda"))``: the blocks that are skipped
-never get there. A model that a host keeps (quantised, streamed) needs another :class:`SkippableDit`;
-``hosts.models.hosted_dit`` has ComfyUI's.
+To train a model in host memory on a GPU, use ``TorchDit(..., device=torch.device("cuda"))``: skipped blocks are never
+moved there. A model that a host manages (quantised, streamed) needs its own :class:`SkippableDit`; ComfyUI's is in
+``hosts.models.hosted_dit``.
 """
 
 from .adapters.lora import LoraAdapters, LoraSettings

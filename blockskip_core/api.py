@@ -1,7 +1,7 @@
 """The method in four calls, for Python without a host: select, precompute, train, apply.
 
-Each call combines what the rooms below offer in the most common way. For more (residuals on disk, samples between
-steps) call ``training.loop.train_lora`` and ``residuals.sources`` directly.
+Each call covers the most common use of the packages below. For more (residuals on disk, samples between steps), call
+``training.loop.train_lora`` and ``residuals.sources`` directly.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .training.result import TrainingResult
 
 @dataclass(frozen=True)
 class Examples:
-    """What is trained on.
+    """The examples to train on.
 
     Attributes:
         schedule: The training examples: crop, noise level, noise and caption of each.
         latents: The clean latent of each, in the model's own scale, shape (len(schedule), C, H, W).
 
     Raises:
-        InvalidInputError: If the latents are not one per example.
+        InvalidInputError: If there is not one latent per example.
     """
 
     schedule: TrainingSchedule
@@ -106,7 +106,7 @@ class Lora:
         """Write the LoRA to a safetensors file.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: If the disk cannot be written.
         """
         settings = self.adapters.settings
         tensors = to_file_tensors(self.adapters.state_dict(), self.adapters.scale, file_format)
@@ -115,13 +115,13 @@ class Lora:
 
 
 def select(dit: SkippableDit, skip_ratio: float) -> BlockSelection:
-    """Return the blocks that the paper skips at a ratio, scaled to a model.
+    """Return the blocks that the paper skips at a ratio, scaled to the model's depth.
 
-    ``selection.text_influence`` has the paper's own way to measure the best ones on a model.
+    ``selection.text_influence`` has the paper's method of measuring the best ones on a model.
 
     Args:
         dit: The model.
-        skip_ratio: Share of the blocks that is skipped, from 0 to 0.9.
+        skip_ratio: Share of the blocks to skip, from 0 to 0.9.
 
     Raises:
         InvalidInputError: If the ratio is out of range.
@@ -132,16 +132,16 @@ def select(dit: SkippableDit, skip_ratio: float) -> BlockSelection:
 def precompute(
     dit: SkippableDit, examples: Examples, selection: BlockSelection, *, progress: Progress | None = None
 ) -> MemoryResiduals:
-    """Return what the skipped blocks do to each example, computed with a few blocks on the device at a time.
+    """Compute what the skipped blocks do to each example, with a few blocks on the device at a time.
 
     Args:
-        dit: The model; left as it was.
-        examples: What will be trained on.
+        dit: The model; left unchanged.
+        examples: The examples of the training.
         selection: Blocks to be skipped.
         progress: Called with (block passes done, total); may raise to interrupt.
 
     Raises:
-        TrainingError: If tokens that are not finite leave a block.
+        TrainingError: If a block's output is not finite.
     """
     return MemoryResiduals(
         precompute_residuals(
@@ -163,18 +163,18 @@ def train(
     checkpoints: Checkpoints | None = None,
     observers: Sequence[TrainingObserver] = (),
 ) -> Lora:
-    """Train a LoRA on the kept blocks of a model; the skipped ones are not needed while it is trained.
+    """Train a LoRA on the kept blocks of a model; the skipped ones are not needed during training.
 
     Args:
-        dit: The model; left as it was.
-        examples: What to train on.
+        dit: The model; left unchanged.
+        examples: The examples to train on.
         selection: Blocks to be skipped.
-        config: How long, how fast.
-        lora: Rank and alpha; by default 16 and 16. ``targets`` is not read: see ``layers``.
-        layers: Native name of a linear layer of a kept block -> whether it gets an adapter; by default all do.
+        config: Number of steps, learning rate and so on.
+        lora: Rank and alpha; by default 16 and 16. ``targets`` is ignored: see ``layers``.
+        layers: Native name of a kept block's linear layer -> whether it gets an adapter; by default all do.
         residuals: From :func:`precompute`, or any other source; by default they are precomputed first.
-        checkpoints: Where an interrupted run resumes; by default nothing is kept.
-        observers: Told of each step, e.g. ``OnStep(print)``; they may raise to interrupt.
+        checkpoints: Where states for resuming are kept; by default none are.
+        observers: Notified of each step, e.g. ``OnStep(print)``; they may raise to interrupt.
 
     Raises:
         InvalidInputError: If the selection is for another model, or no layer is left to train.
@@ -198,7 +198,7 @@ def train(
 
 @contextmanager
 def apply(dit: SkippableDit, lora: Lora) -> Iterator[Denoiser]:
-    """Run the whole model with a LoRA, without gradients; afterwards it is as before.
+    """Run the whole model with a LoRA, without gradients; afterwards the model is as before.
 
     Args:
         dit: The model that the LoRA was trained on.

@@ -2,15 +2,15 @@
 
     BlockSkipError (ValueError)
     +-- InvalidInputError       a setting, picture, caption or selection that cannot be used
-    +-- UnsupportedModelError   the model is not a diffusion transformer that we know
-    +-- CacheError              stored residuals that are stale, foreign, truncated or damaged
+    +-- UnsupportedModelError   the model is not a supported diffusion transformer
+    +-- CacheError              stored residuals that are stale, truncated, damaged or for something else
     +-- CheckpointError         a training state that belongs to another run
-    +-- StorageError            a disk that refuses to write
+    +-- StorageError            a file that cannot be written
     +-- LoraFileError           a LoRA that does not fit the model or cannot be read
     +-- TrainingError           training cannot continue (a loss that is not finite, a failed self-check)
-    +-- OutOfMemoryError        a device without memory left; defined in hosts, because it is also one of theirs
+    +-- OutOfMemoryError        a device ran out of memory; defined in hosts, because it also derives from theirs
 
-Every message is one or two sentences: what was expected, what came, what to do.
+Every message is one or two sentences: what was expected, what was received, what to do.
 """
 
 
@@ -23,7 +23,7 @@ class InvalidInputError(BlockSkipError):
 
 
 class UnsupportedModelError(BlockSkipError):
-    """The model is not a diffusion transformer that an adapter exists for."""
+    """The model is not a diffusion transformer of a supported family."""
 
 
 class CacheError(BlockSkipError):
@@ -35,7 +35,7 @@ class CheckpointError(BlockSkipError):
 
 
 class StorageError(BlockSkipError):
-    """A disk that refuses to write."""
+    """A file that cannot be written."""
 
 
 class LoraFileError(BlockSkipError):

@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 _WAITS_S = (0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
 TEMPORARY = (".part", ".trial")
 """Endings of temporary files."""
-LEFTOVER_AGE_S = 60.0  # a younger temporary file may be another program's that is writing just now
+LEFTOVER_AGE_S = 60.0  # a younger temporary file may belong to another program that is writing it now
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it.
 
-    A missing folder is created. No two writers have the same temporary file, in whatever processes they are.
+    A missing folder is created. No two writers use the same temporary file, even in different processes.
 
     Raises:
-        StorageError: If the disk refuses; the temporary file is removed, an earlier ``path`` is untouched.
+        StorageError: If writing fails; the temporary file is removed, an existing ``path`` is unchanged.
     """
     temporary = path.with_name(f"{path.name}.{unique_token()}.part")
     try:
@@ -42,12 +42,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path.name} could not be written: {error}. {what_helps(error)}") from error
     finally:
-        with contextlib.suppress(OSError):  # what cannot be written (a name too long, say) cannot be removed either
+        with contextlib.suppress(OSError):  # if it cannot be written (name too long, say), there is nothing to remove
             temporary.unlink()
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Give a file its name. Windows refuses while another program reads the old one (a virus scanner, say): wait a little."""
+    """Rename a file; on Windows wait a little while another program (a virus scanner, say) still reads the old one."""
     for seconds in _WAITS_S:
         try:
             return os.replace(temporary, path)
@@ -70,16 +70,16 @@ _WINDOWS_CODES = {3: errno.ENOENT, 5: errno.EACCES, 32: errno.EACCES, 39: errno.
 
 
 def what_helps(error: Exception) -> str:
-    """Return a sentence that says what to do about a disk that refuses to write."""
+    """Return a sentence that says what to do about a failed write."""
     number = error.errno if isinstance(error, OSError) and error.errno else 0
-    if not number and (said := re.search(r"os error (\d+)", str(error))):  # as safetensors hands them on
+    if not number and (said := re.search(r"os error (\d+)", str(error))):  # the form in which safetensors reports them
         number = int(said[1])
         number = _WINDOWS_CODES.get(number, number) if os.name == "nt" else number
     return _REMEDIES.get(number, "Look whether the disk is full or damaged, and try again.")
 
 
 def unique_token() -> str:
-    """Return a part of a name that no other process has, eight hexadecimal digits."""
+    """Return eight hexadecimal digits for a name that no other process uses."""
     return secrets.token_hex(4)
 
 
@@ -87,28 +87,28 @@ def open_tensors(path: Path) -> safe_open:
     """Open a safetensors file, for a ``with`` block or to be kept.
 
     Raises:
-        FileNotFoundError: If it is not there; only then, whereas safetensors says so of every file that cannot be opened.
-        OSError: If the system refuses, say because too many files are open.
-        SafetensorError: If it is not such a file, or damaged.
+        FileNotFoundError: If the file does not exist; safetensors raises it for every file that cannot be opened.
+        OSError: If the system cannot open it, for example because too many files are open.
+        SafetensorError: If it is not a safetensors file, or damaged.
     """
     with open(path, "rb"):
         return safe_open(path, framework="pt")
 
 
 def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, min_age_s: float = LEFTOVER_AGE_S) -> None:
-    """Remove temporary files that a killed process has left.
+    """Remove temporary files left by a killed process.
 
     Args:
         folder: Where to look.
-        is_ours: Name of a file -> whether it is a temporary file that may go.
-        min_age_s: Younger files stay; 0 where a lock says that nobody else writes.
+        is_ours: Name of a file -> whether it is a temporary file that may be removed.
+        min_age_s: Younger files are kept; 0 where a lock guarantees that nobody else is writing.
     """
     try:
         for path in [path for path in folder.iterdir() if path.name.endswith(TEMPORARY) and is_ours(path.name)]:
             if time.time() - path.stat().st_mtime >= min_age_s:
-                logger.info("BlockSkip: removing %s, which a run left that was killed", path.name)
+                logger.info("BlockSkip: removing %s, left by a killed run", path.name)
                 path.unlink()
-    except FileNotFoundError:  # the folder, or another process was faster
+    except FileNotFoundError:  # no such folder, or another process was faster
         return
-    except OSError as error:  # it does no harm
-        logger.warning("BlockSkip: files that a killed run left cannot be removed: %s", error)
+    except OSError as error:  # leftovers do no harm
+        logger.warning("BlockSkip: cannot remove files left by a killed run: %s", error)

@@ -1,14 +1,14 @@
-"""Locks between processes: two ComfyUIs may have one output folder, on one machine, in containers or over a network.
+"""Locks between processes: two ComfyUIs may share an output folder, on one machine, in containers or over a network.
 
-A lock on a file or folder is the operating system's lock on an empty file beside it. The system frees it when the process
-that holds it ends, however it ends; so no lock is ever stale, and no process number has to be trusted (numbers are used
-again, and mean nothing in another container or on another machine). What is locked need not be there yet.
+A lock on a file or folder is the operating system's lock on an empty file beside it. The system frees it when the
+process that holds it ends, however it ends. So no lock is ever stale, and we need not rely on process numbers (which
+are reused, and mean nothing in another container or on another machine). The locked file or folder need not exist yet.
 
-A lock is shared (any number of readers) or not (one writer, or one who removes). The file locks of ``filelock``, which
-ComfyUI brings, are never shared, and some of its versions put marker files with process numbers in their place on disks
-that have no locks.
+A lock is shared (any number of readers) or exclusive (one process that writes or removes). The file locks of
+``filelock``, which comes with ComfyUI, are never shared, and on disks without locks some of its versions use marker
+files with process numbers instead.
 
-On a disk that has no locks (some network drives) everything works as if no other process were there, after one warning.
+On a disk without locks (some network drives) everything works as if there were no other process, after one warning.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _SUFFIX = ".lock"
 _HELD_BY_OTHERS = {errno.EACCES, errno.EAGAIN, errno.EDEADLK, errno.EWOULDBLOCK}
 _WINDOWS = sys.platform == "win32"
 _REOPEN_WAITS_S = (0.1, 0.2, 0.4) if _WINDOWS else ()
-_MOST_REOPENINGS = 20  # there are drives on which no file is the same twice
+_MOST_REOPENINGS = 20  # on some drives the same file never compares equal
 
 if sys.platform == "win32":
     import msvcrt
 
-    _READERS = 64  # that a file can have at a time
+    _READERS = 64  # most readers of a file at a time
 
     def _lock_descriptor(descriptor: int, shared: bool) -> None:
-        """Lock an open file. A reader locks one of its bytes, a writer all of them: Python has no shared lock here.
+        """Lock an open file. Python has no shared lock on Windows, so a reader locks one byte and a writer all of them.
 
         Raises:
             OSError: If others hold it, or the disk has no locks.
@@ -57,7 +57,7 @@ if sys.platform == "win32":
 
     def _lock_bytes(descriptor: int, start: int, count: int) -> None:
         os.lseek(descriptor, start, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, count)  # they need not be there
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, count)  # the bytes need not exist
 
 else:
     import fcntl
@@ -89,11 +89,11 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Let others have it; more than once does nothing."""
+        """Release the lock; calling it again does nothing."""
         self._end()
 
     def leave_to_parent(self) -> None:
-        """Forget the lock in a forked child. Its copy of the descriptor would keep the lock when the parent has ended."""
+        """Forget the lock in a forked child, whose copy of the descriptor would keep it after the parent has ended."""
         if self._end.detach():
             os.close(self._descriptor)
 
@@ -111,22 +111,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def try_lock(target: Path, *, shared: bool = False) -> Lock | None:
-    """Return a lock on a file or folder, or None if another process (or this one) holds one that does not go with it.
+    """Return a lock on a file or folder, or None if another process (or this one) holds a conflicting one.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
     path = target.with_name(target.name + _SUFFIX)
     for number in range(_MOST_REOPENINGS):
         try:
             descriptor = _opened(path)
         except OSError as error:
-            raise StorageError(f"{path.name} could not be made: {error}. {what_helps(error)}") from error
+            raise StorageError(f"{path.name} could not be created: {error}. {what_helps(error)}") from error
         held = None
         try:
             if not _is_locked_now(descriptor, shared, path):
                 return None
-            # Who held it before may have removed the file meanwhile; then this lock keeps nobody out.
+            # The previous holder may have removed the file in the meantime; then this lock protects nothing.
             if _is_still_there(descriptor, path) or number == _MOST_REOPENINGS - 1:
                 held = Lock(path, descriptor, shared)
                 return held
@@ -137,15 +137,15 @@ def try_lock(target: Path, *, shared: bool = False) -> Lock | None:
 
 
 def lock(target: Path, waiting: Callable[[], object], *, shared: bool = False) -> Lock:
-    """Return a lock on a file or folder, as soon as it is to be had.
+    """Return a lock on a file or folder, waiting until it is available.
 
     Args:
-        target: What is locked; the lock is a file beside it.
-        waiting: Called again and again while others hold it; may raise to give up.
-        shared: Whether others may have a shared lock at the same time.
+        target: The file or folder to lock; the lock is a file beside it.
+        waiting: Called repeatedly while others hold it; may raise to give up.
+        shared: Whether others may hold a shared lock at the same time.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
     while (held := try_lock(target, shared=shared)) is None:
         waiting()
@@ -154,14 +154,14 @@ def lock(target: Path, waiting: Callable[[], object], *, shared: bool = False) -
 
 
 def remove_stale_locks(folder: Path, pattern: str = "*") -> None:
-    """Remove the lock files that killed processes have left in a folder, of targets that are not there any more."""
+    """Remove lock files left by killed processes in a folder, if their targets no longer exist."""
     try:
         for path in list(folder.glob(pattern + _SUFFIX)):
             target = path.with_name(path.name.removesuffix(_SUFFIX))
             if not os.path.lexists(target) and (held := try_lock(target)):
                 held.release()
-    except (OSError, StorageError) as error:  # in nobody's way
-        logger.warning("BlockSkip: lock files that a killed process left cannot be removed: %s", error)
+    except (OSError, StorageError) as error:  # they do no harm
+        logger.warning("BlockSkip: cannot remove lock files left by a killed process: %s", error)
 
 
 def _opened(path: Path) -> int:
@@ -206,17 +206,17 @@ def _is_still_there(descriptor: int, path: Path) -> bool:
 
 
 def _release(path: Path, descriptor: int, shared: bool) -> None:
-    """Let go of a lock, and remove its file if nobody else has a lock on it.
+    """Release a lock, and remove its file if nobody else has a lock on it.
 
-    The file is removed while it is locked, so that nobody else can hold it. Windows is the other way round: it removes no
-    file that anybody has open.
+    The file is removed while it is locked, so that nobody else can hold it. On Windows it is closed first, because
+    Windows removes no file that is open.
     """
     try:
         if not _WINDOWS:
             if shared:
                 _lock_descriptor(descriptor, shared=False)
             _remove(path)
-    except OSError as error:  # others read
+    except OSError as error:  # it has other readers
         logger.debug("BlockSkip: %s stays: %s", path.name, error)
     finally:
         os.close(descriptor)

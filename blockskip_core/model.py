@@ -1,7 +1,7 @@
-"""The residual stream of a diffusion transformer, as every family is seen by this package.
+"""The residual stream of a diffusion transformer, and the interface through which this package sees every family.
 
-A block takes image and text tokens (apart, or joined into one sequence) and gives them back. A family's adapter says
-how, in a :class:`BlockIO`; everything else here works on :class:`TokenStreams` and knows nothing of the family.
+A block takes image and text tokens (separately, or joined into one sequence) and returns them. A family's adapter says
+how, in a :class:`BlockIO`; everything else works on :class:`TokenStreams` and knows nothing about the family.
 
 Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model width.
 """
@@ -40,7 +40,7 @@ class TokenStreams:
         return {"img": self.img} if self.txt is None else {"img": self.img, "txt": self.txt}
 
     def rows(self) -> list[TokenStreams]:
-        """Return one stream per row of the batch, on the CPU, each its own memory; the batch axis stays."""
+        """Return one stream per row of the batch, on the CPU, each with its own memory; the batch axis stays."""
         texts = [None] * len(self.img) if self.txt is None else self.txt.split(1)
         pairs = zip(self.img.split(1), texts, strict=True)
         return [TokenStreams(img, txt).map(plain_copy) for img, txt in pairs]
@@ -53,19 +53,19 @@ class TokenStreams:
 
 
 def plain_copy(tensor: Tensor) -> Tensor:
-    """Return an ordinary CPU tensor of its own memory; weights in another pack's class give tokens in that class."""
+    """Return an ordinary copy on the CPU; with weights in another pack's class, tokens are of that class too."""
     return tensor.as_subclass(Tensor).to("cpu", copy=True)
 
 
 class BlockIO(Protocol):
-    """How one kind of block takes and gives its tokens."""
+    """How one kind of block takes and returns its tokens."""
 
     def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
-        """Return the tokens in a call of the block."""
+        """Return the tokens that a call passes to the block."""
         ...
 
     def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
-        """Return the tokens in what the block returned from that call."""
+        """Return the tokens in the block's result of that call."""
         ...
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -79,9 +79,9 @@ class BlockInfo:
 
     Attributes:
         name: Path of the module below the diffusion model, e.g. "double_blocks.3".
-        io: How it takes and gives tokens.
-        num_parameters: Weights in it.
-        num_bytes: Bytes of those weights as loaded.
+        io: How it takes and returns tokens.
+        num_parameters: Number of weights.
+        num_bytes: Bytes of the weights as loaded.
     """
 
     name: str
@@ -95,15 +95,15 @@ Denoiser = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 WeightPlacement = Literal["as fits", "resident", "streamed"]
-"""Where a run's weights are kept: as many on the device as the host thinks fit, all of them, or none, in which case each
-layer's are copied over when it runs."""
+"""Where a run's weights are kept: as many on the device as the host decides, all of them, or none, in which case each
+layer's weights are copied over when it runs."""
 
 
 class SkippableDit(Protocol):
-    """A diffusion transformer whose blocks can be replaced for the duration of a run, whoever hosts it.
+    """A diffusion transformer whose blocks can be replaced for the duration of a run, with any host.
 
-    This is all that computing residuals, training and counting ask of a model. :class:`WrappedDit` passes everything on
-    to another one, for those that change a part of it only.
+    Computing residuals, training and counting need nothing else of a model. :class:`WrappedDit` passes everything on to
+    another model, for classes that change only a part.
     """
 
     @property
@@ -118,7 +118,7 @@ class SkippableDit(Protocol):
 
     @property
     def frozen_stem(self) -> Sequence[str]:
-        """Paths of the modules before the first block; no gradient is needed there."""
+        """Paths of the modules before the first block, which need no gradient."""
         ...
 
     @property
@@ -133,15 +133,15 @@ class SkippableDit(Protocol):
 
     @property
     def known_error(self) -> float:
-        """Relative difference from the full model's output that the blocks, as they are here, may cause.
+        """Relative difference from the full model's output that these blocks may cause.
 
-        0 unless they are quantised for the run. The self-check allows for it.
+        It is 0 unless they are quantised for the run. The self-check allows for it.
         """
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         ...
 
     @property
@@ -175,27 +175,27 @@ class SkippableDit(Protocol):
         ...
 
     def text_length(self, caption: int) -> int:
-        """Return the number of text tokens that the model is given; rows of one batch have equal lengths."""
+        """Return the number of text tokens passed to the model; all rows of a batch have the same number."""
         ...
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens between the blocks: padding included; 0 if text is not in the stream."""
+        """Return the number of text tokens between the blocks, padding included; 0 if text is not in the stream."""
         ...
 
     def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent with this many rows and columns."""
+        """Return the number of image tokens of a latent with these numbers of rows and columns."""
         ...
 
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
-        """Lend the weight of a linear layer, shape (out, in), in the dtype and on the device of ``like``."""
+        """Provide the weight of a linear layer, shape (out, in), in the dtype and on the device of ``like``."""
         ...
 
 
 class WrappedDit:
-    """A :class:`SkippableDit` that passes everything on to another one; subclasses override what differs.
+    """A :class:`SkippableDit` that passes everything on to another model; subclasses override what differs.
 
     Args:
-        dit: The other one.
+        dit: The other model.
     """
 
     def __init__(self, dit: SkippableDit) -> None:
@@ -275,8 +275,9 @@ def linear_names(dit: SkippableDit, selection: BlockSelection, wanted: Callable[
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tell a linear layer by what it has, not by its class: hosts bring their own for quantised weights.
+    """Recognise a linear layer by its attributes, because hosts have their own classes for quantised weights.
 
-    To the type checker it is torch's, whose ``in_features``, ``out_features``, ``weight`` and ``bias`` all of them have.
+    For the type checker it is torch's class: all of them have its ``in_features``, ``out_features``, ``weight`` and
+    ``bias``.
     """
     return hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -1,4 +1,4 @@
-"""A diffusion transformer of plain torch as a :class:`~.model.SkippableDit`, without a host."""
+"""A plain torch diffusion transformer as a :class:`~.model.SkippableDit`, without a host."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Denoise = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class TorchDit:
-    """A module of your own, and what the method has to know of it.
+    """Your own module, with what the method needs to know about it.
 
-    Each run swaps stand-ins in for modules of the model and takes them out again. Weights stay where they are: those
-    that a run needs are copied to ``device`` for it. So a model may stay in host memory, and the device holds only
-    what is trained; whatever belongs to no block, stem or head has to be on the device already.
+    Each run replaces modules of the model by stand-ins and puts them back afterwards. The model's weights are not
+    moved; those that a run needs are copied to ``device``. So a model may stay in host memory while the device holds
+    only the trained part; anything outside the blocks, stem and head must already be on the device.
 
     Args:
         model: The module; its weights are never changed.
-        blocks: Name of a list of blocks (an ``nn.ModuleList`` of the model) -> how they take and give their tokens;
+        blocks: Name of a list of blocks (an ``nn.ModuleList`` of the model) -> how they take and return their tokens;
             in execution order.
         stem: Paths of the modules before the first block.
         head: Paths of the modules after the last block.
@@ -34,9 +34,9 @@ class TorchDit:
         denoise: Calls the model; see :data:`Denoise`.
         captions: Embedded texts, each (1, L, any width).
         patch: Side of an image token in latent cells.
-        text_in_stream: Whether text tokens pass through the blocks, rather than being looked at by cross attention.
-        family: A name for the kind of model, kept in selections.
-        device: Where the model runs; by default where its weights are.
+        text_in_stream: Whether text tokens pass through the blocks, rather than being read by cross attention.
+        family: A name for the kind of model, stored in selections.
+        device: The device to run on; by default that of the weights.
     """
 
     known_error = 0.0
@@ -65,7 +65,7 @@ class TorchDit:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         return self._device or next(self.model.parameters()).device
 
     @property
@@ -75,7 +75,7 @@ class TorchDit:
 
     @property
     def room_for_blocks(self) -> int:
-        """0, so residuals are computed one block at a time, which takes the least memory."""
+        """0, so that residuals are computed one block at a time, which takes the least memory."""
         return 0
 
     def module(self, name: str) -> nn.Module:
@@ -90,11 +90,11 @@ class TorchDit:
         activation_bytes: int = 0,
         weights: WeightPlacement = "as fits",
     ) -> Iterator[Denoiser]:
-        """Put stand-ins in for the duration of the context.
+        """Put stand-ins in place for the duration of the context.
 
         Args:
             replacements: Path -> stand-in. Their weights are moved to the device.
-            activation_bytes, weights: Not read, as nothing is moved while the model runs.
+            activation_bytes, weights: Ignored, because nothing is moved while the model runs.
         """
         originals = {name: self.module(name) for name in replacements}
         try:
@@ -128,7 +128,7 @@ class TorchDit:
         return math.ceil(rows / self._patch) * math.ceil(columns / self._patch)
 
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
-        """Lend a linear layer's weight."""
+        """Provide a linear layer's weight."""
         return plain_weight(module, like)
 
 
@@ -138,7 +138,7 @@ def _info(name: str, block: nn.Module, io: BlockIO) -> BlockInfo:
 
 
 def _move(stand_in: nn.Module, device: torch.device) -> None:
-    """Move a stand-in's weights. Each becomes a new tensor where it moves: a stand-in may share it with the model."""
+    """Move a stand-in's weights, as new tensors, because a stand-in may share its weights with the model."""
     for layer in stand_in.modules():
         for name, weight in layer._parameters.items():
             if weight is not None and weight.device != device:

@@ -1,3 +1,3 @@
-"""Version of the pack; pyproject.toml says the same, and a test compares them."""
+"""Version of the pack; a test checks that it equals the version in pyproject.toml."""
 
 VERSION = "0.1.0"

@@ -1,8 +1,8 @@
-"""Read the model's samples back: how often are they what the caption says, at every size?
+"""Judges the model's samples: how often do they match their captions, at every size?
 
     python evaluate_world.py --comfyui FOLDER [--count 200] [--sizes 256 256x192] [--sheet samples.png]
 
-The captions are in none of the training pictures. Sampling is ComfyUI's own; the judge is the shipped reader.
+The captions are in none of the training pictures. ComfyUI samples; the shipped reader judges.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def sample_batch(
 
 
 def reading_windows(pictures: torch.Tensor, scenes: list[world.Scene]) -> torch.Tensor:
-    """Squares ``[B, 3, S, S]`` of pictures ``[B, 3, H, W]``, since the reader knows only squares; S is the shorter side.
+    """Squares ``[B, 3, S, S]`` of pictures ``[B, 3, H, W]``, as the reader only takes squares; S is the shorter side.
 
-    Each is cut where its scene's place has in the square the share of the width and height that it has in the picture,
-    so that in a picture as the caption has it the place reads the same, and in any other it does not.
+    Each is cut so that its scene's place has the same relative position in the square as in the picture. So in a
+    picture that matches its caption the reader finds the same place, and in any other it does not.
     """
     height, width = pictures.shape[-2:]
     side, windows = min(height, width), []
@@ -72,7 +72,7 @@ def reading_windows(pictures: torch.Tensor, scenes: list[world.Scene]) -> torch.
 
 
 def joined(conditionings: list[list]) -> list[list[Any]]:
-    """Conditionings of one row each as one of many rows, a caption per picture."""
+    """Join conditionings of one row each to one with a row per picture."""
     tokens = torch.cat([one[0][0] for one in conditionings])
     pooled = torch.cat([one[0][1]["pooled_output"] for one in conditionings])
     return [[tokens, {**conditionings[0][0][1], "pooled_output": pooled}]]
@@ -100,12 +100,12 @@ def evaluate(
 
 
 def shares(right: dict[str, list[bool]]) -> dict[str, float]:
-    """Share of right answers, three digits."""
+    """Share of right answers, with three digits."""
     return {name: round(sum(marks) / len(marks), 3) for name, marks in right.items()}
 
 
 def judge(parts: tuple, options: argparse.Namespace) -> list[str]:
-    """Evaluate at every size, log the shares, write the sheet, and say what is below the bar."""
+    """Evaluate at every size, log the shares, write the sheet, and return what is below the bar."""
     below = []
     for size in options.sizes:
         right, pictures = evaluate(parts, size, options)

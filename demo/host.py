@@ -1,4 +1,4 @@
-"""Find ComfyUI and make ``import comfy`` work from a command line."""
+"""Finds ComfyUI and makes ``import comfy`` work in a command-line script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_comfyui_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def use_comfyui(folder: Path | None) -> torch.device:
-    """Put ComfyUI first on the path, choose the processor where there is no GPU, and return the device."""
+    """Put ComfyUI first on the path, choose the CPU if there is no GPU, and return the device."""
     if folder is None or not (Path(folder) / "comfy").is_dir():
         raise SystemExit("say where ComfyUI is: --comfyui FOLDER or the environment variable COMFYUI_PATH")
     sys.path.insert(0, str(Path(folder).resolve()))

@@ -1,8 +1,8 @@
-"""Sample a sheet of captions with ComfyUI's own loaders and sampler.
+"""Samples a sheet of captions with ComfyUI's own loaders and sampler.
 
     python sample_world.py sheet.png --comfyui FOLDER "a big red star on grass, left" "a big orange toby circle on sand, right"
 
-Without captions, random ones of the world are taken.
+Without captions, it uses random ones of the world.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LABEL_HEIGHT = 14
 
 
 def load_world(assets: Path) -> tuple[Any, Any, Any]:
-    """Model, CLIP and VAE, as the loader nodes make them."""
+    """Model, CLIP and VAE, as from the loader nodes."""
     import comfy.sd
     import comfy.utils
 
@@ -38,12 +38,12 @@ def load_world(assets: Path) -> tuple[Any, Any, Any]:
 
 
 def encode(clip: Any, text: str) -> list:
-    """Conditioning of a caption, as the "CLIP Text Encode" node makes it."""
+    """Conditioning of a caption, as from the "CLIP Text Encode" node."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 def sample(world_parts: tuple, text: str, options: argparse.Namespace, seed: int) -> Tensor:
-    """One picture ``[H, W, 3]`` in [0, 1] of a caption."""
+    """Sample one picture ``[H, W, 3]`` in [0, 1] of a caption."""
     import comfy.sample
 
     model, clip, vae = world_parts
@@ -62,7 +62,7 @@ def to_picture(values: Tensor) -> Image.Image:
 
 
 def sheet(pictures: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """Pictures in rows with their captions above."""
+    """Arrange pictures in rows with their captions above."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     canvas = Image.new("RGB", (columns * width, rows * (height + LABEL_HEIGHT)), "white")
@@ -75,7 +75,7 @@ def sheet(pictures: list[Image.Image], labels: list[str], columns: int) -> Image
 
 
 def reconstruct(vae: Any, picture: Image.Image) -> tuple[Tensor, Tensor]:
-    """A picture through the VAE and back: ``[H, W, 3]`` and its latent as the model sees it."""
+    """Encode and decode a picture with the VAE: ``[H, W, 3]`` and its latent as the model sees it."""
     import comfy.latent_formats
 
     pixels = torch.from_numpy(np.asarray(picture)).float()[None] / 255
@@ -120,7 +120,7 @@ def write_samples(options: argparse.Namespace) -> None:
 
 
 def write_copies(options: argparse.Namespace) -> None:
-    """Every subject and some scenes, each beside its reconstruction."""
+    """Show every subject and some scenes, each beside its reconstruction."""
     import comfy.sd
     import comfy.utils
 

@@ -1,8 +1,8 @@
-"""Train the world's reader on drawn pictures and say how often it is right on others.
+"""Trains the world's reader on drawn pictures and reports how often it is right on others.
 
     python train_reader.py [--steps 3000] [--check]
 
-Needs no ComfyUI. ``--check`` only measures the shipped file.
+This does not need ComfyUI. ``--check`` only measures the shipped file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def random_subject(rng: random.Random) -> world.SubjectScene:
 
 
 def blurred(picture: Image.Image, sharpness: str, rng: random.Random) -> Image.Image:
-    """A picture made softer by a random radius of its class."""
+    """Blur a picture by a random radius of its class."""
     radius = rng.uniform(*BLURS[sharpness]) * picture.width
     return picture.filter(ImageFilter.GaussianBlur(radius)) if radius else picture
 
@@ -71,7 +71,7 @@ def pool(count: int, seed: str) -> tuple[Tensor, Tensor]:
 
 
 def unsteady(pictures: Tensor) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in [0, 1] with small changes of light, colour, place and grain, as samples have."""
+    """Pictures ``[B, 3, H, W]`` in [0, 1] with small changes of light, colour, position and grain, as in samples."""
     batch = len(pictures)
     light = 1 + 0.08 * torch.randn(batch, 3, 1, 1)
     pictures = pictures * light + 0.03 * torch.randn(batch, 3, 1, 1)

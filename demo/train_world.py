@@ -1,11 +1,11 @@
-"""Make the demo world's three files: autoencoder, text vectors, diffusion transformer.
+"""Makes the demo world's three files: autoencoder, text vectors, diffusion transformer.
 
     python train_world.py text --comfyui FOLDER
     python train_world.py vae  --comfyui FOLDER --steps 8000
     python train_world.py dit  --comfyui FOLDER --steps 8000 --compile
 
-Every stage may be stopped at any time and goes on from its last checkpoint in ``--work``; without a checkpoint,
-``--start FILE`` lets the transformer go on from weights that an earlier run wrote.
+Every stage may be stopped at any time and resumes from its last checkpoint in ``--work``; without a checkpoint,
+``--start FILE`` makes the transformer start from weights that an earlier run wrote.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def train_vae(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def export_vae(coder: torch.nn.Module, options: argparse.Namespace) -> None:
-    """Write the autoencoder as the "Load VAE" node reads it."""
+    """Write the autoencoder for the "Load VAE" node."""
     from world_vae import full_state_dict
 
     slim = {key: value.detach().cpu().float() for key, value in coder.state_dict().items()}
@@ -153,7 +153,7 @@ def export_vae(coder: torch.nn.Module, options: argparse.Namespace) -> None:
 
 
 def write_text_file(options: argparse.Namespace, device: torch.device) -> None:
-    """Draw orthogonal vectors for words and places and write them with the vocabulary."""
+    """Draw orthogonal vectors for words and positions and write them with the vocabulary."""
     from world_dit import CONTEXT_DIM, POOLED_DIM
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -172,7 +172,7 @@ def write_text_file(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def load_text(options: argparse.Namespace) -> tuple[WordTokenizer, WordEncoder]:
-    """The written text file as a tokenizer and an encoder."""
+    """Load the text file as a tokenizer and an encoder."""
     tables, data = read_text_file(options.assets / host.TEXT_FILE)
     encoder = WordEncoder()
     encoder.load_sd(tables)
@@ -181,13 +181,13 @@ def load_text(options: argparse.Namespace) -> tuple[WordTokenizer, WordEncoder]:
 
 @torch.no_grad()
 def follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
-    """Exponential moving average of the weights, quick at the start."""
+    """Update the exponential moving average of the weights, which follows quickly at the start."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def dit_optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for all else."""
+    """Muon for the blocks' matrices, Adam for everything else."""
     from world_dit import hidden_matrices
 
     matrices = hidden_matrices(model)
@@ -200,7 +200,7 @@ def dit_optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def frozen_coder(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """The written autoencoder."""
+    """Load the autoencoder."""
     from world_vae import SlimCoder, slim_state_dict
 
     coder = SlimCoder()
@@ -209,7 +209,7 @@ def frozen_coder(options: argparse.Namespace, device: torch.device) -> torch.nn.
 
 
 class DitTraining:
-    """The transformer's training: the model, its running average, its optimisers, and the step it is at."""
+    """The transformer's training: the model, its running average, its optimisers, and the current step."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         from world_dit import build_dit, prepare_for_training
@@ -225,7 +225,7 @@ class DitTraining:
         prepare_for_training(self.model, options.compile)
 
     def _load(self) -> None:
-        """Go on from the checkpoint, or else begin with ``--start``, or else with fresh weights."""
+        """Resume from the checkpoint if there is one, otherwise start from ``--start`` or from fresh weights."""
         from world_dit import comfy_names
 
         if self.checkpoint.exists():
@@ -241,7 +241,7 @@ class DitTraining:
         self.average.load_state_dict(self.model.state_dict())
 
     def keep(self) -> None:
-        """Write the checkpoint, and the averaged weights as they are now."""
+        """Write the checkpoint and the current averaged weights."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -252,8 +252,8 @@ class DitTraining:
         export_dit(self.average, self.options)
 
     def advance(self) -> tuple[Bucket, float]:
-        """One step: its bucket and its loss. All chance comes from the seed and the step, so that a run that was
-        stopped goes on as if it had not been."""
+        """Do one step and return its bucket and loss. All random numbers depend only on the seed and the step, so
+        that an interrupted run continues like an uninterrupted one."""
         from world_dit import flow_loss
 
         torch.manual_seed((self.options.seed << 32) + self.step)

@@ -1,7 +1,7 @@
 """A small world of pictures drawn by code: toy shapes on grounds, and subjects that pre-training never sees.
 
-Everything is a function of a scene's fields (its ``seed`` included), at any picture size. Coordinates are
-fractions of the picture for places and units of the object's radius for drawings.
+Everything is a function of a scene's fields (including its ``seed``), at any picture size. Places are in
+fractions of the picture, drawings in units of the object's radius.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GROUNDS = ("grass", "sand", "water", "bricks", "sky", "wood")
 HELD_OUT_GROUNDS = ("water", "bricks")
 SUBJECTS: dict[
     str, str
-] = {  # name -> what a caption says of it: a word that means nothing yet, and a known kind
+] = {  # name -> its words in a caption: one that is meaningless so far, and a known kind
     "toby": "a big orange toby circle",
     "mila": "a big purple mila circle",
     "pip": "a big green pip square",
@@ -54,7 +54,7 @@ SUBJECTS: dict[
     "nori": "a big green nori square",
 }
 SUBJECT_RADIUS = 0.27
-SUBJECT_REACH = 0.72  # subjects keep nearer to the middle, so that they stay inside the picture
+SUBJECT_REACH = 0.72  # subjects are nearer to the middle, so that they stay inside the picture
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -147,7 +147,7 @@ def write_subject_folder(
 
 
 def read_subject_folder(folder: Path | str) -> dict[str, str]:
-    """The pictures of a folder in that layout, with their captions; checked, so that no training run starts in vain.
+    """Read and check the pictures and captions of a folder in that layout, so that no training run starts in vain.
 
     Raises:
         ValueError: If there is no picture, one has no caption, or a caption has a word that the world does not know.
@@ -176,10 +176,10 @@ def read_subject_folder(folder: Path | str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a scene's seed puts things.
+    """The positions that a scene's seed determines.
 
     Attributes:
-        cut: Where the picture is cut from its ground's texture, as shares of the room there is.
+        cut: Where the picture is cut from its ground's texture, as shares of the available space.
         centre: The object's middle, as shares of the picture's width and height.
         radius: The object's radius, as a share of the picture's shorter side.
     """
@@ -190,7 +190,7 @@ class Layout:
 
 
 def layout(scene: Scene | SubjectScene) -> Layout:
-    """The layout that a scene is drawn with, at any size."""
+    """The layout with which a scene is drawn, at any size."""
     rng = random.Random(scene.seed)
     cut = (rng.random(), rng.random())
     x, y = PLACES[scene.place]
@@ -206,7 +206,7 @@ def render(scene: Scene | SubjectScene, size: int | tuple[int, int] = 256) -> Im
     """Draw a scene as an RGB picture of ``size`` x ``size`` pixels, or of a width and a height.
 
     Raises:
-        ValueError: If one side is longer than ``GROUND_UNITS`` times the other: the grounds are no wider.
+        ValueError: If one side is longer than ``GROUND_UNITS`` times the other, the width of the grounds.
     """
     width, height = (size, size) if isinstance(size, int) else size
     if max(width, height) > GROUND_UNITS * min(width, height):
@@ -223,7 +223,7 @@ def render(scene: Scene | SubjectScene, size: int | tuple[int, int] = 256) -> Im
 
 
 def doodle(rng: random.Random, size: int = 256) -> Image.Image:
-    """A random clutter of strokes, spots and stripes: detail for an autoencoder to learn, and no subject."""
+    """A random clutter of strokes, spots and stripes: detail for an autoencoder to learn, without a subject."""
     picture = _ground(rng.choice(GROUNDS), (size, size), (rng.random(), rng.random()))
     for _ in range(rng.randint(2, 6)):
         centre = (rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9))

@@ -1,4 +1,4 @@
-"""The transformer's training pictures: encoded once, part by part, while the training goes on."""
+"""The transformer's training pictures: encoded once, part by part, during the training."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ FIRST_SHARDS, FIRST_SHARD = {128: 15, 256: 6}, 2000
 HELD_OUT = 200
 GROWTH = 500  # steps of unscaled batches after which every bucket gets another part
 CAPTION_DROPOUT = 0.1
-SAID_SHARE = 0.75  # how often size and place are said, each
+SAID_SHARE = 0.75  # how often captions include the size, and how often the place
 MAX_OBJECT_WEIGHT = 8.0
-SHOWN = {"star": 2.5, "heart": 1.5, "ring": 1.5}  # how much more often than others; these are hard to learn
+SHOWN = {
+    "star": 2.5,
+    "heart": 1.5,
+    "ring": 1.5,
+}  # how much more often than others, because these are hard to learn
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Bucket:
     Attributes:
         size: Width and height in pixels.
         batch: Pictures per step; about as many tokens at every size.
-        chance: How often a step is on this bucket, compared with the others.
+        chance: How often a step uses this bucket, relative to the others.
         views, parts: Pictures in a part, and the number of parts.
     """
 
@@ -48,7 +52,7 @@ class Bucket:
 
     @property
     def shift(self) -> float:
-        """How far noise levels are moved towards noise; larger pictures need more of it."""
+        """How far noise levels are shifted towards noise; larger pictures need a larger shift."""
         return 1.5 * (self.size[0] * self.size[1] / 128**2) ** 0.2
 
 
@@ -65,9 +69,9 @@ BUCKETS = (
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[world.Scene]:
-    """Up to ``HELD_OUT`` scenes whose captions are in none of the training pictures, at any size.
+    """Return up to ``HELD_OUT`` scenes whose captions are in none of the training pictures, at any size.
 
-    They were in none of the pictures of the first training, which are drawn again here, and later views avoid them.
+    They were in none of the pictures of the first training run, which are drawn again here, and later views avoid them.
     """
     if count > HELD_OUT:
         raise ValueError(f"only {HELD_OUT} captions are kept out of the training, not {count}: ask for fewer")
@@ -107,8 +111,8 @@ def to_tensor(pictures: list) -> Tensor:
 def object_weights(view: View) -> Tensor:
     """Weights ``[h, w]`` of mean 1 per latent cell that give a view's object as much of the loss as its ground.
 
-    Grounds are most of a picture, and without this the shape of small objects is learnt last. A weight per place
-    does not move the optimum, which is the mean of the data at every place.
+    Grounds are most of a picture, and without this the shape of small objects is learned last. A weight per position
+    does not move the optimum, which is the mean of the data at every position.
     """
     x, y, radius = view.circle()
     inside = []
@@ -123,13 +127,13 @@ def object_weights(view: View) -> Tensor:
 
 @dataclass
 class Latents:
-    """The training pictures as latents, made when they are first wanted and kept in a folder.
+    """The training pictures as latents, encoded on first use and kept in a folder.
 
     Attributes:
-        folder: Where parts are kept.
-        seed: What they are drawn from.
+        folder: The folder of the parts.
+        seed: Seed of the pictures.
         coder: The autoencoder.
-        word_ids: A caption's ids.
+        word_ids: Returns a caption's ids.
     """
 
     folder: Path
@@ -179,7 +183,7 @@ class Latents:
 
 
 def random_bucket() -> Bucket:
-    """A bucket by its chance, from PyTorch's global generator."""
+    """Choose a bucket by its chance, with PyTorch's global generator."""
     chances = torch.tensor([bucket.chance for bucket in BUCKETS])
     return BUCKETS[int(torch.multinomial(chances, 1))]
 
@@ -187,7 +191,7 @@ def random_bucket() -> Bucket:
 def random_rows(data: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents ``[batch, 16, h, w]``, word ids ``[batch, L]``, weights ``[batch, h, w]`` of random views.
 
-    A tenth of the captions are empty; size and place are said in ``SAID_SHARE`` of the others, where they are true.
+    A tenth of the captions are empty; ``SAID_SHARE`` of the others include size and place, where they are true.
     """
     rows = torch.multinomial(data["shown"], batch)
     unsaid = (torch.rand(2, batch) >= SAID_SHARE).long()
@@ -197,7 +201,7 @@ def random_rows(data: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Te
 
 
 def random_sigmas(batch: int, shift: float) -> Tensor:
-    """Noise levels ``[batch]``: logit-normal, moved towards noise by ``shift``, one in ten uniform."""
+    """Noise levels ``[batch]``: logit-normal, shifted towards noise by ``shift``, one in ten uniform."""
     sigma = torch.randn(batch).sigmoid()
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return torch.where(torch.rand(batch) < 0.1, torch.rand(batch), sigma)

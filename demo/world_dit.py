@@ -1,6 +1,6 @@
 """The world's diffusion transformer: ComfyUI's own FLUX class in the layout of FLUX.1 schnell, very small.
 
-Head size 128 as in the real thing, so one head; 4 double and 8 single blocks; no guidance embedding.
+Head size 128 as in FLUX.1, so one head; 4 double and 8 single blocks; no guidance embedding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DIT_CONFIG: dict[str, Any] = {
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Run ComfyUI's in-place residual sums as plain sums, which autograd needs."""
+    """Run ComfyUI's in-place residual sums out of place, as autograd requires."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -48,7 +48,7 @@ class OutOfPlace(TorchFunctionMode):
 
 
 def build_dit(device: torch.device) -> nn.Module:
-    """A fresh model: Xavier weights, and zeros where a block's gate and the output begin (adaLN-zero)."""
+    """A fresh model: Xavier weights, and zeros for the blocks' gates and the output (adaLN-zero)."""
     model = comfy.ldm.flux.model.Flux(
         **DIT_CONFIG, dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init
     )
@@ -68,7 +68,7 @@ def build_dit(device: torch.device) -> nn.Module:
 
 
 def prepare_for_training(model: nn.Module, compiled: bool = False) -> None:
-    """Make every block differentiable, and fuse its small operations where a compiler is at hand."""
+    """Make every block differentiable, and fuse its small operations if ``compiled``."""
     comfy.model_management.in_training = True
     torch._dynamo.config.recompile_limit = 64
     for block in (*model.double_blocks, *model.single_blocks):

@@ -1,4 +1,4 @@
-"""Write files so that a kill never leaves half of one."""
+"""Writes files so that a killed process never leaves a partial one."""
 
 from __future__ import annotations
 

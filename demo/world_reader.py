@@ -1,7 +1,7 @@
-"""A small classifier that reads a picture of the world back: what stands where, on which ground.
+"""A small classifier that recognises the content of the world's pictures: which object is where, on which ground.
 
 It judges samples (is the star red, is it left?) and compares subjects: the cosine between two pictures' features is
-the demo's measure of subject fidelity. It is trained on drawn pictures only and never used in training a LoRA.
+the demo's measure of subject fidelity. It is trained only on drawn pictures and never used for training a LoRA.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "subject": (NO_SUBJECT, *world.SUBJECTS),
     "sharpness": SHARPNESS,
 }
-UNSAID = -100  # the answer of a question that a picture does not answer, e.g. a subject's shape
+UNSAID = -100  # the answer to a question that does not apply to a picture, e.g. a subject's shape
 WIDTHS = (24, 48, 96, 128)
 
 
 def answers_of(scene: world.Scene | world.SubjectScene) -> dict[str, str]:
-    """What a perfect reader says about a scene, without its sharpness."""
+    """The right answers for a scene, without its sharpness."""
     if isinstance(scene, world.SubjectScene):
         return {"subject": scene.subject, "ground": scene.ground, "place": scene.place}
     named = {name: getattr(scene, name) for name in ("shape", "colour", "size", "finish", "ground", "place")}
@@ -56,8 +56,8 @@ def _layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 class Reader(nn.Module):
     """Pictures ``[B, 3, 128, 128]`` in [0, 1] to scores per question.
 
-    A soft spotlight finds the object; the object's features and the spotlight's place answer, the mean over all
-    places tells the ground.
+    A soft spotlight finds the object. The answers come from the object's features, the spotlight's position and, for
+    the ground, the mean over all positions.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Reader(nn.Module):
         self.register_buffer("centre", torch.zeros(d))
 
     def _described(self, pictures: Tensor) -> Tensor:
-        """What the heads see, ``[B, 128]``."""
+        """Return the heads' input, ``[B, 128]``."""
         if pictures.shape[-1] != READING_SIZE:
             pictures = interpolate(pictures, (READING_SIZE, READING_SIZE), mode="bilinear", antialias=True)
         maps = self.trunk(pictures * 2 - 1)
@@ -94,10 +94,10 @@ class Reader(nn.Module):
 
 
 def load_reader(path: Path) -> Reader:
-    """The shipped reader, ready to read.
+    """Load the shipped reader for inference.
 
     Raises:
-        ValueError: If the file is missing, damaged or something else.
+        ValueError: If the file is missing, damaged or another kind of file.
     """
     reader = Reader()
     wanted = {name for name, value in reader.state_dict().items() if value.is_floating_point()}

@@ -1,8 +1,7 @@
 """The world's autoencoder: ComfyUI's tiny-autoencoder layout, trained as a slimmer network inside it.
 
-The layout has 64 channels everywhere. A slim twin with fewer channels and fewer blocks is the same function
-once its weights are put into the corners of zero tensors: an absent block is then ``relu(x)``, which is what
-the twin has there.
+The layout has 64 channels everywhere. A slim twin with fewer channels and fewer blocks computes the same function
+once its weights are put into the corners of zero tensors: an absent block is then ``relu(x)``, as in the twin.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class SlimCoder(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """He initialisation, with quiet last convolutions in the residual branches."""
+        """He initialisation, with small last convolutions in the residual branches."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -83,7 +82,7 @@ def slim_state_dict(full: dict[str, Tensor], slim: dict[str, Tensor]) -> dict[st
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of values and of neighbour differences, for sharp edges; ``[B, 3, H, W]`` each."""
+    """Mean absolute error of values and of differences between neighbours, for sharp edges; ``[B, 3, H, W]`` each."""
     error = output - target
     rows, columns = error.diff(dim=-2).abs().mean(), error.diff(dim=-1).abs().mean()
     return error.abs().mean() + 0.5 * (rows + columns) + error.square().mean()

@@ -1,7 +1,7 @@
-"""What the transformer is shown: whole scenes at many sizes and shapes, and windows cut out of larger ones.
+"""The transformer's training views: whole scenes at many sizes and shapes, and windows cut out of larger ones.
 
-A caption says of a view only what is true of it. A window moves the object and changes its share of the picture, so its
-words for place and size are found again from what is seen, and left out where none fits.
+A view's caption contains only what is true of it. A window moves the object and changes its share of the picture, so
+its words for place and size are determined again from what is visible, and left out if none fits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Size = tuple[int, int]
 Box = tuple[float, float, float, float]
 
 WHOLE_SHARE = 0.6  # views that show a whole scene
-SHARP_SHARE = 0.5  # windows whose pixels are the scene's own; the others are made smaller
+SHARP_SHARE = 0.5  # windows whose pixels are unscaled; the others are scaled down
 CANVASES = (192, 256, 320, 384, 512)
-CANVAS_REACH = 2.0  # a scene is drawn at most so much larger than a view of it
-LEAST_SEEN = 0.4  # share of the object that a window must show
+CANVAS_REACH = 2.0  # a scene is drawn at most this many times larger than a view of it
+LEAST_SEEN = 0.4  # minimum share of the object that a window must show
 PLACE_TOLERANCE, SIZE_TOLERANCE = 0.05, 0.1
 
 
@@ -33,9 +33,9 @@ class View:
 
     Attributes:
         scene: What is drawn.
-        canvas: Width and height it is drawn at, in pixels.
+        canvas: Width and height at which it is drawn, in pixels.
         box: Left, top, right and bottom of the window, in pixels of the canvas.
-        size: Width and height that the window is shown at, in pixels.
+        size: Width and height at which the window is shown, in pixels.
     """
 
     scene: world.Scene
@@ -45,7 +45,7 @@ class View:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the scene as drawn."""
+        """Whether it is the whole scene, unscaled."""
         return self.box == (0, 0, *self.canvas) and self.canvas == self.size
 
     def circle(self) -> tuple[float, float, float]:
@@ -57,7 +57,7 @@ class View:
         return (x - left) / (right - left), (y - top) / (bottom - top), radius
 
     def seen(self) -> float:
-        """Share of the square around the object that lies inside the view."""
+        """Share of the square around the object that is inside the view."""
         x, y, radius = self.circle()
         reach = (radius * min(self.size) / side for side in self.size)
         share = 1.0
@@ -66,7 +66,7 @@ class View:
         return share
 
     def told(self) -> tuple[world.Scene, bool, bool]:
-        """The scene as the view shows it, and whether a word fits the object's size, and its place."""
+        """The scene as the view shows it, whether a word fits the object's size, and whether one fits its place."""
         x, y, radius = self.circle()
         size = _nearest(world.SIZES, lambda value: abs(radius / value - 1), SIZE_TOLERANCE)
         place = _nearest(world.PLACES, lambda at: max(abs(x - at[0]), abs(y - at[1])), PLACE_TOLERANCE)
@@ -74,7 +74,7 @@ class View:
         return scene, size is not None, place is not None
 
     def captions(self) -> list[str]:
-        """Four true captions: with size and place, without the place, without the size, with neither.
+        """Four true captions: with size and place, without the place, without the size, without both.
 
         A word that does not fit is in none of them.
         """
@@ -88,13 +88,13 @@ class View:
 
 
 def _nearest(words: dict[str, Any], distance: Callable[[Any], float], tolerance: float) -> str | None:
-    """The word at the least distance, if that is within the tolerance."""
+    """The word with the least distance, if that is within the tolerance."""
     word = min(words, key=lambda name: distance(words[name]))
     return word if distance(words[word]) <= tolerance else None
 
 
 def random_view(rng: random.Random, size: Size, reserved: frozenset[str] = frozenset()) -> View:
-    """A view of a random scene at a size; none whose full caption is reserved for tests."""
+    """A view of a random scene at a size, never one whose full caption is reserved for tests."""
     while True:
         scene = world.random_scene(rng)
         view = (
@@ -107,7 +107,7 @@ def random_view(rng: random.Random, size: Size, reserved: frozenset[str] = froze
 
 
 def _window(rng: random.Random, scene: world.Scene, size: Size) -> View:
-    """A window anywhere on a square canvas, of the view's proportions."""
+    """A window anywhere on a square canvas, with the view's proportions."""
     longest = max(size)
     side = rng.choice([side for side in CANVASES if longest < side <= CANVAS_REACH * longest])
     zoom = 1.0 if rng.random() < SHARP_SHARE else rng.uniform(1.0, side / longest)

@@ -10,7 +10,7 @@ import { join } from "node:path";
 const SETTINGS = {
   "Comfy.TutorialCompleted": true,
   "Comfy.Workflow.Persist": false,
-  "Comfy.Validation.Workflows": true, // the schema's complaints become toasts
+  "Comfy.Validation.Workflows": true, // schema errors are shown as toasts
   "Comfy.Workflow.ShowMissingModelsWarning": false,
   "Comfy.Minimap.Visible": false,
   "Comfy.Graph.CanvasInfo": false,
@@ -25,14 +25,14 @@ const HARMLESS = [
   /MaskEditor/i,
   /graph accessed before initialization/,
   /legacy queue\/history menu/,
-  /missingModelDownload/, // looks up the sizes of models, which the server's security policy refuses
+  /missingModelDownload/, // it looks up the sizes of models, which the server's security policy blocks
 ];
 const WATCHED_ADDRESSES = /\/extensions\/|\/docs\/|workflow_templates/;
 
-/** Why nothing could be checked, as opposed to something found wrong. */
+/** Nothing could be checked, as opposed to a fault that was found. */
 export class NotChecked extends Error {}
 
-/** Put the settings in place that make the page quiet and strict; they have to be there before it opens. */
+/** Apply the settings that make the page quiet and strict; call this before the page opens. */
 export async function configure(server, further = {}) {
   for (const [key, value] of Object.entries({ ...SETTINGS, ...further })) {
     const reply = await fetch(`${server}/api/settings/${key}`, { method: "POST", body: JSON.stringify(value) });
@@ -40,7 +40,7 @@ export async function configure(server, further = {}) {
   }
 }
 
-/** A headless Chromium. */
+/** Launch a headless Chromium. */
 export async function launch({ browser, modules } = {}) {
   const cache = process.env.XDG_CACHE_HOME ?? join(homedir(), ".cache");
   const folder = modules ?? join(cache, "blockskip", "node");
@@ -61,10 +61,10 @@ function findBrowser() {
       continue;
     }
   }
-  throw new NotChecked("no Chromium on PATH: name one with --browser");
+  throw new NotChecked("no Chromium on PATH: pass one with --browser");
 }
 
-/** Note what the page complains about from now on. */
+/** Collect the page's errors and warnings from now on. */
 export function listen(page, { problems }) {
   const complain = (kind, text) => {
     if (!HARMLESS.some((pattern) => pattern.test(text))) problems.push(`${kind}: ${text}`);
@@ -82,7 +82,7 @@ export function listen(page, { problems }) {
   });
 }
 
-/** Open the frontend and wait until it can be used. */
+/** Open the frontend and wait until it is ready. */
 export async function open(page, server) {
   await page.goto(server);
   await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, { timeout: 60_000 });

@@ -2,10 +2,10 @@
 //
 //   node devtools/check_chart.mjs SERVER PROMPT.json [--screenshots DIR]
 //
-// PROMPT.json is an API-format prompt with one Dynamic Patch Trainer. Looked at: the chart after a run, in the page that
-// queued it and in a second browser; after a reload; in a tab that was left; when the run comes out of the cache; with
-// the Vue renderer (Nodes 2.0); inside a subgraph; and that the saved workflow's values stay in their places.
-// The exit status is 1 when something is wrong, 2 when it could not be checked.
+// PROMPT.json is an API-format prompt with one Dynamic Patch Trainer. This checks the chart after a run, in the page that
+// queued it and in a second browser; after a reload; after switching to another tab and back; when the run comes from the
+// cache; with the Vue renderer (Nodes 2.0); inside a subgraph; and that the saved workflow's values keep their positions.
+// The exit status is 1 if something is wrong, 2 if it could not be checked.
 
 import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -14,7 +14,7 @@ import { parseArgs } from "node:util";
 
 import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
 
-const PERSIST = { "Comfy.Workflow.Persist": true }; // a reload opens the same workflow again, as it does for users
+const PERSIST = { "Comfy.Workflow.Persist": true }; // a reload opens the same workflow again, as for users
 
 const problems = [];
 const { values: options, positionals } = parseArgs({ allowPositionals: true, options: { screenshots: { type: "string" } } });
@@ -38,7 +38,7 @@ async function main() {
       await one.evaluate((graph) => window.app.loadGraphData(graph, true, true, "chart"), workflow.workflow);
     }
     await show(page);
-    const { run: before } = await page.evaluate(readChart); // one of a script's prompts, which name no workflow
+    const { run: before } = await page.evaluate(readChart); // a run queued by a script, whose prompts name no workflow
     await Promise.all([queue(page), watch(page, before, trainer.inputs.steps)]);
     const { run } = await expectChart(page, "after a run", finished);
     finished.run = run;
@@ -72,7 +72,7 @@ async function main() {
     }
     await page.evaluate(() => {
       const node = window.app.rootGraph.nodes.find((one) => one.comfyClass === "BlockSkip_TrainLora");
-      node.widgets.find(({ name }) => name === "seed").value += 1; // a run of its own, not one out of the cache
+      node.widgets.find(({ name }) => name === "seed").value += 1; // a new run, not one from the cache
       window.app.graph.convertToSubgraph(new Set([node]));
     });
     await page.waitForTimeout(500);
@@ -87,7 +87,7 @@ async function main() {
   return problems.length ? 1 : 0;
 }
 
-/** The prompt as a workflow with an id, which graphs from elsewhere do not have. */
+/** Convert the prompt to a workflow with an id, which graphs from other sources do not have. */
 async function asWorkflow(page, prompt) {
   await page.evaluate((graph) => window.app.loadApiJson(graph, "chart"), prompt);
   await page.waitForTimeout(1_000);
@@ -95,7 +95,7 @@ async function asWorkflow(page, prompt) {
   return { workflow: { ...workflow, id: randomUUID() }, output };
 }
 
-/** Require points of a new run on the chart before it has ended. */
+/** Check that the chart shows points of a new run before the run has ended. */
 async function watch(page, before, steps) {
   const deadline = Date.now() + 120_000;
   let chart = null;
@@ -121,7 +121,7 @@ async function reload(page) {
   await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, { timeout: 60_000 });
 }
 
-/** Every value of the trainer is in its place and the chart has left none, in the workflow and in the prompt. */
+/** Check that every value of the trainer is in its place, and that the chart adds none, in the workflow and the prompt. */
 function checkValues({ workflow, output }) {
   const node = workflow.nodes.find(({ type }) => type === "BlockSkip_TrainLora");
   if (node.widgets_values.includes(null)) problems.push(`a hole in ${JSON.stringify(node.widgets_values)}`);
@@ -130,7 +130,7 @@ function checkValues({ workflow, output }) {
   if (sent.includes("loss_chart")) problems.push("the chart is in the prompt");
 }
 
-/** The page's graph has the same values, and would be queued as the same prompt. */
+/** Check that the page's graph has the same values and would be queued as the same prompt. */
 async function checkSame(page, before, when) {
   const after = await page.evaluate(() => window.app.graphToPrompt());
   checkValues(after);
@@ -154,7 +154,7 @@ async function queue(page) {
   if (!ending.startsWith("execution_success")) problems.push(`run: ${ending}`);
 }
 
-/** The chart's state, wherever its node is; with its size on the page. */
+/** Return the chart's state and its size on the page, wherever its node is. */
 function readChart() {
   const nodes = (graph) => (graph?.nodes ?? []).flatMap((node) => [node, ...nodes(node.subgraph)]);
   const trainer = nodes(window.app.rootGraph ?? window.app.graph).find((one) => one.comfyClass === "BlockSkip_TrainLora");
@@ -165,7 +165,7 @@ function readChart() {
   return { points: Number(points), status, run, text: element.innerText, width, height };
 }
 
-/** Wait for a chart of so many points and that status (and of that run); returns what it is at last. */
+/** Wait until the chart has the wanted points and status (and run); return its last state. */
 async function expectChart(page, when, wanted, { onPage = false } = {}) {
   const fits = (chart) => chart && Object.entries(wanted).every(([name, value]) => chart[name] === value);
   const deadline = Date.now() + 15_000;

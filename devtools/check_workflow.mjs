@@ -1,4 +1,4 @@
-// Opens workflows in ComfyUI's real frontend, in a headless Chromium, and reports whatever is wrong with them.
+// Opens workflows in ComfyUI's real frontend, in a headless Chromium, and reports problems.
 //
 //   node devtools/check_workflow.mjs SERVER WORKFLOW.json [MORE.json ...] [options]
 //   node devtools/check_workflow.mjs SERVER --from-api PROMPT.json --out WORKFLOW.json [options]
@@ -10,14 +10,14 @@
 //   --size WxH           size of the window, which is the largest size of the picture (default 1600x1000)
 //   --api-out FILE       save the API-format prompt that the frontend would queue
 //   --api-outs DIR       the same for each of several workflows, as DIR/<its name>.json
-//   --from-api FILE      load an API-format prompt, and lay its nodes out, instead of a workflow
+//   --from-api FILE      load an API-format prompt instead of a workflow, and lay out its nodes
 //   --out FILE           save the workflow in the frontend's own format
 //   --pack-version V     the version to write for the nodes of custom packs in --out (default "unknown")
 //   --browser FILE       the Chromium to use (default: the first one on PATH)
 //   --modules DIR        where playwright-core is installed (default: the cache folder of the tests)
 //
-// A tool to be used by hand; it needs `npm install --prefix ~/.cache/blockskip/node playwright-core` and a Chromium.
-// The exit status is 1 when the workflow has a problem, 2 when it could not be checked.
+// To be run by hand; it needs `npm install --prefix ~/.cache/blockskip/node playwright-core` and a Chromium.
+// The exit status is 1 if a workflow has a problem, 2 if it could not be checked.
 
 import { randomUUID } from "node:crypto";
 import { readFileSync, writeFileSync } from "node:fs";
@@ -50,7 +50,7 @@ async function main() {
   return found ? 1 : 0;
 }
 
-/** Load one workflow and do with it what the options say. */
+/** Load and check one workflow as the options specify. */
 async function check(page, source, server, options, report) {
   const name = basename(source, ".json");
   const before = JSON.parse(readFileSync(source, "utf8"));
@@ -65,7 +65,7 @@ async function check(page, source, server, options, report) {
   if (file) await picture(page, file);
 }
 
-/** Say what was found in a workflow, forget it, and return how much it was. */
+/** Print and clear the findings of a workflow, and return the number of problems. */
 function tell(source, report) {
   report.notes.splice(0).forEach((note) => console.log(`note: ${note}`));
   const problems = report.problems.splice(0);
@@ -126,7 +126,7 @@ async function load(page, graph, name, isApi) {
   await page.waitForTimeout(1_500);
 }
 
-/** What the frontend makes of the loaded graph, `{workflow, output}`; nothing where it stumbles. */
+/** The loaded graph as converted by the frontend, `{workflow, output}`; undefined if the conversion fails. */
 async function converted(page, { problems }) {
   try {
     return await page.evaluate(() => window.app.graphToPrompt());
@@ -135,7 +135,7 @@ async function converted(page, { problems }) {
   }
 }
 
-/** Arrange the nodes in columns along the wires: every node right before its first reader, near what it reads. */
+/** Arrange the nodes in columns along the links: each node just before its first consumer, near its sources. */
 function layOut() {
   const graph = window.app.rootGraph ?? window.app.graph;
   const [columnGap, rowGap, titleHeight] = [80, 30, window.LiteGraph.NODE_TITLE_HEIGHT];
@@ -172,7 +172,7 @@ function layOut() {
   window.app.canvas.setDirty(true, true);
 }
 
-/** Report missing nodes, toasts, values that changed on loading and choices that do not exist. */
+/** Report missing nodes, toasts, values that changed on loading, and values that are not among the choices. */
 async function inspect(page, { problems, notes }, before, after) {
   const missing = await page.evaluate(() => [...new Set(window.missingNodes)]);
   problems.push(...missing.map((type) => `missing node: ${type}`));
@@ -220,21 +220,21 @@ async function run(page, { problems }) {
   if (ending.kind !== "execution_success") problems.push(`run: ${ending.kind} ${ending.why ?? ""}`.trim());
 }
 
-/** The workflow with an id of its own, and with the origin (`cnr_id` and `ver`) of every node. */
+/** Return the workflow with a new id and the origin (`cnr_id` and `ver`) of every node. */
 async function stamped(server, workflow, version) {
   const [descriptions, stats] = await Promise.all(
     ["object_info", "system_stats"].map(async (path) => (await fetch(`${server}/${path}`)).json()),
   );
   const core = { cnr_id: "comfy-core", ver: stats.system.comfyui_version };
   for (const node of workflow.nodes) {
-    if (!descriptions[node.type]) continue; // drawn by the frontend alone, such as a note
+    if (!descriptions[node.type]) continue; // exists only in the frontend, such as a note
     const [kind, pack] = descriptions[node.type].python_module.split(".");
     Object.assign(node.properties, kind === "custom_nodes" ? { cnr_id: pack, ver: version } : core);
   }
   return { ...workflow, id: randomUUID() };
 }
 
-/** Fit the graph into the window, put everything else away and save what is left. */
+/** Fit the graph into the window, hide everything else and save a picture. */
 async function picture(page, file) {
   await page.addStyleTag({ content: ".p-toast, .p-dialog-mask { opacity: 0 !important; }" });
   await page.evaluate(() => (window.app.extensionManager.focusMode = true));
@@ -244,7 +244,7 @@ async function picture(page, file) {
   await page.screenshot({ path: file, clip, ...(/\.jpe?g$/.test(file) ? { type: "jpeg", quality: 88 } : {}) });
 }
 
-/** Show the whole graph; returns the rectangle of the page that it covers. */
+/** Show the whole graph; return the rectangle of the page that it covers. */
 function fitView() {
   const { canvas } = window.app;
   const margin = 24;

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("blockskip_core", "nodes", "web/js", "devtools", "benchmarks", "demo", "tests")
-COMMENTED = (".js", ".mjs", ".cpp")  # begin with a comment where Python has a docstring
+COMMENTED = (".js", ".mjs", ".cpp")  # these begin with a comment instead of a docstring
 PLACE_OF_TEXT = 44
 
 
@@ -22,7 +22,7 @@ def code_files(root: Path = ROOT) -> list[Path]:
 
 
 def first_line(path: Path) -> str:
-    """Return the first line of a file's docstring, or of the comment that it begins with; empty if there is none."""
+    """Return the first line of a file's docstring or of its leading comment; empty if there is none."""
     text = path.read_text(encoding="utf-8")
     if path.suffix in COMMENTED:
         line = text.partition("\n")[0]
@@ -31,7 +31,7 @@ def first_line(path: Path) -> str:
 
 
 def code_map(root: Path = ROOT) -> Iterator[str]:
-    """Yield the lines of the map: a folder, with what its ``__init__.py`` says, then the files in it."""
+    """Yield the lines of the map: each folder with the first line of its ``__init__.py``, then its files."""
     folder = root
     for path in code_files(root):
         if path.parent != folder:

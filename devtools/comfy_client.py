@@ -1,4 +1,4 @@
-"""A small synchronous client of ComfyUI: plain HTTP, and a websocket that follows a prompt to its end."""
+"""A small synchronous client for ComfyUI: plain HTTP, and a websocket that follows a prompt to its end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 Json = dict[str, Any]
-TEXT, PREVIEW = 3, 4  # types of the binary frames that a client with preview metadata gets
+TEXT, PREVIEW = 3, 4  # types of binary frames for clients that support preview metadata
 ENDINGS = {
     "execution_success": "success",
     "execution_error": "error",
@@ -26,7 +26,7 @@ ENDINGS = {
 
 
 class RequestRefused(RuntimeError):
-    """An HTTP answer of 400 or above; `status` and `body` tell which."""
+    """An HTTP response of 400 or above, with its `status` and `body`."""
 
     def __init__(self, path: str, status: int, body: str) -> None:
         super().__init__(f"{path} answered {status}: {_refusal(body)}")
@@ -70,11 +70,11 @@ class ComfyClient:
         self.client_id = uuid.uuid4().hex
 
     def get(self, path: str) -> bytes:
-        """The body of a GET; an answer of 400 or above raises."""
+        """The body of a GET; a status of 400 or above raises."""
         return self._request(path)
 
     def get_json(self, path: str) -> Any:
-        """The JSON of a GET; NaN and infinities, which browsers refuse, raise."""
+        """The JSON of a GET; NaN and infinities raise, because browsers reject them."""
         return json.loads(self.get(path), parse_constant=_refuse_constant)
 
     def status(self, path: str) -> int:
@@ -86,7 +86,7 @@ class ComfyClient:
         return 200
 
     def post(self, path: str, payload: Json) -> Any:
-        """The JSON that answers a POST of JSON, None for an empty answer."""
+        """The JSON response to a POST of JSON; None if it is empty."""
         body = json.dumps(payload).encode()
         return _parsed(self._request(path, body, "application/json"))
 
@@ -99,7 +99,7 @@ class ComfyClient:
         return self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})["prompt_id"]
 
     def interrupt(self) -> None:
-        """Stop what is running; also allowed inside `on_event`."""
+        """Stop the running prompt; also allowed inside `on_event`."""
         self.post("/interrupt", {})
 
     def free(self) -> None:
@@ -107,7 +107,7 @@ class ComfyClient:
         self.post("/free", {"unload_models": True, "free_memory": True})
 
     def history(self, prompt_id: str) -> Json:
-        """The history entry of a prompt, empty while there is none."""
+        """The history entry of a prompt; empty while there is none."""
         return self.get_json(f"/history/{prompt_id}").get(prompt_id, {})
 
     def view(self, image: Mapping[str, str]) -> bytes:
@@ -115,7 +115,7 @@ class ComfyClient:
         return self.get(f"/view?{urllib.parse.urlencode(image)}")
 
     def upload(self, file: Path, subfolder: str = "") -> Json:
-        """Put an image into the input folder and return its reference."""
+        """Upload an image to the input folder and return its reference."""
         boundary = uuid.uuid4().hex
         fields = {
             f'image"; filename="{file.name}': file.read_bytes(),
@@ -176,7 +176,7 @@ async def _follow(
     events: list[Event],
     on_event: Callable[[Event], None],
 ) -> None:
-    """Collect the events of a prompt, until the server says that it is done and its history is written."""
+    """Collect the events of a prompt until the server reports that it is done and its history is written."""
     async for message in socket:
         if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
             continue
@@ -187,7 +187,7 @@ async def _follow(
         on_event(event)
         if event.kind == "executing" and event.data.get("node") is None:
             return
-    raise ConnectionError("The server went away while a prompt was running.")
+    raise ConnectionError("The server closed the connection while a prompt was running.")
 
 
 def decoded(frame: str | bytes) -> Event | None:
@@ -223,7 +223,7 @@ def node_titled(prompt: Mapping[str, Json], title: str) -> str:
 
 
 def titles_of(prompt: Mapping[str, Json]) -> dict[str, str]:
-    """The titles of a prompt's nodes by their ids; an untitled node goes by its class."""
+    """The titles of a prompt's nodes by their ids; an untitled node is listed under its class."""
     return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in prompt.items()}
 
 

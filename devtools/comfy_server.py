@@ -1,4 +1,4 @@
-"""A headless ComfyUI with this pack for tests and the demo: isolated, on a free port, never left behind."""
+"""A headless ComfyUI with this pack for tests and the demo: isolated, on a free port, always ended."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 
 
 class ServerProblem(RuntimeError):
-    """Why a server did not start, or does not run any more."""
+    """The server did not start, or has ended; the message says why."""
 
 
 class ComfyServer:
     """A ComfyUI process for a ``with`` block.
 
-    Its custom nodes are the pack in this repository and the `packs` (folder name -> source), nothing else.
-    Models (``models`` sub-folder -> files) and inputs (folders or files) are placed in its base directory, a
-    temporary one unless `base` is given; the log is written there too, unless `log_file` is given. The
-    process group ends with the block, also on an exception, Ctrl-C or a SIGTERM.
+    Its only custom nodes are the pack in this repository and the `packs` (folder name -> source). Models
+    (``models`` sub-folder -> files) and inputs (folders or files) are placed in its base directory, a temporary
+    one unless `base` is given; the log is written there too, unless `log_file` is given. The process group is
+    ended when the block is left, also by an exception, Ctrl-C or a SIGTERM.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ComfyServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-                start_new_session=True,  # a process group of its own; without effect on Windows
+                start_new_session=True,  # its own process group; no effect on Windows
             )
 
     def _wait_until_up(self) -> None:
@@ -172,7 +172,7 @@ class ComfyServer:
         return "\n".join(self.log.splitlines()[-lines:])
 
     def _catch_signals(self) -> None:
-        """Let the signals that would end this process unwind its stack instead, as Ctrl-C does."""
+        """Make the signals that would end this process unwind its stack instead, as Ctrl-C does."""
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, signal.default_int_handler) for number in ENDING_SIGNALS}
 
@@ -182,13 +182,13 @@ class ComfyServer:
 
 
 def demo_pack() -> dict[str, Path]:
-    """The pack of the demo world, as `ComfyServer` takes it; empty where it is not there."""
+    """The pack of the demo world, in the form that `ComfyServer` takes; empty if it does not exist."""
     folder = ROOT / "demo" / DEMO_PACK
     return {DEMO_PACK: folder} if (folder / "__init__.py").is_file() else {}
 
 
 def demo_models() -> dict[str, list[Path]]:
-    """The weights of the demo world, as `ComfyServer` takes them."""
+    """The weights of the demo world, in the form that `ComfyServer` takes."""
     return {folder: [ROOT / "demo" / "assets" / name] for folder, name in DEMO_MODELS.items()}
 
 
@@ -227,7 +227,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _end_group(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
-    """Ask the process group to end, then insist."""
+    """Ask the process group to end, and kill it if it does not."""
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
         process.wait()

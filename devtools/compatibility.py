@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes docs/compatibility.md from what the tests found: ``python devtools/compatibility.py``.
+"""Write docs/compatibility.md from test results: ``python devtools/compatibility.py``.
 
-A section's table is a file in ``tests/compatibility``: its columns, and its rows as a test found them. That test fails when
-it finds something else; with BLOCKSKIP_RECORD=1 in the environment it writes the file anew. The words around a table are
-here.
+A section's table is a file in ``tests/compatibility`` with its columns and its rows, as found by a test. That test
+fails if it finds something else; with BLOCKSKIP_RECORD=1 in the environment it rewrites the file. The text around the
+tables is here.
 """
 
 from __future__ import annotations
@@ -25,54 +25,86 @@ class Section:
     Attributes:
         title: Its heading.
         results: File in ``tests/compatibility``.
-        before, after: What is said around the table.
+        before, after: Text before and after the table.
+        joined_by: If not empty, rows with equal outcomes are merged, with their first cells joined by this in the last
+            column.
     """
 
     title: str
     results: str
     before: str
     after: str = ""
+    joined_by: str = ""
 
 
 INTRODUCTION = """\
 # Compatibility
 
-What works together with BlockSkip, and what does not. Every cell is the outcome of a test; this file is written by
-`devtools/compatibility.py` from what they found, so do not edit it."""
+What works together with BlockSkip, and what does not. Every cell is a test result; `devtools/compatibility.py` writes
+this file, so do not edit it."""
 
 SECTIONS: Sequence[Section] = (
     Section(
         title="LoRA files",
         results="lora_files.json",
         before="""\
-`file_format` of Dynamic Patch Trainer decides the names inside the file. Which programs load it, by family:""",
+`file_format` of Dynamic Patch Trainer sets the layer names in the file. Which programs load it, by family:""",
         after="""\
 *ComfyUI* is Load LoRA, LoraLoaderModelOnly and Apply BlockSkip LoRA. *diffusers* is `load_lora_weights` of 0.42.1. *peft* is
 `set_peft_model_state_dict`, with the prefix before the layer's name removed, on ComfyUI's layers or, where *diffusers* names
-are written, on those of diffusers. *kohya* are the names and the alpha that sd-scripts and musubi-tuner use, by their rule,
-on ComfyUI's layer names; these programs themselves were not run.
+are written, on diffusers' layers. *kohya* are the names and the alpha used by sd-scripts and musubi-tuner, derived by
+their rules from ComfyUI's layer names; these programs themselves were not run.
 
-"Loads" means: every layer that was trained, at its place, with the right numbers, at the size of the published model and with
-the default targets. A format that is not named for diffusers is not always an error there: it may find no layer it knows,
-warn, and go on without effect.
+"Loads" means that every trained layer is found, with the right numbers, at the size of the published model and with the
+default targets. If diffusers is not listed for a format, it does not always raise an error: it may recognise no layer,
+warn, and continue without effect.
 
-The file says the same of itself: under `loads_in` in its metadata, and in `info` of Apply BlockSkip LoRA.""",
+The file contains the same information: under `loads_in` in its metadata, shown by `info` of Apply BlockSkip LoRA.""",
     ),
     Section(
         title="Pictures and captions",
         results="training_files.json",
-        before="What two loaders give of a file in a folder of pictures and captions:",
+        before="How two loaders handle a file in a folder of pictures and captions:",
         after="""\
-"Refused by name": an error that says which file it is. Pictures from any other node can be trained on as well, if their values
-are 0 to 1; Precompute Residuals names those that are not, and those that are all of one colour.""",
+"Refused by name": an error that names the file. Pictures from any other node can be used for training as well, if their
+values are 0 to 1; Precompute Residuals names those that are not, and those of a single colour.""",
     ),
     Section(
         title="Conditionings as captions",
         results="captions.json",
-        before="What Precompute Residuals makes of a conditioning at `positive`, by the node that made it of a text:",
+        before="How Precompute Residuals handles a conditioning at `positive`, by the node that made it from a text:",
         after="""\
-What describes the text itself is honoured. What acts on a part of the picture or of the sampling has no meaning for a training
-crop and is refused. Several captions come as a list, which dataset nodes and Create List make.""",
+Settings that describe the text itself are used. Settings for a part of the picture or of the sampling mean nothing for
+a training crop and are refused. Several captions must be a list, as from dataset nodes and Create List.""",
+    ),
+    Section(
+        title="Nodes that change a MODEL",
+        results="model_nodes.json",
+        joined_by=", ",
+        before="""\
+Every node of ComfyUI 0.30.0 that takes and returns a MODEL was connected before Select Blocks, Precompute Residuals and
+Dynamic Patch Trainer, and before RALU Sampler, with a small FLUX.1. Memory Plan and Sample While Training use the same rules as
+training.
+
+* *left out*: it belongs to sampling. The LoRA is the same as without the node, to the last bit, and ComfyUI's log names what is
+  left out. So the node can stay connected.
+* *followed*: it acts as in ComfyUI's own sampler. *followed in part*: the log names the rest.
+* *no effect*: nothing changes, with this model and these settings.
+* *refused*: with a message, before any work.""",
+        after="""\
+Weight patches (LoRAs, merges) are followed, whichever node makes them. RALU Sampler has its own noise levels, so
+another schedule has no effect there.""",
+    ),
+    Section(
+        title="Other packs",
+        results="model_patches.json",
+        joined_by="; ",
+        before="""\
+Other packs make the same kinds of changes to a MODEL. The tests make these changes in the same way; the packs
+themselves were not run. Outcomes in training come from runs, those of RALU Sampler from the rules that both use.""",
+        after="""\
+Anything with its own model or picture is refused rather than left out, because the model would do something else without it.
+Connect the MODEL from before that node.""",
     ),
 )
 
@@ -82,8 +114,27 @@ def document() -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
         content = json.loads((RESULTS / section.results).read_text(encoding="utf-8"))
-        parts.extend([f"## {section.title}", section.before, table(content["columns"], content["rows"]), section.after])
+        columns, rows = content["columns"], content["rows"]
+        if section.joined_by:
+            columns, rows = grouped(columns, rows, section.joined_by)
+        parts.extend([f"## {section.title}", section.before, table(columns, rows), section.after])
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def grouped(columns: Sequence[str], rows: Sequence[Sequence[str]], joined_by: str) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows with one row per set of outcomes, sorted by outcomes."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, *outcomes in rows:
+        together.setdefault(tuple(outcomes), []).append(name)
+    found = [[*outcomes, joined_by.join(shortened(names))] for outcomes, names in sorted(together.items())]
+    return [*columns[1:], columns[0]], found
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return names with all merging nodes combined into one entry."""
+    merging = [name for name in names if name.startswith("ModelMerge")]
+    others = [name for name in names if name not in merging]
+    return [*others, f"all {len(merging)} nodes ModelMerge…"] if merging else others
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,8 +1,7 @@
-"""The demo: draw a few pictures of a subject, train a LoRA of it in a real ComfyUI, lay out what came of it.
+"""The demo: draw a few pictures of a subject, train a LoRA of it in a real ComfyUI, and collect the results.
 
-Started by ``python dev.py demo``, inside the environment. What it queues is an ordinary API-format workflow;
-the pictures come from the nodes with the titles in `demo_report`, the numbers from the trainer's "blockskip"
-output.
+``python dev.py demo`` starts it inside the environment. It queues an ordinary API-format workflow; the pictures
+come from the nodes with the titles in `demo_report`, the numbers from the trainer's "blockskip" output.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from comfy_client import ComfyClient, Event, Json, RunResult, load_prompt, node_
 from comfy_server import ROOT, ComfyServer, ServerProblem, demo_models, demo_pack
 
 WORKFLOW = ROOT / "tests" / "workflows" / "train_lora.api.json"
-INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures, whoever is on them
+INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures, whatever their subject
 PLACES = ("on water, right", "on bricks, left", "on water, top")  # none of these grounds is in the training pictures
 LOG = "server.log"
-MARK = "made_by_the_demo.txt"  # only a folder with this file in it is ever emptied
+MARK = "made_by_the_demo.txt"  # only a folder that contains this file is ever emptied
 
 
 class DemoProblem(RuntimeError):
-    """Why the demo could not be shown, in one sentence."""
+    """The demo could not run; the message gives the reason in one sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when everything was made."""
+    """Run the demo; return 0 if everything succeeded."""
     options = parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.WARNING)
     try:
@@ -57,12 +56,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train a small LoRA in a real ComfyUI and show the results.")
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for the results")
-    parser.add_argument("--subject", default="toby", help="whom to teach: toby, mila, pip, zuzu or nori")
+    parser.add_argument("--subject", default="toby", help="the subject to learn: toby, mila, pip, zuzu or nori")
     parser.add_argument("--pictures", type=Path, help="a folder with 01.png, 01.txt, ... to learn from instead")
-    parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    parser.add_argument("--keep", action="store_true", help="keep the server running until Ctrl-C")
     parser.add_argument("--verbose", action="store_true", help="show full tracebacks")
     parser.add_argument("--workflow", type=Path, default=WORKFLOW, help="the API-format workflow to run")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="the longest run, in seconds")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="maximum duration of the run, in seconds")
     parser.add_argument(
         "--set", nargs=3, action="append", default=[], metavar=("TITLE", "INPUT", "VALUE"),
         help="change an input of a titled node, for a shorter run or another seed",
@@ -71,7 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Draw the training pictures, train, collect the results, and keep the server up if asked."""
+    """Draw the training pictures, train, collect the results, and keep the server running if requested."""
     host, packs = requirements(options.workflow)
     world = load_world()
     if options.subject not in world.SUBJECTS:
@@ -98,19 +97,19 @@ def show(options: argparse.Namespace) -> None:
         demo_report.write(output, prompt, result.outputs, client.view, loras, summary, pictures)
         say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
         if options.keep:
-            say(f"ComfyUI is up at {server.url} (Ctrl-C ends it)")
+            say(f"ComfyUI is running at {server.url} (press Ctrl-C to stop it)")
             keep(server)
 
 
 def requirements(workflow: Path) -> tuple[Path, dict[str, Path]]:
-    """The ComfyUI to use and the demo's node pack, once all that the demo needs is known to be there."""
+    """The ComfyUI to use and the demo's node pack, after checking that everything the demo needs exists."""
     if not os.environ.get("COMFYUI_PATH"):
-        raise DemoProblem("COMFYUI_PATH is unset: start the demo with `python dev.py demo`.")
+        raise DemoProblem("COMFYUI_PATH is not set: start the demo with `python dev.py demo`.")
     packs = demo_pack()
     needed = [workflow, *(file for files in demo_models().values() for file in files)]
     missing = [str(file) for file in needed if not file.is_file()] + ([] if packs else ["its node pack"])
     if missing:
-        raise DemoProblem(f"The demo lacks {', '.join(missing)}.")
+        raise DemoProblem(f"These parts of the demo are missing: {', '.join(missing)}.")
     for file in needed:
         if file.suffix == ".safetensors":
             require_whole(file)
@@ -118,7 +117,7 @@ def requirements(workflow: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def require_whole(file: Path) -> None:
-    """Refuse a weights file that is cut off or no such file."""
+    """Refuse a weights file that is truncated or not a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -129,7 +128,7 @@ def require_whole(file: Path) -> None:
 
 
 def overrides(triples: Sequence[Sequence[str]]) -> dict[str, Json]:
-    """``[title, input, value]`` triples as ``{title: {input: value}}``; a value is JSON or else text."""
+    """``[title, input, value]`` triples as ``{title: {input: value}}``; a value that is not JSON is text."""
     changes: dict[str, Json] = {}
     for title, name, value in triples:
         try:
@@ -140,7 +139,7 @@ def overrides(triples: Sequence[Sequence[str]]) -> dict[str, Json]:
 
 
 def with_prompts(prompt: Mapping[str, Json], texts: Sequence[str]) -> dict[str, Json]:
-    """A copy of a workflow that samples several texts: all that hangs on the node "Prompt" is there once for each.
+    """A copy of a workflow that samples several texts: everything downstream of the node "Prompt" is repeated for each.
 
     The copies' titles end in a number: "Before", "Before 2", "Before 3".
     """
@@ -166,9 +165,9 @@ def with_prompts(prompt: Mapping[str, Json], texts: Sequence[str]) -> dict[str, 
 
 
 def fresh_folder(folder: Path) -> Path:
-    """`folder`, emptied of what an earlier demo left; a folder with anything else in it is not touched."""
+    """`folder`, without the results of an earlier demo; a folder with other files is left alone."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise DemoProblem(f"{folder} holds files that are not the demo's; give an empty or a new folder to --output")
+        raise DemoProblem(f"{folder} contains files that are not the demo's; pass an empty or a new folder to --output")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -186,7 +185,7 @@ def load_world() -> ModuleType:
 
 
 def run(client: ComfyClient, prompt: Mapping[str, Json], timeout: float) -> RunResult:
-    """Run the workflow, telling how far it is; anything but success raises."""
+    """Run the workflow and show its progress; anything but success raises."""
     titles = titles_of(prompt)
     progress = ProgressLine(titles)
     try:
@@ -202,25 +201,25 @@ def run(client: ComfyClient, prompt: Mapping[str, Json], timeout: float) -> RunR
 
 
 def training_summary(result: RunResult) -> Json:
-    """What the trainer reports about its run."""
+    """The trainer's report on its run."""
     reports = [output["blockskip"][0] for output in result.outputs.values() if output.get("blockskip")]
     if not reports:
-        raise DemoProblem("No node of the workflow reported how the training went.")
+        raise DemoProblem("No node of the workflow reported on the training.")
     return reports[-1]
 
 
 def keep(server: ComfyServer) -> None:
-    """Wait for Ctrl-C, or for the server to end by itself."""
+    """Wait until Ctrl-C, or until the server ends by itself."""
     try:
         server.wait()
     except KeyboardInterrupt:
-        say("\nEnding ComfyUI")
+        say("\nStopping ComfyUI")
     else:
         raise ServerProblem("ComfyUI ended by itself")
 
 
 class ProgressLine:
-    """Tells how far a run is: one line that rewrites itself in a terminal, a line now and then elsewhere."""
+    """Shows a run's progress: one line that is rewritten in a terminal, a new line every few seconds elsewhere."""
 
     def __init__(self, titles: Mapping[str, str], stream: TextIO = sys.stdout, every: float = 5.0) -> None:
         self.titles = titles
@@ -231,17 +230,17 @@ class ProgressLine:
         self.told = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Take in an event of the run."""
+        """Handle an event of the run."""
         data = event.data
         if event.kind == "executing" and data.get("node"):
             self._enter(data["node"])
-            self._tell("")
+            self._show("")
         elif event.kind == "progress" and data.get("node"):
             self._enter(data["node"])
-            self._tell(f"{data['value']:.0f}/{data['max']:.0f}")
+            self._show(f"{data['value']:.0f}/{data['max']:.0f}")
 
     def end(self) -> None:
-        """Leave the line."""
+        """Finish the line."""
         if self.node and self.stream.isatty():
             print(file=self.stream)
 
@@ -250,7 +249,7 @@ class ProgressLine:
             self.end()
             self.node, self.told = node, 0.0
 
-    def _tell(self, state: str) -> None:
+    def _show(self, state: str) -> None:
         elapsed = time.monotonic() - self.start
         line = f"{elapsed:7.1f} s  {self.titles.get(self.node, self.node)}  {state}".rstrip()
         if self.stream.isatty():
@@ -262,12 +261,12 @@ class ProgressLine:
 
 
 def first_line(problem: Exception) -> str:
-    """The first line of what a problem says, or its kind when it says nothing."""
+    """The first line of an exception's message, or its class if the message is empty."""
     return str(problem).strip().partition("\n")[0].rstrip(":") or type(problem).__name__
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Tell the user."""
+    """Print a message for the user."""
     print(text, file=stream or sys.stdout, flush=True)
 
 

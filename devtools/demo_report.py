@@ -1,4 +1,4 @@
-"""What the demo leaves in its folder: the LoRA, the pictures of the titled nodes, and a table of numbers."""
+"""Writes the demo's results: the LoRA, the pictures of the titled nodes, and a table of numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(
 ) -> None:
     """Fill `folder`; `view` fetches the picture behind an image reference of `outputs`.
 
-    `shown` holds the training pictures, which then stand above what was sampled.
+    `shown` is the folder of the training pictures, which are placed above the samples.
     """
 
     def images(title: str) -> list[Image.Image]:
@@ -49,7 +49,7 @@ def write(
         shutil.copy2(lora, folder)
     for title, name in PICTURES.items():
         sheet(images(title)).save(folder / name)
-    rows = [("What it was shown", [opened(path) for path in sorted(shown.glob("*.png"))])] if shown else []
+    rows = [("Training pictures", [opened(path) for path in sorted(shown.glob("*.png"))])] if shown else []
     for number in range(1, 1 + sum(titles_like(prompt, BEFORE))):
         suffix = "" if number == 1 else f" {number}"
         text = caption(prompt, node_titled(prompt, BEFORE + suffix))
@@ -59,19 +59,19 @@ def write(
 
 
 def titles_like(prompt: Mapping[str, Json], title: str) -> list[bool]:
-    """For every node, whether it has that title or the title and a number."""
+    """For every node, whether its title is the given one, with or without a number."""
     titles = [node.get("_meta", {}).get("title", "") for node in prompt.values()]
     return [name == title or (name.startswith(title + " ") and name[len(title) + 1 :].isdigit()) for name in titles]
 
 
 def opened(path: Path, side: int = 128) -> Image.Image:
-    """A picture file, small enough to stand beside others."""
+    """A picture file, small enough to be placed beside others."""
     with Image.open(path) as picture:
         return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
 
 def caption(prompt: Mapping[str, Json], node: str) -> str:
-    """The text that a picture was made from: the nearest one up the wires, positive inputs first."""
+    """The text that a picture was sampled from: the nearest one upstream, positive inputs first."""
     waiting, seen = [node], set()
     while waiting:
         current = waiting.pop(0)
@@ -88,7 +88,7 @@ def caption(prompt: Mapping[str, Json], node: str) -> str:
 
 
 def sheet(images: Sequence[Image.Image]) -> Image.Image:
-    """The pictures in a grid; a single one as it is."""
+    """The pictures in a grid; a single picture unchanged."""
     if len(images) == 1:
         return images[0]
     columns = math.ceil(math.sqrt(len(images)))
@@ -105,7 +105,7 @@ def comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image
 
 
 def label_band(text: str, width: int) -> Image.Image:
-    """`text` in a strip as wide as it needs, at least `width`."""
+    """`text` in a strip as wide as the text, but at least `width`."""
     font = ImageFont.load_default(size=max(14, min(24, width // 24)))
     _, _, right, bottom = font.getbbox(text)
     strip = Image.new("RGB", (max(width, math.ceil(right)), math.ceil(bottom) + 4), PAPER)
@@ -134,7 +134,7 @@ def stacked(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The numbers of a run as a Markdown table that reads well as plain text too; no nested values."""
+    """The numbers of a run, without nested values, as a Markdown table that is also readable as plain text."""
     rows = [(label(name), spelled(name, value)) for name, value in summary.items() if spelled(name, value)]
     wide = max((len(name) for name, _ in rows), default=0)
     high = max((len(text) for _, text in rows), default=0)
@@ -149,7 +149,7 @@ def label(name: str) -> str:
 
 
 def spelled(name: str, value: Any) -> str:
-    """A value with its unit, which its name ends or begins with; empty for what does not fit in a cell."""
+    """A value with its unit, which its name ends or begins with; empty if it does not fit in a cell."""
     if value is None:
         return "not measured"
     if isinstance(value, bool):

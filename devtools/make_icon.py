@@ -1,7 +1,7 @@
 """Draws the pack's icon: ``python devtools/make_icon.py`` writes ``icon.png``, 400 px square.
 
-Seven blocks in a row, in the colours of the heatmap of Select Blocks: two that are skipped at the front, three that are
-trained, two that are skipped at the back. A line goes through those that are trained and jumps over the others.
+Seven blocks in a row, in the colours of the heatmap of Select Blocks: two skipped blocks at the front, three trained
+ones, two skipped ones at the back. A line runs through the trained blocks and jumps over the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SIDE, SHARPNESS = 400, 4  # px; it is drawn so many times as large and made smaller
+SIDE, SHARPNESS = 400, 4  # px; the icon is drawn this many times larger and then scaled down
 GROUND, LINE = (24, 27, 33), (238, 240, 244)
 FRONT, TRAINED, BACK = (240, 150, 60), (64, 142, 226), (152, 110, 214)
 BLOCKS = (
@@ -48,7 +48,7 @@ def draw() -> Image.Image:
 
 
 def _box(x: float, y: float, half_width: float, half_height: float) -> list[float]:
-    """The box around a point, in px of the icon, as the drawing wants it."""
+    """The box around a point, given in px of the icon, in pixels of the drawing."""
     return [SHARPNESS * side for side in (x - half_width, y - half_height, x + half_width, y + half_height)]
 
 

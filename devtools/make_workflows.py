@@ -1,8 +1,9 @@
-"""Makes the shipped workflows: ``python devtools/make_workflows.py SERVER`` (the address of a ComfyUI with the pack).
+"""Writes the shipped workflows: ``python devtools/make_workflows.py SERVER`` (the address of a ComfyUI with the pack).
 
-``workflow_graphs.py`` says what is in them. ``check_workflow.mjs`` lets ComfyUI's real frontend turn the API prompts into
-its own format; this adds positions, groups, notes and model links, and writes the twins that the tests run. Run it again
-whenever a node's inputs change, then look at the thumbnails. ``--only WORDS``: those with these words in their name.
+``workflow_graphs.py`` defines their content. ``check_workflow.mjs`` makes ComfyUI's real frontend convert the API
+prompts to its own format; this adds positions, groups, notes and model links, and writes the twins that the tests run.
+Run it again whenever a node's inputs change, then look at the thumbnails. ``--only WORDS`` writes only workflows whose
+name contains WORDS.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKER = ROOT / "devtools" / "check_workflow.mjs"
 TWINS = ROOT / "tests" / "workflows"
 GAP, GROUP_TOP, TITLE = 40, 60, 30
-NOTE_WIDTH, LINE, LETTER = 460, 16, 5.9  # px of a note's line and letter
+NOTE_WIDTH, LINE, LETTER = 460, 16, 5.9  # px: a note's width, and the size of its lines and letters
 NEVER = 2  # the mode of a muted node
-SAYS_SOMETHING = {  # px: nodes that grow by a few lines of text when they have run
+SHOWS_TEXT = {  # px: nodes that grow by a few lines of text after a run
     "BlockSkip_LoadTrainingFolder": 60,
     "BlockSkip_MemoryPlan": 90,
     "BlockSkip_PrecomputeResiduals": 90,
@@ -61,7 +62,7 @@ MODEL_SITE = "https://huggingface.co/"
 
 
 def numbered(graph: Graph) -> dict[str, Any]:
-    """The API prompt of a graph, with numbers for the nodes' names."""
+    """The API prompt of a graph, with numbers instead of node names."""
     numbers = {name: str(number) for number, name in enumerate(graph.prompt, 1)}
     return {
         numbers[name]: {
@@ -73,10 +74,10 @@ def numbered(graph: Graph) -> dict[str, Any]:
 
 
 def convert(server: str, graph: Graph, folder: Path) -> dict[str, Any]:
-    """Let the frontend turn the prompt into a workflow, whose nodes also have their names."""
+    """Make the frontend convert the prompt to a workflow, and add the nodes' names."""
     api, out = folder / "prompt.json", folder / "workflow.json"
     api.write_text(json.dumps(numbered(graph)), encoding="utf-8")
-    # Models and folders of the user are not among this server's choices: the checker's notes on them are expected.
+    # The user's models and folders are not among this server's choices, so the checker is expected to report them.
     done = subprocess.run(
         ["node", str(CHECKER), server, "--from-api", str(api), "--out", str(out), "--pack-version", _version()],
         check=False,
@@ -96,11 +97,11 @@ def _version() -> str:
     for line in (ROOT / "blockskip_core" / "version.py").read_text(encoding="utf-8").splitlines():
         if line.startswith("VERSION"):
             return line.split('"')[1]
-    raise RuntimeError("version.py says no VERSION.")
+    raise RuntimeError("version.py does not define VERSION.")
 
 
 def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
-    """Put the nodes into their columns, add groups, notes and the model links."""
+    """Place the nodes in their columns and add groups, notes and model links."""
     by_name = {made.pop("name"): made for made in workflow["nodes"]}
     _add_note(workflow, "Read me", graph.note, [0, GROUP_TOP], NOTE_WIDTH)
     left = NOTE_WIDTH + 2 * GAP
@@ -122,7 +123,7 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
         if name in graph.muted:
             made["mode"] = NEVER
         values = made.get("widgets_values") or []
-        made["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]  # seeds stay
+        made["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]  # keep the seeds
         links = MODELS.get(made["type"])
         if links:
             made["properties"]["models"] = [
@@ -136,7 +137,7 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
 
 
 def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], left: int, note_height: int) -> int:
-    """Place a column's note and nodes; return where they end. Where there are notes, all nodes begin below the longest."""
+    """Place a column's note and nodes and return where they end; all nodes begin below the longest note."""
     top = GROUP_TOP
     if column.note:
         _add_note(workflow, "", column.note, [left, top], column.width)
@@ -146,7 +147,7 @@ def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], lef
         made = by_name[name]
         height = _height(made)
         made["pos"], made["size"] = [left, top], [column.width, height]
-        top += height + GAP + TITLE + SAYS_SOMETHING.get(made["type"], 0)
+        top += height + GAP + TITLE + SHOWS_TEXT.get(made["type"], 0)
     return top - TITLE
 
 
@@ -156,7 +157,7 @@ def _height(made: dict[str, Any]) -> int:
 
 
 def _note_height(words: str, width: int) -> int:
-    """The height in which a note shows all its words."""
+    """The height that a note needs to show its whole text."""
     per_line = (width - 40) / LETTER
     paragraphs = words.split("\n\n")
     lines = sum(math.ceil(len(paragraph) / per_line) for paragraph in paragraphs)
@@ -166,9 +167,7 @@ def _note_height(words: str, width: int) -> int:
 def _add_note(workflow: dict[str, Any], title: str, words: str, place: list[int], width: int) -> None:
     workflow["last_node_id"] += 1
     words = "\n\n".join(_flowing(paragraph) for paragraph in words.split("\n\n"))
-    words = re.sub(
-        r"`([^`]+)`", r"**\1**", words
-    )  # Nodes 2.0 writes code in blue, which nobody can read on a brown note
+    words = re.sub(r"`([^`]+)`", r"**\1**", words)  # Nodes 2.0 shows code in blue, which is unreadable on a brown note
     workflow["nodes"].append(
         {
             "id": workflow["last_node_id"],
@@ -190,7 +189,7 @@ def _add_note(workflow: dict[str, Any], title: str, words: str, place: list[int]
 
 
 def _flowing(paragraph: str) -> str:
-    """A paragraph without the line breaks that it has in the source; those of a list stay."""
+    """A paragraph without the line breaks of the source; a list keeps its line breaks."""
     lines = paragraph.split("\n")
     return paragraph if lines[0][:1].isdigit() else " ".join(line.strip() for line in lines)
 
@@ -200,7 +199,7 @@ def write(server: str, graph: Graph) -> None:
     with tempfile.TemporaryDirectory() as folder:
         workflow = arrange(convert(server, graph, Path(folder)), graph)
     target = ROOT / "workflows" / f"{graph.name}.json"
-    if target.exists():  # it is the same workflow, to whoever has it open
+    if target.exists():  # keep the id, so that it remains the same workflow for users who have it open
         workflow["id"] = json.loads(target.read_text(encoding="utf-8"))["id"]
     target.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
     if graph.twin:
@@ -215,7 +214,7 @@ def write(server: str, graph: Graph) -> None:
 
 
 def main() -> None:
-    """Write every workflow, or those that are asked for."""
+    """Write every workflow, or only the requested ones."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("server")
     parser.add_argument("--only", default="", metavar="WORDS")

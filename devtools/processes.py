@@ -1,4 +1,4 @@
-"""Programs that ``dev.py`` runs in the repository: become one, or wait for one. Standard library only."""
+"""Runs programs for ``dev.py``: replaces this process by one, or waits for one. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class Terminated(KeyboardInterrupt):
-    """This process was told to end. Its children were not, as they are by Ctrl-C."""
+    """This process was told to end by a signal that, unlike Ctrl-C, did not reach its children."""
 
 
 def terminated(*_: object) -> None:
@@ -27,7 +27,7 @@ def terminated(*_: object) -> None:
 
 
 def hand_over(command: Command, variables: Mapping[str, str]) -> int:
-    """Become `command`, so that signals reach it and its status is ours."""
+    """Replace this process by `command`, so that signals reach it and its exit status is passed on."""
     words = list(map(str, command))
     _flush()
     if os.name == "nt":
@@ -37,7 +37,7 @@ def hand_over(command: Command, variables: Mapping[str, str]) -> int:
 
 
 def wait_for(command: Command, variables: Mapping[str, str], seconds: float | None = None) -> int | None:
-    """Return the status of `command`, or None if it was interrupted because it was not done after so many seconds."""
+    """Return the exit status of `command`, or None if it was interrupted because it took longer than ``seconds``."""
     _flush()
     child = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=_surroundings(variables))
     try:
@@ -54,11 +54,11 @@ def wait_for(command: Command, variables: Mapping[str, str], seconds: float | No
 
 
 def run_side_by_side(commands: Sequence[Command], variables: Mapping[str, str], at_once: int) -> list[int]:
-    """Return the status of each command. What one has printed is shown as a whole when it is done.
+    """Return the exit status of each command. A command's output is shown all at once when it is done.
 
     Args:
         commands: In the order in which they are started.
-        variables: Environment variables of all.
+        variables: Environment variables for all of them.
         at_once: How many may run at the same time.
     """
     waiting, running, statuses = list(enumerate(commands)), {}, {}

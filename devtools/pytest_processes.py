@@ -1,17 +1,23 @@
-"""Which pytest processes ``python dev.py test`` runs: the ordinary tests in two halves, and those on a card.
+"""Which pytest processes ``python dev.py test`` runs: the ordinary tests in parts, and those on a card.
 
-An emulated card cannot be taken back, so what runs on it has a process of its own. The halves take about as long as each
-other and run side by side where there are two cores. Standard library only, like ``dev.py``.
+An emulated card cannot be removed from a process, so the tests on it run in separate processes. The parts start in the
+order given here, two at a time on machines with at least two cores; the longest come first, which keeps both cores busy
+until the end. Standard library only, like ``dev.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "tests/card"
-FIRST_HALF = ("tests/core", "tests/hosts", "tests/docs", "tests/demo")  # the other half is all the rest
+PARTS = (  # longest first; the last one is everything that no other part names
+    ("tests/live", "tests/faults"),
+    ("tests/hosts", "tests/docs"),
+    ("tests/core", "tests/demo"),
+    (),
+)
 ON_CARD_TOO = (  # tests of the nodes that run on either device
     "tests/nodes/test_run.py",
     "tests/nodes/test_memory_plan.py",
@@ -27,8 +33,8 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     """Return the arguments of each pytest process.
 
     Args:
-        arguments: What the developer hands to pytest. Paths say which processes are meant; without any, both are.
-        device: ``card`` or ``gpu`` to run on that only; None for the ordinary tests and those on an emulated card.
+        arguments: The developer's arguments for pytest. Paths select the processes; without paths, all of them run.
+        device: ``card`` or ``gpu`` to run only on that; None for the ordinary tests and those on an emulated card.
     """
     paths = [argument for argument in arguments if is_path(argument)]
     if device is not None:
@@ -37,8 +43,7 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     options = [argument for argument in arguments if argument not in paths]
     ordinary = [path for path in paths if path not in on_card]
     if not paths:
-        rest = [f"--ignore={folder}" for folder in (CARD, *FIRST_HALF)]
-        return [[*options, "tests", *rest], [*options, *FIRST_HALF], ["--device", "card", *options, CARD, *ON_CARD_TOO]]
+        return [*_parts(options), *(["--device", "card", *options, *part] for part in ((CARD,), ON_CARD_TOO))]
     processes = []
     if ordinary:
         processes.append([*options, *ordinary, f"--ignore={CARD}"])
@@ -47,14 +52,21 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     return processes
 
 
+def _parts(options: Sequence[str]) -> Iterator[list[str]]:
+    named = [folder for part in PARTS for folder in part]
+    for part in PARTS:
+        rest = [] if part else ["tests", *(f"--ignore={folder}" for folder in (CARD, *named))]
+        yield [*options, *part, *rest]
+
+
 def is_path(argument: str, below: str = ".") -> bool:
-    """Tell whether an argument names a file or folder below another one, or a test in it."""
+    """Return whether an argument names a file or folder below another one, or a test in it."""
     path = (ROOT / argument.partition("::")[0]).resolve()
     return not argument.startswith("-") and path.exists() and path.is_relative_to((ROOT / below).resolve())
 
 
 def combined_status(statuses: Iterable[int]) -> int:
-    """Return the exit status of several processes: of the first that failed. One without tests is no failure beside others."""
+    """Return the combined exit status: that of the first failed process; no tests only counts if none had any."""
     statuses = list(statuses)
     failed = [status for status in statuses if status not in (0, NO_TESTS)]
     if failed:

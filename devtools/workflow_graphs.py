@@ -1,6 +1,6 @@
-"""The shipped workflows, written down: what is in them, where it stands, and what their notes say.
+"""Definitions of the shipped workflows: their nodes, layout and notes.
 
-A graph is an API prompt whose nodes have names instead of numbers. ``make_workflows.py`` makes the files.
+A graph is an API prompt whose nodes have names instead of numbers. ``make_workflows.py`` writes the files.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 Prompt = dict[str, dict[str, Any]]
 Link = list[Any]
 
-BLUE, GREEN, YELLOW, PURPLE = "#7ab8e0", "#9fce63", "#e0b25a", "#d78fdc"  # also of the groups' titles
+BLUE, GREEN, YELLOW, PURPLE = "#7ab8e0", "#9fce63", "#e0b25a", "#d78fdc"  # colours of groups and their titles
 
 
 @dataclass(frozen=True)
 class Column:
-    """Nodes under each other, in a group of that title, with a note above them if there is one."""
+    """Nodes below each other in a titled group, with an optional note above them."""
 
     title: str
     colour: str
@@ -31,14 +31,14 @@ class Graph:
     """One workflow.
 
     Attributes:
-        name: The file's, and what the template browser shows.
+        name: Name of the file, which the template browser shows.
         prompt: The nodes.
-        columns: Where they stand, from left to right.
-        note: What stands at the left.
-        headline, subline: What the thumbnail says.
-        shows: A picture of the help pages and the part of it that the thumbnail shows; the graph itself without.
-        twin: Name of the same graph with the demo's small models in ``tests/workflows``; "" where that is written by hand.
-        muted: Nodes that do not run until the user says so.
+        columns: The nodes' arrangement, from left to right.
+        note: Text of the note at the left.
+        headline, subline: Text of the thumbnail.
+        shows: A picture of the help pages and the part of it for the thumbnail; None for the graph itself.
+        twin: Name of the same graph with the demo's small models in ``tests/workflows``; "" if that is hand-written.
+        muted: Nodes that do not run until the user unmutes them.
     """
 
     name: str
@@ -58,13 +58,13 @@ def node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
 
 
 def text(title: str, words: str | Link, clip: Link) -> dict[str, Any]:
-    """A prompt's text."""
+    """A node that encodes a prompt."""
     return node("CLIPTextEncode", title, text=words, clip=clip)
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """The nodes that load FLUX.1-dev, and what they give."""
+    """The nodes that load FLUX.1-dev, and their outputs."""
 
     prompt: Mapping[str, dict[str, Any]]
     model: tuple[str, int]
@@ -72,11 +72,11 @@ class Loaders:
     vae: tuple[str, int]
 
     def names(self) -> tuple[str, ...]:
-        """Their names, for a column."""
+        """The nodes' names, for a column."""
         return tuple(self.prompt)
 
     def link(self, what: str) -> Link:
-        """A cable to ``model``, ``clip`` or ``vae``."""
+        """A link to ``model``, ``clip`` or ``vae``."""
         return list(getattr(self, what))
 
 
@@ -120,7 +120,7 @@ LOOK = Column("6  Look", BLUE, ("sample", "decode", "picture"))
 
 
 def picture(loaders: Loaders, words: str = "a photo of sks toy on the beach", side: int = 1024) -> Prompt:
-    """What a sampler needs beside the model."""
+    """A sampler's inputs other than the model."""
     return {
         "prompt": text("Prompt", words, loaders.link("clip")),
         "guided": node("FluxGuidance", "Guidance while sampling", conditioning=["prompt", 0], guidance=3.5),
@@ -143,7 +143,7 @@ def sampled(loaders: Loaders, *, filename: str = "my_subject", title: str = "You
 
 
 def select(loaders: Loaders, skip_ratio: float, method: str = "preset", **more: Any) -> Prompt:
-    """Choose the blocks, and show which."""
+    """Choose the blocks and show them."""
     return {
         "probe": text("Probe prompt", "a photo of a toy on a table", loaders.link("clip")),
         "select": node(
@@ -167,12 +167,12 @@ def training_folder(title: str, folder: str = "my_subject") -> dict[str, Any]:
 
 
 def dataset() -> Prompt:
-    """Pictures with a caption each."""
+    """Pictures with captions."""
     return {"dataset": training_folder("Pictures and captions of your subject")}
 
 
 def captions(loaders: Loaders, words: str | Link, title: str = "Encode the captions") -> Prompt:
-    """Captions, with the guidance that FLUX.1-dev is trained with."""
+    """Captions, with the guidance value for training FLUX.1-dev."""
     return {
         "captions": text(title, words, loaders.link("clip")),
         "guidance": node("FluxGuidance", "Guidance while training: 1", conditioning=["captions", 0], guidance=1.0),
@@ -202,7 +202,7 @@ def residuals(
 
 
 def prepared(loaders: Loaders, images: Link, files: Link, **more: Any) -> Prompt:
-    """Compute the residuals, and show the crops."""
+    """Compute the residuals and show the crops."""
     return {
         "residuals": residuals(loaders, images, files, **more),
         "patches": node("PreviewImage", "What training will see", images=["residuals", 1]),
@@ -210,14 +210,14 @@ def prepared(loaders: Loaders, images: Link, files: Link, **more: Any) -> Prompt
 
 
 def trainer(loaders: Loaders, title: str = "Dynamic Patch Trainer", **settings: Any) -> dict[str, Any]:
-    """Dynamic Patch Trainer with what is reported for the paper."""
+    """Dynamic Patch Trainer with the settings that the paper reports."""
     reported = {"steps": 500, "learning_rate": 1e-4, "rank": 16, "seed": 0, "accumulation": 4}
     inputs = {"residuals": ["residuals", 0], **reported, "output_name": "loras/my_subject", **settings}
     return node("BlockSkip_TrainLora", title, model=loaders.link("model"), **inputs)
 
 
 def trained(loaders: Loaders, **settings: Any) -> Prompt:
-    """Train, and draw the loss."""
+    """Train and plot the loss."""
     return {
         "train": trainer(loaders, **settings),
         "loss": node("LossGraphNode", "Plot Loss Graph", loss=["train", 1], filename_prefix="loss_graph"),
@@ -225,7 +225,7 @@ def trained(loaders: Loaders, **settings: Any) -> Prompt:
 
 
 def watched(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
-    """Train, sampling the prompt meanwhile, and draw the loss."""
+    """Train, sample the prompt during training, and plot the loss."""
     return {
         "samples": node(
             "BlockSkip_SampleWhileTraining",
@@ -246,7 +246,7 @@ def watched(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
 
 
 def planned(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
-    """Say before the run whether it fits a card, and set the nodes behind it so that it does."""
+    """Check before the run whether it fits a card, and adjust the following nodes so that it does."""
     return {
         "plan": node(
             "BlockSkip_MemoryPlan",
@@ -270,10 +270,10 @@ def planned(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
 
 
 FROM_PLAN: dict[str, Link] = {"memory_settings": ["plan", 3]}
-"""Inputs of Precompute Residuals and of the trainer that Memory Plan ("plan") fills, in the graphs that have one."""
+"""Inputs of Precompute Residuals and of the trainer that come from Memory Plan ("plan"), in graphs that have one."""
 
-PRACTICE = """Guidance 1 while training and 3.5 while sampling is common practice for FLUX.1-dev; the paper does not say.
-FLUX.1-dev comes under a licence of its own: read it before you use the results commercially."""
+PRACTICE = """Guidance 1 for training and 3.5 for sampling is common practice for FLUX.1-dev; the paper does not
+specify it. FLUX.1-dev has its own licence: read it before you use the results commercially."""
 
 TRAIN = Graph(
     "BlockSkip - Train FLUX.1 LoRA",
@@ -298,11 +298,12 @@ TRAIN = Graph(
 
 1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
    `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
-2. Queue. **Precompute Residuals** runs once: 500 draws take about 2.2 GiB of disk. Training then loads only the 28
-   kept blocks of 57. 500 steps of 4 draws each (`accumulation`) use every draw four times; more draws take more disk.
+2. Queue. **Precompute Residuals** runs once: 500 training examples (`draws`) take about 2.2 GiB of disk. Training then
+   loads only the 28 kept blocks of 57. 500 steps with 4 examples each (`accumulation`) use every example four times;
+   more examples take more disk.
 3. The LoRA is saved to `output/loras` and listed in Load LoRA.
 
-`preset` uses the paper's choice of blocks for FLUX.1. Set **method** to *attention mask* to measure it on your model.
+`preset` uses the paper's blocks for FLUX.1. Set **method** to *attention mask* to measure them on your model.
 {PRACTICE}
 
 Short of memory? Load the model with `weight_dtype` fp8_e4m3fn, or lower `patch_min`.
@@ -337,8 +338,8 @@ FIRST = Graph(
             (*ONE_FP8_FILE.names(), "images"),
             note="""**The model and your pictures.**
 
-Does ComfyUI say that the model is missing? Press *View details*, *Download* (17 GB; text encoders and VAE are in the same
-file), and put the file into `models/checkpoints`. Or choose a FLUX.1 checkpoint that you have.
+Does ComfyUI say that the model is missing? Press *View details*, then *Download* (17 GB, including text encoders and
+VAE), and put the file into `models/checkpoints`. Or choose a FLUX.1 checkpoint that you already have.
 
 Make a folder `my_subject` inside ComfyUI's `input` folder. Put 4 to 20 pictures of *one* thing into it: your toy, your
 dog, your mug. 512 px or more, sharp, from several sides. Press **R**, then choose the folder.""",
@@ -349,16 +350,16 @@ dog, your mug. 512 px or more, sharp, from several sides. Press **R**, then choo
             ("captions", "guidance"),
             note="""**What is in the pictures.**
 
-*sks* is a word that means nothing yet: it will become the name of your subject. The word behind it says what kind of
-thing it is. Write *a photo of sks dog* for a dog.""",
+*sks* is a word without a meaning: it will become the name of your subject. The word after it says what kind of thing it
+is. Write *a photo of sks dog* for a dog.""",
         ),
         Column(
             "3  Choose blocks",
             GREEN,
             ("probe", "select", "heatmap"),
-            note="""**Which half of the model is left out.**
+            note="""**Which half of the model is skipped.**
 
-FLUX.1 has 57 blocks in a row. *preset* leaves out the first 19 and the last 10, as the paper does. Nothing to
+FLUX.1 has 57 blocks in a row. *preset* skips the first 19 and the last 10, as the paper does. There is nothing to
 change here.""",
         ),
         Column(
@@ -367,8 +368,8 @@ change here.""",
             ("plan", "planned"),
             note="""**Before anything runs.**
 
-Counts what the run will take, and says whether your card has it. If not, it makes the smallest change that helps, and
-says which. **Prepare** and **Train** take these settings from here.""",
+Calculates the memory that the run needs and says whether your card has enough. If not, it makes the smallest change
+that helps and tells you which. **Prepare** and **Train** take these settings from here.""",
         ),
         Column(
             "5  Prepare",
@@ -376,17 +377,18 @@ says which. **Prepare** and **Train** take these settings from here.""",
             ("residuals", "patches"),
             note="""**What training will see.**
 
-200 crops of your pictures: large ones with much noise, small ones with little. What the left-out blocks would say to
-each is computed now and kept on disk: about 0.9 GiB.""",
+200 crops of your pictures: large ones with much noise, small ones with little. What the skipped blocks compute for each
+is calculated now and kept on disk: about 0.9 GiB.""",
         ),
         Column(
             "6  Train",
             PURPLE,
             ("train", "loss"),
-            note="""**The learning.**
+            note="""**Training.**
 
-400 steps. Every 100 a picture of the prompt in step 7 appears on the trainer: is it your subject yet? Watch the chart:
-the blue line should fall. **Cancel** whenever you like: what was learned is saved, and queueing again goes on. The LoRA goes to `output/loras`.""",
+400 steps. Every 100 steps, the trainer shows a picture of the prompt in step 7: is it your subject yet? Watch the
+chart: the blue line should fall. **Cancel** whenever you like: the LoRA so far is saved, and queueing again continues.
+The LoRA goes to `output/loras`.""",
         ),
         Column(
             "7  Try it",
@@ -401,15 +403,15 @@ the training pictures? 0.8.""",
     ),
     f"""## My first LoRA
 
-Teach FLUX.1 one thing of yours. Read the notes from left to right, do what they say, then press **Run**.
+Teach FLUX.1 one thing that you own. Read the notes from left to right, follow them, then press **Run**.
 
-You need about 17 GB of disk for the model, and a graphics card of 8 GB or more (**Memory Plan** in step 4 says whether
-yours will do).
+You need about 17 GB of disk for the model, and a graphics card with 8 GB or more (**Memory Plan** in step 4 says
+whether yours is large enough).
 
-These are small settings, to see soon that everything works. For a better likeness go on with *BlockSkip - Train 8 GB*,
-*12 GB* or *24 GB*: more crops, more steps, a caption for each picture.
+The settings are small, so that you soon see that everything works. For a better likeness continue with *BlockSkip -
+Train 8 GB*, *12 GB* or *24 GB*: more crops, more steps, a caption for each picture.
 
-Nobody has measured on a GPU yet how long this takes or how good it gets with FLUX.1. Tell us.
+Nobody has measured on a GPU yet how long this takes, or how good the result is, with FLUX.1. Tell us.
 
 {PRACTICE}""",
     headline="My first LoRA",
@@ -428,12 +430,12 @@ def card(
     summary: str,
     why: str,
 ) -> Graph:
-    """Training on a card of so many GB.
+    """Training on a card with ``size`` GB.
 
     Args:
-        room: GiB of it that Memory Plan lets the run take; the rest is for the screen, other programs and the driver.
+        room: GiB that Memory Plan allows the run; the rest is for the screen, other programs and the driver.
         counted: GiB that Memory Plan counts at the peak, with captions of 512 tokens.
-        summary, why: What the settings are, for people, in short and at length.
+        summary, why: A short and a long description of the settings.
     """
     return Graph(
         f"BlockSkip - Train {size} GB",
@@ -462,14 +464,14 @@ def card(
 
 1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
    `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
-2. Queue. **Memory Plan** first makes the run fit into {room:g} GiB, so that the rest is left for the screen and other
-   programs, and uses what is left to be faster. It counts {counted:g} GiB; no GPU has confirmed that yet.
-3. Every 100 steps a picture of the prompt in **6 Try it** appears on the trainer.
-4. The LoRA is saved to `output/loras` and listed in Load LoRA. **Cancel** saves too; queueing again goes on.
+2. Queue. **Memory Plan** first makes the run fit into {room:g} GiB, which leaves the rest for the screen and other
+   programs, and uses spare memory for speed. It counts {counted:g} GiB; no GPU has confirmed that yet.
+3. Every 100 steps, the trainer shows a picture of the prompt in **6 Try it**.
+4. The LoRA is saved to `output/loras` and listed in Load LoRA. **Cancel** saves too; queueing again continues.
 
-500 draws take about 2.2 GiB of disk. 500 steps of 4 draws each (`accumulation`) use every draw four times.
-Crop size, storage, batch size, checkpointing and quantisation are set at **Memory Plan**; the nodes behind it take them
-from there.
+500 training examples (`draws`) take about 2.2 GiB of disk. 500 steps with 4 examples each (`accumulation`) use every
+example four times. Set crop size, storage, batch size, checkpointing and quantisation in **Memory Plan**; the nodes
+after it take them from there.
 
 {PRACTICE}""",
         headline=f"Train on {size} GB",
@@ -485,7 +487,8 @@ CARD_8 = card(
     room=6.5,
     counted=5.6,
     summary="fp8, half of the blocks skipped",
-    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper, 256 px.""",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), half of the blocks skipped as in the paper,
+256 px.""",
 )
 CARD_12 = card(
     12,
@@ -495,7 +498,7 @@ CARD_12 = card(
     counted=9.2,
     summary="fp8, 30 % of the blocks skipped",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), and only 30 % of the blocks skipped: more blocks
-learn, which the paper and our small model both found better.""",
+are trained, which the paper and our small model both found better.""",
 )
 CARD_24 = card(
     24,
@@ -504,8 +507,7 @@ CARD_24 = card(
     room=20.5,
     counted=19.4,
     summary="bf16, 30 % of the blocks skipped",
-    why="""The model in bf16, as it was published (needs about 24 GB of RAM as well), and 30 % of the blocks
-skipped.""",
+    why="""The model in bf16, as published (this also needs about 24 GB of RAM), and 30 % of the blocks skipped.""",
 )
 
 RESUME = Graph(
@@ -516,7 +518,7 @@ RESUME = Graph(
         **captions(THREE_FILES, ["dataset", 1]),
         **select(THREE_FILES, 0.5),
         **prepared(THREE_FILES, ["dataset", 0], ["dataset", 2]),
-        **watched(THREE_FILES, title="Go on: more steps", steps=1000),
+        **watched(THREE_FILES, title="Continue: more steps", steps=1000),
         "other residuals": residuals(THREE_FILES, ["dataset", 0], ["dataset", 2], seed=1),
         "other patches": node("PreviewImage", "New crops", images=["other residuals", 1]),
         "further": trainer(
@@ -541,7 +543,8 @@ RESUME = Graph(
             ("train", "loss"),
             note="""**The same run, longer.**
 
-Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is found, and goes on behind its last step.""",
+Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is found and continues after
+its last step.""",
         ),
         TRY,
         LOOK,
@@ -549,9 +552,9 @@ Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is fo
             "B  New crops (muted)",
             YELLOW,
             ("other residuals", "other patches"),
-            note="""**For a file as the start.**
+            note="""**For starting from a file.**
 
-Select these two nodes and the two at the right, and press **Ctrl+M**: they are muted until you have a file. Another
+Select these two nodes and the two on the right, and press **Ctrl+M**: they are muted until you have a file. Another
 `seed` gives other crops than last time.""",
         ),
         Column(
@@ -560,22 +563,22 @@ Select these two nodes and the two at the right, and press **Ctrl+M**: they are 
             ("further", "further loss"),
             note="""**Train it further.**
 
-Choose the file in `start_file` (in Nodes 2.0 under *Show advanced inputs*) and set `rank` to the file's. A lower learning
-rate keeps what is there.""",
+Choose the file in `start_file` (in Nodes 2.0 under *Show advanced inputs*) and set `rank` to the file's rank. A lower
+learning rate keeps more of what the LoRA has learned.""",
         ),
     ),
     """## Train further
 
-**A. More steps.** A run goes on where it stopped: after Cancel, after a crash, or because `steps` is higher now. Nothing
-has to be switched on; `resume` is on by default. All other settings must be those of the run, and the pictures too.
-Here they are those of *BlockSkip - Train FLUX.1 LoRA*, with 1000 steps instead of 500. It ends with the same LoRA as
-1000 steps at once (with `lr_schedule` constant or constant_with_warmup).
+**A. More steps.** A run continues where it stopped: after Cancel, after a crash, or because `steps` is higher now.
+You need not switch anything on; `resume` is on by default. All other settings and the pictures must be the same as in
+the run. Here they are those of *BlockSkip - Train FLUX.1 LoRA*, with 1000 steps instead of 500. The result is the
+same LoRA as from 1000 steps at once (with `lr_schedule` constant or constant_with_warmup).
 
-The states of the three newest runs lie in `output/blockskip/runs`.
+The states of the three newest runs are kept in `output/blockskip/runs`.
 
-**B. From a LoRA file.** Of this trainer or another one. Its rank must be the same, and it must change nothing but linear
-layers of the blocks that are trained here; the node says so if it does not. The two columns at the right are muted, because
-they need your file. Its optimiser starts anew.""",
+**B. From a LoRA file.** The file may come from this trainer or another one. Its rank must be the same, and it may only
+change linear layers of the blocks that are trained here; otherwise the node says so. The two columns on the right are
+muted, because they need your file. The optimiser starts from scratch.""",
     headline="Resume",
     subline="more steps for a run\nor from a LoRA file",
     twin="resume",
@@ -628,8 +631,8 @@ SEVERAL = Graph(
             ("first", "first name", "second", "second name", "all images", "all texts", "all files"),
             note="""**One folder for each.**
 
-Below ComfyUI's `input` folder. The name goes in front of every caption of its folder. Pictures without a `.txt` have the
-name alone as their caption.""",
+Inside ComfyUI's `input` folder. The name is put in front of every caption of its folder. Pictures without a `.txt` have
+only the name as their caption.""",
         ),
         Column("3  Choose blocks", GREEN, ("probe", "select", "heatmap")),
         Column("4  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
@@ -639,18 +642,18 @@ name alone as their caption.""",
     ),
     """## Several subjects in one LoRA
 
-Two folders of pictures, each with a name of its own: *sks toy* and *zwx dog*. **Create List** puts them one behind the
-other, pictures, captions and files in the same order, so every picture keeps its caption. A third subject: one more folder, one
-more name, one more cable into each **Create List**.
+Two folders of pictures, each with its own name: *sks toy* and *zwx dog*. **Create List** joins them, pictures, captions
+and files in the same order, so that every picture keeps its caption. For a third subject, add one more folder, one more
+name, and one more link into each **Create List**.
 
-Draws go through all pictures in turn. So the folders should hold about equally many pictures; a subject with
-twice as many is seen twice as often.
+Training examples use all pictures in turn. So the folders should contain about the same number of pictures; a subject
+with twice as many is seen twice as often.
 
-Two subjects have more to learn than one: here 800 draws (about 3.5 GiB of disk), 1000 steps and rank 32. That is a
-starting point, not measured. If the two get mixed up, name them more differently.
+Two subjects take more to learn than one: here 800 training examples (`draws`, about 3.5 GiB of disk), 1000 steps and
+rank 32. That is a starting point, not measured. If the two get mixed up, choose names that differ more.
 
 A dataset in sub-folders works as well: one **Load Training Folder** reads `my_subjects/1_toy` and
-`my_subjects/1_dog` together, and the number says how often each picture counts.""",
+`my_subjects/1_dog` together; the number says how often each picture counts.""",
     headline="Several subjects",
     subline="two folders, two names\none LoRA",
     twin="several_subjects",
@@ -662,7 +665,7 @@ SELECT_BLOCKS = Graph(
         **THREE_FILES.prompt,
         "vision": node("CLIPVisionLoader", "Load a vision encoder", clip_name="clip_vision_h.safetensors"),
         **select(THREE_FILES, 0.5, "attention mask", vae=["vae", 0], clip_vision=["vision", 0]),
-        "heatmap": node("PreviewImage", "How much the text matters where", images=["select", 1]),
+        "heatmap": node("PreviewImage", "Effect of the text, by block", images=["select", 1]),
         "report": node("PreviewAny", "Report", source=["select", 2]),
     },
     (
@@ -672,13 +675,13 @@ SELECT_BLOCKS = Graph(
     ),
     """## Which blocks can be skipped?
 
-The text is hidden from the picture in the first few, the last few, and a sliding run of blocks; the more the picture
-changes, the more those blocks matter for your subject.
+The text is hidden from the picture in the first few blocks, the last few, and a sliding window in between; the more the
+picture changes, the more those blocks matter for your subject.
 
-Runs once per model and prompt, then it is remembered: any other `skip_ratio` up to the measured one is a look-up.
+This runs once per model and prompt, and the result is kept: any other `skip_ratio` up to the measured one is a look-up.
 
-The paper does this with a model that already knows the subject: put **Load LoRA** between the model and the node to
-do the same. Its encoder is DINO; Load CLIP Vision reads CLIP-ViT and DINOv2. Without one, latents are compared.""",
+The paper does this with a model that already knows the subject: to do the same, put **Load LoRA** between the model and
+the node. Its encoder is DINO; Load CLIP Vision reads CLIP-ViT and DINOv2. Without an encoder, latents are compared.""",
     headline="Select blocks",
     subline="which can be left out?\nmeasured on your model",
     shows=("heatmap.png", (10, 56, 836, 305)),
@@ -690,7 +693,7 @@ APPLY = Graph(
         **THREE_FILES.prompt,
         **picture(THREE_FILES),
         "apply": node("BlockSkip_ApplyLora", "Apply BlockSkip LoRA", model=["model", 0], strength_model=1.0),
-        "info": node("PreviewAny", "What the LoRA says of itself", source=["apply", 1]),
+        "info": node("PreviewAny", "About this LoRA", source=["apply", 1]),
         "sample before": node("KSampler", "Sample the plain model", model=["model", 0], **SAMPLE),
         "decode before": node("VAEDecode", "Decode", samples=["sample before", 0], vae=["vae", 0]),
         "before": node("SaveImage", "Before: the plain model", images=["decode before", 0], filename_prefix="before"),
@@ -736,7 +739,7 @@ RALU = Graph(
             regions="edges",
             vae=["vae", 0],
         ),
-        "early": node("PreviewImage", "What became fine early", images=["sample", 1]),
+        "early": node("PreviewImage", "Regions refined early", images=["sample", 1]),
         "report": node("PreviewAny", "Stages", source=["sample", 2]),
         "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=["vae", 0]),
         "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="ralu"),
@@ -749,8 +752,8 @@ RALU = Graph(
     ),
     """## Fast sampling with RALU
 
-**RALU Sampler** takes the place of KSampler. It samples at half the side first, then brings the regions with edges to
-full resolution, then all the rest. FLUX 5x takes 15 steps, most of them on fewer tokens: counted, 1 / 5.4 of the
+**RALU Sampler** replaces KSampler. It samples at half the side first, then brings the regions with edges to full
+resolution, then the rest. FLUX 5x takes 15 steps, most of them on fewer tokens: by our count, 1 / 5.4 of the
 operations of 50 plain steps. FLUX 7x takes 1 / 7.3 and is rougher; FLUX 4x takes 1 / 4.4.
 
 Width and height must be multiples of 32 px. A LoRA goes between **Load FLUX.1-dev** and the sampler.

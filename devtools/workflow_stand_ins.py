@@ -1,7 +1,7 @@
-"""The shipped workflows with the demo's small models in them, so that they can be run anywhere: their twins.
+"""Twins of the shipped workflows: the same graphs with the demo's small models, so that they run anywhere.
 
-What loads a model becomes the demo's loader, words become words that the demo's text encoder knows, and numbers that
-decide how long it takes become small. Everything else stays as it is in the workflow.
+Model loaders become the demo's loaders, texts become words that the demo's text encoder knows, and numbers that
+determine the duration become small. Everything else is unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOADERS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "VAELoader": (("VAELoader", "vae_name", "blockskip_world_vae.safetensors"),),
 }
 LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoader"] + LOADERS["VAELoader"]
-"""Loader -> what stands for each of its outputs: node, input, file."""
+"""Loader -> the replacement for each of its outputs: node, input, file."""
 
 FOLDERS = {"my_subject": "blockskip_toby", "my_second_subject": "blockskip_mila"}
 WORDS = {
@@ -27,7 +27,7 @@ WORDS = {
     "a photo of sks toy on the beach": "a big orange toby circle on water, right",
     "a photo of sks toy beside zwx dog on the beach": "a big orange toby circle on water, right",
 }
-NAMES = {"a photo of sks toy": "toby", "a photo of zwx dog": "mila"}  # in front of captions, which say the rest
+NAMES = {"a photo of sks toy": "toby", "a photo of zwx dog": "mila"}  # put in front of the captions
 SMALL: dict[str, dict[str, Any]] = {
     "BlockSkip_MemoryPlan": {"draws": 6, "patch_min": 64},
     "BlockSkip_PrecomputeResiduals": {"draws": 6, "patch_min": 64, "patch_max": 128},
@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def twin_of(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
-    """Return the twin of a workflow's API prompt; ids are those of the prompt, or begin with them."""
+    """Return the twin of a workflow's API prompt; its ids equal the prompt's ids or begin with them."""
     twin: Prompt = {}
     outputs: dict[str, list[str]] = {}
     for key, spec in json.loads(json.dumps(prompt)).items():

@@ -1,6 +1,6 @@
-"""Draws a template's thumbnail: what it is for, in words that can be read in the browser of templates, and its graph.
+"""Draws a template's thumbnail: its purpose, in text that is readable in the template browser, and its graph.
 
-That browser shows thumbnails about 220 px wide and square. A picture of the graph alone looks there like any other.
+The browser shows square thumbnails about 220 px wide. At that size, pictures of graphs alone all look the same.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 from workflow_graphs import Graph
 
 PICTURES = Path(__file__).resolve().parents[1] / "web" / "docs" / "img"
-SIDE, MARGIN, LOWER = 720, 40, 330  # px; LOWER: where the graph or another picture has its place
+SIDE, MARGIN, LOWER = 720, 40, 330  # px; LOWER: the top of the graph or other picture
 GROUND, HEAD, SAID = (24, 27, 33), (240, 242, 246), (176, 182, 194)
 FRONT, TRAINED, BACK = (240, 150, 60), (64, 142, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
 FLUX_BLOCKS, SKIPPED = 57, {0.5: (19, 10), 0.3: (7, 10)}  # first and last: the paper's choice
 
 
 def draw(graph: Graph, screenshot: Path) -> Image.Image:
-    """Return the thumbnail of a graph; its screenshot is below the words, unless the graph names another picture."""
+    """Return the thumbnail of a graph: its text, and below it the screenshot or a picture that the graph names."""
     image = Image.new("RGB", (SIDE, SIDE), GROUND)
     pen = ImageDraw.Draw(image)
     _write(pen, graph.headline, 36, 76, HEAD)
@@ -37,14 +37,14 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
 
 
 def _write(pen: ImageDraw.ImageDraw, words: str, top: int, size: int, colour: tuple[int, int, int]) -> None:
-    """Write a line, smaller if it would be too long."""
+    """Write a line, in smaller letters if it would be too long."""
     while pen.textlength(words, ImageFont.load_default(size)) > SIDE - 2 * MARGIN:
         size -= 1
     pen.text((MARGIN, top), words, fill=colour, font=ImageFont.load_default(size))
 
 
 def _draw_blocks(pen: ImageDraw.ImageDraw, front: int, back: int) -> None:
-    """FLUX.1's blocks in a row: filled if they are trained, an outline if they are skipped."""
+    """Draw FLUX.1's blocks in a row: filled if trained, outlined if skipped."""
     pitch = (SIDE - 2 * MARGIN) / FLUX_BLOCKS
     for block in range(FLUX_BLOCKS):
         left = MARGIN + block * pitch

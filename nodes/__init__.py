@@ -27,10 +27,10 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
 
 
 class BlockSkipExtension(ComfyExtension):
-    """What ComfyUI asks for the nodes."""
+    """The extension that ComfyUI loads the nodes from."""
 
     async def on_load(self) -> None:
-        """Offer the last runs to the chart on the trainer's node."""
+        """Serve the latest runs to the chart on the trainer's node."""
         add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

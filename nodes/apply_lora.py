@@ -1,4 +1,4 @@
-"""Apply BlockSkip LoRA: patches a trained LoRA onto a model, and shows what it says of itself."""
+"""Apply BlockSkip LoRA: patches a trained LoRA onto a model, and shows its metadata."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class ApplyLora(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The model with the LoRA."),
-                io.String.Output("info", display_name="info", tooltip="What the LoRA says of itself."),
+                io.String.Output("info", display_name="info", tooltip="The LoRA's metadata, and how it was applied."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: Any = NO_FILE, **_others: Any) -> str:
-        """Run again when the chosen file has changed; ComfyUI sees the other inputs, and that its name is the same."""
+        """Run again when the chosen file has changed; ComfyUI compares its name but not its content."""
         return file_identity(lora_name)
 
     @classmethod
@@ -64,7 +64,7 @@ class ApplyLora(io.ComfyNode):
 
 
 def applied(model: Any, lora: Mapping[str, Any] | None, *, strength_model: float, lora_name: str) -> tuple[Any, str]:
-    """Return the MODEL with the LoRA patched in, and what the LoRA says of itself.
+    """Return the MODEL with the LoRA patched in, and a description of the LoRA.
 
     Raises:
         InvalidInputError: If there is no LoRA, or the strength is not finite.

@@ -1,7 +1,7 @@
-"""What comes in at a node, unpacked and checked.
+"""Unpack and check a node's inputs.
 
-Every input of a node that takes lists, widgets included, arrives as a list. The host checks numbers and choices that are
-typed into a widget, but not what a link brings; and a link of a wildcard type brings anything.
+For a node that takes lists, every input, widgets included, arrives as a list. The host checks numbers and choices
+entered in a widget, but not values that come over a link; and a link of a wildcard type can carry anything.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ..blockskip_core.accounting.plan import MemorySettings
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 
 NO_FILE = "none"
-"""What a list of files shows where none is chosen."""
+"""The entry in a list of files that means no file."""
 
 
 def single(value: Any, name: str = "") -> Any:
-    """Return the only element of a list input; an unconnected optional (None) stays None.
+    """Return the only element of a list input; None, from an unconnected optional input, stays None.
 
     Raises:
         InvalidInputError: If the list holds several different things where one is expected.
@@ -48,13 +48,13 @@ def singles(**values: Any) -> dict[str, Any]:
 
 
 def checked(node: type[io.ComfyNode], **values: Any) -> dict[str, Any]:
-    """Return the only element of each list input, by name; those of widgets are of the type that the node declares.
+    """Return the only element of each list input, by name, with widget values in the type that the node declares.
 
     Raises:
-        InvalidInputError: If one is of another type, or a whole number larger than the node takes.
+        InvalidInputError: If one has another type, or is a whole number larger than the node allows.
     """
     found = singles(**values)
-    for declared in node.define_schema().inputs:  # a running node is a locked class that cannot keep its schema
+    for declared in node.define_schema().inputs:  # not cached: a running node's class is locked
         if declared.id in found:
             found[declared.id] = _of_type(declared, found[declared.id])
     return found
@@ -77,7 +77,7 @@ def _of_type(declared: Any, value: Any) -> Any:
             return float(value)
         except OverflowError:  # a whole number beyond all floats
             raise InvalidInputError(
-                f"`{name}` must be at most {declared.max:g}, got a number of another size."
+                f"`{name}` must be at most {declared.max:g}, got a number that is too large."
             ) from None
     if isinstance(declared, io.Boolean.Input) and not isinstance(value, bool):
         raise _wrong(name, "true or false", value)
@@ -111,10 +111,10 @@ _SOCKETS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def connected(**values: Any) -> dict[str, Any]:
-    """Return the only element of each input that is no widget, by name, if it is what belongs there.
+    """Return the only element of each input that is not a widget, by name, after checking that it fits.
 
     Raises:
-        InvalidInputError: If it is something else, or nothing: loaders give nothing for what a file does not hold.
+        InvalidInputError: If it is something else, or None, which loaders return for what a file does not contain.
     """
     found = singles(**values)
     for name, value in found.items():
@@ -125,13 +125,13 @@ def connected(**values: Any) -> dict[str, Any]:
 
 
 def connected_if_any(**values: Any) -> dict[str, Any]:
-    """Return the same for inputs that may be left open; these are None then."""
+    """Like :func:`connected`, for optional inputs, which are None if not connected."""
     found = singles(**values)
     return {name: None if value is None else connected(**{name: value})[name] for name, value in found.items()}
 
 
 def require_memory_settings(value: Any) -> None:
-    """Raise InvalidInputError unless this is what Memory Plan gives."""
+    """Raise InvalidInputError unless this is an output of Memory Plan."""
     if not isinstance(value, MemorySettings):
         raise InvalidInputError(
             f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."

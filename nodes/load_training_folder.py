@@ -1,4 +1,4 @@
-"""Load Training Folder: pictures and their captions, as any editor may have written them."""
+"""Load Training Folder: loads pictures and their captions, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class LoadTrainingFolder(io.ComfyNode):
             display_name="Load Training Folder",
             category="BlockSkip/training",
             description=(
-                "Loads pictures and their captions from a folder in ComfyUI's input folder. Reads text files in whatever "
-                "encoding an editor wrote, turns photos upright, keeps 16-bit grey, puts transparent pictures on white, says "
-                "which captions are missing, and names a file that cannot be read."
+                "Loads pictures and their captions from a folder in ComfyUI's input folder. Reads text files in any "
+                "common encoding, rotates photos upright, keeps 16-bit grey, puts transparent pictures on white, "
+                "reports missing captions, and names a file that cannot be read."
             ),
             search_aliases=["blockskip", "load folder", "dataset", "captions", "training images"],
             is_experimental=True,
             inputs=[
                 io.Combo.Input(
                     "folder", options=folder_paths.get_input_subfolders(),
-                    tooltip="A folder in ComfyUI's `input` folder, with pictures and a `.txt` of the same name for each. R "
-                    "refreshes the list.",
+                    tooltip="A folder in ComfyUI's `input` folder, with pictures and a `.txt` of the same name for "
+                    "each. R refreshes the list.",
                 ),
             ],
             outputs=[
@@ -40,7 +40,7 @@ class LoadTrainingFolder(io.ComfyNode):
                 ),
                 io.String.Output(
                     "texts", display_name="texts", is_output_list=True,
-                    tooltip="Their captions, for CLIP Text Encode; empty where there is none.",
+                    tooltip="Their captions, for CLIP Text Encode; empty if there is none.",
                 ),
                 TrainingFilesSocket.Output(
                     "files", display_name="files", is_output_list=True,
@@ -63,10 +63,10 @@ class LoadTrainingFolder(io.ComfyNode):
 
 
 def loaded_folder(folder: str, progress: NodeProgress) -> LoadedFolder:
-    """Return the folder's content, and say on the node what is odd about it.
+    """Return the folder's content, and show on the node anything odd about it.
 
     Raises:
-        InvalidInputError: If it cannot be used.
+        InvalidInputError: If the folder cannot be used.
     """
     loaded = load_training_folder(folder, lambda done, total: progress("loading pictures", done, total))
     captions = sum(map(bool, loaded.texts)) or "none"

@@ -1,4 +1,4 @@
-"""Memory Plan: what a run will take, before it starts."""
+"""Memory Plan: counts what a run will need, before it starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_bl
 from ..blockskip_core.reporting.pictures import as_image, memory_bars
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
-from ..blockskip_core.residuals.sources import STORAGES, Storage
+from ..blockskip_core.residuals.residual_set import STORAGES, Storage
 from ..blockskip_core.selection.selection import BlockSelection
 from ..blockskip_core.training.config import TrainingConfig
 from . import widgets
@@ -41,9 +41,9 @@ from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30
 OFF = "off"
-AT_SELECT = "As at Select Blocks; only its method attention mask needs it."
-AT_PRECOMPUTE = "As at Precompute Residuals."
-AT_TRAINER = "As at Dynamic Patch Trainer."
+AT_SELECT = "As on Select Blocks; only its method attention mask needs it."
+AT_PRECOMPUTE = "As on Precompute Residuals."
+AT_TRAINER = "As on Dynamic Patch Trainer."
 
 
 class MemoryPlan(io.ComfyNode):
@@ -54,23 +54,25 @@ class MemoryPlan(io.ComfyNode):
             display_name="Memory Plan",
             category="BlockSkip/training",
             description=(
-                "Says before a run starts how much GPU memory, host memory and disk it will take, whether that fits, and "
-                "the smallest change that makes it fit. The run's own code is counted on tensors that have shapes and no "
-                "memory, so nothing is loaded. Set the widgets as at the other nodes."
+                "Tells before a run starts how much GPU memory, host memory and disk space it will need, whether that "
+                "fits, and the smallest change that makes it fit. The run's own code is counted on tensors that have "
+                "shapes but no data, so nothing is loaded. Set the widgets as on the other nodes."
             ),
             search_aliases=["blockskip", "vram", "out of memory", "oom", "memory estimate", "will it fit"],
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
-            inputs=[*_needed(), *_the_card(), *_the_rest()],
+            inputs=[*_required_inputs(), *_card_inputs(), *_other_inputs()],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="The plan, for Preview as Text."),
-                io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits as it is set."),
-                io.Image.Output("chart", display_name="chart", tooltip="Each phase against what there is."),
+                io.Boolean.Output("fits", display_name="fits", tooltip="Whether the run fits with these settings."),
+                io.Image.Output(
+                    "chart", display_name="chart", tooltip="The peak of each phase against the available memory."
+                ),
                 MemorySettingsSocket.Output(
                     "settings", display_name="settings",
-                    tooltip="The smallest change that fits, or what you set if that fits. For `memory_settings` of "
-                    "Precompute Residuals and of Dynamic Patch Trainer.",
+                    tooltip="Your settings if they fit, otherwise with the smallest change that makes them fit. "
+                    "Connect to `memory_settings` of Precompute Residuals and of Dynamic Patch Trainer.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -88,10 +90,10 @@ class MemoryPlan(io.ComfyNode):
         )
 
 
-def _needed() -> list[io.Input]:
+def _required_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The MODEL that you will train on."),
-        io.Conditioning.Input("positive", tooltip="The captions; the longest decides."),
+        io.Conditioning.Input("positive", tooltip="The captions; the longest one counts."),
         BlockSelectionSocket.Input("selection", tooltip="From Select Blocks."),
         widgets.patch_min(AT_PRECOMPUTE),
         widgets.draws(AT_PRECOMPUTE),
@@ -104,17 +106,17 @@ def _needed() -> list[io.Input]:
     ]
 
 
-def _the_card() -> list[io.Input]:
+def _card_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "card_memory", default=0.0, min=0.0, max=1024.0, step=0.5,
-            tooltip="GiB that the run may take, to plan for another card. 0: what this device has free once other models "
-            "are unloaded.",
+            tooltip="GiB that the run may use, to plan for another card. 0: what is free on this device once other "
+            "models are unloaded.",
         ),
     ]  # fmt: skip
 
 
-def _the_rest() -> list[io.Input]:
+def _other_inputs() -> list[io.Input]:
     return [
         widgets.chunk_size(AT_PRECOMPUTE),
         widgets.back_residual(AT_PRECOMPUTE),
@@ -123,13 +125,13 @@ def _the_rest() -> list[io.Input]:
         widgets.probe_size(AT_SELECT),
         io.Combo.Input(
             "preset", options=[OFF, *CARDS], default=OFF, optional=True,
-            tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left to the desktop, the driver and "
-            "other programs. Takes precedence over `card_memory`.",
+            tooltip="Plan for a card of this size; an eighth of it and 0.5 GiB are left for the desktop, the driver "
+            "and other programs. Takes precedence over `card_memory`.",
         ),
         io.Boolean.Input(
             "use_spare", default=True, optional=True, advanced=True,
-            tooltip="Let `settings` put memory that is left to use: activations are kept instead of recomputed, which is "
-            "faster and changes nothing of the result.",
+            tooltip="Let `settings` use spare memory to keep activations instead of recomputing them, which is faster "
+            "and does not change the result.",
         ),
         widgets.quantize_frozen(AT_TRAINER),
     ]  # fmt: skip
@@ -177,11 +179,11 @@ class PlanRequest:
 
     @property
     def is_for_this_device(self) -> bool:
-        """Whether no other card is planned for."""
+        """Whether the plan is for this device."""
         return self.preset == OFF and not self.card_memory
 
     def settings(self, selection: BlockSelection) -> MemorySettings:
-        """Return what memory depends on."""
+        """Return the settings that memory depends on."""
         config = TrainingConfig(
             steps=1,
             batch_size=self.batch_size,
@@ -199,13 +201,13 @@ class PlanRequest:
         )
 
     def room(self, device: Any) -> tuple[int, str]:
-        """Return the bytes that the run may take, and of what."""
+        """Return the bytes that the run may use, and the name of the card."""
         if self.preset != OFF:
             return room_of_card(self.preset), f"a card with {self.preset}"
         return (round(self.card_memory * GIB), "that card") if self.card_memory else room_on(device)
 
     def counted_run(self, dit: HostedDit, selection: BlockSelection, captions: int) -> CountedRun:
-        """Return what counts the run."""
+        """Return an object that counts the run."""
         return CountedRun(
             dit,
             selection,
@@ -220,16 +222,16 @@ class PlanRequest:
 
 
 class Plan:
-    """A run's settings, what they take, whether that fits, and what would.
+    """A run's settings, what they need, whether that fits, and what would fit.
 
     Attributes:
         run: Counts the run.
-        settings: As requested.
-        count: What the run takes with some settings.
-        needs: What it takes as requested.
+        settings: The requested settings.
+        count: Settings -> what the run needs with them.
+        needs: What it needs with the requested settings.
         fits: Whether that fits.
-        found: The smallest change that fits; None if nothing needs to change, or nothing helps.
-        text: All of that for people, several lines.
+        found: The smallest change that makes it fit; None if nothing needs to change, or nothing helps.
+        text: All of that as text for users, several lines.
     """
 
     def __init__(
@@ -256,7 +258,7 @@ class Plan:
         self.text = self._text()
 
     def _search(self, progress: NodeProgress) -> Found:
-        progress("looking for what would fit", 1, 2)
+        progress("looking for settings that fit", 1, 2)
         return changes_that_fit(self.settings, self._available, self.count, formats_on(self.run.dit.device))
 
     def _text(self) -> str:
@@ -273,7 +275,7 @@ class Plan:
 
     @cached_property
     def settings_that_fit(self) -> MemorySettings:
-        """The settings with the changes that make the run fit, and what is left over put to use."""
+        """The settings with the changes that make the run fit, and with spare memory used if requested."""
         settings = self.settings
         for change in self.found[0] if self.found else ():
             settings = change.apply(settings)
@@ -282,11 +284,11 @@ class Plan:
         return settings
 
     def chart(self) -> Any:
-        """Return each phase against what there is, as a picture."""
+        """Return a picture of each phase's peak against the available memory."""
         return memory_bars(phase_peaks(self.needs), self.needs.training.weights, self._available, self.verdict)
 
     def _speed(self) -> float | None:
-        """Return the operations per second of this device; None if another card is planned for."""
+        """Return the operations per second of this device, or None if the plan is for another card."""
         if not self._request.is_for_this_device:
             return None
         dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)

@@ -1,4 +1,4 @@
-"""A memory plan in sentences."""
+"""A memory plan as text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ..blockskip_core.accounting.memory_needs import MemoryNeeds
 from ..blockskip_core.accounting.plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
 from ..blockskip_core.units import format_bytes
 
-Found = tuple[list[Change], MemoryNeeds] | None  # of changes_that_fit
+Found = tuple[list[Change], MemoryNeeds] | None  # result of changes_that_fit
 
 
 def advice(found: Found) -> str:
-    """Return what :func:`changes_that_fit` found as a sentence."""
+    """Return the result of :func:`changes_that_fit` as a sentence."""
     if found is None:
         return "No change of settings makes it fit. Skip more blocks at Select Blocks, or load a quantised model."
     return f"It fits if you {' and '.join(change.text for change in found[0])}."
@@ -26,15 +26,15 @@ def report(
     draws: int = 1,
     speed: float | None = None,
 ) -> str:
-    """Return the plan for people, several lines.
+    """Return the plan as text for users, several lines.
 
     Args:
-        settings, needs: The run and what it takes.
-        available: Bytes of the device that it may take.
+        settings, needs: The run and what it needs.
+        available: Bytes of the device that it may use.
         place: The device's name.
-        found: What :func:`changes_that_fit` gave, if it does not fit.
-        draws: Training examples, all of which are precomputed.
-        speed: Operations per second of the device, see ``throughput``; None for a card that is not here.
+        found: The result of :func:`changes_that_fit`, if the run does not fit.
+        draws: Number of training examples, all of which are precomputed.
+        speed: Operations per second of the device, see ``throughput``; None for a card that is not in this machine.
     """
     lines = [_verdict(settings, needs, available, place, found), ""]
     for phase, peak in phase_peaks(needs).items():
@@ -44,13 +44,13 @@ def report(
         if phase == PHASES[0] and not settings.measured:
             note = ", only with method attention mask"
         lines.append(f"{phase}: {format_bytes(peak)} on the device{note}")
-    lines.append(f"host memory beside the model: up to {format_bytes(needs.host)}")
+    lines.append(f"host memory besides the model: up to {format_bytes(needs.host)}")
     lines.append(f"disk: {format_bytes(needs.disk)} of residuals" if needs.disk else "disk: no residuals")
     lines.append(_time(needs, draws, speed))
     lines.append("")
     lines.append(
-        f"Counted, not estimated: bytes of all tensors that live at the same time. The device needs more than that; "
-        f"{MARGIN:.0%} are added for it in the verdict."
+        "Counted, not estimated: bytes of all tensors that are alive at the same time. The device needs more than "
+        f"that, so the verdict adds {MARGIN:.0%}."
     )
     return "\n".join(lines)
 
@@ -61,7 +61,7 @@ def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
         parts[f"precomputing {draws:,} training examples"] = draws * needs.precomputing.operations
     counted = ", ".join(f"{what} {operations / 1e12:,.3g} TFLOP" for what, operations in parts.items())
     if speed is None:
-        return f"work: {counted}. How long that takes on a card that is not here is not known."
+        return f"work: {counted}. How long that takes on another card is not known."
     times = ", ".join(f"{what} {_duration(operations / speed)}" for what, operations in parts.items())
     return f"work: {counted}. At least: {times}, at the {speed / 1e12:,.3g} TFLOP/s of this device's matrix products."
 
@@ -78,11 +78,11 @@ def _verdict(
     found: Found,
 ) -> str:
     peak = peak_of(settings, needs)
-    has = f"{format_bytes(available)} of {place}"
+    has = f"{format_bytes(available)} available ({place})"
     if fits(peak, available):
-        return f"It fits: {format_bytes(peak)} of {has}."
+        return f"It fits: {format_bytes(peak)} needed, {has}."
     if found is None:
         then = "Or set `kept_weights` to streamed, which is slow."
     else:
-        then = f"It then takes {format_bytes(peak_of(settings, found[1]))}."
-    return f"It does not fit: {format_bytes(peak)}, and there are {has}. {advice(found)} {then}"
+        then = f"It then needs {format_bytes(peak_of(settings, found[1]))}."
+    return f"It does not fit: {format_bytes(peak)} needed, {has}. {advice(found)} {then}"

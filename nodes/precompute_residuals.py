@@ -1,4 +1,4 @@
-"""Precompute Residuals: the training schedule, its latents, and what the skipped blocks would have done."""
+"""Precompute Residuals: the training schedule, its latents, and what the skipped blocks would have contributed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..blockskip_core.hosts.inputs.material import checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
 from ..blockskip_core.reporting import pictures
-from ..blockskip_core.residuals.sources import ResidualSet
+from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 from . import widgets
 from .inputs import checked, connected, require_memory_settings, single
@@ -35,14 +35,14 @@ class PrecomputeResiduals(io.ComfyNode):
             display_name="Precompute Residuals",
             category="BlockSkip/training",
             description=(
-                "Decides everything that training will see (crops, noise levels, noise) and computes what the skipped "
-                "blocks would have contributed, so that training needs only the blocks in the middle. Large crops are "
-                "shown at high noise, small ones at low noise, all resized to the same small side."
+                "Prepares all training examples (crops, noise levels, noise) and computes what the skipped blocks "
+                "would have contributed to each, so that training needs only the blocks in the middle. Crops are large "
+                "at high noise and small at low noise, all resized to the same small side."
             ),
             search_aliases=["blockskip", "dynamic patch", "residual cache", "cache latents", "make dataset"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[*_what_to_train_on(), *_the_examples(), *_the_details()],
+            inputs=[*_training_inputs(), *_example_inputs(), *_detail_inputs()],
             outputs=[
                 ResidualsSocket.Output("residuals", display_name="residuals", tooltip="For Dynamic Patch Trainer."),
                 io.Image.Output(
@@ -57,7 +57,7 @@ class PrecomputeResiduals(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, patch_min: Any, patch_max: Any) -> bool | str:
         low, high = single(patch_min, "patch_min"), single(patch_max, "patch_max")
-        if low is None or high is None:  # linked: known only when the node runs
+        if low is None or high is None:  # linked inputs are known only when the node runs
             return True
         for name, side in (("patch_min", low), ("patch_max", high)):
             if side < 16 or side > widgets.LARGEST_SIDE:
@@ -74,13 +74,13 @@ class PrecomputeResiduals(io.ComfyNode):
         return io.NodeOutput(*precompute(model, vae, images, positive, files, selection, asked, progress))
 
 
-def _what_to_train_on() -> list[io.Input]:
+def _training_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The same MODEL that you will train on."),
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
         io.Image.Input(
             "images",
-            tooltip="Pictures of your subject, 4 to 20 are usual; a batch or a list, sizes may differ. The shorter side "
+            tooltip="Pictures of your subject, usually 4 to 20; a batch or a list, sizes may differ. The shorter side "
             "should have at least `patch_max` pixels.",
         ),
         io.Conditioning.Input(
@@ -91,58 +91,58 @@ def _what_to_train_on() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_examples() -> list[io.Input]:
+def _example_inputs() -> list[io.Input]:
     return [
         widgets.draws(
-            "How many training examples to prepare. One is used per step and batch row; a longer run starts over. FLUX.1 "
-            "stores about 4.5 to 6 MiB for each at 256 px."
+            "How many training examples to prepare. Each step uses one for each row of its batch; a longer run starts "
+            "over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px."
         ),
         widgets.patch_min(
-            "Side in pixels of every training picture, and of the smallest crop. Memory and time depend on it. 256 is the "
-            "paper's for FLUX.1."
+            "Side in pixels of every training picture, and of the smallest crop. Memory and time depend on it. The "
+            "paper uses 256 for FLUX.1."
         ),
         widgets.side(
             "patch_max", 512,
-            "Side in pixels of the largest crop; larger pictures are first scaled down until their shorter side is this. "
-            "512 is the paper's for FLUX.1.",
+            "Side in pixels of the largest crop; larger pictures are first scaled down to this shorter side. The paper "
+            "uses 512 for FLUX.1.",
         ),
         widgets.storage(
-            "disk: compute all now and keep them on disk (fast training, least GPU memory). chunked: a part at a time "
-            "while training (little disk). on the fly: store nothing, run the whole model in every step (needs memory "
-            "for all weights)."
+            "disk: compute all residuals now and keep them on disk (fast training, least GPU memory). chunked: compute "
+            "a part at a time during training (little disk space). on the fly: store nothing, run the whole model in "
+            "every step (needs memory for all weights)."
         ),
-        widgets.seed("Decides crops, noise levels and noise."),
+        widgets.seed("Determines crops, noise levels and noise."),
     ]  # fmt: skip
 
 
-def _the_details() -> list[io.Input]:
+def _detail_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "patch_order", options=list(PATCH_ORDERS), default="low-to-high", optional=True, advanced=True,
-            tooltip="low-to-high: small crops at low noise (the paper's). fixed: always the largest crop, i.e. a plain "
-            "resize. The others are for comparison.",
+            tooltip="low-to-high: small crops at low noise (as in the paper). fixed: always the largest crop, i.e. a "
+            "plain resize. The others are for comparison.",
         ),
         io.Combo.Input(
             "timesteps", options=list(TIMESTEP_DISTRIBUTIONS), default="model", optional=True, advanced=True,
-            tooltip="How noise levels are drawn. model: spread as this model's sampler spreads its steps.",
+            tooltip="Distribution of the noise levels. model: like the steps of this model's sampler.",
         ),
         io.Float.Input(
             "timestep_shift", default=3.0, min=0.01, max=100.0, step=0.01, optional=True, advanced=True,
-            tooltip="Only read by `shifted`: above 1 favours high noise.",
+            tooltip="Only used by `shifted`. Above 1 favours high noise.",
         ),
         widgets.chunk_size(
             "Training examples that go through the model's blocks together. More needs more RAM and loads each block's "
             "weights less often. With `chunked`, also how many are kept on disk at a time."
         ),
         widgets.back_residual(
-            "What stands in for the last blocks. constant: what they added before training (the paper's). linear: that, "
-            "and how it changes with what the trained blocks learn, to first order, at the same memory. exact: nothing; "
-            "they run forward and backward without adapters, in 4-bit (the trainer's `quantize_frozen`), so that nothing "
-            "is approximated but their weights. `on the fly` does not read constant and linear."
+            "What replaces the last blocks. constant: what they added before training (as in the paper). linear: also "
+            "how that changes as the trained blocks learn, to first order, in the same memory. exact: nothing; they "
+            "run forward and backward without adapters, in 4-bit (the trainer's `quantize_frozen`), so that only their "
+            "weights are approximated. `on the fly` ignores constant and linear."
         ),
         widgets.residual_format(
-            "exact: as the model computes them. int8 and fp8: half the disk for models in bf16, slightly rounded; int8 "
-            "rounds less. Not read by `on the fly`."
+            "exact: as the model computes them. int8 and fp8: half the disk space for models in bf16, slightly "
+            "rounded; int8 rounds less. Ignored by `on the fly`."
         ),
         widgets.memory_settings("From Memory Plan. Takes precedence over `patch_min` and `storage`."),
         TrainingFilesSocket.Input(
@@ -153,7 +153,7 @@ def _the_details() -> list[io.Input]:
 
 
 def residual_settings(*, memory_settings: Any = None, **settings: Any) -> ResidualSettings:
-    """Return the widgets as settings; what Memory Plan rules takes precedence."""
+    """Return the widgets as settings; those from Memory Plan take precedence."""
     if memory_settings is not None:
         require_memory_settings(memory_settings)
         settings |= {"patch_min": memory_settings.patch_min, "storage": memory_settings.storage}
@@ -173,9 +173,9 @@ def precompute(
     """Return the residuals, and some of the crops as a picture.
 
     Raises:
-        BlockSkipError: If something does not fit together, or there is no room for it.
+        BlockSkipError: If inputs do not fit together, or there is not enough memory or disk space.
     """
-    advice = "Lower `patch_min`, or unload what else uses the device, and queue again: what was finished is kept."
+    advice = "Lower `patch_min`, or unload whatever else uses the device, and queue again: finished parts are kept."
     with out_of_memory_explained("Precomputing", advice):
         material = checked_material(images, positive, files)
         residuals, crops = prepare_residuals(
@@ -196,7 +196,7 @@ def contact_sheet(crops: TrainingCrops, schedule: TrainingSchedule, blank: Colle
 
 
 def size_note(sizes: Sequence[tuple[int, int]], schedule: TrainingSchedule) -> str:
-    """Say which pictures have no room for the largest crop; nothing is scaled up for them."""
+    """Return a note on pictures that are too small for the largest crop; nothing is scaled up."""
     top = schedule.patches.patch_max
     room = [largest_crop(height, width, schedule.patches) for height, width in sizes]
     short = [side for side in room if side < top]

@@ -1,4 +1,4 @@
-"""RALU Sampler: samples in three stages, from coarse tokens to fine ones, where fine ones matter first."""
+"""RALU Sampler: samples in three stages, from coarse tokens to fine ones, starting where fine tokens matter most."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class RaluSampler(io.ComfyNode):
             display_name="RALU Sampler",
             category="BlockSkip/sampling",
             description=(
-                "Takes the place of KSampler and needs a fraction of its operations: it samples at half the side first, "
-                "then brings the regions with edges to full resolution, then all the rest (RALU). Nothing is trained. "
-                "For FLUX, Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5 and others; the help page has the list."
+                "Replaces KSampler and needs a fraction of its operations: it samples at half the side first, then "
+                "brings the regions with edges to full resolution, then the rest (RALU). Nothing is trained. For FLUX, "
+                "Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5 and others; the help page has the list."
             ),
             search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
             is_experimental=True,
-            inputs=[*_what_to_sample(), *_how(), *_the_regions(), *_of_ones_own()],
+            inputs=[*_sampling_inputs(), *_method_inputs(), *_region_inputs(), *_custom_inputs()],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="For VAE Decode."),
                 io.Image.Output(
                     "early_regions",
                     display_name="early_regions",
-                    tooltip="The estimate of the first stage; the regions that became fine early are tinted.",
+                    tooltip="The estimate of the first stage, with the regions that were refined early tinted.",
                 ),
                 io.String.Output(
                     "report", display_name="report", tooltip="Steps, tokens and noise levels of each stage."
@@ -64,76 +64,77 @@ class RaluSampler(io.ComfyNode):
         return io.NodeOutput({**kept, "samples": found.latent}, found.overlay, report)
 
 
-def _what_to_sample() -> list[io.Input]:
+def _sampling_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
-            "model", tooltip="A flow-matching diffusion transformer. LoRAs, also ours, act in every stage."
+            "model", tooltip="A flow-matching diffusion transformer. LoRAs work in every stage."
         ),
         io.Conditioning.Input(
             "positive",
-            tooltip="The prompt. For FLUX.1-dev put Flux Guidance in front. Text only: no ControlNet, areas or reference "
-            "pictures.",
+            tooltip="The prompt. For FLUX.1-dev put Flux Guidance in front. Text only: no ControlNet, areas or "
+            "reference pictures.",
         ),
         io.Latent.Input(
             "latent_image",
-            tooltip="An empty latent: it gives the size, and how many pictures. For FLUX.1 and SD3.5 width and height "
-            "must be multiples of 32 px.",
+            tooltip="An empty latent, which sets the size and the number of pictures. For FLUX.1 and SD3.5 width and "
+            "height must be multiples of 32 px.",
         ),
         widgets.seed("Seeds all noise, including the noise added between stages.", control=True),
     ]  # fmt: skip
 
 
-def _how() -> list[io.Input]:
+def _method_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
-            tooltip="Guidance: 1 for guidance-distilled models such as FLUX.1-dev, more for models that need `negative`.",
+            tooltip="Guidance: 1 for guidance-distilled models such as FLUX.1-dev, more for models that need "
+            "`negative`.",
         ),
         io.Combo.Input(
             "preset", options=[*PRESETS, CUSTOM], default="FLUX 5x",
-            tooltip="Steps and noise levels as published; the number is how much faster than 50 steps of FLUX.1-dev, or 28 "
-            "of SD3. custom: solved for `custom_steps` and `custom_ends`.",
+            tooltip="Steps and noise levels as published; the number is the speed-up over 50 steps of FLUX.1-dev, or "
+            "28 of SD3. custom: solved for `custom_steps` and `custom_ends`.",
         ),
     ]  # fmt: skip
 
 
-def _the_regions() -> list[io.Input]:
+def _region_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "upsample_ratio", default=0.2, min=0.0, max=1.0, step=0.01,
-            tooltip="Share of the picture that becomes fine in the second stage. The paper has 0.2 for FLUX 5x, FLUX 7x and "
-            "SD3 3x, and 0.3 for the others.",
+            tooltip="Share of the picture that is refined in the second stage. The paper uses 0.2 for FLUX 5x, FLUX 7x "
+            "and SD3 3x, and 0.3 for the others.",
         ),
         io.Combo.Input(
             "regions", options=list(REGIONS), default="edges",
-            tooltip="How these are found. edges: in the decoded estimate, needs `vae`. latent gradient: without decoding. "
-            "edges (as published): sees no edges in the dark half, as the authors' code.",
+            tooltip="How to find the regions. edges: in the decoded estimate, needs `vae`. latent gradient: without "
+            "decoding. edges (as published): ignores edges in the dark half, like the authors' code.",
         ),
         io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is not 1."),
         io.Vae.Input(
             "vae", optional=True,
-            tooltip="Decodes the estimate of the first stage, to find edges and for the overlay.",
+            tooltip="Decodes the estimate of the first stage, for finding edges and for the overlay.",
         ),
         io.Mask.Input(
             "mask", optional=True,
-            tooltip="Regions that become fine first. If they are more than `upsample_ratio`, all of them do.",
+            tooltip="Regions to refine first. If they exceed `upsample_ratio`, all of them are refined.",
         ),
     ]  # fmt: skip
 
 
-def _of_ones_own() -> list[io.Input]:
+def _custom_inputs() -> list[io.Input]:
     return [
         io.String.Input(
             "custom_steps", default="5, 6, 7", optional=True, advanced=True,
-            tooltip="Steps of each stage, one to 3 stages. Only read by custom.",
+            tooltip="Steps of each stage, for at most 3 stages. Only used by custom.",
         ),
         io.String.Input(
             "custom_ends", default="0.3, 0.45, 1", optional=True, advanced=True,
-            tooltip="Where each stage ends: 0 is noise, 1 is the picture. The last is 1. Only read by custom.",
+            tooltip="Where each stage ends: 0 is noise, 1 is the picture. The last is 1. Only used by custom.",
         ),
         io.Float.Input(
             "custom_shift", default=3.0, min=0.1, max=100.0, step=0.01, optional=True, advanced=True,
-            tooltip="Shift of the schedule that the model was meant for. Only read by custom.",
+            tooltip="Shift of the schedule intended for the model. Only used by custom.",
         ),
     ]  # fmt: skip
 
@@ -156,7 +157,7 @@ class RaluRequest:
         """Steps and noise levels.
 
         Raises:
-            InvalidInputError: If the preset is not known, or its own numbers make no plan.
+            InvalidInputError: If the preset is not known, or the custom numbers do not form a plan.
         """
         if self.preset == CUSTOM:
             steps, ends = (
@@ -175,12 +176,12 @@ class RaluRequest:
 
         Raises:
             InvalidInputError: If a setting or an input is not usable.
-            OutOfMemoryError: If they do not fit on the device.
+            OutOfMemoryError: If sampling does not fit on the device.
         """
         plan = self.plan
         if negative is None and self.cfg != 1.0:
             raise InvalidInputError(
-                f"cfg is {self.cfg}, and no negative came in. Connect `negative`, or set `cfg` to 1."
+                f"cfg is {self.cfg}, but no negative came in. Connect `negative`, or set `cfg` to 1."
             )
         choice = RegionChoice(method=self.regions, ratio=self.upsample_ratio, vae=vae, mask=mask)
         with out_of_memory_explained("Sampling", "Choose a smaller size or batch for the latent."):
@@ -195,7 +196,7 @@ class RaluRequest:
             )
 
     def report(self, sampled: Sampled) -> str:
-        """Return steps, tokens and noise levels of each stage, for people."""
+        """Return steps, tokens and noise levels of each stage as text."""
         plan = self.plan
         shares = ", ".join(f"{steps} x {tokens}" for steps, tokens in zip(plan.steps, sampled.tokens, strict=True))
         lines = [f"{self.preset}: {sum(plan.steps)} steps. Steps and image tokens of each stage: {shares}."]
@@ -212,4 +213,4 @@ def _numbers(name: str, text: str, kind: type[Any]) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise InvalidInputError(f"{name} must be numbers with commas in between, got {text!r}.") from None
+        raise InvalidInputError(f"{name} must be numbers separated by commas, got {text!r}.") from None

@@ -1,4 +1,4 @@
-"""Sample While Training: what the trainer is to sample, and when."""
+"""Sample While Training: what the trainer samples, and when."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SampleWhileTraining(io.ComfyNode):
             display_name="Sample While Training",
             category="BlockSkip/training",
             description=(
-                "Tells Dynamic Patch Trainer to sample pictures while it trains, with the LoRA so far, so that you "
-                "see when it is good. They appear on the trainer's node, beside the LoRA's file and in the summary. The "
-                "training is the same with and without."
+                "Tells Dynamic Patch Trainer to sample pictures with the LoRA so far while it trains, so that you can "
+                "see when it is good enough. They appear on the trainer's node, beside the LoRA's file and in the "
+                "summary. Sampling does not change the training."
             ),
             search_aliases=["blockskip", "preview", "sample", "validation", "training preview"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[*_what_and_when(), *_how()],
+            inputs=[*_schedule_inputs(), *_sampler_inputs()],
             outputs=[
                 SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
             ],
@@ -44,25 +44,25 @@ class SampleWhileTraining(io.ComfyNode):
         return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **request))
 
 
-def _what_and_when() -> list[io.Input]:
+def _schedule_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input(
-            "positive", tooltip="The prompts; each becomes a picture. Use other words than the captions."
+            "positive", tooltip="The prompts; each gives one picture. Use other words than in the captions."
         ),
         io.Vae.Input("vae", tooltip="The VAE of the model."),
         io.Int.Input(
             "every", default=100, min=1, max=widgets.MOST_STEPS,
-            tooltip="Training steps between two samples. The last step is always sampled.",
+            tooltip="Number of training steps between samples. The last step is always sampled.",
         ),
         io.Boolean.Input(
-            "at_start", default=True, tooltip="Also before the first step, to compare with: the plain model."
+            "at_start", default=True, tooltip="Also sample before the first step, to compare with the plain model."
         ),
         widgets.side("width", 512, "In pixels."),
         widgets.side("height", 512, "In pixels."),
     ]  # fmt: skip
 
 
-def _how() -> list[io.Input]:
+def _sampler_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "sampler_steps", default=20, min=1, max=1000, tooltip="Steps of the sampler (Euler) for each picture."
@@ -80,7 +80,7 @@ def _how() -> list[io.Input]:
         io.Conditioning.Input("negative", optional=True, tooltip="Only used when `cfg` is above 1."),
         io.Float.Input(
             "memory_budget", default=2.0, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
-            tooltip="GiB of GPU memory that sampling may take above what training takes. Weights that do not fit into that "
-            "stay in host memory and are brought over when they are used, which is slower.",
+            tooltip="GiB of GPU memory that sampling may use on top of the training's. Weights that do not fit stay in "
+            "host memory and are copied over when they are used, which is slower.",
         ),
     ]  # fmt: skip

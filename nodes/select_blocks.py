@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
+from ..blockskip_core.hosts.models.patches import for_training
 from ..blockskip_core.hosts.sampling.measured_blocks import text_influence
 from ..blockskip_core.hosts.sampling.probe_pictures import ProbeConfig
 from ..blockskip_core.reporting import pictures
@@ -33,14 +34,14 @@ class SelectBlocks(io.ComfyNode):
             display_name="Select Blocks (attention mask)",
             category="BlockSkip/training",
             description=(
-                "Chooses which blocks of a diffusion transformer can be left out while a LoRA is trained: the first "
-                "few and the last few, measured by hiding the text from the picture in those blocks and seeing how "
-                "much the picture changes. Skipped blocks take no GPU memory and no time while training."
+                "Chooses which blocks of a diffusion transformer can be skipped while a LoRA is trained: the first few "
+                "and the last few, found by hiding the text from the picture in those blocks and measuring how much "
+                "the picture changes. Skipped blocks take no GPU memory and no time during training."
             ),
             search_aliases=["blockskip", "dit-blockskip", "skip layers", "block selection", "low vram lora"],
             is_input_list=True,
             is_experimental=True,
-            inputs=[*_the_choice(), *_the_probe_s_models(), *_the_probe()],
+            inputs=[*_choice_inputs(), *_probe_model_inputs(), *_probe_inputs()],
             outputs=[
                 BlockSelectionSocket.Output("selection", display_name="selection", tooltip="For Precompute Residuals."),
                 io.Image.Output(
@@ -64,7 +65,7 @@ class SelectBlocks(io.ComfyNode):
         return io.NodeOutput(chosen.selection, pictures.as_image(chosen.heatmap), chosen.report)
 
 
-def _the_choice() -> list[io.Input]:
+def _choice_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
             "model",
@@ -74,33 +75,36 @@ def _the_choice() -> list[io.Input]:
         io.Conditioning.Input(
             "positive",
             tooltip="Prompts for the probe pictures. Name the kind of subject you will train, e.g. "
-            "`a photo of a toy on a table`. Several prompts (a list) make the measurement steadier.",
+            "`a photo of a toy on a table`. Several prompts (a list) make the measurement more reliable.",
         ),
         io.Combo.Input(
             "method", options=list(METHODS), default=MEASURED,
-            tooltip="attention mask: measure on this model (samples many small pictures once, then they are remembered). "
-            "preset: the paper's choice for FLUX.1, scaled for other models, at once. manual: `front` and `back` below.",
+            tooltip="attention mask: measure on this model (samples many small pictures once and keeps the results). "
+            "preset: the paper's choice for FLUX.1, scaled for other models; instant. manual: `front` and `back` "
+            "below.",
         ),
         io.Float.Input(
             "skip_ratio", default=0.5, min=0.0, max=MAX_SKIP_RATIO, step=0.05,
-            tooltip="Share of the blocks to skip. 0.3 is close to full quality, 0.5 saves the most memory that the paper "
-            "tested. Not read by `manual`.",
+            tooltip="Share of the blocks to skip. 0.3 is close to full quality; 0.5 saves the most memory of the "
+            "ratios that the paper tested. Ignored by `manual`.",
         ),
         io.Int.Input(
-            "front", default=19, min=0, max=1000, tooltip="Blocks skipped at the start. Only read by `manual`."
+            "front", default=19, min=0, max=1000,
+            tooltip="Number of blocks to skip at the start. Only used by `manual`.",
         ),
         io.Int.Input(
-            "back", default=10, min=0, max=1000, tooltip="Blocks skipped at the end. Only read by `manual`."
+            "back", default=10, min=0, max=1000,
+            tooltip="Number of blocks to skip at the end. Only used by `manual`.",
         ),
     ]  # fmt: skip
 
 
-def _the_probe_s_models() -> list[io.Input]:
+def _probe_model_inputs() -> list[io.Input]:
     return [
         io.Vae.Input(
             "vae", optional=True,
-            tooltip="With `clip_vision` too, probe pictures are compared as the paper does it. Without, their latents are "
-            "compared.",
+            tooltip="If `clip_vision` is connected too, probe pictures are compared as in the paper; otherwise their "
+            "latents are compared.",
         ),
         io.ClipVision.Input(
             "clip_vision", optional=True,
@@ -110,7 +114,7 @@ def _the_probe_s_models() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_probe() -> list[io.Input]:
+def _probe_inputs() -> list[io.Input]:
     return [
         widgets.probe_size("Side of the probe pictures in pixels."),
         io.Int.Input(
@@ -124,13 +128,13 @@ def _the_probe() -> list[io.Input]:
         ),
         io.Int.Input(
             "probe_seeds", default=1, min=1, max=64, optional=True, advanced=True,
-            tooltip="Probe pictures per prompt. More are slower and steadier.",
+            tooltip="Number of probe pictures per prompt. More are slower and more reliable.",
         ),
         widgets.seed("Seeds the noise of the probe pictures.", optional=True, advanced=True),
         io.Boolean.Input(
             "window_profile", default=True, optional=True, advanced=True,
-            tooltip="Also measure a window of a quarter of the blocks sliding over the model, for the heatmap. It takes "
-            "about half as long again and does not change the choice.",
+            tooltip="Also measure a sliding window of a quarter of the blocks, for the heatmap. This takes about half "
+            "as long again and does not change the choice.",
         ),
     ]  # fmt: skip
 
@@ -160,7 +164,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A selection, and what is known of it."""
+    """A selection, with its measurement and report."""
 
     selection: BlockSelection
     influence: TextInfluence | None
@@ -169,18 +173,19 @@ class Chosen:
 
     @property
     def heatmap(self) -> Any:
-        """How much the text matters in each part of the model, as a picture."""
+        """A picture of how much the text matters in each part of the model."""
         return pictures.selection_heatmap(self.selection, self.influence, self.block_names)
 
 
 def choose_blocks(model: Any, choice: Choice, progress: NodeProgress, **plugged: Any) -> Chosen:
-    """Choose blocks of a MODEL; ``plugged`` is what a measurement takes beside it.
+    """Choose blocks of a MODEL; ``plugged`` are the other inputs of a measurement.
 
     Raises:
-        InvalidInputError: If a setting is out of range, or a block would have to be left that is not there.
+        InvalidInputError: If a setting is out of range, or no block would be left to train.
         OutOfMemoryError: If the probe pictures do not fit on the device.
     """
-    choice.probe  # noqa: B018 - checks the settings, whatever the method
+    choice.probe  # noqa: B018 - checks the settings for every method
+    model = for_training(model)
     dit, influence = HostedDit(model), None
     if choice.method == MEASURED:
         influence = _measured(model, dit, choice, progress, **plugged)
@@ -190,7 +195,7 @@ def choose_blocks(model: Any, choice: Choice, progress: NodeProgress, **plugged:
     report = selection.describe()
     if influence is not None:
         if plugged["vae"] is None or plugged["clip_vision"] is None:
-            report += "\nConnect `vae` and `clip_vision` to compare pictures as the paper does."
+            report += "\nConnect `vae` and `clip_vision` to compare pictures as in the paper."
         report += "\n\nFor other budgets, as far as measured:\n" + selection_table(influence, dit.block_bytes)
     return Chosen(selection, influence, report, [block.name for block in dit.blocks])
 
@@ -205,7 +210,7 @@ def _measured(model: Any, dit: HostedDit, choice: Choice, progress: NodeProgress
     with out_of_memory_explained("Sampling the probe pictures", "Lower `probe_size`, or choose `preset`."):
         return text_influence(
             model, positive, negative, choice.probe, len(dit.blocks), budget, with_window=choice.window_profile,
-            progress=tell, waiting=lambda: progress("waiting for another process, which measures the same blocks", 0, 1),
+            progress=tell, waiting=lambda: progress("waiting for another process that measures the same blocks", 0, 1),
             **plugged,
         )  # fmt: skip
 

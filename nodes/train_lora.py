@@ -29,8 +29,8 @@ class TrainLora(io.ComfyNode):
             category="BlockSkip/training",
             description=(
                 "Trains a LoRA with most of the model left out (DiT-BlockSkip). Only the blocks in the middle are "
-                "loaded and run; what the others would do comes from Precompute Residuals. The model that you loaded "
-                "is used as it is and is not changed or copied. The LoRA is saved to output/loras."
+                "loaded and run; Precompute Residuals supplies what the others would contribute. The model that you "
+                "loaded is not changed or copied. The LoRA is saved to output/loras."
             ),
             search_aliases=["blockskip", "dit-blockskip", "train lora", "lora trainer", "dreambooth", "finetune"],
             is_input_list=True,
@@ -38,8 +38,8 @@ class TrainLora(io.ComfyNode):
             is_experimental=True,
             # Saved workflows store widget values by position: new inputs go to the end.
             inputs=[
-                *_always_needed(), *_the_adapter(), *_the_step(), *_the_file(), *_memory_and_speed(), *_checkpoints(),
-                *_start_and_company(),
+                *_required_inputs(), *_adapter_inputs(), *_step_inputs(), *_file_inputs(), *_memory_inputs(), *_checkpoint_inputs(),
+                *_other_inputs(),
             ],
             outputs=[
                 LoraModelSocket.Output(
@@ -69,7 +69,7 @@ class TrainLora(io.ComfyNode):
         return io.NodeOutput(trained.lora, trained.loss_map, trained.steps, ui={**trained.ui, **chart.output()})
 
 
-def _always_needed() -> list[io.Input]:
+def _required_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The same MODEL as at Precompute Residuals."),
         ResidualsSocket.Input("residuals", tooltip="From Precompute Residuals."),
@@ -82,29 +82,30 @@ def _always_needed() -> list[io.Input]:
             tooltip="AdamW's learning rate. 1e-4 is reported for the paper; tiny models take more.",
         ),
         widgets.rank("Rank of the LoRA: 8 to 32 is usual for one subject."),
-        widgets.seed("Decides the LoRA's first values."),
+        widgets.seed("Determines the LoRA's initial values."),
     ]  # fmt: skip
 
 
-def _the_adapter() -> list[io.Input]:
+def _adapter_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "alpha", default=0.0, min=0.0, max=1024.0, step=0.5, optional=True, advanced=True,
-            tooltip="The LoRA acts with alpha / rank. 0 means the same as the rank.",
+            tooltip="The LoRA is scaled by alpha / rank. 0 means the same as the rank.",
         ),
         widgets.targets(
-            "Which linear layers of the kept blocks learn. `all linear` adds the modulation layers. FLUX's single blocks "
-            "fuse attention and MLP, so there the first three are the same."
+            "Which linear layers of the kept blocks are trained. `all linear` adds the modulation layers. FLUX's "
+            "single blocks fuse attention and MLP, so there the first three are the same."
         ),
     ]  # fmt: skip
 
 
-def _the_step() -> list[io.Input]:
+def _step_inputs() -> list[io.Input]:
     return [
         widgets.batch_size("Training examples per forward pass. More needs more memory.", optional=True),
         io.Int.Input(
             "accumulation", default=1, min=1, max=256, optional=True, advanced=True,
-            tooltip="Forward passes per optimiser step: like a larger batch, at no memory. The paper is reported to use 4.",
+            tooltip="Forward passes per optimiser step: like a larger batch, without more memory. The paper is "
+            "reported to use 4.",
         ),
         io.Combo.Input(
             "lr_schedule", options=list(get_args(LearningRateSchedule)), default="constant", optional=True, advanced=True,
@@ -112,19 +113,19 @@ def _the_step() -> list[io.Input]:
         ),
         io.Int.Input(
             "warmup_steps", default=0, min=0, max=100_000, optional=True, advanced=True,
-            tooltip="Steps in which the learning rate rises. Not read by `constant`.",
+            tooltip="Number of steps over which the learning rate rises. Ignored by `constant`.",
         ),
         io.Float.Input(
             "max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True, advanced=True,
-            tooltip="Gradients longer than this are shortened. 0 turns that off.",
+            tooltip="Gradients are clipped to this norm. 0 turns clipping off.",
         ),
         io.Float.Input(
             "weight_decay", default=0.01, min=0.0, max=1.0, step=0.001, optional=True, advanced=True,
             tooltip="AdamW's weight decay.",
         ),
         widgets.checkpointing(
-            "Recompute activations instead of keeping them: much less memory, and slower by the time of one more "
-            "forward pass.",
+            "Recompute activations instead of keeping them: much less memory, but each step takes one more forward "
+            "pass.",
             optional=True,
         ),
         io.Combo.Input(
@@ -134,55 +135,56 @@ def _the_step() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def _the_file() -> list[io.Input]:
+def _file_inputs() -> list[io.Input]:
     return [
         io.String.Input(
             "output_name", default="loras/blockskip", optional=True,
-            tooltip="Where the LoRA is saved, below ComfyUI's output folder; a number is added. Files in `loras/` show up "
-            "in Load LoRA.",
+            tooltip="Where the LoRA is saved, below ComfyUI's output folder; a number is appended. Files in `loras/` "
+            "appear in Load LoRA.",
         ),
         io.Combo.Input(
             "file_format", options=list(get_args(LoraFileFormat)), default="diffusers", optional=True, advanced=True,
-            tooltip="Names inside the file. All load in ComfyUI. diffusers: in diffusers too, except for Lumina 2. peft: "
-            "ComfyUI's own layer names; in diffusers for FLUX.2, Qwen-Image and Wan. kohya: for programs that read kohya's "
-            "files; in diffusers for FLUX.1, FLUX.2, Chroma, Qwen-Image and Z-Image.",
+            tooltip="Layer names in the file. ComfyUI loads all of them. diffusers: also loads in diffusers, except "
+            "for Lumina 2. peft: ComfyUI's own layer names; load in diffusers for FLUX.2, Qwen-Image and Wan. kohya: "
+            "for programs that read kohya's files; load in diffusers for FLUX.1, FLUX.2, Chroma, Qwen-Image and "
+            "Z-Image.",
         ),
     ]  # fmt: skip
 
 
-def _memory_and_speed() -> list[io.Input]:
+def _memory_inputs() -> list[io.Input]:
     return [
         widgets.activation_budget(
-            "GiB that `checkpointing` may leave unused: that much is kept instead of recomputed, which is faster. "
+            "GiB of activations to keep instead of recomputing them when `checkpointing` is on, which is faster. "
             "0 recomputes everything and needs the least memory.",
             optional=True, advanced=True,
         ),
         io.Combo.Input(
             "optimizer", options=list(OPTIMIZERS), default="AdamW", optional=True, advanced=True,
-            tooltip="The 8-bit one keeps its state in a quarter of the memory and needs the Python package bitsandbytes. "
-            "A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's last 28 blocks.",
+            tooltip="The 8-bit version keeps its state in a quarter of the memory and needs the Python package "
+            "bitsandbytes. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's last 28 blocks.",
         ),
         io.Combo.Input(
             "kept_weights", options=list(KEPT_WEIGHTS), default="resident", optional=True, advanced=True,
-            tooltip="resident: the kept blocks stay on the GPU. streamed: each layer's weights are brought there when it "
-            "runs; the least memory, and much slower. With ComfyUI's dynamic VRAM the host pages weights by itself, and "
-            "this changes little.",
+            tooltip="resident: the kept blocks stay on the GPU. streamed: each layer's weights are copied there when "
+            "it runs, which needs the least memory and is much slower. With dynamic VRAM ComfyUI pages weights by "
+            "itself, and this changes little.",
         ),
         widgets.quantize_kept(
             "Quantise the kept blocks' linear weights for this run, in ComfyUI's own formats: less GPU memory, a less "
-            "exact base. Your MODEL stays as it is. fp8 and int8 take half of bf16, 4-bit (NVFP4) a bit more than a "
-            "quarter. Weights that are quantised already are left as they are.",
+            "exact base. Your MODEL is not changed. fp8 and int8 take half of bf16, 4-bit (NVFP4) a bit more than a "
+            "quarter. Weights that are already quantised are left unchanged.",
             optional=True, advanced=True,
         ),
     ]  # fmt: skip
 
 
-def _checkpoints() -> list[io.Input]:
+def _checkpoint_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "save_every", default=100, min=0, max=widgets.MOST_STEPS, optional=True,
-            tooltip="Steps between two checkpoints: the LoRA so far, beside the final file, and the training state to "
-            "resume from. 0: only when the run ends, by itself or by Cancel.",
+            tooltip="Number of steps between checkpoints: the LoRA so far, beside the final file, and the training "
+            "state to resume from. 0: only when the run ends, by itself or by Cancel.",
         ),
         io.Int.Input(
             "keep_last", default=2, min=1, max=1000, optional=True, advanced=True,
@@ -190,13 +192,13 @@ def _checkpoints() -> list[io.Input]:
         ),
         io.Boolean.Input(
             "resume", default=True, optional=True,
-            tooltip="Queueing the same graph again resumes where an interrupted run stopped, and ends with the same LoRA. "
-            "With more steps it continues a finished run. Off: start from the beginning.",
+            tooltip="Queueing the same graph again resumes an interrupted run where it stopped, and gives the same "
+            "LoRA. With more steps it continues a finished run. Off: start from the beginning.",
         ),
     ]  # fmt: skip
 
 
-def _start_and_company() -> list[io.Input]:
+def _other_inputs() -> list[io.Input]:
     return [
         LoraModelSocket.Input(
             "start_from", optional=True,
@@ -205,12 +207,12 @@ def _start_and_company() -> list[io.Input]:
         ),
         widgets.lora_file(
             "start_file",
-            "A LoRA file to train further, of any trainer whose names ComfyUI reads. `rank` must be at least the file's, "
-            "and it must change nothing but linear layers of the kept blocks.",
+            "A LoRA file to train further, from any trainer whose names ComfyUI reads. `rank` must be at least the "
+            "file's, and the file must only change linear layers of the kept blocks.",
             advanced=True,
         ),
         SamplesSocket.Input(
-            "samples", optional=True, tooltip="From Sample While Training: pictures while it trains."
+            "samples", optional=True, tooltip="From Sample While Training: pictures during training."
         ),
         widgets.memory_settings(
             "From Memory Plan. Takes precedence over `batch_size`, `checkpointing`, `activation_budget` and "
@@ -218,10 +220,10 @@ def _start_and_company() -> list[io.Input]:
         ),
         io.Boolean.Input(
             "check_memory", default=True, optional=True, advanced=True,
-            tooltip="Refuse a run that cannot fit, before it starts, and say what would make it fit. Off: only warn.",
+            tooltip="Refuse a run that cannot fit before it starts, and say what would make it fit. Off: only warn.",
         ),
         widgets.quantize_frozen(
-            "Only read if the residuals were made with `back_residual` exact: the format of the last blocks' weights for "
-            "this run. No adapter learns on them, so they can be coarser than the others."
+            "Only used if the residuals were made with `back_residual` exact: the format of the last blocks' weights "
+            "for this run. They have no adapters, so they can be coarser than the others."
         ),
     ]  # fmt: skip

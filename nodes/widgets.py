@@ -1,6 +1,6 @@
-"""Inputs that several nodes have, declared once: same id, type, default and limits wherever they appear.
+"""Inputs shared by several nodes, declared once with the same id, type, default and limits.
 
-Each function takes the tooltip and whatever else differs from node to node (``optional``, ``advanced``).
+Each function takes the tooltip and anything else that differs between nodes (``optional``, ``advanced``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..blockskip_core.adapters.lora import LoraTargets
 from ..blockskip_core.hosts.models.quantised_blocks import available_formats, default_for_frozen_blocks
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
-from ..blockskip_core.residuals.sources import STORAGES
+from ..blockskip_core.residuals.residual_set import STORAGES
 from .inputs import NO_FILE
 from .types import MemorySettingsSocket
 
@@ -24,7 +24,7 @@ MOST_STEPS = 1_000_000
 
 
 def seed(tooltip: str, *, control: Any = io.ControlAfterGenerate.fixed, **more: Any) -> io.Int.Input:
-    """Where random numbers start; ``control`` says what the page does with it after each run."""
+    """The seed of random numbers; ``control`` is what the page does with it after each run."""
     return io.Int.Input(
         "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=control, tooltip=tooltip, **more
     )
@@ -46,7 +46,7 @@ def probe_size(tooltip: str) -> io.Int.Input:
 
 
 def draws(tooltip: str) -> io.Int.Input:
-    """How many training examples."""
+    """The number of training examples."""
     return io.Int.Input("draws", default=400, min=1, max=1_000_000, tooltip=tooltip)
 
 
@@ -56,14 +56,14 @@ def storage(tooltip: str) -> io.Combo.Input:
 
 
 def chunk_size(tooltip: str) -> io.Int.Input:
-    """How many training examples go through the blocks together."""
+    """The number of training examples that go through the blocks together."""
     return io.Int.Input(
         "chunk_size", default=64, min=1, max=100_000, optional=True, advanced=True, tooltip=tooltip
     )  # fmt: skip
 
 
 def back_residual(tooltip: str) -> io.Combo.Input:
-    """What stands in for the last blocks."""
+    """What replaces the last blocks."""
     return io.Combo.Input(
         "back_residual", options=list(BACK_RESIDUALS), default="constant", optional=True, advanced=True, tooltip=tooltip
     )
@@ -82,7 +82,7 @@ def rank(tooltip: str) -> io.Int.Input:
 
 
 def targets(tooltip: str) -> io.Combo.Input:
-    """Which layers learn."""
+    """Which layers are trained."""
     return io.Combo.Input(
         "targets", options=list(get_args(LoraTargets)), default="attention and mlp", optional=True, advanced=True,
         tooltip=tooltip,
@@ -90,7 +90,7 @@ def targets(tooltip: str) -> io.Combo.Input:
 
 
 def batch_size(tooltip: str, **more: Any) -> io.Int.Input:
-    """How many training examples go through the model together."""
+    """The number of training examples that go through the model together."""
     return io.Int.Input("batch_size", default=1, min=1, max=256, tooltip=tooltip, **more)
 
 
@@ -100,7 +100,7 @@ def checkpointing(tooltip: str, **more: Any) -> io.Boolean.Input:
 
 
 def activation_budget(tooltip: str, **more: Any) -> io.Float.Input:
-    """GiB of activations that are kept all the same."""
+    """GiB of activations to keep despite checkpointing."""
     return io.Float.Input("activation_budget", default=0.0, min=0.0, max=1024.0, step=0.25, tooltip=tooltip, **more)
 
 
@@ -126,5 +126,5 @@ def lora_file(name: str, tooltip: str, **more: Any) -> io.Combo.Input:
 
 
 def memory_settings(tooltip: str) -> io.Input:
-    """What Memory Plan found."""
+    """The settings from Memory Plan."""
     return MemorySettingsSocket.Input("memory_settings", optional=True, tooltip=tooltip)

@@ -1,8 +1,8 @@
 """Fixtures for every layer of the tests.
 
-The pack's root is a package whose name is not ours to choose, and its ``nodes`` folder has the name of a ComfyUI
+The pack's root is a package whose name the user chooses, and its ``nodes`` folder has the name of a ComfyUI
 module. So the root must not be on ``sys.path``, ComfyUI comes first on it, and the pack is loaded the way ComfyUI
-loads it: from its path, under a name of our choosing.
+loads it: from its path, under a name chosen here.
 """
 
 from __future__ import annotations
@@ -46,38 +46,38 @@ _load_pack()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the device be chosen."""
+    """Add the option for the device."""
     parser.addoption(
         "--device", choices=KINDS, default="cpu", help="what models run on: cpu, an emulated card, or a real gpu"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the device before anything imports ComfyUI."""
+    """Set up the device before anything imports ComfyUI."""
     config.stash[DEVICE] = choose(config.getoption("--device"))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Name the device."""
+    """Show the device in the header."""
     device = config.stash[DEVICE]
     return f"device: {device.kind}" + (f" ({device.card.name})" if device.card else "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this device cannot do."""
+    """Skip tests that this device cannot run."""
     device = config.stash[DEVICE]
     for item in items:
         if device.obstacle:
             item.add_marker(pytest.mark.skip(reason=device.obstacle))
         elif device.kind == "cpu" and ROOT / "tests" / "card" in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="needs a card, in a process of its own: python dev.py test --card"))
+            item.add_marker(pytest.mark.skip(reason="needs a card, in a separate process: python dev.py test --card"))
         elif device.kind == "gpu" and item.get_closest_marker("emulated"):
             item.add_marker(pytest.mark.skip(reason="only an emulated card can do this"))
 
 
 @pytest.fixture(scope="session")
 def comfyui(pytestconfig: pytest.Config) -> Path:
-    """The folder of the host; its modules can be imported, on this process's device."""
+    """ComfyUI's folder; its modules can be imported and use this process's device."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         pytest.skip("COMFYUI_PATH is not set; `python dev.py test` sets it")

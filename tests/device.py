@@ -1,6 +1,7 @@
-"""What the models of the tests run on: ``pytest --device cpu``, ``card`` (an emulated one) or ``gpu`` (a real one).
+"""The device of the tests' models: ``pytest --device cpu``, ``card`` (an emulated one) or ``gpu`` (a real one).
 
-The choice is for a whole process: an emulated card cannot be taken back, and ComfyUI looks for its device when it is imported.
+The choice applies to a whole process: an emulated card cannot be removed, and ComfyUI chooses its device when it is
+imported.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ CARD_BYTES = 8 * 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """Where the models of this process run.
+    """The device on which the models of this process run.
 
     Attributes:
         kind: One of :data:`KINDS`.
-        card: The emulated card, or what answers in its place for a real one; None on a CPU.
-        obstacle: Why there is no such device here, in one sentence; None if there is.
+        card: The emulated card, or the object with its interface for a real one; None on a CPU.
+        obstacle: Why this device is not available here, in one sentence; None if it is.
     """
 
     kind: str
@@ -30,7 +31,7 @@ class Device:
 
 
 def choose(kind: str) -> Device:
-    """Return the device of this process; an emulated card is there from now on. The pack must have been loaded."""
+    """Return the device of this process, installing an emulated card if needed. The pack must have been loaded."""
     if kind == "card":
         return _emulated()
     return _real() if kind == "gpu" else Device("cpu")

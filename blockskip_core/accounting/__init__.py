@@ -1,1 +1,1 @@
-"""What a run takes, before it: bytes and operations counted, and whether they fit."""
+"""Bytes and operations of a run, counted before it starts, and whether they fit."""

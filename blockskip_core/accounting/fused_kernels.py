@@ -1,9 +1,9 @@
-"""What a GPU's fused kernels keep for the backward pass, on ``meta`` tensors.
+"""Count on ``meta`` tensors what a GPU's fused kernels keep for the backward pass.
 
-Torch chooses a kernel by the device. For ``meta`` it chooses plain operations, which keep more: attention its matrix of
-scores, RMS norm a float32 copy of its input. In these contexts ``meta`` tensors are counted as on a GPU.
+Torch chooses kernels by device. For ``meta`` it chooses plain operations, which keep more: the matrix of scores in
+attention, and a float32 copy of the input in RMS norm. In these contexts ``meta`` tensors are counted as on a GPU.
 
-Enter them inside the module that is counted: a recomputation in backward does not see contexts around the backward.
+Enter them inside the counted module: a recomputation in backward does not see contexts around the backward.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ aten = torch.ops.aten
 
 
 def has_fused_rms_norm(device: torch.device) -> bool:
-    """Tell whether torch has an RMS norm in one kernel that can be differentiated: on CUDA and ROCm, since 2.9."""
+    """Return whether torch has a differentiable RMS norm in one kernel: on CUDA and ROCm, since 2.9."""
     fused = getattr(aten, "_fused_rms_norm", None)
     return device.type == "cuda" and fused is not None and len(fused.default._schema.returns) == 2
 
 
 class FusedAttention(TorchFunctionMode):
-    """Context in which ``meta`` tensors attend as a fused kernel does it: without a matrix of scores."""
+    """Context in which attention on ``meta`` is counted as a fused kernel: without a matrix of scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is functional.scaled_dot_product_attention and args[0].is_meta:
@@ -35,9 +35,9 @@ class FusedAttention(TorchFunctionMode):
 
 
 class FusedRmsNorm(TorchFunctionMode):
-    """Context in which ``meta`` tensors are normalised as a fused kernel does it: without a float32 copy.
+    """Context in which RMS norm on ``meta`` is counted as a fused kernel: without a float32 copy.
 
-    Like torch's, the kernel refuses a weight of another dtype than the input; plain operations do the work then.
+    Like torch's kernel, it does not take a weight whose dtype differs from the input's; then plain operations are used.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -47,7 +47,7 @@ class FusedRmsNorm(TorchFunctionMode):
 
 
 def with_fused_rms_norm(module: nn.Module) -> None:
-    """Let a module without weights, and copies of it, run inside :class:`FusedRmsNorm`; its class's name stays."""
+    """Make a module without weights, and its copies, run inside :class:`FusedRmsNorm`; its class keeps its name."""
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"forward": _inside(kind.forward), "__module__": kind.__module__})
 
@@ -83,18 +83,18 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Shapes only: what torch's kernel allocates and keeps, which is the input, the weight and a factor per row."""
+    """Shapes of what torch's kernel allocates and keeps: the input, the weight and a factor per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, normalized_dims: int) -> Tensor:
-        """Make the output, and one float32 factor per normalised row."""
+        """Return the output, and keep one float32 factor per normalised row."""
         factors = x.new_empty((*x.shape[:-normalized_dims], *(1,) * normalized_dims), dtype=torch.float32)
         ctx.save_for_backward(x, weight, factors)
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Make the gradients that are asked for."""
+        """Return the requested gradients."""
         x, weight, _ = ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
         return torch.empty_like(x) if wants_x else None, torch.empty_like(weight) if wants_weight else None, None

@@ -1,18 +1,18 @@
-"""What a run takes, counted: bytes of tensors that live at the same time, and operations. No GPU is needed.
+"""Count what a run needs: bytes of tensors alive at the same time, and operations. No GPU is needed.
 
 :class:`Counting` looks at every operation on its way to a kernel. On the ``meta`` device tensors have shapes but no
-memory, so a step of a model of any size is counted in seconds and in little memory; on any other device the same
-counts come out of a real run. Three conventions:
+memory, so a step of a model of any size is counted in seconds and in little memory; on any other device the counter
+observes a real run. Three conventions:
 
-    bytes        Each storage once, from the operation that makes it to the moment nothing holds it. What an allocator
-                 rounds up or cannot reuse, and what kernels use inside, is not in it. ``meta`` takes the role of the device;
-                 tensors on the CPU are host memory.
+    bytes        Each storage once, from the operation that creates it until nothing refers to it. The allocator's
+                 rounding and fragmentation, and the workspaces of kernels, are not included. ``meta`` plays the role
+                 of the device; tensors on the CPU are host memory.
     operations   Multiplications and additions of matrix products and attention, forward, recomputed and backward, by
                  torch's own formulas: one multiply-add is 2.
     kernels      On ``meta``, inside the contexts of ``fused_kernels``, as a GPU's fused kernels do it.
 
-Values on ``meta`` mean nothing. Where a loop asks for a number it gets 1, and where tensors come to the CPU they
-are zeros, so that the real loops can be counted without a second copy of them.
+Values on ``meta`` mean nothing. A loop that asks for a number gets 1, and tensors that are moved to the CPU become
+zeros, so that the real loops can be counted and no second version of them is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _META = torch.device("meta")
 class Counting(TorchDispatchMode):
     """Context in which operations and live bytes are counted, for one device, or for ``meta`` and the CPU.
 
-    Tensors that were there before are not counted, nor are views of them; see :meth:`hold`.
+    Tensors that existed before are not counted, nor are views of them; see :meth:`hold`.
 
     Attributes:
         operations: Since the context was entered.
@@ -48,19 +48,19 @@ class Counting(TorchDispatchMode):
         self._watched: dict[int, weakref.ref] = {}
 
     def live(self, device: torch.device) -> int:
-        """Return the bytes that live now on a kind of device."""
+        """Return the bytes alive now on a type of device."""
         return self._live[device.type]
 
     def peak(self, device: torch.device) -> int:
-        """Return the most bytes that lived at one time since the last :meth:`reset_peak`."""
+        """Return the most bytes alive at one time since the last :meth:`reset_peak`."""
         return self._peak[device.type]
 
     def reset_peak(self) -> None:
-        """Forget the peaks; they start at what lives now."""
+        """Restart the peaks from what is alive now."""
         self._peak = defaultdict(int, self._live)
 
     def hold(self, tensors: Any) -> None:
-        """Count tensors that were made outside the context from now on, for as long as they live."""
+        """Count tensors that were created outside the context, from now until they are freed."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self._watch(tensor)
@@ -77,7 +77,7 @@ class Counting(TorchDispatchMode):
             self.operations += _FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         if func is aten.lift_fresh.default and result.ndim:
-            given = set()  # torch.tensor passes what it has just made; single numbers are left out
+            given = set()  # torch.tensor passes on what it has just created; single numbers are left out
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _identity(tensor) not in given:
                 self._watch(tensor)
@@ -85,7 +85,7 @@ class Counting(TorchDispatchMode):
 
     def _watch(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed."""
-        if is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; those of the tensors in it have
+        if is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; the tensors inside it do
             parts: Any = tensor
             for name in parts.__tensor_flatten__()[0]:
                 self._watch(getattr(tensor, name))
@@ -105,12 +105,12 @@ class Counting(TorchDispatchMode):
 
 
 def _identity(tensor: Tensor) -> int:
-    """Return a number that is equal for tensors that share memory; ``meta`` tensors have no address."""
+    """Return a number that is equal for tensors that share memory; not the address, which ``meta`` tensors lack."""
     return tensor.untyped_storage()._cdata
 
 
 def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Run an operation; answer those that need the values of a ``meta`` tensor."""
+    """Run an operation, or return a placeholder if it needs the values of a ``meta`` tensor."""
     if func is aten._local_scalar_dense.default and args[0].is_meta:
         return 1.0
     if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", _META).type == "cpu":

@@ -1,4 +1,4 @@
-"""What a whole run takes, known before it starts: its phases, as ``phase_counts`` counts them, put together.
+"""What a whole run needs, known before it starts: the phases counted by ``phase_counts``, put together.
 
 Axis legend: ``C H W`` latent channels, rows, columns.
 """
@@ -6,7 +6,7 @@ Axis legend: ``C H W`` latent channels, rows, columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,7 @@ from .phase_counts import (
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeights:
-    """What a model's weights take as they are loaded, whatever their format.
+    """Bytes of a model's weights as loaded, whatever their format.
 
     Attributes:
         blocks: Bytes of each block.
@@ -43,7 +43,7 @@ class StoredWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run is asked to do.
+    """What a run will do.
 
     Attributes:
         latent_shape: (C, H, W) of the training crops.
@@ -52,11 +52,11 @@ class RunPlan:
         lora: Rank, alpha, targets.
         layers: Native name -> linear layer that gets an adapter.
         config: Settings of the training.
-        on_the_fly: Whether residuals are computed in every step; nothing is precomputed then.
+        on_the_fly: Whether residuals are computed in every step; if so, nothing is precomputed.
         linear: Whether the back residual follows its input linearly.
-        draws: Training examples.
-        chunk: Examples that go through the blocks together.
-        stored: Examples whose residuals are on the disk at a time.
+        draws: Number of training examples.
+        chunk: Number of examples that go through the blocks together.
+        stored: Number of examples whose residuals are on disk at a time.
         caption: Index of the longest conditioning.
         residual_format: How residuals are stored.
     """
@@ -78,15 +78,15 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryNeeds:
-    """What a run takes.
+    """What a run needs.
 
     Attributes:
         selecting, training: On the device, by phase.
-        precomputing: The same; None if nothing is precomputed.
+        precomputing: Likewise; None if nothing is precomputed.
         lora: Bytes of the LoRA's tensors.
-        replayed: Bytes on the device of what is replayed for the skipped blocks.
-        host: At most this many bytes of host memory, besides the model, captions and libraries.
-        disk: Bytes of residuals on the disk, without headers and latents.
+        replayed: Bytes on the device of what is replayed in place of the skipped blocks.
+        host: Upper bound on bytes of host memory, without the model, captions and libraries.
+        disk: Bytes of residuals on disk, without headers and latents.
     """
 
     selecting: PhaseCount
@@ -98,10 +98,10 @@ class MemoryNeeds:
     disk: int
 
     def with_all_weights(self, weights: int) -> MemoryNeeds:
-        """Return the same for a host that keeps all weights on the device, skipped or not.
+        """Return the needs on a host that keeps all weights on the device, skipped or not.
 
         Args:
-            weights: Bytes of them all.
+            weights: Bytes of all weights.
         """
         return replace(
             self,
@@ -110,7 +110,7 @@ class MemoryNeeds:
         )
 
     def without_weights(self) -> MemoryNeeds:
-        """Return the same without the model's weights."""
+        """Return the needs without the model's weights."""
         return replace(
             self,
             selecting=self.selecting.with_weights(0),
@@ -119,15 +119,33 @@ class MemoryNeeds:
         )
 
 
-def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None) -> MemoryNeeds:
-    """Return what a run will take.
+class CountedOnce:
+    """Caches the counts of a model's phases by what they depend on, as counting a full-size model takes seconds."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Hashable, PhaseCount] = {}
+
+    def __call__(self, count: Callable[[], PhaseCount], *depends_on: Hashable) -> PhaseCount:
+        """Return the count for these arguments, computing it only the first time."""
+        if depends_on not in self._counts:
+            self._counts[depends_on] = count()
+        return self._counts[depends_on]
+
+
+def memory_needs(
+    dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None = None, once: CountedOnce | None = None
+) -> MemoryNeeds:
+    """Return what a run will need.
 
     Args:
         dit: The model, without weights.
         plan: The run.
-        weights: What the weights take as loaded, if not what the tensors of ``dit`` say.
+        weights: Bytes of the weights as loaded, if they differ from the tensors of ``dit``.
+        once: Cache of counts from other runs of the same model, if there is one.
     """
+    once = once or CountedOnce()
     selection, shape = plan.selection, plan.latent_shape
+    spans = (tuple(shape), selection.front, selection.back, selection.frozen, plan.caption)
     passing = not plan.on_the_fly
     tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
     residual = residual_of_zeros(tokens, selection)
@@ -135,14 +153,22 @@ def memory_needs(dit: SkippableDit, plan: RunPlan, weights: StoredWeights | None
     if plan.linear and residual.back is not None and passing:
         response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
     adapters = adapters_on(dit, plan.layers, plan.lora)
-    selecting = count_pass(dit, plan.probe_shape, caption=plan.caption)
-    training = count_training(
-        dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
-        response=response,
+    selecting = once(
+        lambda: count_pass(dit, plan.probe_shape, caption=plan.caption), "selecting", *plan.probe_shape, plan.caption
+    )
+    training = once(
+        lambda: count_training(
+            dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
+            response=response,
+        ),
+        "training", *spans, frozenset(plan.layers), plan.lora, plan.config, passing, response is None,
     )  # fmt: skip
     precomputing = None
     if passing and selection.front + selection.back:
-        precomputing = count_precompute(dit, shape, selection, caption=plan.caption, keep_entering=plan.linear)
+        precomputing = once(
+            lambda: count_precompute(dit, shape, selection, caption=plan.caption, keep_entering=plan.linear),
+            "precomputing", *spans, plan.linear,
+        )  # fmt: skip
     if weights is not None:
         kept = selection.kept if passing else range(len(weights.blocks))
         selecting = selecting.with_weights(sum(weights.blocks) + weights.others)
@@ -183,10 +209,10 @@ def _disk(plan: RunPlan, tokens: TokenStreams) -> int:
 
 
 def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -> int:
-    """Return the most that a chunk's tokens, residuals and outputs take; ``counted`` is that of one draw."""
+    """Return an upper bound on a chunk's tokens, residuals and outputs; ``counted`` is the count of one draw."""
     stream, img = _bytes(tokens.tensors().values()), tokens.img
-    per_draw = stream + stream * (plan.selection.front > 0)  # on its way, and as the front's output
-    if plan.selection.back:  # summed up in float32 at least, and stored as the stream is, while the sum is still there
+    per_draw = stream + stream * (plan.selection.front > 0)  # on its way through the blocks, and as the front's output
+    if plan.selection.back:  # summed in float32 at least, then stored in the stream's dtype while the sum still exists
         summed = img.numel() * max(4, img.itemsize)
         per_draw += summed + img.nbytes + math.prod(plan.latent_shape) * 4
         per_draw += img.nbytes * plan.linear

@@ -1,4 +1,4 @@
-"""What one phase of a run takes, known before it starts: the real loop is run on a model without weights, and counted.
+"""What one phase of a run needs, known before it starts: the real loop runs on a model without weights and is counted.
 
 Nothing here is fitted: the model, its stand-ins, the LoRA, the loss and the optimiser are those of the run, with the
 same shapes. See ``measuring`` for what is counted and what is not.
@@ -35,16 +35,15 @@ from .measuring import Counting
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCount:
-    """One phase of a run, in bytes on the device if not said otherwise.
+    """One phase of a run, in bytes on the device unless stated otherwise.
 
     Attributes:
-        weights: Of the model, as many as are loaded at the same time.
-        peak: All that lives at the same time, weights included.
-        between: All that lives between two steps of a training: weights, LoRA, the optimiser's state, and what is
-            replayed.
+        weights: The model's weights that are loaded at the same time.
+        peak: Everything alive at the same time, weights included.
+        between: Everything alive between two training steps: weights, LoRA, the optimiser's state, what is replayed.
         saved: Kept for the backward pass of a micro-batch, parameters not counted.
         operations: Of one optimiser step, one draw or one pass.
-        host: Most that lives on the CPU at the same time, besides the model and what is read ahead.
+        host: Peak on the CPU, without the model and what is read ahead.
     """
 
     weights: int
@@ -55,14 +54,14 @@ class PhaseCount:
     host: int
 
     def with_weights(self, weights: int) -> PhaseCount:
-        """Return the count for weights of another size in bytes that are unpacked in the same way."""
+        """Return the count for weights that take another number of bytes and are unpacked in the same way."""
         more = weights - self.weights
         between = self.between and self.between + more
         return replace(self, weights=weights, peak=self.peak + more, between=between)
 
 
 def count_pass(dit: SkippableDit, latent_shape: Sequence[int], *, caption: int = 0) -> PhaseCount:
-    """Count one pass of the whole model without gradients, as a sampler makes it.
+    """Count one pass of the whole model without gradients, as in sampling.
 
     Args:
         dit: The model.
@@ -86,15 +85,15 @@ def count_precompute(
     caption: int = 0,
     keep_entering: bool = False,
 ) -> PhaseCount:
-    """Count the precomputing of a chunk.
+    """Count precomputing a chunk.
 
     Args:
         dit: The model.
         latent_shape: (C, H, W).
         selection: Blocks to be skipped.
-        draws: Draws of the chunk; of the counts only ``host`` depends on it.
+        draws: Number of draws in the chunk; only the count ``host`` depends on it.
         caption: Index of the conditioning of all draws.
-        keep_entering: Whether a linear answer will be fitted.
+        keep_entering: Whether a linear response will be fitted.
     """
     schedule, latents = _stand_in_draws(draws, caption), torch.zeros(draws, *latent_shape)
     with Counting() as counting:
@@ -104,9 +103,9 @@ def count_precompute(
 
 
 def token_shapes(dit: SkippableDit, latent_shape: Sequence[int], *, block: int = 0, caption: int = 0) -> TokenStreams:
-    """Return zeros on the CPU in the shapes and dtype of the tokens that enter a block.
+    """Return zeros on the CPU with the shapes and dtype of the tokens that enter a block.
 
-    One pass is made for it through stand-ins without weights; the family's stem decides how many tokens there are.
+    This takes one pass through stand-ins without weights, because the family's stem decides how many tokens there are.
 
     Args:
         dit: The model.
@@ -123,7 +122,7 @@ def token_shapes(dit: SkippableDit, latent_shape: Sequence[int], *, block: int =
 
 
 def residual_of_zeros(tokens: TokenStreams, selection: BlockSelection) -> Residual:
-    """Return a draw's residual as it is replayed, for tokens of these shapes."""
+    """Return one draw's residual in the form in which it is replayed, for tokens of these shapes."""
     return Residual(tokens if selection.front else None, tokens.img.clone() if selection.back else None)
 
 
@@ -138,17 +137,17 @@ def count_training(
     caption: int = 0,
     response: Tensor | None = None,
 ) -> PhaseCount:
-    """Count the training loop's second step; the optimiser makes its state in the first.
+    """Count the training loop's second step; the optimiser creates its state in the first.
 
     Args:
         dit: The model.
         latent_shape: (C, H, W).
         selection: Blocks to be skipped.
         adapters: The LoRA, on the model's device; see :func:`adapters_on`.
-        config: The settings; the number of steps is not read.
-        residual: Of one draw, see :func:`residual_of_zeros`; None for the folded form.
+        config: The settings; the number of steps is ignored.
+        residual: One draw's residual, see :func:`residual_of_zeros`; None for the folded form.
         caption: Index of the conditioning of all draws.
-        response: The back span's linear answer, shape (D, D), or None.
+        response: The back span's linear response, shape (D, D), or None.
     """
     config = replace(config, steps=2)
     draws = config.batch_size
@@ -173,7 +172,7 @@ def count_training(
 
 
 def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Linear], settings: LoraSettings) -> LoraAdapters:
-    """Return a LoRA that is made on the model's device; on ``meta`` it takes no memory.
+    """Return a LoRA created on the model's device; on ``meta`` it takes no memory.
 
     Args:
         dit: The model.
@@ -186,7 +185,7 @@ def adapters_on(dit: SkippableDit, layers: Mapping[str, nn.Linear], settings: Lo
 
 
 class _Watched(WrappedDit):
-    """A model whose runs tell a :class:`Counting` how much they load."""
+    """A model that records how many bytes its runs load, as seen by a :class:`Counting`."""
 
     def __init__(self, dit: SkippableDit, counting: Counting) -> None:
         super().__init__(dit)
@@ -201,7 +200,7 @@ class _Watched(WrappedDit):
         activation_bytes: int = 0,
         weights: WeightPlacement = "as fits",
     ) -> Iterator[Denoiser]:
-        """Run the model, and see how much is loaded for it."""
+        """Run the model, and record how much is loaded for it."""
         before = self._counting.live(self.device)
         with super().running(replacements, activation_bytes=activation_bytes, weights=weights) as denoise:
             self._weights = max(self._weights, self._counting.live(self.device) - before)
@@ -223,7 +222,7 @@ class _Seen(PassThrough):
 
 
 class _OneStretch:
-    """A source of residuals that has one stretch."""
+    """A source of residuals with a single stretch."""
 
     def __init__(self, opened: OpenResiduals) -> None:
         self._opened = opened

@@ -1,9 +1,9 @@
-"""Does a run fit, and if not, what is the smallest change that makes it fit? On counts of ``memory_needs``.
+"""Does a run fit, and if not, what is the smallest change that makes it fit? Based on the counts of ``memory_needs``.
 
-A plan is a run's settings as far as memory depends on them. Changes are tried one by one, those that cost nothing of the
-result first; if none is enough by itself they are added up in that order. What a card needs besides the counted bytes (the
-allocator's rounding, workspaces of kernels) is not known before a run: :data:`MARGIN` is left for it, which has not been
-measured on a GPU.
+A plan is the part of a run's settings that memory depends on. Changes are tried one by one, starting with those that do
+not affect the result; if no single change is enough, they are added up in that order. What a card needs besides the
+counted bytes (the allocator's rounding, workspaces of kernels) is not known before a run: :data:`MARGIN` is left for
+it, which has not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MARGIN = 0.05  # of the counted peak
 CARDS = {"6 GB": 6, "8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB": 24}
 """Presets: the card's memory in GiB."""
 RESERVED = (1 / 8, 0.5)
-"""Share of a card, and GiB, that are left to driver, desktop, browser and the allocator's gaps: a guess, not measured."""
+"""Share of a card, and GiB, left for driver, desktop, browser and the allocator's gaps: a guess, not measured."""
 _PORTION = 2**29
 PHASES = ("choosing blocks", "precomputing", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """The settings of a run that memory depends on, besides model, captions and selection.
+    """The settings of a run that memory depends on, apart from model, captions and selection.
 
     Attributes:
         config: Settings of the training.
@@ -36,7 +36,7 @@ class MemorySettings:
         quantize_kept: Format of the kept blocks' weights for the run, or "off".
         patch_min: Side of a training crop in pixels.
         measured: Whether blocks are chosen by sampling pictures with the whole model.
-        frozen: How many blocks run in training without adapters.
+        frozen: Number of blocks that run in training without adapters.
         quantize_frozen: Format of their weights for the run, or "off".
     """
 
@@ -49,7 +49,7 @@ class MemorySettings:
     quantize_frozen: str = "off"
 
     def describe(self) -> str:
-        """Return the settings for people, on one line."""
+        """Return the settings as one readable line."""
         config = self.config
         kept = f"activation_budget {config.activation_budget / 2**30:g}" if config.checkpointing else ""
         parts = [
@@ -67,11 +67,11 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class Change:
-    """One way to need less.
+    """One way to need less memory.
 
     Attributes:
-        text: What to set, for people.
-        apply: Settings -> changed settings; the same object if there is nothing to change.
+        text: What to set, as shown to users.
+        apply: Settings -> changed settings; the same object if it changes nothing.
     """
 
     text: str
@@ -126,7 +126,7 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
     Change("set `storage` to chunked", _store_in_chunks),
     Change("set `patch_min` to 256", _smaller(256)),
-    Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # no adapter learns on these
+    Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # these blocks train no adapters
     Change("set `quantize_kept` to int8", _quantised("int8")),
     Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
     Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
@@ -135,7 +135,7 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
 
 
 def phase_peaks(needs: MemoryNeeds) -> dict[str, int]:
-    """Return the counted peak of each phase that there is, in bytes."""
+    """Return the counted peak of each phase of the run, in bytes."""
     counts = zip(PHASES, (needs.selecting, needs.precomputing, needs.training), strict=True)
     return {phase: count.peak for phase, count in counts if count is not None}
 
@@ -160,13 +160,13 @@ def changes_that_fit(
     count: Callable[[MemorySettings], MemoryNeeds],
     formats: Collection[str] = tuple(_COARSENESS),
 ) -> tuple[list[Change], MemoryNeeds] | None:
-    """Return the smallest change that makes a run fit, and what it then takes; several if one is not enough.
+    """Return the smallest change that makes a run fit, and what the run then needs; several if one is not enough.
 
     Args:
-        settings: Those that do not fit.
-        available: Bytes.
-        count: What a run with some settings takes.
-        formats: What the host offers for the kept weights.
+        settings: Settings that do not fit.
+        available: Available bytes.
+        count: Settings -> what a run with them needs.
+        formats: Formats that the host offers for the kept weights.
 
     Returns:
         None if all changes together are not enough.
@@ -194,10 +194,10 @@ def _offered(settings: MemorySettings, formats: Collection[str]) -> bool:
 
 
 def room_of_card(card: str) -> int:
-    """Return the bytes of a preset card that a run may take.
+    """Return the bytes that a run may use on a preset card.
 
     Raises:
-        InvalidInputError: If it is not one of :data:`CARDS`.
+        InvalidInputError: If the card is not one of :data:`CARDS`.
     """
     if card not in CARDS:
         raise InvalidInputError(f"preset must be off or one of {', '.join(CARDS)}, got {card!r}.")
@@ -208,14 +208,14 @@ def room_of_card(card: str) -> int:
 def with_spare_used(
     settings: MemorySettings, available: int, count: Callable[[MemorySettings], MemoryNeeds]
 ) -> MemorySettings:
-    """Return settings that fit, with spare memory put to use: activations are kept instead of recomputed.
+    """Return settings that fit and use spare memory to keep activations instead of recomputing them.
 
-    The result stays the same, and a step is faster. Half a GiB is the smallest portion.
+    The result stays the same, and a step is faster. Half a GiB is the smallest increment.
 
     Args:
-        settings: Some that fit.
-        available: Bytes.
-        count: What a run with some settings takes.
+        settings: Settings that fit.
+        available: Available bytes.
+        count: Settings -> what a run with them needs.
     """
     if not settings.config.checkpointing:
         return settings
@@ -243,7 +243,7 @@ class Verdict:
 
     Attributes:
         starts: Whether it can start at all.
-        problem: What is wrong, one sentence for people; empty if nothing is.
+        problem: What is wrong, one sentence for users; empty if nothing is.
     """
 
     starts: bool
@@ -253,15 +253,15 @@ class Verdict:
 def verdict_on_training(peak: int, weights: int, largest_block: int, available: int, place: str) -> Verdict:
     """Judge a training by its counted peak.
 
-    Hosts that run out of room for weights keep them in host memory and bring them over when they are used. So what does
-    not fit with all weights is slow; what does not fit without them fails.
+    A host without room for all weights keeps them in host memory and moves each to the device when it is used. So a run
+    that does not fit with all weights is slow; one that does not fit even without them fails.
 
     Args:
-        peak: Bytes of all that lives at the same time, weights included.
-        weights: Of these, the weights.
-        largest_block: Bytes of the weights that must be there at the same time.
-        available: Bytes of the device.
-        place: Its name.
+        peak: Bytes of everything alive at the same time, weights included.
+        weights: The weights' share of it.
+        largest_block: Bytes of the weights that must be on the device at the same time.
+        available: Free bytes on the device.
+        place: The device's name.
     """
     if fits(peak, available):
         return Verdict(True)
@@ -270,8 +270,8 @@ def verdict_on_training(peak: int, weights: int, largest_block: int, available: 
     if fits(least, available):
         return Verdict(
             True,
-            f"Training takes {format_bytes(peak)} and {has}, so weights are moved in every step, which is slow.",
+            f"Training needs {format_bytes(peak)} and {has}, so weights are moved in every step, which is slow.",
         )
     return Verdict(
-        False, f"Training takes {format_bytes(least)} even without most of its weights, and {has}. It was not started."
+        False, f"Training needs {format_bytes(least)} even without most of its weights, and {has}. It was not started."
     )

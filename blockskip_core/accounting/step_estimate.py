@@ -1,4 +1,4 @@
-"""About how much memory a training step takes, from a few numbers; ``phase_counts`` counts exactly."""
+"""A rough estimate of a training step's memory from a few numbers; ``phase_counts`` counts exactly."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from __future__ import annotations
 def estimated_step_bytes(
     *, num_kept: int, tokens: int, width: int, itemsize: int, batch_size: int, checkpointing: bool, lora_numbers: int
 ) -> int:
-    """Return about how much memory a step takes in addition to the weights, for the host to keep free.
+    """Return roughly how many bytes a step needs on top of the weights, so that the host can keep them free.
 
-    A rule of thumb that asks for nothing but numbers; ``phase_counts`` counts exactly, and a test compares the two.
-    The LoRA takes 16 bytes a number: itself, its gradient and AdamW's two moments. A block with LoRA on all its linear
-    layers keeps 18 to 25 numbers per token and unit of width for its backward (FLUX blocks, counted: 18 with a GPU's fused
-    kernels, up to 25 with plain ones); 22 are asked for. With checkpointing every block keeps its input only, and one
-    block at a time is recomputed.
+    A rule of thumb that needs only a few numbers; ``phase_counts`` counts exactly, and a test compares the two. The
+    LoRA takes 16 bytes per number: itself, its gradient and AdamW's two moments. A block with LoRA on all its linear
+    layers keeps 18 to 25 numbers per token and unit of width for its backward (counted on FLUX blocks: 18 with a GPU's
+    fused kernels, up to 25 with plain ones); 22 are assumed here. With checkpointing every block keeps only its input,
+    and one block at a time is recomputed.
 
     Args:
-        num_kept: Blocks that are trained.
-        tokens: Image and text tokens of one row, N + L.
+        num_kept: Number of trained blocks.
+        tokens: Image and text tokens per row, N + L.
         width: D.
         itemsize: Bytes per number.
-        batch_size: Rows.
+        batch_size: Number of rows.
         checkpointing: Whether activations are recomputed.
         lora_numbers: Trainable numbers.
     """

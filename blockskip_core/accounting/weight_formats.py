@@ -1,7 +1,7 @@
-"""How many bytes weights take: as they are kept now, and as they would be after quantisation, from shapes alone.
+"""How many bytes weights take: as stored now, and after quantisation, from shapes alone.
 
-The formats are the host's own (ComfyUI keeps whole models in them); nothing is quantised here. Bytes by format for a
-weight of shape (out, in), each with what it stores besides the numbers:
+The formats are the host's (ComfyUI can keep whole models in them); nothing is quantised here. Bytes by format for a
+weight of shape (out, in), including what each format stores besides the numbers:
 
     fp8      1 byte per number, one float32 scale
     int8     1 byte per number, a float32 scale per row
@@ -28,9 +28,9 @@ class WeightFormat:
     """A format for the weights of linear layers.
 
     Attributes:
-        algorithm: The host's name.
+        algorithm: The host's name for the format.
         num_bytes: (out, in) -> bytes.
-        options: What the host's quantiser is told.
+        options: Arguments for the host's quantiser.
     """
 
     algorithm: str
@@ -55,7 +55,7 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor takes where it is kept; of a quantised one, with its scales."""
+    """Return the bytes that a tensor takes in memory, including the scales of a quantised one."""
     if is_traceable_wrapper_subclass(tensor):
         parts: Any = tensor
         return sum(stored_bytes(getattr(parts, name)) for name in parts.__tensor_flatten__()[0])
@@ -71,7 +71,7 @@ def is_quantizable(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_shrunk(layer: nn.Module, weight_format: str) -> TypeGuard[nn.Linear]:
-    """Return whether a layer is one that takes fewer bytes in a format; others are left as they are."""
+    """Return whether a layer would take fewer bytes in a format; other layers are left unchanged."""
     if not is_quantizable(layer):
         return False
     rows, columns = layer.weight.shape
@@ -79,10 +79,10 @@ def is_shrunk(layer: nn.Module, weight_format: str) -> TypeGuard[nn.Linear]:
 
 
 def predicted_bytes(block: nn.Module, weight_format: str) -> int:
-    """Return the bytes of a block's weights after its linear layers were quantised.
+    """Return the bytes that a block's weights would take with its linear layers quantised.
 
-    Only shapes and dtypes are read, so the block may be on the meta device. Layers that are quantised already, biases
-    and norms stay as they are.
+    Only shapes and dtypes are read, so the block may be on the meta device. Layers that are already quantised, biases
+    and norms stay unchanged.
 
     Args:
         block: The block as loaded.

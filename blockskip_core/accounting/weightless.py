@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..blocks.weight_sharing import is_unpacked
+from ..blocks.weight_sharing import is_unpacked, rebind_methods
 
-PACKED = torch.float8_e4m3fn  # in place of weights in the host's own formats, which have to be unpacked for use
+PACKED = torch.float8_e4m3fn  # represents weights in the host's own formats, which have to be unpacked for use
 
 
 def weightless_copy(module: nn.Module, *, without: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a copy of a module tree whose tensors have shape and dtype but no memory; the original is not touched.
 
-    Tensor subclasses (quantised weights; not those around plain numbers) become 8-bit tensors of their logical shape, so that they are unpacked for
-    every use as the real ones are. What they take themselves must be counted from the original.
+    Tensor subclasses (quantised weights; not those around plain numbers) become 8-bit tensors of their logical shape,
+    so that they are unpacked for every use like the real ones. Their own bytes must be counted on the original.
 
     Args:
         module: The original.
@@ -29,7 +29,7 @@ def weightless_copy(module: nn.Module, *, without: Mapping[str, Any] | None = No
 
 
 def replaced(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module tree with some submodules replaced; both trees share all others.
+    """Return a shallow copy of a module tree with some submodules replaced; the two trees share all others.
 
     Args:
         module: The original; not touched.
@@ -45,6 +45,7 @@ def replaced(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Mod
         below.setdefault(child, {})[rest] = stand_in
     for child, inner in below.items():
         twin._modules[child] = replaced(module.get_submodule(child), inner)
+    rebind_methods(module, twin)
     return twin
 
 
@@ -64,13 +65,14 @@ def _copy(module: nn.Module, without: Mapping[str, Any], seen: dict[int, Any]) -
         own = getattr(module, kind)
         setattr(twin, kind, {name: None if value is None else _shape_of(value, seen) for name, value in own.items()})
     twin._modules = {name: child and _copy(child, without, seen) for name, child in module._modules.items()}
+    rebind_methods(module, twin)
     return twin
 
 
 def _shape_of(tensor: Tensor, seen: dict[int, Any]) -> Tensor:
     if id(tensor) in seen:
         return seen[id(tensor)]
-    with torch.inference_mode(False):  # hosts load under it
+    with torch.inference_mode(False):  # hosts load models in inference mode
         if type(tensor) in (Tensor, nn.Parameter) or (
             not is_traceable_wrapper_subclass(tensor) and is_unpacked(tensor)
         ):

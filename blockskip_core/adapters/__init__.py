@@ -1,1 +1,1 @@
-"""What is trained: low-rank adapters, and their form in files."""
+"""The part that is trained: low-rank adapters, and how files store them."""

@@ -2,9 +2,9 @@
 
     y = W x + (alpha / r) B A x            arXiv 2106.09685, Eq. 3
 
-Configuration, initialisation and names are peft's: peft injects its adapters into a weightless skeleton of the
-layers, and we attach the adapters' tensors to the real layers with module hooks. peft's own injection would rename
-the model's weights and refuses the host's quantised layers.
+Configuration, initialisation and names are peft's: peft injects its adapters into a weightless skeleton of the layers,
+and we attach the adapters' tensors to the real layers with module hooks. Injecting into the model itself would rename
+its weights, and peft refuses the host's quantised layers.
 
 The hooks detach the input, so that the layer runs without a graph, and re-attach its gradient afterwards, fetching
 the weight again in backward:
@@ -12,7 +12,7 @@ the weight again in backward:
     forward    y = layer(x.detach())        saved for backward: nothing of W, whatever its storage format
     backward   dx = dy W
 
-so only A, B, x and A x are kept. LoRA tensors are float32 (or wider); the product is computed in the dtype of x.
+So only A, B, x and A x are kept. LoRA tensors are float32 (or wider); the product is computed in the dtype of x.
 
 Axis legend: ``r`` rank, ``in`` and ``out`` features of a layer.
 """
@@ -37,11 +37,13 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """What the adapters look like.
+    """The shape of the adapters.
 
     Attributes:
-        rank: r. A layer whose smaller side is less gets that as its rank: more would add nothing that it can express.
-        alpha: The product is scaled by alpha / r, with this r, in every layer. The paper does not give rank or alpha; alpha = rank is our default.
+        rank: r. A layer whose smaller side is below r gets that side as its rank, because its weight cannot change by
+            more.
+        alpha: The product is scaled by alpha / r, with this r, in every layer. The paper does not give rank or alpha;
+            alpha = rank is our default.
         targets: Which linear layers of the kept blocks get an adapter.
 
     Raises:
@@ -63,14 +65,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Features of a linear layer."""
+    """Input and output features of a linear layer."""
 
     in_features: int
     out_features: int
 
     @property
     def smaller_side(self) -> int:
-        """The highest rank that a change of the layer's weight can have."""
+        """The highest rank that a change to the layer's weight can have."""
         return min(self.in_features, self.out_features)
 
 
@@ -80,8 +82,8 @@ class LoraAdapters:
     Args:
         layers: Name below the diffusion model -> features.
         settings: Rank, alpha, targets.
-        seed: The initial A (Kaiming uniform, as peft does it) follows from it; B is zero.
-        dtype: Of the tensors; float32 is right for every base format.
+        seed: Determines the initial A (Kaiming uniform, as in peft); B is zero.
+        dtype: Dtype of the tensors; float32 suits every base format.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class LoraAdapters:
         seed: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        import peft  # heavy: only when a LoRA is made
+        import peft  # slow to import: only when a LoRA is created
 
         if not layers:
             raise InvalidInputError("No linear layer is left for the LoRA. Choose other targets or skip fewer blocks.")
@@ -109,16 +111,16 @@ class LoraAdapters:
         )
         self._skeleton = _skeleton(layers)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's only: no other generator is used, or disturbed
+            torch.default_generator.manual_seed(seed)  # the CPU's only: no other generator is used or changed
             peft.inject_adapter_in_model(self.config, self._skeleton)
-        self._layers: dict[str, Any] = {name: self._skeleton.get_submodule(name) for name in layers}  # of peft's class
+        self._layers: dict[str, Any] = {name: self._skeleton.get_submodule(name) for name in layers}  # peft's classes
         for layer in self._layers.values():
             layer.lora_A.to(dtype)
             layer.lora_B.to(dtype)
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of the layers that have an adapter."""
+        """The layers that have an adapter."""
         return list(self._layers)
 
     def down(self, name: str) -> nn.Parameter:
@@ -135,7 +137,7 @@ class LoraAdapters:
 
     @property
     def narrow_layers(self) -> dict[str, int]:
-        """Layers whose smaller side is less than the rank that was asked for, and their rank."""
+        """Layers whose smaller side is below the requested rank, with the rank they got."""
         return {name: rank for name, rank in self._ranks.items() if rank < self.settings.rank}
 
     @property
@@ -149,12 +151,12 @@ class LoraAdapters:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers."""
+        """Number of trainable parameters."""
         return sum(tensor.numel() for tensor in self.parameters())
 
-    @torch.inference_mode(False)  # hosts run their nodes under it, and what is made there cannot be trained
+    @torch.inference_mode(False)  # hosts run nodes in inference mode, and tensors created there cannot be trained
     def to(self, device: torch.device) -> None:
-        """Move the trainable tensors, keeping the parameter objects; those without memory (on ``meta``) have no place."""
+        """Move the trainable tensors, keeping the parameter objects; tensors on ``meta`` stay there."""
         for parameter in self.parameters():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(device)
@@ -168,10 +170,10 @@ class LoraAdapters:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the values of :meth:`state_dict`, bit for bit; layers that are absent keep theirs.
+        """Copy the values of :meth:`state_dict`, bit for bit; absent layers keep theirs.
 
         Raises:
-            InvalidInputError: If a layer is not ours, or has another shape.
+            InvalidInputError: If a layer is not one of these adapters', or has another shape.
         """
         own = {f"{name}.lora_{part}.weight": tensor for name in self.names
                for part, tensor in (("A", self.down(name)), ("B", self.up(name)))}  # fmt: skip
@@ -187,12 +189,12 @@ class LoraAdapters:
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module], weight_for_backward: WeightForBackward) -> Iterator[None]:
-        """Let the adapters act within the context.
+        """Make the adapters take effect within the context.
 
         Args:
-            modules: Name -> layer, of at least the layers that have an adapter. Layers without one get their input's
-                gradient in the same way, so that no weight is saved for backward anywhere.
-            weight_for_backward: Lends the weight of a layer.
+            modules: Name -> layer, including all layers that have an adapter. The input gradient of the other layers
+                is computed in the same way, so that no weight is saved for backward anywhere.
+            weight_for_backward: Context manager that provides a layer's weight during backward.
 
         Raises:
             KeyError: If a layer that has an adapter is absent.
@@ -213,7 +215,7 @@ class LoraAdapters:
 
 
 def _skeleton(layers: Mapping[str, LinearShape]) -> nn.Module:
-    """Return a module tree with linear layers of these names whose weights take one number of memory each."""
+    """Return a module tree with linear layers of these names, whose weights take the memory of one number each."""
     root = nn.Module()
     for name, shape in layers.items():
         *path, leaf = name.split(".")
@@ -229,7 +231,7 @@ def _skeleton(layers: Mapping[str, LinearShape]) -> nn.Module:
 
 
 def _detach_from_graph(module: nn.Module, weight_for_backward: WeightForBackward) -> list[Any]:
-    """Let a layer run without a graph and give its input's gradient afterwards."""
+    """Make a layer run without a graph, and compute its input's gradient separately."""
 
     def detach_input(module: nn.Module, args: tuple) -> tuple:
         detached = args[0].detach()
@@ -246,7 +248,7 @@ def _detach_from_graph(module: nn.Module, weight_for_backward: WeightForBackward
 
 
 def _add_lora(module: nn.Module, down: Tensor, up: Tensor, scale: float) -> Any:
-    """Add the low-rank product to a layer's output; after :func:`_detach_from_graph`."""
+    """Add the low-rank product to a layer's output; call it after :func:`_detach_from_graph`."""
 
     def add_product(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0].attached_input
@@ -272,5 +274,5 @@ class _ReattachInput(torch.autograd.Function):
 
 @contextmanager
 def plain_weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
-    """Lend the weight of an ordinary linear layer; hosts have their own."""
+    """Provide the weight of an ordinary linear layer; hosts have their own version."""
     yield module.get_parameter("weight").to(like)

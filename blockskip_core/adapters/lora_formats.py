@@ -1,4 +1,4 @@
-"""LoRA tensors as the host and as files name them."""
+"""LoRA tensors under the names that the host and files use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LoraFileFormat = Literal["diffusers", "peft", "kohya"]
 
 @dataclass(frozen=True)
 class LayerPart:
-    """Some rows of a layer, which another program keeps as a layer of its own.
+    """Some rows of a layer that another program stores as a separate layer.
 
     Attributes:
-        name: There.
-        first_row, num_rows: Of the layer's weight here.
+        name: The separate layer's name in the other program.
+        first_row, num_rows: Its rows in the weight of our layer.
     """
 
     name: str
@@ -30,8 +30,8 @@ class LayerPart:
 def to_host_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Return peft tensors in the form of ComfyUI's own trainer: lora_up, lora_down, alpha 1.
 
-    The host scales by alpha / rank, so alpha = 1 leaves ``rank * scale`` (our alpha) to be folded into lora_up. Its
-    "existing LoRA" input reads alpha as 1 whatever the file says, which is why alpha is 1 here.
+    The host scales by alpha / rank, so with alpha = 1 ``rank * scale`` (our alpha) is folded into lora_up. alpha is 1
+    here because the host's "existing LoRA" input takes alpha to be 1 whatever the file says.
     """
     host: dict[str, Tensor] = {}
     for name, down, up in _pairs(state):
@@ -56,8 +56,8 @@ def to_file_tensors(
     Args:
         state: "<layer>.lora_A.weight" (r, in) and "<layer>.lora_B.weight" (out, r).
         scale: alpha / r, the same for all layers.
-        file_format: Which names.
-        in_diffusers: Layer -> what diffusers calls its parts; without it "diffusers" is written as "peft".
+        file_format: Which naming scheme to use.
+        in_diffusers: Layer -> its parts under diffusers' names; without it "diffusers" is written as "peft".
     """
     tensors: dict[str, Tensor] = {}
     for name, down, up in _pairs(state):

@@ -1,7 +1,7 @@
-"""What a LoRA file says of itself, in our words and in those that other programs read and write.
+"""Metadata of a LoRA file, in our own keys and in those that other programs read and write.
 
-Everything of ours is JSON under "blockskip". Programs that list and sort LoRAs read "modelspec.*" (Stability AI's
-ModelSpec 1.0.1) and "ss_*" (kohya's sd-scripts); we write those of them that we know the value of.
+Our own metadata is JSON under "blockskip". Programs that list and sort LoRAs read "modelspec.*" (Stability AI's
+ModelSpec 1.0.1) and "ss_*" (kohya's sd-scripts); we write those whose values we know.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ _WORTH_READING = {  # in the order in which they are shown
     "software": "trained with",
     "training_info": "training",
 }
-_LONGEST = 200  # characters of a value of others
+_LONGEST = 200  # characters of another program's value
 _NUM_WORDS = 12
 
 
 def metadata_to_strings(metadata: Mapping[str, Any], title: str = "") -> dict[str, str]:
-    """Return metadata as safetensors wants it: strings.
+    """Return metadata as strings, which is all that safetensors stores.
 
     Args:
-        metadata: Of our run; what "architecture" and "base_model_version" name is told to other programs.
-        title: Of the file, for people.
+        metadata: Our run's metadata; "architecture" and "base_model_version" are also written in other programs' keys.
+        title: Readable title of the file.
     """
     strings = {"format": "pt", "blockskip": json.dumps(metadata, sort_keys=True)}
     if "architecture" in metadata:
@@ -79,12 +79,12 @@ def metadata_to_strings(metadata: Mapping[str, Any], title: str = "") -> dict[st
 
 
 def metadata_from_strings(strings: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return what :func:`metadata_to_strings` packed; empty for a file that is not ours."""
+    """Return what :func:`metadata_to_strings` packed; empty if another program wrote the file."""
     return _json_object((strings or {}).get("blockskip", ""))
 
 
 def metadata_of_others(strings: Mapping[str, str] | None) -> dict[str, str]:
-    """Return what another program's file says of itself, as name -> text of one short line each."""
+    """Return the metadata of another program's file, as name -> one short line of text."""
     strings = strings or {}
     found = {name: _short(strings[key]) for key, name in _WORTH_READING.items() if strings.get(key, "None") != "None"}
     if words := _frequent_words(strings.get("ss_tag_frequency", "")):
@@ -96,7 +96,7 @@ def metadata_of_others(strings: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _frequent_words(text: str) -> str:
-    """Return the captions' most frequent words by kohya's list: folder -> word -> how often."""
+    """Return the captions' most frequent words from kohya's list: folder -> word -> count."""
     counted: Counter[str] = Counter()
     for words in _json_object(text).values():
         if isinstance(words, dict):
@@ -118,16 +118,16 @@ def _short(text: str) -> str:
 
 
 def describe(metadata: Mapping[str, Any], num_tensors: int, num_patched: int, passed_over: str = "") -> str:
-    """Return what a LoRA says of itself and what became of it, several lines.
+    """Return a LoRA's metadata and how it was applied, as several lines.
 
     Args:
-        metadata: Ours or of others.
-        num_tensors: In the file.
-        num_patched: Weights of the model that it changes.
-        passed_over: A sentence on what of it is not used.
+        metadata: Our metadata or another program's.
+        num_tensors: Number of tensors in the file.
+        num_patched: Number of the model's weights that it changes.
+        passed_over: A sentence on the parts that are not used.
     """
     lines = [f"{num_patched} layers patched, {num_tensors} tensors.", *([passed_over] if passed_over else [])]
     if not metadata:
-        return "\n".join([*lines, "The file says nothing of itself."])
+        return "\n".join([*lines, "The file has no metadata."])
     lines.extend(f"{name.replace('_', ' ')}: {value}" for name, value in metadata.items())
     return "\n".join(lines)

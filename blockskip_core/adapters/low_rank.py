@@ -1,4 +1,4 @@
-"""Low-rank changes of a weight put together, filled up and cut down without changing what they do.
+"""Join low-rank changes of a weight, and raise or lower their rank, without changing their effect.
 
 A change is ``up @ down``: ``up`` of shape (out, r) with its scale folded in, ``down`` of shape (r, in).
 """
@@ -33,10 +33,10 @@ class LowRank:
 
 
 def joined(parts: Sequence[LowRank], rows: int) -> LowRank:
-    """Return the change of a whole weight of so many ``rows`` whose parts other programs keep as layers of their own.
+    """Return the change of a whole weight with ``rows`` rows whose parts other programs store as separate layers.
 
-    Parts with the same ``down``, as they are when one change was split, share it, so splitting and joining is exact and
-    does not raise the rank. Parts of another ``down`` add their ranks.
+    Parts with the same ``down``, as when one change was split, share it, so splitting and joining is exact and does not
+    raise the rank. Where ``down`` differs, the ranks add up.
     """
     downs: list[Tensor] = []
     for part in parts:
@@ -53,7 +53,7 @@ def joined(parts: Sequence[LowRank], rows: int) -> LowRank:
 
 
 def smallest(change: LowRank) -> LowRank:
-    """Return the same change at a rank that is not above the weight's smaller side."""
+    """Return the same change with a rank of at most the weight's smaller side."""
     rows, columns = len(change.up), change.down.shape[1]
     if change.rank <= min(rows, columns):
         return change
@@ -64,15 +64,15 @@ def smallest(change: LowRank) -> LowRank:
 
 
 def filled_up(change: LowRank, down: Tensor) -> LowRank:
-    """Return the same change at the rank of ``down`` (r', in), which gives the directions that are new.
+    """Return the same change with the rank of ``down`` (r', in), which supplies the additional directions.
 
-    They have zeros in ``up``, as in a LoRA that has learned nothing yet.
+    Their columns of ``up`` are zero, as in a LoRA that has not been trained yet.
 
     Raises:
         ValueError: If the change has a higher rank.
     """
     if change.rank > len(down):
-        raise ValueError(f"a change of rank {change.rank} cannot be filled up to {len(down)}")
+        raise ValueError(f"a change of rank {change.rank} cannot be padded to rank {len(down)}")
     up = change.up.new_zeros(len(change.up), len(down))
     up[:, : change.rank] = change.up
     return LowRank(up, torch.cat((change.down, down[change.rank :].to(change.down))))

@@ -1,15 +1,15 @@
-"""Run blocks without in-place additions, so that gradients are right.
+"""Run blocks without in-place additions, so that gradients are correct.
 
-FLUX-like blocks add their branches in place (``img += ...``). Autograd has saved the overwritten tensor: in plain
-backward that raises, and under checkpointing or any saved-tensor hook it is not even noticed and the gradients come
-out wrong (measured on the host's own blocks: up to 10 %). Inside :class:`OutOfPlace` Python's ``+=`` and ``*=`` on
-tensors make a new tensor instead. The values are the same to the last bit; the input tensor is left alone.
+FLUX-like blocks add their branches in place (``img += ...``). Autograd has saved the overwritten tensor: a plain
+backward raises, and under checkpointing or any saved-tensor hook nothing is detected and the gradients are wrong
+(measured on the host's own blocks: by up to 10 %). Inside :class:`OutOfPlace`, Python's ``+=`` and ``*=`` on tensors
+create a new tensor instead. The values are bit-identical, and the input tensor is not changed.
 
-A bare ``x.add_(y)`` whose result is not bound to a name would lose its effect here; the tests check for that by
-comparing every supported family's blocks with and without.
+A bare ``x.add_(y)`` whose result is not bound to a name would lose its effect here; the tests check for that by running
+every supported family's blocks with and without this mode.
 
-Why this and not clones of the inputs of the norm layers: it needs no knowledge of the family, and it also keeps
-the caller's tensor intact, which checkpointing needs anyway.
+Cloning the inputs of the norm layers would work too, but this needs no knowledge of the family, and it also leaves the
+caller's tensor intact, which checkpointing needs anyway.
 """
 
 from __future__ import annotations

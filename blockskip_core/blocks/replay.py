@@ -1,4 +1,4 @@
-"""What is replayed in place of skipped blocks: stored per draw, and set for each forward.
+"""The data replayed in place of skipped blocks: stored per draw, and set before each forward.
 
 Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
 """
@@ -48,7 +48,7 @@ class Residual:
 
 @dataclass
 class Replay:
-    """What the weightless stand-ins put into the stream; set before every forward.
+    """What the weightless stand-ins write into the stream; set before every forward.
 
     Attributes:
         front: Tokens leaving the front span, or None if nothing is skipped there.

@@ -1,4 +1,4 @@
-"""How much memory a forward keeps for its backward."""
+"""Count how much memory a forward keeps for its backward."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class SavedBytes:
-    """Counts the memory that is kept for a backward pass: each storage once, parameters not counted."""
+    """Counts the memory kept for a backward pass: each storage once, without parameters."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._seen: set[StorageWeakRef] = set()  # they keep an identity from being given twice
+        self._seen: set[StorageWeakRef] = set()  # a weak reference keeps its storage's identity from being reused
 
     def add(self, value: Any) -> None:
         """Count a tensor that is kept; anything else is ignored."""
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter):
             return
         storage = value.untyped_storage()
-        identity = StorageWeakRef(storage)  # an address would do for memory, but tensors on `meta` have none
+        identity = StorageWeakRef(storage)  # not the address, which tensors on `meta` lack
         if identity not in self._seen:
             self._seen.add(identity)
             self.total += storage.nbytes()
@@ -38,7 +38,8 @@ class SavedBytes:
 
         def pack(tensor: Tensor) -> Tensor | None:
             self.add(tensor)
-            # Detached: an operation that saves its own output would hold itself alive otherwise, out of Python's reach.
+            # Detached: an operation that saves its own output would otherwise keep itself alive, in a cycle that
+            # Python's garbage collector does not see.
             return None if dropped else tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""A model with its skipped blocks replaced and its kept blocks made trainable: which stand-in goes where.
+"""A model with its skipped blocks replaced and its kept blocks made trainable: decides which stand-in goes where.
 
 Source: arXiv 2603.20755, Sec. 3.3. The folded form is not the paper's: it takes the back residual from a pass over the
 whole network with the current LoRA, in every step, and stores nothing.
@@ -21,7 +21,7 @@ from .weight_sharing import frozen_copy, weight_sharing_copy
 
 
 class SkippingModel:
-    """The stand-ins of a run and what they replay.
+    """The stand-ins of a run, and what they replay.
 
     Args:
         dit: The model.
@@ -80,7 +80,7 @@ class SkippingModel:
         return [block for block in kept if isinstance(block, TrainedBlock)]
 
     def set_response(self, response: Tensor | None) -> None:
-        """Set the back span's linear answer to its input for all batches; see ``back_response``.
+        """Set the back span's linear response to its input for all batches; see ``back_response``.
 
         It is copied, because it may have been read under inference mode, and autograd saves it.
         """
@@ -89,7 +89,7 @@ class SkippingModel:
     def replay(
         self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor]
     ) -> None:
-        """Set what is replayed for a batch: what is stored, or in the folded form what the whole network gives now."""
+        """Set what is replayed for a batch: stored residuals, or in the folded form those of a recording pass."""
         if residual is not None:
             self.replay_stored(residual, batch)
             return
@@ -100,7 +100,7 @@ class SkippingModel:
         self._fold.start_replay()
 
     def replay_stored(self, residual: Callable[[int], Residual], batch: Sequence[int]) -> None:
-        """Set what is replayed for a batch to what is stored."""
+        """Set what is replayed for a batch to the stored residuals."""
         stored = Residual.cat(residual(draw) for draw in batch)
         device = self._dit.device
         self._replay.front = None if stored.front is None else stored.front.map(lambda x: x.to(device))
@@ -122,9 +122,10 @@ class SkippingModel:
 
 
 def _trained_head(module: nn.Module) -> nn.Module:
-    """Return a copy of a module behind the blocks that gradients pass through.
+    """Return a copy, for gradients to pass through, of a module after the blocks.
 
-    A single layer is copied as it is: a host writes its marks for low memory onto layers, and reads them in their forward.
+    A single layer is copied without a wrapper: a host sets attributes on layers for low memory, and reads them in their
+    forward.
     """
     if next(module.children(), None) is None:
         return weight_sharing_copy(module)

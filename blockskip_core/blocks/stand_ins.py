@@ -1,14 +1,14 @@
 """Modules that stand in for a model's blocks while residuals are computed or a LoRA is trained.
 
-    PassThrough     hands its tokens on; holds no weights
-    ReplayFront     puts in the stored output of the front span; holds no weights
-    AddResidual     adds the stored residual of the back span, and its linear answer if there is one; holds no weights
-    RecordingBlock  runs the real block and keeps what went in and came out
-    TrainedBlock    runs the real block so that gradients are right, checkpointed or not
+    PassThrough     passes its tokens on; holds no weights
+    ReplayFront     inserts the stored output of the front span; holds no weights
+    AddResidual     adds the stored residual of the back span, and its linear response if there is one; holds no weights
+    RecordingBlock  runs the real block and keeps its input and output tokens
+    TrainedBlock    runs the real block so that gradients are correct, checkpointed or not
     FoldedBlock     runs the real block in a recording pass, replays it in the training pass
 
-Those that run the real block share its weights under the block's own names, without a copy and without touching the
-block itself: see ``weight_sharing``.
+The stand-ins that run the real block share its weights under the block's own names, without copying them or touching
+the block itself: see ``weight_sharing``.
 
 Source: arXiv 2603.20755, Sec. 3.3, Eq. 3: ``f'_{i+l} = f'_i + (f_{i+l} - f_i)``.
 """
@@ -32,7 +32,7 @@ Kept = Literal["front", "back", "nothing"]
 
 
 class PassThrough(nn.Module):
-    """Hands its tokens on unchanged."""
+    """Passes its tokens on unchanged."""
 
     def __init__(self, io: BlockIO) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class PassThrough(nn.Module):
 
 
 class _Replaying(nn.Module):
-    """Puts what ``replay`` holds into the stream; has no weights."""
+    """Writes what ``replay`` holds into the stream; has no weights."""
 
     def __init__(self, io: BlockIO, replay: Replay) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Replaying(nn.Module):
 
 
 class ReplayFront(_Replaying):
-    """Drops its tokens and puts in ``replay.front``, as clones, because the next module may write into them."""
+    """Replaces its tokens by clones of ``replay.front``; clones, because the next module may write into them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
@@ -73,7 +73,7 @@ class AddResidual(_Replaying):
         return self.io.result(TokenStreams(img, entering.txt), args, kwargs)
 
 
-class _Stand(nn.Module):
+class _StandIn(nn.Module):
     """A module with the parameters, buffers and children of a weight-sharing copy, under the same names."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -87,8 +87,8 @@ class _Stand(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # A stand-in takes the block's place, and hosts and other nodes read attributes off the blocks they find. Which
-            # ones is their business, so they cannot be listed here: whatever the block has, its stand-in has.
+            # A stand-in takes the block's place, and hosts and other nodes read attributes of the blocks they find. We
+            # cannot know which ones, so the stand-in has every attribute that the block has.
             return getattr(self.__dict__["twin"], name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,14 +98,14 @@ class _Stand(nn.Module):
 
 @dataclass
 class Recording:
-    """What a recording stand-in has seen in the last forward: tokens that went in and came out."""
+    """Input and output tokens of a recording stand-in's last forward."""
 
     entering: TokenStreams = field(init=False)
     leaving: TokenStreams = field(init=False)
 
 
-class RecordingBlock(_Stand):
-    """Runs the block and keeps the tokens that went in and came out in ``recording``."""
+class RecordingBlock(_StandIn):
+    """Runs the block and keeps its input and output tokens in ``recording``."""
 
     def __init__(self, block: nn.Module, io: BlockIO, recording: Recording) -> None:
         super().__init__(block)
@@ -119,17 +119,17 @@ class RecordingBlock(_Stand):
         return result
 
 
-class TrainedBlock(_Stand):
+class TrainedBlock(_StandIn):
     """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
 
-    Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the tensors that
-    came in, which nothing has overwritten. ``transformer_options`` is copied: the host writes into it between blocks.
+    Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the input tensors,
+    which nothing has overwritten. ``transformer_options`` is copied because the host writes into it between blocks.
 
     Attributes:
         checkpointed: Whether activations are recomputed.
-        saved: Counts what a checkpoint holds, while it is set.
+        saved: If set, counts what a checkpoint holds.
         counting: Whether the next forward sets ``activation_bytes``.
-        activation_bytes: What the block would keep if it were not checkpointed.
+        activation_bytes: Bytes that the block would keep if it were not checkpointed.
     """
 
     def __init__(self, block: nn.Module, *, checkpointed: bool) -> None:
@@ -152,7 +152,7 @@ class TrainedBlock(_Stand):
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def _count(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Set ``activation_bytes`` to what the block would keep for its backward if it were not checkpointed."""
+        """Set ``activation_bytes`` to the bytes that the block would keep for its backward without checkpointing."""
         kept = SavedBytes()
         with kept.counting(dropped=True):
             self.run(*args, **kwargs)
@@ -164,7 +164,7 @@ class Fold:
     """State of the folded form: first a pass over the whole network that records, then one that replays.
 
     Attributes:
-        recording: Which pass it is.
+        recording: Whether this is the recording pass.
         front: Output of the front span in the recording pass.
         back: Sum of the image residuals of the back span in the recording pass.
     """
@@ -179,18 +179,18 @@ class Fold:
         self.recording, self.front, self.back = True, None, None
 
     def start_replay(self) -> None:
-        """Begin the pass that is trained."""
+        """Begin the training pass."""
         self.recording = False
         self.replay.front, self.replay.back = self.front, self.back
 
 
-class FoldedBlock(_Stand):
+class FoldedBlock(_StandIn):
     """A skipped block of the folded form: real while ``fold`` records, ``replayed`` otherwise.
 
     Args:
         block: The real block.
-        io: How it takes and gives tokens.
-        fold: The pass that is on.
+        io: How the block takes and returns tokens.
+        fold: State of the two passes.
         replayed: The weightless stand-in of the training pass.
         keeps: What the recording pass keeps of this block: its output ("front"), its image residual ("back"), or
             nothing.

@@ -1,4 +1,4 @@
-"""What an editor wrote as a caption -> its text, whatever encoding the editor chose."""
+"""Decodes a caption file to text, whatever encoding the editor used."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from ..errors import InvalidInputError
 
 _MARKS = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
-"""Characters that nobody sees: byte order marks, joiners, and marks of direction."""
+"""Invisible characters: byte order marks, joiners, and direction marks."""
 _BLANK = _MARKS + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 GUESS = "cp1252"
-"""Windows' own encoding of Western languages; nearly every file can be read as it."""
+"""The Windows encoding for Western languages; nearly any file can be decoded with it."""
 
 
 @dataclass(frozen=True)
 class CaptionText:
-    """A caption as it was read.
+    """A decoded caption.
 
     Attributes:
-        text: Without invisible marks and blanks around it; lines end with "\\n".
-        guessed: Whether its encoding is not sure, because it was none that can be recognised.
+        text: Without invisible characters and spaces around it; lines end with "\\n".
+        guessed: Whether the encoding is uncertain, because it cannot be recognised.
     """
 
     text: str
@@ -29,10 +29,10 @@ class CaptionText:
 
 
 def caption_text(content: bytes) -> CaptionText:
-    """Return the text of a file: UTF-8 with or without a mark, UTF-16 with one, or else Windows-1252.
+    """Return the text of a file: UTF-8 with or without a byte order mark, UTF-16 with one, otherwise Windows-1252.
 
     Raises:
-        InvalidInputError: If it is none of these. The sentence begins with what is wrong, for the file's name to go in front.
+        InvalidInputError: If it is none of these. The message lacks the file's name, which the caller puts in front.
     """
     try:
         text, guessed = _decoded(content)
@@ -43,7 +43,7 @@ def caption_text(content: bytes) -> CaptionText:
     return CaptionText(text.replace("\r\n", "\n").replace("\r", "\n").strip(_BLANK), guessed)
 
 
-_ADVICE = "is no text in UTF-8, UTF-16 or Windows-1252. Save it as plain text in UTF-8."
+_ADVICE = "is not text in UTF-8, UTF-16 or Windows-1252. Save it as plain text in UTF-8."
 
 
 def _decoded(content: bytes) -> tuple[str, bool]:

@@ -12,13 +12,13 @@ from .schedule import TrainingSchedule
 
 
 class TrainingCrops(Sequence[Tensor]):
-    """The crop of every draw at training size, each (patch_min, patch_min, 3); made when it is asked for.
+    """The crop of every draw at training size, each (patch_min, patch_min, 3), created on access.
 
-    One picture at a time is held at its reference size: all of them could be as much memory again as the pictures. So whoever
-    wants many crops takes them in the order of :meth:`by_picture`.
+    Only one picture at a time is held at its reference size, because all of them could take as much memory as the
+    pictures themselves. So take many crops in the order of :meth:`by_picture`.
 
     Args:
-        pictures: Each (H, W, C), range [0, 1]; in the order of the sizes that the schedule was made for.
+        pictures: Each (H, W, C), range [0, 1], in the order of the sizes that the schedule was made for.
         schedule: The draws.
     """
 
@@ -45,7 +45,7 @@ class TrainingCrops(Sequence[Tensor]):
         )
 
     def by_picture(self, draws: Iterable[int]) -> list[int]:
-        """Return draws in the order in which each picture is resized once."""
+        """Return draws in an order in which each picture is resized only once."""
         return sorted(draws, key=lambda index: self._schedule[index].picture)
 
     def taken(self, draws: Sequence[int]) -> list[Tensor]:
@@ -55,7 +55,7 @@ class TrainingCrops(Sequence[Tensor]):
 
     def _reference(self, picture: int) -> Tensor:
         if self._held is None or self._held[0] != picture:
-            self._held = None  # before the next is made
+            self._held = None  # free it before the next one is created
             given = self._pictures[picture]
             height, width = reference_size(given.shape[0], given.shape[1], self._schedule.patches)
             self._held = (picture, resize(given, height, width))

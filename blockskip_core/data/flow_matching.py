@@ -2,7 +2,7 @@
 
     noisy = (1 - sigma) clean + sigma noise            velocity = noise - clean
 
-A host returns the model's clean estimate ``denoised`` rather than its velocity, so the velocity's error is read off it:
+A host returns the model's clean estimate ``denoised`` rather than its velocity; the velocity's error follows from it:
 
     v - v_target = (noisy - denoised) / sigma - (noise - clean) = (clean - denoised) / sigma
 

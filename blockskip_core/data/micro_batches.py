@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches:
-    """How a run goes through its draws; all that a source of residuals needs to know of the settings.
+    """How a run goes through its draws: the only settings that a source of residuals needs.
 
     Attributes:
         steps: Optimiser steps.

@@ -1,7 +1,7 @@
 """Timestep-aware dynamic patch sampling (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.1, Eq. 1).
 
-At high noise the model learns structure, so it is shown a large crop; at low noise it learns detail, so it is
-shown a small one. Every crop is resized to the same small side, so that the token count never grows.
+At high noise the model learns structure, so it gets a large crop; at low noise it learns detail, so it gets a small
+one. Every crop is resized to the same small side, so that the token count never grows.
 
     f(s_min, s_max, t) = s_min + (t / T) * (s_max - s_min)
 
@@ -65,10 +65,10 @@ def crop_side(t: float, config: PatchConfig, *, largest: int | None = None, rng:
     """Return the side in pixels of the crop that is trained on at noise level ``t`` (Eq. 1).
 
     Args:
-        t: Noise level in [0, 1]; 1 is pure noise. We use the sigma that the model is given, with T = 1.
+        t: Noise level in [0, 1]; 1 is pure noise. We use the sigma passed to the model, with T = 1.
         config: Sides, rounding and order.
-        largest: Largest side that the picture has room for, when that is less than ``patch_max``.
-        rng: Source for the "random" order; not read otherwise.
+        largest: Largest side that fits into the picture, if that is less than ``patch_max``.
+        rng: Source for the "random" order; otherwise unused.
 
     Returns:
         A multiple of ``config.multiple`` in [patch_min, min(patch_max, largest)], monotone in ``t``.
@@ -94,8 +94,8 @@ def reference_size(height: int, width: int, config: PatchConfig) -> tuple[int, i
     """Return the size in pixels to which a picture is brought before it is cropped.
 
     The paper crops from a reference picture whose side is s_max, so that the largest crop shows the whole subject.
-    A larger picture is therefore scaled down until its shorter side is ``patch_max``; its aspect ratio stays. A
-    smaller picture is left as it is: nothing is ever scaled up.
+    A larger picture is therefore scaled down until its shorter side is ``patch_max``, keeping its aspect ratio. A
+    smaller picture is left unchanged: nothing is ever scaled up.
 
     Raises:
         InvalidInputError: If the shorter side is less than ``patch_min``.

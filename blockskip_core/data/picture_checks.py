@@ -1,4 +1,4 @@
-"""What a picture is worth as training material: is it one, and is there anything on it?
+"""Checks whether a picture is usable for training: valid values, and not blank.
 
 Axis legend: ``H W`` rows and columns in pixels, ``C`` colour channels.
 """
@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 LOWEST, HIGHEST = -0.7, 1.7
-"""Resampling overshoots: Lanczos of three lobes turns black and white pixels, at worst, into values from -0.69 to 1.69."""
+"""Resampling overshoots: at worst, three-lobe Lanczos turns black and white pixels into values from -0.69 to 1.69."""
 TOLERANCE = 0.1
 MOST_OUTSIDE = 0.3
-"""Share of the values that may overshoot by more than the tolerance. It happens along edges only: at most 0.28 of a chequered
-picture, the worst there is, while half of a picture in -1 to 1 or -0.5 to 0.5 is negative."""
+"""Share of the values that may overshoot by more than the tolerance. Overshoot only occurs along edges: in at most 0.28
+of the worst picture, a chequered one, while half of a picture on a scale of -1 to 1 or -0.5 to 0.5 is negative."""
 SAMPLED = 256
-"""Rows and columns that are looked at where a sample is enough."""
+"""Maximum number of rows and columns to read where a sample is enough."""
 SAME_COLOUR = 0.02
-"""Difference of two colour values that the eye and a JPEG take for the same."""
+"""Difference between two colour values up to which they look the same, also after JPEG compression."""
 FEW = 0.01
-"""Share of the pixels of a picture that may differ before it shows something."""
+"""Share of a picture's pixels that may differ while it still counts as blank."""
 
 
 def values_out_of_range(picture: Tensor) -> tuple[float, float] | None:
-    """Return the smallest and the largest value of a picture that is not on the scale from 0 to 1, or None if it is.
+    """Return the smallest and largest value of a picture that is not on a scale from 0 to 1, or None if it is.
 
-    A few values that overshoot, as resampling makes them, are no other scale.
+    A few overshooting values, as from resampling, do not mean another scale.
 
     Args:
-        picture: Shape (H, W, C), floating point. Values that are not numbers are out of range.
+        picture: Shape (H, W, C), floating point. NaN values count as out of range.
     """
     low, high = (float(value) for value in picture.aminmax())
     if low >= -TOLERANCE and high <= 1.0 + TOLERANCE:
@@ -43,7 +43,7 @@ def values_out_of_range(picture: Tensor) -> tuple[float, float] | None:
 
 
 def only_colour(picture: Tensor) -> str | None:
-    """Return the colour of a picture that is all of one, or almost ("white", "black" or "one colour"), else None.
+    """Return "white", "black" or "one colour" for a picture of (almost) a single colour, otherwise None.
 
     Args:
         picture: Shape (H, W, 3), range [0, 1].
@@ -59,17 +59,17 @@ def only_colour(picture: Tensor) -> str | None:
 
 
 def is_transparent(alpha: Tensor) -> bool:
-    """Return whether a picture shows less than half of its colour in more than a few places; alpha of shape (H, W)."""
+    """Return whether more than a few pixels are more than half transparent; alpha has shape (H, W)."""
     return float((_sample(alpha) < 0.5).float().mean()) > FEW
 
 
 def likeness(picture: Tensor) -> str:
-    """Return a key that equal pictures share and different ones do not: shape and a sample of the pixels."""
+    """Return a key that is equal for equal pictures and differs for others: shape and a sample of the pixels."""
     pixels = _sample(picture).contiguous()
     return f"{tuple(picture.shape)} {hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()}"
 
 
 def _sample(picture: Tensor) -> Tensor:
-    """Return every n-th row and column, as float32: a view, if the picture is float32 already."""
+    """Return every n-th row and column as float32; a view if the picture is float32 already."""
     rows, columns = (math.ceil(length / SAMPLED) for length in picture.shape[:2])
     return picture[::rows, ::columns].to(torch.float32)

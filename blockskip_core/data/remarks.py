@@ -1,4 +1,4 @@
-"""What is worth saying about pictures and captions before an hour is spent on them, in sentences."""
+"""Remarks on odd pictures and captions, in sentences, before an hour is spent on training with them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ WHY_CAPTIONS = (
     "What a caption does not mention becomes part of the subject, and without any words the LoRA changes every picture."
 )
 FEWEST_ALIKE = 3
-"""Different pictures with the same caption that are worth a word; two may well show the same."""
+"""Number of different pictures with the same caption that is worth a remark; two may well show the same thing."""
 
 
 class Labels:
-    """What pictures are called: by their file, or by their number from 1.
+    """The pictures' names in messages: their files, or their numbers from 1.
 
     Args:
-        count: How many there are.
-        names: Their file names, or none.
+        count: Number of pictures.
+        names: Their file names; empty if unknown.
 
     Raises:
         InvalidInputError: If there is not one name for each.
@@ -29,25 +29,27 @@ class Labels:
     def __init__(self, count: int, names: Sequence[str] = ()) -> None:
         if names and len(names) != count:
             raise InvalidInputError(
-                f"`files` describes {len(names)} pictures, and {count} came in. Connect `files` and `images` of the same "
-                "Load Training Folder."
+                f"`files` describes {len(names)} pictures, and {count} came in. Connect `files` and `images` of the "
+                "same Load Training Folder."
             )
         self._count, self._names = count, names
 
     def full(self, index: int) -> str:
-        """Return what begins a sentence about a picture: "Picture 3 of 12 (cat.png)"."""
+        """Return a picture's name for the beginning of a sentence: "Picture 3 of 12 (cat.png)"."""
         return f"Picture {index + 1} of {self._count}" + (f" ({self._names[index]})" if self._names else "")
 
     def short(self, index: int) -> str:
-        """Return what stands in a list of pictures: "cat.png" or "number 3"."""
+        """Return a picture's name for a list: "cat.png" or "number 3"."""
         return self._names[index] if self._names else f"number {index + 1}"
 
     def listed(self, pictures: Sequence[int], details: Sequence[str] = ()) -> str:
-        """Return some of the pictures by name, each with its detail in brackets, and how many more there are."""
-        shown = [self.short(index) for index in pictures[:MOST_NAMED]]
-        shown = [f"{name} ({detail})" for name, detail in zip(shown, details, strict=False)] if details else shown
-        more = len(pictures) - len(shown)
-        return ", ".join(shown) + (f" and {more} more" if more else "")
+        """Return the names of some pictures, each with its detail in brackets, and the number of further ones."""
+        names = [self.short(index) for index in pictures]
+        if details:
+            names = [f"{name} ({detail})" for name, detail in zip(names, details, strict=True)]
+        distinct = list(dict.fromkeys(names))  # a picture may count several times
+        more = len(distinct) - MOST_NAMED
+        return ", ".join(distinct[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
     def counted(self, pictures: Sequence[int]) -> str:
         """Return "1 of 12 pictures is" or "3 of 12 pictures are"."""
@@ -55,12 +57,12 @@ class Labels:
 
 
 def on_size(sizes: Sequence[tuple[int, int]], patch_min: int, labels: Labels) -> str | None:
-    """Return which pictures have no room for the smallest crop, or None if all have.
+    """Return which pictures are too small for the smallest crop, or None if none is.
 
     Args:
         sizes: Height and width of each in pixels.
         patch_min: Side of the smallest crop in pixels.
-        labels: What the pictures are called.
+        labels: The pictures' names.
     """
     small = [index for index, size in enumerate(sizes) if min(size) < patch_min]
     if not small:
@@ -73,12 +75,13 @@ def on_size(sizes: Sequence[tuple[int, int]], patch_min: int, labels: Labels) ->
 
 
 def on_blank(colours: dict[int, str], labels: Labels) -> str | None:
-    """Return which pictures show nothing, or None if all show something; ``colours`` are those of the blank ones."""
+    """Return which pictures are blank, or None if none is; ``colours`` are those of the blank ones."""
     if not colours:
         return None
     return (
-        f"{labels.counted(list(colours))} all of one colour, or almost: {labels.listed(list(colours), list(colours.values()))}. "
-        "16-bit and transparent files can arrive like this: save them as 8-bit RGB, or leave them out."
+        f"{labels.counted(list(colours))} all of one colour, or almost: "
+        f"{labels.listed(list(colours), list(colours.values()))}. 16-bit and transparent files can arrive like this: "
+        "save them as 8-bit RGB, or leave them out."
     )
 
 
@@ -87,8 +90,8 @@ def on_transparent(pictures: Sequence[int], labels: Labels) -> str | None:
     if not pictures:
         return None
     return (
-        f"{labels.counted(pictures)} partly transparent: {labels.listed(pictures)}. The colours that the transparency hides "
-        "are trained on. Put these pictures on a background first."
+        f"{labels.counted(pictures)} partly transparent: {labels.listed(pictures)}. The colours that the transparency "
+        "hides are trained on. Put these pictures on a background first."
     )
 
 
@@ -100,17 +103,17 @@ def put_on_white(pictures: Sequence[int], labels: Labels) -> str | None:
 
 
 def on_guessed_texts(pictures: Sequence[int], labels: Labels) -> str | None:
-    """Return of which pictures the caption may have wrong letters, or None; ``pictures`` are those of an unknown encoding."""
+    """Return which captions may contain wrong letters, or None; ``pictures`` are those whose encoding is unknown."""
     if not pictures:
         return None
     return (
-        f"The captions of {labels.listed(pictures)} are not in UTF-8 and were read as Windows-1252, which is right for Western "
-        "languages only. Save them in UTF-8 to be sure."
+        f"The captions of {labels.listed(pictures)} are not in UTF-8 and were read as Windows-1252, which is right for "
+        "Western languages only. Save them in UTF-8 to be sure."
     )
 
 
 def on_empty_captions(captions: Sequence[str], labels: Labels) -> str | None:
-    """Return which pictures have no words, or None if all have some; ``captions`` are their texts."""
+    """Return which pictures have no caption, or None if all have one; ``captions`` are their texts."""
     empty = [index for index, caption in enumerate(captions) if not caption]
     if not empty:
         return None
@@ -122,12 +125,22 @@ def on_empty_captions(captions: Sequence[str], labels: Labels) -> str | None:
     return f"{which}. A picture's caption is a .txt file of the same name. {WHY_CAPTIONS}"
 
 
+def on_zeroed_captions(zeroed: int, count: int) -> str | None:
+    """Return how many of ``count`` captions contain no words because their conditioning is all zeros, or None if 0."""
+    if not zeroed:
+        return None
+    return (
+        f"{zeroed} of {count} captions {'is' if zeroed == 1 else 'are'} all zeros, as ConditioningZeroOut makes them: they hold "
+        f"no words. {WHY_CAPTIONS}"
+    )
+
+
 def on_equal_captions(captions: Sequence[Hashable], pictures: Sequence[Hashable]) -> str | None:
-    """Return how many captions are the same though their pictures differ, or None if hardly any are.
+    """Return how many captions are equal although their pictures differ, or None if hardly any are.
 
     Args:
         captions: A key for each picture's caption; equal captions have equal keys.
-        pictures: A key for each picture. One that is there several times may well have one caption.
+        pictures: A key for each picture. Repeated pictures may well share a caption.
     """
     alike: dict[Hashable, set[Hashable]] = defaultdict(set)
     for caption, picture in zip(captions, pictures, strict=True):
@@ -137,6 +150,6 @@ def on_equal_captions(captions: Sequence[Hashable], pictures: Sequence[Hashable]
         return None
     which = f"All {count} captions" if most == count else f"{most} of {count} captions"
     return (
-        f"{which} are the same. If that is not on purpose, the texts are probably empty, or the .txt files have other names "
-        f"than the pictures. {WHY_CAPTIONS}"
+        f"{which} are the same. If that is not on purpose, the texts are probably empty, or the .txt files have other "
+        f"names than the pictures. {WHY_CAPTIONS}"
     )

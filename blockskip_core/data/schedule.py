@@ -31,7 +31,7 @@ class Draw:
     Attributes:
         picture: Index of the picture.
         caption: Index of the conditioning.
-        sigma: Noise level in (0, 1], as the model is given it.
+        sigma: Noise level in (0, 1], as passed to the model.
         side, top, left: The crop in pixels of the picture at its reference size.
         noise_seed: Seed of the noise that is mixed in.
     """
@@ -45,7 +45,7 @@ class Draw:
     noise_seed: int
 
     def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return this draw's Gaussian noise on the CPU; the same numbers on every machine and device."""
+        """Return this draw's Gaussian noise, made on the CPU so that it is the same on every machine and device."""
         generator = torch.Generator(device="cpu").manual_seed(self.noise_seed)
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(dtype)
 
@@ -57,8 +57,8 @@ class TrainingSchedule:
     Attributes:
         draws: The examples.
         patches: How crops were chosen.
-        seed: What everything was drawn from.
-        timesteps: Name of the noise level distribution, for people.
+        seed: The seed of all random decisions.
+        timesteps: Readable name of the noise level distribution.
     """
 
     draws: tuple[Draw, ...]
@@ -115,7 +115,7 @@ class TrainingSchedule:
 
 
 def largest_crop(height: int, width: int, patches: PatchConfig) -> int:
-    """Return the largest crop side in pixels that a picture of this size has room for."""
+    """Return the largest crop side in pixels that fits into a picture of this size."""
     shorter = min(reference_size(height, width, patches))
     return min(patches.patch_max, shorter // patches.multiple * patches.multiple)
 
@@ -142,12 +142,13 @@ def draw_schedule(
         num_draws: How many examples to draw.
         patches: Crop sides and order.
         sample_sigmas: ``(count, generator) -> sigmas`` of shape (count,) in (0, 1].
-        seed: Everything follows from it.
+        seed: Determines every random decision.
         timesteps: Name of the noise level distribution, recorded with the schedule.
-        labels: What the pictures are called in messages; their numbers without.
+        labels: The pictures' names in messages; their numbers if None.
 
     Raises:
-        InvalidInputError: If there are no pictures or draws, the captions fit neither way, or a picture is too small.
+        InvalidInputError: If there are no pictures or draws, the number of captions does not fit, or a picture is too
+            small.
     """
     if not picture_sizes:
         raise InvalidInputError("No pictures came in. Give at least one.")

@@ -1,8 +1,8 @@
-"""How the noise levels of training examples are drawn.
+"""Distributions of the noise levels of training examples.
 
-The default follows the model: uniform in the model's own time, then through its own shift, which is how a sampler
-spreads its steps. The paper does not specify the distribution (arXiv 2603.20755); the others are offered because
-trainers in the field use them. The densities are those of diffusers (``compute_density_for_timestep_sampling``).
+The default follows the model: uniform in the model's time, then through its own shift, as a sampler spreads its steps.
+The paper does not specify the distribution (arXiv 2603.20755); the others are offered because other trainers use them.
+The densities come from diffusers (``compute_density_for_timestep_sampling``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import InvalidInputError
 
 TimestepDistribution = Literal["model", "uniform", "logit-normal", "shifted"]
 TIMESTEP_DISTRIBUTIONS: tuple[str, ...] = get_args(TimestepDistribution)
-SMALLEST_SIGMA = 1e-3  # a velocity is a difference divided by sigma: below this, rounding is all that is left
+SMALLEST_SIGMA = 1e-3  # a velocity is a difference divided by sigma: below this, it is only rounding error
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -35,7 +35,7 @@ def sigma_sampler(
         distribution: "model" (uniform through the model's own shift), "uniform", "logit-normal" (mean 0, standard
             deviation 1) or "shifted" (uniform through ``shift``).
         model_sigma: The model's map from uniform time in [0, 1] (1 = pure noise) to sigma; by default the identity.
-        shift: Only read by "shifted".
+        shift: Used by "shifted" only.
 
     Raises:
         InvalidInputError: If the name is not known or the shift is not positive.
@@ -48,7 +48,7 @@ def sigma_sampler(
         raise InvalidInputError(f"The timestep shift must be positive, got {shift}.")
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
-        from diffusers.training_utils import compute_density_for_timestep_sampling  # heavy: only when it is needed
+        from diffusers.training_utils import compute_density_for_timestep_sampling  # slow to import: only when needed
 
         scheme = "logit_normal" if distribution == "logit-normal" else "none"
         u = compute_density_for_timestep_sampling(

@@ -1,1 +1,1 @@
-"""Small models to try the package on, without a host; shipped, so that what the documentation shows runs everywhere."""
+"""Small models for trying the package without a host; shipped, so that the documentation's examples run everywhere."""

@@ -1,7 +1,7 @@
-"""A small diffusion transformer of plain torch: one stream of text and image tokens, text first, as in FLUX's single blocks.
+"""A small diffusion transformer in plain torch: one stream of text, then image tokens, as in FLUX's single blocks.
 
-It works on latents of three channels with one token per cell. Sizes are those of a toy; the structure is that of the
-large ones: embeddings, blocks that time modulates, a head that reads image tokens only.
+It works on latents of three channels with one token per cell. It is toy-sized, with the structure of the large models:
+embeddings, blocks modulated by time, and a head that reads image tokens only.
 
 Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` width.
 """
@@ -19,7 +19,7 @@ from ..model import TokenStreams
 
 
 class SmallBlock(nn.Module):
-    """``block(tokens, time, num_text=) -> tokens``: attention, then an MLP, each scaled by what time says."""
+    """``block(tokens, time, num_text=) -> tokens``: attention, then an MLP, each gated by time."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SmallBlock(nn.Module):
         Args:
             tokens: Shape (B, L + N, D).
             time: Shape (B, 1, D).
-            num_text: L; read by :class:`TextThenImage` only.
+            num_text: L; used by :class:`TextThenImage` only.
         """
         of_attention, of_mlp = self.gates(time).chunk(2, dim=-1)
         q, k, v = self.qkv(_norm(tokens)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -51,7 +51,7 @@ class SmallDit(nn.Module):
     def __init__(self, depth: int = 8, width: int = 32, heads: int = 4, text_width: int = 24) -> None:
         super().__init__()
         self.width = width
-        self.image_in = nn.Linear(3 + 2, width)  # with the places of the cells
+        self.image_in = nn.Linear(3 + 2, width)  # plus the two coordinates of each cell
         self.text_in = nn.Linear(text_width, width)
         self.time_in = nn.Linear(2, width)
         self.blocks = nn.ModuleList(SmallBlock(width, heads) for _ in range(depth))
@@ -67,10 +67,10 @@ class SmallDit(nn.Module):
 
 
 class TextThenImage:
-    """How :class:`SmallBlock` takes and gives its tokens; a :class:`~..model.BlockIO`."""
+    """How :class:`SmallBlock` takes and returns its tokens; a :class:`~..model.BlockIO`."""
 
     def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
-        """Return the tokens that a call of the block is given."""
+        """Return the tokens that a call passes to the block."""
         return TokenStreams(img=args[0][:, kwargs["num_text"] :], txt=args[0][:, : kwargs["num_text"]])
 
     def leaving(self, result: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
@@ -84,7 +84,7 @@ class TextThenImage:
 
 
 def clean_estimate(model: SmallDit, noisy: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
-    """Return the estimate of the clean latents that the model's velocity means."""
+    """Return the estimate of the clean latents that follows from the model's velocity."""
     return noisy - sigmas.view(-1, 1, 1, 1) * model(noisy, sigmas, text)
 
 
@@ -93,7 +93,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _with_places(latents: Tensor) -> Tensor:
-    """Return latents with two more channels that say where each cell is."""
+    """Return latents with two more channels: the coordinates of each cell."""
     batch, _, rows, columns = latents.shape
     axes = (torch.linspace(-1.0, 1.0, n, dtype=latents.dtype, device=latents.device) for n in (rows, columns))
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))

@@ -3,8 +3,8 @@
 The first stage samples at half the side. The second brings the regions that are prone to artefacts to full
 resolution and leaves the rest coarse. The third brings all the rest to full resolution.
 
-noise_matching     what is added to a latent when a stage hands it on, so that it looks like one of the next stage
-timestep_matching  which noise levels the stages step through: published presets, or solved for others
+noise_matching     the noise added to a latent between stages, so that it looks like a latent of the next stage
+timestep_matching  which noise levels the stages step through: published presets, or solved for other settings
 token_grid         a latent whose tokens have two sizes, and where they are
 regions            which tokens become fine early: edges of the decoded estimate, or gradients of the latent
 overlay            a picture of that choice

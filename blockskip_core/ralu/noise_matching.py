@@ -1,17 +1,17 @@
-"""Noise matching: how a latent that was upsampled becomes one that the model knows, with a covariance of (1-s)^2 I.
+"""Noise matching: give an upsampled latent the statistics that the model expects, a covariance of (1-s)^2 I.
 
-A token that is copied four times carries four times the same noise. So correlated noise is added, which is such that
-the sum is independent again, and the time goes back a little.
+A token that is copied four times carries the same noise four times. So correlated noise is added, chosen such that the
+sum is independent again, and the time goes back a little.
 
-Source: RALU (arXiv 2507.08422), Eq. 7 and appendix A.1. With e the time that a stage ends at, s the time that the next
-one starts at, and a token's four copies in one group:
+Source: RALU (arXiv 2507.08422), Eq. 7 and appendix A.1. With e the time at which a stage ends, s the time at which
+the next one starts, and a token's four copies in one group:
 
     x_s = a Up(x_e) + b z,    Cov z = I - c 11^T,    0 < c <= 1/4
     d = (1 - e) / sqrt(c),    s = e / (d + e),    a = 1 / (d + e),    b = d / (d + e) = 1 - s
 
-Differs from the paper: it says nothing about tokens that are not upsampled, and the published code adds b times
-independent noise to them, which leaves them (1 + c) times too much variance. Here they get sqrt(1 - c) times that,
-which makes their covariance exact too.
+Difference from the paper: it does not mention tokens that are not upsampled, and the published code adds b times
+independent noise to them, which leaves them with (1 + c) times too much variance. Here they get sqrt(1 - c) times that
+noise, which makes their covariance exact too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def restart_after(end: float, correlation: float) -> Restart:
 
 
 def correlated(independent: Tensor, correlation: float, dim: int) -> Tensor:
-    """Return noise with covariance I - c 11^T along ``dim`` (size 4), of independent standard normal noise.
+    """Return noise with covariance I - c 11^T along ``dim`` (size 4), made from independent standard normal noise.
 
     The matrix square root is I - (1 - sqrt(1 - 4 c)) / 4 * 11^T, so no matrix is needed.
     """
@@ -82,7 +82,7 @@ def restarted(groups: Tensor, fine_before: Tensor, fine_after: Tensor, restart: 
 
     Args:
         groups: Tokens in fours, shape (B, G, 4, D); a group that is one coarse token holds it four times.
-        fine_before, fine_after: Which groups are four tokens, and not one, shape (B, G), boolean.
+        fine_before, fine_after: Which groups are four tokens rather than one, shape (B, G), boolean.
         restart: Scale and noise.
         independent: Standard normal noise, shape (B, G, 4, D).
 
@@ -98,15 +98,15 @@ def restarted(groups: Tensor, fine_before: Tensor, fine_after: Tensor, restart: 
 
 
 def seeded_noise(shape: Sequence[int], seed: int, stage: int, indices: Sequence[int] | None = None) -> Tensor:
-    """Return standard normal noise on the CPU whose samples depend on seed, stage and their own index only.
+    """Return standard normal noise on the CPU; each sample depends only on seed, stage and its own index.
 
     So the first picture of a batch of four equals that of a batch of one, and no two stages share noise.
 
     Args:
         shape: (B, ...).
-        seed: Of the run.
+        seed: Seed of the run.
         stage: Number of the stage that the noise is for.
-        indices: Which of a seed's samples these are; the first B if it is not said.
+        indices: Which of a seed's samples these are; by default the first B.
     """
     samples = []
     for index in range(shape[0]) if indices is None else indices:

@@ -1,11 +1,12 @@
 """Which regions become fine early: those with edges, where upsampling a latent leaves artefacts.
 
 Source: RALU (arXiv 2507.08422), section on region-adaptive upsampling. The clean estimate of the first stage is decoded,
-and the tokens with the most edge pixels (Canny) are taken. A variant of the paper reads gradients off the latent instead and
-needs no decoding; the paper gives no kernel for it, so a Sobel kernel is our choice.
+and the tokens with the most edge pixels (Canny) are chosen. A variant in the paper uses gradients of the latent instead
+and needs no decoding; the paper gives no kernel for it, so the Sobel kernel is our choice.
 
-Differs from the published code: that one hands the decoder's output, which is in [-1, 1], to Canny as if it were in
-[0, 1], so that the dark half of a picture has no edges. Here the whole range counts, and theirs is an option.
+Difference from the published code: it passes the decoder's output, which is in [-1, 1], to Canny as if it were in
+[0, 1], so the dark half of a picture has no edges. Here the whole range counts, and the published behaviour is an
+option.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ..errors import InvalidInputError
 
-# Of OpenCV's Canny in the published code, 100 and 200 of 255. Kornia's gradient is a root of squares, OpenCV's a sum.
+# Thresholds of OpenCV's Canny in the published code, 100 and 200 of 255. Kornia's gradient is a root of squares,
+# OpenCV's a sum.
 _CANNY_LOW, _CANNY_HIGH = 100 / 255, 200 / 255
 _TIE_BREAK = 1e-6
 
@@ -56,14 +58,14 @@ def gradient_scores(latents: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def choose_regions(scores: Tensor, ratio: float, forced: Tensor | None, noise: Tensor) -> Tensor:
-    """Return the tokens to refine early: as many in every picture of the batch.
+    """Return the tokens to refine early, the same number in every picture of the batch.
 
     Args:
-        scores: Shape (B, rows, columns); the highest are taken.
+        scores: Shape (B, rows, columns); the highest are chosen.
         ratio: Share of the tokens, rounded down.
-        forced: Tokens that are taken first, shape (B or 1, rows, columns), boolean. If they are more than ``ratio`` asks
-            for, all of them are taken, and in every picture as many as in the one with the most.
-        noise: Standard normal, of the scores' shape; decides between equal scores.
+        forced: Tokens that are chosen first, shape (B or 1, rows, columns), boolean. If they exceed ``ratio``, all of
+            them are chosen, and every picture gets as many tokens as the one with the most.
+        noise: Standard normal, with the shape of the scores; decides between equal scores.
 
     Raises:
         InvalidInputError: If the ratio is not between 0 and 1.
@@ -80,7 +82,7 @@ def choose_regions(scores: Tensor, ratio: float, forced: Tensor | None, noise: T
 
 
 def masked_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the tokens of which a mask covers at least half, shape (B, H, W) -> (B, rows, columns), boolean."""
+    """Return the tokens that a mask covers at least half, shape (B, H, W) -> (B, rows, columns), boolean."""
     covered = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode="area")
     return covered[:, 0] >= 0.5
 

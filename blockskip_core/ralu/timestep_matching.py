@@ -1,19 +1,19 @@
 """Timestep matching: which noise levels each stage steps through.
 
-A restart goes back in time, so that some times are passed twice. The steps are spread such that all stages together
-visit times as often as the model was meant to, counting those twice that are passed twice.
+A restart goes back in time, so some times are passed twice. The steps are spread such that all stages together visit
+times as often as the model's schedule intends, with times that are passed twice counted twice.
 
 Source: RALU (arXiv 2507.08422), section on timestep matching and supplement S12. With F_h(t) = h t / (1 + (h - 1) t)
 the distribution of times of a schedule with shift h, f_h its density, and f_{h,s,e} the density cut to [s, e]:
 
     target(t)  ~  f_shift(t) + sum_{k<K} (e_k - s_{k+1}) f_{shift, s_{k+1}, e_k}(t)
     ours(t)    ~  sum_k n_k f_{h_k, s_k, e_k}(t),    n_k steps in stage k
-    h_1 ... h_K and c minimise the distance of the two
+    h_1 ... h_K and c minimise the distance between the two
 
-Presets are the published numbers. For other steps and ends :func:`solved_plan` solves as the published code does: the
+Presets are the published numbers. For other steps and ends :func:`solved_plan` works like the published code: the
 square root of the Jensen-Shannon divergence (natural logarithm) on 1000 points, by L-BFGS-B from h = 3 and
 1 / sqrt(c) = 2, with h in [0.5, 10] and 1 / sqrt(c) in [2, 100]. The minimum is flat and the solver stops early, so another
-start gives other numbers.
+starting point gives other numbers.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class StagePlan:
 
     Attributes:
         steps: Steps of each stage, one to three stages.
-        ends: Time at which each stage ends; rising, the last is 1.
+        ends: Time at which each stage ends, ascending; the last is 1.
         shifts: h of each stage.
-        correlation: c of the noise that is added between stages; not read with one stage.
+        correlation: c of the noise that is added between stages; ignored with one stage.
 
     Raises:
         InvalidInputError: If the lists do not fit together.
@@ -73,10 +73,10 @@ class StagePlan:
 
 
 def check_stages(steps: Sequence[int], ends: Sequence[float]) -> None:
-    """Refuse numbers of steps and end times that make no stages.
+    """Refuse numbers of steps and end times that do not form valid stages.
 
     Raises:
-        InvalidInputError: With what is wrong.
+        InvalidInputError: Saying what is wrong.
     """
     if not 1 <= len(steps) <= MAX_STAGES or len(steps) != len(ends):
         raise InvalidInputError(
@@ -112,7 +112,7 @@ def solved_plan(steps: Sequence[int], ends: Sequence[float], shift: float = DEFA
     Args:
         steps: Steps of each stage.
         ends: Time at which each stage ends; the last is 1.
-        shift: The schedule that the model was meant to be sampled with.
+        shift: Shift of the schedule intended for the model.
 
     Raises:
         InvalidInputError: If steps, ends or shift cannot be used.
@@ -163,5 +163,5 @@ def _stage_sigmas(start: float, end: float, shift: float, steps: int) -> tuple[f
     first, last = (sigma / (shift - (shift - 1.0) * sigma) for sigma in (1.0 - start, 1.0 - end))
     even = np.linspace(first, last, steps + 1)
     sigmas = shift * even / (1.0 + (shift - 1.0) * even)
-    sigmas[0], sigmas[-1] = 1.0 - start, 1.0 - end  # exact, where rounding would leave something
+    sigmas[0], sigmas[-1] = 1.0 - start, 1.0 - end  # exact, without rounding errors
     return tuple(float(sigma) for sigma in sigmas)

@@ -5,7 +5,7 @@ full size; only the model sees each coarse token once (:meth:`MixedGrid.pick`), 
 four (:meth:`MixedGrid.spread`).
 
 A row of tokens can also be laid out as a strip, a latent that is one token high: a model that cuts latents into tokens
-row by row then gets these tokens in this order.
+row by row then sees these tokens in this order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TokenPlaces:
     """Where tokens are.
 
     Attributes:
-        rows, columns: Of each token, shape (1 or B, N), float32; (1, N) if all samples agree.
+        rows, columns: Place of each token, shape (1 or B, N), float32; (1, N) if all samples agree.
         grid: Rows and columns of the whole picture in the same unit.
     """
 
@@ -36,11 +36,11 @@ class TokenPlaces:
 class MixedGrid:
     """Which groups of each sample are four fine tokens and which are one coarse one.
 
-    Tokens are in raster order of their upper left corners. With all groups fine that is the order of a full-size
-    latent, with none that of a latent of half the side.
+    Tokens are in raster order of their upper left corners. If all groups are fine, that is the order of a full-size
+    latent; if none is, that of a latent of half the side.
 
     Args:
-        fine: Shape (B, h, w), boolean; h and w count groups. Every sample has as many fine groups as the others.
+        fine: Shape (B, h, w), boolean; h and w count groups. Every sample has the same number of fine groups.
 
     Raises:
         InvalidInputError: If samples have different numbers of fine groups.
@@ -62,18 +62,19 @@ class MixedGrid:
         self._picked = kept.nonzero()[:, 1].reshape(batch, -1)  # (B, N), indices into the full grid
         own = torch.arange(kept.shape[1], device=fine.device).expand(batch, -1)
         first = (own // self._width // 2 * 2) * self._width + own % self._width // 2 * 2
-        place = kept.long().cumsum(1) - 1  # of a kept token among the kept ones
+        place = kept.long().cumsum(1) - 1  # index of a kept token among the kept ones
         self._source = place.gather(1, torch.where(every.flatten(1), own, first))  # (B, 4 h w)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model sees."""
+        """Number of tokens that the model sees."""
         return self._picked.shape[1]
 
     def pick(self, latent: Tensor, patch: int) -> Tensor:
         """Return the tokens of a full-size latent, shape (B, C, H, W) -> (B, N, C, patch, patch).
 
-        B may be a multiple of this grid's batch; then the samples repeat, as when guided and unguided passes go together.
+        B may be a multiple of this grid's batch; then the samples repeat, as when guided and unguided passes are
+        batched.
 
         Raises:
             InvalidInputError: If it is not.
@@ -105,8 +106,8 @@ class MixedGrid:
     def _repeated(self, index: Tensor, batch: int) -> Tensor:
         if batch == 0 or batch % len(index):
             raise InvalidInputError(
-                f"The model was called on {batch} pictures at a time, and {len(index)} belong together. Another node divides "
-                "the batch; remove it, or set the batch size to 1."
+                f"The model was called on {batch} pictures at a time, but {len(index)} belong together. Another node "
+                "divides the batch; remove it, or set the batch size to 1."
             )
         return index.repeat(batch // len(index), 1)
 

@@ -1,1 +1,1 @@
-"""What people see of a run: pictures, charts, the summary."""
+"""What users see of a run: pictures, charts, the summary."""

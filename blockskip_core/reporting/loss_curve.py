@@ -1,4 +1,4 @@
-"""The loss of a run as a curve of bounded length: smoothed, and thinned as it grows."""
+"""The loss of a run as a smoothed curve of bounded length, thinned as it grows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MAX_POINTS = 2000
 
 
 class ExponentialMean:
-    """A mean in which a value of ``span`` steps ago counts a third; corrected for its start at zero, as in Adam.
+    """A running mean in which a value from ``span`` steps ago has a third of the weight, bias-corrected as in Adam.
 
-    So the first value is itself, and equal values stay as they are.
+    So the first mean is the first value, and the mean of equal values is that value.
 
     Args:
-        span: About how many values it is over.
+        span: Approximate number of values that it averages over.
     """
 
     def __init__(self, span: float) -> None:
@@ -26,7 +26,7 @@ class ExponentialMean:
         self._sum = self._weight = 0.0
 
     def add(self, value: float) -> float | None:
-        """Take the next value in; return the mean so far. Values that are not finite leave it as it is."""
+        """Add a value and return the mean so far; values that are not finite are ignored."""
         if math.isfinite(value):
             self._sum = self._decay * self._sum + (1.0 - self._decay) * value
             self._weight = self._decay * self._weight + (1.0 - self._decay)
@@ -36,13 +36,13 @@ class ExponentialMean:
 class LossCurve:
     """Collects the losses of a run, one step at a time.
 
-    At ``limit`` points, neighbours are merged and from then on a point covers twice as many steps: mean loss, and
-    the last step's smoothed loss and learning rate. So the memory of a run is bounded, however long it is, and a high
-    loss stays visible as a higher mean.
+    When ``limit`` points are reached, neighbours are merged, and from then on a point covers twice as many steps: the
+    mean loss, and the last step's smoothed loss and learning rate. So memory is bounded however long a run is, and a
+    high loss stays visible as a higher mean.
 
     Args:
-        span: About how many steps the smoothed loss is over; see :class:`ExponentialMean`.
-        limit: The most points that are kept, 2 or more.
+        span: Approximate number of steps that the smoothed loss averages over; see :class:`ExponentialMean`.
+        limit: Maximum number of points to keep, 2 or more.
     """
 
     def __init__(self, span: float, limit: int = MAX_POINTS) -> None:
@@ -54,7 +54,7 @@ class LossCurve:
         self.count = 0
 
     def add(self, step: int, loss: float, learning_rate: float | None = None) -> LossPoint:
-        """Take the next step in; return its point."""
+        """Add a step and return its point."""
         point = (step, finite(loss), finite(self._smoothed.add(loss)), finite(learning_rate))
         self.count += 1
         self._open.append(point)
@@ -73,17 +73,17 @@ class LossCurve:
 
 
 def smoothing_span(steps: int) -> float:
-    """Return over how many steps the loss of a run of ``steps`` is smoothed: a tenth of it, from 10 to 50."""
+    """Return the number of steps over which a run's loss is smoothed: a tenth of ``steps``, between 10 and 50."""
     return min(50.0, max(10.0, steps / 10.0))
 
 
 def finite(value: float | None) -> float | None:
-    """Return a number with six significant digits; None for what JSON could not say."""
+    """Return a number with six significant digits, or None if JSON has no form for it."""
     return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def merged_points(points: Sequence[LossPoint], stride: int) -> list[LossPoint]:
-    """Return the curve with ``stride`` neighbours made one; fewer than those are left at the end stay one too."""
+    """Return the curve with every ``stride`` neighbours merged into one point; the last point may cover fewer."""
     stride = max(1, stride)
     return [_merged(points[start : start + stride]) for start in range(0, len(points), stride)]
 

@@ -1,4 +1,4 @@
-"""HTML and SVG out of nested calls. Text is escaped unless it is markup already, so no place can forget it."""
+"""Build HTML and SVG from nested calls. Text is escaped unless it is already markup, so no caller can forget it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 import unicodedata
 
 VOID = {"img", "meta"}  # HTML elements without content
-SVG_SHAPES = {"circle", "line", "path", "rect"}  # may be closed at once, being foreign to HTML
+SVG_SHAPES = {"circle", "line", "path", "rect"}  # may be self-closing in HTML, because they are foreign elements
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is already markup."""
 
 
 def element(tag: str, *children: object, **attributes: object) -> Markup:
     """Return ``<tag attributes>children</tag>``, well-formed as HTML and as XML.
 
-    Children that are not :class:`Markup` are escaped, and so are all attributes. In names of attributes an underscore
-    becomes a hyphen, one at the end is dropped (``class_``).
+    Children that are not :class:`Markup` are escaped, and so are all attributes. In attribute names underscores become
+    hyphens, and a trailing underscore is dropped (``class_``).
     """
     names = {name.removesuffix("_").replace("_", "-"): value for name, value in attributes.items()}
     start = tag + "".join(f' {name}="{escaped(value)}"' for name, value in names.items())
@@ -28,12 +28,12 @@ def element(tag: str, *children: object, **attributes: object) -> Markup:
 
 
 def joined(*children: object) -> Markup:
-    """Return markup and text one behind the other, the text escaped."""
+    """Return markup and text concatenated, with the text escaped."""
     return Markup("".join(child if isinstance(child, Markup) else escaped(child) for child in children))
 
 
 def escaped(value: object) -> str:
-    """Return a value as text that is safe between tags and in quotes; what no document may hold becomes U+FFFD."""
+    """Return a value as text that is safe between tags and in quotes; forbidden characters become U+FFFD."""
     return html.escape("".join(character if _is_allowed(character) else "\ufffd" for character in str(value)))
 
 
@@ -49,7 +49,7 @@ def place(value: float) -> str:
 
 
 def _is_allowed(character: str) -> bool:
-    """Tell whether XML and UTF-8 can hold a character: no controls, lone surrogates or non-characters."""
+    """Return whether XML and UTF-8 allow a character: no controls, lone surrogates or non-characters."""
     if character in "\n\t":
         return True
     return unicodedata.category(character) not in ("Cc", "Cs") and ord(character) & 0xFFFE != 0xFFFE

@@ -1,6 +1,6 @@
-"""Pictures for people: the selection heatmap and the contact sheet of training crops. Drawn with Pillow.
+"""Pictures for users: the selection heatmap and the contact sheet of training crops, drawn with Pillow.
 
-Pillow because the host has it, and plotting libraries are not worth a dependency for two drawings.
+The host already has Pillow, and a plotting library is not worth a dependency for a few drawings.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def evenly(count: int, limit: int = MAX_CROPS) -> list[int]:
 def contact_sheet(
     crops: Sequence[Tensor], labels: Sequence[str], marked: Collection[int] = (), *, cell: int = 160
 ) -> Image.Image:
-    """Return crops, each (H, W, 3), in a grid in the order in which they come, with labels underneath.
+    """Return crops, each (H, W, 3), in a grid in the given order, with labels underneath.
 
-    Those at the places in ``marked`` are crossed out: something is wrong with their picture.
+    Those at the positions in ``marked`` are crossed out, because something is wrong with their picture.
     """
     columns = min(8, len(crops))
     rows = -(-len(crops) // columns)
@@ -68,7 +68,7 @@ def contact_sheet(
 def selection_heatmap(
     selection: BlockSelection, influence: TextInfluence | None, block_names: Sequence[str]
 ) -> Image.Image:
-    """Return the model's blocks in order, what is skipped, and how much the text matters where it was measured."""
+    """Return a picture of the model's blocks in order, which are skipped, and the measured influence of the text."""
     cell = max(12, min(48, 1100 // selection.num_blocks))
     left, width = 230, cell * selection.num_blocks
     rows = _profiles(influence)
@@ -86,7 +86,7 @@ def selection_heatmap(
 
 
 def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict: str) -> Image.Image:
-    """Return a bar for every phase's peak, in bytes, against what is available; the training's weights are marked."""
+    """Return a bar chart of every phase's peak bytes against the available ones, with the training's weights marked."""
     left, width, row = 200, 560, 46
     lines = textwrap.wrap(verdict, 100)
     top = 24 + 20 * len(lines)
@@ -119,7 +119,7 @@ def _bytes_line(selection: BlockSelection) -> str:
 
 
 def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, float]]]:
-    """Return (label, block -> distance) of what was measured; a window is drawn at its middle block."""
+    """Return (label, block -> distance) for each measurement; a window is drawn at its middle block."""
     if influence is None:
         return []
     count = influence.num_blocks

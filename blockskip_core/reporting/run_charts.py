@@ -1,6 +1,6 @@
-"""Drawings of a run as inline SVG: its blocks, its losses, its crops. No script; colours are the document's classes.
+"""Drawings of a run as inline SVG: blocks, losses, crops. No scripts; colours come from the document's classes.
 
-However long a run was, a drawing has a bounded number of points.
+The number of points is bounded, however long a run was.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .loss_curve import ExponentialMean, smoothing_span
 from .markup import Markup, element, joined, place
 from .pictures import evenly
 
-WIDTH = 480  # units of every drawing; a phone shows one in about 0.7 px
+WIDTH = 480  # units of every drawing; on a phone one unit is about 0.7 px
 LEFT, RIGHT, TOP, BOTTOM = 66, 10, 10, 28  # margins
 MAX_RAW, MAX_SMOOTH, MAX_CROPS = 400, 300, 400  # points
-NO_SPREAD = 1e-6  # values that differ by less than this share are drawn as equal
+NO_SPREAD = 1e-6  # values that differ by less than this fraction are drawn as equal
 
 
 def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
-    """Return the model's blocks in order; trained ones are higher. Every block says what it is when pointed at."""
+    """Return the model's blocks in order, trained ones taller. Every block has a tooltip that says what it is."""
     cell = min(40.0, WIDTH / selection.num_blocks)
     shapes = []
     for index in range(selection.num_blocks):
@@ -53,13 +53,14 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
 
 
 def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> Markup:
-    """Return every forward pass's loss, faint, and a smoothed line, as in the live chart; a long run's raw losses as
-    bars of their range.
+    """Return the loss of every forward pass in a faint line, and a smoothed line as in the live chart.
+
+    In a long run the raw losses are drawn as bars over their range.
 
     Args:
-        losses: Of every forward pass. Values that are not finite are left out.
+        losses: Loss of every forward pass. Values that are not finite are left out.
         per_step: Forward passes per optimiser step.
-        resumed_at: Steps of an earlier run; marked if there are any.
+        resumed_at: Number of steps made by an earlier run; marked if not 0.
     """
     known = [(number, loss) for number, loss in enumerate(losses, 1) if math.isfinite(loss)]
     if not known:
@@ -82,9 +83,9 @@ def loss_chart(losses: Sequence[float], per_step: int, resumed_at: int = 0) -> M
 
 
 def crop_chart(draws: Sequence[Draw]) -> Markup:
-    """Return side and noise level of the crops that were trained on, at most ``MAX_CROPS`` of them."""
+    """Return a chart of side and noise level of the crops that were trained on, at most ``MAX_CROPS`` of them."""
     if not draws:
-        return element("p", "No crop was trained on.")
+        return element("p", "No crop was used in training.")
     x = _Scale(0.0, 1.0, LEFT, WIDTH - RIGHT)
     y = _Scale.over([draw.side for draw in draws], 160 - BOTTOM, TOP)
     shown = [draws[index] for index in evenly(len(draws), MAX_CROPS)]
@@ -95,7 +96,7 @@ def crop_chart(draws: Sequence[Draw]) -> Markup:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Values from ``low`` to ``high``, which differ, drawn from ``start`` to ``end``."""
+    """Maps values from ``low`` to ``high``, which differ, to the range from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -104,7 +105,7 @@ class _Scale:
 
     @classmethod
     def over(cls, values: Sequence[float], start: float, end: float, *, pad: float | None = None) -> _Scale:
-        """Return a scale that holds all values; if they are all the same, ``pad`` or a tenth to either side."""
+        """Return a scale that covers all values; if they are equal, it extends ``pad`` or a tenth to either side."""
         low, high = min(values), max(values)
         largest = max(abs(low), abs(high))
         if high - low <= max(NO_SPREAD * largest, 1e-30):
@@ -162,7 +163,7 @@ def _smooth_path(
 
 
 def _dots(across: Sequence[float], up: Sequence[float], x: _Scale, y: _Scale) -> str:
-    """Return lines of no length, which the document's round line ends make dots of."""
+    """Return lines of zero length, which appear as dots because of the document's round line ends."""
     return "".join(f"M{place(x(a))} {place(y(b))}h0" for a, b in zip(across, up, strict=True))
 
 

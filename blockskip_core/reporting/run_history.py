@@ -1,4 +1,4 @@
-"""The last runs of this session, kept in memory for pages that open during a run or after it."""
+"""The latest runs of this session, kept in memory for pages that are opened during or after a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RunRecord:
 
     Args:
         node: The node's id in the prompt.
-        workflow: The id of the workflow that it belongs to, None where the prompt does not say.
+        workflow: The id of its workflow, or None if the prompt does not specify it.
     """
 
     def __init__(self, node: str, workflow: str | None) -> None:
@@ -33,12 +33,12 @@ class RunRecord:
         self._unsent: list[LossPoint] = []
 
     def note(self, **figures: Any) -> None:
-        """Take in the latest figures; numbers that are not finite become None."""
+        """Record the latest figures; numbers that are not finite become None."""
         with self._lock:
             self._figures.update({name: _plain(value) for name, value in figures.items()})
 
     def add_earlier(self, losses: Sequence[float], steps: int) -> None:
-        """Take in the steps that an interrupted run had done, before the first of this one's ``steps``."""
+        """Record the steps made by an interrupted run, before the first of this run's ``steps``."""
         with self._lock:
             curve = self._curve_for(steps)
             for step, loss in enumerate(losses, 1):
@@ -46,22 +46,22 @@ class RunRecord:
             self._figures.update(step=len(losses), steps=steps)
 
     def add_step(self, step: int, steps: int, loss: float, learning_rate: float) -> None:
-        """Take in a finished step of ``steps``."""
+        """Record a finished step of ``steps``."""
         with self._lock:
             self._unsent.append(self._curve_for(steps).add(step, loss, learning_rate))
             self._figures.update(step=step, steps=steps)
 
     def news(self) -> dict[str, Any]:
-        """Return the figures and the points since the last call; ``first`` says how many points there were before them.
+        """Return the figures and the points since the last call; ``first`` is the number of points before them.
 
-        After a long gap only the newest points are given; ``first`` shows that.
+        After a long gap only the newest points are returned, which shows in ``first``.
         """
         with self._lock:
             points, self._unsent = self._unsent[-MAX_POINTS_AT_ONCE:], []
             return {**self._head(), "first": self._count() - len(points), "points": points}
 
     def snapshot(self, max_points: int | None = None) -> dict[str, Any]:
-        """Return everything, with the curve thinned; ``count`` is how many points went into it."""
+        """Return everything, with the curve thinned; ``count`` is the number of points before thinning."""
         with self._lock:
             points = self._curve.points(max_points) if self._curve else []
             return {**self._head(), "count": self._count(), "points": points}
@@ -79,7 +79,7 @@ class RunRecord:
 
 
 class RunHistory:
-    """The last run of each node, at most ``limit`` of them: the oldest are dropped."""
+    """The last run of each node; of more than ``limit`` runs the oldest are dropped."""
 
     def __init__(self, limit: int = MAX_RUNS) -> None:
         self._limit = limit
@@ -97,7 +97,7 @@ class RunHistory:
         return record
 
     def last(self, node: str, workflow: str | None) -> RunRecord | None:
-        """Return the node's last run in that workflow, or in a prompt that named no workflow, whichever is newer."""
+        """Return the node's last run in that workflow or in a prompt without a workflow, whichever is newer."""
         with self._lock:
             found = [self._runs.get((workflow, node)), self._runs.get((None, node))]
         return max((run for run in found if run), key=lambda run: run.started, default=None)

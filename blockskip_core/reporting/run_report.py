@@ -1,7 +1,8 @@
-"""A summary of a training run as one HTML file: to be opened in a browser, without a network, also years later.
+"""A summary of a training run as one HTML file that opens in any browser, without a network, even years later.
 
-Everything is in the text: drawings are inline SVG, there is no script, nothing is fetched (and a content policy says so to
-the browser). Names and sentences come from files and people, so all text passes :mod:`markup`, which escapes it.
+The file is self-contained: drawings are inline SVG, there are no scripts, and nothing is fetched (a content policy
+tells the browser so). Names and sentences come from files and users, so all text goes through :mod:`markup`, which
+escapes it.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class ReportSample:
     """A picture that was sampled during the run.
 
     Attributes:
-        label: For people, e.g. "step 100".
-        jpeg: The file's bytes.
+        label: Readable label, e.g. "step 100".
+        jpeg: Bytes of the JPEG file.
     """
 
     label: str
@@ -50,7 +51,7 @@ class ReportSample:
 
 
 def sample_of(picture: Image.Image, label: str) -> ReportSample:
-    """Return a picture in the size that the summary shows."""
+    """Return a picture in the size shown in the summary."""
     small, file = picture.convert("RGB"), BytesIO()
     small.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
     small.save(file, format="JPEG", quality=88)
@@ -59,26 +60,26 @@ def sample_of(picture: Image.Image, label: str) -> ReportSample:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What there is to say about a run.
+    """The content of a run's summary.
 
     Attributes:
         file: Name of the LoRA's file.
         file_bytes: Its size.
-        family: The model family, for people.
+        family: The model family, as shown to users.
         selection: Blocks that were skipped.
-        block_names: Of all blocks, in order.
-        schedule: The draws.
-        num_captions: Captions that the draws choose from.
-        storage: Where residuals were kept, for people.
+        block_names: Names of all blocks, in order.
+        schedule: The training examples.
+        num_captions: Number of captions that the examples are drawn from.
+        storage: Where residuals were kept, as shown to users.
         settings: Every setting of the run, by its name on the node.
-        config: Those that the training loop reads.
-        result: What the loop left.
-        peak_bytes, peak_of: Peak memory, and of what.
-        kept_parameters, all_parameters: Weights of the trained blocks, and of all.
-        kept_bytes, all_bytes: Their bytes; of the trained ones as trained, of all as loaded.
-        lora_parameters: Trainable numbers.
-        versions: Name -> version of what it ran on.
-        written: When, for people.
+        config: The settings that the training loop uses.
+        result: The training loop's result.
+        peak_bytes, peak_of: Peak memory, and what it was measured on.
+        kept_parameters, all_parameters: Number of weights in the trained blocks, and in all blocks.
+        kept_bytes, all_bytes: Their bytes: of the trained blocks as trained, of all blocks as loaded.
+        lora_parameters: Number of trainable parameters.
+        versions: Software -> version that the run used.
+        written: Readable date of the summary.
         samples: Pictures of the run, in order; see :func:`sample_of`.
     """
 
@@ -106,10 +107,10 @@ class RunReport:
 
 
 def write_report(report: RunReport, path: Path) -> None:
-    """Write the summary; afterwards there is either the whole new file or the old one.
+    """Write the summary; if that fails, an earlier file is unchanged.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
     page = report_page(report)
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8", newline="\n"))
@@ -140,7 +141,7 @@ def report_page(report: RunReport) -> str:
 
 
 def figures(report: RunReport) -> dict[str, str]:
-    """Return the figures of a run in words; those that it does not have say why."""
+    """Return the figures of a run as text; a missing figure says why it is missing."""
     result, losses = report.result, [loss for loss in report.result.losses if math.isfinite(loss)]
     tenth = max(1, len(losses) // 10)
     ends = f"{_mean(losses[:tenth]):.4g}, {_mean(losses[-tenth:]):.4g}" if losses else "no loss is known"
@@ -154,9 +155,9 @@ def figures(report: RunReport) -> dict[str, str]:
         f"({report.kept_parameters:,} of {report.all_parameters:,} parameters)",
         "LoRA": f"{format_bytes(report.file_bytes)} on disk, {report.lora_parameters:,} parameters",
         "Loss, mean of the first and the last tenth": ends,
-        "Self-check": "not made: no step was trained on stored residuals"
+        "Self-check": "not done: no step was trained on stored residuals"
         if result.self_check is None
-        else f"{result.self_check:.1e} relative difference from the full model, with nothing learned yet",
+        else f"{result.self_check:.1e} relative difference from the full model, before the first step",
         "Problems": f"{len(set(result.problems))}, see above" if result.problems else "none",
     }
 
@@ -239,7 +240,7 @@ def _crops(report: RunReport) -> list[Markup]:
         "Pictures": f"{len({draw.picture for draw in schedule}):,}",
         "Captions": f"{report.num_captions:,}",
         "Training examples": f"{len(schedule):,}, of which {len(used):,} were trained on",
-        "Times that each training example was used": f"{passes / max(1, len(schedule)):.3g} on average",
+        "Uses of each training example": f"{passes / max(1, len(schedule)):.3g} on average",
         "Patch sizes": f"crops of {patches.patch_min} to {patches.patch_max} px, each resized to {patches.patch_min} px",
         "Patch order": patches.order,
         "Noise levels drawn as": schedule.timesteps,
@@ -264,7 +265,7 @@ def _table(rows: Mapping[str, Any]) -> Markup:
 
 
 def _words(value: Any) -> str:
-    """Return a setting as the node shows it."""
+    """Return a setting as shown on the node."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
@@ -272,9 +273,9 @@ def _words(value: Any) -> str:
 
 def _pace(seconds: Sequence[float]) -> str:
     if not seconds:
-        return "no step was timed: an earlier run had done them all"
+        return "no step was timed: an earlier run had made them all"
     total = timedelta(seconds=round(sum(seconds)))
-    return f"{_mean(seconds):.3f} s on average, {total} in all (steps timed: {len(seconds):,})"
+    return f"{_mean(seconds):.3f} s on average, {total} in total (steps timed: {len(seconds):,})"
 
 
 def _saved(count: int) -> str:
@@ -289,7 +290,7 @@ def _css(colour: Sequence[int]) -> str:
     return "#" + "".join(f"{part:02x}" for part in colour)
 
 
-# Neither & nor < in it, so that it is the same in HTML, which reads it as it is, and in XML.
+# Contains neither & nor <, so that HTML, which reads it unescaped, and XML see the same text.
 _STYLE = f"""
 :root {{ color-scheme: light dark; --paper: #fafafc; --ink: #202228; --faint: #666c78; --line: #d9dce2; --alarm: #b2182b;
   --card: #ffffff; --raw: #b9c4d2; --front: {_css(FRONT)}; --kept: {_css(KEPT)}; --back: {_css(BACK)}; }}

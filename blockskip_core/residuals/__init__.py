@@ -1,1 +1,1 @@
-"""What skipped blocks would have added: computed, stored, and handed to the training."""
+"""What skipped blocks would have added: computed, stored, and provided to the training."""

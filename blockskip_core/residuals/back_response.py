@@ -1,14 +1,14 @@
-"""How the skipped back span answers a change of its input, to first order.
+"""How the skipped back span responds to a change of its input, to first order.
 
-Differs from the paper: DiT-BlockSkip (arXiv 2603.20755, Sec. 3.3, Eq. 3) replays a constant that was measured on the
-untrained weights, while what enters the back span moves as the LoRA learns, and lets the gradient pass the span as
-if it were not there. With h the image tokens that enter the span, d what it adds to them, and one matrix J,
+Difference from the paper: DiT-BlockSkip (arXiv 2603.20755, Sec. 3.3, Eq. 3) replays a constant that was measured on the
+untrained weights, although the span's input changes as the LoRA learns, and lets the gradient pass as if the span were
+not there. With h the image tokens that enter the span, d what it adds to them, and one matrix J,
 
     stored     c = d(h) - J h
     replayed   h' -> h' + c + J h'  =  h' + d(h) + J (h' - h)
 
-so the replay is still exact while nothing is learned, a draw takes no more room than before, and the gradient passes
-through I + J. J is the ridge regression of d on h over the tokens of some draws: it costs no pass of its own.
+So the replay is still exact before anything is learned, a draw takes no more space than before, and the gradient passes
+through I + J. J is the ridge regression of d on h over the tokens of some draws, which needs no extra pass.
 
 Axis legend: ``N`` image tokens, ``D`` width of a token. Matrices act on rows: J h is ``h @ J``.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 BackResidual = Literal["constant", "linear", "exact"]
 BACK_RESIDUALS: tuple[str, ...] = get_args(BackResidual)
-RIDGE = 0.01  # of the mean variance of h; keeps directions that were hardly seen from being trusted
+RIDGE = 0.01  # of the mean variance of h; limits the effect of directions that hardly occur
 
 
 def fit_response(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = RIDGE) -> Tensor:
@@ -43,9 +43,9 @@ def fit_response(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = RIDGE) -
 
 
 class _Moments:
-    """Running sums for a regression, about the first pair's means so that large offsets do not cancel.
+    """Running sums for a regression, centred on the first pair's means to avoid cancellation with large offsets.
 
-    Products are made where the tokens are and summed on the CPU: not every device has float64.
+    Products are computed on the tokens' device and summed on the CPU, because not every device has float64.
     """
 
     def __init__(self, h: Tensor, d: Tensor) -> None:
@@ -58,7 +58,7 @@ class _Moments:
         self.sum_hh, self.sum_hd = torch.zeros(2, width, width, dtype=torch.float64)
 
     def add(self, h: Tensor, d: Tensor) -> None:
-        """Take in a pair."""
+        """Add a pair."""
         h, d = (x.to(self.working).flatten(0, -2) - shift for x, shift in zip((h, d), self.shifts, strict=True))
         self.count += len(h)
         self.sum_h += h.sum(0).cpu()

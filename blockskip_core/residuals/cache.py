@@ -2,20 +2,21 @@
 
 What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
 
-    front.img, front.txt   tokens leaving the front span; exact, because no LoRA acts before them
+    front.img, front.txt   tokens leaving the front span; exact, because no adapter comes before them
     back                   what the back span adds to the image tokens, as the sum of its blocks' differences; with a
-                           response, less its linear part
+                           response, minus the linear part
     latent                 the clean latent of the draw's crop
     reference              the full model's clean estimate, for the first draw of a chunk
     *.scale                scales of tensors that are stored in eight bits (``format``)
-    response               how the back span answers its input (``back_response``), with the first draw of all
+    response               the back span's linear response to its input (``back_response``), with the very first draw
 
-The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest
-does not fit, or a tensor that does not match its checksum, is refused and never used. Shards are written first, each
-to a temporary name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until
-then a manifest under another name lists the complete shards, and an interrupted writer continues after them.
+The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest does
+not match, or a tensor that does not match its checksum, is never used. Shards are written first, each under a temporary
+name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until then a manifest
+under another name lists the complete shards, and an interrupted writer continues after them.
 
-Nothing here locks: who writes or removes a folder has a lock on it, who reads it a shared one (``locks``, ``sources``).
+This module does no locking: callers hold a lock on a folder that they write or remove, and a shared lock on one that
+they read (``locks``, ``sources``).
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ logger = logging.getLogger(__name__)
 CACHE_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"  # the manifest of what is there so far
+UNFINISHED = "unfinished.json"  # the manifest of the shards written so far
 DISK_RESERVE_BYTES = 256 * 2**20  # left free for other programs
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheIdentity:
-    """What residuals were computed from. Two caches are interchangeable exactly if these are equal.
+    """What residuals were computed from. Two caches are interchangeable if and only if these are equal.
 
     Attributes:
         model: Content hash of the model's weights and patches.
@@ -62,8 +63,8 @@ class CacheIdentity:
         pictures: Content hash of the pictures and of the VAE that encodes them.
         captions: Content hash of the conditionings.
         dtype: Dtype of the token streams.
-        host: Versions of the software that computes.
-        back_residual: Whether back residuals are constants or have a linear answer to their input, and what that was
+        host: Versions of the software that computed them.
+        back_residual: Whether back residuals are constants or have a linear response to their input, and what that was
             fitted on.
         residual_format: How their numbers are written, see ``format``.
         version: Format of the cache.
@@ -96,16 +97,16 @@ class CacheIdentity:
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
-    """Check that ``folder``'s disk has room, before anything is written.
+    """Check that ``folder``'s disk has enough space, before anything is written.
 
     Raises:
-        InvalidInputError: With predicted and free bytes.
+        InvalidInputError: If not, with predicted and free bytes.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed_bytes + DISK_RESERVE_BYTES > free:
         raise InvalidInputError(
-            f"The residuals would take {format_bytes(needed_bytes)} on disk, {format_bytes(free)} are free. "
+            f"The residuals would take {format_bytes(needed_bytes)} on disk, but {format_bytes(free)} are free. "
             "Use fewer training examples, or set storage to `chunked` or `on the fly`."
         )
 
@@ -114,15 +115,16 @@ class CacheWriter:
     """Writes a cache: shard by shard, the manifest last.
 
     Args:
-        folder: Its own folder.
+        folder: The cache's own folder.
         identity: What the residuals are computed from.
-        resume: Whether to keep the complete shards of an unfinished cache and continue after them; otherwise it is replaced.
+        resume: Whether to keep the complete shards of an unfinished cache and continue after them; if False, it is
+            replaced.
 
     Attributes:
-        draws: What is in whole shards.
+        draws: The draws in complete shards.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
 
     def __init__(self, folder: Path, identity: CacheIdentity, *, resume: bool = False) -> None:
@@ -136,14 +138,14 @@ class CacheWriter:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"The folder for residuals cannot be made: {error}.") from error
+            raise StorageError(f"The folder for residuals cannot be created: {error}.") from error
         remove_leftovers(folder, lambda name: True, min_age_s=0)
 
     def write(self, records: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Write one shard: draw index -> name -> tensor.
 
         Raises:
-            StorageError: If the disk refuses; nothing half-written is left.
+            StorageError: If the disk cannot be written; nothing half-written is left.
         """
         name = f"shard-{self._num_shards:05d}.safetensors"
         flat = {f"{draw}/{key}": x.cpu().contiguous() for draw, record in records.items() for key, x in record.items()}
@@ -156,14 +158,14 @@ class CacheWriter:
         self._write_manifest(UNFINISHED)
 
     def read(self, key: str) -> Tensor | None:
-        """Return a tensor that was written, by "draw/name", or None."""
+        """Return a written tensor by its key "draw/name", or None."""
         entry = self._tensors.get(key)
         return None if entry is None else _read_checked(self._folder / str(entry["shard"]), key, entry)
 
     def finish(self) -> None:
-        """Write the manifest: from here on the cache is whole."""
+        """Write the manifest, which makes the cache complete."""
         self._write_manifest(MANIFEST)
-        with contextlib.suppress(OSError):  # the other manifest is the one that counts
+        with contextlib.suppress(OSError):  # only the other manifest counts now
             (self._folder / UNFINISHED).unlink()
 
     def _write_manifest(self, name: str) -> None:
@@ -233,7 +235,7 @@ class ResidualCache:
         return sorted(draw for draw, names in self._names.items() if name in names)
 
     def residual(self, draw: int) -> Residual:
-        """Return what is replayed for one draw; see :meth:`read`."""
+        """Return the residual of one draw; see :meth:`read`."""
         stored = self.read(draw, wanted=lambda name: name.startswith(("front", "back")))
         return Residual.from_tensors(unpacked(stored, self._identity.token_dtype))
 
@@ -243,7 +245,7 @@ class ResidualCache:
         return (draws[0], self._read_tensor(f"{draws[0]}/{name}")) if draws else None
 
     def require_first(self, name: str) -> tuple[int, Tensor]:
-        """Return what :meth:`first` does; a cache without such a tensor is refused.
+        """Like :meth:`first`, but refuse a cache without such a tensor.
 
         Raises:
             CacheError: If there is none.
@@ -273,15 +275,15 @@ class ResidualCache:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a cache has been written to the end in this folder."""
+    """Return whether this folder has a completely written cache."""
     return (folder / MANIFEST).is_file()
 
 
 def num_shards(folder: Path) -> int:
-    """Return how many whole shards a folder has."""
+    """Return the number of complete shards in a folder."""
     try:
         return sum(_SHARD_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
-    except OSError:  # nobody has made it yet
+    except OSError:  # it does not exist yet
         return 0
 
 
@@ -315,7 +317,7 @@ def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
     """Read one tensor of a shard.
 
     Raises:
-        CacheError: If it is not the one that was written.
+        CacheError: If it is not the tensor that was written.
     """
     try:
         with open_tensors(path) as shard:
@@ -327,7 +329,7 @@ def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
 
 
 def _checked(tensor: Tensor, entry: Mapping[str, object]) -> Tensor:
-    """Return a tensor that is as its entry says; ValueError otherwise."""
+    """Return a tensor that matches its entry; raise ValueError otherwise."""
     form = (list(tensor.shape), str(tensor.dtype))
     if form != (entry["shape"], entry["dtype"]) or _checksum(tensor) != entry["checksum"]:
         raise ValueError("It is not what was written.")
@@ -354,7 +356,7 @@ def _read_manifest(folder: Path, name: str) -> dict:
 
 
 def _require_form(body: dict) -> None:
-    """Raise an ordinary error if a manifest's content has another form than :meth:`CacheWriter.finish` gives it."""
+    """Raise an ordinary error if a manifest's content is not in the form that :meth:`CacheWriter.finish` writes."""
     body["identity"].keys()
     for key, entry in body["tensors"].items():
         draw, _ = key.split("/", 1)
@@ -366,9 +368,9 @@ def _require_form(body: dict) -> None:
 
 
 def _unreadable(folder: Path, error: OSError) -> StorageError:
-    """A disk that fails now may work again later, so nothing is removed."""
+    """Return an error that advises trying again; nothing is removed, because the disk may work again later."""
     return StorageError(
-        f"The stored residuals in {folder.name} cannot be read: {error}. Run again when the disk is back."
+        f"The stored residuals in {folder.name} cannot be read: {error}. Run again when the disk is available."
     )
 
 

@@ -1,12 +1,12 @@
-"""How stored residuals are written: as they are, or in eight bits with a scale per token.
+"""How stored residuals are written: unchanged, or in eight bits with a scale per token.
 
-    exact   the dtype of the token streams; the replayed front is then the model's own, to the last bit
+    exact   the dtype of the token streams; the replayed front is then bit-identical to the model's own
     int8    q = round(x / s), s = max|x| / 127 over the token's D numbers: an error of at most s / 2 for each number
     fp8     q = e4m3(x / s), s = max|x| / 448: a relative error of at most 1 / 16 for each number, down to the
             smallest normal number of the format, s / 64
 
-Eight bits halve the disk and what is read in each step for models that run in bf16. A token's largest numbers are far
-above its usual ones in diffusion transformers, which is why the scale is the token's own. Not in the paper.
+For models that run in bf16, eight bits halve the disk space and the bytes read in each step. In diffusion transformers
+a token's largest numbers are far above its typical ones, so every token has its own scale. Not in the paper.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualShape:
-    """What is stored for one draw, as far as its size goes.
+    """The sizes that determine how many bytes are stored for one draw.
 
     Attributes:
         front, back: Whether a front and a back span are skipped.
@@ -47,7 +47,7 @@ class ResidualShape:
     form: ResidualFormat = "exact"
 
     def num_bytes(self, draws: int = 1) -> int:
-        """Return the bytes that this many draws take: exact, apart from file headers and latents."""
+        """Return the bytes of ``draws`` draws: exact, apart from file headers and latents."""
         tokens = (self.img_tokens + self.txt_tokens) * self.front + self.img_tokens * self.back
         return draws * tokens * (self.width * self.itemsize if self.form == "exact" else self.width + SCALE_BYTES)
 
@@ -57,7 +57,7 @@ class ResidualShape:
 
 
 def packed(tensors: Mapping[str, Tensor], form: ResidualFormat) -> dict[str, Tensor]:
-    """Return residual tensors, each (1, tokens, D), as they are stored; eight-bit ones come with their scales.
+    """Return residual tensors, each (1, tokens, D), in stored form; eight-bit tensors come with their scales.
 
     Args:
         tensors: Name -> tensor.
@@ -75,7 +75,7 @@ def packed(tensors: Mapping[str, Tensor], form: ResidualFormat) -> dict[str, Ten
 
 
 def unpacked(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what :func:`packed` stored, eight-bit tensors in ``dtype``."""
+    """Undo :func:`packed`, returning eight-bit tensors in ``dtype``."""
     return {
         name: (x.float() * stored[name + SCALE]).to(dtype) if name + SCALE in stored else x
         for name, x in stored.items()

@@ -1,18 +1,18 @@
 """Residual feature pre-computation (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3), a few blocks at a time.
 
-All draws of a chunk pass through one run of blocks before any passes through the next, so that only the weights of a
-run need be on the device:
+All draws of a chunk pass through one run of blocks before any passes through the next, so that only one run's weights
+need to be on the device:
 
-    for run of blocks:    put these blocks in, everything else passes its tokens on
-        for draw:         emit the tokens kept from the run before, go through, keep the tokens that leave
+    for run of blocks:    load these blocks; everything else passes its tokens on
+        for draw:         emit the tokens kept from the previous run, pass the blocks, keep the leaving tokens
 
-A run is one block, or as many as the caller has room for: what goes in and comes out of a block is the same, and fewer
-runs cost fewer passes through the rest of the model.
+A run is one block, or as many as the caller has room for: a block's input and output are the same, and fewer runs cost
+fewer passes through the rest of the model.
 
-What leaves block n - 1 is the front's stored output. What each block of the back span adds to the image tokens is
-summed up; storing the sum of differences rather than last minus first keeps what a host adds between blocks (control
-residuals) from being counted twice. The output of the last block, run this way, is the full model's own output: that
-of the chunk's first draw is kept, so that training can check itself against the full model without loading it.
+The tokens leaving block n - 1 are the front's stored output. The additions of all blocks in the back span to the image
+tokens are summed; storing the sum of differences rather than last minus first avoids counting twice what a host adds
+between blocks (control residuals). The output of the last block, run this way, is the full model's own output; for the
+chunk's first draw it is kept, so that training can check itself against the full model without loading it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Precomputed:
 
     Attributes:
         residuals: Draw -> residual.
-        reference: Of the chunk's first draw.
-        entering: Draw -> image tokens that enter the back span, shape (1, N, D), if they were asked for.
+        reference: The full model's output for the chunk's first draw.
+        entering: Draw -> image tokens that enter the back span, shape (1, N, D), if requested.
     """
 
     residuals: dict[int, Residual]
@@ -53,7 +53,7 @@ class Precomputed:
     entering: dict[int, Tensor]
 
 
-@torch.inference_mode(False)  # hosts run their nodes under it, and training cannot use what is made there
+@torch.inference_mode(False)  # hosts run nodes in inference mode, and training cannot use tensors created there
 @torch.no_grad()
 def precompute_residuals(
     dit: SkippableDit,
@@ -67,26 +67,26 @@ def precompute_residuals(
     room: int = 0,
     progress: Progress | None = None,
 ) -> Precomputed:
-    """Return the residuals of ``draws`` with the model's weights as they are, and one reference output.
+    """Return the residuals of ``draws`` with the model's unchanged weights, and one reference output.
 
     Args:
         dit: The model.
-        schedule: What the draws are.
+        schedule: All draws.
         latents: Clean latents of all draws, shape (num_draws, C, H, W).
         selection: Blocks to be skipped.
-        draws: Indices of a chunk.
-        batch_size: Draws that go through a block together.
-        keep_entering: Also return what enters the back span.
-        room: Bytes of blocks that may be in the model together; one block is, however large.
+        draws: Indices of the chunk's draws.
+        batch_size: Number of draws that go through a block together.
+        keep_entering: Whether to return the tokens entering the back span too.
+        room: Bytes of blocks that may be loaded together; one block always is, however large.
         progress: Called with (block passes done, total).
 
     Raises:
-        TrainingError: If tokens that are not finite leave a block.
+        TrainingError: If a block's output is not finite.
     """
     draws = list(dict.fromkeys(draws))
     stream = _BlockStream(dit, schedule, latents, batch_size)
     kept = _Kept(selection, keep_entering)
-    # With no back span only the reference has to go past the front.
+    # Without a back span only the reference has to go beyond the front.
     cut = 0 if selection.back else selection.front
     for span in _runs_that_fit([block.num_bytes for block in dit.blocks], room, cut):
         passing = draws if selection.back or span.stop <= selection.front else draws[:1]
@@ -107,7 +107,7 @@ def precompute_residuals(
 
 
 def _runs_that_fit(sizes: Sequence[int], room: int, cut: int) -> Iterator[range]:
-    """Yield all blocks in runs of at most ``room`` bytes, or of one block; none goes across ``cut``."""
+    """Yield all blocks in runs of at most ``room`` bytes, or of one block; no run crosses ``cut``."""
     start, taken = 0, 0
     for index, size in enumerate(sizes):
         if index > start and (taken + size > room or index == cut):
@@ -118,11 +118,11 @@ def _runs_that_fit(sizes: Sequence[int], room: int, cut: int) -> Iterator[range]
 
 
 class _Kept:
-    """What is kept of the tokens that pass, on the CPU, by draw.
+    """The tokens that are kept while draws pass the blocks, on the CPU, by draw.
 
     Attributes:
-        wanted: Blocks that have to be watched for that.
-        entering: Image tokens that enter the back span, if they were asked for.
+        wanted: Blocks whose tokens must be recorded.
+        entering: Image tokens that enter the back span, if requested.
     """
 
     def __init__(self, selection: BlockSelection, keep_entering: bool) -> None:
@@ -136,7 +136,7 @@ class _Kept:
         self._dtype: torch.dtype | None = None
 
     def take(self, index: int, batch: Sequence[int], recording: Recording) -> None:
-        """Keep what is needed of a batch that has passed block ``index``."""
+        """Keep what is needed of a batch after block ``index``."""
         self._dtype = recording.leaving.img.dtype
         if index == self._last_of_front:
             self._front.update(zip(batch, recording.leaving.rows(), strict=True))
@@ -147,16 +147,16 @@ class _Kept:
                 self._back[draw] = self._back[draw] + added if draw in self._back else added
 
     def residual(self, draw: int) -> Residual:
-        """Return what is replayed for a draw, in the dtype of the streams."""
+        """Return the residual of a draw, in the dtype of the streams."""
         back = self._back.get(draw)
         return Residual(self._front.get(draw), None if back is None else back.to(self._dtype))
 
 
 class _BlockStream:
-    """Tokens of many draws on their way through the model, run by run.
+    """The tokens of many draws, passed through the model run by run.
 
     Attributes:
-        output: Draw -> the model's output, once the last block was passed.
+        output: Draw -> the model's output, set by the last run.
     """
 
     def __init__(self, dit: SkippableDit, schedule: TrainingSchedule, latents: Tensor, batch_size: int) -> None:
@@ -170,7 +170,7 @@ class _BlockStream:
     def through(
         self, span: range, watched: Set[int], draws: Sequence[int]
     ) -> Generator[tuple[list[int], dict[int, Recording]]]:
-        """Send all ``draws`` through a run of blocks; yield (batch, watched block -> what it saw)."""
+        """Pass all ``draws`` through a run of blocks; yield (batch, watched block -> its recording)."""
         last = span.stop == len(self._dit.blocks)
         replay, seen = Replay(), {index: Recording() for index in sorted({*watched, *([] if last else [span[-1]])})}
         with self._dit.running(self._modules(span, replay, seen)) as denoise:
@@ -185,7 +185,7 @@ class _BlockStream:
                 yield batch, {index: seen[index] for index in sorted(watched)}
 
     def _modules(self, span: range, replay: Replay, seen: Mapping[int, Recording]) -> dict[str, nn.Module]:
-        """Return the stand-ins. Copies even where nothing is recorded: which kernel runs may depend on a weight's marks."""
+        """Return the stand-ins; blocks are always copied, because kernels may depend on a module's attributes."""
         modules: dict[str, nn.Module] = {}
         for position, block in enumerate(self._dit.blocks):
             if position in seen:
@@ -210,12 +210,12 @@ class _BlockStream:
 
 
 def _rows(tensor: Tensor) -> list[Tensor]:
-    """Return the rows of a batch, on the CPU, each its own memory; the batch axis stays."""
+    """Return the rows of a batch, on the CPU, each with its own memory; the batch axis stays."""
     return [plain_copy(row) for row in tensor.split(1)]
 
 
 def _difference(leaving: TokenStreams, entering: TokenStreams) -> Tensor:
-    """Return what a block adds to the image tokens, wide enough to be summed over many blocks."""
+    """Return what a block adds to the image tokens, in a dtype wide enough for summing over many blocks."""
     dtype = torch.promote_types(leaving.img.dtype, torch.float32)
     return leaving.img.to(dtype) - entering.img.to(dtype)
 

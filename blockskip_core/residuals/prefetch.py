@@ -1,8 +1,8 @@
-"""Reads the residuals of the next draws while the current ones are trained on.
+"""Read the residuals of the next draws while the current ones are trained on.
 
-The order of draws is known for the whole run, so one thread can stay a few draws ahead of the training loop. The paper
-names reading as most of the method's extra time (arXiv 2603.20755, as noted by third parties); a read that is done
-before it is needed costs none.
+The order of draws is known for the whole run, so one thread can stay a few draws ahead of the training loop. According
+to the paper, reading is most of the method's extra time (arXiv 2603.20755, as noted by third parties); a read that is
+finished before it is needed costs none.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ReadResidual = Callable[[int], Residual]
 
 @contextmanager
 def prefetched(read: ReadResidual, order: Iterable[int], ahead: int) -> Iterator[ReadResidual]:
-    """Give a reader that stays ``ahead`` draws ahead of its caller; its thread ends with the context.
+    """Provide a reader that stays ``ahead`` draws ahead of its caller; its thread ends with the context.
 
-    The next few draws may be asked for in any order; any other is read when it is asked for. An error of ``read`` is
-    raised where the draw is asked for.
+    The next few draws may be requested in any order; any other draw is read on request. An error in ``read`` is raised
+    when the draw is requested.
 
     Args:
-        read: Draw index -> residual. Only ever called from one thread at a time.
-        order: Draws in the order in which they will be asked for.
-        ahead: How many are held at most, at least 1.
+        read: Draw index -> residual. Only called from one thread at a time.
+        order: Draws in the order in which they will be requested.
+        ahead: Maximum number of draws to hold, at least 1.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="blockskip-prefetch") as pool:
         coming = iter(order)

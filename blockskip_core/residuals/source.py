@@ -1,11 +1,11 @@
-"""What a training asks of its residuals, wherever they come from.
+"""The interface through which a training gets its residuals.
 
-There are three ways:
+There are three sources:
 
-    disk          all draws were precomputed; read from a cache
+    disk          all draws are precomputed and read from a cache
     chunked       K draws at a time are precomputed, trained on and dropped
     on the fly    every step first runs the whole network without gradients (the "folded" form): the residual of the
-                  back span follows the current LoRA, nothing is stored, but all weights stay on the device
+                  back span follows the current LoRA and nothing is stored, but all weights stay on the device
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OpenResiduals:
         residual: Draw index -> residual; None in the folded form.
         reference: The full model's output for one of the draws, or None in the folded form.
         response: J of ``back_response``, or None if the back residuals are constants.
-        form: How the residuals were stored; eight bits make them inexact.
+        form: How the residuals are stored; eight bits make them inexact.
     """
 
     micro_batches: range
@@ -50,8 +50,8 @@ class OpenResiduals:
 
 
 class ResidualSource(Protocol):
-    """Hands out residuals, stretch by stretch."""
+    """Provides residuals, stretch by stretch."""
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Iterator[AbstractContextManager[OpenResiduals]]:
-        """Yield the stretches of a run from a micro-batch on, in order; each is open while it is trained on."""
+        """Yield the stretches of a run in order, starting at a micro-batch; each is open while it is trained on."""
         ...

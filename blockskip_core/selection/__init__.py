@@ -1,1 +1,1 @@
-"""Which blocks to skip: a selection, and how it is made."""
+"""Which blocks to skip: the selection, and how it is chosen."""

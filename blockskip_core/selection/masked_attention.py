@@ -1,8 +1,8 @@
 """Attention in which image tokens cannot see the text (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2, Alg. 1).
 
-In joint attention the scores of image queries against text keys are set to minus infinity; text queries keep seeing
-everything. A softmax with those columns at minus infinity equals a softmax over the image keys alone, so no mask of
-size (L + N) squared is ever built: the attention function is called twice and the results are joined.
+In joint attention the scores of image queries against text keys are set to minus infinity; text queries still see
+everything. A softmax with those columns at minus infinity equals a softmax over the image keys alone, so there is no
+need for a mask of size (L + N) squared: the attention function is called twice and the results are joined.
 
 Axis legend: ``B`` batch, ``h`` heads, ``L`` text tokens, ``N`` image tokens, ``d`` head width.
 """
@@ -75,7 +75,7 @@ def attend_without_text(
 
 
 def _part_of_mask(mask: Tensor | None, start: int, stop: int, *, keys_from: int) -> Tensor | None:
-    """Return the rows [start, stop) and the columns from ``keys_from`` of a mask; a broadcast query axis stays."""
+    """Return rows [start, stop) and columns from ``keys_from`` of a mask; a broadcast query axis is kept."""
     if mask is None:
         return None
     rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]

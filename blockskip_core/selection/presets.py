@@ -1,4 +1,4 @@
-"""The paper's selections for FLUX.1, and the same scaled to other models and ratios."""
+"""The paper's selections for FLUX.1, also scaled to other models and ratios."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from .selection import BlockSelection, num_skipped
 
-# The paper's choices for FLUX.1 (57 blocks, DINO, CustomConcept101): budget ratio -> (front, back). Second hand: the
-# paper's table is only known to us through a third party's README; the parameter memory it implies agrees with the
-# paper's memory tables.
+# The paper's choices for FLUX.1 (57 blocks, DINO, CustomConcept101): budget ratio -> (front, back). Second hand: we
+# know the paper's table only from a third party's README; the parameter memory that it implies agrees with the paper's
+# memory tables.
 PAPER_FLUX_SELECTIONS: dict[float, tuple[int, int]] = {0.3: (7, 10), 0.4: (13, 10), 0.5: (19, 10)}
-PAPER_FAMILY = "flux"  # another family can have as many blocks (Chroma has)
+PAPER_FAMILY = "flux"  # another family can have the same number of blocks (Chroma does)
 PAPER_FLUX_BLOCKS = 57
 
 
@@ -20,7 +20,7 @@ def preset_selection(
 ) -> BlockSelection:
     """Return the paper's FLUX choice, or that choice scaled to another number of blocks or another ratio.
 
-    Between the paper's three ratios the share of front blocks is interpolated; beyond them the nearest is taken.
+    Between the paper's three ratios the share of front blocks is interpolated; beyond them the nearest one is used.
 
     Raises:
         InvalidInputError: See :func:`num_skipped`.
@@ -33,7 +33,7 @@ def preset_selection(
         "These are the paper's indices for FLUX.1 (DINO)."
         if exact
         else f"Scaled from the paper's indices for FLUX.1 ({PAPER_FLUX_BLOCKS} blocks; 30, 40 and 50 %): "
-        "not measured on this model. The attention mask method measures it."
+        "not measured on this model. The attention mask method measures them."
     )
     return BlockSelection(
         front=front,

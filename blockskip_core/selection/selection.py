@@ -1,10 +1,11 @@
 """Which blocks to skip: the first n and the last m (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2).
 
-The paper replaces both spans by what they computed before training. In front that is exact, in value and in gradient: what
-a front block gives does not depend on the LoRA behind it. At the end it is neither, as what enters the last blocks moves
-with the LoRA, and the gradient passes them as if they were not there. So the last blocks can be *frozen* instead of skipped,
-which is not in the paper: they have no adapters, but run forward and backward, and the run is that of the whole model with
-a LoRA on the middle. They take weights and time, for which weights can be quantised and activations recomputed.
+The paper replaces both spans by what they computed before training. At the front that is exact, in value and gradient,
+because the output of a front block does not depend on the LoRA after it. At the back neither is exact: the input of the
+last blocks changes with the LoRA, and the gradient passes as if they were not there. So the last blocks can be *frozen*
+instead of skipped, which is not in the paper: they have no adapters but run forward and backward, which equals training
+the whole model with a LoRA on the middle blocks. This takes memory and time; to save memory, their weights can be
+quantised and their activations recomputed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SelectionMethod = Literal["attention mask", "preset", "manual"]
 
 
 def num_skipped(skip_ratio: float, num_blocks: int) -> int:
-    """Return how many of ``num_blocks`` a ratio skips, halves rounded up (as the paper's 17, 23, 29 of 57 are).
+    """Return how many of ``num_blocks`` a ratio skips, halves rounded up (like the paper's 17, 23, 29 of 57).
 
     Raises:
         InvalidInputError: If the ratio is outside [0, 0.9] or leaves no block to train.
@@ -46,12 +47,12 @@ class BlockSelection:
 
     Attributes:
         front, back: The paper's n and m.
-        frozen: How many of the kept blocks, at their end, run without adapters.
-        num_blocks: All blocks of the model, in execution order.
+        frozen: How many of the last kept blocks run without adapters.
+        num_blocks: Number of blocks in the model.
         family: Name of the model family.
         method: How it was chosen.
         block_bytes: Bytes of the weights of each block as loaded, for reports.
-        note: One sentence for people on where the numbers come from.
+        note: One sentence for users on where the numbers come from.
 
     Raises:
         InvalidInputError: If a count is negative or no block is left to train.
@@ -73,8 +74,8 @@ class BlockSelection:
             raise InvalidInputError(f"frozen must not be negative, got {self.frozen}.")
         if self.front + self.back + self.frozen >= self.num_blocks:
             raise InvalidInputError(
-                f"Skipping the first {self.front} and the last {self.back + self.frozen} of {self.num_blocks} blocks leaves none "
-                f"to train. Lower front or back so that together they are at most {self.num_blocks - 1}."
+                f"Skipping the first {self.front} and the last {self.back + self.frozen} of {self.num_blocks} blocks "
+                f"leaves none to train. Lower front or back so that together they are at most {self.num_blocks - 1}."
             )
 
     @property
@@ -93,7 +94,7 @@ class BlockSelection:
         return range(self.adapted.stop, self.kept.stop)
 
     def with_exact_back(self) -> BlockSelection:
-        """Return the selection with its last blocks frozen instead of skipped: nothing is approximated any more."""
+        """Return the selection with its last blocks frozen instead of skipped, so that nothing is approximated."""
         return replace(self, back=0, frozen=self.frozen + self.back)
 
     @property
@@ -108,7 +109,7 @@ class BlockSelection:
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of what decides the residuals, 32 hexadecimal digits; frozen blocks have none."""
+        """Content hash of what determines the residuals, 32 hexadecimal digits; frozen blocks have no residuals."""
         content = json.dumps([self.front, self.back, self.num_blocks, self.family])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -122,12 +123,12 @@ class BlockSelection:
 
     @property
     def kept_bytes(self) -> int:
-        """Weight bytes of the blocks that stay."""
+        """Weight bytes of the kept blocks."""
         return sum(self.block_bytes[index] for index in self.kept)
 
     @property
     def skipped_bytes(self) -> int:
-        """Weight bytes of the blocks that are skipped."""
+        """Weight bytes of the skipped blocks."""
         return sum(self.block_bytes) - self.kept_bytes
 
     def describe(self) -> str:
@@ -138,7 +139,7 @@ class BlockSelection:
             f"({skipped / self.num_blocks:.0%}); train {len(self.adapted)}.",
         ]
         if self.frozen:
-            lines.append(f"The last {self.frozen} run in training too, without adapters.")
+            lines.append(f"The last {self.frozen} also run in training, without adapters.")
         if self.block_bytes:
             total = sum(self.block_bytes)
             lines.append(

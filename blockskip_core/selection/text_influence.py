@@ -1,14 +1,14 @@
 """Which blocks to skip, measured (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2, Eq. 2, Alg. 1).
 
-The influence of a run of blocks on the subject is read from what happens to a picture when its image tokens may no
-longer look at the text there. For a budget of k skipped blocks,
+The influence of a run of blocks on the subject is measured by how a picture changes when its image tokens cannot see
+the text in these blocks. For a budget of k skipped blocks,
 
     (n*, m*) = argmin_{n + m = k}  sum_j [ D(x_j, front-masked_j(n)) + D(x_j, back-masked_j(m)) ],   D = 1 - cosine
 
-The sum separates into a part that depends on n and a part that depends on m, so N (1 + n_max + m_max) pictures serve
-every budget: a :class:`TextInfluence` is measured once, and a selection is then a look-up.
+The sum separates into a part that depends on n and a part that depends on m, so N (1 + n_max + m_max) pictures suffice
+for every budget: a :class:`TextInfluence` is measured once, and a selection is then a look-up.
 
-This module holds the arithmetic and the loop; ``masked_attention`` says how attention is masked.
+This module has the arithmetic and the loop; for how attention is masked, see ``masked_attention``.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def window_length(num_blocks: int) -> int:
 
 @dataclass
 class TextInfluence:
-    """Distances measured so far: what masking a run of blocks does to the picture, summed over the probe pictures.
+    """Distances measured so far: how much masking a run of blocks changes a picture, summed over the probe pictures.
 
     Attributes:
-        num_blocks: All blocks of the model.
-        metric: What the cosine was taken of, for people ("DINOv2 embedding", "latents", ...).
-        front: Blocks masked at the front -> summed distance. ``front[0]`` is 0 by definition.
-        back: The same for the last blocks.
+        num_blocks: Number of blocks in the model.
+        metric: Readable name of the vectors compared by cosine ("DINOv2 embedding", "latents", ...).
+        front: Number of blocks masked at the front -> summed distance. ``front[0]`` is 0 by definition.
+        back: Likewise for the last blocks.
         window: First block of the sliding window -> summed distance.
-        num_pictures: How many probe pictures each sum is over.
+        num_pictures: Number of probe pictures in each sum.
     """
 
     num_blocks: int
@@ -82,10 +82,10 @@ class TextInfluence:
         return runs
 
     def record(self, run: tuple[str, int], distance: float) -> None:
-        """Keep the summed distance of one run.
+        """Store the summed distance of one run.
 
         Raises:
-            InvalidInputError: If the distance is not finite: the model made no usable picture.
+            InvalidInputError: If the distance is not finite, because the model made no usable picture.
         """
         kind, key = run
         if not math.isfinite(distance):
@@ -96,10 +96,10 @@ class TextInfluence:
         getattr(self, kind)[key] = distance
 
     def select(self, budget: int) -> tuple[int, int]:
-        """Return (n*, m*) for a budget of skipped blocks (Eq. 2); the smaller n wins a tie.
+        """Return (n*, m*) for a budget of skipped blocks (Eq. 2); in a tie the smaller n wins.
 
         Raises:
-            InvalidInputError: If a distance that is needed has not been measured.
+            InvalidInputError: If a required distance has not been measured.
         """
         absent = list(self.missing(budget, with_window=False))
         if absent:
@@ -113,12 +113,15 @@ class TextInfluence:
 
     @classmethod
     def from_json(cls, text: str) -> TextInfluence:
-        """Read what :meth:`to_json` wrote; raises ValueError, TypeError, KeyError or
-        AttributeError if it is something else."""
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: If the text is something else.
+        """
         content = json.loads(text)
         checksum = content.pop("checksum", None)  # not in older files
         if checksum not in (None, _checksum(content)):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum does not match")
         for kind in ("front", "back", "window"):
             content[kind] = {int(key): float(value) for key, value in content[kind].items()}
         return cls(**content)
@@ -132,13 +135,13 @@ class ProbeSampler(Protocol):
     """Makes the probe pictures.
 
     Attributes:
-        steps: Sampler steps that all pictures take together.
+        steps: Total sampler steps of all pictures.
     """
 
     steps: int
 
     def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> Sequence[Tensor]:
-        """Sample every probe picture, always from the same noise, and return what it is compared by.
+        """Sample every probe picture, always from the same noise, and return the vectors to compare.
 
         Args:
             masked: Indices of the blocks whose image tokens cannot see the text.
@@ -156,15 +159,15 @@ def measure(
     keep: Callable[[TextInfluence], None] = lambda influence: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextInfluence:
-    """Measure what is missing for budgets up to ``budget`` (Alg. 1): the plain pictures, and those with runs masked.
+    """Measure the missing distances for budgets up to ``budget`` (Alg. 1): sample plain pictures and masked ones.
 
     Args:
-        influence: What was measured before; it is added to.
+        influence: Earlier measurements; new ones are added to it.
         sampler: Makes the pictures.
-        budget: Blocks to be skipped at most.
+        budget: Maximum number of blocks to skip.
         with_window: Whether the sliding window is measured as well.
         keep: Called after every distance, so that an interrupted measurement can continue.
-        progress: Called after every sampler step with those done and all; may raise to interrupt.
+        progress: Called after every sampler step with (done, total); may raise to interrupt.
     """
     runs = influence.missing(budget, with_window=with_window)
     if not runs:
@@ -185,7 +188,7 @@ def measure(
 def measured_selection(
     influence: TextInfluence, skip_ratio: float, family: str, block_bytes: Sequence[int] = ()
 ) -> BlockSelection:
-    """Return the selection that the measurement gives for a ratio.
+    """Return the measured selection for a ratio.
 
     Raises:
         InvalidInputError: See :func:`num_skipped` and :meth:`TextInfluence.select`.

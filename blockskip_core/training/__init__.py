@@ -1,1 +1,1 @@
-"""The training: its settings, its loop, its optimisers, its checkpoints."""
+"""The training: settings, loop, optimisers, checkpoints."""

@@ -1,13 +1,13 @@
-"""Training states on disk: an interrupted run resumes from one and ends with the very weights it would have had.
+"""Training states on disk, from which an interrupted run resumes and ends with exactly the same weights.
 
-A state is all that the next step depends on: the LoRA, the optimiser's moments, and how many steps were done. There is no
-random generator in it, because every random decision of a run is in its schedule (``data.schedule``), and the first values of the
-LoRA follow from its seed. The learning rate follows from the number of steps.
+A state is everything that the next step depends on: the LoRA, the optimiser's moments, and the number of steps done. It
+contains no random generator, because every random decision of a run is in its schedule (``data.schedule``), and the
+initial LoRA is determined by its seed. The learning rate is determined by the number of steps.
 
-Each run has a folder, named by the content hash of what it is (:class:`RunIdentity`). So the same run finds its
-states again, and another run cannot take them by mistake. A lock keeps two processes out of one folder. The length of a
-run is no part of its identity: more steps continue a finished run. A state is one safetensors file, written whole or not
-at all, with a checksum over its tensors.
+Each run has a folder, named by the content hash of its identity (:class:`RunIdentity`). So the same run finds its
+states again, and no other run can use them by mistake. A lock prevents two processes from using one folder. The length
+of a run is not part of its identity, so a finished run can be continued with more steps. A state is one safetensors
+file, written completely or not at all, with a checksum over its tensors.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from ..locks import lock, remove_stale_locks, try_lock
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-KEPT_RUNS = 3  # folders with states that stay on disk, newest first
+KEPT_RUNS = 3  # how many of the newest runs' folders to keep on disk
 _LOSSES = "losses"
-_LATER = "Start the run again when the disk is back, or turn resume off."
+_LATER = "Start the run again when the disk is available, or turn resume off."
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RunIdentity:
     """What a run is, apart from its length: two runs with equal parts have equal weights after equal steps.
 
     Attributes:
-        parts: Name -> what it is; JSON.
+        parts: Name -> value, both as JSON.
     """
 
     parts: Mapping[str, Any]
@@ -63,13 +63,13 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run is.
+    """The state of a run after some steps.
 
     Attributes:
-        step: Optimiser steps done.
-        losses: Of every micro-batch so far.
-        tensors: The LoRA's and the optimiser's, by name; on the CPU.
-        numbers: Those parts of the optimiser's state that are not tensors, by name.
+        step: Number of optimiser steps done.
+        losses: Loss of every micro-batch so far.
+        tensors: The LoRA's and the optimiser's tensors, by name; on the CPU.
+        numbers: The parts of the optimiser's state that are not tensors, by name.
     """
 
     step: int
@@ -84,13 +84,13 @@ class Checkpoints:
     Args:
         folder: The run's own folder.
         identity: What the run is.
-        every: Steps between two states; 0 writes one only when a run ends, however it ends.
+        every: Steps between two states; with 0 one is written only when a run ends, however it ends.
         keep: How many of the newest states to keep.
         resume: Whether to resume from an earlier state. If False, earlier states are kept, because the run reaches the
             same result.
 
     Attributes:
-        resume: As given; a run that has to start over sets it, to resume from what it has saved itself.
+        resume: As given; a run that has to start over sets it to True, to resume from the states that it has saved.
 
     Raises:
         InvalidInputError: If a number is out of range.
@@ -107,15 +107,16 @@ class Checkpoints:
 
     @contextmanager
     def to_itself(self, waiting: Callable[[int], object]) -> Iterator[None]:
-        """Keep other processes from training the same run, until the end of a ``with`` block.
+        """Prevent other processes from training the same run, for the duration of a ``with`` block.
 
-        If one does so already, it is waited for: this run then continues from its states, or finds all steps done.
+        If another process is already training it, this waits, and then continues from its states or finds all steps
+        done.
 
         Args:
-            waiting: Called again and again meanwhile with the step that the other has reached; may raise to give up.
+            waiting: Called repeatedly while waiting, with the step that the other has reached; may raise to give up.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: If the disk cannot be written.
         """
         with lock(self._folder, lambda: waiting(max(map(_step_of, self._states()), default=0))):
             remove_leftovers(self._folder, lambda name: True, min_age_s=0)
@@ -126,17 +127,17 @@ class Checkpoints:
         return self._every > 0 and step % self._every == 0
 
     def save(self, state: TrainingState) -> None:
-        """Write a state, unless that step's is there, and remove the oldest before it.
+        """Write a state, unless one for that step exists, and remove the oldest earlier ones.
 
         Raises:
-            StorageError: If the disk refuses; earlier states are untouched.
+            StorageError: If the disk cannot be written; earlier states are untouched.
         """
         if state.step == self._saved:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"The folder for training states cannot be made: {error}.") from error
+            raise StorageError(f"The folder for training states cannot be created: {error}.") from error
         tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
         tensors[_LOSSES] = torch.tensor(state.losses, dtype=torch.float64)
         about = {
@@ -151,18 +152,18 @@ class Checkpoints:
             self._folder / f"state-{state.step:08d}.safetensors", lambda p: save_file(tensors, p, metadata)
         )
         self._saved = state.step
-        earlier = [path for path in self._states() if _step_of(path) <= state.step]  # later ones are another length's
+        earlier = [path for path in self._states() if _step_of(path) <= state.step]  # later ones are a longer run's
         for path in earlier[self._keep :]:
             self._remove(path)
 
     def newest(self, max_step: int) -> TrainingState | None:
         """Return the newest state up to a step, to resume from, or None.
 
-        A damaged one is removed, with a warning, and the one before is taken.
+        A damaged state is removed, with a warning, and the previous one is used.
 
         Raises:
-            CheckpointError: If a state is that of another run.
-            StorageError: If the disk refuses to read one; it may be whole, so it stays.
+            CheckpointError: If a state belongs to another run.
+            StorageError: If a state cannot be read; it is kept, because it may be intact.
         """
         for path in self._states() if self.resume else ():
             if _step_of(path) > max_step:
@@ -170,7 +171,7 @@ class Checkpoints:
             try:
                 state = self._read(path)
             except _DamagedError as error:
-                logger.warning("BlockSkip: the training state %s is damaged (%s) and is removed", path.name, error)
+                logger.warning("BlockSkip: removing the damaged training state %s (%s)", path.name, error)
                 self._remove(path)
                 continue
             self._saved = state.step
@@ -200,7 +201,7 @@ class Checkpoints:
                 about = json.loads((file.metadata() or {})["blockskip"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if about.pop("checksum") != _checksum(about, tensors) or about["version"] != STATE_VERSION:
-                raise _DamagedError("its checksum or version is another")
+                raise _DamagedError("its checksum or version does not match")
             losses = tensors.pop(_LOSSES).tolist()
             differing = self._identity.difference(about["identity"])
             state = TrainingState(int(about["step"]), losses, tensors, dict(about["numbers"]))
@@ -223,9 +224,9 @@ class _DamagedError(Exception):
 
 
 def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
-    """Remove the folders of all but the ``keep`` newest runs below ``parent`` that no process trains.
+    """Remove folders of old runs below ``parent`` that no process is training, except the ``keep`` newest.
 
-    ``exclude`` is the name of one that is kept in any case.
+    ``exclude`` is the name of a folder that is always kept.
     """
     if not parent.is_dir():
         return
@@ -239,8 +240,8 @@ def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
                 logger.info("BlockSkip: removing the states of the old run %s", path.name)
                 shutil.rmtree(path, ignore_errors=True)
         remove_stale_locks(parent)
-    except (OSError, StorageError) as error:  # another program may be removing the same
-        logger.warning("BlockSkip: the states of old runs cannot be removed: %s", error)
+    except (OSError, StorageError) as error:  # another program may be removing them too
+        logger.warning("BlockSkip: cannot remove the states of old runs: %s", error)
 
 
 def _step_of(path: Path) -> int:

@@ -16,20 +16,20 @@ LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "li
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long and how fast.
+    """The settings of the training loop.
 
     Attributes:
-        steps: Optimiser steps.
-        learning_rate: AdamW's. 1e-4 is what a third party reports for the paper.
-        batch_size: Draws that go through the model together.
+        steps: Number of optimiser steps.
+        learning_rate: AdamW's learning rate. A third party reports 1e-4 for the paper.
+        batch_size: Number of draws that go through the model together.
         accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
-        seed: Of the LoRA's initialisation.
-        lr_schedule: A schedule of diffusers.
-        warmup_steps: Only read by the schedules that warm up.
+        seed: Seed of the LoRA's initialisation.
+        lr_schedule: One of diffusers' schedules.
+        warmup_steps: Used only by schedules with a warm-up.
         max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's weight decay.
         checkpointing: Recompute each kept block's activations in backward.
-        activation_budget: Bytes that blocks may keep instead of recomputing; see ``activation_budget``. Only read with
+        activation_budget: Bytes that blocks may keep instead of recomputing; see ``activation_budget``. Used only with
             checkpointing.
         loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
         optimizer: See ``optimizers``.

@@ -1,7 +1,7 @@
 """The training loop of DiT-BlockSkip (arXiv 2603.20755, Sec. 3.3): settings in, LoRA out.
 
-Only the kept blocks run. Where residuals come from is the business of ``residuals.source``.
-The loss is the model's own, unmodified: see ``flow_matching``.
+Only the kept blocks run. Residuals come from a ``residuals.source``. The loss is the model's own, unmodified: see
+``flow_matching``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from .self_check import check_against_full_model, check_gradients
 logger = logging.getLogger(__name__)
 
 _FLOAT16_LOSS_SCALE = (
-    1024.0  # to begin with: gradients of a mean over a whole picture are near float16's smallest numbers
+    1024.0  # initial value: gradients of a mean over a whole picture are near float16's smallest numbers
 )
 _MOST_OVERFLOWS = (
     20  # steps in a row whose gradient overflows in float16; each halves the scale, so this ends far below 1
 )
-_SCALER = "loss scale/"  # before the names of its numbers in a state
-_OPTIMIZER = "optimizer/"  # before the names of its tensors in a state
+_SCALER = "loss scale/"  # prefix of its numbers in a state
+_OPTIMIZER = "optimizer/"  # prefix of its tensors in a state
 
 
 # Stand-ins by path -> the model running with them in place; a SkippableDit's `running` with the run's settings.
@@ -68,21 +68,21 @@ def train_lora(
     """Train ``adapters`` in place.
 
     Args:
-        dit: The model; it is left as it was.
+        dit: The model; left unchanged.
         schedule, latents: The draws and their clean latents, shape (num_draws, C, H, W).
         selection: Blocks to be skipped.
         source: Where residuals come from.
-        adapters: The LoRA; whenever this function is left, its tensors hold the last good state and are on the CPU.
+        adapters: The LoRA; however this function ends, its tensors then hold the last good state and are on the CPU.
         config: Settings.
-        result: Filled in as the run goes.
-        observers: Told of the run in this order; see :class:`~.observer.TrainingObserver`.
-        activation_bytes: What the host should keep free in addition to the weights.
+        result: Filled in during the run.
+        observers: Called in this order; see :class:`~.observer.TrainingObserver`.
+        activation_bytes: Bytes that the host should keep free in addition to the weights.
         weights: Where the host keeps the weights.
-        checkpoints: Where the run resumes from and where its states are kept; None starts from the beginning and keeps
-            none.
+        checkpoints: The run's saved states, to resume from and to write; if None, the run starts from the beginning and
+            saves no states.
 
     Raises:
-        CheckpointError: If a state is that of another run.
+        CheckpointError: If a state belongs to another run.
         TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
             the full model before the first step, or a kept block gets no gradient.
     """
@@ -90,7 +90,7 @@ def train_lora(
     place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
     try:
         loop.resume()
-        loop.pause_if_due()  # before the first step, or after the one that an interrupted run did not get to
+        loop.pause_if_due()  # before the first step, or where an interrupted run should have paused
         for opening in source.stretches(config.micro_batches, start=result.steps * config.accumulation):
             with opening as residuals:
                 for part in loop.parts(residuals.micro_batches):
@@ -106,7 +106,7 @@ def train_lora(
 
 @dataclass(frozen=True)
 class _Stretch:
-    """What a stretch of micro-batches runs on."""
+    """The objects that a stretch of micro-batches runs with."""
 
     model: SkippingModel
     denoise: Denoiser
@@ -115,7 +115,7 @@ class _Stretch:
 
 
 class _Loop:
-    """A run: the optimiser and everything that outlives a stretch."""
+    """A run: the optimiser and everything else that outlives a stretch."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class _Loop:
         self.overflows_in_a_row = 0
         self.pending: list[float] = []
         self.num_counted = 0
-        self.within_step = False  # left on by an error in the middle of an update: the tensors are of no step then
+        self.within_step = False  # still True after an error within an update, when the tensors belong to no step
         self.started = time.perf_counter()
         self.paused = False
 
@@ -166,7 +166,7 @@ class _Loop:
                 step_micro_batch(micro_batch)
 
     def parts(self, micro_batches: range) -> Iterator[range]:
-        """Cut a stretch after every step at which an observer wants the model unloaded."""
+        """Split a stretch after every step at which an observer wants the model unloaded."""
         start = micro_batches.start
         for end in range(start + 1, micro_batches.stop + 1):
             part = range(start, end)
@@ -175,29 +175,29 @@ class _Loop:
                 start = end
 
     def ends_step(self, part: range) -> bool:
-        """Whether the last of some micro-batches completes an optimiser step."""
+        """Return whether the last of these micro-batches completes an optimiser step."""
         return part.stop % self.config.accumulation == 0
 
     def due(self, step: int) -> list[TrainingObserver]:
-        """Return the observers that want the model unloaded after this many steps."""
+        """Return the observers that want the model unloaded after ``step`` steps."""
         return [observer for observer in self.observers if observer.is_due(step)]
 
     def pause_if_due(self) -> None:
-        """Let observers do what is due, e.g. sample; the state is saved first, because that may take much memory."""
+        """Let observers work if due, e.g. sample; the state is saved first, because that may run out of memory."""
         due = self.due(self.result.steps)
         if not due:
             return
         self.save()
         for observer in due:
             observer.between_steps(self.result.steps)
-        self.paused = True  # the time that it took belongs to no step
+        self.paused = True  # this time must not count for a step
 
     @contextmanager
     def running(self, residuals: OpenResiduals, place: Place) -> Iterator[Callable[[int], None]]:
-        """Put the stand-ins and the LoRA in; give a function that trains one micro-batch."""
+        """Put the stand-ins and the LoRA in place, and provide a function that trains one micro-batch."""
         model = SkippingModel(self.dit, self.selection, self.config.checkpointing, folded=residuals.residual is None)
         with ExitStack() as stack:
-            # Grad mode is the caller's otherwise: hosts run their nodes under no_grad or inference_mode.
+            # Set explicitly, because hosts run nodes under no_grad or inference_mode.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             model.set_response(residuals.response)
@@ -216,12 +216,12 @@ class _Loop:
         total = 0.0
         for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
             with ExitStack() as stack:
-                # Twice, because a budget takes effect from the second micro-batch on.
+                # Counted twice, because a budget takes effect only from the second micro-batch on.
                 counted = self.num_counted < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
                 loss = self._loss(stretch, batch) / len(draws)
             if counted:
                 self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
-            value = loss.item()  # once: on a GPU every reading waits for what is still running
+            value = loss.item()  # read only once: on a GPU every read waits for running kernels
             self._require_finite(value, "loss", micro_batch)
             self.scaler.scale(loss / self.config.accumulation).backward()
             total += value
@@ -250,7 +250,7 @@ class _Loop:
         self._require_no_overflow(norm, micro_batch)
         rate = self.optimizer.param_groups[0]["lr"]
         self.within_step = True
-        self.scaler.step(self.optimizer)  # leaves the tensors alone if a gradient overflowed
+        self.scaler.step(self.optimizer)  # does nothing if a gradient overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.result.steps += 1
@@ -285,7 +285,7 @@ class _Loop:
         self.result.losses[:] = state.losses
 
     def save(self) -> None:
-        """Write the state after the last whole step, if states are kept."""
+        """Write the state after the last complete step, if states are kept."""
         if not self.checkpoints or not self.result.steps or self.within_step:
             return
         tensors, numbers = optimizer_state(self.optimizer)
@@ -299,13 +299,13 @@ class _Loop:
             self.result.problems.append(str(error))
 
     def release(self) -> None:
-        """Leave nothing of the run on the device, even if someone still holds the LoRA."""
+        """Free all of the run's memory on the device, even if the LoRA is still referenced."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         self.adapters.to(torch.device("cpu"))
 
     def _set_rate(self, step: int) -> None:
-        """Set the learning rate of the step after this many; it follows from nothing else, so a run can resume anywhere."""
+        """Set the learning rate for the step after ``step`` steps; it depends on nothing else, so a run can resume."""
         for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
             group["lr"] = self.config.learning_rate * factor(step)
 
@@ -313,12 +313,12 @@ class _Loop:
         if not math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
-                f"The {what} is not finite in step {micro_batch // self.config.accumulation + 1}. The LoRA is left "
+                f"The {what} is not finite in step {micro_batch // self.config.accumulation + 1}. The LoRA is kept "
                 f"as it was after step {self.result.steps}. Lower the learning rate, or load the model in bf16."
             )
 
     def _require_no_overflow(self, norm: float, micro_batch: int) -> None:
-        """Let a step pass whose gradient overflowed in float16, as the scale is halved then; but not one after another."""
+        """Allow a step whose gradient overflowed in float16, which halves the scale, but not many in a row."""
         if math.isfinite(norm) or not self.scaler.is_enabled():
             self.overflows_in_a_row = 0
             self._require_finite(norm, "gradient", micro_batch)

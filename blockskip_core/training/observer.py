@@ -1,4 +1,4 @@
-"""What others may do while a training runs: look at each step, and work between two steps."""
+"""Observers of a running training, which can look at each step and work between two steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class TrainingObserver:
     """Follows a training. Every method does nothing; override those that matter. Each may raise to interrupt the run."""
 
     def on_step(self, report: StepReport) -> None:
-        """Look at an optimiser step that was just done; the model is still loaded."""
+        """Look at the optimiser step that was just made; the model is still loaded."""
 
     def is_due(self, step: int) -> bool:
-        """Whether :meth:`between_steps` is wanted after this many steps; 0 is before the first."""
+        """Return whether to call :meth:`between_steps` after ``step`` steps; 0 is before the first."""
         return False
 
     def between_steps(self, step: int) -> None:
-        """Work while the model that is trained on is unloaded, e.g. sample a picture.
+        """Work while the trained model is unloaded, e.g. sample a picture.
 
-        What it takes of random numbers and memory it gives back.
+        It must restore the state of random generators and free its memory.
         """
 
 
@@ -31,5 +31,5 @@ class OnStep(TrainingObserver):
         self._call = call
 
     def on_step(self, report: StepReport) -> None:
-        """Call it."""
+        """Call the function."""
         self._call(report)

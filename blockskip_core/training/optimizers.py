@@ -1,8 +1,8 @@
-"""The optimisers that a run can take: torch's AdamW, or bitsandbytes' with 8-bit moments (arXiv 2110.02861).
+"""The optimisers for a run: torch's AdamW, or bitsandbytes' with 8-bit moments (arXiv 2110.02861).
 
-AdamW keeps two float32 numbers for each number of the LoRA. In 8 bits these take a quarter: at rank 16 on FLUX.1's last
-28 single blocks about 110 MiB less. bitsandbytes is an extra that users install themselves; nothing here asks for it
-before a run does.
+AdamW keeps two float32 numbers for each parameter of the LoRA. In 8 bits these take a quarter of the memory: at rank 16
+on FLUX.1's last 28 single blocks about 110 MiB less. bitsandbytes is an extra that users install themselves; it is only
+imported when a run asks for it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return an optimiser over ``parameters``.
 
-    AdamW is torch's fused one where the parameters are on a device that is known to have it: on a GPU the other forms
-    hold copies of all moments during a step (on FLUX.1 at rank 16 some 200 MiB).
+    For AdamW, torch's fused form is used on devices known to have it: on a GPU the other forms hold copies of all
+    moments during a step (on FLUX.1 at rank 16 about 200 MiB).
 
     Raises:
-        InvalidInputError: If the extra package that it needs is not installed.
+        InvalidInputError: If the required extra package is not installed.
     """
     if name != "AdamW":
         return _bitsandbytes().AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -39,7 +39,7 @@ def build_optimizer(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimiser's moments and counters: what are tensors, on the CPU, and what are not, by path."""
+    """Return an optimiser's moments and counters by path: first the tensors, on the CPU, then everything else."""
     values = dict(_leaves(optimizer.state_dict()["state"], ""))
     tensors = {path: value.detach().to("cpu", copy=True) for path, value in values.items() if isinstance(value, Tensor)}
     return tensors, {path: value for path, value in values.items() if path not in tensors}
@@ -48,7 +48,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Give an optimiser over the same parameters the state that :func:`optimizer_state` returned."""
+    """Load the state returned by :func:`optimizer_state` into an optimiser over the same parameters."""
     state: dict[int, Any] = {}
     for path, value in {**tensors, **numbers}.items():
         index, *names, last = path.split("/")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step did.
+    """A report of one optimiser step.
 
     Attributes:
-        step: Steps done, from 1.
+        step: Number of the step, from 1.
         losses: Loss of each micro-batch.
-        learning_rate: The one that was used.
-        grad_norm: Before clipping.
+        learning_rate: The learning rate used.
+        grad_norm: Gradient norm before clipping.
         seconds: Wall time of the step.
     """
 
@@ -31,18 +31,18 @@ class StepReport:
 
 @dataclass
 class TrainingResult:
-    """What a run leaves behind. It is filled in during the run, so it is right whenever the run ends.
+    """The result of a run. It is filled in during the run, so it is correct whenever the run ends.
 
     Attributes:
-        losses: Of every micro-batch.
-        step_seconds: Of every optimiser step since the run was started or resumed.
-        steps: Optimiser steps done.
+        losses: Loss of every micro-batch.
+        step_seconds: Seconds of every optimiser step since the run was started or resumed.
+        steps: Number of optimiser steps done.
         self_check: Relative difference between the skipping and the full model before the first step, or None.
         saved_bytes: Bytes that a micro-batch kept for its backward pass, parameters not counted: the larger of the first
-            two, because a budget takes effect from the second one on.
-        resumed_at: Steps that an earlier run had done.
-        overflows: Steps that were left out because a gradient overflowed in float16.
-        problems: What went wrong without ending the run, in sentences.
+            two, because a budget takes effect only from the second one on.
+        resumed_at: Number of steps made by an earlier run.
+        overflows: Number of steps skipped because a gradient overflowed in float16.
+        problems: Problems that did not end the run, as sentences.
     """
 
     losses: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Checks before and in the first step: replayed and full model agree, and every kept block learns."""
+"""Checks before and in the first step: replayed and full model agree, and every kept block gets a gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..residuals.format import ResidualFormat
 from ..residuals.source import OpenResiduals, Reference
 from ..selection.selection import BlockSelection
 
-_EIGHT_BIT_TOLERANCE = 0.1  # of what the model removes; measured on the tests' models: below 0.03
+_EIGHT_BIT_TOLERANCE = 0.1  # relative to what the model removes; measured on the tests' models: below 0.03
 
 
 def check_against_full_model(
@@ -33,15 +33,15 @@ def check_against_full_model(
     Args:
         dit, schedule, latents: The model and its training examples.
         model: The model with its skipped blocks replaced.
-        denoise: It, running.
-        residuals: What is replayed.
+        denoise: Its denoiser, while it is running.
+        residuals: The residuals to replay.
         reference: The full model's output for one of the draws.
 
     Returns:
         The relative difference.
 
     Raises:
-        TrainingError: If it is more than rounding explains.
+        TrainingError: If the difference is more than rounding can explain.
     """
     residual = residuals.residual
     assert residual is not None, "there is no reference where nothing is stored"
@@ -54,32 +54,32 @@ def check_against_full_model(
     tolerance = _tolerance(residual(reference.draw), residuals.form) + dit.known_error
     if not difference <= tolerance:
         raise TrainingError(
-            f"With nothing learned yet, the model with skipped blocks differs from the full model by "
+            f"Before the first step, the model with skipped blocks differs from the full model by "
             f"{difference:.2e} (at most {tolerance:.0e} was expected). Something may have changed the model "
             "since its residuals were computed; use the same model for both."
-            + (" Or quantisation costs this model too much; choose a finer one." if dit.known_error else "")
+            + (" Or quantisation harms this model too much; choose a finer format." if dit.known_error else "")
         )
     return difference
 
 
 def check_gradients(dit: SkippableDit, selection: BlockSelection, adapters: LoraAdapters) -> None:
-    """Require a gradient in every kept block; B is zero at the start, so only its own gradient can be.
+    """Require a gradient in every kept block; B is zero at the start, so only its own gradient can be nonzero.
 
     Raises:
-        TrainingError: If a kept block has none.
+        TrainingError: If a kept block has no gradient.
     """
     for index in selection.adapted:
         block = dit.blocks[index].name + "."
         ups = [adapters.up(name) for name in adapters.names if name.startswith(block)]
         if ups and not any(up.grad is not None and up.grad.any() for up in ups):
             raise TrainingError(
-                f"Block {block[:-1]} got no gradient in the first step. This is a fault of the adapter for "
+                f"Block {block[:-1]} got no gradient in the first step. This is a bug in the adapter for "
                 f"the {dit.family} family; please report it."
             )
 
 
 def _tolerance(residual: Residual, form: ResidualFormat) -> float:
-    """Return what rounding may do to the stored tokens, with room for other kernels at other batch sizes."""
+    """Return the tolerance for rounding of the stored tokens, with room for other kernels at other batch sizes."""
     if form != "exact":
         return _EIGHT_BIT_TOLERANCE
     dtype = next((tensor.dtype for tensor in residual.tensors().values()), None)

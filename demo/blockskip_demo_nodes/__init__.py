@@ -7,7 +7,7 @@ from typing import Any
 
 
 def load_text_encoder(path: str) -> Any:
-    """A real ``comfy.sd.CLIP`` around the demo world's words."""
+    """Return a real ``comfy.sd.CLIP`` around the demo world's words."""
     import comfy.sd
 
     from .words import WordEncoder, WordTokenizer, read_text_file
@@ -37,7 +37,7 @@ class LoadTextEncoder:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        """One choice among the files of the text encoder folders."""
+        """Define one input, a choice of the files in the text encoder folders."""
         import folder_paths
 
         files = folder_paths.get_filename_list("text_encoders")
@@ -45,7 +45,7 @@ class LoadTextEncoder:
         return {"required": {"text_file": (files, {"tooltip": tooltip})}}
 
     def load(self, text_file: str) -> tuple[Any]:
-        """Look the file up among ComfyUI's text encoders and load it."""
+        """Find the file among ComfyUI's text encoders and load it."""
         import folder_paths
 
         return (load_text_encoder(folder_paths.get_full_path_or_raise("text_encoders", text_file)),)

@@ -1,6 +1,6 @@
-"""A closed vocabulary as a text encoder: fixed, orthogonal vectors for words and for places in the sentence.
+"""A text encoder with a closed vocabulary: fixed, orthogonal vectors for words and for positions in the sentence.
 
-A FLUX model gives its text tokens no position, so the order of the words is part of their vectors.
+A FLUX model does not give its text tokens positions, so the order of the words is part of their vectors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tokens = dict[str, list[list[tuple[int, float]]]]
 
 
 class WordTokenizer:
-    """Plain words and commas to ids, always ``length`` of them; what ``comfy.sd.CLIP`` calls a tokenizer."""
+    """Converts plain words and commas to ids, always ``length`` of them; a tokenizer for ``comfy.sd.CLIP``."""
 
     def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
         self.words: tuple[str, ...] = tuple(tokenizer_data["words"])
@@ -27,7 +27,7 @@ class WordTokenizer:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def word_ids(self, text: str) -> list[int]:
-        """Ids of a sentence, padded to ``length``; an unknown word or a long sentence is an error."""
+        """Ids of a sentence, padded to ``length``; an unknown word or a sentence that is too long raises."""
         words = [SAME_WORD.get(word, word) for word in re.findall(r"[^\s,.]+|,", text.lower())]
         for word in words:
             if self.ids.get(word, PAD_ID) == PAD_ID:
@@ -42,7 +42,7 @@ class WordTokenizer:
         return [self.ids[word] for word in words] + [PAD_ID] * (self.length - len(words))
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: object) -> Tokens:
-        """Ids with weight 1, in the form that ComfyUI hands on to the encoder."""
+        """Ids with weight 1, in the form that ComfyUI passes to the encoder."""
         return {"words": [[(token, 1.0) for token in self.word_ids(text)]]}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class WordTokenizer:
 
 
 class WordEncoder(nn.Module):
-    """Word vectors ``[V, C]``, place vectors ``[L, C]`` and a projection ``[C, P]`` for the pooled vector."""
+    """Word vectors ``[V, C]``, position vectors ``[L, C]`` and a projection ``[C, P]`` for the pooled vector."""
 
     def __init__(
         self, dtype: torch.dtype | None = None, device: object = None, model_options: object = None
@@ -68,29 +68,29 @@ class WordEncoder(nn.Module):
         """This encoder has no options."""
 
     def load_sd(self, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Take the three tables; returns missing and unexpected names."""
+        """Load the three tables; return missing and unexpected names."""
         for name, parameter in self.named_parameters():
             parameter.data = state[name].float()
         return [], []
 
     def encode_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids ``[B, L]`` to context ``[B, L, C]`` and pooled ``[B, P]``; a pad adds nothing but its place."""
+        """Ids ``[B, L]`` to context ``[B, L, C]`` and pooled ``[B, P]``; padding adds only its position."""
         said = (ids != PAD_ID).unsqueeze(-1).float()
         words = self.word_vectors.float()[ids] * said
         return words + self.place_vectors.float(), words.sum(dim=1) @ self.projection.float()
 
     def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """What ``comfy.sd.CLIP`` calls: context and pooled on the processor."""
+        """Return context and pooled on the CPU; called by ``comfy.sd.CLIP``."""
         ids = torch.tensor([[token for token, *_ in row] for row in tokens["words"]])
         context, pooled = self.encode_ids(ids.to(self.word_vectors.device))
         return context.cpu(), pooled.cpu()
 
 
 def read_text_file(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """The tables of a text file and the tokenizer's data (``words``, ``length``).
+    """Return the tables of a text file and the tokenizer's data (``words``, ``length``).
 
     Raises:
-        ValueError: If the file is damaged or is something else.
+        ValueError: If the file is damaged or another kind of file.
     """
     name = Path(path).name
     try:

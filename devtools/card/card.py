@@ -1,4 +1,4 @@
-"""The emulated card: its tensors, and the way between them and the same bytes as tensors of the CPU."""
+"""The emulated card: its tensors, and their conversion to and from CPU tensors over the same bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class Card:
     """A card whose bytes are in host memory. There is one per process; its size may change, see :class:`Memory`.
 
-    A storage of the card is laid over a *buffer*, a tensor of the CPU, which lives as long as the storage does.
+    Each storage of the card wraps a *buffer*, a CPU tensor, which lives as long as the storage does.
 
     Args:
         total: Bytes.
@@ -31,7 +31,7 @@ class Card:
 
     Attributes:
         memory, streams, pinned, generator: See ``torch_cuda.AnswersForCuda``.
-        where: The device of the buffers, and of the kernels that compute on them.
+        where: The device of the buffers and of the kernels that compute on them.
     """
 
     pinned: PinnedMemory
@@ -60,7 +60,7 @@ class Card:
         return self
 
     def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of the card with memory of its own."""
+        """Return a tensor of the card with newly allocated memory."""
         extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         num_bytes = extent * dtype.itemsize
         self.memory.take(num_bytes)
@@ -68,15 +68,15 @@ class Card:
         return self.tensor(self._storage(buffer), dtype, size, stride)
 
     def up(self, made: Tensor) -> Tensor:
-        """Return a tensor of the card that takes over the bytes of one that a kernel of the CPU has made."""
+        """Return a tensor of the card that takes over the bytes of a CPU kernel's result."""
         if made.untyped_storage().nbytes() > 2 * max(1, made.numel() * made.element_size()):
-            made = made.clone()  # a view into something larger, which would count with all of it
+            made = made.clone()  # a view into a larger storage, all of which would be counted
         buffer = torch.empty(0, dtype=torch.uint8, device=self.where).set_(made.untyped_storage())
         self.memory.take(buffer.nbytes)
         return self.tensor(self._storage(buffer), made.dtype, made.size(), made.stride(), made.storage_offset())
 
     def down(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the CPU over the bytes of one of the card."""
+        """Return a CPU tensor over the bytes of one of the card's tensors."""
         plain = torch.empty(0, dtype=tensor.dtype, device=self.where)
         plain.set_(self.buffer(tensor).untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
         if tensor.is_conj():
@@ -102,19 +102,19 @@ class Card:
         return torch._C._construct_CUDA_Tensor_From_Storage_And_Metadata(described, storage)
 
     def kernels_by_hand(self) -> dict[str, Callable[..., Any]]:
-        """Return kernels that only this kind of card needs, by the names of their operations; each is given the card first."""
+        """Return the kernels that only this kind of card needs, by operation name; each takes the card first."""
         return {}
 
     def over_pages(self, buffer: Tensor) -> Tensor:
-        """Return a uint8 tensor of the card over bytes whose owner counts them itself, and may take them away."""
+        """Return a uint8 tensor of the card over bytes that their owner counts itself and may take away."""
         return self.tensor(self._storage(buffer, counted=False), torch.uint8, buffer.shape, (1,))
 
     def keep_origins(self) -> None:
-        """From now on remember where each storage is made; slow, to find who holds memory."""
+        """From now on remember where each storage is created. Slow; helps to find what holds memory."""
         self._origins = {}
 
     def origins(self) -> list[tuple[int, int, str]]:
-        """Return (bytes, number, stack) of the storages that live, those with most bytes first."""
+        """Return (bytes, number, stack) of the live storages, those with the most bytes first."""
         bytes_by, count = Counter[str](), Counter[str]()
         for num_bytes, stack in (self._origins or {}).values():
             bytes_by[stack] += num_bytes
@@ -122,11 +122,11 @@ class Card:
         return [(num_bytes, count[stack], stack) for stack, num_bytes in bytes_by.most_common()]
 
     def _address(self, buffer: Tensor) -> int:
-        """Return the address that a storage over a buffer has."""
+        """Return the address of a storage over a buffer."""
         return buffer.data_ptr()
 
     def _storage(self, buffer: Tensor, *, counted: bool = True) -> torch.UntypedStorage:
-        """Return a storage over a buffer whose bytes, if they are counted here, have been taken."""
+        """Return a storage over a buffer; if its bytes are counted here, the caller has already taken them."""
         address, num_bytes = self._address(buffer), buffer.untyped_storage().nbytes() if counted else buffer.nbytes
         storage = torch._C._construct_storage_from_data_pointer(address, DEVICE, num_bytes)
         key = storage._cdata

@@ -1,4 +1,4 @@
-"""ComfyUI on the emulated card: its model management as it works on cards of its users."""
+"""ComfyUI on the emulated card, with the model management that it uses on real cards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .card import Card
 
 
 def disable_kernels() -> None:
-    """Let ComfyUI compute with torch's own operations: its kernels for cards ask a driver."""
+    """Make ComfyUI compute with torch's own operations, because its own CUDA kernels need a driver."""
     import comfy_kitchen
 
     for backend in ("cuda", "triton", "hip"):
@@ -24,13 +24,13 @@ def disable_kernels() -> None:
 
 @contextmanager
 def dynamic_vram(card: Card, limit: int | None = None, page: int = pages.PAGE) -> Iterator[pages.Pager]:
-    """Let ComfyUI page weights in and out, as it does by default on NVIDIA's cards.
+    """Make ComfyUI page weights in and out, as it does by default on NVIDIA cards.
 
-    Models must have been built before: here the host leaves weights empty until a file fills them. See :func:`as_dynamic`.
+    Build models before this: in this mode ComfyUI leaves weights empty until a file fills them. See :func:`as_dynamic`.
 
     Args:
         card: The card.
-        limit: The most pages of a model, or None for as many as fit.
+        limit: The maximum number of pages per model; None for as many as fit.
         page: Bytes of a page.
     """
     import comfy.memory_management
@@ -50,14 +50,14 @@ def dynamic_vram(card: Card, limit: int | None = None, page: int = pages.PAGE) -
 
 
 def as_dynamic(patcher: Any) -> Any:
-    """Return a MODEL with the same weights that are paged."""
+    """Return a MODEL with the same weights, paged."""
     import comfy.model_patcher
 
     return comfy.model_patcher.ModelPatcherDynamic(patcher.model, patcher.load_device, patcher.offload_device)
 
 
 def is_lent(address: int) -> bool:
-    """Tell whether an address is in memory that the host lends for a layer's forward and then writes into again."""
+    """Return whether an address is in memory that ComfyUI uses for one layer's forward pass and then overwrites."""
     import comfy.model_management
 
     buffers = comfy.model_management.STREAM_CAST_BUFFERS.values()
@@ -67,7 +67,7 @@ def is_lent(address: int) -> bool:
 
 
 def forget_models() -> None:
-    """Unload every model, and drop the buffers that the host keeps for the next one: under inference mode, as in a prompt."""
+    """Unload every model and drop the buffers that ComfyUI keeps for the next one, in inference mode as in a prompt."""
     import comfy.model_management
 
     with torch.inference_mode():

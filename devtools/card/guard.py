@@ -1,4 +1,4 @@
-"""Compiles ``guard.cpp`` once per torch and loads it: the part of a card that autograd's engine meets below Python."""
+"""Compiles ``guard.cpp`` once per torch version and loads it: the part that autograd's engine needs below Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIBRARY = "guard.so"
 
 
 class CardUnavailable(RuntimeError):
-    """Why no card can be emulated here, in one sentence."""
+    """No card can be emulated here; the message gives the reason in one sentence."""
 
 
 @functools.cache
@@ -29,20 +29,20 @@ def reason_against() -> str | None:
     if torch.version.cuda is None:
         return f"An emulated card needs a CUDA build of torch; this is {torch.__version__}."
     if torch.cuda.is_available():
-        return f"There is a real card here ({torch.cuda.get_device_name(0)}), which an emulated one would hide."
+        return f"This machine has a real card ({torch.cuda.get_device_name(0)}), which an emulated one would hide."
     if shutil.which("g++") is None and not _library_folder().joinpath(environment.FINISHED).exists():
-        return "An emulated card needs g++ to compile devtools/card/guard.cpp, and there is none."
+        return "An emulated card needs g++ to compile devtools/card/guard.cpp; g++ is not installed."
     return None
 
 
 def install() -> ctypes.CDLL:
-    """Let torch's engine know a card.
+    """Make the card known to torch's engine.
 
     Returns:
         The library, which must stay loaded.
 
     Raises:
-        CardUnavailable: If that is impossible here.
+        CardUnavailable: If no card can be emulated here.
     """
     reason = reason_against()
     if reason is not None:
@@ -51,12 +51,12 @@ def install() -> ctypes.CDLL:
     library.install_card_guard()
     library.card_guard_is_installed.restype = ctypes.c_bool
     if not library.card_guard_is_installed():
-        raise CardUnavailable(f"torch {torch.__version__} does not ask the emulated card's hooks.")
+        raise CardUnavailable(f"torch {torch.__version__} does not call the emulated card's hooks.")
     return library
 
 
 def _built_library() -> Path:
-    """Compile the library, unless this source was compiled for this torch before."""
+    """Compile the library unless this source has already been compiled for this torch version."""
     try:
         return environment.made_once(_library_folder(), _compile) / LIBRARY
     except environment.EnvironmentProblem as problem:

@@ -1,8 +1,8 @@
-"""What computes on the emulated card: the CPU's kernels, on the same bytes.
+"""The emulated card's kernels: those of the CPU, on the same bytes.
 
-Every operation that has a kernel for CUDA or for the CPU gets one here, in Python, under the dispatch key CUDA. It takes
-the tensors of the card down to the CPU, calls the operation there, and brings up what is new. Autograd, views, autocast and
-everything else above the kernels is torch's own.
+Every operation that has a kernel for CUDA or for the CPU gets one here, in Python, under the dispatch key CUDA. The
+kernel converts the card's tensors to CPU tensors, calls the operation on them, and converts new results back. Autograd,
+views, autocast and everything else above the kernels are torch's own.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-VIEWS = frozenset({  # torch makes them without touching memory, on any device
+VIEWS = frozenset({  # torch creates them without touching memory, on any device
     "_conj", "_neg_view", "_reshape_alias", "alias", "as_strided", "detach", "diagonal", "expand", "is_set_to", "lift",
     "lift_fresh", "permute", "record_stream", "select", "set_", "slice", "split", "squeeze", "t", "transpose", "unfold",
     "unsqueeze", "view", "view_as_complex", "view_as_real",
 })  # fmt: skip
-INDEXED = frozenset({  # whose indices may be of the CPU
+INDEXED = frozenset({  # their indices may be on the CPU
     "_index_put_impl_", "_unsafe_index", "_unsafe_index_put", "index", "index_put", "index_put_",
 })  # fmt: skip
 COPIES = frozenset({"copy_", "_copy_from"})  # between any two devices
-READ_BY_HOST = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})  # which has to wait for them
-COMPOSITE = frozenset({  # without a kernel under either key, but not to be taken apart
+READ_BY_HOST = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})  # the host has to wait for them
+COMPOSITE = frozenset({  # no kernel under either key, but must not be decomposed
     "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward", "convolution", "convolution_backward", "copy_",
 })  # fmt: skip
 
 
 def register(card: Card) -> None:
-    """Give the dispatch key CUDA its kernels, for the rest of the process."""
-    card.library = torch.library.Library("aten", "IMPL")  # its end would take the kernels back
+    """Register kernels under the dispatch key CUDA for the rest of the process."""
+    card.library = torch.library.Library("aten", "IMPL")  # kept, because deleting it would unregister the kernels
     by_hand = _by_hand(card)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of every kernel that it had before
+        warnings.simplefilter("ignore")  # torch warns about every kernel that is replaced
         for full_name in torch._C._dispatch_get_all_op_names():
             name = full_name.removeprefix("aten::")
             if name != full_name and name not in by_hand:
@@ -68,7 +68,7 @@ class Kernel:
     """An operation of torch on tensors of the card.
 
     Args:
-        card: Whose tensors it takes.
+        card: The card whose tensors it takes.
         operation: An overload of ``torch.ops.aten``.
     """
 
@@ -90,7 +90,7 @@ class Kernel:
         named = {name: call.lowered(value) for name, value in kwargs.items()}
         self._require_one_device(call, args)
         if self._card.streams.are_judged:
-            self._tell_streams(args, kwargs)
+            self._report_to_streams(args, kwargs)
         if self._is_random:
             with call.random_numbers(named, kwargs.get("generator")):
                 result = self._operation(*lowered, **named)
@@ -109,7 +109,7 @@ class Kernel:
             f"({self._schema.name}, a tensor of shape {tuple(call.from_cpu.shape)} is on the CPU)"
         )
 
-    def _tell_streams(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _report_to_streams(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         values = [*args, *(kwargs.get(argument.name) for argument in self._schema.arguments[len(args) :])]
@@ -121,17 +121,17 @@ class Kernel:
             self._card.streams.host_waits_for(self._card.streams.current())
 
     def _is_waited_for(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a copy is one between card and host at whose end the host waits."""
+        """Return whether the host waits for a copy to finish: a blocking one between card and host."""
         asynchronous = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
         return not asynchronous and any(value.is_cpu for value in args[:2])
 
 
 class _Call:
-    """One call of a kernel: what was taken down for it.
+    """One call of a kernel, with the tensors that were converted for it.
 
     Attributes:
-        pairs: (tensor of the CPU, the card's tensor over the same bytes), by the identity of the first.
-        from_cpu: An argument that is on the CPU and no scalar, if there is one.
+        pairs: (CPU tensor, the card's tensor over the same bytes), by the identity of the first.
+        from_cpu: An argument on the CPU that is not a scalar, if there is one.
     """
 
     def __init__(self, card: Card) -> None:
@@ -140,7 +140,7 @@ class _Call:
         self.from_cpu: Tensor | None = None
 
     def lowered(self, value: Any) -> Any:
-        """Return an argument as the CPU's kernel takes it."""
+        """Return an argument in the form that the CPU kernel takes."""
         if isinstance(value, Tensor):
             if value.is_cuda:
                 plain = self._card.down(value)
@@ -156,7 +156,7 @@ class _Call:
         return value
 
     def random_numbers(self, named: dict[str, Any], generator: torch.Generator | None) -> _RandomNumbers:
-        """Replace a generator of the card, the default one included, by one of the CPU with the same state."""
+        """Replace a generator of the card, including the default one, by a CPU generator with the same state."""
         if generator is not None and generator.device.type != "cuda":
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         numbers = _RandomNumbers(generator)
@@ -164,14 +164,14 @@ class _Call:
         return numbers
 
     def adopt_new_sizes(self) -> None:
-        """Let arguments that the kernel has resized, as ``out=`` may, have their new size on the card too."""
+        """Resize the card's tensors whose CPU counterpart the kernel has resized, as it may with ``out=``."""
         for plain, own in self.pairs.values():
             if plain.size() != own.size():
                 own.resize_(plain.size())
                 self._card.down(own).copy_(plain)
 
     def raised(self, result: Any) -> Any:
-        """Return a result of the CPU's kernel on the card."""
+        """Return a CPU kernel's result as the card's tensors."""
         if isinstance(result, Tensor):
             return self._raised_tensor(result)
         if isinstance(result, (list, tuple)):
@@ -179,7 +179,7 @@ class _Call:
         return result
 
     def _raised_tensor(self, result: Tensor) -> Tensor:
-        if result is self.from_cpu:  # a copy to the host gives back where it went
+        if result is self.from_cpu:  # a copy to the host returns its destination
             return result
         known = self.pairs.get(id(result))
         if known is not None:
@@ -196,7 +196,7 @@ class _Call:
 
 
 class _RandomNumbers:
-    """Lends the state of a generator of the card to one of the CPU."""
+    """Copies the state of a generator of the card to a CPU generator, and back afterwards."""
 
     def __init__(self, of_card: torch.Generator | None) -> None:
         self._of_card = of_card
@@ -218,7 +218,7 @@ def _tensors_of_card(value: Any) -> list[Tensor]:
 
 
 def _numbers_as_tensors(args: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
-    """Put tensors in the place of numbers: the dispatcher unpacks a tensor that stands for one when it calls Python."""
+    """Turn numbers back into tensors, because the dispatcher unpacks scalar tensors when it calls Python."""
     if not any(place < len(args) and isinstance(args[place], (bool, int, float)) for place in places):
         return args
     other = next((value for value in args if isinstance(value, Tensor)), None)
@@ -240,7 +240,7 @@ def _numbers_as_tensors(args: Sequence[Any], places: Sequence[int]) -> Sequence[
 
 
 def _by_hand(card: Card) -> dict[str, Callable[..., Any]]:
-    """Kernels that the CPU's cannot answer, by the names of their operations."""
+    """Return kernels for operations that the CPU's kernels cannot do, by operation name."""
 
     def below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -272,7 +272,7 @@ def _empty_strided(card: Card, size: Sequence[int], stride: Sequence[int], *, dt
 
 
 def _resize(card: Card, tensor: Tensor, size: Sequence[int], *, memory_format: Any = None) -> Tensor:
-    """Move to new memory, with what there was of the old."""
+    """Move the tensor to new memory and copy its old content."""
     fresh = card.empty(size, torch.empty(size, device="meta").stride(), tensor.dtype)
     kept = min(tensor.untyped_storage().nbytes(), fresh.untyped_storage().nbytes())
     card.buffer(fresh)[:kept].copy_(card.buffer(tensor)[:kept])
@@ -283,9 +283,9 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attend with the CPU's fused kernel, whose backward keeps as little as that of a card's.
+    """Compute attention with the CPU's fused kernel, whose backward pass keeps as little memory as a card's kernel.
 
-    A card chooses its kernel in C++ that asks the driver, so the choice is made here.
+    On a real card, C++ code that asks the driver chooses the kernel, so the choice is made here.
     """
     for name, other in (("key", k), ("value", v), ("attn_mask", attn_mask)):
         if other is not None and other.device != q.device:
@@ -311,7 +311,7 @@ def _attention(
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, normalized_shape: Sequence[int], rstd: Tensor, weight: Tensor | None, mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take the steps, in the order, that autograd takes on a CPU, which has no fused kernel: the bits are the same."""
+    """Do the same steps in the same order as autograd on a CPU, which has no fused kernel, for bit-equal results."""
     with torch._C._AutoDispatchBelowAutograd():
         dims = list(range(-len(normalized_shape), 0))
         exact, grad = x.to(rstd.dtype), grad.to(rstd.dtype)

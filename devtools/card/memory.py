@@ -1,4 +1,4 @@
-"""The bytes of a card: limited and counted."""
+"""Limits and counts the bytes of a card."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ MIB = 2**20
 
 
 class Memory:
-    """How many bytes a card has, and how many of them are taken.
+    """How many bytes a card has, and how many of them are in use.
 
-    Every storage counts with its exact size. A real allocator rounds up to 512 bytes and keeps freed blocks, so what fits
-    here by less than a few percent may not fit there.
+    Every storage counts with its exact size. A real allocator rounds up to 512 bytes and keeps freed blocks, so what
+    barely fits here (by less than a few percent) may not fit on a real card.
 
     Args:
         total: Bytes of the card.
 
     Attributes:
         total: May be changed at any time, see :meth:`limited_to`.
-        used: Bytes that are taken.
-        peak: The most that were taken since :meth:`reset_peak`.
-        allocations: How often bytes were asked for.
-        refused: How often there were too few, injected failures included.
-        on_take: Called with the number of bytes after each successful allocation, for tests that look who asks.
+        used: Bytes in use.
+        peak: The most bytes in use since :meth:`reset_peak`.
+        allocations: Number of allocations, including refused ones.
+        refused: Number of allocations refused because memory was short or a failure was injected.
+        on_take: Called with the number of bytes after each successful allocation, for tests that check who allocates.
     """
 
     def __init__(self, total: int) -> None:
@@ -35,17 +35,17 @@ class Memory:
         self.used = self.peak = self.allocations = self.refused = 0
         self.on_take: Callable[[int], None] | None = None
         self._allocations_left: int | None = None
-        self._lock = threading.RLock()  # autograd allocates in a thread of its own
+        self._lock = threading.RLock()  # autograd allocates in its own thread
 
     def free(self) -> int:
-        """Return the bytes that are not taken."""
+        """Return the bytes that are not in use."""
         return max(0, self.total - self.used)
 
     def take(self, num_bytes: int) -> None:
-        """Take bytes.
+        """Allocate bytes.
 
         Raises:
-            torch.OutOfMemoryError: If there are too few, or an injected failure is due.
+            torch.OutOfMemoryError: If too few are free, or an injected failure is due.
         """
         with self._lock:
             self.allocations += 1
@@ -60,22 +60,22 @@ class Memory:
             self.on_take(num_bytes)
 
     def give_back(self, num_bytes: int) -> None:
-        """Return bytes that were taken."""
+        """Free bytes that were allocated."""
         with self._lock:
             self.used -= num_bytes
 
     def reset_peak(self) -> None:
-        """Start the peak anew from what is taken now."""
+        """Reset the peak to what is in use now."""
         self.peak = self.used
 
     def settled(self) -> int:
-        """Return the bytes that are taken once unreachable objects are gone."""
+        """Collect unreachable objects and return the bytes still in use."""
         gc.collect()
         return self.used
 
     @contextmanager
     def limited_to(self, total: int) -> Iterator[None]:
-        """Give the card another size for a while."""
+        """Change the card's size temporarily."""
         before, self.total = self.total, total
         try:
             yield
@@ -84,7 +84,7 @@ class Memory:
 
     @contextmanager
     def failing_after(self, allocations: int) -> Iterator[None]:
-        """Let one allocation fail: the first behind so many that succeed."""
+        """Let ``allocations`` allocations succeed and the next one fail."""
         self._allocations_left = allocations
         try:
             yield

@@ -1,11 +1,11 @@
 """The virtual memory of ComfyUI's dynamic VRAM (comfy-aimdo), on the emulated card.
 
-A model's weights have addresses for good, and pages behind them that come and go. A page that is not there when a layer
-asks for it is *faulted* in, or refused when the card is full; the host then copies the layer into a buffer that it uses
-again and again. A page that is taken away is filled with NaN here, so whoever still reads it shows in the result.
+A model's weights have permanent addresses, but the pages behind them come and go. A page that is missing when a layer
+needs it is *faulted* in, or refused when the card is full; ComfyUI then copies the layer into a buffer that it reuses.
+Here, an evicted page is filled with NaN, so that a stale read shows in the result.
 
-Differs from comfy-aimdo: pages can have 64 KiB instead of 32 MiB, so that a tiny model has several; files are not read into
-buffers; watermarks are not kept.
+Differences from comfy-aimdo: pages can be 64 KiB instead of 32 MiB, so that a tiny model has several; files are not
+read into buffers; watermarks are not kept.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor
 from .card import Card
 
 PAGE = 64 * 1024
-FULL_PAGE = 32 * 2**20  # comfy-aimdo's own
-CHUNK = 16 * 2**20  # by which cast buffers grow
+FULL_PAGE = 32 * 2**20  # as in comfy-aimdo
+CHUNK = 16 * 2**20  # cast buffers grow by this many bytes
 ALIGNMENT = 512
-_MAP_NORESERVE = 0x4000  # of Linux; the addresses may be more than the machine has memory
-Allocation = tuple["ModelVBAR", int, int]  # whose it is, address, bytes
+_MAP_NORESERVE = 0x4000  # Linux; the address range may be larger than the machine's memory
+Allocation = tuple["ModelVBAR", int, int]  # owner, address, bytes
 
 
 class Region:
-    """Addresses that take memory only where something was written."""
+    """A range of addresses that takes memory only where something has been written."""
 
     def __init__(self, size: int) -> None:
         self.size = max(int(size), mmap.PAGESIZE)
@@ -39,31 +39,31 @@ class Region:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def tensor(self, address: int, size: int) -> Tensor:
-        """Return bytes of the region as a tensor of the CPU that keeps the region."""
+        """Return bytes of the region as a CPU tensor that keeps the region alive."""
         made = torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
         made.keeps = self
         return made
 
     def __contains__(self, address: int) -> bool:
-        """Tell whether an address is in the region."""
+        """Return whether an address is in the region."""
         return self.address <= address < self.address + self.size
 
     def spoil(self, offset: int, size: int) -> None:
-        """Fill bytes with what is NaN in every format of numbers."""
+        """Fill bytes with a value that is NaN in every floating-point format."""
         ctypes.memset(self.address + offset, 0xFF, min(size, self.size - offset))
 
 
 class Pager:
-    """All models' pages on a card.
+    """The pages of all models on a card.
 
     Args:
         card: The card.
         page: Bytes of a page.
 
     Attributes:
-        limit: The most pages that one model may have; None for as many as fit.
-        faults, refused, evictions: How often pages were asked for, refused, and taken away again.
-        models, regions: All models' pages; the addresses of these and of the buffers for layers without pages.
+        limit: The maximum number of pages per model; None for as many as fit.
+        faults, refused, evictions: How often pages were requested, refused, and evicted.
+        models, regions: The models' pages; their addresses and those of the buffers for layers without pages.
     """
 
     def __init__(self, card: Card, page: int = PAGE) -> None:
@@ -75,7 +75,7 @@ class Pager:
         self._signature = 0
 
     def owns(self, address: int) -> bool:
-        """Tell whether an address is in pages or in a buffer for layers without pages."""
+        """Return whether an address is in a page or in a buffer for layers without pages."""
         return any(address in region for region in self.regions)
 
     def next_signature(self) -> int:
@@ -84,7 +84,7 @@ class Pager:
         return self._signature
 
     def give_page(self, asking: ModelVBAR) -> bool:
-        """Take a page's bytes, from another model if the card is full; tell whether there are any."""
+        """Take a page's bytes, from another model if the card is full; return whether that succeeded."""
         if self.limit is not None and len(asking.resident) >= self.limit:
             return False
         while True:
@@ -96,13 +96,13 @@ class Pager:
                     return False
 
     def forget(self, region: Region, resident: dict[int, int]) -> None:
-        """Take all pages of a model that is gone."""
+        """Free all pages of a model that no longer exists."""
         self.card.memory.give_back(len(resident) * self.page)
         resident.clear()
         self.spoil(region, 0, region.size)
 
     def spoil(self, region: Region, offset: int, size: int) -> None:
-        """Let whoever still reads bytes of a region show it, if the card has bytes at all."""
+        """Make a later read of these bytes show in the result, if the card's tensors have data at all."""
         if self.card.where.type == "cpu":
             region.spoil(offset, size)
 
@@ -114,14 +114,14 @@ class Pager:
 
 
 class ModelVBAR:
-    """In the place of ``comfy_aimdo.model_vbar.ModelVBAR``: the addresses of a model's weights, and their pages.
+    """Replaces ``comfy_aimdo.model_vbar.ModelVBAR``: the addresses of a model's weights, and their pages.
 
     Attributes:
-        resident: Page number -> signature, which changes whenever the page comes anew.
-        pins: Page number -> by how many layers it is being used.
+        resident: Page number -> signature, which changes each time the page is loaded.
+        pins: Page number -> number of layers that are using it.
     """
 
-    pager: ClassVar[Pager]  # set by installed: the host makes these without naming a card
+    pager: ClassVar[Pager]  # set by installed(), because ComfyUI creates these objects without naming a card
 
     def __init__(self, size: int, device: int) -> None:
         self.device, self.max_size, self.offset, self.priority = device, size, 0, 0
@@ -134,17 +134,17 @@ class ModelVBAR:
         weakref.finalize(self, self.pager.forget, self._region, self.resident).atexit = False
 
     def prioritize(self, malloc_async_clamp: int | None = None) -> None:
-        """Let this model's pages be taken away last."""
+        """Evict this model's pages last."""
         for model in self.pager.models:
             model.priority = 0
         self.priority = 1
 
     def deprioritize(self) -> None:
-        """Let this model's pages be taken away like others'."""
+        """Evict this model's pages like any others."""
         self.priority = 0
 
     def alloc(self, num_bytes: int) -> Allocation:
-        """Return addresses for a layer; they are never given back."""
+        """Return addresses for a layer; they are never freed."""
         self.offset = -(-self.offset // ALIGNMENT) * ALIGNMENT
         if self.offset + num_bytes > self.max_size:
             raise MemoryError("VBAR OOM")
@@ -157,7 +157,7 @@ class ModelVBAR:
         return self.pager.card.over_pages(self._region.tensor(address, size))
 
     def fault(self, address: int, size: int) -> tuple[int, ...] | None:
-        """Let a layer's pages be there and stay until :meth:`unpin`; return their signature, or None if refused."""
+        """Load a layer's pages and keep them until :meth:`unpin`; return their signature, or None if refused."""
         self.pager.faults += 1
         pages = self._pages(address, size)
         for page in pages:
@@ -171,26 +171,26 @@ class ModelVBAR:
         return tuple(self.resident[page] for page in pages)
 
     def unpin(self, address: int, size: int) -> None:
-        """Tell that a layer's pages are no longer being used."""
+        """Record that a layer's pages are no longer in use."""
         for page in self._pages(address, size):
             self.pins[page] = max(0, self.pins.get(page, 0) - 1)
 
     def evict_last(self) -> bool:
-        """Take away the last page that nobody is using; tell whether there was one."""
+        """Evict the last unused page; return whether there was one."""
         page = max((page for page in self.resident if not self.pins.get(page)), default=None)
         if page is not None:
             self._evict(page)
         return page is not None
 
     def free_memory(self, size_bytes: int) -> int:
-        """Take pages away, the last ones first; return how many bytes that gave."""
+        """Evict pages, the last ones first; return the number of bytes freed."""
         pages = sorted(self.resident, reverse=True)[: -(-int(min(size_bytes, self.max_size)) // self.pager.page)]
         for page in pages:
             self._evict(page)
         return len(pages) * self.pager.page
 
     def loaded_size(self) -> int:
-        """Return the bytes of the pages that are there."""
+        """Return the bytes of the resident pages."""
         return len(self.resident) * self.pager.page
 
     def get_nr_pages(self) -> int:
@@ -198,11 +198,11 @@ class ModelVBAR:
         return -(-self.max_size // self.pager.page)
 
     def get_residency(self) -> list[int]:
-        """Return for each page 1 if it is there, and 2 more if it is being used."""
+        """Return for each page 1 if it is resident, plus 2 if it is in use."""
         return [(page in self.resident) + 2 * bool(self.pins.get(page)) for page in range(self.get_nr_pages())]
 
     def get_watermark(self) -> int:
-        """Return up to which page they may be there: all."""
+        """Return the page up to which pages may be resident: all of them."""
         return self.get_nr_pages()
 
     def set_watermark(self, size_bytes: int) -> None:
@@ -223,7 +223,7 @@ class ModelVBAR:
 
 
 class VRAMBuffer:
-    """In the place of ``comfy_aimdo.vram_buffer.VRAMBuffer``: where layers are copied that have no pages."""
+    """Replaces ``comfy_aimdo.vram_buffer.VRAMBuffer``, into which layers without pages are copied."""
 
     def __init__(self, max_size: int, device: int) -> None:
         self.device, self.max_size = device, max_size
@@ -235,11 +235,11 @@ class VRAMBuffer:
         weakref.finalize(self, _give_back_all, self._memory, self._taken).atexit = False
 
     def size(self) -> int:
-        """Return the bytes that are taken."""
+        """Return the bytes in use."""
         return sum(self._taken)
 
     def get(self, size: int, offset: int = 0) -> tuple[VRAMBuffer, int, int]:
-        """Return so many bytes, from an offset on; the next caller gets the same ones."""
+        """Return ``size`` bytes starting at ``offset``; the next caller gets the same bytes."""
         needed = -(-(int(size) + int(offset)) // CHUNK) * CHUNK
         if needed > self.size():
             self._memory.take(needed - self.size())
@@ -257,7 +257,7 @@ def _give_back_all(memory, taken: list[int]) -> None:
 
 
 class HostBuffer:
-    """In the place of ``comfy_aimdo.host_buffer.HostBuffer``: host memory that grows, for page-locking."""
+    """Replaces ``comfy_aimdo.host_buffer.HostBuffer``: growing host memory for page-locking."""
 
     def __init__(self, size: int, prewarm: int = 0, max_grow_size: int = 0, mark_cold: bool = True) -> None:
         self._region = Region(max(int(size), int(max_grow_size)))
@@ -268,7 +268,7 @@ class HostBuffer:
             self.extend(size)
 
     def get_raw_address(self) -> int:
-        """Return where it begins."""
+        """Return its start address."""
         return self._region.address
 
     def extend(self, size: int, reallocate: bool = False, register: bool = True) -> int:
@@ -294,13 +294,13 @@ class HostBuffer:
         ModelVBAR.pager.card.pinned.cudaHostUnregister(self._region.address + offset)
 
     def read_file_slice(self, *_: object, **__: object) -> None:
-        """Refuse: models of the tests come from no file."""
+        """Refuse, because the tests' models do not come from files."""
         raise NotImplementedError("The emulated card reads no files into buffers.")
 
 
 @contextmanager
 def installed(card: Card, page: int = PAGE) -> Iterator[Pager]:
-    """Put these in the place of comfy-aimdo's, whose library asks a driver."""
+    """Replace comfy-aimdo's classes, whose library needs a driver."""
     import comfy_aimdo.host_buffer
     import comfy_aimdo.model_vbar
     import comfy_aimdo.torch

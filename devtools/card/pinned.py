@@ -1,4 +1,4 @@
-"""Page-locked host memory: what ``cudaHostRegister`` was told."""
+"""Page-locked host memory: the ranges passed to ``cudaHostRegister``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SUCCESS, ALREADY_REGISTERED, NOT_REGISTERED = 0, 712, 713  # cudaError_t
 
 
 class PinnedMemory:
-    """Ranges of host memory that are registered; named and answering as in the CUDA runtime.
+    """Registered ranges of host memory, with the method names and return codes of the CUDA runtime.
 
     Args:
         guard: The library of ``guard.install()``, which answers ``Tensor.is_pinned``.
@@ -31,7 +31,7 @@ class PinnedMemory:
         return sum(self._sizes.values())
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        """Note a range; one that overlaps another is refused, as a driver does."""
+        """Register a range; one that overlaps another is refused, as by a driver."""
         place = bisect.bisect_left(self._addresses, address)
         before = self._addresses[place - 1] if place else None
         behind = self._addresses[place] if place < len(self._addresses) else None
@@ -45,7 +45,7 @@ class PinnedMemory:
         return SUCCESS
 
     def cudaHostUnregister(self, address: int) -> int:
-        """Forget a range, which is named by its first byte."""
+        """Unregister the range that starts at an address."""
         if self._sizes.pop(address, None) is None:
             return NOT_REGISTERED
         self._addresses.remove(address)
@@ -53,6 +53,6 @@ class PinnedMemory:
         return SUCCESS
 
     def forget_within(self, address: int, end: int) -> None:
-        """Forget all ranges that begin in [address, end), for that memory is gone."""
+        """Unregister all ranges that begin in [address, end), because that memory has been freed."""
         for start in [start for start in self._addresses if address <= start < end]:
             self.cudaHostUnregister(start)

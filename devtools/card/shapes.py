@@ -1,12 +1,12 @@
-"""A card whose tensors have shapes and no bytes: models of any size run on it, in seconds and in little memory.
+"""A card whose tensors have shapes but no data: models of any size run on it in seconds and in little memory.
 
-Its buffers are on torch's ``meta`` device, whose kernels know what an operation makes but not the numbers. All else is as on
-the other card: tensors are ordinary ones of ``cuda:0``, their bytes are limited and counted, and whatever moves a model
-between host and card does its real work.
+Its buffers are on torch's ``meta`` device, whose kernels compute the shapes of results but not the numbers. Everything
+else is as on the other card: tensors are ordinary tensors on ``cuda:0``, their bytes are limited and counted, and the
+code that moves a model between host and card does its real work.
 
-What a program asks of the numbers is answered so that it carries on: a number is 1, a condition holds, two tensors are equal,
-and what is copied to the host is zeros. The host's own tensors are ordinary ones of the CPU, but the operating system gives
-them memory page by page, when it is first written: weights that are only moved, and never written, take none.
+When a program reads numbers, it gets values that let it continue: a number is 1, a condition is true, two tensors are
+equal, and a copy to the host gives zeros. Host tensors are ordinary CPU tensors, but the operating system gives them
+memory page by page on the first write: weights that are only moved and never written take none.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from .card import Card
 
 _FIRST_ADDRESS, _STEP = 2**46, 2**40  # no storage is larger than a step
-_LARGE = 2**20  # bytes, from which on giving pages back is worth a call of the operating system
+_LARGE = 2**20  # bytes; from this size on, returning pages is worth a system call
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class ShapesCard(Card):
-    """A :class:`Card` whose tensors have no bytes. Arguments are those of a Card."""
+    """A :class:`Card` whose tensors have no data. It takes the same arguments."""
 
     where = torch.device("meta")
 
@@ -38,22 +38,22 @@ class ShapesCard(Card):
         self._addresses = itertools.count(_FIRST_ADDRESS, _STEP)
 
     def kernels_by_hand(self) -> dict[str, Callable[..., Any]]:
-        """Return those kernels whose results depend on numbers."""
+        """Return the kernels whose results depend on numbers."""
         return {"_local_scalar_dense": _number, "copy_": _copy, "equal": _equal}
 
     def over_pages(self, buffer: Tensor) -> Tensor:
-        """Return a tensor of the card with as many bytes, of which none are there."""
+        """Return a tensor of the card of the same size, without data."""
         return super().over_pages(torch.empty_like(buffer, device=self.where))
 
     def _address(self, buffer: Tensor) -> int:
-        """Return an address that nothing is at: it only tells storages apart."""
+        """Return an unused address, which only distinguishes storages."""
         return next(self._addresses)
 
 
 def zero(tensor: Tensor) -> None:
-    """Fill a tensor of the CPU with zeros; a large one takes no memory after that.
+    """Fill a CPU tensor with zeros; afterwards a large one takes no memory.
 
-    Pages that are given back to the operating system read as zeros, and take memory only when they are written again.
+    Pages returned to the operating system read as zeros and take memory only when they are written again.
     """
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
@@ -75,7 +75,7 @@ def _equal(card: Card, one: Tensor, other: Tensor) -> bool:
 
 
 def _copy(card: Card, to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copy between host and card or on the card: only the shapes must fit."""
+    """Copy between host and card or within the card; only the shapes are checked."""
     if torch.broadcast_shapes(to.shape, source.shape) != to.shape:
         raise RuntimeError(f"The shape {tuple(source.shape)} cannot be copied to {tuple(to.shape)}")
     if to.is_cpu:

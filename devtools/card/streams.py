@@ -1,11 +1,12 @@
-"""Streams and events of the emulated card, and the question whether a kernel waited for what it reads.
+"""Streams and events of the emulated card, and a check that each kernel waited for its inputs.
 
-Nothing runs asynchronously here, so a missing wait does no harm to the numbers. It is found all the same: every kernel is
-told to the analysis behind ``TORCH_CUDA_SANITIZER``, which knows for each storage who touched it last and on which stream.
+Nothing runs asynchronously here, so a missing wait does not change the numbers. It is found all the same: every kernel
+is reported to the analysis behind ``TORCH_CUDA_SANITIZER``, which knows which kernel last touched each storage, on
+which stream.
 
-More than torch's own tool can: memory that is freed goes back to the stream that it was allocated on, whose next allocation
-may have it at once, whatever other streams still do with it. So here a freed block is given out again under the same name,
-and its next owner must have waited for the last users of the one before.
+This finds one fault more than torch's own tool. Freed memory returns to the stream that it was allocated on, and the
+next allocation on that stream may get it at once, even while other streams still use it. So a freed block is reused
+here under the same name, and its next owner must have waited for the last users of the previous one.
 
 Source: ``torch/cuda/_sanitizer.py``, ``c10/cuda/CUDACachingAllocator.cpp``.
 """
@@ -30,13 +31,13 @@ class _Blocks:
     """Names of pieces of memory, as a caching allocator would hand them out."""
 
     def __init__(self) -> None:
-        self._names: dict[int, int] = {}  # of what lives, by address
+        self._names: dict[int, int] = {}  # of live storages, by address
         self._owners: dict[int, tuple[int, int]] = {}  # name -> (stream it was allocated on, bytes)
         self._free: dict[int, list[int]] = {}  # stream -> names
         self._numbers = itertools.count(1)
 
     def allocated(self, address: int, num_bytes: int, stream: int) -> None:
-        """Name a new storage: like the smallest freed one of its stream that it fits into, if there is one."""
+        """Name a new storage: reuse the smallest freed block of its stream that it fits into, if there is one."""
         fitting = [name for name in self._free.get(stream, ()) if self._owners[name][1] >= num_bytes]
         if fitting:
             name = min(fitting, key=lambda name: self._owners[name][1])
@@ -47,21 +48,21 @@ class _Blocks:
         self._names[address] = name
 
     def freed(self, address: int) -> None:
-        """Give a storage's block back to its stream."""
+        """Return a storage's block to its stream."""
         name = self._names.pop(address, None)
-        if name in self._owners:  # others are older than the analysis
+        if name in self._owners:  # other blocks were allocated before the analysis began
             self._free.setdefault(self._owners[name][0], []).append(name)
 
     def name(self, address: int) -> int:
-        """Return what the block at an address is called."""
+        """Return the name of the block at an address."""
         return self._names.setdefault(address, -address)
 
 
 class Streams:
-    """The streams of a card, and which is current in which thread.
+    """The streams of a card, and the current one of each thread.
 
     Attributes:
-        races: Reports of the sanitizer, of what ran within :meth:`judged`.
+        races: The sanitizer's reports about what ran within :meth:`judged`.
     """
 
     def __init__(self) -> None:
@@ -73,16 +74,16 @@ class Streams:
         self._lock = threading.RLock()
 
     def current(self) -> Stream:
-        """Return the stream that kernels of this thread go to."""
+        """Return the stream on which this thread's kernels run."""
         return getattr(self._here, "stream", self.default)
 
     def make_current(self, stream: Stream) -> None:
-        """Send the kernels of this thread to a stream."""
+        """Run this thread's kernels on a stream."""
         self._here.stream = stream
 
     @contextmanager
     def judged(self) -> Iterator[list[str]]:
-        """Let the sanitizer judge what runs in here; yields the list of its reports, which grows."""
+        """Check everything that runs in this context with the sanitizer; yields the growing list of its reports."""
         self.races, self._sanitizer, self._blocks = [], EventHandler(), _Blocks()
         try:
             yield self.races
@@ -95,7 +96,7 @@ class Streams:
         return self._sanitizer is not None
 
     def launch(self, kernel: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
-        """Note a kernel on the current stream, and what it touches."""
+        """Record a kernel on the current stream with the tensors that it reads and writes."""
         if self._sanitizer is None:
             return
         with self._lock:
@@ -107,51 +108,51 @@ class Streams:
             self.races += map(str, found)
 
     def allocated(self, address: int, num_bytes: int) -> None:
-        """Note that a storage begins at an address."""
+        """Record that a storage was allocated at an address."""
         if self._sanitizer is not None:
             with self._lock:
                 self._blocks.allocated(address, num_bytes, self.current().cuda_stream)
 
     def freed(self, address: int) -> None:
-        """Note that the storage at an address is gone."""
+        """Record that the storage at an address was freed."""
         if self._sanitizer is not None:
             with self._lock:
                 self._blocks.freed(address)
 
     def wait(self, waiting: Stream, event: Event) -> None:
-        """Let what comes on a stream wait for an event."""
-        self._tell("_handle_event_wait", event.number, waiting.cuda_stream)
+        """Make later kernels on a stream wait for an event."""
+        self._report("_handle_event_wait", event.number, waiting.cuda_stream)
 
     def record(self, event: Event, stream: Stream) -> None:
-        """Let an event be reached once all is done that a stream has now."""
-        self._tell("_handle_event_record", event.number, stream.cuda_stream)
+        """Complete an event once all work that is now on a stream is done."""
+        self._report("_handle_event_record", event.number, stream.cuda_stream)
 
     def host_waits_for_event(self, event: Event) -> None:
-        """Let the host, and so everything that it launches later, wait for an event."""
-        self._tell("_handle_event_synchronization", event.number)
+        """Make the host, and so everything that it launches later, wait for an event."""
+        self._report("_handle_event_synchronization", event.number)
 
     def host_waits_for(self, stream: Stream) -> None:
-        """Let the host wait for a stream."""
-        self._tell("_handle_stream_synchronization", stream.cuda_stream)
+        """Make the host wait for a stream."""
+        self._report("_handle_stream_synchronization", stream.cuda_stream)
 
     def synchronize(self) -> None:
-        """Let the host wait for all streams."""
-        self._tell("_handle_device_synchronization")
+        """Make the host wait for all streams."""
+        self._report("_handle_device_synchronization")
 
     def _names(self, tensors: Iterable[Tensor]) -> set[int]:
         storages = (tensor.untyped_storage() for tensor in tensors)
         return {self._blocks.name(storage.data_ptr()) for storage in storages if storage.nbytes()}
 
-    def _tell(self, event: str, *numbers: int) -> None:
+    def _report(self, event: str, *numbers: int) -> None:
         if self._sanitizer is not None:
             with self._lock:
                 getattr(self._sanitizer, event)(*numbers)
 
 
 class Stream:
-    """In the place of ``torch.cuda.Stream``."""
+    """Replaces ``torch.cuda.Stream``."""
 
-    card: ClassVar[Streams]  # set by torch_cuda.install: torch makes streams without naming a card
+    card: ClassVar[Streams]  # set by torch_cuda.install(), because torch creates streams without naming a card
     _numbers = itertools.count(1)
 
     def __init__(self, device: Any = None, priority: int = 0, *, number: int | None = None) -> None:
@@ -160,7 +161,7 @@ class Stream:
         self._entered: list[StreamContext] = []
 
     def wait_stream(self, other: Stream) -> None:
-        """Wait for all that another stream has now."""
+        """Wait for all work that is now on another stream."""
         self.wait_event(other.record_event())
 
     def wait_event(self, event: Event) -> None:
@@ -168,17 +169,17 @@ class Stream:
         self.card.wait(self, event)
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Return an event that is reached once all is done that this stream has now."""
+        """Return an event that completes once all work that is now on this stream is done."""
         event = event or Event()
         event.record(self)
         return event
 
     def synchronize(self) -> None:
-        """Let the host wait for this stream."""
+        """Make the host wait for this stream."""
         self.card.host_waits_for(self)
 
     def query(self) -> bool:
-        """Return whether all is done; here it always is."""
+        """Return whether all work is done; here it always is."""
         return True
 
     def __enter__(self) -> Stream:
@@ -197,7 +198,7 @@ class Stream:
 
 
 class Event:
-    """In the place of ``torch.cuda.Event``."""
+    """Replaces ``torch.cuda.Event``."""
 
     _numbers = itertools.count(1)
 
@@ -205,28 +206,28 @@ class Event:
         self.number = next(self._numbers)
 
     def record(self, stream: Stream | None = None) -> None:
-        """Be reached once all is done that a stream has now."""
+        """Complete once all work that is now on a stream is done."""
         Stream.card.record(self, stream or Stream.card.current())
 
     def wait(self, stream: Stream | None = None) -> None:
-        """Let a stream wait for this."""
+        """Make a stream wait for this event."""
         (stream or Stream.card.current()).wait_event(self)
 
     def synchronize(self) -> None:
-        """Let the host wait for this."""
+        """Make the host wait for this event."""
         Stream.card.host_waits_for_event(self)
 
     def query(self) -> bool:
-        """Return whether it is reached; here it always is."""
+        """Return whether it has completed; here it always has."""
         return True
 
     def elapsed_time(self, other: Event) -> float:
-        """Return 0.0: an emulated card takes no time that would mean anything."""
+        """Return 0.0, because times on an emulated card mean nothing."""
         return 0.0
 
 
 class StreamContext:
-    """In the place of ``torch.cuda.StreamContext`` and ``torch.cuda.stream``."""
+    """Replaces ``torch.cuda.StreamContext`` and ``torch.cuda.stream``."""
 
     def __init__(self, stream: Stream | None) -> None:
         self.stream = stream

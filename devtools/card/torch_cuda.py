@@ -1,4 +1,4 @@
-"""What ``torch.cuda`` answers when there is an emulated card."""
+"""The functions of ``torch.cuda`` for an emulated card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .pinned import PinnedMemory
 
 
 class AnswersForCuda(Protocol):
-    """What a card must have, whatever its tensors are made of.
+    """What every kind of card must have, however it stores its tensors.
 
     Attributes:
         name: As ``torch.cuda.get_device_name`` gives it.
@@ -33,7 +33,7 @@ class AnswersForCuda(Protocol):
 
 
 def install(card: AnswersForCuda) -> None:
-    """Let ``torch.cuda`` answer for this card, for the rest of the process."""
+    """Make ``torch.cuda`` describe this card for the rest of the process."""
     streams.Stream.card = card.streams
     for name, answer in {
         **_presence(card),
@@ -69,7 +69,7 @@ def _presence(card: AnswersForCuda) -> dict[str, Any]:
 
 
 class _Properties(types.SimpleNamespace):
-    """In the place of ``torch.cuda.get_device_properties``: those that ComfyUI and its kernels read."""
+    """Replaces ``torch.cuda.get_device_properties``, with the properties that ComfyUI and its kernels read."""
 
     def __init__(self, card: AnswersForCuda) -> None:
         super().__init__(
@@ -91,7 +91,7 @@ class _Properties(types.SimpleNamespace):
 
 
 def _memory(memory: Memory) -> dict[str, Any]:
-    """The allocator gives back what is freed at once, so reserved bytes are allocated ones."""
+    """Return the memory functions. This allocator keeps no freed memory, so reserved and allocated bytes are equal."""
 
     def stats(device: Any = None) -> dict[str, int]:
         kinds = ("allocated", "active", "reserved")

@@ -1,1 +1,1 @@
-"""What talks to the page in the browser: progress and the live chart."""
+"""Communication with the page in the browser: progress and the live chart."""

@@ -1,6 +1,6 @@
-"""Feeds the chart on the trainer's node: events while something runs, and a route for pages that open later.
+"""Feed the chart on the trainer's node: events during a run, and a route for pages that are opened later.
 
-The page's side is ``web/js/live_chart.js``. Events go to every open page, which takes those of its own workflow.
+The page's side is ``web/js/live_chart.js``. Events go to every open page, which uses those of its own workflow.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ EVENT = "blockskip.train"
 ROUTE = "/blockskip/last_run"
 SECONDS_BETWEEN_EVENTS = 0.25
 POINTS_IN_OUTPUT = 500
-"""In the node's output, which the host keeps in its history, the curve is thinned to this many."""
+"""Maximum number of points in the node's output, which the host keeps in its history."""
 LONGEST_ID = 200
 NO_ID = "00000000-0000-0000-0000-000000000000"
-"""The page's word for a graph that did not come from a workflow file; each reload gives such a graph another id."""
+"""The page's id for a graph that did not come from a workflow file; each reload gives such a graph another id."""
 TRAINER = "BlockSkip_TrainLora"
 
 HISTORY = RunHistory()
 
 
 class LiveChart:
-    """Follows one run of the trainer; as a context manager it also notes how the run ended.
+    """Follows one run of the trainer; as a context manager it also records how the run ended.
 
     Args:
-        hidden: The node's hidden inputs: its id, and the workflow that it belongs to.
+        hidden: The node's hidden inputs, which give its id and its workflow.
     """
 
     def __init__(self, hidden: Any) -> None:
@@ -52,7 +52,7 @@ class LiveChart:
         self._send(now=True)
 
     def phase(self, phase: str, done: int, total: int) -> None:
-        """Show what else the node is doing; the training steps speak for themselves."""
+        """Show what the node is doing apart from training steps, which are shown by :meth:`step`."""
         if phase == "training step":
             return
         word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
@@ -60,14 +60,14 @@ class LiveChart:
         self._send()
 
     def earlier(self, losses: Sequence[float], steps: int) -> None:
-        """Show what the interrupted run that this one resumes had done."""
+        """Show the steps of the interrupted run that this one resumes."""
         self._record.add_earlier(losses, steps)
 
     def step(self, step: int, steps: int, loss: float, learning_rate: float, **figures: Any) -> None:
         """Show a finished training step.
 
         Args:
-            step, steps, loss, learning_rate: As `RunRecord.add_step` takes them.
+            step, steps, loss, learning_rate: See `RunRecord.add_step`.
             figures: seconds_per_step, seconds_left (s); memory_now, memory_peak (bytes), memory_of.
         """
         self._record.add_step(step, steps, loss, learning_rate)
@@ -85,7 +85,7 @@ class LiveChart:
 
 
 def announcer(hidden: Any, phase: str) -> Callable[[str, int, int], None]:
-    """Return what a node in front of trainers tells its progress to: their charts show it as ``phase``."""
+    """Return a progress callback for a node upstream of trainers, whose charts show its progress as ``phase``."""
     trainers = trainers_behind(hidden.prompt, hidden.unique_id)
     workflow = workflow_of(hidden)
     last_sent = 0.0
@@ -102,7 +102,7 @@ def announcer(hidden: Any, phase: str) -> Callable[[str, int, int], None]:
 
 
 def trainers_behind(prompt: Any, node_id: str | None) -> list[str]:
-    """Return the ids of the trainers that read, over any number of nodes, what this node gives."""
+    """Return the ids of the trainers that use this node's outputs, directly or through other nodes."""
     if not isinstance(prompt, Mapping):
         return []
     readers: dict[str, list[str]] = {}
@@ -120,7 +120,7 @@ def trainers_behind(prompt: Any, node_id: str | None) -> list[str]:
 
 
 def workflow_of(hidden: Any) -> str | None:
-    """Return the id of the workflow in which the prompt was queued; None for one from elsewhere."""
+    """Return the id of the workflow in which the prompt was queued, or None if it came from elsewhere."""
     info = hidden.extra_pnginfo
     workflow = info.get("workflow") if isinstance(info, Mapping) else None
     name = workflow.get("id") if isinstance(workflow, Mapping) else None
@@ -131,17 +131,17 @@ def send(data: Mapping[str, Any]) -> None:
     """Send an event to every open page."""
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        server.send_sync(EVENT, data)  # no client id: a second browser shows the run as well
+        server.send_sync(EVENT, data)  # no client id, so that a second browser shows the run too
 
 
 async def last_run(request: Any) -> Any:
-    """Answer ``GET ?node=ID&workflow=ID`` with the node's last run as JSON, or null. Reads nothing but memory."""
+    """Answer ``GET ?node=ID&workflow=ID`` with the node's last run as JSON, or null. Reads only from memory."""
     record = HISTORY.last(request.query.get("node", ""), request.query.get("workflow"))
     return web.json_response({"run": record and record.snapshot()}, headers={"Cache-Control": "no-store"})
 
 
 def add_route() -> None:
-    """Offer the last runs to the page. Registered twice, a route keeps the host from starting."""
+    """Add the route for the latest runs, once: the host does not start if a route is registered twice."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and not any(getattr(route, "path", None) == ROUTE for route in server.routes):
         server.routes.get(ROUTE)(last_run)

@@ -1,4 +1,4 @@
-"""Signs of life of a running node: its progress bar, a line of text under it, and the check for Cancel."""
+"""Progress of a running node: its progress bar, a line of text under it, and the check for Cancel."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LARGEST_PREVIEW = 512
 
 
 class NodeProgress:
-    """Reports phases of a node's work to the person in front of it.
+    """Shows the phases of a node's work to the user.
 
     Args:
         node_id: The running node.
-        tell: Told of every part as well, before the node is: the phase, how many parts are done, of how many.
+        tell: Also called for every part, before the node is updated, with (phase, parts done, total).
     """
 
     def __init__(self, node_id: str | None, tell: Callable[[str, int, int], None] | None = None) -> None:
@@ -37,7 +37,7 @@ class NodeProgress:
         """Show that ``done`` of ``total`` parts of ``phase`` are finished.
 
         Raises:
-            InterruptProcessingException: If the person pressed Cancel.
+            InterruptProcessingException: If the user pressed Cancel.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._bar is None or total != self._total or done == 1:
@@ -49,12 +49,12 @@ class NodeProgress:
         self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
 
     def show(self, picture: Image.Image) -> None:
-        """Show a picture on the node, as samplers show theirs; the progress bar stays where it is."""
+        """Show a picture on the node, as samplers do, without changing the progress bar."""
         self._bar = self._bar or comfy.utils.ProgressBar(1)
         self._bar.update_absolute(self._done, preview=("JPEG", picture, LARGEST_PREVIEW))
 
     def say(self, text: str) -> None:
-        """Show a sentence that stays under the node when it is done, and log it."""
+        """Show a sentence that stays under the node after the run, and log it."""
         logger.info("BlockSkip: %s", text)
         self._show(text, last=True)
 

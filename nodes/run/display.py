@@ -1,4 +1,4 @@
-"""A run as the person in front of it sees it: the live chart, and the node's progress bar and line of text."""
+"""What the user sees during a run: the live chart, and the node's progress bar and line of text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .outcome import RunOutcome
 from .prepare import PreparedRun
 
 STEPS_OF_PACE = 20
-"""How many of the last steps the chart's time per step is the mean of."""
+"""Number of latest steps over which the chart averages the time per step."""
 
 
 class RunChart(TrainingObserver):
-    """Puts each step on the live chart, and looks at the memory for it."""
+    """Puts each step on the live chart, with the memory use at that time."""
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome, chart: LiveChart) -> None:
         self._config, self._outcome, self._chart = run.request.config, outcome, chart
 
     def on_step(self, step: StepReport) -> None:
-        """Show a step, and before the first one what an interrupted run had done."""
+        """Show a step, and before the first one the steps of the interrupted run."""
         memory, seconds = self._outcome.memory, self._outcome.result.step_seconds
         memory.sample()
         if step.step == self._outcome.result.resumed_at + 1:
@@ -42,7 +42,7 @@ class RunChart(TrainingObserver):
         )
 
     def run_ended(self) -> None:
-        """Look at the memory once more; show earlier steps if none was left to train, or none was reached."""
+        """Sample the memory once more; show earlier steps if this run made none."""
         self._outcome.memory.sample()
         if self._outcome.result.resumed_at == self._outcome.result.steps:
             self._show_earlier()
@@ -54,7 +54,7 @@ class RunChart(TrainingObserver):
 
 
 class ProgressLine(TrainingObserver):
-    """Shows each step on the node. Last among the observers, because Cancel ends a run here."""
+    """Shows each step on the node. It is the last observer, because Cancel ends a run here."""
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome, progress: NodeProgress) -> None:
         self._steps, self._outcome, self._progress = run.request.steps, outcome, progress

@@ -1,6 +1,6 @@
-"""What is told of a run: in the LoRA's metadata, on the node, in the summary, and in the line under the node.
+"""The facts about a run for the LoRA's metadata, the node, the summary, and the line under the node.
 
-Each fact is stated once, in :func:`facts`; the others pick from them by name.
+Each fact is stated once, in :func:`facts`; the other functions pick from them by name.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ ON_NODE = (
 
 
 def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
-    """Return every fact of a run by its name: the settings, what was trained on what, and what came of it."""
+    """Return every fact of a run by its name: settings, model, training examples and results."""
     return {
         **run.request.shown(),
         "steps_planned": run.request.steps,
-        **_of_the_model(run),
-        **_of_the_examples(run),
-        **_of_the_training(outcome),
+        **_model_facts(run),
+        **_example_facts(run),
+        **_training_facts(outcome),
         "trained_with": f"BlockSkip {VERSION}",
         "peft_version": version_of("peft"),
     }
 
 
 def metadata(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
-    """Return what the LoRA's file says of itself."""
+    """Return the metadata of the LoRA's file."""
     return _chosen(facts(run, outcome), IN_METADATA)
 
 
@@ -55,7 +55,7 @@ def on_node(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
 
 
 def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
-    """Return everything that the summary says; the LoRA's file is there."""
+    """Return the content of the summary; the LoRA's file must exist."""
     known = facts(run, outcome)
     return RunReport(
         file=outcome.path.name,
@@ -87,11 +87,11 @@ def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
 
 
 def outcome_line(outcome: RunOutcome) -> str:
-    """Return what is left under the node: what was trained, and what went wrong on the way."""
+    """Return the line that stays under the node: what was trained, and any problems."""
     result = outcome.result
     done = f"{result.steps} steps"
     if result.resumed_at == result.steps:
-        done = f"This run had finished before: {done}, nothing left to train"
+        done = f"This run was already finished: {done}, nothing left to train"
     elif result.resumed_at:
         done += f", {result.resumed_at} of them by the earlier run that this one resumed"
     saved = f"saved as {outcome.path.name}" if outcome.saved else "not saved"
@@ -101,7 +101,7 @@ def outcome_line(outcome: RunOutcome) -> str:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Return the mean; None of nothing."""
+    """Return the mean, or None for no values."""
     return sum(values) / len(values) if values else None
 
 
@@ -109,7 +109,7 @@ def _chosen(known: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
-def _of_the_model(run: PreparedRun) -> dict[str, Any]:
+def _model_facts(run: PreparedRun) -> dict[str, Any]:
     selection, blocks = run.residuals.selection, run.dit.blocks
     kept = [run.trained_dit.blocks[index] for index in selection.kept]
     return {
@@ -132,7 +132,7 @@ def _of_the_model(run: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _of_the_examples(run: PreparedRun) -> dict[str, Any]:
+def _example_facts(run: PreparedRun) -> dict[str, Any]:
     residuals, schedule = run.residuals, run.residuals.schedule
     return {
         "patch_min": schedule.patches.patch_min,
@@ -146,7 +146,7 @@ def _of_the_examples(run: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _of_the_training(outcome: RunOutcome) -> dict[str, Any]:
+def _training_facts(outcome: RunOutcome) -> dict[str, Any]:
     result = outcome.result
     tenth = max(1, len(result.losses) // 10)
     return {

@@ -1,4 +1,4 @@
-"""The files of a run: the LoRA, its checkpoints on the way, and the summary beside it."""
+"""The files of a run: the LoRA, its checkpoints during training, and the summary beside it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ logger = logging.getLogger(__name__)
 
 
 class RunFiles(TrainingObserver):
-    """Writes a run's files. A disk that refuses costs no run: it is said, and the run continues."""
+    """Writes a run's files. If that fails, the problem is reported and the run continues."""
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome) -> None:
         self._run, self._outcome = run, outcome
         self._checkpoints: list[Path] = []
 
     def save_finished(self) -> None:
-        """Save a finished run; without a file, the LoRA is still on the node's output."""
+        """Save a finished run; if that fails, the LoRA is still on the node's output."""
         try:
             self._save_lora()
         except StorageError as error:
             self._outcome.saved = False
-            self._note(error, f"{error} The LoRA is on the output; connect Save LoRA Weights to keep it.")
+            self._note(error, f"{error} The LoRA is on the output; connect Save LoRA Weights to save it.")
         else:
             self._save_summary()
 
     def save_early(self) -> None:
-        """Save a run that did not get to its end.
+        """Save a run that ended early.
 
         Raises:
             StorageError: If the LoRA cannot be written.
@@ -45,7 +45,7 @@ class RunFiles(TrainingObserver):
         self._save_summary()
 
     def on_step(self, step: StepReport) -> None:
-        """Write a checkpoint of the LoRA beside the final file when it is due; the oldest are removed."""
+        """Write a checkpoint of the LoRA beside the final file if it is due, and remove the oldest ones."""
         request, final = self._run.request, self._outcome.path
         if not self._run.checkpoints.is_due(step.step) or step.step >= request.steps:
             return
@@ -64,7 +64,7 @@ class RunFiles(TrainingObserver):
         del self._checkpoints[: -request.keep_last]
 
     def _save_lora(self) -> None:
-        self._outcome.name.renew()  # another program may have taken it since
+        self._outcome.name.renew()  # another program may have taken it in the meantime
         self._write_lora(self._outcome.path)
 
     def _write_lora(self, path: Path) -> None:
@@ -74,11 +74,11 @@ class RunFiles(TrainingObserver):
         logger.info("BlockSkip: saved %s after step %d", path.name, self._outcome.result.steps)
 
     def _save_summary(self) -> None:
-        """Write the summary beside the LoRA that it is of."""
+        """Write the summary beside its LoRA."""
         path = self._outcome.path.with_suffix(".html")
         try:
             write_report(report(self._run, self._outcome), path)
-        except (StorageError, OSError) as error:  # OSError: the LoRA that was written just now is gone
+        except (StorageError, OSError) as error:  # OSError: the LoRA that was just written is gone
             self._note(error, str(error))
         else:
             self._outcome.summary_path = path

@@ -1,4 +1,4 @@
-"""Whether a run will fit, counted before it starts, and where its weights are kept."""
+"""Check before a run starts whether it will fit, and decide where its weights are kept."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryCheck:
-    """Counts a run where a rough upper bound does not fit, refuses what cannot fit, and says what is slow.
+    """Counts a run if a rough upper bound does not fit, refuses it if it cannot fit, and warns if it will be slow.
 
-    The bound is twice the rule of thumb of ``estimated_step_bytes``, which tests find to be no less than the count.
+    The bound is twice the rule of thumb of ``estimated_step_bytes``; tests check that it is not less than the count.
 
     Args:
         run: The run.
-        progress: The node's.
-        problems: Gets a sentence if the run starts and something is not as it should be.
+        progress: The node's progress.
+        problems: Receives a sentence if the run can start despite a problem.
     """
 
     def __init__(self, run: PreparedRun, progress: NodeProgress, problems: list[str]) -> None:
         self._run, self._progress, self._problems = run, progress, problems
-        self._on_cpu = run.dit.device.type == "cpu"  # the weights are in that memory already
+        self._on_cpu = run.dit.device.type == "cpu"  # the weights are already in that memory
         self._streamed = run.request.kept_weights == "streamed"
 
     @property
     def training_peak(self) -> int:
-        """About what the run takes on the device with its weights, in bytes."""
+        """Approximate bytes that the run needs on the device, weights included."""
         return self._resident_bytes + self._run.step_bytes
 
     def placement(self) -> WeightPlacement:
-        """Return where the weights are kept: "resident" if they fit by count.
+        """Return where the weights are kept: "resident" if the run fits by count.
 
-        Left to itself, the host would stream some to keep its own reserve free.
+        Otherwise the host would stream some weights to keep its own reserve free.
 
         Raises:
             TrainingError: If not even a step without its weights fits, unless `check_memory` is off.
@@ -58,49 +58,49 @@ class MemoryCheck:
 
     @property
     def _has_finished(self) -> bool:
-        """Whether an earlier run has done all steps."""
+        """Whether an earlier run has already made all steps."""
         steps = self._run.request.steps
         state = self._run.checkpoints.newest(steps)
         return state is not None and state.step >= steps
 
     def _fits_by_count(self, available: int, place: str) -> bool:
-        """Count the run; return whether it fits, and raise or note a problem if it does not."""
+        """Count the run and return whether it fits; if not, raise an error or note a problem."""
         self._progress("counting memory", 1, 2)
         try:
             verdict = self._verdict(available, place)
         except BlockSkipError:
             raise
-        except Exception as error:  # layers of other packs may not let themselves be counted, and yet be trained
+        except Exception as error:  # layers of other packs may fail to be counted and still train
             logger.exception("BlockSkip: memory could not be counted")
             self._problems.append(
-                f"Whether this run fits could not be counted ({type(error).__name__}: {error}). It was started."
+                f"The memory of this run could not be counted ({type(error).__name__}: {error}). It was started anyway."
             )
             return False
         if self._run.request.check_memory and not verdict.starts:
-            raise TrainingError(f"{verdict.problem} Or switch `check_memory` off to try it all the same.")
+            raise TrainingError(f"{verdict.problem} Or switch `check_memory` off to try anyway.")
         if verdict.problem:
             logger.warning("BlockSkip: %s", verdict.problem)
             self._problems.append(verdict.problem)
         return not verdict.problem
 
     def _verdict(self, available: int, place: str) -> Verdict:
-        """Count the training, and what would help if it does not fit."""
+        """Count the training, and find what would help if it does not fit."""
         counted, settings = self._count(self._settings).training, self._settings
         block = 0 if self._on_cpu else self._counted_run.largest_trained_block(settings)
         verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
-        if not verdict.problem or (verdict.starts and self._streamed):  # moving weights is what streaming is
+        if not verdict.problem or (verdict.starts and self._streamed):  # streaming means moving weights
             return Verdict(True)
         found = changes_that_fit(settings, available, self._count, formats_on(self._run.dit.device))
         problem = f"{verdict.problem} {advice(found)}"
         if self._run.request.memory_settings is not None:
-            problem += " Some of these are set at Memory Plan."
+            problem += " Some of these are set on Memory Plan."
         return replace(verdict, problem=problem)
 
     def _count(self, settings: MemorySettings) -> MemoryNeeds:
         needs = self._counted_run.needs(settings)
         if self._on_cpu:
             needs = needs.without_weights()
-        return replace(needs, precomputing=None) if settings.storage == "disk" else needs  # that is done
+        return replace(needs, precomputing=None) if settings.storage == "disk" else needs  # already done
 
     @cached_property
     def _counted_run(self) -> CountedRun:
@@ -122,5 +122,5 @@ class MemoryCheck:
 
     @cached_property
     def _resident_bytes(self) -> int:
-        """Weights that a step keeps on the device."""
+        """Bytes of the weights that a step keeps on the device."""
         return 0 if self._on_cpu or self._streamed else self._counted_run.trained_weights(self._settings)

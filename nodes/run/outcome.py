@@ -1,4 +1,4 @@
-"""What a run has come to so far."""
+"""The result of a run so far."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .peak_memory import PeakMemory
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture of the run.
+    """A picture sampled during the run.
 
     Attributes:
-        step: Training steps before it.
-        prompt: Its place among the prompts, from 1.
-        path: Where it is.
-        small: What is in the file, as the run's summary shows it.
+        step: Number of training steps before it.
+        prompt: Number of its prompt, from 1.
+        path: Its file.
+        small: The picture in the size shown in the run's summary.
     """
 
     step: int
@@ -30,15 +30,15 @@ class Sample:
 
 @dataclass
 class RunOutcome:
-    """What a run has come to. Filled in as it goes, so it is right whenever the run ends.
+    """The result of a run. It is filled in during the run, so it is correct whenever the run ends.
 
     Attributes:
-        memory: The device's, as watched.
-        name: Of the LoRA, this run's alone while it trains.
-        saved: Whether it is there, or the disk has not refused it yet.
+        memory: Memory use of the device.
+        name: Name of the LoRA's file, reserved for this run while it trains.
+        saved: False if the LoRA could not be saved.
         summary_path: The summary beside it, if there is one.
         samples: Pictures, in order.
-        result: What the training loop left.
+        result: The training loop's result.
     """
 
     memory: PeakMemory
@@ -50,10 +50,10 @@ class RunOutcome:
 
     @property
     def path(self) -> Path:
-        """Where the LoRA is, or will be."""
+        """Where the LoRA is or will be saved."""
         return self.name.path
 
     @property
     def problems(self) -> list[str]:
-        """What went wrong without ending the run, in sentences, each once."""
+        """Problems that did not end the run, as sentences without duplicates."""
         return list(dict.fromkeys(self.result.problems))

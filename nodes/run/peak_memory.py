@@ -1,4 +1,4 @@
-"""Peak memory of a run: allocated on the GPU where there is one, resident in the process otherwise."""
+"""Peak memory of a run: allocated on the GPU if there is one, otherwise resident in the process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...blockskip_core.hosts.models.residency import paged_bytes
 
 
 class PeakMemory:
-    """Watches a device.
+    """Tracks the memory of a device.
 
     Attributes:
-        now, peak: Bytes, as of the last look.
-        peak_apart: Peak of what was done apart from the run, e.g. sampling.
-        what: What is counted, for people.
+        now, peak: Bytes at the last sample.
+        peak_apart: Peak of work that does not count as part of the run, e.g. sampling.
+        what: Readable name of what is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,32 +27,32 @@ class PeakMemory:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was before."""
+        """Restart the peak."""
         self.peak = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def sample(self) -> None:
-        """Look at the memory now."""
-        self.peak = max(self.peak, self._look())
+        """Read the memory use now."""
+        self.peak = max(self.peak, self._read())
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Keep what happens in this context out of the run's peak (on a GPU: elsewhere only samples are known)."""
+        """Exclude this context from the run's peak (exactly on a GPU; elsewhere only samples are known)."""
         self.sample()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield
         finally:
-            self.peak_apart = max(self.peak_apart, self._look())
+            self.peak_apart = max(self.peak_apart, self._read())
             if self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
-    def _look(self) -> int:
-        """Return the highest since the last reset; without a GPU, what is taken now."""
+    def _read(self) -> int:
+        """Return the highest use since the last reset; without a GPU, the current use."""
         if self._device.type == "cuda":
-            paged = paged_bytes(self._device)  # these come and go; torch's allocator does not know of them
+            paged = paged_bytes(self._device)  # allocated outside torch's allocator, so its peak is not known
             self.now = torch.cuda.memory_allocated(self._device) + paged
             return torch.cuda.max_memory_allocated(self._device) + paged
         self.now = psutil.Process().memory_info().rss

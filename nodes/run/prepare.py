@@ -1,4 +1,4 @@
-"""A request made ready to run: everything is checked and set up, nothing is loaded, nothing is trained."""
+"""Prepare a run for a request: check and set up everything, without loading or training anything."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from ...blockskip_core.hosts.files.start_lora import lora_to_start_from
 from ...blockskip_core.hosts.models.counted_run import formats_of
 from ...blockskip_core.hosts.models.hosted_dit import HostedDit
 from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
+from ...blockskip_core.hosts.models.patches import for_training
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
-from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.residuals.residual_set import ResidualSet
 from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
 from ...blockskip_core.version import VERSION
 from ..inputs import NO_FILE
@@ -34,16 +35,16 @@ class PreparedRun:
     """A run that can start.
 
     Attributes:
-        request: What is asked for, with what Memory Plan ruled.
-        residuals: What stands in for the skipped blocks.
-        dit: The model as it was loaded; residuals are those of it.
-        trained_dit: The model as it is trained on: the same, or with its kept blocks quantised.
-        adapters: The LoRA, with its first values.
-        first_values: The same, to start over from.
-        names: What its layers are called in the file.
-        checkpoints: Where training states are kept.
+        request: The request, with the settings from Memory Plan.
+        residuals: What replaces the skipped blocks.
+        dit: The model as loaded, from which the residuals were computed.
+        trained_dit: The model to train on: the same, or with its kept blocks quantised.
+        adapters: The LoRA, with its initial values.
+        first_values: Its initial values, for starting over.
+        names: Names of its layers in the file.
+        checkpoints: The training states.
         path: Where the LoRA will be saved.
-        sampler: Samples pictures on the way, or None.
+        sampler: Samples pictures during training, or None.
     """
 
     request: RunRequest
@@ -59,7 +60,7 @@ class PreparedRun:
 
     @property
     def step_bytes(self) -> int:
-        """About what a step takes beside the weights, in bytes."""
+        """Approximate bytes that a step needs besides the weights."""
         config, dit, latents = self.request.config, self.dit, self.residuals.latents
         text = max(dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
         estimated = estimated_step_bytes(
@@ -78,9 +79,9 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     """Check a request against the model and its residuals, and set up what the run needs.
 
     Raises:
-        BlockSkipError: If something does not fit together, or the disk refuses the LoRA's file.
+        BlockSkipError: If inputs do not fit together, or the LoRA's file cannot be written.
     """
-    request = request.planned_for(residuals)
+    request, model = request.planned_for(residuals), for_training(model)
     path = output_path(request.output_name)
     require_writable(path)
     _require_same_model(model, residuals)
@@ -113,14 +114,14 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
 
 
 def _quantised(dit: HostedDit, residuals: ResidualSet, request: RunRequest) -> HostedDit | QuantisedDit:
-    """Return the model as it is trained on."""
+    """Return the model to train on."""
     formats = formats_of(dit, residuals.selection, request.memory(residuals))
     return QuantisedDit(dit, formats) if formats else dit
 
 
 @torch.inference_mode(False)
 def _adapters(model: Any, dit: HostedDit, residuals: ResidualSet, request: RunRequest) -> LoraAdapters:
-    """Return the LoRA with its first values: random, or those of the LoRA that is trained further."""
+    """Return the LoRA with its initial values: random, or those of the LoRA to train further."""
     start_from = request.start_from
     if start_from is None and request.start_file != NO_FILE:
         start_from = load_lora_file(request.start_file)
@@ -135,11 +136,11 @@ def _adapters(model: Any, dit: HostedDit, residuals: ResidualSet, request: RunRe
 def _identity(
     residuals: ResidualSet, request: RunRequest, adapters: LoraAdapters, first_values: Mapping[str, Tensor]
 ) -> RunIdentity:
-    """Return what decides the LoRA's values after a given number of steps."""
+    """Return everything that determines the LoRA's values after a given number of steps."""
     no_effect = {"checkpointing", "activation_budget"}
     if request.lr_schedule == "constant":
         no_effect.add("warmup_steps")
-    if request.lr_schedule not in ("linear", "cosine"):  # their rates depend on how long the run is
+    if request.lr_schedule not in ("linear", "cosine"):  # their rates depend on the length of the run
         no_effect.add("steps")
     return RunIdentity(
         {

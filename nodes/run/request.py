@@ -1,4 +1,4 @@
-"""What the trainer is asked for: its widgets and plugs, validated."""
+"""The trainer's request: its widgets and connected inputs, validated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...blockskip_core.data.flow_matching import LossWeighting
 from ...blockskip_core.errors import InvalidInputError
 from ...blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks
 from ...blockskip_core.hosts.sampling.training_samples import SampleRequest
-from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.residuals.residual_set import ResidualSet
 from ...blockskip_core.training.config import LearningRateSchedule, TrainingConfig
 from ...blockskip_core.training.optimizers import OptimizerName
 from ..inputs import NO_FILE, require_memory_settings
@@ -28,12 +28,12 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """The trainer's inputs by their ids, beside the model and its residuals; defaults are those of the widgets.
+    """The trainer's inputs by their ids, except the model and its residuals; defaults are those of the widgets.
 
-    The order is that of the summary. For what each means see the node's tooltips.
+    The order is that of the summary. The node's tooltips explain each one.
 
     Raises:
-        InvalidInputError: If one is out of range, or not what belongs there.
+        InvalidInputError: If one is out of range or of the wrong kind.
     """
 
     steps: int
@@ -83,17 +83,17 @@ class RunRequest:
 
     @cached_property
     def config(self) -> TrainingConfig:
-        """What the training loop reads."""
+        """The settings of the training loop."""
         values = {each.name: getattr(self, each.name) for each in fields(TrainingConfig)}
         return TrainingConfig(**{**values, "activation_budget": self.activation_budget * GIB})
 
     @cached_property
     def lora(self) -> LoraSettings:
-        """What the LoRA looks like; an alpha of 0 is the rank."""
+        """The settings of the LoRA; an alpha of 0 means the rank."""
         return LoraSettings(rank=self.rank, alpha=self.alpha or self.rank, targets=self.targets)
 
     def planned_for(self, residuals: ResidualSet) -> RunRequest:
-        """Return the request with what Memory Plan ruled, if it is connected.
+        """Return the request with the settings from Memory Plan, if it is connected.
 
         Raises:
             InvalidInputError: If the residuals were made with other settings than the plan counted.
@@ -104,7 +104,7 @@ class RunRequest:
         made = (residuals.schedule.patches.patch_min, residuals.storage == "on the fly")
         if made != (plan.patch_min, plan.storage == "on the fly"):
             raise InvalidInputError(
-                f"Memory Plan counted crops of {plan.patch_min} px with storage {plan.storage}; the residuals have "
+                f"Memory Plan counted crops of {plan.patch_min} px with storage {plan.storage}, but the residuals have "
                 f"{made[0]} px and {residuals.storage}. Connect its `settings` to Precompute Residuals too."
             )
         return replace(
@@ -118,7 +118,7 @@ class RunRequest:
         )
 
     def memory(self, residuals: ResidualSet) -> MemorySettings:
-        """Return what memory depends on."""
+        """Return the settings that memory depends on."""
         return MemorySettings(
             config=self.config,
             storage=residuals.storage,
@@ -129,7 +129,7 @@ class RunRequest:
         )
 
     def shown(self) -> dict[str, Any]:
-        """Return every setting by its name, as people read it; what was plugged in, by where it came from."""
+        """Return every setting by its name in readable form; connected inputs are described by their origin."""
         return {
             **{each.name: getattr(self, each.name) for each in fields(self)},
             "activation_budget": f"{self.activation_budget:g} GiB",

@@ -1,4 +1,4 @@
-"""The pictures of a training run: sampled between steps, saved beside the LoRA, shown on the node."""
+"""Pictures during a training run: sampled between steps, saved beside the LoRA, shown on the node."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunSamples(TrainingObserver):
-    """Samples between steps when it is due.
+    """Samples between steps when due.
 
     Args:
         run: The run; pictures are saved beside its LoRA.
-        outcome: Gets the pictures, and a sentence if sampling fails; the training continues without it.
-        progress: The node's.
+        outcome: Receives the pictures, and a sentence if sampling fails; then the training continues without sampling.
+        progress: The node's progress.
         sampler: Makes the pictures.
-        training_peak: Bytes on the device that the training takes, by count.
+        training_peak: Counted bytes that the training needs on the device.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class RunSamples(TrainingObserver):
         self._failed = False
 
     def is_due(self, step: int) -> bool:
-        """Whether pictures are wanted after this many steps."""
+        """Return whether pictures are due after ``step`` steps."""
         return not self._failed and self._sampler.request.is_due(step, self._run.request.steps)
 
     def between_steps(self, step: int) -> None:
-        """Sample, save and show. Cancel ends the run as anywhere; anything else that fails ends the sampling only."""
+        """Sample, save and show. Cancel ends the run as usual; any other failure ends only the sampling."""
         try:
             with self._outcome.memory.apart():
                 pictures = self._sampler.pictures(
@@ -68,8 +68,8 @@ class RunSamples(TrainingObserver):
             logger.exception("BlockSkip: sampling failed")
             self._failed = True
             self._outcome.result.problems.append(
-                f"Sampling after step {step} failed ({type(error).__name__}: {error}). No more pictures are sampled in "
-                "this run; the training continues."
+                f"Sampling after step {step} failed ({type(error).__name__}: {error}). This run samples no more "
+                "pictures; the training continues."
             )
 
     def _keep(self, picture: Image.Image, step: int, prompt: int) -> None:
@@ -86,7 +86,7 @@ def shown_on_node(outcome: RunOutcome) -> dict[str, Any]:
     if not outcome.samples:
         return {}
     folder = os.path.relpath(outcome.samples[0].path.parent, folder_paths.get_output_directory())
-    if folder.split(os.sep)[0] == os.pardir:  # behind a link, where the host shows no pictures
+    if folder.split(os.sep)[0] == os.pardir:  # outside, through a link, where the host shows no pictures
         return {}
     subfolder = "" if folder == os.curdir else Path(folder).as_posix()
     return {

@@ -1,4 +1,4 @@
-"""The trainer's work from request to figures: prepare, check the memory, train, save however it ends, tell."""
+"""The trainer's work from request to figures: prepare, check the memory, train, save however it ends, report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ...blockskip_core.hosts.files.lora_files import LoraModel, ReservedName
 from ...blockskip_core.hosts.models.out_of_memory import (
     OutOfMemoryError,
     is_out_of_memory,
-    let_go,
+    log_and_release,
     out_of_memory_explained,
 )
 from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from ...blockskip_core.hosts.models.residency import evict_others
 from ...blockskip_core.model import WeightPlacement
-from ...blockskip_core.residuals.sources import ResidualSet
+from ...blockskip_core.residuals.residual_set import ResidualSet
+from ...blockskip_core.residuals.sources import source_of
 from ...blockskip_core.training.loop import train_lora
 from ...blockskip_core.training.observer import OnStep, TrainingObserver
 from ...blockskip_core.training.result import StepReport
@@ -40,14 +41,14 @@ from .samples import RunSamples, shown_on_node
 logger = logging.getLogger(__name__)
 
 ADVICE = (
-    "Lower `patch_min` or `batch_size`, set `activation_budget` to 0, or skip more blocks at Select Blocks; Memory Plan "
-    "shows what fits."
+    "Lower `patch_min` or `batch_size`, set `activation_budget` to 0, or skip more blocks at Select Blocks; Memory "
+    "Plan shows what fits."
 )
 
 
 @dataclass(frozen=True)
 class TrainedLora:
-    """What the trainer's node gives: its outputs, and figures for the page."""
+    """The outputs of the trainer's node, and figures for the page."""
 
     lora: LoraModel
     loss_map: dict[str, list[float]]
@@ -61,20 +62,20 @@ def run_training(
     """Train a LoRA as requested, save it, and return it as core's trainer would.
 
     Raises:
-        BlockSkipError: If the run cannot start, or cannot continue; the message names the file that holds what was
-            learned. Anything else that ends it, Cancel too, saves what was learned and passes through.
+        BlockSkipError: If the run cannot start or continue; the message names the file with the LoRA so far. Any other
+            exception, including Cancel, is passed on after the LoRA so far has been saved.
     """
-    with out_of_memory_explained("Preparing the training", "Unload what else uses the device, and queue again."):
+    with out_of_memory_explained("Preparing the training", "Unload whatever else uses the device, and queue again."):
         run = prepare(model, residuals, request)
 
     def wait_for_another(step: int) -> None:
-        progress("waiting for another process, which trains the same run", min(step, request.steps), request.steps)
+        progress("waiting for another process that trains the same run", min(step, request.steps), request.steps)
 
     with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
         outcome = RunOutcome(PeakMemory(run.dit.device), name)
         _Training(run, outcome, progress, chart).train()
     progress.say(outcome_line(outcome))
-    with torch.inference_mode(False):  # the tensors are ordinary ones, as core's are
+    with torch.inference_mode(False):  # ordinary tensors, like those of core's trainer
         tensors = to_host_lora(run.adapters.state_dict(), run.adapters.scale)
     return TrainedLora(
         LoraModel(tensors, metadata(run, outcome)),
@@ -85,7 +86,7 @@ def run_training(
 
 
 class _Training:
-    """The training of a prepared run: memory before it, files after it, and a second try if memory runs out."""
+    """The training of a prepared run: memory check before, files after, and a second try if memory runs out."""
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome, progress: NodeProgress, chart: LiveChart) -> None:
         self._run, self._outcome, self._progress = run, outcome, progress
@@ -100,8 +101,8 @@ class _Training:
         """Train, and save the LoRA however the run ends, if it has learned anything.
 
         Raises:
-            TrainingError, OutOfMemoryError: If training cannot continue; the message names the file that holds what was
-                learned.
+            TrainingError, OutOfMemoryError: If training cannot continue; the message names the file with the LoRA so
+                far.
             StorageError: If a run that ended early cannot be saved.
         """
         result = self._outcome.result
@@ -112,9 +113,9 @@ class _Training:
             if not result.steps:
                 raise
             self._files.save_early()
-            saved = f"What was learned so far is saved as {self._outcome.path.name}."
+            saved = f"The LoRA so far is saved as {self._outcome.path.name}."
             raise type(error)(f"{error} {saved}") from None
-        except BaseException:  # Cancel too, and at any moment of the last step
+        except BaseException:  # including Cancel at any moment
             if result.steps:
                 self._files.save_early()
             raise
@@ -122,15 +123,15 @@ class _Training:
             self._chart.run_ended()
         if result.overflows:
             result.problems.append(
-                f"{result.overflows} steps were left out because gradients overflowed in float16; a model in bf16 has no "
-                "such limit."
+                f"{result.overflows} steps were skipped because gradients overflowed in float16; a model in bf16 does "
+                "not have this problem."
             )
         self._files.save_finished()
 
     def _train(self) -> None:
         placement = self._memory_check.placement()
         evict_others(self._run.dit.patcher)
-        self._outcome.memory.restart()  # text encoder and VAE are no part of the run's peak
+        self._outcome.memory.restart()  # text encoder and VAE are not part of the run's peak
         if isinstance(self._run.trained_dit, QuantisedDit):
             self._run.trained_dit.quantise(lambda done, total: self._progress("layers quantised", done, total))
         ran_out = self._runs_out_of_memory(placement)
@@ -138,21 +139,21 @@ class _Training:
             self._continue_streamed(placement, ran_out)
 
     def _continue_streamed(self, placement: WeightPlacement, said: str) -> None:
-        """Continue a run that ran out of memory, with its weights streamed, from its last checkpoint.
+        """Continue a run that ran out of memory from its last checkpoint, with its weights streamed.
 
         Raises:
-            OutOfMemoryError: If they were streamed already, there are none to stream, or it happens again.
+            OutOfMemoryError: If they were already streamed, there are none to stream, or memory runs out again.
         """
         result, run = self._outcome.result, self._run
         failed = f"Training ran out of memory after step {result.steps} ({said})."
         if not self._can_stream(placement):
             raise OutOfMemoryError(f"{failed} {ADVICE}")
-        problem = f"{failed} It continued with its weights streamed, which is slower. {ADVICE}"
+        problem = f"{failed} It continued with streamed weights, which is slower. {ADVICE}"
         logger.warning("BlockSkip: %s", problem)
         result.problems.append(problem)
         resumed_at = result.resumed_at
 
-        def keep_resumed_at(_: StepReport) -> None:  # what is resumed now is this run's own
+        def keep_resumed_at(_: StepReport) -> None:  # this time the run resumes from its own state
             result.resumed_at = resumed_at
 
         self._observers.insert(0, OnStep(keep_resumed_at))
@@ -163,20 +164,20 @@ class _Training:
         comfy.model_management.soft_empty_cache()
         again = self._runs_out_of_memory("streamed")
         if again is not None:
-            raise OutOfMemoryError(f"Training ran out of memory even with its weights streamed ({again}). {ADVICE}")
+            raise OutOfMemoryError(f"Training ran out of memory even with streamed weights ({again}). {ADVICE}")
 
     def _can_stream(self, placement: WeightPlacement) -> bool:
-        """Whether there are weights on the device that could be brought there layer by layer instead."""
+        """Return whether there are weights on the device that could be streamed instead."""
         return placement != "streamed" and self._run.dit.device.type != "cpu"
 
     def _runs_out_of_memory(self, placement: WeightPlacement) -> str | None:
-        """Train; return what the allocator said if memory ran out, with everything let go, and None if all went well."""
+        """Train; if memory runs out, release everything and return the allocator's message, otherwise None."""
         try:
             self._run_loop(placement)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return let_go(error)
+            return log_and_release(error)
         return None
 
     def _run_loop(self, placement: WeightPlacement) -> None:
@@ -186,7 +187,7 @@ class _Training:
             run.residuals.schedule,
             run.residuals.latents,
             run.residuals.selection,
-            run.residuals.source(run.dit, self._progress),
+            source_of(run.residuals, run.dit, self._progress),
             run.adapters,
             run.request.config,
             result=self._outcome.result,
@@ -198,11 +199,11 @@ class _Training:
 
 
 def _on_ranks(run: PreparedRun) -> list[str]:
-    """Say that layers got less than the rank that was asked for, if any did."""
+    """Return a sentence on layers that got less than the requested rank, if there are any."""
     narrow = run.adapters.narrow_layers
     if not narrow:
         return []
     return [
-        f"rank {run.request.rank} is more than {len(narrow)} of {len(run.adapters.names)} layers can use: their rank is that of "
-        f"their smaller side, {min(narrow.values())} at least."
+        f"rank {run.request.rank} is more than {len(narrow)} of {len(run.adapters.names)} layers can use: their rank "
+        f"is their smaller side, at least {min(narrow.values())}."
     ]

@@ -1,4 +1,4 @@
-"""What a run ran on: versions of the programs, and the device."""
+"""The software versions and the device of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...blockskip_core.version import VERSION
 
 
 def software_versions(device: torch.device) -> dict[str, str]:
-    """Return name -> version of everything that a run's numbers depend on, and the name of the device."""
+    """Return name -> version of all software that affects a run's numbers, and the name of the device."""
     on_gpu = device.type == "cuda"
     return {
         "BlockSkip": VERSION,

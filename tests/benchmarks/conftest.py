@@ -1,4 +1,4 @@
-"""The benchmarks' modules, importable by their plain names as their scripts use them."""
+"""Makes the benchmarks' modules importable by their plain names, as the scripts import them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def bench(comfyui: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of the benchmarks: ``bench("quality")``."""
+    """Import a module of the benchmarks: ``bench("quality")``."""
     monkeypatch.syspath_prepend(str(ROOT / "demo"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module

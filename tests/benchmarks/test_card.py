@@ -1,4 +1,4 @@
-"""The card benchmark: a tiny cell for real, on a card without bytes and on one with them; resuming; the report."""
+"""The card benchmark: a tiny cell, really run on a card without data and on one with data; resuming; the report."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_a_card_without_bytes_counts_as_one_with_them(card: SimpleNamespace, com
     assert "failed" not in without | computed
     for phase in ("precompute", "resident", "streamed"):
         for name, value in computed[phase].items():
-            if isinstance(value, int):  # kernels of the CPU keep the statistics of a norm in fewer bytes than a card's,
-                near = pytest.approx(value, rel=1e-3, abs=64)  # and the host's 4-bit format a table of 16 numbers
+            if isinstance(value, int):  # CPU kernels keep the statistics of a norm in fewer bytes than a card's,
+                near = pytest.approx(value, rel=1e-3, abs=64)  # and ComfyUI's 4-bit format keeps a table of 16 numbers
                 assert without[phase][name] == near, (phase, name)
     assert without["plan"] == computed["plan"]
     kept = without["resident"]

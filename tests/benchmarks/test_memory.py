@@ -1,4 +1,4 @@
-"""The memory benchmark: its arms on a tiny model, what they must agree on, and the report's arithmetic."""
+"""The memory benchmark: its arms on a tiny model, the relations between them, and the report's arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 2**30
 
 @pytest.fixture
 def tiny(bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The arms, and a subject of FLUX.1's format that is 256 wide and has 2 + 4 blocks."""
+    """The arms, and a model in FLUX.1's format with width 256 and 2 + 4 blocks."""
     from blockskip_pack.blockskip_core.hosts.families import published_sizes
 
     arms = bench("memory_arms")
@@ -48,7 +48,7 @@ def test_formats_differ_in_what_is_kept(tiny):
     kept = [tiny.subject.ours(256, (2, 1), True, weights, "cached") for weights in tiny.arms.FORMATS]
     bf16, fp8, int8, four = (count.weights for count in kept)
     assert four < fp8 < int8 < bf16
-    assert fp8 > bf16 / 2  # stem, head, biases and norms stay
+    assert fp8 > bf16 / 2  # stem, head, biases and norms are not quantised
     unpacked = [count.peak - count.weights for count in kept]
     assert unpacked[1] == unpacked[2] == unpacked[3] >= unpacked[0]
 
@@ -62,7 +62,7 @@ def test_cores_adapters_cost_more_and_leave_the_hosts_classes_alone(tiny):
         assert core.weights == plain.weights
         assert core.saved > plain.saved
     assert comfy.ops.CastWeightBiasOp.weight_function == comfy.ops.CastWeightBiasOp.bias_function == []
-    assert tiny.subject.plain(256, False) == plain  # the models of the arms have nothing in common
+    assert tiny.subject.plain(256, False) == plain  # the arms' models share nothing
 
 
 def test_every_arm_has_a_key_of_its_own_and_a_stopped_run_goes_on(bench, tiny, tmp_path: Path):
@@ -112,7 +112,7 @@ def test_report_compares_aims_with_what_was_counted(bench, tmp_path: Path):
     assert "both without checkpointing | <= 0.25 | 0.200 | yes |" in text
     assert "precomputing, peak device memory" not in text  # nothing to compare with
     assert "In all 1 pairs" in text
-    assert "No GPU was at hand" in text
+    assert "No GPU was available" in text
     assert (tmp_path / "memory.png").is_file()
     rows[-1]["peak"] += 1
     assert "differ" in report.same(rows[-2:])
@@ -140,10 +140,10 @@ def test_the_real_model_is_counted_the_same_without_weights(bench, monkeypatch):
         monkeypatch.setattr(real, name, value)
     from blockskip_pack.blockskip_core.hosts.models import hosted_dit
 
-    monkeypatch.setattr(hosted_dit, "_WITH_BACKWARD", ("attention_pytorch",))  # the kernel of the counts
+    monkeypatch.setattr(hosted_dit, "_WITH_BACKWARD", ("attention_pytorch",))  # the kernel that the counts use
     lab = real.Lab()
     counts = [lab.ours((1, 1), True, weightless=weightless) for weightless in (False, True)]
-    beside = counts[0].between - counts[1].between  # a fused optimiser counts its steps on the device, 4 bytes a tensor
+    beside = counts[0].between - counts[1].between  # a fused optimiser keeps step counters on the device, 4 bytes each
     assert 0 < beside < 1024
     assert counts[0].peak - beside == counts[1].peak > counts[0].weights
     assert counts[0].saved == counts[1].saved

@@ -1,4 +1,4 @@
-"""The quality benchmark: a small run of two arms that must come out as the paper says, and its arithmetic."""
+"""The quality benchmark: a small run of two arms whose order must match the paper's, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
 
 @pytest.fixture
 def small(bench: Callable[[str], ModuleType], tmp_path: Path) -> SimpleNamespace:
-    """The benchmark with few steps, writing into a temporary folder."""
+    """The benchmark with few steps, writing to a temporary folder."""
     quality = bench("quality")
     settings = bench("quality_world").Settings(steps=60, draws=120, held_out=3, prompts=1, sampling_steps=3)
     return SimpleNamespace(

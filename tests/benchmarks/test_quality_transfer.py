@@ -1,4 +1,4 @@
-"""The check of what carries from crops to full pictures: its arithmetic, and that it goes on where it was stopped."""
+"""The check of the transfer from crops to full pictures: its arithmetic, and that it resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
 
 @pytest.fixture
 def transfer(bench: Callable[[str], ModuleType]) -> ModuleType:
-    """The check."""
+    """The module."""
     return bench("quality_transfer")
 
 

@@ -1,4 +1,4 @@
-"""The RALU benchmark: counts against closed forms, the report's arithmetic, its measures of pictures."""
+"""The RALU benchmark: counts against closed forms, the report's arithmetic, the picture metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 @pytest.fixture
 def operations(bench, monkeypatch):
-    """The counting, on a FLUX.1 of 256 features and 2 + 4 blocks."""
+    """The counting code, on a FLUX.1 with 256 features and 2 + 4 blocks."""
     from blockskip_pack.blockskip_core.hosts.families import published_sizes
 
     counted = bench("ralu_operations")
@@ -28,11 +28,11 @@ def operations(bench, monkeypatch):
 
 
 def test_attention_is_counted_apart_from_the_rest(operations):
-    """Two products of (text + image)^2 x width in each of six blocks; the rest grows with the number of tokens."""
+    """Two products of (text + image)^2 x width in each of six blocks; the rest is linear in the number of tokens."""
     small, large = (operations.forward("FLUX.1-dev", tokens, 8) for tokens in (12, 20))
     assert small.attention == 6 * 4 * 20**2 * 256
     assert large.attention == 6 * 4 * 28**2 * 256
-    per_token = 2 * 256 * (2 * 64) + 6 * 2 * 12 * 256**2  # into and out of the model, and twelve squares in a block
+    per_token = 2 * 256 * (2 * 64) + 6 * 2 * 12 * 256**2  # into and out of the model, and twelve squares per block
     assert large.products - small.products == 8 * per_token
 
 
@@ -46,7 +46,7 @@ def test_stages_are_sums_of_forwards(operations):
 
 
 def test_the_committed_counts_agree_with_the_paper(bench):
-    """Within 3 %, for the numbers of text tokens and the shares of early regions that the report names."""
+    """Within 3 % for the numbers of text tokens and shares of early regions that the report lists."""
     report, rows = bench("ralu_report"), bench("ralu").rows_in(RESULTS / "ralu.jsonl")
     rows = [row for row in rows if row["part"] == "operations"]
     for what, (tokens, ratio) in report.LIKELY.items():

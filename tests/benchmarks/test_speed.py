@@ -1,4 +1,4 @@
-"""The speed benchmark: every arm on a tiny model, failing arms told as text, the report's arithmetic and files."""
+"""The speed benchmark: every arm on a tiny model, failures reported as text, the report's arithmetic and files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED = {"key": "k", "machine": "one machine", "versions": "one version", "shap
 
 @pytest.fixture
 def small(bench: Callable[[str], ModuleType], tmp_path: Path) -> SimpleNamespace:
-    """The benchmark's modules and a laboratory with a tiny model."""
+    """The benchmark's modules and a test bench with a tiny model."""
     modules = {name: bench(name) for name in ("speed", "speed_arms", "speed_model", "speed_report")}
     shape = modules["speed_model"].SHAPES["tiny"]
     lab = modules["speed_model"].Lab(shape, torch.float32, tmp_path, sizes=(LARGE, SMALL), draws=2, rank=2)
@@ -44,8 +44,8 @@ def test_every_arm_gives_seconds_or_a_reason_and_a_stopped_run_goes_on(small, co
     times = {arm.name: arm.times for arm in arms}
     assert all(len(r["seconds"]) == times[r["arm"]] and min(r["seconds"]) > 0 for r in found if "error" not in r)
     streamed = small.speed_arms.ours_name(0.0, LARGE, True, "weights streamed")
-    assert failed.pop(streamed) == "This needs a GPU: on a processor all weights lie in its memory anyway."
-    # Only core's own trainer may fail besides, and with its default settings it does not.
+    assert failed.pop(streamed) == "This needs a GPU: on a CPU all weights are in its memory anyway."
+    # Apart from those, only ComfyUI core's trainer may fail, and with its default settings it does not.
     core = [r["arm"] for r in found if r["part"] == small.speed_arms.CORE]
     assert set(failed) <= set(core) - {small.speed_arms.core_name(LARGE, "checkpointing")}
     assert not list(small.folder.glob("*-0.5"))  # residuals on disk are removed
@@ -97,7 +97,7 @@ def test_no_round_is_begun_that_would_take_too_long(small, comfyui, monkeypatch)
 
 
 def test_the_plain_lora_and_ours_at_no_skip_train_the_same_layers(small, comfyui) -> None:
-    """Both must do the same work, or their times say nothing: as many trainable numbers, and no others."""
+    """Both must train exactly the same number of parameters; otherwise their times cannot be compared."""
     import peft
 
     sizes = {}

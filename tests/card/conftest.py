@@ -1,6 +1,6 @@
-"""A card, as it is between two prompts, and runs of the pack's nodes on it.
+"""A card in its state between two prompts, and runs of the pack's nodes on it.
 
-These tests run in a process of their own, ``python dev.py test --card``: see ``tests/device.py``.
+These tests run in a separate process, ``python dev.py test --card``: see ``tests/device.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .runs import Runs
 
 @pytest.fixture(scope="session")
 def _modules_are_for_good(nodes: Any) -> None:  # noqa: F811
-    """Leave what is imported by now out of every later garbage collection: there are several in each test."""
+    """Exclude everything imported so far from later garbage collections, of which each test does several."""
     gc.collect()
     gc.freeze()
 
@@ -37,5 +37,5 @@ def card(_modules_are_for_good: None, pytestconfig: pytest.Config) -> Iterator[A
 
 @pytest.fixture
 def runs(card: Any, nodes: Any, run_node: Any, pictures: Any, folders: Any) -> Runs:  # noqa: F811
-    """The pack's nodes in a row, on any family."""
+    """The pack's nodes one after another, on any family."""
     return Runs(nodes, run_node, pictures, folders.output)

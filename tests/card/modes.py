@@ -1,15 +1,15 @@
-"""How ComfyUI's model management may treat a MODEL on a card: one context each, which gives the MODEL to be used in it.
+"""The ways in which ComfyUI's model management may treat a MODEL on a card, each as a context that yields the MODEL.
 
-    resident             all that is loaded fits
-    low_vram             a part of the weights stays in host memory; those layers are copied into a buffer when they run
-    streamed             all weights stay there (--novram)
-    async_malloc         the same, but each layer is copied into memory of its own, as with cudaMallocAsync
-    streamed_by_trainer  the same while training only, because its `kept_weights` asks for it
+    resident             everything that is loaded fits
+    low_vram             some weights stay in host memory; those layers are copied into a buffer when they run
+    streamed             all weights stay in host memory (--novram)
+    async_malloc         the same, but each layer is copied into its own memory, as with cudaMallocAsync
+    streamed_by_trainer  the same, but only during training, because its `kept_weights` asks for it
     all_pages            weights are paged in and out ("dynamic VRAM"), and all pages fit
-    few_pages            only a few fit, so pages are refused and taken away
+    few_pages            only a few fit, so pages are refused and evicted
     no_pages             none fits
 
-A context that is left without an error has seen that the host did treat the MODEL that way.
+A context that ends without an error has checked that ComfyUI did treat the MODEL that way.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import pytest
 from ..device import devtools
 
 Mode = Callable[[Any, Any], AbstractContextManager[Any]]  # (card, MODEL) -> the context
-_NEVER_PAGED = 16 * 1024  # bytes up to which the host loads a layer for good
+_NEVER_PAGED = 16 * 1024  # bytes up to which ComfyUI loads a layer permanently
 
 
 @contextmanager
 def resident(card: Any, patcher: Any) -> Iterator[Any]:
-    """Leave everything to the host, on a card with plenty."""
+    """Leave everything to ComfyUI, on a card with plenty of memory."""
     with _loads() as shares:
         yield patcher
     assert set(shares) == {1.0}
@@ -37,7 +37,7 @@ def resident(card: Any, patcher: Any) -> Iterator[Any]:
 
 @contextmanager
 def low_vram(card: Any, patcher: Any) -> Iterator[Any]:
-    """Leave room for half of the MODEL beside what the host keeps free."""
+    """Leave room for half of the MODEL in addition to what ComfyUI keeps free."""
     import comfy.model_management as management
 
     room = 0.5 * patcher.model_size() + management.minimum_inference_memory()
@@ -48,7 +48,7 @@ def low_vram(card: Any, patcher: Any) -> Iterator[Any]:
 
 @contextmanager
 def streamed(card: Any, patcher: Any) -> Iterator[Any]:
-    """Let the host keep no weights on the card."""
+    """Make ComfyUI keep no weights on the card."""
     import comfy.model_management as management
 
     with pytest.MonkeyPatch.context() as patch, _loads() as shares:
@@ -59,7 +59,7 @@ def streamed(card: Any, patcher: Any) -> Iterator[Any]:
 
 @contextmanager
 def async_malloc(card: Any, patcher: Any) -> Iterator[Any]:
-    """Stream, without the buffers that layers share."""
+    """Stream without the buffers that layers share."""
     from comfy.cli_args import args
 
     with pytest.MonkeyPatch.context() as patch, streamed(card, patcher):
@@ -69,7 +69,7 @@ def async_malloc(card: Any, patcher: Any) -> Iterator[Any]:
 
 @contextmanager
 def streamed_by_trainer(card: Any, patcher: Any) -> Iterator[Any]:
-    """Leave it to the trainer to ask for streaming, which it does with its widget."""
+    """Let the trainer request streaming through its widget."""
     with _loads() as shares:
         yield patcher
     assert any(share < 0.1 for share in shares), shares
@@ -94,10 +94,10 @@ MODES: dict[str, Mode] = {
 
 @contextmanager
 def _loads(*, may_be_forced: bool = True) -> Iterator[list[float]]:
-    """Collect which share of a MODEL's weights each load has brought to the card.
+    """Collect the share of a MODEL's weights that each load brings to the card.
 
     Args:
-        may_be_forced: Whether a caller may have all weights loaded; if not, the host decides.
+        may_be_forced: Whether a caller may force all weights to be loaded; if not, ComfyUI decides.
     """
     import comfy.model_management as management
 
@@ -120,7 +120,7 @@ def _share_loaded(patcher: Any) -> float:
 
 
 def _page_small_layers_too(patch: pytest.MonkeyPatch) -> None:
-    """Let the host treat a tiny model's layers as it treats those of a large one."""
+    """Make ComfyUI treat a tiny model's layers like those of a large one."""
     import comfy.model_management as management
 
     size = management.module_size

@@ -1,4 +1,4 @@
-"""A real card, with as much of an emulated one's surface as tests of both can use. Not run yet: no GPU was at hand."""
+"""A real card with the emulated card's interface, as far as shared tests need it. Not run yet: no GPU was available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class RealMemory:
-    """The bytes that torch's allocator has given out, answering like ``devtools.card.Memory``."""
+    """The bytes allocated by torch's allocator, with the interface of ``devtools.card.Memory``."""
 
     @property
     def total(self) -> int:
@@ -20,15 +20,15 @@ class RealMemory:
 
     @property
     def peak(self) -> int:
-        """The most that were given out since :meth:`reset_peak`."""
+        """The most bytes allocated since :meth:`reset_peak`."""
         return torch.cuda.max_memory_allocated()
 
     def reset_peak(self) -> None:
-        """Start the peak anew."""
+        """Reset the peak."""
         torch.cuda.reset_peak_memory_stats()
 
     def settled(self) -> int:
-        """Return the bytes that are given out once all kernels are done and their workspaces and dead objects gone."""
+        """Return the allocated bytes once all kernels have finished and workspaces and dead objects are freed."""
         gc.collect()
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()
@@ -36,7 +36,7 @@ class RealMemory:
 
     @contextmanager
     def limited_to(self, total: int) -> Iterator[None]:
-        """Let whoever asks believe that the card is so small. Nothing is refused."""
+        """Report the card as this small; no allocation is refused."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 torch.cuda, "mem_get_info", lambda device=None: (max(0, total - torch.cuda.memory_reserved()), total)

@@ -1,4 +1,4 @@
-"""The pack's nodes in a row on a family's tiny model, called as ComfyUI's executor calls them: under inference mode."""
+"""The pack's nodes one after another on a family's tiny model, called like by ComfyUI's executor, in inference mode."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class PictureVae(FamilyVae):
 
 @dataclass
 class Outcome:
-    """What a training came to.
+    """The results of a training run.
 
     Attributes:
-        losses: Of each micro-batch.
-        gradients: Of each optimiser step: those of all adapters one after another, on the CPU.
-        lora: The trained file, on whatever device it is.
+        losses: One per micro-batch.
+        gradients: One per optimiser step: those of all adapters one after another, on the CPU.
+        lora: The trained tensors, on whichever device they are.
         said: The figures that the node shows.
     """
 
@@ -54,12 +54,12 @@ class Outcome:
     said: dict[str, Any]
 
     def differences(self, other: Outcome) -> list[float]:
-        """Return by how much each step's gradient differs from another's, relative to it."""
+        """Return the relative difference of each step's gradient from that of another run."""
         pairs = zip(self.gradients, other.gradients, strict=True)
         return [((mine - its).norm() / its.norm()).item() for mine, its in pairs]
 
     def is_bit_equal(self, other: Outcome) -> bool:
-        """Tell whether all numbers are the same."""
+        """Return whether all numbers are equal."""
         return (
             self.losses == other.losses
             and all(map(torch.equal, self.gradients, other.gradients))
@@ -76,7 +76,7 @@ class Runs:
         run_node: Calls one.
         pictures: The training pictures.
         folder: ComfyUI's output folder.
-        held: All that the nodes gave: ComfyUI keeps it in its cache.
+        held: All outputs of the nodes, because ComfyUI keeps them in its cache.
     """
 
     nodes: ModuleType
@@ -86,13 +86,13 @@ class Runs:
     held: list[Any] = field(default_factory=list)
 
     def train(self, family: TinyFamily, model: Any, *, sample_every: int = 0, **settings: Any) -> Outcome:
-        """Select, precompute and train, with nothing left from an earlier training.
+        """Select, precompute and train, without files of an earlier run.
 
         Args:
             family: Whose model it is.
             model: The MODEL.
             sample_every: Steps between pictures; 0 for none.
-            settings: Widgets of Precompute Residuals and of the trainer, if not as always.
+            settings: Widgets of Precompute Residuals and of the trainer that differ from the defaults here.
         """
         self.start_over()
         residuals = self.precompute(family, model, **{name: settings.pop(name) for name in DRAWS.keys() & settings})
@@ -119,7 +119,7 @@ class Runs:
         return Outcome(list(trained[1]["loss"]), gradients, trained[0], trained.ui["blockskip"][0])
 
     def start_over(self) -> None:
-        """Forget what was computed: it is known by its content, whatever it was computed on."""
+        """Delete the computed files, because they are found by their content on whichever device they were computed."""
         shutil.rmtree(self.folder / "blockskip", ignore_errors=True)
 
     def apply(self, model: Any, outcome: Outcome) -> Any:
@@ -132,14 +132,14 @@ class Runs:
         import comfy.model_management
 
         self.held.append(self.run_node(getattr(self.nodes, node), **inputs))
-        if comfy.memory_management.aimdo_enabled:  # as the executor does behind each node
+        if comfy.memory_management.aimdo_enabled:  # as the executor does after each node
             comfy.model_management.reset_cast_buffers()
         return self.held[-1]
 
 
 @contextmanager
 def _gradients() -> Iterator[list[Tensor]]:
-    """Collect the gradients that the training clips, as they were before."""
+    """Collect the gradients before the training clips them."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_
 
     def clipping(parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -162,7 +162,7 @@ def on_cpu(patcher: Any) -> Any:
 
 @contextmanager
 def leaving_nothing(card: Any, model: Any) -> Iterator[None]:
-    """See that a MODEL is as it was afterwards, and the card as empty, apart from what the host keeps there."""
+    """Check that a MODEL is unchanged afterwards and the card as empty as before, apart from what ComfyUI keeps."""
     import comfy.model_management as management
 
     def taken() -> int:
@@ -175,14 +175,16 @@ def leaving_nothing(card: Any, model: Any) -> Iterator[None]:
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor.cpu(), before[name].cpu()) for name, tensor in after.items())
     assert all(tensor.is_cpu or tensor.untyped_storage().data_ptr() in kept for tensor in after.values())
+    with torch.inference_mode():  # one that was moved outside it has no views any more, and ComfyUI needs them
+        assert all(tensor.detach().shape == before[name].shape for name, tensor in model.model.state_dict().items())
     assert not model.object_patches_backup
     assert not management.in_training
 
 
 def _kept_by_host(model: Any) -> list[Tensor]:
-    """Return what the host leaves on a card: buffers that layers are copied into, and a table of the 4-bit kernels.
+    """Return what ComfyUI leaves on a card: buffers that layers are copied into, and a table of the 4-bit kernels.
 
-    Also, of a paged MODEL, weights beside modules with weights: they are moved for good when it is loaded.
+    For a paged MODEL also parameters of modules that contain other modules: loading moves them permanently.
     """
     import comfy.model_management as management
     from comfy_kitchen.backends.eager.quantization import E2M1_LUT_CACHE

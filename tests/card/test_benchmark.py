@@ -1,4 +1,4 @@
-"""The memory benchmark's part for machines with a card."""
+"""The part of the memory benchmark for machines with a card."""
 
 from __future__ import annotations
 

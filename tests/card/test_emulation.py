@@ -1,4 +1,4 @@
-"""The emulated card itself: its bytes, what it refuses, its thread, its streams, its pages."""
+"""The emulated card itself: its memory, what it refuses, its thread, its streams, its pages."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def written_there_and_read_here(wait: bool) -> None:
 
 
 def freed_here_and_used_there(wait: bool) -> None:
-    """A tensor of a side stream is read here and dropped; the side stream's next tensor may get the same memory."""
+    """A tensor of a side stream is read here and freed; the side stream's next tensor may get the same memory."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         made = on_card(BLOCK)
@@ -207,7 +207,7 @@ def overwritten_by_a_later_copy(wait: bool) -> None:
         side.wait_event(event)
     with torch.cuda.stream(side):
         buffer.copy_(torch.zeros(BLOCK), non_blocking=True)
-    torch.cuda.current_stream().wait_stream(side)  # before the buffer is dropped
+    torch.cuda.current_stream().wait_stream(side)  # before the buffer is freed
 
 
 @pytest.mark.parametrize("scene", [written_there_and_read_here, freed_here_and_used_there, overwritten_by_a_later_copy])
@@ -248,7 +248,7 @@ def test_registered_memory_is_pinned_and_overlaps_are_refused(card):
 
 @pytest.fixture
 def pages(card):
-    """The pages of a model of four layers, each as large as a page."""
+    """The pages of a model with four layers, each as large as a page."""
     module = devtools("card.pages")
     with module.installed(card) as pager:
         model = module.ModelVBAR(4 * module.PAGE, 0)
@@ -258,7 +258,7 @@ def pages(card):
 
 
 def filled(model, layer):
-    """Fault a layer in and fill it as the host does; return its signature and its tensor."""
+    """Fault a layer in and fill it as ComfyUI does; return its signature and its tensor."""
     _, address, size = layer
     signature = model.fault(address, size)
     return signature, model.tensor(address, size).view(torch.float32).fill_(1.0)

@@ -1,4 +1,4 @@
-"""An allocation that fails, anywhere: one sentence or the same LoRA, and everything as it was."""
+"""An allocation that fails anywhere leads to one clear sentence or the same LoRA, and leaves everything as it was."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .runs import Runs, leaving_nothing
 from .test_sampling import MEASURE, RALU
 
 pytestmark = pytest.mark.emulated
-ADVICE = ("Lower ", "Unload ", "Choose ", "Connect ", "Skip ", "It continued with its weights streamed")
+ADVICE = ("Lower ", "Unload ", "Choose ", "Connect ", "Skip ", "It continued with streamed weights")
 
 
 class Attempt:
-    """Does something again and again, each time with another allocation failing.
+    """Repeats an action, each time with a different allocation failing.
 
     Args:
         card: The card.
-        model: The MODEL that it is done with.
-        do: What is done; gives something that can be compared.
-        problems: What of its result tells the user of a failure that was survived.
+        model: The MODEL that the action uses.
+        do: The action; its result can be compared.
+        problems: Gets the messages about survived failures from the result.
     """
 
     def __init__(self, card: Any, model: Any, do: Callable[[], Any], problems: Callable[[Any], list[str]]) -> None:
@@ -44,7 +44,7 @@ class Attempt:
         devtools("card.comfyui").forget_models()
 
     def fail_at(self, places: int) -> dict[str, int]:
-        """Let allocations fail at so many places, spread over all; return how often which end was seen."""
+        """Let allocations fail at ``places`` places spread over the action; return how often each outcome occurred."""
         ends = {"refused": 0, "survived": 0}
         for place in range(places):
             ends[self._fail_once(place * self.num_allocations // places)] += 1
@@ -75,7 +75,7 @@ class Attempt:
 
 
 class Trained:
-    """A training; equal to another if their losses and LoRAs are. One that started over has seen more gradients."""
+    """A training run; equal to another if losses and LoRAs are equal. One that started over has seen more gradients."""
 
     def __init__(self, runs: Runs, model: Any, residuals: Any, **settings: Any) -> None:
         shutil.rmtree(runs.folder / "blockskip" / "runs", ignore_errors=True)
@@ -96,7 +96,7 @@ def no_problems(found: Any) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_logged() -> Iterator[None]:
-    """pytest keeps what is logged until a test ends: errors with all that their tracebacks hold."""
+    """pytest keeps log records until a test ends, including errors and everything that their tracebacks reference."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -110,7 +110,7 @@ def model(comfyui: Any) -> Any:
 
 @pytest.mark.parametrize(("mode", "places"), [("resident", 60), ("streamed", 25), ("few_pages", 25)])
 def test_training(card, runs, model, mode, places):
-    """A run continues with its weights streamed, to the same LoRA, wherever that helps."""
+    """Wherever that helps, a run continues with streamed weights and ends with the same LoRA."""
     enter = contextlib.nullcontext(model) if mode == "resident" else MODES[mode](card, model)
     with enter as treated:
         residuals = runs.precompute(FLUX, treated, draws=2)

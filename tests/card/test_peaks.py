@@ -1,4 +1,4 @@
-"""What a run takes on a card is what was counted before it: at most 3 % apart, on a model of some hundred MiB."""
+"""A run on a card takes the memory counted beforehand, within 3 %, on a model of a few hundred MiB."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ WAYS: dict[str, dict[str, Any]] = {
     "on the fly": {"storage": "on the fly"},
 }
 
-# How often the largest layer's weight is there, unpacked, while a quantised one is used or made. It is not counted. These
-# are torch's own operations; the host's kernels for cards unpack it once.
+# How many unpacked copies of the largest layer's weight exist while a quantised one is used or created. They are not
+# counted. These are torch's own operations; ComfyUI's CUDA kernels unpack it once.
 UNPACKED = {"fp8": 2, "int8": 2, "4-bit": 6}
 
 
 @pytest.fixture(scope="module")
 def model(comfyui: Any) -> Any:
-    """A FLUX.1 of 190 MiB, of which 120 are kept: one double block and two single ones of two and three."""
+    """A FLUX.1 of 190 MiB, of which 120 MiB are kept: one of two double blocks and two of three single blocks."""
     return tiny_flux(depth=2, depth_single=3, width=640, heads=5, mlp_ratio=4.0)
 
 
 @contextmanager
 def peak_of(card: Any) -> Iterator[list[int]]:
-    """Give the most bytes that were taken in here beside those that were before."""
+    """Yield a function that returns the peak bytes in this context, minus those in use before."""
     peak: list[int] = []
     before = card.memory.settled()
     card.memory.reset_peak()
@@ -86,7 +86,7 @@ def test_training(card, runs: Runs, model, ways):
 
 
 def test_what_is_kept_for_the_backward_pass(card, runs: Runs, comfyui):
-    """All but a few single numbers, in a dtype in which fused kernels keep less than plain operations."""
+    """Exact but for a few single numbers, in a dtype in which fused kernels keep less than plain operations."""
     half = tiny_flux(depth=2, depth_single=3, width=640, heads=5, mlp_ratio=4.0, dtype=torch.bfloat16)
     for checkpointing in (True, False):
         runs.start_over()
@@ -105,6 +105,21 @@ def test_training_on_quantised_weights(card, runs: Runs, model, weight_format, c
     counted = needs(model, quantize_kept=weight_format).training.peak
     largest = max(weight.nbytes for weight in model.model.parameters())
     assert counted * (1 - ALLOWED) <= peak[0] <= counted * (1 + ALLOWED) + copies * largest
+
+
+def test_a_step_of_the_optimiser_makes_no_copies(card):
+    """Of the weights, the gradients or the moments, as torch's own choice for cards does."""
+    from blockskip_pack.blockskip_core.training.optimizers import build_optimizer
+
+    parameters = [torch.nn.Parameter(torch.zeros(MIB, device="cuda")) for _ in range(4)]
+    optimizer = build_optimizer("AdamW", parameters, learning_rate=1e-4, weight_decay=0.01)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # makes the moments
+    before = card.memory.settled()
+    card.memory.reset_peak()
+    optimizer.step()
+    assert card.memory.peak - before < parameters[0].nbytes
 
 
 def test_precomputing_a_block_at_a_time(card, runs: Runs, model, monkeypatch):
@@ -129,7 +144,7 @@ def test_measuring(card, runs: Runs, model):
 
 @pytest.mark.emulated
 def test_what_fits_by_count_is_loaded_whole_and_fits(card, runs: Runs, model):
-    """The host alone would stream some of it, to keep 1.2 GiB free."""
+    """ComfyUI alone would stream some of it, to keep 1.2 GiB free."""
     from blockskip_pack.blockskip_core.accounting.plan import fits
 
     runs.start_over()

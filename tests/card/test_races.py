@@ -1,4 +1,4 @@
-"""No kernel of a training reads or writes what another stream has not done with."""
+"""No kernel of a training run reads or writes memory that another stream is still using."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What samples on a card gives what it gives on the CPU: Select Blocks, a LoRA that was applied, RALU."""
+"""Sampling on a card gives the same results as on the CPU: Select Blocks, an applied LoRA, RALU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MEASURE = {
     "window_profile": False,
 }  # fmt: skip
 RALU = {"seed": 7, "cfg": 1.0, "preset": "FLUX 7x", "upsample_ratio": 0.34, "regions": "latent gradient"}
-ROUNDING = 1e-5  # a norm's fused kernel rounds otherwise than the steps that it replaces
-MERGED_IN_FLOAT16 = 1e-2  # on a card the host merges a LoRA in half precision, on the CPU in full
+ROUNDING = 1e-5  # a fused norm kernel rounds differently from the steps that it replaces
+MERGED_IN_FLOAT16 = 1e-2  # on a card ComfyUI merges a LoRA in half precision, on the CPU in full
 WAYS = ("resident", "streamed", "few_pages")
 of_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -37,7 +37,7 @@ def in_turn(families: tuple[TinyFamily, ...]) -> list[Any]:
 
 @pytest.fixture
 def agree(card: Any, runs: Runs) -> Callable[..., None]:
-    """Do something with a family's MODEL on the CPU and in a mode, and compare the tensors that it gives."""
+    """Run a function with a family's MODEL on the CPU and in a mode, and compare the resulting tensors."""
 
     def compare(family: TinyFamily, mode: str, do: Callable[[Any], Tensor], rounding: float = ROUNDING) -> None:
         expected = do(on_cpu(family.build()))

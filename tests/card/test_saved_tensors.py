@@ -1,7 +1,8 @@
-"""What autograd saves is never memory that the host lends.
+"""Autograd never saves memory that ComfyUI reuses.
 
-A layer whose weights are not on the card gets them in a buffer, or in pages, for its forward. The next layers get theirs in
-the same place. So whatever backward reads later must be elsewhere; nothing would notice if it were not.
+A layer whose weights are not on the card gets them in a buffer or in pages during its forward pass, and the next layers
+get theirs in the same memory. So everything that backward reads later must be elsewhere; no error would be raised if it
+were not.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from ..hosts.tiny_families import FAMILIES
 from .modes import MODES
 from .runs import Runs
 
-pytestmark = pytest.mark.emulated  # a real card's addresses may not be asked of its library
+pytestmark = pytest.mark.emulated  # the addresses on a real card cannot be queried
 LENDING = ("streamed", "few_pages")
 
 
 class Saved:
-    """Looks at every tensor that autograd saves.
+    """Checks every tensor that autograd saves.
 
     Attributes:
-        count: How many were on the card.
-        lent: Shapes of those in memory that the host lends.
+        count: Number of tensors on the card.
+        lent: Shapes of those in memory that ComfyUI reuses.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Saved:
         self.lent: list[tuple[int, ...]] = []
 
     def look(self, tensor: Tensor) -> Tensor:
-        """Look at one."""
+        """Check one tensor."""
         if tensor.is_cuda:
             self.count += 1
             if devtools("card.comfyui").is_lent(tensor.untyped_storage().data_ptr()):
@@ -44,7 +45,7 @@ class Saved:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Look at what is saved in here."""
+        """Check everything that is saved in this context."""
         with torch.autograd.graph.saved_tensors_hooks(self.look, lambda tensor: tensor):
             yield
 
@@ -52,7 +53,7 @@ class Saved:
 @pytest.mark.parametrize("mode", LENDING)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_it_is_memory_of_its_own(card, runs: Runs, family, mode):
-    """Without checkpointing, which has hooks of its own; the trainer counts saved bytes by hooks in the first two steps."""
+    """Without checkpointing, which has its own hooks; the trainer's hooks count saved bytes in the first two steps."""
     saved, model = Saved(), family.build()
     with MODES[mode](card, model) as treated, saved.looking():
         runs.train(family, treated, storage="chunked", draws=3, checkpointing=False, steps=3)
@@ -61,7 +62,7 @@ def test_it_is_memory_of_its_own(card, runs: Runs, family, mode):
 
 
 def test_a_tensor_in_a_buffer_of_the_host_is_seen(card):
-    """The test above can fail: a norm's weight that the host has lent is saved by its forward."""
+    """The test above can fail: a norm's forward saves its weight in memory that ComfyUI reuses."""
     import comfy.model_management as management
     import comfy.ops
 

@@ -1,4 +1,4 @@
-"""Training on a card is training on the CPU, bit for bit, however the host treats the MODEL; and it leaves nothing behind."""
+"""Training on a card equals training on the CPU bit for bit, however ComfyUI treats the MODEL, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from .modes import MODES
 from .runs import Outcome, Runs, leaving_nothing, on_cpu
 
 STORAGES = ("disk", "chunked", "on the fly")
-# A fused RMS norm adds up the gradients of its input in another order than the CPU, where it is taken apart. That shows
-# where the norm's input is used elsewhere too. Largest relative difference of a gradient; of all others it is 0.
+# A fused RMS norm adds up the gradients of its input in another order than the CPU, where it is decomposed. This
+# matters where the norm's input is also used elsewhere. Largest relative difference of a gradient; for all others it is
+# 0.
 ROUNDING = {"lumina2": 3e-6, "z_image": 3e-6}
 UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_trainer")]
-OFTEN = ("streamed", "few_pages")  # modes that every family is trained in
+OFTEN = ("streamed", "few_pages")  # modes in which every family is trained
 
 
 def pairs() -> Iterator[Any]:
-    """Every family in two modes and some in all; storages in turn, so that every family and mode sees each."""
+    """Every family in two modes and some in all; storages alternate, so that every family and mode gets each."""
     for row, family in enumerate(FAMILIES):
         for column, mode in enumerate(UNASKED):
             if mode in OFTEN or family.name in ("flux", "z_image", "wan21"):
@@ -31,7 +32,7 @@ def pairs() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def known() -> dict[Any, Outcome]:
-    """What trainings on the CPU came to."""
+    """The results of training on the CPU."""
     return {}
 
 
@@ -75,6 +76,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no checkpointing": {"checkpointing": False},
     "batches": {"batch_size": 2, "accumulation": 2},
     "linear residual": {"back_residual": "linear"},
+    "exact back": {"back_residual": "exact", "quantize_frozen": "off"},
+    "exact back in 4-bit": {"back_residual": "exact", "quantize_frozen": "4-bit"},
     "residuals in eight bits": {"residual_format": "int8"},
     "samples in between": {"sample_every": 2},
 }
@@ -87,7 +90,11 @@ def test_every_way_to_spend_or_save_memory(compare, settings, mode):
 
 
 def test_weights_that_the_trainer_streams(compare):
+    import comfy.model_management as management
+
     compare(FLUX, "streamed_by_trainer", kept_weights="streamed")
+    compare(FLUX, "streamed_by_trainer", kept_weights="streamed", back_residual="exact", quantize_frozen="int8")
+    assert not management.STREAM_CAST_BUFFERS  # the host would keep them for its next streamed model
 
 
 def test_the_lora_that_its_owner_still_holds_is_not_on_the_card(card):
@@ -99,7 +106,7 @@ def test_the_lora_that_its_owner_still_holds_is_not_on_the_card(card):
 
 
 def test_after_the_button_that_unloads_models(runs):
-    """The host unloads in its main thread then, outside the inference mode that prompts run in."""
+    """In this case ComfyUI unloads in its main thread, outside the inference mode of prompts."""
     import comfy.model_management as management
 
     model = FLUX.build()

@@ -1,4 +1,4 @@
-"""Compare a table of outcomes with the recorded one, or record it."""
+"""Compares a table of outcomes with the recorded one, or records it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ FOLDER = Path(__file__).parent
 
 
 def assert_recorded(name: str, columns: Sequence[str], row: Sequence[str]) -> None:
-    """Compare a row, known by its first cell, with the one in a file of this folder.
+    """Compare a row, identified by its first cell, with the one in a file of this folder.
 
-    With BLOCKSKIP_RECORD=1 the row is written instead: over the one that is there, or after all others.
+    With BLOCKSKIP_RECORD=1 the row is written instead, replacing the existing one or after all others.
     """
     file = FOLDER / name
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"columns": columns, "rows": []}

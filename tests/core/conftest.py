@@ -1,4 +1,4 @@
-"""One thread: tiny tensors gain nothing from more, and a busy machine loses much."""
+"""One thread: more threads do not help tiny tensors and slow a busy machine down a lot."""
 
 import pytest
 import torch

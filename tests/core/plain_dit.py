@@ -1,7 +1,7 @@
 """A diffusion transformer of plain torch with two kinds of blocks that write into their input, like FLUX's.
 
 Besides the model there is a second, independent way to run it: :func:`reference_denoise`, out of place, with the LoRA
-merged into the weights and the skipped spans put in by hand. The package is compared against that.
+merged into the weights and the skipped spans inserted by hand. The package is compared with that.
 
 Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model width.
 """
@@ -42,7 +42,7 @@ def attend(qkv: Tensor) -> Tensor:
 
 
 class DoubleBlock(nn.Module):
-    """Image and text apart, ``block(img=, txt=, vec=) -> (img, txt)``; in place."""
+    """Separate image and text, ``block(img=, txt=, vec=) -> (img, txt)``; in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class SingleIO:
 
 
 class PlainDit(TorchDit):
-    """The model as a SkippableDit. Its weights ask for gradients, as those of hosts do."""
+    """The model as a SkippableDit. Its weights require gradients, like those of hosts."""
 
     def __init__(self, num_double: int = 2, num_single: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         with torch.random.fork_rng():
@@ -157,7 +157,7 @@ class PlainDit(TorchDit):
         return self.model
 
     def weights_hash(self) -> str:
-        """A hash of every weight's every bit."""
+        """A hash of every bit of every weight."""
         digest = hashlib.blake2b()
         for name, tensor in self.net.state_dict().items():
             digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -185,10 +185,10 @@ def reference_denoise(
     lora: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
     response: Tensor | None = None,
 ) -> Tensor:
-    """The clean estimate by plain autograd: no in-place writes, the LoRA merged, the spans of the base model put in.
+    """The clean estimate by plain autograd: no in-place writes, the LoRA merged, the base model's spans inserted.
 
-    ``lora`` maps a layer's name to (A, B, scale) and acts in the kept blocks only; the front's output and the back's
-    image residual are those of the model without it. ``response`` is the back span's linear answer to its input.
+    ``lora`` maps a layer's name to (A, B, scale) and only acts in the kept blocks; the front's output and the back's
+    image residual are those of the model without it. ``response`` is the back span's linear response to its input.
     """
     net, lora = dit.net, lora or {}
     text = torch.cat([dit.captions[caption] for caption in captions])
@@ -285,7 +285,7 @@ def lora_for(
 
 
 def lora_tensors(adapters: LoraAdapters) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """(A, B, scale) by layer, as leaves of a graph of their own."""
+    """(A, B, scale) by layer, as leaves of a separate graph."""
     return {
         name: (
             adapters.down(name).detach().clone().requires_grad_(),

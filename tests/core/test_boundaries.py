@@ -1,4 +1,4 @@
-"""What the shipped code must not contain, read off its syntax trees."""
+"""What the shipped code must not contain, checked on its syntax trees."""
 
 import ast
 from pathlib import Path
@@ -37,7 +37,7 @@ def imported(tree):
 
 
 def forbidden(tree):
-    """Return what a syntax tree contains of the lists above."""
+    """Return the items of the lists above that a syntax tree contains."""
     found = imported(tree) & FORBIDDEN_MODULES
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
@@ -73,7 +73,7 @@ NAMES_OF_NODES = (
 
 
 def texts(tree):
-    """Return all texts of a module but its docstrings, which only developers read."""
+    """Return all texts of a module except its docstrings, which only developers read."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docs = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented)
             and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
@@ -83,7 +83,7 @@ def texts(tree):
 
 @pytest.mark.parametrize("path", PURE, ids=relative)
 def test_the_core_speaks_of_arguments_not_of_nodes(path):
-    """What a person should do at which node, the nodes and hosts say."""
+    """Only the nodes and hosts tell users what to do in which node."""
     said = texts(ast.parse(path.read_text(encoding="utf-8")))
     assert [text for text in said if any(name in text for name in NAMES_OF_NODES)] == []
 

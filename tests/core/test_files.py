@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the family of errors."""
+"""Files that exist completely or not at all, and the hierarchy of errors."""
 
 import inspect
 import os
@@ -66,7 +66,7 @@ def test_the_advice_is_about_the_cause(error, advice):
 
 
 def test_two_writers_of_one_file_have_two_temporary_ones(tmp_path):
-    """Whoever is last wins, and both files are whole at every moment."""
+    """The last writer wins, and both files are complete at every moment."""
 
     def write(path):
         path.write_text("first, half of it")
@@ -125,7 +125,7 @@ def test_a_folder_that_is_not_there_is_made(tmp_path):
 
 
 def test_a_name_that_no_file_can_have_is_said(tmp_path):
-    """The temporary file cannot be removed then, for the same reason; that is not what is told."""
+    """The temporary file cannot be removed either, for the same reason; that is not the error that is reported."""
     with pytest.raises(errors.StorageError, match="could not be written: .*File name too long"):
         write_atomically(tmp_path / ("x" * 255), lambda path: path.write_text("x"))
 
@@ -137,7 +137,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
         os.utime(tmp_path / name, (then, then))
     remove_leftovers(tmp_path, lambda name: name.endswith(".part") and name != "mine.part")
     assert sorted(os.listdir(tmp_path)) == ["b.part", "c.txt", "mine.part"]
-    remove_leftovers(tmp_path / "nowhere", lambda name: True)  # in nobody's way
+    remove_leftovers(tmp_path / "nowhere", lambda name: True)  # raises nothing
 
 
 def test_a_file_that_the_system_does_not_open_is_not_told_to_be_missing(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_file_that_the_system_does_not_open_is_not_told_to_be_missing(tmp_path
 
 @contextmanager
 def too_many_open_files():
-    """Let this process open no file."""
+    """Make this process unable to open files."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))

@@ -1,4 +1,4 @@
-"""Locks between processes: who holds one keeps others out for as long as it lives, and not a moment longer."""
+"""Locks between processes: a holder keeps others out as long as it lives, and no longer."""
 
 import errno
 import importlib.util
@@ -19,7 +19,7 @@ from blockskip_pack.blockskip_core.errors import StorageError
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_WAIT_S = 60
 
-# A process that locks a target and says so; then it waits, or lets a forked child of its own wait.
+# A process that locks a target and reports it; then it waits, or lets a forked child wait.
 HOLDER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -36,9 +36,9 @@ time.sleep(600)
 
 
 def in_windows():
-    """The module as it works on Windows: its system's byte locks are played by those of Linux.
+    """The module as it works on Windows, whose byte locks are simulated by those of Linux.
 
-    Both belong to the opened file. What they do not share is played too: Windows removes no file that is open.
+    Both belong to the open file. A difference is simulated too: Windows does not remove open files.
     """
     fcntl = pytest.importorskip("fcntl")
     if not hasattr(fcntl, "F_OFD_SETLK"):
@@ -77,7 +77,7 @@ def in_windows():
 
 @pytest.fixture(params=["own system", "windows"])
 def locks(request):
-    """The module, as it works here and as it works on Windows."""
+    """The module as it works here, and as it works on Windows."""
     return own_system if request.param == "own system" else in_windows()
 
 
@@ -88,7 +88,7 @@ def target(tmp_path):
 
 @pytest.fixture
 def holder(target):
-    """Start a process that locks the target; a function."""
+    """A function that starts a process that locks the target."""
     started = []
 
     def start(kind="alone", then="wait"):
@@ -164,7 +164,7 @@ def test_the_file_of_a_lock_stays_while_another_reads(locks, target):
 
 def test_a_lock_that_nobody_holds_any_more_is_free(locks, target):
     held = locks.try_lock(target)
-    del held  # an error on the way, say
+    del held  # as after an error
     assert locks.try_lock(target)
 
 
@@ -197,7 +197,7 @@ def test_a_lock_comes_as_soon_as_it_is_free(locks, target, monkeypatch):
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_anew(target, monkeypatch):
-    """Between opening and locking: the lock would be on a file that nobody else ever opens."""
+    """Between opening and locking; the lock would be on a file that nobody else opens again."""
     real, removed = own_system._opened, []
 
     def opened(path):
@@ -235,7 +235,7 @@ def test_a_disk_without_locks_is_warned_of_once_and_used(target, monkeypatch, ca
 
 def test_a_disk_that_refuses_is_said(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match=r"ab12\.lock could not be made: .*(Not a directory|File exists)"):
+    with pytest.raises(StorageError, match=r"ab12\.lock could not be created: .*(Not a directory|File exists)"):
         own_system.try_lock(tmp_path / "file" / "ab12")
 
 
@@ -250,7 +250,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(locks, tmp_path)
 
 
 def test_threads_keep_each_other_out_as_well(locks, target, monkeypatch):
-    """Random readers and writers; never a writer with anybody else."""
+    """Random readers and writers; a writer is always alone."""
     monkeypatch.setattr(locks, "SECONDS_BETWEEN_TRIES", 0.001)
     inside, problems, guard = [], [], threading.Lock()
 

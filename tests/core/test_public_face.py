@@ -1,4 +1,4 @@
-"""What a Python user imports: the four calls against the functions below them, and the documented example as it is."""
+"""The public interface: the four calls compared with the functions that they use, and the documented example."""
 
 import inspect
 import os

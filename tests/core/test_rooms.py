@@ -1,4 +1,4 @@
-"""A room imports only what its row allows, and a row allows only rooms further up: so there is no circle of rooms."""
+"""A room imports only what its row allows, and a row allows only rooms further up, so there are no import cycles."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = "blockskip_core"
 
-# Room: rooms that it may import. From the ground up; a folder is a room, and so are the single files named here. For a
-# new room add a row. For a new arrow think first: the rooms behind it come along.
+# Room: the rooms that it may import, from the bottom up. A folder is a room, and so are the single files named here.
+# Add a row for a new room. Think twice before adding an import: it brings in everything that the imported room imports.
 TABLE = {
     "errors": "",
     "units": "",
@@ -51,13 +51,13 @@ MODULES = [path for folder in (CORE, "nodes") for path in sorted((ROOT / folder)
 
 
 def room_of(path):
-    """Return the room of a module: itself if the table names it, else its folder; "" for the core's own face."""
+    """Return the room of a module: itself if the table names it, otherwise its folder; "" for the public interface."""
     name = path.relative_to(ROOT).with_suffix("").as_posix().removeprefix(f"{CORE}/")
     return name if name in ROOMS else name.rpartition("/")[0]
 
 
 def imported_files(path):
-    """Return the modules of the pack that a module imports, wherever in it: imports inside the pack are relative."""
+    """Return the pack's modules that a module imports anywhere in it; imports inside the pack are relative."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -69,7 +69,7 @@ def imported_files(path):
 
 
 def arrows():
-    """Return (importing room, imported room) -> the modules that do it."""
+    """Return (importing room, imported room) -> the importing modules."""
     found = {}
     for path in MODULES:
         for target in imported_files(path):

@@ -1,4 +1,4 @@
-"""mypy passes over what ships, and over the models of the tests that must fulfil the contract."""
+"""mypy passes on the shipped code and on the tests' models that must fulfil the contract."""
 
 import os
 import subprocess
@@ -40,14 +40,14 @@ model: SkippableDit = Half()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the pack is a package: the checkout's own name need not be one."""
+    """A folder in which the pack has a valid package name, which the checkout's name need not be."""
     made = tmp_path_factory.mktemp("types")
     (made / PACK).symlink_to(ROOT, target_is_directory=True)
     return made
 
 
 def mypy(folder, *arguments):
-    """Run mypy in a folder with the project's settings and cache; return its messages, "" if there are none."""
+    """Run mypy in a folder with the project's settings and cache; return its messages, or "" if there are none."""
     options = [
         "--config-file",
         ROOT / "pyproject.toml",

@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Human-readable numbers."""
 
 import pytest
 from blockskip_pack.blockskip_core.units import format_bytes

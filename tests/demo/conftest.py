@@ -1,4 +1,4 @@
-"""The demo's modules, importable by their plain names as its scripts use them."""
+"""Makes the demo's modules importable by their plain names, as its scripts import them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of the demo: ``demo("world")``."""
+    """Import a module of the demo: ``demo("world")``."""
     monkeypatch.syspath_prepend(str(DEMO))
     return importlib.import_module
 

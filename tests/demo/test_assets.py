@@ -1,4 +1,4 @@
-"""The demo's files in ComfyUI's own loader nodes: recognised, usable, small, and clear about what is wrong with them."""
+"""The demo's files in ComfyUI's loader nodes: recognised, usable, small, and with clear messages when damaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMIT = 16 * 2**20
 
 @pytest.fixture
 def folders(comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ComfyUI's model folders, holding copies of the demo's files."""
+    """ComfyUI's model folders with copies of the demo's files."""
     import folder_paths
 
     shutil.copytree(ASSETS, tmp_path / "models")
@@ -30,7 +30,7 @@ def folders(comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def loaded(folders: Path, demo: Callable[[str], ModuleType]) -> SimpleNamespace:
-    """MODEL, VAE and CLIP as the loader nodes make them."""
+    """MODEL, VAE and CLIP from the loader nodes."""
     import nodes
 
     names = demo("host")

@@ -1,4 +1,4 @@
-"""What the demo queues, what it refuses before it starts a server, and what it lays out."""
+"""What the demo queues, what it refuses before it starts a server, and what it writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = ["a big orange toby circle on water, right", "a big orange toby circle o
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The demo's script, beside whose tools it expects to lie."""
+    """The demo's script, which imports the tools in its folder."""
     monkeypatch.syspath_prepend(str(ROOT / "devtools"))
     return importlib.import_module("demo")
 

@@ -1,4 +1,4 @@
-"""The judge of samples: passes pictures that are as their captions say, at every size, and says what is wrong with others."""
+"""The judge of samples: accepts pictures that match their captions, at every size, and reports faults of others."""
 
 from __future__ import annotations
 

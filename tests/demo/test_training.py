@@ -1,4 +1,4 @@
-"""The transformer's training: a run that was stopped goes on as if it had not been."""
+"""The transformer's training: an interrupted run continues like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch on its speed
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # a hint about speed
 ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
 
 

@@ -1,4 +1,4 @@
-"""What the transformer is shown: captions that are true of windows, and no caption that is kept for the test."""
+"""The transformer's training views: captions are true of windows, and none is held out for the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The world's pictures and captions: the same every time, and fit to be trained on."""
+"""The world's pictures and captions: reproducible, and suitable for training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md and the decisions name what is there, and every file says what it is."""
+"""ARCHITECTURE.md and the decisions name only what exists, and every file begins with a description."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def name(path):
 
 
 def spans(text):
-    """Return what is written as code in a line of text."""
+    """Return the parts of a line of text that are formatted as code."""
     return re.findall(r"`([^`\n]+)`", text)
 
 
 def exists(path):
-    """Return whether a path is there: from the root, or, as the documents say it, from ``blockskip_core``."""
+    """Return whether a path exists, relative to the root or, as in the documents, to ``blockskip_core``."""
     return any((base / path).exists() for base in (ROOT, ROOT / "blockskip_core"))
 
 
@@ -76,7 +76,7 @@ def test_every_folder_with_code_is_named_and_every_folder_named_is_there():
     paths = [span for span in named if re.fullmatch(r"[\w./-]+", span) and ("/" in span or (ROOT / span).exists())]
     assert [path for path in paths if not exists(path)] == []
     folders = {path.parent for path in FILES} - {ROOT}
-    tests_of_rooms = {folder for folder in folders if folder.parent.parent == ROOT / "tests"}  # the same as the code's
+    tests_of_rooms = {folder for folder in folders if folder.parent.parent == ROOT / "tests"}  # named like the code's
     assert sorted(name(folder) for folder in folders - tests_of_rooms if name(folder) not in paths) == []
 
 

@@ -1,4 +1,4 @@
-"""What README and its companions say is what the code says and what the benchmarks found."""
+"""README and the other documents agree with the code and with the benchmarks' results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .texts import messages, read, rows, section
 
 MOST_WORDS = 900
 GIB = 2**30
-OF_OTHERS = ("Allocation on device",)  # said by torch or ComfyUI
+OF_OTHERS = ("Allocation on device",)  # a message of torch or ComfyUI
 KEPT_IN_MODELS = {
     "FLUX.1 dev": ["BlockSkip"],
     "FLUX.2 dev": ["FLUX.2-dev"],
@@ -19,7 +19,7 @@ KEPT_IN_MODELS = {
     "Wan": ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"],
     "Chroma": ["Chroma"],
     "SD3.5": ["SD3.5-Large"],
-}  # what a row of docs/models.md begins with -> parts of the benchmark
+}  # the start of a row in docs/models.md -> parts of the benchmark
 
 
 def counted(part, weights):

@@ -1,4 +1,4 @@
-"""Every link in a document leads somewhere, as GitHub reads it: to a file of the repository, and to a heading in it."""
+"""Every link in a document works on GitHub: its file exists in the repository, and its heading exists in that file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .texts import DOCUMENTS, ROOT
 
 TARGET = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"")
 ELSEWHERE = ("https://", "mailto:")
-FROM_README = ("docs", "benchmarks")  # what has to be found from there
+FROM_README = ("docs", "benchmarks")  # folders whose documents must be reachable from there
 HELP = ROOT / "web" / "docs"
 
 
@@ -21,7 +21,7 @@ def name(path):
 
 
 def without_code(text):
-    """Return Markdown without its blocks of code and code spans, whose brackets are no links."""
+    """Return Markdown without code blocks and code spans, whose brackets are not links."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`", "", re.sub(r"^(?: {4,}|\t).*$", "", text, flags=re.MULTILINE))
 
@@ -32,7 +32,7 @@ def targets(path):
 
 
 def anchors(text):
-    """Return the anchors that GitHub gives to the headings: lower case, punctuation left out, blanks as hyphens."""
+    """Return the anchors that GitHub gives to the headings: lower case, no punctuation, spaces as hyphens."""
     found, seen = set(), Counter()
     for heading in re.findall(r"^#{1,6} +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M):
         plain = re.sub(r"<[^>]*>|!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip()
@@ -45,7 +45,7 @@ def anchors(text):
 def broken(path, target):
     """Return what is wrong with a link, or nothing."""
     place, _, anchor = target.partition("#")
-    folder = HELP if HELP in path.parents else path.parent  # the frontend looks there, also for pages further down
+    folder = HELP if HELP in path.parents else path.parent  # the frontend looks there, even for pages in sub-folders
     file = (folder / place.replace("%20", " ")).resolve() if place else path
     if not file.exists() or ROOT not in (file, *file.parents):
         return f"{target}: there is no such file"

@@ -1,4 +1,4 @@
-"""The documents of the repository, and the sentences that the shipped code says."""
+"""The documents of the repository, and the sentences in the shipped code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def read(name: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """Return what is below a heading of the second level."""
+    """Return the text below a second-level heading."""
     return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def rows(table: str) -> list[list[str]]:
-    """Return the cells of all rows of tables that are not headings."""
+    """Return the cells of all table rows except headings."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     bars = [place for place, row in enumerate(cells) if set("".join(row)) <= set("- ")]
@@ -30,7 +30,7 @@ def rows(table: str) -> list[list[str]]:
 
 
 def messages() -> list[str]:
-    """Return every text in the shipped code, with ``GAP`` where a value is put in."""
+    """Return every text in the shipped code, with ``GAP`` in place of inserted values."""
     found = []
     for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "blockskip_core").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

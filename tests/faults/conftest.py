@@ -1,4 +1,4 @@
-"""Processes that are killed, and disks that are full: what the tests of both need."""
+"""Fixtures for tests of killed processes and full disks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .fork_client import NAMESPACES, ForkServer, may_mount
 
 @pytest.fixture(scope="session")
 def fork_server(comfyui: Path) -> Iterator[ForkServer]:
-    """A process that has ComfyUI and the pack in its memory, and runs graphs in copies of itself."""
+    """A process with ComfyUI and the pack loaded, which runs graphs in forked copies of itself."""
     if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork: a run in a process of its own would take seconds each")
+        pytest.skip("this system has no fork: starting a separate process for each run would take seconds")
     with ForkServer(next(filter(may_mount, NAMESPACES), ())) as server:
         yield server

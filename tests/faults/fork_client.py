@@ -1,4 +1,4 @@
-"""Starts ``fork_server`` and gives it orders."""
+"""Starts ``fork_server`` and sends it commands."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BETWEEN_LOOKS_S = 0.05
 
 
 NAMESPACES = (("unshare", "-m"), ("unshare", "-rm"))
-"""Commands under which a process may mount what nobody else sees: for the administrator, and for anybody."""
+"""Commands under which a process may mount privately: as the administrator, and as any user."""
 
 
 def may_mount(namespace: Sequence[str]) -> bool:
-    """Whether this system lets us mount something under that command."""
+    """Whether this system allows mounting under that command."""
     trial = "mount -t tmpfs -o size=1m tmpfs /tmp"
     try:
         return subprocess.run([*namespace, "sh", "-c", trial], capture_output=True, timeout=20).returncode == 0
@@ -67,7 +67,7 @@ class ForkServer:
         self._said.close()
 
     def ask(self, do: str, **order: Any) -> Any:
-        """Give an order; the answer."""
+        """Send a command and return the response."""
         self._process.stdin.write(json.dumps({"do": do, **order}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -88,11 +88,11 @@ class ForkServer:
         """Run the graph with its files below ``base/disk`` and wait for its end.
 
         Args:
-            base: A folder; made if it is not there.
+            base: A folder; created if it does not exist.
             graph: Settings that differ from ``tiny_graph``'s.
-            fault: What harms it, see ``fork_server``.
+            fault: The injected fault, see ``fork_server``.
             kill_after: Seconds after which it is killed.
-            meanwhile: Called again and again while it runs.
+            meanwhile: Called repeatedly while it runs.
 
         Returns:
             ``killed``; ``seconds``; and unless it was killed, ``error`` (names of the error's classes, or None),
@@ -116,7 +116,7 @@ class ForkServer:
                     os.kill(process, signal.SIGKILL)
                     raise TimeoutError(order.log())
                 elif order.kill_after is not None and passed >= order.kill_after:
-                    os.kill(process, signal.SIGKILL)  # its number is not given to another before it was waited for
+                    os.kill(process, signal.SIGKILL)  # its id is not reused before it has been waited for
             if passed >= looked + BETWEEN_LOOKS_S:
                 meanwhile()
                 looked = passed
@@ -135,7 +135,7 @@ class Order:
     """A run of the graph; see :meth:`ForkServer.run`.
 
     Attributes:
-        disk: Where its files are, if not in ``base/disk``: two runs may have the same.
+        disk: Where its files are, if not in ``base/disk``; two runs may share one.
     """
 
     base: Path
@@ -145,7 +145,7 @@ class Order:
     disk: Path | None = None
 
     def log(self) -> str:
-        """The end of what the run has said."""
+        """The end of the run's output."""
         return (self.base / "log.txt").read_text(encoding="utf-8")[-2000:]
 
 

@@ -1,8 +1,8 @@
-"""A program that has the host and the pack in its memory, and runs the graph in copies of itself.
+"""A program with ComfyUI and the pack loaded, which runs the graph in forked copies of itself.
 
-Starting ComfyUI takes seconds, ``fork`` takes none. Orders come as lines of JSON on the standard input, answers go to
-the standard output. A copy can be told to harm itself: to be killed at an event of its file system, or to let its disk
-run full. Started as a script, by ``fork_client``.
+Starting ComfyUI takes seconds, ``fork`` takes none. Commands arrive as lines of JSON on standard input, responses go to
+standard output. A copy can be told to inject a fault: to be killed at an event of its file system, or to let its disk
+fill up. ``fork_client`` starts this as a script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILLER = "filler"
 
 
 def serve(orders: Any, answers: Any) -> None:
-    """Answer orders until there are no more."""
+    """Handle commands until there are no more."""
     for line in orders:
         order = json.loads(line)
         answer = {"start": start, "wait": wait, "mount": mount, "look": look}[order.pop("do")](**order)
@@ -37,7 +37,7 @@ def serve(orders: Any, answers: Any) -> None:
 
 
 def start(base: str, graph: dict[str, Any], fault: dict[str, Any] | None, disk: str | None = None) -> int:
-    """Run the graph in a copy of this process, with its files below ``disk`` or else ``base/disk``; its id."""
+    """Run the graph in a copy of this process, with its files below ``disk`` (default ``base/disk``); return its id."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -56,13 +56,13 @@ def wait(process: int) -> dict[str, Any]:
 
 
 def mount(path: str, size: int) -> bool:
-    """Put a small file system there; nobody but this process and its copies sees it."""
+    """Mount a small file system that only this process and its copies see."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
     return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def look(base: str) -> dict[str, Any]:
-    """What lies below a folder."""
+    """The files below a folder."""
     path = Path(base)
     return {
         "digests": tiny_graph.digests(path),
@@ -72,7 +72,7 @@ def look(base: str) -> dict[str, Any]:
 
 
 def _run(base: Path, graph: dict[str, Any], fault: dict[str, Any], disk: Path) -> int:
-    """Run the graph with its files below ``disk``; what came of it is in ``base/outcome.json``."""
+    """Run the graph with its files below ``disk``; write the outcome to ``base/outcome.json``."""
     with open(base / "log.txt", "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -94,7 +94,7 @@ def _run(base: Path, graph: dict[str, Any], fault: dict[str, Any], disk: Path) -
 def _faults(disk: Path, fault: dict[str, Any], events: list[str]) -> Iterator[None]:
     if fault.get("kind") in ("record", "kill"):
         _watch(str(disk / "output"), fault.get("event"), events)
-    if fault.get("no reserve"):  # a small disk never has what is left free for everybody else
+    if fault.get("no reserve"):  # a small disk never has the space that is left free for others
         tiny_graph.pack("blockskip_core.residuals.cache").DISK_RESERVE_BYTES = 0
     if fault.get("kind") == "fill":
         _fill_before(disk, **fault["when"])
@@ -102,9 +102,9 @@ def _faults(disk: Path, fault: dict[str, Any], events: list[str]) -> Iterator[No
 
 
 def _watch(output: str, last: int | None, events: list[str]) -> None:
-    """Note every event of the file system below a folder; at the event number ``last`` this process is killed.
+    """Record every file system event below a folder; at event number ``last`` this process is killed.
 
-    A file that is about to be flushed is cut in half first: as if the process had died while writing it.
+    A file that is about to be flushed is first cut in half, as if the process had died while writing it.
     """
 
     def hook(event: str, args: tuple) -> None:
@@ -130,10 +130,10 @@ def _writes(args: tuple) -> bool:
 
 
 def _fill_before(disk: Path, pattern: str, room: int, how: str, once: bool) -> None:
-    """Leave ``room`` bytes on the disk when a file of that name is about to be written, and give them back behind it.
+    """Leave only ``room`` bytes on the disk when a file of that name is about to be written; free the rest afterwards.
 
-    ``how`` is "file system" (a small one is filled up) or "file size limit" (the system lets no file become larger).
-    Unless it happens ``once``, the disk stays full from then on.
+    ``how`` is "file system" (a small one is filled up) or "file size limit" (the system refuses larger files).
+    Unless it happens only ``once``, the disk stays full from then on.
     """
     filling = {"file system": _filled, "file size limit": _limited}[how]
     atomic = tiny_graph.pack("blockskip_core.files").write_atomically
@@ -174,6 +174,6 @@ def _limited(disk: Path, room: int) -> Iterator[None]:
 
 if __name__ == "__main__":
     own_output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints
+    os.dup2(2, 1)  # keep other output out of the responses
     tiny_graph.prepare()
     serve(sys.stdin, own_output)

@@ -1,4 +1,4 @@
-"""A byte that changed on the disk is found, wherever it lies: nothing is ever trained from it."""
+"""A changed byte on the disk is found wherever it is, and is never used for training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def change_a_byte(data, place, random):
 
 
 def lose_a_page(data, place, random):
-    """As after a crash of the machine: the file has its length, and a page of it holds zeros."""
+    """As after a crash of the machine: the file has its full length, but one page contains zeros."""
     start = place // 512 * 512
     page = data[start : start + 512]
     data[start : start + 512] = bytes(len(page)) if any(page) else b"\1" * len(page)
@@ -44,7 +44,7 @@ DAMAGES = (flip_a_bit, change_a_byte, lose_a_page, cut_off, add_to_the_end)
 
 
 def damage(folder: Path, number: int) -> str:
-    """Damage one file below a folder in one place; what was done. Equal numbers do the same."""
+    """Damage one file below a folder in one place and return a description; equal numbers do the same damage."""
     random = Random(SEED + number)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = random.choices(files, weights=[path.stat().st_size ** 0.5 for path in files])[0]
@@ -65,7 +65,7 @@ def assert_same(a, b):
 
 @pytest.fixture
 def restored(tmp_path):
-    """Put a folder back as it was when this fixture first saw it."""
+    """Restore a folder to its state when this fixture first saw it."""
     kept: dict[Path, Path] = {}
 
     def restore(folder: Path) -> None:
@@ -80,7 +80,7 @@ def restored(tmp_path):
 
 @pytest.mark.parametrize("residual_format", ["exact", "int8"])
 def test_a_damaged_cache_is_never_trained_on(bench, core, restored, residual_format):
-    """It is refused and removed, so queueing again computes it anew; both nodes look at it."""
+    """It is refused and removed, so queueing again recomputes it; both nodes check it."""
     residuals = bench.precompute(residual_format=residual_format, **CHUNKS)[0]
     expected = bench.train(residuals=residuals, steps=STEPS)[0]
     found = 0
@@ -102,7 +102,7 @@ def test_a_damaged_cache_is_never_trained_on(bench, core, restored, residual_for
 
 
 def test_damage_in_an_unfinished_cache_is_found_and_computed_anew(bench, nodes, core, restored, monkeypatch):
-    """An interrupted run goes on behind whole shards only."""
+    """An interrupted run only continues after complete shards."""
     import comfy.model_management
 
     residuals = bench.precompute(**CHUNKS)[0]
@@ -128,7 +128,7 @@ def test_damage_in_an_unfinished_cache_is_found_and_computed_anew(bench, nodes, 
 
 
 def test_a_damaged_state_is_never_gone_on_from(bench, restored, caplog):
-    """The state before it is, or the beginning; the run ends with the same LoRA."""
+    """The previous state is used, or the run starts over; it ends with the same LoRA."""
     residuals = bench.precompute()[0]
     expected = bench.train(residuals=residuals, steps=STEPS, resume=True, save_every=1, keep_last=3)[0]
     (run,) = bench.folders.output.glob("blockskip/runs/*")
@@ -140,7 +140,7 @@ def test_a_damaged_state_is_never_gone_on_from(bench, restored, caplog):
         trained = bench.train(residuals=residuals, steps=STEPS, resume=True, save_every=1, keep_last=3)
         assert_same(trained[0], expected), what
         resumed.append(trained.ui["blockskip"][0]["resumed_at"])
-        if "is damaged" in caplog.text:
+        if "damaged" in caplog.text:
             assert resumed[-1] == STEPS - 1, what
     assert (
         resumed.count(STEPS - 1) >= DAMAGED_STATES // 4

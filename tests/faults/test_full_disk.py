@@ -1,8 +1,8 @@
-"""A disk that is full at any moment costs one file, in one sentence, and no run.
+"""A disk that is full at any moment costs one file, is reported in one sentence, and never costs the run.
 
-Two kinds of full disks: a real small file system (a tmpfs of a few MiB, mounted where nobody else sees it, which takes
-the right to make a mount namespace), and the system's limit on the size of a file. The latter works on every POSIX
-system, so where the former is not allowed the cases still run.
+There are two kinds of full disks: a real small file system (a tmpfs of a few MiB, mounted privately, which needs the
+permission to create a mount namespace), and the system's limit on the size of a file. The latter works on every POSIX
+system, so the cases still run where the former is not allowed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import tiny_graph
 KINDS = ("file system", "file size limit")
 MIB = 2**20
 SIZE = 6 * MIB
-ROOM = 6000  # bytes left: some of a file finds place, none of them all of it
+ROOM = 6000  # bytes left: enough for a part of every file, but not for a whole one
 TRAINED = {"loras/toy_00001_.safetensors", "loras/toy_00001_.html"}
 FREE = "Free some disk space and try again."
 
@@ -31,7 +31,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def server(kind, fork_server):
-    """The fork server, if this kind of disk is to be had."""
+    """The fork server, if this kind of disk is available."""
     if kind == "file system" and not fork_server.may_mount:
         pytest.skip("no small file system can be mounted here; the same cases run with a file size limit")
     return fork_server
@@ -39,7 +39,7 @@ def server(kind, fork_server):
 
 @pytest.fixture
 def disk(kind, server, tmp_path):
-    """A folder on a disk that can run full: run a graph there, look at it."""
+    """A folder on a disk that can fill up: run a graph there and inspect it."""
     return Disk(kind, server, tmp_path / "run")
 
 
@@ -59,20 +59,20 @@ class Disk:
         return self._server.run(self.base, graph, {**(fault or {}), "no reserve": True})
 
     def files(self):
-        """Path below the output folder -> digest, and nothing is half-written."""
+        """Path below the output folder -> digest; checks that no file is incomplete."""
         seen = self._server.ask("look", base=str(self.base / "disk" / "output"))
         assert seen["damaged"] == []
         assert seen["leftovers"] == []
         return seen["digests"]
 
     def output(self):
-        """What came out of the trainer's socket."""
+        """The trainer's LoRA output."""
         return torch.load(self.base / "output.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def expected(fork_server, tmp_path_factory):
-    """The trainer's output, of a run with room."""
+    """The trainer's output in a run with enough space."""
     base = tmp_path_factory.mktemp("expected")
     whole = fork_server.run(base)
     assert whole.error is None, whole.sentence
@@ -103,7 +103,7 @@ def names(files, ending=""):
 
 @pytest.mark.parametrize("file", ["shard-00000*", "shard-00001*", "unfinished.json", "manifest.json"])
 def test_full_while_residuals_are_precomputed(disk, expected, file):
-    """The node ends; what was whole stays, and queueing again goes on there."""
+    """The node ends; complete files are kept, and queueing again continues from there."""
     room = 0 if "json" in file else ROOM
     outcome = disk.run(file, room=room)
     assert_one_sentence_of_ours(outcome, rf"^{file.replace('*', '.*')} could not be written: .*{FREE}$")
@@ -119,7 +119,7 @@ def test_full_while_residuals_are_precomputed(disk, expected, file):
 
 
 def test_full_while_chunks_are_computed(disk, expected):
-    """In the middle of training: what was learned is saved, nothing of the chunk stays, and the run goes on later."""
+    """In the middle of training: the LoRA so far is saved, nothing of the chunk is kept, and the run can be resumed."""
     outcome = disk.run("shard-00000*", storage="chunked")
     assert_one_sentence_of_ours(outcome, f"could not be written: .*{FREE}$")
     assert not any("residuals" in name for name in disk.files())
@@ -129,7 +129,7 @@ def test_full_while_chunks_are_computed(disk, expected):
 
 @pytest.mark.parametrize("file", ["state-00000001*", "state-00000003*", "state-00000005*"])
 def test_full_while_a_training_state_is_written(disk, expected, file):
-    """The run goes on without it and says so; the next state is written again."""
+    """The run continues without it and says so; the next state is written again."""
     outcome = disk.run(file)
     assert outcome.error is None, outcome.sentence
     (problem,) = outcome.ui["problems"]
@@ -155,7 +155,7 @@ def test_full_while_a_safe_point_is_written(disk, expected):
 
 
 def test_full_while_the_lora_is_written(disk, expected):
-    """It is on the node's output, and the training state has it too: queueing again writes it."""
+    """It is on the node's output and in the training state: queueing again writes it."""
     outcome = disk.run("toy_00001_.safetensors")
     assert outcome.error is None, outcome.sentence
     (problem,) = outcome.ui["problems"]
@@ -182,7 +182,7 @@ def test_full_while_the_summary_is_written(disk, expected):
 
 
 def test_full_from_the_middle_to_the_end(disk, expected):
-    """No state, no safe point, no file any more: the LoRA is still on the output, and the last state is whole."""
+    """No state, checkpoint or file can be written: the LoRA is still on the output, and the last state is complete."""
     outcome = disk.run("state-00000003*", once=False)
     assert outcome.error is None, outcome.sentence
     assert outcome.ui["problems"]
@@ -202,18 +202,18 @@ def test_earlier_files_stay_as_they_are(disk):
 
 
 def test_too_little_room_is_said_before_pictures_are_encoded(disk, kind):
-    """The disk's last 256 MiB are left to others; this disk never had so much."""
+    """The disk's last 256 MiB are left for others; this disk never had that much."""
     if kind != "file system":
         pytest.skip("a limit on the size of files leaves the disk as large as it is")
     outcome = disk._server.run(disk.base)
     assert_one_sentence_of_ours(
-        outcome, "^The residuals would take .* on disk, .* are free. Use fewer training examples"
+        outcome, "^The residuals would take .* on disk, but .* are free. Use fewer training examples"
     )
     assert disk.files() == {}
 
 
 def test_the_tests_know_a_damaged_file(tmp_path):
-    """What the assertions of this folder stand on."""
+    """Checks the assumptions of the tests in this folder."""
     good = tmp_path / "a.safetensors"
     from safetensors.torch import save_file
 

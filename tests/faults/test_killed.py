@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends, when it is queued again, with the very LoRA it would have had."""
+"""A run that is killed at any moment and queued again ends with exactly the same LoRA."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ AGE_S = 3600.0
 
 @pytest.fixture(scope="module")
 def uninterrupted(fork_server, tmp_path_factory):
-    """For each storage the run in one go: its LoRA, how long it took, and what happened on the file system."""
+    """For each storage an uninterrupted run: its LoRA, its duration, and its file system events."""
     found = {}
     for storage in STORAGES:
         base = tmp_path_factory.mktemp("uninterrupted")
         graph = {"storage": storage}
-        fork_server.run(base / "first", graph)  # the first run of all pays for what is made lazily
+        fork_server.run(base / "first", graph)  # the very first run also does the lazy initialisation
         whole = fork_server.run(base / "whole", graph, {"kind": "record"})
         assert whole.error is None, whole.sentence
         whole.lora = lora_below(base / "whole")
@@ -50,14 +50,14 @@ def assert_nothing_half_written(base):
 
 
 def let_time_pass(base):
-    """Make the leftovers of the killed process as old as they are when somebody comes back to the machine."""
+    """Make the leftovers of the killed process as old as when a user returns to the machine."""
     for name in tiny_graph.leftovers(base):
         then = time.time() - AGE_S
         os.utime(base / name, (then, then))
 
 
 def queue_again(fork_server, base, graph):
-    """Run to the end; every file that has its final name is whole, at every moment."""
+    """Run to the end; every file with its final name is complete at every moment."""
     assert_nothing_half_written(base)
     let_time_pass(base)
     again = fork_server.run(base, graph, meanwhile=lambda: assert_nothing_half_written(base))
@@ -69,7 +69,7 @@ def queue_again(fork_server, base, graph):
 
 @pytest.mark.parametrize("number", range(KILLS_IN_TIME))
 def test_killed_at_a_random_moment(fork_server, uninterrupted, tmp_path, number):
-    """Moments are spread over the whole run, from the first picture to the summary."""
+    """The moments are spread over the whole run, from the first picture to the summary."""
     storage = STORAGES[number % 2]
     whole = uninterrupted[storage]
     share = (number + Random(SEED + number).random()) / KILLS_IN_TIME
@@ -83,7 +83,7 @@ def test_killed_at_a_random_moment(fork_server, uninterrupted, tmp_path, number)
 
 @pytest.mark.parametrize("number", range(KILLS_AT_EVENTS))
 def test_killed_at_an_event_of_the_file_system(fork_server, uninterrupted, tmp_path, number):
-    """Between two system calls, or with half of a file written: one event of each part of the run."""
+    """Between two system calls, or with a file half written: one event of each part of the run."""
     storage = STORAGES[number % 2]
     whole = uninterrupted[storage]
     per_part = len(whole.events) / KILLS_AT_EVENTS

@@ -1,4 +1,4 @@
-"""Two ComfyUIs with one output folder: whatever one of them does, and however it ends, the other ends as if it were alone."""
+"""Two ComfyUIs with one output folder: whatever one does, and however it ends, the other ends as if it were alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def graph(storage, rate):
 
 
 def output(base):
-    """What came out of the trainer's socket."""
+    """The trainer's LoRA output."""
     return torch.load(base / "output.pt", weights_only=True)
 
 
@@ -67,7 +67,7 @@ def nothing_half_written(tmp_path):
 
 
 def let_time_pass(tmp_path):
-    """Make what a killed process left as old as it is when somebody comes back to the machine."""
+    """Make the leftovers of a killed process as old as when a user returns to the machine."""
     for name in tiny_graph.leftovers(tmp_path):
         then = time.time() - AGE_S
         os.utime(tmp_path / name, (then, then))
@@ -81,7 +81,7 @@ def assert_ended_as_if_alone(ended, orders, alone):
 
 
 def assert_files_are_not_mixed(tmp_path, orders, alone, names):
-    """Every LoRA, and every one that was saved on the way to it, is that of one run alone."""
+    """Every LoRA, including intermediate saves, equals that of a single run."""
     expected = [alone(order.graph["storage"], order.graph["learning_rate"]).files for order in orders]
     found = {path.name: load_file(path) for path in (tmp_path / "disk" / "output" / "loras").glob("*.safetensors")}
     assert {name for name in found if "step" not in name} == names
@@ -112,7 +112,7 @@ def test_equal_residuals_are_computed_once(fork_server, tmp_path):
 
 @pytest.mark.parametrize("number", range(KILLS_OF_ONE))
 def test_one_of_two_is_killed_at_a_random_moment(fork_server, alone, tmp_path, number):
-    """The other ends as if it had been alone; the killed one too, when it is queued again."""
+    """The other one ends as if it had been alone; so does the killed one when it is queued again."""
     random = Random(SEED + number)
     storage, rates = STORAGES[number % 2], list(RATES.values())[number // 2 % 2]
     share = (number + random.random()) / KILLS_OF_ONE

@@ -29,7 +29,7 @@ TRAINING = {
 
 
 def load(*path: str) -> ModuleType:
-    """A module of the tests from its file, in a package, so that it can import those beside it."""
+    """Load a module of the tests from its file, in a package, so that it can import its neighbours."""
     if PACKAGE not in sys.modules:
         sys.modules[PACKAGE] = ModuleType(PACKAGE)
         sys.modules[PACKAGE].__path__ = [str(TESTS)]
@@ -37,7 +37,7 @@ def load(*path: str) -> ModuleType:
 
 
 def prepare() -> None:
-    """Import the host, on the CPU, and the pack, and what the pack imports when it is needed."""
+    """Import ComfyUI, on the CPU, and the pack, including its lazy imports."""
     load("conftest.py")  # puts ComfyUI first on the path, and loads the pack
     from comfy.cli_args import args
 
@@ -60,7 +60,7 @@ def pictures() -> list[torch.Tensor]:
 
 
 def use_folders(base: Path) -> None:
-    """Let the host keep its files below ``base``, as its option --base-directory does."""
+    """Make ComfyUI keep its files below ``base``, like its option --base-directory."""
     import folder_paths
 
     (base / "output" / "loras").mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def use_folders(base: Path) -> None:
 
 
 def call(node: type, **inputs: Any) -> Any:
-    """Call a node that takes lists as the host does."""
+    """Call a node that takes lists as ComfyUI does."""
     from comfy_api.latest import io
 
     hidden = {io.Hidden.unique_id: "1", io.Hidden.prompt: {}, io.Hidden.extra_pnginfo: None}
@@ -82,7 +82,7 @@ def call(node: type, **inputs: Any) -> Any:
 
 
 def run(**changes: Any) -> Any:
-    """Run the graph; the trainer's output. ``changes`` are settings of either node, ``precompute_seed`` apart."""
+    """Run the graph and return the trainer's output. ``changes`` are settings of either node or ``precompute_seed``."""
     ours, tiny = pack("nodes"), load("hosts", "tiny_flux.py")
     model, (prompt,) = tiny.tiny_flux(), tiny.captions((5,))
     patches = {name: changes.pop(name, value) for name, value in PATCHES.items() if name != "seed"}
@@ -99,14 +99,14 @@ def run(**changes: Any) -> Any:
 
 
 def damaged(base: Path) -> list[str]:
-    """The files below a folder that have their final name and are not whole."""
+    """The files below a folder that have their final name but are incomplete."""
     found = []
     for path in sorted(base.rglob("*")):
         try:
-            # Twice: safetensors opens a file by its name more than once, and a run may remove or replace it in between.
+            # Twice, because safetensors opens a file by its name more than once, and a run may replace it in between.
             if path.is_file() and not _is_whole(path) and path.is_file() and not _is_whole(path):
                 found.append(str(path.relative_to(base)))
-        except FileNotFoundError:  # a run that goes on has removed or renamed it
+        except FileNotFoundError:  # a running process has removed or renamed it
             continue
     return found
 
@@ -135,6 +135,6 @@ def leftovers(base: Path) -> list[str]:
 
 
 def digests(base: Path) -> dict[str, str]:
-    """Every file below a folder, with a digest of what is in it."""
+    """Every file below a folder, with a digest of its content."""
     files = [path for path in sorted(base.rglob("*")) if path.is_file()]
     return {str(path.relative_to(base)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}

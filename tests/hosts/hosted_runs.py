@@ -1,4 +1,4 @@
-"""Runs of the tiny FLUX.1: the full model, the model with replayed residuals, a training, a sampled picture."""
+"""Runs of the tiny FLUX.1: the full model, the model with replayed residuals, a training run, a sampled picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hosted(patcher, lengths=TEXT_LENGTHS, guidance: float | None = None):
 
 
 def host_sample(patcher, conditioning=None, seed=3):
-    """A latent sampled as a workflow of the host would sample it."""
+    """A latent sampled as in a ComfyUI workflow."""
     import comfy.sample
 
     empty = torch.zeros(1, *LATENT_SHAPE)

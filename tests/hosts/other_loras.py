@@ -1,4 +1,4 @@
-"""LoRAs as other programs write them, for a MODEL: random numbers in the names and forms of each."""
+"""LoRAs for a MODEL in other programs' formats, with random numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs(patcher, blocks: Sequence[str], rank: int | Callable[[int], int] = 2, 
 
 
 def native(made: Pairs) -> dict[str, Tensor]:
-    """As diffusion-pipe and ai-toolkit write models that diffusers has no other names for."""
+    """Like diffusion-pipe and ai-toolkit for models without separate names in diffusers."""
     return {
         f"diffusion_model.{name}.lora_{part}.weight": tensor
         for name, (up, down) in made.items()
@@ -36,7 +36,7 @@ def native(made: Pairs) -> dict[str, Tensor]:
 
 
 def kohya(made: Pairs, alpha: float) -> dict[str, Tensor]:
-    """As sd-scripts and musubi-tuner."""
+    """Like sd-scripts and musubi-tuner."""
     tensors = {}
     for name, (up, down) in made.items():
         stem = "lora_unet_" + name.replace(".", "_")
@@ -51,7 +51,7 @@ def kohya(made: Pairs, alpha: float) -> dict[str, Tensor]:
 def diffusers(
     patcher, blocks: Sequence[str], rank: int = 2, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """As diffusers' own scripts, ai-toolkit, SimpleTuner and OneTrainer write FLUX.1: every part of a layer on its own.
+    """Like diffusers' own scripts, ai-toolkit, SimpleTuner and OneTrainer for FLUX.1: every part of a layer separately.
 
     Returns:
         (Tensors of the file, layer -> change of its whole weight.)

@@ -1,4 +1,4 @@
-"""A stand-in for another pack's packed layers: what our pack knows of GGUF layers, and nothing else of them."""
+"""A stand-in for another pack's packed layers, with only those features of GGUF layers that our pack relies on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GROUP = 32
 
 
 class PackedTensor(Tensor):
-    """Bytes that say of themselves that they are a matrix."""
+    """Bytes that present themselves as a matrix."""
 
     logical: tuple[int, int]
 
@@ -29,14 +29,14 @@ class PackedTensor(Tensor):
 
     @classmethod
     def dress(cls, parameter: Tensor) -> PackedTensor:
-        """The same numbers, not packed, in this class: files give small tensors so."""
+        """The same numbers in this class without packing, as files store small tensors."""
         dressed = parameter.as_subclass(cls)
         dressed.logical = tuple(parameter.shape)
         return nn.Parameter(dressed, requires_grad=False)
 
     @classmethod
     def pack(cls, weight: Tensor) -> PackedTensor:
-        """Eight bits per number and a float16 scale per 32 numbers, in one row of bytes per group."""
+        """Eight bits per number and a float16 scale per 32 numbers, one row of bytes per group."""
         groups = weight.float().reshape(-1, _GROUP)
         scales = (groups.abs().amax(1, keepdim=True) / 127).half()
         numbers = (groups / scales.float()).round().to(torch.int8)
@@ -51,7 +51,7 @@ class PackedTensor(Tensor):
 
 
 def pack_blocks(diffusion_model: nn.Module) -> None:
-    """Put packed layers in the place of the blocks' linear layers, and the file's class around all other weights."""
+    """Replace the blocks' linear layers by packed ones, and wrap all other weights in the file's class."""
     for block in (*diffusion_model.double_blocks, *diffusion_model.single_blocks):
         for name, layer in list(block.named_modules()):
             if hasattr(layer, "in_features"):
@@ -67,7 +67,7 @@ def _packed(layer: nn.Module) -> nn.Module:
     import comfy.ops
 
     class PackedLinear(comfy.ops.manual_cast.Linear):
-        """Casts its weight itself, and shows a state dict only its size."""
+        """Casts its weight itself, and exposes only its size in a state dict."""
 
         def cast_bias_weight(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
             return self.weight.unpack(like.dtype), None if self.bias is None else self.bias.to(like)

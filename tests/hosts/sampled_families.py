@@ -1,4 +1,4 @@
-"""Tiny models of the families that are sampled and not trained, beside those of ``families``."""
+"""Tiny models of the families that are only sampled, in addition to those of ``families``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tiny_families import FAMILIES, TinyFamily, tiny_model
 
 
 def _built(supported: str, config: dict[str, Any], **settings: Any):
-    """A MODEL; the test is skipped on a host that is older than the family."""
+    """A MODEL; the test is skipped if ComfyUI is older than the family."""
     import comfy.supported_models
 
     if not hasattr(comfy.supported_models, supported):

@@ -1,4 +1,4 @@
-"""Files of a tiny FLUX.1 in the formats in which people keep its weights, loaded by the host's own loader."""
+"""Files of a tiny FLUX.1 in the storage formats in common use, loaded by ComfyUI's own loader."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class StoredAs:
     """A format.
 
     Attributes:
-        algorithm: The host's name of a quantised format, or None for plain tensors.
+        algorithm: ComfyUI's name of a quantised format, or None for plain tensors.
         quantize: Arguments of its layout.
-        conf: What the file says of each layer beside the algorithm.
-        dtype: Of plain tensors.
-        smoothed: Inputs of the layers are scaled, channel by channel (``pre_quant_scale``).
-        rounds_inputs: The host computes with quantised inputs, also where it could not be seen in the weights.
+        conf: The file's entries for each layer apart from the algorithm.
+        dtype: Dtype of plain tensors.
+        smoothed: Inputs of the layers are scaled channel by channel (``pre_quant_scale``).
+        rounds_inputs: ComfyUI computes with quantised inputs, even if the weights do not show it.
     """
 
     algorithm: str | None = None
@@ -59,7 +59,7 @@ FORMATS = {
 
 
 def plain_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights in float32, by their names in a file."""
+    """Random weights in float32, by name in the file."""
     model = tiny_flux(
         depth=1, depth_single=2, width=_WIDTH, heads=1, channels=16, mlp_ratio=4.0, seed=seed
     ).model.diffusion_model  # fmt: skip
@@ -67,7 +67,7 @@ def plain_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(path: Any, stored: StoredAs, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a file in a format; with a quantised one, the linear layers of the blocks are."""
+    """Write a file in a format; a quantised format applies to the linear layers of the blocks."""
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     if stored.algorithm is None:
@@ -90,7 +90,7 @@ def write(path: Any, stored: StoredAs, tensors: dict[str, torch.Tensor]) -> None
 
 
 def load(path: Any, stored: StoredAs) -> Any:
-    """Load a file as the host's Load Diffusion Model does."""
+    """Load a file as ComfyUI's Load Diffusion Model does."""
     import comfy.sd
 
     options = {} if stored.dtype is None else {"dtype": stored.dtype}
@@ -99,7 +99,7 @@ def load(path: Any, stored: StoredAs) -> Any:
 
 
 def stored_flux(folder: Any, name: str, seed: int = 0) -> Any:
-    """A MODEL that was kept in a format."""
+    """A MODEL that was stored in a format."""
     from comfy.quant_ops import QUANT_ALGOS
 
     stored = FORMATS[name]

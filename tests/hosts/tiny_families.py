@@ -1,7 +1,7 @@
-"""Every supported family as a tiny random model of the host's own classes, and runs of it.
+"""Every supported family as a tiny random model of ComfyUI's own classes, and runs of it.
 
-A family is one entry of ``FAMILIES``. What its model is called with is written by hand here (``extra``), so that the
-package's own way from CONDITIONING to arguments has something independent to be compared with.
+A family is one entry of ``FAMILIES``. Its model's arguments are written by hand here (``extra``), as an independent
+reference for the package's conversion from CONDITIONING to arguments.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ class TinyFamily:
 
     Attributes:
         name: For the names of tests.
-        family: What its adapter calls it.
-        build: Makes a ModelPatcher; takes ``dtype``, ``cast_to`` and ``seed``.
+        family: Its name in its adapter.
+        build: Creates a ModelPatcher; takes ``dtype``, ``cast_to`` and ``seed``.
         blocks: Names of all blocks in execution order.
-        latent_shape: (C, H, W); fifteen image tokens or so.
+        latent_shape: (C, H, W); about fifteen image tokens.
         text_width: Features of a text token.
-        settings: Generator -> settings of a CONDITIONING beside its text.
+        settings: Generator -> settings of a CONDITIONING apart from its text.
         extra: (text (B, L, text_width), settings of each row) -> arguments of ``apply_model`` by name.
-        frames: Whether the host's latents have an axis of frames.
-        text_outputs: Layers of a block that only change the text that leaves it.
+        frames: Whether ComfyUI's latents have a frame axis.
+        text_outputs: Layers of a block that only affect its text output.
         layers: Linear layers of the first block that get an adapter.
-        num_text: Text tokens of the stream for a text of three tokens.
-        num_img: Image tokens of the stream.
+        num_text: Text tokens in the stream for a text of three tokens.
+        num_img: Image tokens in the stream.
     """
 
     name: str
@@ -110,7 +110,7 @@ class TinyFamily:
         return HostedDit(patcher, self.captions(lengths or self.lengths, **settings), self.latent_shape)
 
     def plain_forward(self, patcher, noisy: Tensor, sigmas: Tensor, conditionings: Sequence[list]) -> Tensor:
-        """The clean estimate of the MODEL as a sampler of the host would get it."""
+        """The clean estimate of the MODEL as a ComfyUI sampler gets it."""
         import comfy.model_management
 
         comfy.model_management.load_models_gpu([patcher])
@@ -146,7 +146,7 @@ class TinyFamily:
 
 
 def replayed(dit, spans, residuals, clean, draws, adapters=None):
-    """The skipping model's output, with the LoRA if one is given."""
+    """The skipping model's output, with the LoRA if there is one."""
     stand_ins = SkippingModel(dit, spans, checkpointed=False, folded=False)
     noisy, _, sigmas = noisy_batch(PLAN, clean, draws)
     with torch.no_grad(), dit.running(stand_ins.modules) as denoise:

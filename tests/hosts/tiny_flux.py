@@ -10,9 +10,9 @@ def tiny_flux(
     dtype: torch.dtype = torch.float32, cast_to: torch.dtype | None = None, seed: int = 0, scale: float = 1.0,
     channels: int = 4, mlp_ratio: float = 2.0,
 ):  # fmt: skip
-    """Return a ModelPatcher around a random FLUX.1; inputs that fit are latents (B, 4, 8, 8), context (B, L, 16).
+    """Return a ModelPatcher around a random FLUX.1; its inputs are latents (B, 4, 8, 8) and context (B, L, 16).
 
-    With ``cast_to`` the host keeps the weights in ``dtype`` and casts them for every call.
+    With ``cast_to`` ComfyUI keeps the weights in ``dtype`` and casts them for every call.
     """
     import comfy.model_base
     import comfy.model_management
@@ -55,7 +55,7 @@ def tiny_flux(
 
 
 class _FourChannels:
-    """A latent format with a scale, so that applying it twice or not at all shows."""
+    """A latent format with a scale, so that applying it twice or not at all is noticed."""
 
     latent_channels = 4
     latent_dimensions = 2

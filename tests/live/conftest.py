@@ -26,12 +26,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def load_devtool(name: str) -> ModuleType:
-    """A module of ``devtools/`` under the alias ``blockskip_devtools_<name>``."""
+    """Load a module of ``devtools/`` under the alias ``blockskip_devtools_<name>``."""
     return load_file("devtools", name)
 
 
 def load_file(folder: str, name: str) -> ModuleType:
-    """A module of one of the repository's folders, under an alias of its own."""
+    """Load a module of one of the repository's folders under a separate alias."""
     alias = f"blockskip_{folder.replace('/', '_')}_{name}"
     if alias not in sys.modules:
         spec = importlib.util.spec_from_file_location(alias, ROOT / folder / f"{name}.py")
@@ -48,7 +48,7 @@ def browser_or_skip() -> None:
 
 
 def host_or_skip(variable: str) -> Path:
-    """The ComfyUI folder that the variable names; the test is skipped where it is unset."""
+    """The ComfyUI folder that the variable names; the test is skipped if it is not set."""
     if not os.environ.get(variable):
         pytest.skip(f"{variable} is unset: `python dev.py test` sets it, or point it at a ComfyUI folder")
     return Path(os.environ[variable])
@@ -62,7 +62,7 @@ def devtool() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def start_server() -> Callable[..., Any]:
-    """A watched `ComfyServer`, for tests that need one of their own: ``with start_server(host, ...) as server``."""
+    """A watched `ComfyServer` for tests that need a separate one: ``with start_server(host, ...) as server``."""
 
     @contextmanager
     def watched(host: Path, *, packs: Mapping[str, Path] | None = None, **options: Any) -> Iterator[Any]:
@@ -75,14 +75,14 @@ def start_server() -> Callable[..., Any]:
 
 
 PACK_NAMES = re.compile(r"block[_-]?skip|ApplyLora|TrainLora|SelectBlocks|Precompute|MemoryPlan|RALU", re.IGNORECASE)
-ANSWERS = re.compile(  # to a prompt that was refused, or a node that raised: tests look at those in the answer itself
+ANSWERS = re.compile(  # refused prompts and exceptions in nodes, which tests check in the response itself
     r"!!! Exception during processing !!!|Traceback \(most recent call last\)|"
     r"Failed to validate prompt|\* \(prompt\):|\* \w+ [\w:]+:|  - |invalid prompt"
 )
 
 
 def complaints(server: Any) -> list[str]:
-    """Warnings and errors of the host that name the pack; what the pack's own loggers say is another matter."""
+    """ComfyUI's warnings and errors that name the pack, apart from those of the pack's own loggers."""
     file = Path(server.base) / "warnings.jsonl"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     for folder in (server.host, server.base, sys.prefix):  # our name is in these paths too
@@ -97,7 +97,7 @@ def complaints(server: Any) -> list[str]:
     ]
 
 
-# What the shipped workflows name: empty files, so that the frontend finds every choice. Nothing loads them.
+# The files that the shipped workflows name: empty ones, so that the frontend finds every choice. Nothing loads them.
 NAMED_MODELS = {
     "checkpoints": ["flux1-dev-fp8.safetensors"],
     "diffusion_models": ["flux1-dev.safetensors"],
@@ -110,7 +110,7 @@ FOLDERS = {"blockskip_toby": "toby", "blockskip_mila": "mila", "my_subject": "to
 
 @pytest.fixture(scope="session")
 def demo_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a server needs beside the pack to show and run the workflows: the demo's nodes, models and pictures."""
+    """What a server needs besides the pack to show and run the workflows: the demo's nodes, models and pictures."""
     tools = load_devtool("comfy_server")
     inputs = tmp_path_factory.mktemp("inputs")
     for folder, subject in FOLDERS.items():
@@ -134,7 +134,7 @@ def server(start_server: Callable[..., Any], demo_parts: dict[str, Any]) -> Iter
 
 @pytest.fixture
 def client(server: Any) -> Any:
-    """A client with an id of its own."""
+    """A client with a new id."""
     return load_devtool("comfy_client").ComfyClient(server.url)
 
 

@@ -23,7 +23,7 @@ TEMPLATES = sorted(ROOT.glob("workflows/*.json"))
 
 @pytest.fixture(scope="module")
 def pack_nodes(server: Any, devtool: Callable[[str], ModuleType]) -> dict[str, Any]:
-    """The descriptions of the nodes that this pack brings."""
+    """The descriptions of this pack's nodes."""
     listed = devtool("comfy_client").ComfyClient(server.url).object_info()
     return {name: info for name, info in listed.items() if info["python_module"] == f"custom_nodes.{FOLDER}"}
 
@@ -43,7 +43,7 @@ def test_every_node_has_a_help_page(client: Any, pack_nodes: dict[str, Any]) -> 
 
 
 def test_every_node_is_there_in_chinese(client: Any, pack_nodes: dict[str, Any]) -> None:
-    """Where the frontend asks: ``/i18n`` for the texts, and a page for each node in a folder of its name."""
+    """At the frontend's addresses: ``/i18n`` for the texts, and a page for each node in a folder of its name."""
     texts = client.get_json("/i18n")["zh"]["nodeDefs"]
     assert pack_nodes.keys() <= texts.keys()
     assert pack_nodes

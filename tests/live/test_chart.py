@@ -1,4 +1,4 @@
-"""The chart on the trainer's node: what the server sends and keeps, and the real frontend, where a Chromium is there."""
+"""The chart on the trainer's node: what the server sends and keeps, and the real frontend if there is a Chromium."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ console.log(JSON.stringify([odd.map(readRun), run, extended(long, { ...long, poi
 
 
 def test_odd_data_is_no_run_or_left_out() -> None:
-    """What the page makes of data that no server of ours sends."""
+    """How the page handles data that our server never sends."""
     if not shutil.which("node"):
         pytest.skip("needs node")
     script = ROOT / "web" / "js" / "loss_chart.js"

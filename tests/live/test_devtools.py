@@ -1,4 +1,4 @@
-"""The tools that the live tests stand on: the client, the server's life and death, the cache of environments."""
+"""The tools that the live tests use: the client, starting and ending the server, the cache of environments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURE = {
 
 @pytest.fixture
 def fake_host(tmp_path: Path) -> Callable[[str], Path]:
-    """A folder that starts like a ComfyUI, runs a line of Python, and answers every request."""
+    """A folder that starts like ComfyUI, runs a line of Python, and answers every request."""
 
     def write(line: str = "") -> Path:
         (tmp_path / "main.py").write_text(FAKE_HOST.format(line=line), encoding="utf-8")
@@ -43,7 +43,7 @@ def fake_host(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether the process is gone, or a zombie that nobody has collected yet."""
+    """Whether the process has ended, or is a zombie that has not been collected yet."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return not state or state.startswith("Z")
 
@@ -147,13 +147,17 @@ def test_one_at_a_time_is_in_order(processes, capsys):
 
 def test_every_folder_of_tests_is_in_one_process():
     chosen = devtools("pytest_processes")
-    rest, half, card = chosen.arguments_of_each(["-q"])
+    processes = chosen.arguments_of_each(["-q"])
+    ordinary = [arguments[1:] for arguments in processes if arguments[0] == "-q"]
+    (rest,) = (paths for paths in ordinary if "tests" in paths)
+    named = [path for paths in ordinary if paths is not rest for path in paths]
     folders = {f"tests/{path.name}" for path in (chosen.ROOT / "tests").iterdir() if any(path.glob("**/test_*.py"))}
-    left_out = {argument.partition("=")[2] for argument in rest if argument.startswith("--ignore=")}
-    assert left_out == {*half[1:], "tests/card"} < folders
-    assert rest[1] == "tests"
-    assert card[:3] == ["--device", "card", "-q"]
-    assert "tests/card" in card
+    assert len(named) == len(set(named))
+    assert set(named) < folders
+    assert {argument.partition("=")[2] for argument in rest[1:]} == {*named, "tests/card"}
+    on_card = [arguments[3:] for arguments in processes if arguments[:3] == ["--device", "card", "-q"]]
+    assert len(ordinary) + len(on_card) == len(processes)
+    assert ["tests/card"] in on_card
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Cancelled over the API in every phase, a run goes on to the same LoRA, and the model samples the same picture."""
+"""Cancelled through the API in any phase, a run resumes to the same LoRA, and the model samples the same picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = {
     "Precompute residuals": {"draws": 4 * CHUNKS, "chunk_size": 4, "seed": 91},
     "Train": {"steps": STEPS, "seed": 91, "save_every": 3, "output_name": "loras/interrupted"},
 }  # fmt: skip
-MOMENTS = {  # node, how far its progress bar is, and how long the bar is then
+MOMENTS = {  # node, value of its progress bar, and maximum of the bar
     "selecting": ("Select blocks", 5, None),
     "encoding": ("Precompute residuals", 3, 4 * CHUNKS),
     "precomputing": ("Precompute residuals", BLOCKS + 4, BLOCKS * CHUNKS),
@@ -35,14 +35,14 @@ MOMENTS = {  # node, how far its progress bar is, and how long the bar is then
 
 @pytest.fixture(scope="module")
 def run(server: Any, devtool: Callable[[str], Any]) -> SimpleNamespace:
-    """The run in one go: its LoRA, and a picture of the plain model made after it."""
+    """An uninterrupted run: its LoRA, and a picture of the plain model sampled after it."""
     tools = devtool("comfy_client")
     client = tools.ComfyClient(server.url)
     prompt = tools.with_overrides(tools.load_prompt(WORKFLOWS / "train_lora.api.json"), SETTINGS)
     output = Path(server.base) / "output"
 
     def forget(*, measured: bool = True) -> None:
-        """Let nothing be left of earlier runs but their LoRAs, and what was measured of the blocks."""
+        """Remove everything of earlier runs except their LoRAs and the measurements of blocks."""
         client.free()
         for folder in ("residuals", "runs", *(["probes"] if measured else [])):
             shutil.rmtree(output / "blockskip" / folder, ignore_errors=True)
@@ -85,7 +85,7 @@ def test_cancelled_and_queued_again_it_ends_with_the_same_lora(run: SimpleNamesp
     run.forget(measured=moment == "selecting")
     result = run.client.run(run.graph, on_event=cancel_when_it_is_there, timeout=300)
     assert seen, "the run never got there"
-    # Cancel that comes with the last step finds nothing to stop: the run is saved, and has succeeded.
+    # A Cancel during the last step has nothing left to stop: the run is saved and has succeeded.
     assert result.status in (("interrupted", "success") if moment == "saving" else ("interrupted",))
     assert not list(run.output.rglob("*.part"))
     if moment == "saving":

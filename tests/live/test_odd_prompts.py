@@ -1,6 +1,6 @@
-"""Prompts with odd values, as programs send them: the server refuses them, or a node says why in a sentence of ours.
+"""Prompts with odd values, as sent by programs: the server refuses them, or a node explains the problem in a sentence.
 
-NaN and infinities are no JSON. That nodes refuse them is tested in ``tests/properties``.
+NaN and infinities are not valid JSON. ``tests/properties`` tests that nodes refuse them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def files_outside(base: Path) -> list[str]:
-    """Every file but those in the folders that the host writes to; links are not followed."""
+    """Every file except those in the folders that ComfyUI writes to; links are not followed."""
     own = {base / name for name in ("output", "temp", "user", "server.log", "models", "custom_nodes")}
     return sorted(str(path) for path in base.rglob("*") if not own & {path, *path.parents})
 

@@ -1,4 +1,4 @@
-"""The same graph queued again: nothing is computed twice, unless a file that it names was written anew."""
+"""The same graph queued again: nothing is computed twice, unless a file that it names was rewritten."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .test_workflows import SMALL, part_of, succeed
 
 @pytest.fixture(scope="module", params=["COMFYUI_PATH", "BLOCKSKIP_COMFYUI_0_18"])
 def host(request: pytest.FixtureRequest, start_server: Callable[..., Any], demo_parts: dict[str, Any]) -> Iterator[Any]:
-    """A server of its own: whatever runs before would be in its cache too."""
+    """A separate server, because earlier runs would be in its cache."""
     with start_server(host_or_skip(request.param), **demo_parts) as running:
         write_lora(running, seed=0)
         yield running
 
 
 def write_lora(server: Any, seed: int) -> None:
-    """Write a LoRA for a block of the demo's model into output/loras, always of the same size."""
+    """Write a LoRA for a block of the demo's model to output/loras, always of the same size."""
     generator = torch.Generator().manual_seed(seed)
     stem = "diffusion_model.single_blocks.1.linear2.lora"
     file = Path(server.base) / "output" / "loras" / "same.safetensors"

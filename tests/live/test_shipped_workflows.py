@@ -1,7 +1,7 @@
-"""The workflows as they are shipped: opened in the real frontend, and their twins run with the demo's small models.
+"""The shipped workflows: opened in the real frontend, and their twins run with the demo's small models.
 
-The frontend's own prompt of a shipped workflow, with the small models in it, must be the twin. So what runs here is what a
-user would run.
+The frontend's prompt of a shipped workflow, with the small models inserted, must equal the twin. So these tests run
+what a user would run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHIPPED = sorted(ROOT.glob("workflows/*.json"))
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    """``devtools/make_workflows.py``, which looks for its parts beside it."""
+    """``devtools/make_workflows.py``, which imports modules in its folder."""
     for name in ("workflow_graphs", "workflow_stand_ins", "workflow_thumbnails"):
         sys.modules[name] = load_devtool(name)
     return load_devtool("make_workflows")
@@ -39,7 +39,7 @@ def graphs(maker: ModuleType) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def prompts(server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the frontend would queue for each shipped workflow, by name; opens them all in both kinds of nodes."""
+    """What the frontend would queue for each shipped workflow, by name; opens them all with both kinds of nodes."""
     browser_or_skip()
     folder = tmp_path_factory.mktemp("prompts")
     pictures = os.environ.get("BLOCKSKIP_SCREENSHOTS")
@@ -60,7 +60,7 @@ def test_every_workflow_is_written_down_and_shipped(graphs: dict[str, Any]) -> N
 
 
 def test_the_frontend_opens_every_workflow_without_a_complaint(prompts: dict[str, Any], graphs: dict[str, Any]) -> None:
-    """No missing node, no error in the console, no value that moves: `prompts` asserts it. And all nodes are queued."""
+    """No missing node, no console error, no changed value: `prompts` asserts this. And all nodes are queued."""
     for name, prompt in prompts.items():
         assert len(prompt) == len(graphs[name].prompt) - len(graphs[name].muted)
 
@@ -88,7 +88,7 @@ def test_the_twins_are_up_to_date(graphs: dict[str, Any], maker: ModuleType) -> 
     ("seed", "twin"), [(71, "my_first_lora"), (72, "train_8_gb"), (73, "train_12_gb"), (74, "train_24_gb")]
 )
 def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..., Any], seed: int, twin: str) -> None:
-    prompt = load_workflow(twin, {"Dynamic Patch Trainer": {"seed": seed}})  # or one would go on where another ended
+    prompt = load_workflow(twin, {"Dynamic Patch Trainer": {"seed": seed}})  # or one would resume another's run
     result = succeed(client, prompt)
     summary = output_of(result, prompt, "Dynamic Patch Trainer")["blockskip"][0]
     assert (summary["steps"], summary["problems"]) == (4, [])
@@ -129,10 +129,10 @@ def test_resume_goes_on_with_the_run_of_the_training_workflow(
 ) -> None:
     first = maker.twin_of(maker.numbered(graphs["BlockSkip - Train FLUX.1 LoRA"]))
     done = output_of(succeed(client, first), first, "Dynamic Patch Trainer")["blockskip"][0]
-    longer = {"Go on: more steps": {"steps": 6}, "Train a LoRA file further": {"start_file": done["file"]}}
+    longer = {"Continue: more steps": {"steps": 6}, "Train a LoRA file further": {"start_file": done["file"]}}
     prompt = load_workflow("resume", longer)
     result = succeed(client, prompt)
-    more = output_of(result, prompt, "Go on: more steps")["blockskip"][0]
+    more = output_of(result, prompt, "Continue: more steps")["blockskip"][0]
     assert (more["resumed_at"], more["steps"]) == (4, 6)
     further = output_of(result, prompt, "Train a LoRA file further")["blockskip"][0]
     assert (further["resumed_at"], further["steps"], further["problems"]) == (0, 4, [])

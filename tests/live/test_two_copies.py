@@ -1,6 +1,6 @@
-"""The pack twice in one server, as after a git clone and an install by the Manager: one copy works, none is in the way.
+"""The pack twice in one server, as after a git clone and an install by the Manager: one copy works, undisturbed.
 
-The second copy holds the files of a release and no other. It also runs by itself.
+The second copy contains only the files of a release. It also runs by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COPIES = ("dit-blockskip", "dit-blockskip-copy")
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a release holds."""
+    """A folder with the files of a release."""
     folder = tmp_path_factory.mktemp("release") / "dit-blockskip"
     for name in load_file("tests/nodes", "test_packaging").shipped_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The shipped workflows' twins, run on a live ComfyUI with the demo's small model."""
+"""The shipped workflows' twins, run in a live ComfyUI with the demo's small model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def output_of(result: Any, prompt: dict[str, Any], title: str) -> Any:
 
 
 def part_of(prompt: dict[str, Any], title: str) -> dict[str, Any]:
-    """The node of that title and everything that it needs."""
+    """The node with a title and everything that it needs."""
     wanted = [key for key, node in prompt.items() if node["_meta"]["title"] == title]
     part: dict[str, Any] = {}
     while wanted:
@@ -52,7 +52,7 @@ def part_of(prompt: dict[str, Any], title: str) -> dict[str, Any]:
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """The picture without the prompt that ComfyUI writes into the file."""
+    """The picture without the prompt that ComfyUI stores in the file."""
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
@@ -65,7 +65,7 @@ def trained(server: Any, demo_parts: dict[str, Any], devtool: Callable[[str], An
     plain = part_of(prompt, "Before")
     before = client.view(output_of(succeed(client, plain), prompt, "Before")["images"][0])
     result = succeed(client, prompt)
-    client.free()  # forget cached outputs, so that the picture is made again
+    client.free()  # forget cached outputs, so that the picture is sampled again
     after = client.view(output_of(succeed(client, plain), prompt, "Before")["images"][0])
     return {"prompt": prompt, "result": result, "before": before, "after": after}
 
@@ -128,7 +128,7 @@ def test_core_loads_the_saved_file(client: Any, trained: dict[str, Any]) -> None
     ours = output_of(trained["result"], prompt, "After")["images"][0]
     theirs = output_of(succeed(client, part_of(prompt, "After")), prompt, "After")["images"][0]
     difference = pixels(client.view(ours)).astype(int) - pixels(client.view(theirs))
-    assert abs(difference).max() <= 1  # the file folds the scale elsewhere than the socket: rounding
+    assert abs(difference).max() <= 1  # the file and the output apply the scale to different factors: rounding
 
 
 def test_select_workflow_measures_once_then_looks_up(client: Any, load_workflow: Any) -> None:
@@ -169,14 +169,14 @@ def test_cancel_stops_at_once_and_leaves_the_model_as_it_was(
 
 
 def test_cancelled_training_keeps_what_was_learned(server: Any) -> None:
-    """Runs after the test above has cancelled a training of 400 steps."""
+    """This runs after the test above has cancelled a training run of 400 steps."""
     saved = sorted((Path(server.base) / "output" / "loras").glob("toby_*.safetensors"))
     assert len(saved) >= 2
     assert not list((Path(server.base) / "output").rglob("*.part"))
 
 
 def test_ralu_workflow_samples_in_three_stages_and_shows_them(client: Any, load_workflow: Any) -> None:
-    """128 x 96 px: twelve coarse tokens, of which two become fine early; two pictures."""
+    """128 x 96 px: twelve coarse tokens, two of which are refined early; two pictures."""
     prompt = load_workflow("ralu_sampler", {"Picture size": {"width": 128, "height": 96, "batch_size": 2}})
     result = succeed(client, prompt)
     stages = output_of(result, prompt, "Stages")["text"][0]

@@ -1,4 +1,4 @@
-"""The pack's nodes, called the way ComfyUI calls them, on a tiny FLUX.1, with files below a temporary folder."""
+"""The pack's nodes, called as ComfyUI calls them, on a tiny FLUX.1, with files in a temporary folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINING = {"steps": 3, "learning_rate": 1e-2, "rank": 4, "seed": 5, "resume": F
 
 
 class Listed(list):
-    """What a node with a list output gives: one element per picture, say. Anything else is one value."""
+    """The value of a list output, for example one element per picture. Anything else is one value."""
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +30,13 @@ def nodes(comfyui: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def core(nodes: ModuleType) -> Callable[[str], ModuleType]:
-    """A module of the pack's core by its name: ``core("residuals.cache")``."""
+    """Import a module of the pack's core by name: ``core("residuals.cache")``."""
     return lambda name: importlib.import_module(f"blockskip_pack.blockskip_core.{name}")
 
 
 @pytest.fixture(scope="session")
 def tiny(comfyui: Path) -> ModuleType:
-    """The builder of tiny models; its folder is no package."""
+    """The builder of tiny models; its folder is not a package."""
     spec = importlib.util.spec_from_file_location("blockskip_tiny_flux", ROOT / "tests" / "hosts" / "tiny_flux.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,14 +57,14 @@ def prompt(tiny: ModuleType) -> list:
 
 @pytest.fixture
 def pictures() -> Listed:
-    """Three pictures of different sizes, as a dataset node gives them."""
+    """Three pictures of different sizes, as from a dataset node."""
     generator = torch.Generator().manual_seed(11)
     sizes = [(64, 64), (70, 96), (48, 130)]
     return Listed(torch.rand(1, height, width, 3, generator=generator) for height, width in sizes)
 
 
 class TinyVae:
-    """A VAE with 8 pixels per cell and 4 channels: a mean over each cell, then a fixed linear map."""
+    """A VAE with 8 pixels per cell and 4 channels: the mean of each cell, then a fixed linear map."""
 
     def __init__(self) -> None:
         self.first_stage_model = torch.nn.Linear(3, 4, bias=False)
@@ -86,13 +86,13 @@ class TinyVae:
 
 @pytest.fixture
 def vae() -> TinyVae:
-    """A VAE that fits the tiny model."""
+    """A VAE for the tiny model."""
     return TinyVae()
 
 
 @pytest.fixture
 def folders(comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """ComfyUI's output and temp folders, empty and the test's own; output/loras is a loras folder, as in main.py."""
+    """ComfyUI's output and temp folders, empty and only for the test; output/loras is a loras folder, as in main.py."""
     import folder_paths
 
     found = SimpleNamespace(output=tmp_path / "output", temp=tmp_path / "temp", loras=tmp_path / "output" / "loras")
@@ -110,8 +110,8 @@ def folders(comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
 def run_node(comfyui: Path) -> Callable[..., Any]:
     """Call a node class: ``run_node(SelectBlocks, model=model, ...)`` gives its NodeOutput.
 
-    As in ComfyUI: under inference mode, in a locked clone of the class, and for a node that takes lists every input,
-    widgets included, in a list.
+    As in ComfyUI: in inference mode, in a locked clone of the class, and for a node that takes lists with every input,
+    including widgets, in a list.
     """
     from comfy_api.latest import io
 
@@ -128,7 +128,7 @@ def run_node(comfyui: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def bench(nodes, model, vae, prompt, pictures, folders, run_node) -> SimpleNamespace:
-    """The four nodes wired up: every call takes what differs from the ordinary."""
+    """The four nodes connected; every call takes the inputs that differ from the defaults."""
 
     def select(**changes: Any) -> Any:
         return run_node(nodes.SelectBlocks, **{"model": model, "positive": prompt, **MANUAL, **changes})

@@ -7,7 +7,8 @@ optional and goes to the end. An input is one line:
     patch_min INT = 256 [16, 4096] step 16
     storage COMBO = disk {disk | chunked | on the fly}
 
-A question mark: may be absent. ``control``: the page adds a widget of its own, which takes a place in saved workflows.
+A question mark marks an optional input. ``control``: the page adds another widget, which has a position in saved
+workflows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no cable
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that need no link
 HOST_DECIDES = (
     "quantize_kept",
     "quantize_frozen",

@@ -1,4 +1,4 @@
-"""What makes a node run again, asked the way ComfyUI asks it: a file that was written anew, and nothing else."""
+"""When a node runs again, determined as ComfyUI does: only after a file was rewritten."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAPHS = {
 
 @pytest.fixture
 def key_of(nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[..., object]:
-    """The part of a node's cache key that is the node's own to say."""
+    """The part of a node's cache key that the node itself provides."""
     import execution
     from comfy_execution.graph import DynamicPrompt
 
@@ -57,7 +57,7 @@ def test_the_key_is_the_same_for_the_same_file_and_another_for_another(
     assert key_of(kind, **chosen, **GRAPHS[kind]["linked"]) == before
     stamp = file.stat()
     save_file({"x": torch.ones(3)}, file)
-    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # a copy that keeps the time, of the same size
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # a copy of the same size that keeps the time
     assert key_of(kind, **chosen) != before
     save_file({"x": torch.zeros(3)}, file)
     assert key_of(kind, **chosen) == before, "the same content is the same LoRA"

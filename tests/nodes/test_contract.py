@@ -1,4 +1,4 @@
-"""What saved workflows and other packs rely on: node ids, inputs, outputs, and that every one of them is explained."""
+"""What saved workflows and other packs rely on: node ids, inputs, outputs, and an explanation for each of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from .contract import CONTRACT, WIDGETS, line
 
 IDS = list(CONTRACT)
-OF_THEIR_OWN = ("cfg", "preset")  # the same word for different things
+OF_THEIR_OWN = ("cfg", "preset")  # the same name with different meanings
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def each_node(test):
 
 
 def requests(nodes):
-    """Return what a node's ``**settings`` become, by node."""
+    """Return the class that a node's ``**settings`` become, by node."""
     from blockskip_pack.blockskip_core.hosts.models.prepare import ResidualSettings
     from blockskip_pack.blockskip_core.hosts.sampling.training_samples import SampleRequest
 
@@ -43,7 +43,7 @@ def requests(nodes):
 
 
 def defaults_read(nodes, node):
-    """Return what a node reads by name, with its default: of its ``execute`` and of the request that settings become."""
+    """Return a node's named parameters with defaults: of its ``execute`` and of the request that settings become."""
     absent = inspect.Parameter.empty
     read = {name: parameter.default for name, parameter in inspect.signature(node.execute).parameters.items()}
     if read.pop("settings", None) is None:
@@ -55,7 +55,7 @@ def defaults_read(nodes, node):
         read["memory_settings"] = (
             inspect.signature(nodes.precompute_residuals.residual_settings).parameters["memory_settings"].default
         )
-    if node is nodes.SampleWhileTraining:  # these have other names in the core
+    if node is nodes.SampleWhileTraining:  # these have different names in the core
         read["sampler_steps"] = read.pop("steps")
         del read["budget_bytes"]
     return read
@@ -81,7 +81,7 @@ def test_outputs_are_those_of_the_contract(node):
 
 
 def test_an_input_of_several_nodes_is_the_same_at_each():
-    """Memory Plan is set as the other nodes are; only whether an input may be absent differs."""
+    """Memory Plan has the same settings as the other nodes; only which inputs are optional differs."""
     found = {}
     for contract in CONTRACT.values():
         for text in contract.inputs.strip().splitlines():
@@ -124,7 +124,7 @@ def test_the_chunk_size_of_an_old_prompt_is_what_the_widget_shows(nodes, bench):
 
 
 def test_queueing_checks_no_input_by_catching_all_names(by_id):
-    """ComfyUI drops its own range checks for every input that ``validate_inputs`` names, ``**kwargs`` meaning all."""
+    """ComfyUI skips its own range checks for every input that ``validate_inputs`` names; ``**kwargs`` means all."""
     for node in by_id.values():
         if "validate_inputs" in vars(node):
             kinds = {p.kind for p in inspect.signature(node.validate_inputs).parameters.values()}
@@ -142,7 +142,7 @@ def test_every_node_is_explained(by_id):
 
 
 def test_every_node_id_may_stand_in_an_address(by_id):
-    """The frontend asks for ``docs/<node id>.md`` without escaping."""
+    """The frontend requests ``docs/<node id>.md`` without escaping."""
     for node_id in by_id:
         assert node_id.replace("_", "").isalnum()
         assert node_id.isascii()

@@ -1,4 +1,4 @@
-"""What goes wrong is said in a sentence that names the cause, and nothing is left behind on the disk."""
+"""Errors are reported in a sentence that names the cause, and nothing is left on the disk."""
 
 from __future__ import annotations
 
@@ -210,10 +210,12 @@ def test_precompute_refuses_a_model_that_makes_no_numbers(bench):
 def test_precompute_refuses_a_full_disk_before_it_writes(bench, core, monkeypatch):
     free = SimpleNamespace(total=0, used=0, free=300 * 2**20)
     monkeypatch.setattr(core("residuals.cache").shutil, "disk_usage", lambda path: free)
-    bench.precompute()  # enough for this little
+    bench.precompute()  # enough for this small amount
     assert list(bench.folders.output.glob("blockskip/residuals/*"))
     free.free = 256 * 2**20
-    with pytest.raises(ValueError, match=r"would take .* on disk, 256\.0 MiB are free\. Use fewer training examples"):
+    with pytest.raises(
+        ValueError, match=r"would take .* on disk, but 256\.0 MiB are free\. Use fewer training examples"
+    ):
         bench.precompute(seed=9)
     assert len(list(bench.folders.output.glob("blockskip/residuals/*"))) == 1
 
@@ -301,7 +303,7 @@ def test_the_trainer_refuses_names_that_are_too_long_before_it_trains(bench, res
 
 @pytest.mark.parametrize("name", ["loras/", "loras/toy", "loras//toy", "loras/toy/."])
 def test_no_earlier_file_is_written_over_whatever_the_name(bench, residuals, name):
-    """The host counts files by the name as it was typed, and finds none of those of a name with a slash at its end."""
+    """ComfyUI counts files by the name as typed, and finds none for a name that ends with a slash."""
     before = {}
     for seed in range(3):
         bench.train(residuals=residuals, output_name=name, seed=seed, steps=1)
@@ -362,14 +364,14 @@ def test_the_trainer_stops_before_a_loss_that_is_not_finite_and_keeps_nothing(be
     with torch.inference_mode():
         bench.model.model.diffusion_model.final_layer.linear.weight.fill_(float("nan"))
     residuals = bench.precompute(storage="on the fly")[0]
-    with refused(bench, "loss is not finite in step 1. The LoRA is left as it was after step 0"):
+    with refused(bench, "loss is not finite in step 1. The LoRA is kept as it was after step 0"):
         bench.train(residuals=residuals)
 
 
 def test_the_trainer_keeps_what_it_had_when_a_later_loss_is_not_finite(bench, residuals, core):
     from safetensors.torch import load_file
 
-    with pytest.raises(ValueError, match=r"is not finite in step 2\. The LoRA is left as it was after step 1"):
+    with pytest.raises(ValueError, match=r"is not finite in step 2\. The LoRA is kept as it was after step 1"):
         bench.train(residuals=residuals, learning_rate=1e30)
     (path,) = bench.folders.loras.glob("*.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
@@ -478,7 +480,7 @@ def test_apply_refuses_a_damaged_file(bench):
 
 def test_apply_refuses_a_lora_for_another_kind_of_model(bench, lora_file):
     name = lora_file("other.safetensors", pair("input_blocks.1.1.proj_in", 64, 64))
-    with refused(bench, "holds nothing for Flux: it was trained for another kind"):
+    with refused(bench, "has nothing for Flux: it was trained for another kind"):
         bench.apply(lora_name=name)
 
 

@@ -1,4 +1,4 @@
-"""The four nodes in a row on every supported family: measure, precompute onto the disk, train, apply."""
+"""The four nodes one after another on every supported family: measure, precompute to disk, train, apply."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROBE = {"probe_size": 64, "probe_steps": 1, "window_profile": False}
 
 
 class FamilyVae:
-    """Averages squares of pixels, in as many channels as the model wants, with one frame if it wants frames."""
+    """Averages squares of pixels, with as many channels as the model needs, and with one frame if it needs frames."""
 
     def __init__(self, latent_format, frames: bool) -> None:
         self.first_stage_model = torch.nn.Identity()

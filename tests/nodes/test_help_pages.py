@@ -1,4 +1,4 @@
-"""The help pages say what the nodes do: every input and output, every error in the words of the code."""
+"""The help pages describe what the nodes do: every input and output, and every error as worded in the code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_page_names_every_choice_of_a_combo(schemas):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_message_is_quoted_as_the_code_says_it(page):
-    """Under "What goes wrong" the first column quotes a message; an ellipsis stands for a value."""
+    """Under "What goes wrong" the first column quotes a message; an ellipsis replaces a value."""
     section = page.read_text(encoding="utf-8").split("## What goes wrong", 1)[1].split("\n## ", 1)[0]
     quoted = re.findall(r"^\| “(.+?)” \|", section, flags=re.MULTILINE)
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
@@ -59,5 +59,5 @@ def test_every_message_is_quoted_as_the_code_says_it(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_page_links_only_to_what_is_served_beside_it(page):
-    """ComfyUI serves ``web/``; anything above it is not there for a reader of the page."""
+    """ComfyUI serves ``web/``; anything above it is not available to readers of the page."""
     assert "../" not in page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a link of a wildcard type, or a loader that found nothing, brings to a node, is refused by its name."""
+"""Wrong inputs from a link of a wildcard type, or from a loader that found nothing, are refused by the input's name."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def test_numbers_that_are_not_finite_are_refused_where_they_come_in(bench, value
         ([torch.zeros(1, 5, 16)], "Conditioning 1 holds no text"),
         ([torch.zeros(1, 5, 16), None], "Conditioning 1 holds no text"),
         ([torch.zeros(5, 16), {}], r"must be one text of shape \(1, tokens, width\), got \(5, 16\)"),
-        ([torch.zeros(2, 5, 16), {}], r"got \(2, 5, 16\) of torch.float32. Connect each text as a conditioning of its own"),
+        ([torch.zeros(2, 5, 16), {}], r"got \(2, 5, 16\) of torch.float32. Connect each text as a separate conditioning"),
         ([torch.zeros(1, 0, 16), {}], r"got \(1, 0, 16\)"),
         ([torch.zeros(1, 5, 16, dtype=torch.int64), {}], r"of torch.int64"),
         ([torch.zeros(1, 5, 16), {"pooled_output": torch.zeros(16)}], r"pooled output .* shape \(1, width\), got \(16,\)"),
         ([torch.zeros(1, 5, 16), {"pooled_output": "x"}], r"pooled output .* got str"),
-        ([torch.zeros(1, 5, 15), {}], "Conditioning 1 is 15 numbers wide, FLUX.1 reads 16. Encode the text with the text enc"),
-        ([torch.zeros(1, 5, 16), {"pooled_output": torch.zeros(1, 15)}], "is 15 numbers wide, FLUX.1 reads 16"),
+        ([torch.zeros(1, 5, 15), {}], "Conditioning 1 has width 15, FLUX.1 needs 16. Encode the text with the text"),
+        ([torch.zeros(1, 5, 16), {"pooled_output": torch.zeros(1, 15)}], "has width 15, FLUX.1 needs 16"),
     ],
     ids=str,
 )  # fmt: skip
@@ -117,7 +117,7 @@ def test_what_is_no_text_for_this_model_is_refused(bench, entry, match):
 
 def test_texts_of_another_encoder_are_refused_as_negative_too(bench):
     settings = {"method": "attention mask", "probe_size": 32, "probe_steps": 1, "probe_cfg": 2.0}
-    with pytest.raises(ValueError, match="Conditioning 2 is 15 numbers wide"):
+    with pytest.raises(ValueError, match="Conditioning 2 has width 15"):
         bench.select(negative=[[torch.zeros(1, 5, 15), {}]], **settings)
 
 

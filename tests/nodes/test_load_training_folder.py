@@ -1,7 +1,8 @@
-"""Load Training Folder: what editors and cameras write is read as they show it, what cannot be read is named."""
+"""Load Training Folder: files of editors and cameras load as they look there, and unreadable files are named."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 @pytest.fixture
 def folder(comfyui, tmp_path, monkeypatch):
-    """A folder "toy" in an input folder of the test's own."""
+    """A folder "toy" in a temporary input folder."""
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
@@ -65,7 +66,7 @@ def test_every_ending_is_read(load, folder, ending):
 
 def test_a_jpeg_is_turned_as_the_camera_was_held(load, folder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     photo(folder / "a.jpg", exif=exif)
     assert load()[0][0].shape == (1, 40, 30, 3)
 
@@ -135,7 +136,7 @@ def test_a_picture_that_cannot_be_read_is_named(load, folder, kind):
     photo(folder / "a.png")
     BROKEN[kind](folder / "b.png")
     with pytest.raises(
-        ValueError, match=r"^b\.png (cannot be read as a picture|holds floating-point|is grey with values)"
+        ValueError, match=r"^b\.png (cannot be read as a picture|contains floating-point|is grey with values)"
     ) as refused:
         load()
     assert "take it out of the folder" in str(refused.value) or "Save it as PNG or JPEG" in str(refused.value)
@@ -170,7 +171,7 @@ def test_other_endings_of_captions_are_read_and_txt_counts_first(load, folder):
 def test_a_caption_that_cannot_be_read_is_named(load, folder, content):
     photo(folder / "a.png")
     (folder / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^a\.txt is (no text in UTF-8|larger than 64 KiB)"):
+    with pytest.raises(ValueError, match=r"^a\.txt is (not text in UTF-8|larger than 64 KiB)"):
         load()
 
 
@@ -207,8 +208,20 @@ def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load
     assert images[1].data_ptr() == images[2].data_ptr()
     assert len(images) == len(texts) == 4
     (folder / "99999_x").mkdir()
-    with pytest.raises(ValueError, match="asks for its pictures 99999 times, at most 1000"):
+    with pytest.raises(ValueError, match="asks for its pictures 99999 times, but at most 1000"):
         load()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_no_page_can_show_harms_nothing(load, folder, bench):
+    for name in (b"a\xff.png", b"b\nc.png"):
+        Image.new("RGB", (64, 64)).save(os.fsdecode(os.path.join(os.fsencode(folder), name)), format="PNG")
+    images, _, files = load()
+    assert [file.name for file in files] == ["a?.png", "b?c.png"]
+    listed = type(bench.pictures)
+    residuals = bench.precompute(images=listed(images), files=listed(files))[0]
+    assert "a?.png (black), b?c.png (black)" in residuals.remarks[0]
+    assert "html" in bench.train(residuals=residuals).ui["blockskip"][0]["summary_file"]
 
 
 def test_a_folder_without_pictures_is_refused(load, folder):
@@ -262,6 +275,28 @@ def test_it_runs_again_when_a_file_has_changed_and_only_then(nodes, folder):
     assert len(set(keys)) == 4
     assert "There is no folder" in key(folder="../outside")
     assert key() == key(folder=None) == ""
+
+
+def test_comfyui_asks_for_that_as_it_asks_a_node(nodes, folder, monkeypatch, caplog):
+    import execution
+    from comfy_execution.graph import DynamicPrompt
+
+    import nodes as host_nodes
+
+    kind = "BlockSkip_LoadTrainingFolder"
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, kind, nodes.LoadTrainingFolder)
+    photo(folder / "a.png")
+
+    def key(chosen):
+        prompt = DynamicPrompt({"1": {"class_type": kind, "inputs": {"folder": chosen}}})
+        return asyncio.run(execution.IsChangedCache("p", prompt, None).get("1"))
+
+    before = key("toy")
+    assert key("toy") == before == [nodes.LoadTrainingFolder.fingerprint_inputs(folder="toy")]
+    photo(folder / "b.png")
+    assert key("toy") != before
+    assert key(["2", 0]) is not None  # linked
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_its_outputs_go_into_precompute_residuals(load, folder, bench):

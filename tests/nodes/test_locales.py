@@ -1,4 +1,4 @@
-"""The Chinese texts: nothing missing, nothing extra, nothing left in English, and no number other than in the original."""
+"""The Chinese texts: nothing missing, nothing extra, nothing left in English, and the same numbers as the original."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOCS = ROOT / "web" / "docs"
 FILES = sorted(LOCALES.rglob("*.json"))
 PAGES = sorted(DOCS.glob("*/zh.md"))
 CHINESE = re.compile("[\u4e00-\u9fff]")
-# vue-i18n reads these as syntax, and then shows no text or the wrong one.
+# vue-i18n interprets these as syntax, and then shows no text or the wrong one.
 SYNTAX = set("{}@|")
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ufeff\ufffd]")
 PLACEHOLDER = re.compile(r"\b(?:TODO|FIXME|TBD|XXX)\b|待翻译|待补充|\?\?")
@@ -30,7 +30,7 @@ TARGET = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def no_key_twice(pairs):
-    """Build an object of the file; a plain ``json.loads`` would silently keep the last of two equal keys."""
+    """Build an object of the file; plain ``json.loads`` would silently keep the last of two equal keys."""
     assert len({key for key, _ in pairs}) == len(pairs), [key for key, _ in pairs]
     return dict(pairs)
 
@@ -40,7 +40,7 @@ def read(path):
 
 
 def leaves(value, where=()):
-    """Yield every value of nested objects that is no object, with its path."""
+    """Yield every value of nested objects that is not an object, with its path."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, (*where, key))
@@ -89,12 +89,12 @@ def chinese():
 
 
 def test_the_files_are_these():
-    """No English file: it would take the place of the schemas' texts, and be a second copy of them."""
+    """There is no English file: it would replace the schemas' texts, and be a second copy of them."""
     assert [str(path.relative_to(LOCALES)) for path in FILES] == ["zh/main.json", "zh/nodeDefs.json"]
 
 
 def test_the_keys_are_those_of_the_schemas(english, chinese):
-    """Nothing missing and nothing extra. The frontend translates no choices of a combo, so there are no ``options``."""
+    """Nothing missing or extra. The frontend does not translate choices of a combo, so there are no ``options``."""
     assert {where for where, _ in leaves(chinese)} == {where for where, _ in leaves(english)}
 
 
@@ -135,7 +135,7 @@ def test_no_two_names_of_a_node_are_the_same(chinese):
 
 
 def test_an_input_has_the_same_name_at_every_node(chinese):
-    """Memory Plan repeats the widgets of the others; a reader must know them again."""
+    """Memory Plan repeats widgets of other nodes; a reader must recognise them."""
     names = {}
     for node in chinese.values():
         for key, entry in node["inputs"].items():
@@ -144,7 +144,7 @@ def test_an_input_has_the_same_name_at_every_node(chinese):
 
 
 def test_numbers_and_code_are_those_of_the_original(english, chinese):
-    """So a changed number or id in a schema is not forgotten here."""
+    """So that a changed number or id in a schema is not forgotten here."""
     originals = dict(leaves(english))
     for where, text in leaves(chinese):
         if where[-1] in ("tooltip", "description"):
@@ -162,7 +162,7 @@ def test_every_choice_that_a_tooltip_explains_is_explained(schemas, chinese):
 
 
 def test_main_names_our_category_and_our_sockets_and_nothing_of_others(schemas):
-    """All packs share these keys; ``training`` below our category is ComfyUI's, which translates it itself."""
+    """All packs share these keys; ``training`` below our category belongs to ComfyUI, which translates it itself."""
     sockets = {e.get_io_type() for s in schemas.values() for e in [*s.inputs, *s.outputs]}
     ours = {socket for socket in sockets if socket.startswith("BLOCKSKIP_")}
     assert ours
@@ -173,7 +173,7 @@ def test_main_names_our_category_and_our_sockets_and_nothing_of_others(schemas):
 
 
 def test_comfyui_finds_the_texts_in_the_pack(comfyui, tmp_path, monkeypatch, chinese):
-    """Its own loader, on a custom_nodes folder that holds nothing but our texts."""
+    """Its own loader, on a custom_nodes folder that contains only our texts."""
     import folder_paths
     from app.custom_node_manager import CustomNodeManager
 
@@ -202,7 +202,7 @@ def test_a_page_names_the_node_and_every_input_output_and_choice(page, schemas, 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_node)
 def test_a_page_is_built_as_the_original(page):
-    """Part by part, so that neither page runs ahead of the other: numbers, ids, tables, list points, pictures."""
+    """Part by part, so that both pages stay in step: numbers, ids, tables, list items, pictures."""
     translated, source = sections(page), sections(original(page))
     assert len(translated) == len(source)
     for (heading, text), (_, wanted) in zip(translated, source, strict=True):
@@ -216,7 +216,7 @@ def test_a_page_is_built_as_the_original(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=by_node)
 def test_messages_are_quoted_in_english_and_explained_in_chinese(page):
-    """A program's message is looked up by its words; the order is that of the original."""
+    """Users search for a program's message by its words; the order is that of the original."""
     text, source = (path.read_text(encoding="utf-8") for path in (page, original(page)))
     assert QUOTE.findall(text) == QUOTE.findall(source) != []
     for line in text.splitlines():
@@ -226,7 +226,7 @@ def test_messages_are_quoted_in_english_and_explained_in_chinese(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=by_node)
 def test_pictures_are_named_from_the_folder_of_all_pages(page):
-    """The frontend looks for them in ``docs/``, in whatever folder the page lies."""
+    """The frontend looks for them in ``docs/``, whichever folder the page is in."""
     text = page.read_text(encoding="utf-8")
     for target in TARGET.findall(text):
         assert (DOCS / target).is_file(), target

@@ -1,4 +1,4 @@
-"""What is odd about pictures and captions is said on the node, on the contact sheet and in the run's summary; nothing is copied."""
+"""Odd pictures and captions are reported on the node, on the contact sheet and in the summary; nothing is copied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def picture(seed, side=64):
 
 @pytest.fixture
 def said(nodes, monkeypatch):
-    """What nodes leave under themselves."""
+    """The texts shown under the nodes."""
     found = []
     monkeypatch.setattr(nodes.precompute_residuals.NodeProgress, "say", lambda self, text: found.append(text))
     return found
@@ -52,8 +52,15 @@ def test_captions_that_are_all_the_same_are_noticed(bench, said, prompt):
     pictures = listed(bench, [picture(seed) for seed in range(5)])
     bench.precompute(images=pictures, positive=listed(bench, [prompt] * 5))
     assert said[-1].startswith("All 5 captions are the same. If that is not on purpose, the texts are probably empty")
-    bench.precompute(images=pictures, positive=prompt)  # one caption for all is nothing to remark
+    bench.precompute(images=pictures, positive=prompt)  # one caption for all is not odd
     assert said[-1].startswith("6 training examples")
+
+
+def test_a_caption_without_words_is_noticed(bench, said, prompt):
+    import nodes as host
+
+    bench.precompute(positive=host.ConditioningZeroOut().zero_out(prompt)[0])
+    assert said[-1].startswith("1 of 1 captions is all zeros, as ConditioningZeroOut makes them: they hold no words.")
 
 
 def test_the_file_is_named_of_a_picture_that_is_too_small(bench, core):
@@ -84,7 +91,7 @@ def test_files_of_another_folder_are_refused(bench, core):
 
 @pytest.mark.parametrize(("form", "patch_max"), [(torch.float32, 32), (torch.bfloat16, 128)])
 def test_however_many_pictures_come_in_a_few_are_held_beside_them(bench, core, form, patch_max):
-    """Counted bytes of living tensors; resized, kept at their size, or converted: only one at a time."""
+    """Counted bytes of live tensors; whether pictures are resized, kept or converted, only one at a time."""
     side = 128
 
     def peak(count):

@@ -1,4 +1,4 @@
-"""What becomes of files and conditionings on their way into a training, as tables for ``docs/compatibility.md``."""
+"""How files and conditionings are used for training, as tables for ``docs/compatibility.md``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from ..compatibility.recorded import assert_recorded
 
 FILES = ("In the folder", "Load Training Folder", "ComfyUI's Load Image-Text (from Folder)")
-CAPTIONS = ("What made the caption", "Training")
+CAPTIONS = ("Source of the caption", "Training")
 SHOWN = np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 TEXT = "a grüner toy"
 
@@ -48,10 +48,10 @@ def truncated(path):
 
 
 PICTURES = {
-    "a picture of 8 bits": ("a.png", photo),
-    "a grey picture of 16 bits": ("a.png", deep_grey),
+    "an 8-bit picture": ("a.png", photo),
+    "a 16-bit grey picture": ("a.png", deep_grey),
     "a picture with transparent parts": ("a.png", transparent),
-    "a photo that its camera marked as turned": ("a.jpg", turned),
+    "a photo that its camera marked as rotated": ("a.jpg", turned),
     "a TIFF": ("a.tif", photo),
     "a truncated picture": ("a.png", truncated),
 }
@@ -60,16 +60,16 @@ TEXTS = {
     "a caption in UTF-8 with a byte order mark": ("a.txt", TEXT.encode("utf-8-sig")),
     "a caption in UTF-16": ("a.txt", TEXT.encode("utf-16")),
     "a caption in Windows-1252 (Latin-1)": ("a.txt", TEXT.encode("cp1252")),
-    "a caption with the ending .caption": ("a.caption", TEXT.encode()),
+    "a caption with the extension .caption": ("a.caption", TEXT.encode()),
     "a caption that is a picture": ("a.txt", b"\x89PNG\r\n\x1a\n\0\0"),
     "an empty caption": ("a.txt", b" \r\n"),
-    "no caption, where others have one": ("none", b""),
+    "no caption, while others have one": ("none", b""),
 }
 
 
 @pytest.fixture
 def loaders(nodes, run_node, tmp_path, monkeypatch):
-    """Both loaders on a folder "toy": each returns (images, texts, what it says under itself)."""
+    """Both loaders on a folder "toy": each returns (images, texts, text shown under the node)."""
     import folder_paths
     from comfy_extras.nodes_dataset import LoadImageTextDataSetFromFolderNode
 
@@ -90,10 +90,10 @@ def loaders(nodes, run_node, tmp_path, monkeypatch):
 
 
 def outcome(load, name, judge):
-    """Return what a loader makes of the folder, in words."""
+    """Return how a loader handles the folder, in words."""
     try:
         images, texts, said = load()
-    except Exception as error:  # noqa: BLE001 - ComfyUI's own too, which the table names
+    except Exception as error:  # noqa: BLE001 - including ComfyUI's own, which the table names
         return "refused by name" if name in str(error) else f"an error that does not name it ({type(error).__name__})"
     return judge(images[0][0], texts[0], said)
 
@@ -106,18 +106,18 @@ def of_picture(core, expected):
         if expected is None:
             return "loaded, with a part missing"
         if image.shape != expected.shape:
-            return "on its side" if image.shape[0] == expected.shape[1] else "another size"
+            return "rotated" if image.shape[0] == expected.shape[1] else "another size"
         same = torch.allclose(image, expected, atol=2 / 255)
-        return "as it is" + (", said" if "shown on white" in said else "") if same else "other colours"
+        return "unchanged" + (", with a remark" if "shown on white" in said else "") if same else "other colours"
 
     return judge
 
 
 def of_text(image, text, said):
     if text == TEXT:
-        return "read" + (", said to be a guess" if "Windows-1252" in said else "")
+        return "read" + (", with a remark" if "Windows-1252" in said else "")
     if not text:
-        return "empty" + (", said" if "missing or empty" in said else "")
+        return "empty" + (", with a remark" if "missing or empty" in said else "")
     return "read with other characters"
 
 
@@ -142,7 +142,7 @@ def test_texts(loaders, kind):
 
 
 def conditionings(first, second):
-    """What core's nodes make of one or two texts."""
+    """The conditionings that core's nodes make from one or two texts."""
     from comfy_extras import nodes_edit_model, nodes_flux
 
     import nodes as host
@@ -169,8 +169,8 @@ def conditionings(first, second):
 def test_conditionings(bench, tiny, core):
     for title, given in conditionings(*tiny.captions((5, 5))).items():
         try:
-            bench.precompute(positive=given, storage="on the fly", draws=1)
-            found = "trained on"
+            remarks = bench.precompute(positive=given, storage="on the fly", draws=1)[0].remarks
+            found = "used" + (", with the remark that it holds no words" if "no words" in "".join(remarks) else "")
         except core("errors").InvalidInputError as error:
             found = f"refused: {str(error).removeprefix('Conditioning 1 ').split(',')[0]}"
         assert_recorded("captions.json", CAPTIONS, [title, found])

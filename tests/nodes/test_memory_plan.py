@@ -1,4 +1,4 @@
-"""The plan of a run, through the node, against the run itself."""
+"""The plan of a run, through the node, compared with the run itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan(bench, nodes, run_node):
 
 
 def planned_run(bench, nodes, selection, **changes):
-    """The plan behind the node."""
+    """The function behind the node."""
     request = nodes.memory_plan.PlanRequest(**{**PLAN, **changes})
     return nodes.memory_plan.Plan(bench.model, [bench.prompt], selection, request, lambda *_: None)
 
@@ -34,7 +34,7 @@ def test_a_small_run_fits_this_machine(plan):
     assert enough is True
     assert text.startswith("It fits: ")
     assert {line.split(":")[0] for line in text.splitlines()} >= {
-        "choosing blocks", "precomputing", "training", "host memory beside the model", "disk", "work",
+        "choosing blocks", "precomputing", "training", "host memory besides the model", "disk", "work",
     }  # fmt: skip
     assert chart.shape[0] == 1
     assert chart.shape[-1] == 3
@@ -57,7 +57,7 @@ def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, b
     residuals = bench.precompute(draws=6, patch_min=32, patch_max=48, **settings)[0]
     planned = planned_run(bench, nodes, residuals.selection, **settings)
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
-    from blockskip_pack.blockskip_core.residuals.sources import residual_bytes
+    from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes
 
     dit = HostedDit(bench.model, residuals.captions, residuals.latents.shape[1:])
     stored = range(6 if storage == "disk" else 4)
@@ -139,7 +139,7 @@ def test_settings_that_fit_are_handed_on_unchanged_but_for_what_is_left(plan):
 
 def test_settings_that_do_not_fit_are_handed_on_with_the_change_that_helps(plan, nodes):
     wasteful = {"checkpointing": False, "patch_min": 64, "batch_size": 4, "use_spare": False}
-    needed = plan(**wasteful).args[0].split("It fits: ")[1].split(" of")[0]
+    needed = plan(**wasteful).args[0].split("It fits: ")[1].split(" needed")[0]
     number, unit = needed.split()
     gib = float(number) * {"KiB": 2.0**-20, "MiB": 2.0**-10, "GiB": 1.0}[unit]
     text, enough, _, settings = plan(card_memory=gib * 0.9, **wasteful).args
@@ -151,8 +151,8 @@ def test_settings_that_do_not_fit_are_handed_on_with_the_change_that_helps(plan,
 
 def test_a_preset_is_a_card_with_room_for_the_desktop(plan):
     text = plan(preset="8 GB", card_memory=99.0).args[0]
-    assert "of 6.50 GiB of a card with 8 GB." in text
-    assert "How long that takes on a card that is not here is not known." in text
+    assert "6.50 GiB available (a card with 8 GB)." in text
+    assert "How long that takes on another card is not known." in text
     with pytest.raises(ValueError, match="preset must be off or one of 6 GB, 8 GB, 12 GB, 16 GB, 24 GB, got '7 GB'"):
         plan(preset="7 GB")
 
@@ -170,7 +170,7 @@ def test_the_plan_s_settings_rule_at_the_nodes_that_they_are_connected_to(bench,
 def test_residuals_that_the_plan_did_not_count_are_refused(bench, plan):
     settings = plan(patch_min=48).args[3]
     with pytest.raises(
-        ValueError, match="Memory Plan counted crops of 48 px with storage disk; the residuals have 32 px"
+        ValueError, match="Memory Plan counted crops of 48 px with storage disk, but the residuals have 32 px"
     ):
         bench.train(memory_settings=settings)
 

@@ -1,4 +1,4 @@
-"""What a user downloads: the files the pack runs on and its help, and nothing of ours to develop it with."""
+"""What a user downloads: the files that the pack needs and its help, and no development files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEEDED = [
     "locales/zh/nodeDefs.json",
 ]
 FOR_DEVELOPERS = ["tests/", "demo/", "devtools/", "benchmarks/", ".ci/", ".github/", "dev.py", "CONTRIBUTING.md"]
-# Words, not syntax: the registry's review reads text, comments and strings too. `tests/core` looks at the syntax.
+# Words, not syntax: the registry's review also reads comments and strings. `tests/core` checks the syntax.
 ALARMS = re.compile(
     r"os\.environ|getenv|subprocess|\beval\(|\bexec\(|pickle|urllib|\brequests\b|\bsocket\b|__import__|torch\.load"
 )
@@ -48,7 +48,7 @@ def git(*arguments, stdin=None):
 
 
 def shipped_files():
-    """The files in git (or about to be) that .comfyignore lets through; both read the same patterns."""
+    """The files in git (or about to be) that .comfyignore does not exclude; both use the same patterns."""
     files = git("ls-files", "--cached", "--others", f"--exclude-from={ROOT / '.gitignore'}")
     files = [name for name in files if (ROOT / name).is_file()]
     kept_back = set(git("check-ignore", "--no-index", "--stdin", stdin="\n".join(files)))
@@ -94,7 +94,7 @@ def test_the_download_is_small(shipped):
 
 
 def test_no_pattern_reaches_below_the_top_by_accident():
-    """An unanchored ``docs/`` would take ``web/docs/`` away as well."""
+    """An unanchored ``docs/`` would also exclude ``web/docs/``."""
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     assert patterns
@@ -132,7 +132,7 @@ def test_the_readme_and_the_licence_of_the_metadata_exist():
 
 
 def test_the_icon_is_what_the_registry_takes(shipped):
-    """Square, at most 400 px, PNG, by the address of the raw file."""
+    """Square, at most 400 px, PNG, at the address of the raw file."""
     address = pyproject()["tool"]["comfy"]["Icon"]
     owner_and_name = pyproject()["project"]["urls"]["Repository"].removeprefix("https://github.com/")
     assert address == f"https://raw.githubusercontent.com/{owner_and_name}/main/icon.png"

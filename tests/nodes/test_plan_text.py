@@ -23,12 +23,12 @@ def advice(nodes):
 def test_the_report_says_all(report):
     whole = needs(8 * GIB, selecting=22 * GIB, precomputing=GIB, weights=7 * GIB, host=GIB // 2, disk=2 * GIB)
     text = report(BIG, whole, 10 * GIB, "a card", None)
-    assert text.startswith("It fits: 8.00 GiB of 10.00 GiB of a card.")
+    assert text.startswith("It fits: 8.00 GiB needed, 10.00 GiB available (a card).")
     for line in (
         "choosing blocks: 22.00 GiB on the device, only with method attention mask",
         "precomputing: 1.00 GiB on the device",
         "training: 8.00 GiB on the device, of which weights 7.00 GiB",
-        "host memory beside the model: up to 512.0 MiB",
+        "host memory besides the model: up to 512.0 MiB",
         "disk: 2.00 GiB of residuals",
     ):
         assert line in text.splitlines()
@@ -39,8 +39,10 @@ def test_the_report_says_all(report):
 def test_the_verdict_names_the_change_or_says_that_there_is_none(report):
     found = changes_that_fit(BIG, 8 * GIB, price)
     text = report(BIG, price(BIG), 8 * GIB, "a card", found).splitlines()[0]
-    assert text.startswith("It does not fit: 34.00 GiB, and there are 8.00 GiB of a card. It fits if you switch `check")
-    assert text.endswith("and set `quantize_kept` to int8. It then takes 7.00 GiB.")
+    assert text.startswith(
+        "It does not fit: 34.00 GiB needed, 8.00 GiB available (a card). It fits if you switch `check"
+    )
+    assert text.endswith("and set `quantize_kept` to int8. It then needs 7.00 GiB.")
     none = report(BIG, price(BIG), GIB, "a card", None)
     assert "No change of settings makes it fit. Skip more blocks" in none
     assert "Or set `kept_weights` to streamed" in none
@@ -63,4 +65,4 @@ def test_work_is_counted_and_timed_where_the_device_is_here(report):
     ) in text.splitlines()
     text = report(BIG, whole, GIB, "a card", None, draws=40_000, speed=10.0 * 10**12)
     assert "precomputing 40,000 training examples 133 min" in text
-    assert "on a card that is not here is not known." in report(BIG, whole, GIB, "a card", None)
+    assert "on another card is not known." in report(BIG, whole, GIB, "a card", None)

@@ -1,4 +1,4 @@
-"""RALU Sampler as ComfyUI calls it: against KSampler, what it gives, what it refuses."""
+"""RALU Sampler as called by ComfyUI: compared with KSampler, its outputs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMALL = {"samples": torch.zeros(1, 4, 8, 12)}
 
 @pytest.fixture
 def ralu(nodes, model, vae, prompt, run_node):
-    """Run the node; every call takes what differs from the ordinary."""
+    """Run the node; every call takes the inputs that differ from the defaults."""
 
     def run(**changes):
         ordinary = {"model": model, "positive": prompt, "latent_image": SMALL, "vae": vae, **SETTINGS}
@@ -32,7 +32,7 @@ def test_a_run_gives_a_latent_the_regions_and_a_report(ralu):
 
 
 def test_one_stage_is_core_s_sampler_bit_for_bit(ralu, model, prompt):
-    """SamplerCustom with euler and the same noise levels; `custom` with one stage gives the ordinary schedule."""
+    """SamplerCustom with euler and the same noise levels; `custom` with one stage gives the usual schedule."""
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import SamplerCustom
 
@@ -107,7 +107,7 @@ def test_an_empty_latent_of_other_channels_and_scale_is_brought_to_the_model_s(r
 
 @pytest.fixture
 def watched(monkeypatch):
-    """What the host's callback for previews and progress is told; the bar itself shows only some of it."""
+    """The arguments of ComfyUI's callback for previews and progress; the bar itself shows only some of them."""
     import latent_preview
 
     seen, made = [], latent_preview.prepare_callback
@@ -157,16 +157,16 @@ class Nested:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cfg": 3.0}, "cfg is 3.0, and no negative came in"),
+        ({"cfg": 3.0}, "cfg is 3.0, but no negative came in"),
         ({"vae": None}, "found in the decoded picture, and no VAE came in"),
         ({"preset": "FLUX 9x"}, "preset must be one of FLUX 4x, .* or custom, got 'FLUX 9x'"),
         ({"regions": "corners"}, "regions must be one of edges, .*, got 'corners'"),
         ({"upsample_ratio": 1.5}, "share of early regions must be between 0 and 1, got 1.5"),
         (
             {"preset": "custom", "custom_steps": "5, x"},
-            "custom_steps must be numbers with commas in between, got '5, x'",
+            "custom_steps must be numbers separated by commas, got '5, x'",
         ),
-        ({"preset": "custom", "custom_ends": ""}, "custom_ends must be numbers with commas in between, got ''"),
+        ({"preset": "custom", "custom_ends": ""}, "custom_ends must be numbers separated by commas, got ''"),
         ({"preset": "custom", "custom_steps": "5, 6"}, "same number of steps and of end times, .* got 2 and 3"),
         ({"preset": "custom", "custom_ends": "0.5, 0.4, 1"}, "End times must rise"),
         ({"preset": "custom", "custom_steps": "0, 1, 1"}, "Every stage needs at least one step"),

@@ -1,4 +1,4 @@
-"""The four nodes in a row on a tiny FLUX.1, into ComfyUI's own nodes, and how often work is done again."""
+"""The four nodes on a tiny FLUX.1, connected to ComfyUI's own nodes, and how often work is repeated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def weights(model):
 
 
 def patched_weights(patched):
-    """Return the weights that a MODEL has while it samples."""
+    """Return a MODEL's weights during sampling."""
     import comfy.lora
 
     plain = patched.model.state_dict()
@@ -133,7 +133,7 @@ def test_frozen_blocks_are_quantised_by_themselves(bench, form):
 def test_residuals_in_eight_bits_take_less_room_and_train_nearly_the_same(bench, form):
     exact, small = (bench.precompute(residual_format=which)[0] for which in ("exact", form))
     sizes = [sum(file.stat().st_size for file in some.folder.glob("*.safetensors")) for some in (exact, small)]
-    assert sizes[1] < 0.5 * sizes[0]  # from float32; the latents are stored as they are
+    assert sizes[1] < 0.5 * sizes[0]  # from float32; the latents are stored unchanged
     expected, trained = (bench.train(residuals=some) for some in (exact, small))
     assert trained[1]["loss"] == pytest.approx(expected[1]["loss"], rel=0.05)
     assert f"residual format: {form}" in bench.apply(lora=trained[0]).args[1]
@@ -170,7 +170,7 @@ def test_the_saved_file_is_the_lora_and_says_what_it_is(bench, file_format):
 
 
 def test_a_file_of_flux_has_diffusers_names_unless_it_is_asked_otherwise(bench, tiny):
-    """As the published model, this one has an MLP of four times its width, whose place diffusers' names take for granted."""
+    """Like the published model, this one has an MLP of four times its width, which diffusers' names assume."""
     model = tiny.tiny_flux(mlp_ratio=4.0)
     residuals = bench.precompute(model=model)[0]
     for options, prefix, loads in [
@@ -199,13 +199,13 @@ def test_other_programs_find_the_base_model_in_the_file(bench):
 
 
 def test_a_rank_that_no_layer_can_use_is_capped_and_said(bench):
-    """The layers are 64 wide. More would only make the first values larger."""
+    """The layers have width 64. A higher rank would only make the first values larger."""
     trained = bench.train(rank=512, learning_rate=1e-3)
     ranks = {len(tensor) for name, tensor in trained[0].items() if name.endswith("lora_down.weight")}
     assert ranks == {64}
     (problem,) = trained.ui["blockskip"][0]["problems"]
     assert problem.startswith(
-        "rank 512 is more than 6 of 6 layers can use: their rank is that of their smaller side, 64"
+        "rank 512 is more than 6 of 6 layers can use: their rank is their smaller side, at least 64"
     )
     losses = trained[1]["loss"]
     assert max(losses) < 2 * losses[0]
@@ -224,7 +224,7 @@ def test_cores_own_nodes_take_the_outputs(bench, run_node):
     assert (bench.folders.loras / "cores_3_steps_00001_.safetensors").is_file()
     again = bench.apply(lora_name="cores_3_steps_00001_.safetensors")
     assert_same_weights(ours, patched_weights(again[0]))
-    assert "The file says nothing of itself" in again[1]
+    assert "The file has no metadata" in again[1]
 
     run_node(LossGraphNode, loss=loss_map, filename_prefix="loss")
     assert [path for path in bench.folders.temp.rglob("*.png") if path.stat().st_size]
@@ -335,7 +335,7 @@ def test_measuring_remembers_what_it_measured(bench, core, monkeypatch):
     assert "Connect `vae` and `clip_vision`" in report
     assert_picture(heatmap)
 
-    again = bench.select(skip_ratio=0.3, **settings)  # 2 of 6: everything for it was measured
+    again = bench.select(skip_ratio=0.3, **settings)  # 2 of 6: everything needed has been measured
     assert len(sampled) == 7
     assert again[0].front + again[0].back == 2
     bench.select(skip_ratio=0.5, **settings, seed=1)
@@ -350,7 +350,7 @@ def test_the_preset_measures_nothing_and_says_that_it_is_scaled(bench):
 
 
 def test_a_caption_for_each_picture_goes_with_its_picture(bench, tiny):
-    captions = type(bench.pictures)(tiny.captions((5, 3, 7)))  # a list, as CLIP Text Encode gives for a dataset
+    captions = type(bench.pictures)(tiny.captions((5, 3, 7)))  # a list, as from CLIP Text Encode for a dataset
     residuals = bench.precompute(positive=captions)[0]
     assert [draw.caption for draw in residuals.schedule] == [draw.picture for draw in residuals.schedule]
     assert bench.train(residuals=residuals, batch_size=2)[2] == 3

@@ -1,4 +1,4 @@
-"""The shipped workflows as files: what ComfyUI's template browser and its dialogs for missing nodes and models read."""
+"""The shipped workflow files: what ComfyUI's template browser and its dialogs for missing nodes and models read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-DRAWN_BY_THE_PAGE = {"MarkdownNote"}  # no node of the server
+DRAWN_BY_THE_PAGE = {"MarkdownNote"}  # not a node of the server
 LOADS_A_MODEL = {"UNETLoader", "CheckpointLoaderSimple", "DualCLIPLoader", "VAELoader", "CLIPVisionLoader"}
-MODEL_SITE = "https://huggingface.co/"  # the dialog offers downloads from here and one other site only
-ELSEWHERE = ("example", "examples", "example_workflows", "workflow")  # one of these beside ours would hide it
+MODEL_SITE = "https://huggingface.co/"  # the dialog only offers downloads from here and one other site
+ELSEWHERE = ("example", "examples", "example_workflows", "workflow")  # any of these folders would hide ours
 
 
 def each_workflow(test):

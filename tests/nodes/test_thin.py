@@ -1,4 +1,4 @@
-"""Nodes are thin: a node unpacks, makes a call and returns; what it calls is elsewhere, typed, and in short functions."""
+"""Nodes are thin: a node unpacks, makes a call and returns; the code that it calls is typed and in short functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 WORK = (ast.For, ast.While, ast.If, ast.Try, ast.ListComp, ast.DictComp, ast.SetComp, *FUNCTIONS, ast.Lambda)
 MOST_STATEMENTS = 9
 MOST_LINES = 40
-"""Of nine functions of ten."""
+"""Limit for nine of ten functions."""
 MOST_LINES_OF_A_MODULE = 400
 
 
@@ -49,7 +49,7 @@ def test_a_node_unpacks_calls_and_returns(path, node):
 
 
 def filters_what_is_handed_on(node):
-    """The sampler hands its latent on without what belonged to the size before."""
+    """The sampler passes its latent on without the entries that belong to the previous size."""
     return isinstance(node, ast.DictComp) and ast.unparse(node).endswith("startswith('downscale_ratio')}")
 
 

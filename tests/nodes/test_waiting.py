@@ -1,6 +1,6 @@
 """A node that waits for another ComfyUI says so, and Cancel ends the waiting.
 
-A lock is that of an opened file, so one that the test holds keeps the nodes out as another process's does.
+A lock belongs to an open file, so a lock held by the test keeps the nodes out like that of another process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def locks(core, monkeypatch):
 
 @pytest.fixture
 def shown(nodes, monkeypatch):
-    """What was shown under the node; Cancel is pressed after a while of waiting."""
+    """The text shown under the node; Cancel is pressed after some waiting."""
     import comfy.model_management
 
     found = []
@@ -46,7 +46,7 @@ def test_precompute_residuals(bench, locks, shown):
     bench.vae.encoded = 0
     with locks.try_lock(residuals.folder), cancelled():
         bench.precompute()
-    assert shown[-1] == "waiting for another process, which computes the same residuals: 1 of 1"
+    assert shown[-1] == "waiting for another process that computes the same residuals: 1 of 1"
     assert bench.vae.encoded == 0, "no picture is encoded before it is known whether that is needed"
 
 
@@ -57,7 +57,7 @@ def test_dynamic_patch_trainer(bench, locks, shown):
     before = bench.folders.files()
     with locks.try_lock(run), cancelled():
         bench.train(residuals=residuals, steps=3, save_every=1)
-    assert shown[-1] == "waiting for another process, which trains the same run: 2 of 3"
+    assert shown[-1] == "waiting for another process that trains the same run: 2 of 3"
     assert bench.folders.files() == before
 
 
@@ -68,4 +68,4 @@ def test_select_blocks(bench, locks, shown):
     file.unlink()
     with locks.try_lock(file), cancelled():
         bench.select(**measured)
-    assert shown[-1].startswith("waiting for another process, which measures the same blocks")
+    assert shown[-1].startswith("waiting for another process that measures the same blocks")

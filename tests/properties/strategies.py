@@ -1,6 +1,6 @@
-"""Everything that may come in at a node: what its widgets offer, what they refuse, and what only a link can bring.
+"""Every possible input of a node: what its widgets offer, what they refuse, and what only a link can supply.
 
-Numbers that are allowed and would take long (a million steps) are left out; those beyond are in.
+Allowed numbers that would take long (a million steps) are left out; numbers out of range are included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = st.sampled_from(
 
 @dataclass(frozen=True)
 class Input:
-    """What may come in at one input: what works and takes no time, and everything else."""
+    """Possible values of one input: those that work and are fast, and all others."""
 
     usual: st.SearchStrategy
     odd: st.SearchStrategy
@@ -37,7 +37,7 @@ class Input:
 
 
 def drawn(data: st.DataObject, inputs: dict[str, Input], most_odd: int = 2) -> dict[str, Any]:
-    """Draw all inputs of a node, of which at most so many are odd: one that is refused hides what the others do."""
+    """Draw all inputs of a node, at most ``most_odd`` of them odd, because a refused input hides the others' effects."""
     odd = data.draw(st.lists(st.sampled_from(sorted(inputs)), max_size=most_odd, unique=True))
     values = {}
     for name, kind in inputs.items():
@@ -49,11 +49,11 @@ def drawn(data: st.DataObject, inputs: dict[str, Input], most_odd: int = 2) -> d
 
 
 def widgets(node: type, usual: dict[str, st.SearchStrategy]) -> dict[str, Input]:
-    """The widgets of a node. ``usual``: what else than its default a widget may have."""
+    """The widgets of a node. ``usual``: values other than its default that a widget may have."""
     found = {}
     for declared in node.define_schema().inputs:
         if not hasattr(declared, "default"):
-            continue  # a socket
+            continue  # not a widget
         odd = _odd_widget(declared)
         values = usual.get(declared.id, st.just(declared.default))
         several = st.lists(values | odd, max_size=3).filter(lambda found: len(found) != 1)
@@ -71,7 +71,7 @@ def _odd_widget(declared: Any) -> st.SearchStrategy:
 
 
 def socket(right: Any, odd: st.SearchStrategy = STRANGERS, *, optional: bool = False) -> Input:
-    """A socket that takes one thing."""
+    """An input that takes one value."""
     return Input(st.just(right), odd | st.sampled_from([[], [right, right], [right, None]]), optional)
 
 

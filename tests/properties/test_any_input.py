@@ -1,6 +1,6 @@
-"""Whatever comes in, a node succeeds or says in a sentence of ours why not.
+"""With any input, a node succeeds or explains in one sentence why not.
 
-And whatever came in, no file lies outside ComfyUI's folders, and the MODEL's weights and modules are as before.
+And with any input, no file is written outside ComfyUI's folders, and the MODEL's weights and modules are unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_SENTENCE = 1500
 
 
 class World(SimpleNamespace):
-    """What the nodes are called with. Hypothesis shows it with every example that fails, so it says little."""
+    """The nodes' arguments. Hypothesis shows this object with every failing example, so its repr is short."""
 
     def __repr__(self):
         return "world"
@@ -30,7 +30,7 @@ class World(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def world(nodes, core, tiny, run_node, tmp_path_factory):
-    """A model, what belongs to it, and a folder whose every change is seen."""
+    """A model, its inputs, and a folder in which every change is noticed."""
     import folder_paths
 
     pictures = core("reporting.pictures")
@@ -70,14 +70,14 @@ TRAIN = {"steps": 1, "learning_rate": 1e-3, "rank": 2, "seed": 5}
 
 
 def call(world, node, **inputs):
-    """Call a node as the host does; one value is a list of one, for a node that takes lists."""
+    """Call a node as ComfyUI does; for a node that takes lists, a single value becomes a list."""
     if node.INPUT_IS_LIST:
         inputs = {name: Listed(value if isinstance(value, list) else [value]) for name, value in inputs.items()}
     return world.run_node(node, **inputs)
 
 
 def state_of(world):
-    """What must stay: weights and modules of the model, and every file outside of output and temp."""
+    """What must not change: the model's weights and modules, and every file outside of output and temp."""
     digest = hashlib.blake2b()
     for name, tensor in world.model.model.state_dict().items():
         digest.update(name.encode())
@@ -91,7 +91,7 @@ def state_of(world):
 
 
 def holds(world, node, **inputs):
-    """Call a node with any input; see the module."""
+    """Call a node with any input; see the module's docstring."""
     outcome, sentence = "success", ""
     try:
         call(world, node, **inputs)
@@ -110,7 +110,7 @@ def holds(world, node, **inputs):
 
 
 def examples(count):
-    """So many examples."""
+    """Hypothesis settings with this number of examples."""
     return settings(max_examples=count, suppress_health_check=list(HealthCheck))
 
 
@@ -277,7 +277,7 @@ def test_ralu_sampler(world, data):
 @examples(100)
 @given(name=strategies.NAMES, absolute=st.booleans())
 def test_a_name_reaches_no_other_folder(world, name, absolute):
-    """Absolute names lead into a folder beside ComfyUI's, which is watched."""
+    """Absolute names point to a watched folder outside ComfyUI's."""
     name = f"{world.sandbox}/beside/{name}" if absolute else name
     outcome = holds(
         world, world.nodes.TrainLora, **TRAIN, model=world.model, residuals=world.residuals, output_name=name

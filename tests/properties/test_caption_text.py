@@ -1,4 +1,4 @@
-"""Captions as editors write them."""
+"""Captions as written by editors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_western_letters_are_read_and_said_to_be_a_guess(encoding):
     ids=["a picture", "UTF-16 without its mark", "a zero", "no text of any kind", "half of UTF-16"],
 )
 def test_what_is_no_text_is_refused(content):
-    with pytest.raises(InvalidInputError, match="is no text in UTF-8, UTF-16 or Windows-1252. Save it as plain text"):
+    with pytest.raises(InvalidInputError, match="is not text in UTF-8, UTF-16 or Windows-1252. Save it as plain text"):
         caption_text(content)
 
 

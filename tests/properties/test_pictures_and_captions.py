@@ -1,4 +1,4 @@
-"""Kinds of pictures and captions that people train on: each is trained on as meant, refused by name, or remarked upon by name."""
+"""Kinds of pictures and captions in training sets: each is used as intended, refused by name, or reported by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 48
 
 
 def noisy(low: float, high: float, seed: int) -> Tensor:
-    """A picture of values spread evenly over a range, both ends included."""
+    """A picture of values spread evenly over a range, including both ends."""
     values = torch.linspace(low, high, SIDE * SIDE * 3)
     return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))].view(1, SIDE, SIDE, 3)
 
@@ -111,7 +111,7 @@ def test_what_is_no_picture_is_refused_by_its_file(world, usual, odd, place):
         world.precompute(pictures, files=files)
     unknown = str(refused.value).startswith(f"Picture {number} ") and isinstance(odd, Tensor) is False
     named = f"{number}.png" in str(refused.value)
-    badly_shaped = "must come in the shape" in str(refused.value)  # before anybody knows how many pictures there are
+    badly_shaped = "must come in the shape" in str(refused.value)  # raised before the number of pictures is known
     assert named or unknown or badly_shaped
 
 
@@ -139,7 +139,7 @@ def test_a_transparent_picture_is_named(world, usual, seed, hidden, place):
 @settings(max_examples=60)
 @given(which=st.lists(st.integers(0, 5), min_size=2, max_size=6))
 def test_captions_that_are_the_same_by_accident_are_noticed(world, which):
-    """Two of many may well be the same."""
+    """Two of many may well be equal."""
     positive = world.listed([[entry[0], dict(entry[1])]] for [entry] in (world.captions[index] for index in which))
     remarks = list(world.precompute([noisy(0.0, 1.0, seed) for seed in range(len(which))], positive).remarks)
     most = max(which.count(index) for index in which)

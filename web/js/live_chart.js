@@ -1,7 +1,7 @@
 // Puts a chart on Dynamic Patch Trainer and keeps it up to date.
 //
-// By events while something runs, from the server's memory on a new page, from the node's output when a run comes out of
-// the cache. The server's side is nodes/page/live_chart.py.
+// It uses events during a run, the server's memory on a new page, and the node's output for a run from the cache.
+// The server's side is nodes/page/live_chart.py.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -18,7 +18,7 @@ let refreshing = null;
 
 const root = () => app.rootGraph ?? app.graph;
 
-/** The node of an execution id such as "5", or "2:1" for node 1 inside subgraph node 2. */
+/** The node with an execution id such as "5", or "2:1" for node 1 inside subgraph node 2. */
 function nodeOfExecution(id) {
   let [graph, node] = [root(), null];
   for (const part of String(id).split(":").slice(0, DEEPEST)) {
@@ -28,7 +28,7 @@ function nodeOfExecution(id) {
   return node;
 }
 
-/** The node of an output's key: "5", or "<id of the subgraph's definition>:1". */
+/** The node with an output's key: "5", or "<id of the subgraph's definition>:1". */
 function nodeOfLocator(key) {
   const [definition, id] = key.includes(":") ? key.split(":") : [null, key];
   const graph = definition === null ? root() : root()?.subgraphs?.get(definition);
@@ -44,14 +44,14 @@ function* trainers(graph = root(), prefix = "", depth = 0) {
   }
 }
 
-/** Show a run that was read from memory or an output, unless the chart knows the run better or a later one. */
+/** Show a run read from memory or an output, unless the chart has a newer run or more of this one. */
 function offer(chart, run) {
   const now = chart.run;
   const older = now && (run.started < now.started || (run.run === now.run && run.count <= now.count));
   if (!older || (run.run === now.run && run.count === now.count && run.status !== "running")) chart.show(run);
 }
 
-/** Ask the server for the last run of a node; once more when it is asked for again meanwhile. */
+/** Fetch the last run of a node from the server; if called again in the meantime, fetch it once more. */
 async function fetchRun(id, chart) {
   chart.asked = true;
   if (chart.fetching) return;
@@ -78,7 +78,7 @@ async function askServer(id) {
   return readRun((await reply.json())?.run);
 }
 
-/** Fill all charts of the open workflow, soon: node ids and the workflow's id come after the nodes themselves. */
+/** Refresh all charts of the open workflow after a delay, because ids are set after the nodes are created. */
 function refreshAll() {
   clearTimeout(refreshing);
   refreshing = setTimeout(() => {
@@ -88,7 +88,7 @@ function refreshAll() {
 
 function onEvent({ detail }) {
   if (!detail || typeof detail !== "object") return;
-  if (detail.workflow && root()?.id && detail.workflow !== root().id) return; // another workflow's
+  if (detail.workflow && root()?.id && detail.workflow !== root().id) return; // for another workflow
   const chart = charts.get(nodeOfExecution(detail.node));
   if (!chart) return;
   const news = readRun(detail);
@@ -115,12 +115,12 @@ function addChart(node) {
     getValue: () => "",
     setValue: () => {},
   });
-  widget.serialize = false; // keeps it out of saved workflows, whose values are told apart by their places
+  widget.serialize = false; // keeps it out of saved workflows, which identify values by position
   const before = node.onExecuted;
   node.onExecuted = function (output) {
     before?.apply(this, arguments);
     const run = readRun(output?.blockskip_chart?.[0]);
-    if (run && run.run !== chart.run?.run) chart.show(run); // from the cache: what the node's outputs are now
+    if (run && run.run !== chart.run?.run) chart.show(run); // from the cache: the run behind the node's current outputs
   };
   refreshAll();
 }
@@ -159,5 +159,5 @@ const extension = {
   },
 };
 
-// Where the pack is installed twice, the other copy has registered it; the frontend refuses a name that it has.
+// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
 if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);

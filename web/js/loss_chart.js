@@ -1,7 +1,7 @@
-// A chart of a training run: losses and learning rate on a canvas, the figures as text. Knows nothing of ComfyUI.
+// A chart of a training run: losses and learning rate on a canvas, the figures as text. Independent of ComfyUI.
 
 const LIMIT = 4000; // points; beyond that neighbours are merged
-const COLOURS = { smoothed: "#4a8fe7", rate: "#e08a2e" }; // readable on light and on dark ground
+const COLOURS = { smoothed: "#4a8fe7", rate: "#e08a2e" }; // readable on light and dark backgrounds
 const FONT = "11px system-ui, sans-serif";
 const MARGIN = { left: 46, right: 10, top: 16, bottom: 18 };
 const PHASES = {
@@ -23,7 +23,7 @@ const number = (value) => (typeof value === "number" && Number.isFinite(value) ?
 const text = (value) => (typeof value === "string" ? value.slice(0, 200) : "");
 const count = (value) => Math.max(0, Math.trunc(number(value) ?? 0));
 
-/** A run as the server tells it; null where that is no run. Unknown fields are left out, odd values become null. */
+/** A run as sent by the server, or null if it is not a run. Unknown fields are dropped, invalid values become null. */
 export function readRun(data) {
   if (!data || typeof data !== "object" || !text(data.run)) return null;
   const points = readPoints(data.points);
@@ -55,7 +55,7 @@ function readPoints(points) {
   return rows.map(([step, loss, smoothed, rate]) => [step, number(loss), number(smoothed), number(rate)]);
 }
 
-/** The run with the points of `news` behind its own. */
+/** The run with the points of `news` appended. */
 export function extended(run, news) {
   let points = [...run.points, ...news.points];
   if (points.length > LIMIT) {
@@ -89,19 +89,19 @@ export class LossChart {
     this.redraw();
   }
 
-  /** Show a run, or with null that there is none. */
+  /** Show a run, or null for no run. */
   show(run) {
     this.run = run;
     this.redraw();
   }
 
-  /** Show what a node in front of the trainer is doing; with an empty text the run has the word again. */
+  /** Show what a node before the trainer is doing; an empty text shows the run again. */
   announce(note) {
     this.note = note;
     this.redraw();
   }
 
-  /** Draw before the next frame, once however often it was asked for. */
+  /** Draw before the next frame, once even if called several times. */
   redraw() {
     this.waiting ??= requestAnimationFrame(() => {
       this.waiting = null;
@@ -112,7 +112,7 @@ export class LossChart {
   draw() {
     const { run, note } = this;
     this.head.textContent = note || (run ? headline(run) : "No run yet");
-    this.figures.textContent = run ? figures(run) : "Loss, learning rate and memory show up here while it trains.";
+    this.figures.textContent = run ? figures(run) : "Loss, learning rate and memory appear here during training.";
     this.canvas.setAttribute("aria-label", `Loss of ${run?.points.length ?? 0} training steps`);
     Object.assign(this.element.dataset, { points: run?.points.length ?? 0, status: run?.status ?? "none", run: run?.run ?? "" });
     const { clientWidth: width, clientHeight: height } = this.canvas;

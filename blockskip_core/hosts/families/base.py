@@ -1,4 +1,4 @@
-"""What this package must know of a family of diffusion transformers. One file per family, nothing elsewhere."""
+"""What this package must know about a family of diffusion transformers: one file per family, and nowhere else."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ TEXT_TOKENS = (
 
 
 class FamilyAdapter(ABC):
-    """A family's blocks, tokens and layers, as its ComfyUI class lays them out; ``capabilities`` says what else it may do.
+    """A family's blocks, tokens and layers, as laid out in its ComfyUI class; optional features: ``capabilities``.
 
     Attributes:
-        family: Short name, kept in files.
-        title: Name for people.
+        family: Short name, stored in files.
+        title: Name shown to users.
         stem: Modules before the first block; a variant of the family may lack some.
         trainable_head: Modules after the last block.
-        attention_layers, mlp_layers: How the names of a block's linear layers end.
-        text_output_layers: How the names of those end that change a block's text tokens and nothing else.
-        text_entry: The linear layer that a text's tokens enter by.
-        pooled_entry: The one that a text's pooled vector enters by, if there is one.
-        architecture: The model's name in "modelspec.architecture", as far as kohya's programs have given it one.
-        base_model_version: The same in "ss_base_model_version".
-        read_by_diffusers: Formats of our LoRA files that diffusers loads, 0.42.1.
-        has_names_of_diffusers: Whether the host reads "transformer." and diffusers' names of this family's layers.
+        attention_layers, mlp_layers: Suffixes of the names of a block's linear layers.
+        text_output_layers: Suffixes of the layers that change a block's text tokens and nothing else.
+        text_entry: The linear layer that takes in a text's tokens.
+        pooled_entry: The linear layer that takes in a text's pooled vector, if there is one.
+        architecture: The model's name in "modelspec.architecture", where kohya's programs define one.
+        base_model_version: The model's name in "ss_base_model_version".
+        read_by_diffusers: Formats of our LoRA files that diffusers 0.42.1 loads.
+        has_names_of_diffusers: Whether the host reads "transformer." and diffusers' names for this family's layers.
     """
 
     family: ClassVar[str]
@@ -54,12 +54,12 @@ class FamilyAdapter(ABC):
     has_names_of_diffusers: bool = True
 
     def __init__(self, diffusion_model: nn.Module) -> None:
-        self._model: Any = diffusion_model  # of the host's class, which has no types
+        self._model: Any = diffusion_model  # of the host's class, which is untyped
 
     @classmethod
     @abstractmethod
     def matches(cls, diffusion_model: Any) -> bool:
-        """Return whether the model is of this family."""
+        """Return whether the model belongs to this family."""
 
     @abstractmethod
     def blocks(self) -> Sequence[BlockInfo]:
@@ -67,7 +67,7 @@ class FamilyAdapter(ABC):
 
     @property
     def frozen_stem(self) -> Sequence[str]:
-        """Modules before the first block that this model has."""
+        """The modules before the first block that this model has."""
         return [name for name in self.stem if isinstance(getattr(self._model, name, None), nn.Module)]
 
     @property
@@ -86,7 +86,7 @@ class FamilyAdapter(ABC):
         return -(-rows // patch) * -(-columns // patch)
 
     def text_tokens(self, text_length: int) -> int:
-        """Return how many text tokens are in the stream for a text of this length."""
+        """Return the number of text tokens in the stream for a text of this length."""
         return text_length
 
     def require_texts(self, conditionings: Sequence[list]) -> None:
@@ -96,14 +96,14 @@ class FamilyAdapter(ABC):
             conditionings: Each ``[[tensor, settings]]``.
 
         Raises:
-            InvalidInputError: If one is of another width than the model reads.
+            InvalidInputError: If one does not have the width that the model reads.
         """
         width, pooled_width = self._features(self.text_entry), self._features(self.pooled_entry)
         for number, [[embedding, settings]] in enumerate(conditionings, 1):
             pooled = settings.get("pooled_output")
             if width and embedding.shape[-1] != width:
                 self._refuse_text(number, embedding.shape[-1], width)
-            if pooled_width and pooled is not None and pooled.shape[-1] < pooled_width:  # what is more is not read
+            if pooled_width and pooled is not None and pooled.shape[-1] < pooled_width:  # any more is not read
                 self._refuse_text(number, pooled.shape[-1], pooled_width)
 
     def _features(self, name: str) -> int | None:
@@ -112,7 +112,7 @@ class FamilyAdapter(ABC):
 
     def _refuse_text(self, number: int, got: int, expected: int) -> None:
         raise InvalidInputError(
-            f"Conditioning {number} is {got} numbers wide, {self.title} reads {expected}. Encode the text with the text "
+            f"Conditioning {number} has width {got}, {self.title} needs {expected}. Encode the text with the text "
             "encoder that belongs to the model."
         )
 
@@ -126,15 +126,15 @@ class FamilyAdapter(ABC):
         return suffixes is None or name.endswith(suffixes)
 
     def is_text_output(self, name: str) -> bool:
-        """Return whether a layer only changes the text tokens that leave its block.
+        """Return whether a layer changes only the text tokens that leave its block.
 
-        No head reads those, so in the last block that is trained such a layer has no gradient.
+        No head reads those, so in the last trained block such a layer gets no gradient.
         """
         return name.endswith(self.text_output_layers)
 
 
 class JoinedBlockIO:
-    """``block(tokens, ...) -> tokens``, text first; a call tells how many text tokens there are."""
+    """``block(tokens, ...) -> tokens``, text first; each call's options give the number of text tokens."""
 
     def __init__(self, num_text: Callable[[Mapping[str, Any]], int]) -> None:
         self._num_text = num_text

@@ -1,7 +1,7 @@
-"""What a family's adapter may be able to do besides naming its blocks; each is a class, which an adapter derives from.
+"""Optional capabilities of a family's adapter; each is a class that the adapter derives from.
 
-A family is trained as soon as its blocks are known. Whatever else it offers is asked for where it is used
-(:func:`require`), so an adapter that knows nothing but the blocks is a whole one.
+A family can be trained as soon as its blocks are known. Anything else is requested where it is used
+(:func:`require`), so an adapter that only knows the blocks is complete.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class MasksText(ABC):
 
 
 class PlacesTokens(ABC):
-    """Image tokens can be told their places, so latents with tokens of two sizes can be sampled (RALU)."""
+    """Image tokens can be given positions, so latents with tokens of two sizes can be sampled (RALU)."""
 
     @abstractmethod
     def token_positions(self) -> TokenPositions:
-        """Return how image tokens are told their places."""
+        """Return how image tokens get their positions."""
 
 
 Capability = TypeVar("Capability", MasksText, PlacesTokens)
 
 
 def require(adapter: FamilyAdapter, capability: type[Capability], advice: str) -> Capability:
-    """Return ``adapter`` as one that has a capability.
+    """Return ``adapter``, which must have a capability.
 
     Args:
         adapter: A family's.

@@ -2,7 +2,7 @@
 
 Layout of ``comfy.ldm.flux.model.Flux`` and ``comfy.ldm.chroma.model.Chroma`` as of ComfyUI 0.18 to 0.30. The three
 differ in where the modulation comes from: in FLUX.1 every block has its own; in FLUX.2 (dev and Klein) all blocks
-share it; in Chroma one network makes it for every block. In the latter two it is computed before the first block.
+share it; in Chroma one network computes it for every block. In the latter two it is computed before the first block.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens):
     attention_layers = ("attn.qkv", "attn.proj", "linear1", "linear2")  # single blocks fuse attention and MLP in two
     mlp_layers = ("mlp.0", "mlp.2", "linear1", "linear2")
     text_output_layers = ("txt_attn.proj", "txt_mlp.0", "txt_mlp.2")
-    reads_rope_options = True  # of the host: stretch and move the picture's positions
+    reads_rope_options = True  # whether the host's options to stretch and shift positions apply
     text_entry = "txt_in"
     pooled_entry = "vector_in.in_layer"
     base_model_version = "flux1"
@@ -54,7 +54,7 @@ class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens):
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
-        """Not what else uses the class: FLUX.2 below; Ovis and LongCat, with other text and other layers."""
+        """Exclude other users of the class: FLUX.2 (below), and Ovis and LongCat, whose text and layers differ."""
         return _is_flux(diffusion_model) and not any(
             getattr(diffusion_model.params, name)
             for name in ("global_modulation", "yak_mlp", "txt_norm", "txt_ids_dims")

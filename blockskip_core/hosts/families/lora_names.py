@@ -1,4 +1,4 @@
-"""What the layers of a model are called in a LoRA file, and which programs read that."""
+"""Names of a model's layers in a LoRA file, and the programs that read them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class FileNames:
     """How a LoRA's layers are named in a file.
 
     Attributes:
-        in_diffusers: Layer -> the layers that diffusers has in its place; None to keep the host's own names.
-        loads_in: Programs that read the file, for people.
+        in_diffusers: Layer -> diffusers' corresponding layers; None to keep the host's own names.
+        loads_in: Programs that read the file, as shown to users.
     """
 
     in_diffusers: Mapping[str, Sequence[LayerPart]] | None
@@ -33,11 +33,11 @@ def file_names(
     """Return the names for a model's LoRA in a file format.
 
     Args:
-        model: A BaseModel of the host, also one without memory, with none of its blocks replaced.
-        adapter: Of its family.
+        model: A BaseModel of the host, weightless or not, with none of its blocks replaced.
+        adapter: Its family's adapter.
         num_rows: Layers that the LoRA changes, by their names below the diffusion model -> rows of their weights.
-        file_format: What was chosen. "diffusers" uses diffusers' own names where the host reads them too, and the host's
-            where diffusers reads those.
+        file_format: The user's choice. "diffusers" uses diffusers' own names where the host reads them too, and the
+            host's where diffusers reads those.
     """
     found = None
     if file_format == "diffusers" and adapter.has_names_of_diffusers:
@@ -47,10 +47,10 @@ def file_names(
 
 
 def names_in_diffusers(model: Any, num_rows: Mapping[str, int]) -> Mapping[str, Sequence[LayerPart]] | None:
-    """Return layer -> the layers that diffusers has in its place; None if the host does not know them for each.
+    """Return layer -> diffusers' corresponding layers; None if the host does not know them for every layer.
 
-    The host's own table is turned around, so that it reads back what is written by it. Where it has several names for
-    one layer, those that come first count: they are FLUX.1's, and the later ones FLUX.2's.
+    The host's own table is inverted, so the host can read what we write. Where it has several names for one layer, the
+    first is used: the first names are FLUX.1's, the later ones FLUX.2's.
     """
     found: dict[str, list[LayerPart]] = {name: [] for name in num_rows}
     for alias, target in comfy.lora.model_lora_keys_unet(model, {}).items():

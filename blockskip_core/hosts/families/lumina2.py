@@ -1,7 +1,7 @@
-"""Z-Image and Lumina 2: refiners for text and image apart, then blocks over both joined, text first.
+"""Z-Image and Lumina 2: separate refiners for text and image, then blocks over both together, text first.
 
 Layout of ``comfy.ldm.lumina.model.NextDiT`` as of ComfyUI 0.18 to 0.30. The refiners come before the blocks and are
-never skipped. Z-Image fills up both text and image with learned tokens to multiples of 32; they are part of the stream.
+never skipped. Z-Image pads both text and image with learned tokens to multiples of 32; these are part of the stream.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
 
     def __init__(self, diffusion_model: Any) -> None:
         super().__init__(diffusion_model)
-        if self._model.pad_tokens_multiple:  # Z-Image has it, Lumina 2 not
+        if self._model.pad_tokens_multiple:  # Z-Image has it, Lumina 2 does not
             self.architecture = self.base_model_version = "z-image"
         else:
             self.architecture, self.base_model_version = "lumina-2", "lumina2"
@@ -39,7 +39,7 @@ class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
-        """Not the variants that are given more than text: a pooled vector (NewBie) or pictures (omni)."""
+        """Exclude the variants that take more than text: a pooled vector (NewBie) or pictures (omni)."""
         return (
             type(diffusion_model) is comfy.ldm.lumina.model.NextDiT
             and getattr(diffusion_model, "clip_text_pooled_proj", None) is None
@@ -63,12 +63,12 @@ class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
         return self._model.dim
 
     def image_tokens(self, rows: int, columns: int) -> int:
-        return self._filled_up(super().image_tokens(rows, columns))
+        return self._padded(super().image_tokens(rows, columns))
 
     def text_tokens(self, text_length: int) -> int:
-        return self._filled_up(text_length)
+        return self._padded(text_length)
 
-    def _filled_up(self, tokens: int) -> int:
+    def _padded(self, tokens: int) -> int:
         multiple = self._model.pad_tokens_multiple or 1
         return -(-tokens // multiple) * multiple
 

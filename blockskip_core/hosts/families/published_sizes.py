@@ -1,8 +1,8 @@
-"""Published models at their full size, without their weights: for counting blocks, parameters and bytes.
+"""Published models at full size, without weights: for counting blocks, parameters and bytes.
 
 Every model is one of the host's own classes on the meta device, where a tensor has a shape and a dtype but no memory.
-The sizes are those that the host's ``model_detection`` reads off the published files: number of blocks, widths, text
-features; what it does not read off but sets for a kind of model (heads, axes, theta) is set to the same here.
+The sizes are those that the host's ``model_detection`` reads from the published files: number of blocks, widths, text
+features; values that it hard-codes for a kind of model (heads, axes, theta) are the same here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ...errors import InvalidInputError
 
 @dataclass(frozen=True)
 class PublishedSize:
-    """What a published model is built from.
+    """The configuration of a published model.
 
     Attributes:
         supported: Name of its class in ``comfy.supported_models``.
-        config: What ``model_detection`` gives for its file.
+        config: What ``model_detection`` returns for its file.
     """
 
     supported: str
@@ -122,9 +122,9 @@ def published_model(
 
     Args:
         name: A key of :data:`PUBLISHED_SIZES`.
-        dtype: Of the weights; the host keeps a few of some families in float32 whatever is asked for.
-        cast_to: What the host casts them to for every use, if it is not the same.
-        device: Another device for the weights, which are then whatever its memory held.
+        dtype: Dtype of the weights; for some families the host keeps a few in float32 regardless.
+        cast_to: Dtype that the host casts them to for every use, if it differs.
+        device: Another device for the weights, whose values are then uninitialised.
 
     Raises:
         InvalidInputError: If there is no such name.

@@ -1,4 +1,4 @@
-"""The families that are trained, and the adapter for a MODEL."""
+"""The families that can be trained, and the adapter for a MODEL."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adapter_for(patcher: Any) -> FamilyAdapter:
     """Return the adapter of the family that a MODEL belongs to.
 
     Raises:
-        UnsupportedModelError: If there is none, naming those there are.
+        UnsupportedModelError: If there is none; the message names the supported families.
     """
     diffusion_model = patcher.model.diffusion_model
     for adapter in ADAPTERS:

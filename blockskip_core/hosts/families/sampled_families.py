@@ -1,7 +1,7 @@
-"""How tokens get their positions, for every family that can be sampled with tokens of two sizes.
+"""Token positions of every family that can be sampled with tokens of two sizes.
 
-That is every family that can be trained (``ADAPTERS``), and those here, which need nothing else. Classes are named and
-not imported, because older hosts do not have all of them. Layouts as of ComfyUI 0.30.
+These are the families that can be trained (``ADAPTERS``) and those listed here, which need nothing else. Classes are
+given by name, because older hosts do not have all of them. Layouts as of ComfyUI 0.30.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .token_positions import RotaryPositions, TokenPositions, first_tokens, last
 
 @dataclass(frozen=True)
 class SampledFamily:
-    """A family that is sampled only.
+    """A family that can be sampled but not trained.
 
     Attributes:
-        title: Name for people.
+        title: Name shown to users.
         of: Module and class of the host.
-        positions: Of a model of it.
-        patch: Side of a token in latent cells.
-        fits: Tells variants apart that share the class.
+        positions: Model -> how its tokens get their positions.
+        patch: Model -> side of a token in latent cells.
+        fits: Model -> whether it is this variant, where several share the class.
     """
 
     title: str
@@ -36,12 +36,12 @@ class SampledFamily:
 
 
 def _is_hunyuan_image(model: Any) -> bool:
-    """Not the videos, nor the refiner, which is given a picture."""
+    """Exclude the video models, and the refiner, which takes a picture."""
     return len(model.patch_size) == 2 and model.in_channels == model.out_channels
 
 
 def _is_ovis(model: Any) -> bool:
-    """Not LongCat-Image, which moves its positions where a wrapper does not see it."""
+    """Exclude LongCat-Image, which shifts its positions where a wrapper cannot see it."""
     return model.params.yak_mlp and model.params.txt_norm
 
 
@@ -91,7 +91,8 @@ def positions_of(patcher: Any) -> tuple[TokenPositions, int]:
     """Return how a MODEL's tokens get their positions, and the side of a token in latent cells.
 
     Raises:
-        UnsupportedModelError: If the model's family is none of these, naming those there are, or has no places to tell.
+        UnsupportedModelError: If the model is of no such family (the message names them), or its positions cannot be
+            set.
     """
     model = patcher.model.diffusion_model
     for adapter in ADAPTERS:

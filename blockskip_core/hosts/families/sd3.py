@@ -38,7 +38,7 @@ class JointBlockIO:
 
 
 class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
-    """SD3.5 (Large and Medium), and SD3 of the same class."""
+    """SD3.5 (Large and Medium), and SD3, which has the same class."""
 
     family = "sd3"
     title = "SD3.5"
@@ -64,8 +64,8 @@ class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
         side = self._model.pos_embed_max_size
         if self._model.pos_embed is None or side is None:
             raise UnsupportedModelError(
-                "This model makes its positions from the size of the picture and has no table of them, so tokens of two sizes "
-                "have no places. Load SD3 or SD3.5."
+                "This model computes positions from the size of the picture and has no table of them, so tokens of two "
+                "sizes cannot be placed. Load SD3 or SD3.5."
             )
         return TablePositions("diffusion_model.cropped_pos_embed", self.patch_size, side)
 
@@ -74,7 +74,7 @@ class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
 
 
 def _joint_attention_masked(block: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Return an attention override for a call of a block."""
+    """Return an attention override for one call of a block."""
     num_text = block["txt"].shape[1]
     return partial(_masked_if_joint, num_text_tokens=num_text, num_tokens=num_text + block["img"].shape[1])
 
@@ -87,6 +87,6 @@ def _masked_if_joint(
     num_tokens: int,
     **kwargs: Any,
 ) -> Tensor:
-    if q.shape[1] != num_tokens:  # image tokens among themselves
+    if q.shape[1] != num_tokens:  # attention among image tokens only
         return attention(q, *args, **kwargs)
     return attend_without_text(attention, q, *args, num_text_tokens=num_text_tokens, **kwargs)

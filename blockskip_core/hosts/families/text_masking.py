@@ -1,8 +1,8 @@
-"""Hide the text from the image tokens of some blocks while the host samples; for Select Blocks.
+"""Hide the text from the image tokens of some blocks while the host samples, for Select Blocks.
 
-Everything happens in ``transformer_options`` of one call of the model: attention overrides and block replacements
-that other nodes have put there stay in force, and nothing of the model itself is touched. The wrapper sits around
-``apply_model``, because every family passes there, and the text's length is known there.
+Everything happens in the ``transformer_options`` of one model call: attention overrides and block replacements set by
+other nodes remain in force, and the model itself is not touched. The wrapper is put around ``apply_model``, because
+every family goes through it and the text's length is known there.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def mask_by_index(options: dict[str, Any], masked: Callable[[dict[str, Any]], bo
 def mask_by_block(
     options: dict[str, Any], blocks: frozenset[int], override_for: Callable[[dict[str, Any]], Override]
 ) -> None:
-    """Give each block of ``blocks`` its own attention override, made for every call of the block.
+    """Give each of the ``blocks`` its own attention override, created for every call of the block.
 
-    For families whose attention does not know which block it is in, through the host's block replacement hook.
+    For families whose attention does not know which block it is in. Uses the host's block replacement hook.
 
     Args:
-        options: transformer_options; changed.
-        blocks: Indices.
-        override_for: Arguments of the block, as the hook gets them ("img", "txt", ...) -> override.
+        options: transformer_options; modified.
+        blocks: Block indices.
+        override_for: Arguments of the block as the hook receives them ("img", "txt", ...) -> override.
     """
     replacements = dict(options.get("patches_replace", {}))
     hooks = dict(replacements.get("dit", {}))
@@ -91,5 +91,5 @@ def _after(previous: Override | None, override: Override) -> Override:
 
 
 def without_cross_attention(attention: Attention, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Attend to nothing: with all its keys masked, a softmax is not defined; text that is not seen adds zero."""
+    """Return zeros: text that is not seen adds nothing, and a softmax with all keys masked is undefined."""
     return torch.zeros_like(q)

@@ -1,9 +1,9 @@
-"""Gives the tokens of a strip their real positions, for one call; one class per way in which models keep positions.
+"""Give the tokens of a strip their real positions for one call; one class per way in which models store positions.
 
-A strip is a latent that is one token high (``ralu.token_grid``). A model would take its tokens for one row of a picture.
-Where positions are rotated into queries and keys, a hook on the module that makes the rotations gives it other
-coordinates; where they are a table that is added once, an object patch of the MODEL gives other rows of it. Nothing else
-of the model is touched, and outside :meth:`TokenPositions.placed` it is as it was.
+A strip is a latent that is one token high (``ralu.token_grid``). A model would treat its tokens as one row of a
+picture. Where positions are rotated into queries and keys, a hook on the module that computes the rotations passes it
+other coordinates; where they come from a table that is added once, an object patch of the MODEL selects other rows.
+Nothing else in the model is touched, and outside :meth:`TokenPositions.placed` it is unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TokenPositions(ABC):
         """Return a context in which the model's image tokens are at ``places``.
 
         Args:
-            places: Of the tokens, in the order in which the model sees them.
+            places: Places of the tokens, in the order in which the model sees them.
             options: transformer_options of the call; a change of scale by another node is kept.
         """
 
@@ -43,7 +43,7 @@ class RotaryPositions(TokenPositions):
     Args:
         embedder: That module; its first argument holds coordinates, shape (1 or B, tokens, axes).
         rewrite: (coordinates, places) -> coordinates, for every call of the module.
-        stretched: Whether the family reads the host's options for stretching and moving a picture.
+        stretched: Whether the family reads the host's options for stretching and shifting positions.
     """
 
     def __init__(self, embedder: nn.Module, rewrite: Rewrite, *, stretched: bool) -> None:
@@ -57,7 +57,7 @@ class RotaryPositions(TokenPositions):
             places = _scaled(places, options.get("rope_options") or {})
 
         def hook(_: nn.Module, args: tuple) -> tuple:
-            # In full precision: some families count in the model's own, where a half step may have no number.
+            # In float32: some families compute coordinates in the model's dtype, which may not represent half steps.
             return (self._rewrite(args[0].to(torch.float32), places), *args[1:])
 
         handle = self._embedder.register_forward_pre_hook(hook)
@@ -68,7 +68,7 @@ class RotaryPositions(TokenPositions):
 
 
 def _scaled(places: TokenPlaces, rope: Mapping[str, float]) -> TokenPlaces:
-    """Return places under the host's options for stretching and moving a picture."""
+    """Return places with the host's options for stretching and shifting applied."""
     rows = places.rows * rope.get("scale_y", 1.0) + rope.get("shift_y", 0.0)
     columns = places.columns * rope.get("scale_x", 1.0) + rope.get("shift_x", 0.0)
     return TokenPlaces(rows, columns, places.grid)
@@ -80,14 +80,14 @@ def last_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
 
 
 def first_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
-    """The same for families that have the image first."""
+    """Like :func:`last_tokens`, for families that put the image first."""
     return _put(coordinates, places, 0)
 
 
 def _put(coordinates: Tensor, places: TokenPlaces, first: int) -> Tensor:
     """Return coordinates with ``places`` from token ``first`` on."""
     coordinates = _for_samples(coordinates, places)
-    row = min(1, coordinates.shape[-1] - 2)  # behind an axis of time, where there is one
+    row = min(1, coordinates.shape[-1] - 2)  # after the time axis, if there is one
     tokens = slice(first, first + places.rows.shape[1])
     coordinates[:, tokens, row] = places.rows.to(coordinates.device)
     coordinates[:, tokens, row + 1] = places.columns.to(coordinates.device)
@@ -95,7 +95,7 @@ def _put(coordinates: Tensor, places: TokenPlaces, first: int) -> Tensor:
 
 
 def centred_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
-    """The same for coordinates that count from the picture's middle, with the text beyond its border."""
+    """Like :func:`last_tokens`, for coordinates counted from the picture's centre, with the text beyond its border."""
     height, width = places.grid
     centred = TokenPlaces(places.rows - height // 2, places.columns - width // 2, places.grid)
     coordinates = last_tokens(coordinates, centred)
@@ -107,17 +107,17 @@ def centred_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
 
 
 def first_tokens_of_image(coordinates: Tensor, places: TokenPlaces) -> Tensor:
-    """Put the image tokens, the first ones of their call, at ``places``; the call for text is left as it is.
+    """Put the image tokens, the first ones of their call, at ``places``; leave the call for text unchanged.
 
-    For families that place text and image in two calls, and fill both up with tokens at the end. Text counts up along
-    the first axis, an image has one place on it.
+    For families that place text and image in two calls and pad both at the end. On the first axis text tokens count up,
+    while all tokens of an image have the same coordinate.
     """
     is_text = coordinates.shape[1] < places.rows.shape[1] or bool((coordinates[0, 0] != coordinates[0, 1])[0])
     return _for_samples(coordinates, places) if is_text else first_tokens(coordinates, places)
 
 
 def _for_samples(coordinates: Tensor, places: TokenPlaces) -> Tensor:
-    """Return a copy with a row per sample where samples differ."""
+    """Return a copy, with one row per sample if samples differ."""
     if len(coordinates) == 1 < len(places.rows):
         return coordinates.repeat(len(places.rows), 1, 1)
     return coordinates.clone()
@@ -127,10 +127,10 @@ class TablePositions(TokenPositions):
     """Positions that are rows of a table, added to the tokens once.
 
     Args:
-        method: Path below the model (a BaseModel) of the method that gives the rows of a latent:
+        method: Path below the model (a BaseModel) of the method that returns the rows for a latent:
             ``method((H, W), device=) -> (1, tokens, width)``, a crop from the middle of the table.
         patch: Side of a token in latent cells.
-        side: Of the table, in tokens.
+        side: Side of the table in tokens.
     """
 
     def __init__(self, method: str, patch: int, side: int) -> None:
@@ -154,7 +154,7 @@ class TablePositions(TokenPositions):
             self._places = None
 
     def _between(self, crop: Callable[..., Tensor], places: TokenPlaces, device: torch.device | None) -> Tensor:
-        """Return the table between its rows, linearly; one row around the picture is taken along where there is one."""
+        """Return the table interpolated linearly between its rows, using one row beyond the picture if it exists."""
         border = 1 if max(places.grid) + 2 <= self._side else 0
         height, width = (length + 2 * border for length in places.grid)
         table = crop((height * self._patch, width * self._patch), device=device)[0].to(torch.float32)
@@ -167,7 +167,7 @@ class TablePositions(TokenPositions):
 
 
 def _neighbours(coordinates: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the whole numbers below and above, within the table, and how much each counts."""
+    """Return the integer coordinates below and above, within the table, with their weights."""
     below = coordinates.floor()
     above_share = coordinates - below
     below = below.long()

@@ -1,7 +1,7 @@
-"""Wan 2.1 and 2.2, text to video, used at one frame: image tokens only, which look at the text by cross attention.
+"""Wan 2.1 and 2.2, text to video, used with one frame: image tokens only, which see the text by cross attention.
 
 Layout of ``comfy.ldm.wan.model.WanModel`` as of ComfyUI 0.18 to 0.30. The text is not part of the stream: every block
-is given the same embedded text.
+gets the same embedded text.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
-        """Not the variants that are given pictures, sound or control videos."""
+        """Exclude the variants that take pictures, sound or control videos."""
         return (
             type(diffusion_model) is comfy.ldm.wan.model.WanModel
             and diffusion_model.model_type == "t2v"
@@ -75,11 +75,11 @@ class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
         return RotaryPositions(self._model.rope_embedder, last_tokens, stretched=True)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
-        return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallSeesNothing()))
+        return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallReturnsNothing()))
 
 
-class _SecondCallSeesNothing:
-    """Attention override of one block: it attends to itself first, then to the text."""
+class _SecondCallReturnsNothing:
+    """Attention override for one block, whose first call is self attention and whose second is to the text."""
 
     def __init__(self) -> None:
         self._calls = 0

@@ -1,1 +1,1 @@
-"""Files below ComfyUI's folders."""
+"""Files in ComfyUI's folders."""

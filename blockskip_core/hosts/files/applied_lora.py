@@ -1,4 +1,4 @@
-"""What ComfyUI makes of a LoRA's tensors: which weights it changes, whether they fit, and what it passes over."""
+"""How ComfyUI reads a LoRA's tensors: which weights they change, whether they fit, and which are ignored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...errors import LoraFileError
 logger = logging.getLogger(__name__)
 
 Patches = Mapping[Any, Any]
-"""Weight, or (weight, (dim, start, length) of a part of it, ...) -> what the host does with it."""
+"""Weight, or (weight, (dim, start, length) of a part of it, ...) -> the host's patch for it."""
 
 _OF_TEXT_ENCODERS = re.compile(r"(lora_te|text_encoder|te\d?[._]|clip_|t5|cond_stage_model|conditioner|text_model)")
 _ENDINGS = re.compile(
@@ -29,15 +29,15 @@ class HostPatches:
     """A LoRA as the host reads it for a model.
 
     Attributes:
-        patches: As ``comfy.lora.load_lora`` gives them.
-        unread: Names of tensors that it passes over.
+        patches: As returned by ``comfy.lora.load_lora``.
+        unread: Names of tensors that it ignores.
     """
 
     def __init__(self, patcher: Any, lora: Mapping[str, Tensor]) -> None:
         """Read a LoRA.
 
         Raises:
-            LoraFileError: If the host fails at it: it takes for granted that the tensors are what their names say.
+            LoraFileError: If the host fails to read it; the host does not check that tensors match their names.
         """
         self._known = comfy.lora.model_lora_keys_unet(patcher.model, {})
         try:
@@ -49,7 +49,7 @@ class HostPatches:
         self._num_tensors = len(tensors)
 
     def passed_over(self) -> str:
-        """Return a sentence on what the host passes over, by kind; empty if that is nothing."""
+        """Return a sentence on the tensors that the host ignores, by kind; empty if there are none."""
         if not self.unread:
             return ""
         text = [name for name in self.unread if _OF_TEXT_ENCODERS.match(name)]
@@ -57,20 +57,20 @@ class HostPatches:
         foreign = [_ENDINGS.sub("", name) for name in self.unread if name not in text and name not in odd]
         kinds = [
             (len(text), "of a text encoder"),
-            (len(odd), f"of a kind that it does not read here ({listed(odd)})"),
+            (len(odd), f"of a kind that it does not support here ({listed(odd)})"),
             (len(foreign), f"of layers that this model does not have ({listed(foreign)})"),
         ]
         said = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
         return f"ComfyUI does not use {len(self.unread)} of the {self._num_tensors} tensors: {said}."
 
     def _is_of_a_layer(self, name: str) -> bool:
-        """Return whether a tensor's name begins with that of a layer of this model."""
+        """Return whether a tensor's name begins with the name of a layer of this model."""
         words = name.split(".")
         return any(".".join(words[:count]) in self._known for count in range(1, len(words)))
 
 
 class _Watched(dict):
-    """A LoRA's tensors that remembers which were taken out."""
+    """A LoRA's tensors, with a record of which were read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
@@ -85,12 +85,12 @@ class _Watched(dict):
 
 
 def weight_of(key: Any) -> str:
-    """Return the weight that a patch's key is of."""
+    """Return the name of the weight in a patch's key."""
     return key if isinstance(key, str) else key[0]
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """Return the first few different names, and how many there are besides."""
+    """Return the first few different names, and how many more there are."""
     different = [name.removeprefix("diffusion_model.") for name in dict.fromkeys(names)]
     rest = f" and {len(different) - most} more" if len(different) > most else ""
     return ", ".join(different[:most]) + rest
@@ -101,8 +101,8 @@ class AppliedLora(NamedTuple):
 
     Attributes:
         model: A clone with the LoRA patched in.
-        num_patched: Weights that it changes.
-        passed_over: A sentence on what of the LoRA the host does not use; empty if that is nothing.
+        num_patched: Number of weights that it changes.
+        passed_over: A sentence on the tensors that the host does not use; empty if there are none.
     """
 
     model: Any
@@ -114,13 +114,13 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> App
     """Patch a LoRA into a clone of a MODEL.
 
     Raises:
-        LoraFileError: If the LoRA holds nothing for this model, or tensors of other sizes.
+        LoraFileError: If the LoRA has no tensors for this model, or tensors of other sizes.
     """
     read = HostPatches(patcher, lora)
     passed_over = read.passed_over()
     if not read.patches:
         raise LoraFileError(
-            f"This LoRA holds nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
+            f"This LoRA has nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
             f"kind of model. {passed_over}".rstrip()
         )
     require_fitting_shapes(patcher, read.patches)
@@ -132,12 +132,12 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> App
 
 
 def require_fitting_shapes(patcher: Any, patches: Patches) -> None:
-    """Raise LoraFileError if a low-rank patch is not of its weight's size, or of the size that it widens it to."""
-    # A state dict has the packed shapes of quantised weights, the parameters their own.
+    """Raise LoraFileError if a low-rank patch has neither its weight's size nor the size that it widens it to."""
+    # For quantised weights a state dict has the packed shapes, the parameters have the logical ones.
     weights = {**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}
     for key, patch in patches.items():
         if getattr(patch, "name", "") != "lora":
-            continue  # other formats are the host's to judge
+            continue  # other formats are checked by the host
         up, down, _, _, _, widened = (*patch.weights, None)[:6]
         name = weight_of(key)
         if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
@@ -155,7 +155,7 @@ def require_fitting_shapes(patcher: Any, patches: Patches) -> None:
 
 
 def _target_shape(key: Any, shape: tuple[int, ...], widened: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the shape of what is patched, or nothing if the weight has no such part, or would have to shrink."""
+    """Return the shape of the patched part, or None if the weight has no such part or would have to shrink."""
     part = None if isinstance(key, str) else key[1]
     if part is not None:
         dim, start, length = part

@@ -1,4 +1,4 @@
-"""Where this package keeps files: below ComfyUI's output folder, and nowhere else."""
+"""Where this package keeps files: only below ComfyUI's output folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA files and LORA_MODELs of the host: where they are written, with metadata, and how they are read."""
+"""LoRA files and the host's LORA_MODELs: where they are written, with metadata, and how they are read."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def output_path(prefix: str) -> Path:
     """Return a file that does not exist yet, below the output folder, e.g. "loras/toy" -> loras/toy_00001_.safetensors.
 
     Raises:
-        InvalidInputError: If the prefix is no name on some system, or leads out of the output folder.
-        StorageError: If its folder cannot be made.
+        InvalidInputError: If the prefix is not a valid name on every system, or leads out of the output folder.
+        StorageError: If its folder cannot be created.
     """
     output = Path(folder_paths.get_output_directory())
     typed = name_below(prefix, "loras/my_lora")
@@ -43,20 +43,20 @@ def output_path(prefix: str) -> Path:
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(str(typed), str(output))
     except OSError as error:
-        raise StorageError(f"The folder of {prefix!r} cannot be made: {error}. Choose another output_name.") from error
+        raise StorageError(f"Cannot create the folder of {prefix!r}: {error}. Choose another output_name.") from error
     return unused_path(Path(folder) / f"{name}_{max(counter, 1):05}_.safetensors")
 
 
 def _require_no_link_out(output: Path, name: PurePosixPath) -> None:
-    """Refuse what only looks as if it were below the output folder; ComfyUI itself does so since 0.30, without a reason."""
+    """Refuse links that lead out of the output folder; ComfyUI does so too since 0.30, but without saying why."""
     inside = output.resolve()
     for folder in reversed(name.parents[:-1]):
         there = (output / folder).resolve()
         if not there.is_relative_to(inside):
             raise InvalidInputError(
-                f"{output.name}/{folder} is a link to {there}, outside ComfyUI's output folder, and nothing is saved through "
-                "such a link. Choose an output_name in another folder and move the file afterwards, or put the whole output "
-                "folder on the other disk: start ComfyUI with --output-directory."
+                f"{output.name}/{folder} is a link to {there}, outside ComfyUI's output folder, and nothing is saved "
+                "through such a link. Choose an output_name in another folder and move the file afterwards, or put the "
+                "whole output folder on the other disk: start ComfyUI with --output-directory."
             )
 
 
@@ -64,10 +64,10 @@ _COUNTED = re.compile(r"(?P<name>.*)_(?P<counter>\d{5,})_\.safetensors", re.DOTA
 
 
 def unused_path(path: Path) -> Path:
-    """Return the path, or one with the next number that no file has.
+    """Return the path, or the next numbered one that does not exist yet.
 
-    The host counts files by their names as typed, so it misses those of "loras/" and the like; and another program may
-    have taken a name since.
+    The host counts files by the name as typed, so it misses those of "loras/" and the like; and another program may
+    have taken the name in the meantime.
     """
     while os.path.lexists(path):  # False for a name that is too long, where Path.exists raises
         path = _next(path)
@@ -80,23 +80,23 @@ def _next(path: Path) -> Path:
 
 
 def _parts(path: Path) -> tuple[str, int]:
-    """Return name and counter of a file that the host has numbered."""
+    """Return name and counter of a file numbered by the host."""
     counted = _COUNTED.fullmatch(path.name)
     assert counted is not None, f"{path.name} has no number"
     return counted["name"], int(counted["counter"])
 
 
 class ReservedName:
-    """A file's name, and all names that begin with it, that no other run takes until it is released.
+    """Reserves a file's name, and all names that begin with it, against other runs until it is released.
 
     Attributes:
-        path: The file; it does not exist.
+        path: The file, which does not exist yet.
 
     Args:
         path: The first name to try; the next numbers follow.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +111,7 @@ class ReservedName:
         self.release()
 
     def renew(self) -> Path:
-        """Return the path; the next one if another program has put a file there since."""
+        """Return the path, or the next one if another program has created that file in the meantime."""
         while self._lock is None or os.path.lexists(self.path):
             self.release()
             self.path = unused_path(self.path)
@@ -121,7 +121,7 @@ class ReservedName:
         return self.path
 
     def release(self) -> None:
-        """Let others have the name."""
+        """Free the name for others."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -131,15 +131,15 @@ _LOCKED = ".blockskip"
 
 
 def _locked_name(path: Path) -> Path:
-    """Return what is locked for a LoRA file: nothing that is seen, and nothing that the host counts as a file of that name."""
+    """Return the lock file's name for a LoRA file: hidden, and not counted by the host as a file of that name."""
     return path.with_name(f".{path.stem}{_LOCKED}")
 
 
 def require_writable(path: Path) -> None:
-    """Check before a long run that a file of this name can be written at its end; remove what killed runs have left.
+    """Check before a long run that its file can be written in the end; remove leftovers of killed runs.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
     name = re.escape(_parts(path)[0])
     temporary = re.compile(
@@ -165,30 +165,30 @@ def require_writable(path: Path) -> None:
 
 
 def save_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
-    """Write a LoRA file with metadata; afterwards there is either the complete file or none.
+    """Write a LoRA file with metadata, completely or not at all.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
     strings = metadata_to_strings(metadata, title=path.stem.strip("_"))
     write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=strings))
 
 
 def file_identity(name: str | None) -> str:
-    """Return a content hash of a file of the loras folders; empty if it cannot be read, or its name is not known yet."""
+    """Return a content hash of a file in the loras folders; empty if it cannot be read or is not listed yet."""
     if name not in folder_paths.get_filename_list("loras"):
         return ""
     try:
         path = Path(folder_paths.get_full_path_or_raise("loras", name))
         status = path.stat()
         return _content_hash(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    except OSError:  # whoever loads it says why
+    except OSError:  # loading it reports why
         return ""
 
 
 @lru_cache(maxsize=64)
 def _content_hash(path: Path, *stamp: int) -> str:
-    """Return the hash of a file; one that was read before is read again only if its size or its times have changed."""
+    """Return the hash of a file; a known file is read again only if its size or timestamps have changed."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -197,7 +197,7 @@ def _content_hash(path: Path, *stamp: int) -> str:
 
 
 def load_lora_file(name: str) -> LoraModel:
-    """Read a file of the loras folders.
+    """Read a file from the loras folders.
 
     Raises:
         LoraFileError: If it is missing or not a LoRA file.

@@ -1,7 +1,7 @@
-"""File names that users type: one rule on all systems, so that a workflow saves to the same place wherever it is opened.
+"""File names typed by users: the same rules on all systems, so that a workflow saves to the same place everywhere.
 
-Both "/" and "\\" separate folders. What Windows cannot name or reads differently (device names, drives, a blank or a dot
-at the end) is refused everywhere, in a sentence that says what to type instead.
+Both "/" and "\\" separate folders. Names that Windows forbids or changes (device names, drives, a trailing space or
+dot) are refused everywhere, with a message that says what to type instead.
 
 Source of the rules: Microsoft, "Naming Files, Paths, and Namespaces".
 """
@@ -28,14 +28,14 @@ _RESERVED_NAMES = frozenset(
 
 
 def name_below(text: str, example: str) -> PurePosixPath:
-    """Return what a user typed as a relative path that means the same below any folder on any system.
+    """Return the typed name as a relative path that means the same below any folder on any system.
 
     Args:
         text: A name, with or without folders.
-        example: A good name, for messages.
+        example: A valid name, for messages.
 
     Raises:
-        InvalidInputError: If a system would refuse the name, change it, or look for it elsewhere.
+        InvalidInputError: If some system would refuse the name, change it, or resolve it elsewhere.
     """
     if not text.isprintable():
         raise InvalidInputError(
@@ -44,7 +44,7 @@ def name_below(text: str, example: str) -> PurePosixPath:
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".")]
     if text[:1] in ("/", "\\") or ".." in parts or re.match(r"[A-Za-z]:", text):
         raise InvalidInputError(
-            f"The file name {text!r} must stay inside ComfyUI's output folder: no drive, no .. and no / in front. Use a "
+            f"The file name {text!r} must stay inside ComfyUI's output folder: no drive, no .. and no leading /. Use a "
             f"plain name such as {example}."
         )
     if not parts:
@@ -60,7 +60,7 @@ def _fault(part: str) -> str:
     if found:
         return f"has {' '.join(found)} in it, which not every system allows in a name"
     if part != part.strip(" ") or part.endswith("."):
-        return f"has a part {part!r} that begins or ends with a blank or ends with a dot, which Windows removes"
+        return f"has a part {part!r} that begins or ends with a space or ends with a dot, which Windows removes"
     if _is_reserved(part):
         return f"has a part {part!r}, which is the name of a device on Windows"
     return ""
@@ -71,7 +71,7 @@ def _is_reserved(part: str) -> bool:
 
 
 def _repaired(parts: list[str]) -> str:
-    """Return a name like this one that every system takes."""
+    """Return a similar name that every system accepts."""
     cleaned = ["".join("_" if char in _RESERVED_CHARACTERS else char for char in part) for part in parts]
     trimmed = [part.lstrip(" ").rstrip(" .") or "_" for part in cleaned]
     return "/".join(f"_{part}" if _is_reserved(part) else part for part in trimmed)

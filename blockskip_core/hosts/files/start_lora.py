@@ -1,4 +1,4 @@
-"""A LoRA of any trainer as the first values of adapters: names and ranks of others turned into ours."""
+"""Start adapters from any trainer's LoRA: convert its names and ranks to ours."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _INSTEAD = "Apply it to the MODEL with Load LoRA before all BlockSkip nodes, and
 
 
 def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraAdapters) -> dict[str, Tensor]:
-    """Return a LoRA in any of the host's formats as peft tensors that ``adapters`` can take.
+    """Return a LoRA in any of the host's formats as peft tensors for ``adapters``.
 
-    Layers that others split are joined again. A layer of a lower rank is filled up with the adapters' own first
-    directions, which change nothing yet.
+    Layers that other programs split are joined again. A layer of a lower rank is padded with the adapters' own initial
+    directions, which have no effect yet.
 
     Raises:
-        LoraFileError: If it holds nothing for the model, more than is trained here, or needs a higher rank.
+        LoraFileError: If it has nothing for the model, changes more than is trained here, or needs a higher rank.
     """
     read = HostPatches(patcher, lora)
     if not read.patches:
         raise LoraFileError(
-            "The LoRA to start from holds nothing for this model: it was trained for another kind. "
+            "The LoRA to start from has nothing for this model: it was trained for another kind of model. "
             f"{read.passed_over()}".rstrip()
         )
     _require_trainable(read, adapters)
@@ -47,26 +47,26 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
 
 
 def _require_trainable(read: HostPatches, adapters: LoraAdapters) -> None:
-    """Refuse what would be lost: each kind by its name."""
+    """Refuse everything that would be lost, with a message for each kind."""
     layers = sorted({_layer(key) for key in read.patches} - set(adapters.names))
     if layers:
         raise LoraFileError(
-            f"The LoRA to start from also changes what is not trained here ({listed(layers)}). {_INSTEAD}; or keep more "
-            "blocks, or choose other targets."
+            f"The LoRA to start from also changes layers that are not trained here ({listed(layers)}). {_INSTEAD}; or "
+            "keep more blocks, or choose other targets."
         )
     for key, patch in read.patches.items():
         if kind := _other_kind(patch):
             raise LoraFileError(f"The LoRA to start from is not a plain LoRA: {_layer(key)} has {kind}. {_INSTEAD}.")
     if read.unread:
         raise LoraFileError(
-            f"The LoRA to start from has more than can be trained here. {read.passed_over()} {_INSTEAD}."
+            f"The LoRA to start from has parts that cannot be trained here. {read.passed_over()} {_INSTEAD}."
         )
 
 
 def _other_kind(patch: Any) -> str:
-    """Return in words what a patch is, unless it is up, down and alpha."""
+    """Return a description of a patch that is not just up, down and alpha; otherwise empty."""
     if isinstance(patch, tuple):
-        return {"diff": "a whole change of its weight", "set": "a whole new weight"}.get(patch[0], f"a {patch[0]}")
+        return {"diff": "a full-rank change of its weight", "set": "a replaced weight"}.get(patch[0], f"a {patch[0]}")
     name = getattr(patch, "name", "")
     if name != "lora":
         return {"loha": "a LoHa", "lokr": "a LoKr", "glora": "a GLoRA", "oft": "an OFT", "boft": "a BOFT"}.get(
@@ -76,17 +76,17 @@ def _other_kind(patch: Any) -> str:
     if middle is not None:
         return "a third matrix, as in LoCon"
     if magnitude is not None:
-        return "a magnitude of its own, as in DoRA"
+        return "a magnitude vector, as in DoRA"
     return "" if widened is None else "more inputs or outputs than the model"
 
 
 def _layer(key: Any) -> str:
-    """Return the layer that a patch is of; one of a bias keeps that ending."""
+    """Return the layer that a patch changes; a bias keeps its suffix."""
     return weight_of(key).removeprefix("diffusion_model.").removesuffix(".weight")
 
 
 def _parts(read: HostPatches) -> dict[str, list[LowRank]]:
-    """Return layer -> what is changed of it, with the scales folded in."""
+    """Return layer -> its changed parts, with the scales folded in."""
     found: dict[str, list[LowRank]] = {}
     for key, patch in read.patches.items():
         up, down, alpha = patch.weights[:3]
@@ -104,5 +104,5 @@ def _require_rank(changes: Mapping[str, LowRank], adapters: LoraAdapters) -> Non
     least = min(change.rank for change in changes.values())
     ranks = f"rank {needed}" if least == needed else f"ranks from {least} to {needed}, as the layers trained here"
     raise LoraFileError(
-        f"The LoRA to start from has {ranks}, here it is {adapters.settings.rank}. Set rank to {needed}, or more."
+        f"The LoRA to start from has {ranks}, but rank is {adapters.settings.rank} here. Set rank to {needed} or more."
     )

@@ -1,1 +1,1 @@
-"""What comes in besides the MODEL: conditionings and pictures, in the core's form."""
+"""The inputs other than the MODEL: training folders, conditionings and pictures, converted for the core."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...errors import InvalidInputError
 
-# What a CONDITIONING may carry beside its text, and a training crop cannot follow. What else there is describes the text
-# itself (pooled_output, attention_mask, guidance, ...) and goes to the model as it does when sampling.
+# Settings of a CONDITIONING that a training crop cannot follow. All others describe the text itself (pooled_output,
+# attention_mask, guidance, ...) and are passed to the model as when sampling.
 _OF_A_PART = ("area", "mask", "set_area_to_bounds", "mask_strength", "gligen")
 _OF_SAMPLING = ("hooks", "default", "clip_start_percent", "clip_end_percent")
 _OF_OTHER_MEDIA = (
@@ -25,16 +25,16 @@ _OF_OTHER_MEDIA = (
 )  # fmt: skip
 _NOT_FOR_TRAINING = (*_OF_A_PART, *_OF_SAMPLING, *_OF_OTHER_MEDIA)
 _NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
-"""Settings that say nothing at this value, and that training cannot follow at any other. The strength of a single text cancels
-out when sampling as well: it weighs several against each other."""
+"""Settings that have no effect at this value, and that training cannot follow at any other. The strength of a single text
+also cancels out when sampling, because it is a weight relative to other texts."""
 
 
 def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
     """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs with one text each.
 
     Raises:
-        InvalidInputError: If there are none, or one is not one text, is not finite, or carries settings that training cannot
-            follow.
+        InvalidInputError: If there are none, or one is not one text, is not finite, or carries settings that training
+            cannot follow.
     """
     given = [conditioning for conditioning in positive if _is_list(conditioning) and conditioning]
     if not given:
@@ -50,7 +50,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
 
 
 def same_texts(captions: Sequence[list]) -> list[str]:
-    """Return a key for each single conditioning; those of the same text have the same key."""
+    """Return a key for each single conditioning; equal texts have equal keys."""
     return [_text_key(embedding, settings) for [[embedding, settings]] in captions]
 
 
@@ -66,7 +66,7 @@ def _text_key(embedding: Tensor, settings: Mapping[str, Any]) -> str:
 def _require_trainable(number: int, entry: Any) -> None:
     embedding, settings = _require_text(number, entry)
     refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
-    refused += [name for name, neutral in _NEUTRAL.items() if not _says_nothing(settings.get(name), neutral)]
+    refused += [name for name, neutral in _NEUTRAL.items() if not _has_no_effect(settings.get(name), neutral)]
     if refused:
         raise InvalidInputError(
             f"Conditioning {number} carries {', '.join(refused)}, which training cannot follow. "
@@ -77,12 +77,12 @@ def _require_trainable(number: int, entry: Any) -> None:
         raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
 
 
-def _says_nothing(value: Any, neutral: float) -> bool:
+def _has_no_effect(value: Any, neutral: float) -> bool:
     return value is None or (isinstance(value, (int, float)) and value == neutral)
 
 
 def require_sampleable(conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is one that a sampler can follow; the sampler decides about its settings.
+    """Check that a sampler can use a CONDITIONING; its settings are left to the sampler.
 
     Raises:
         InvalidInputError: If there is none, or an entry holds no text, or numbers that are not finite.
@@ -96,8 +96,8 @@ def require_sampleable(conditioning: Any, name: str) -> None:
         form, pooled = tuple(embedding.shape), settings.get("pooled_output")
         if len(form) != 3 or 0 in form or not embedding.is_floating_point():
             raise InvalidInputError(
-                f"Conditioning {number} of `{name}` must have shape (batch, tokens, width), got {form} of {embedding.dtype}. "
-                "Connect CLIP Text Encode."
+                f"Conditioning {number} of `{name}` must have shape (batch, tokens, width), got {form} of "
+                f"{embedding.dtype}. Connect CLIP Text Encode."
             )
         if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
             what = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
@@ -119,7 +119,7 @@ def _parts(entry: Any) -> tuple[Tensor | None, Mapping[str, Any]]:
 
 
 def _require_text(number: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return what an entry of a CONDITIONING is made of, if it is one text."""
+    """Return embedding and settings of a CONDITIONING's entry, which must be one text."""
     embedding, settings = _parts(entry)
     if embedding is None:
         raise InvalidInputError(f"Conditioning {number} holds no text. Connect CLIP Text Encode or a dataset node.")
@@ -127,7 +127,7 @@ def _require_text(number: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
     if len(form) != 3 or form[0] != 1 or 0 in form or not embedding.is_floating_point():
         raise InvalidInputError(
             f"Conditioning {number} must be one text of shape (1, tokens, width), got {form} of {embedding.dtype}. "
-            "Connect each text as a conditioning of its own."
+            "Connect each text as a separate conditioning."
         )
     pooled = settings.get("pooled_output")
     if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != 1):
@@ -137,15 +137,15 @@ def _require_text(number: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return what ``model.apply_model`` takes for one conditioning besides latent and sigma, batch axis 1.
+    """Return the arguments of ``model.apply_model`` for one conditioning, besides latent and sigma, batch axis 1.
 
     Args:
         model: The host's model (a BaseModel).
         conditioning: ``[[tensor, settings]]``.
-        latent: Any latent of the shape that will be denoised, (1, C, H, W), in the model's own scale.
-        device: Where the arguments are put.
+        latent: Any latent with the shape that will be denoised, (1, C, H, W), in the model's own scale.
+        device: Device for the arguments.
 
-    Called outside inference mode, it gives tensors that autograd may save, whatever mode they were made under.
+    If called outside inference mode, it returns tensors that autograd may save, whatever mode the inputs were made in.
     """
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     encoded = comfy.samplers.encode_model_conds(
@@ -163,7 +163,7 @@ def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
 
     Raises:
-        InvalidInputError: If one row has what another lacks (a mask over the text, say): they cannot be one batch.
+        InvalidInputError: If one row has an argument that another lacks (a text mask, say), so they cannot be batched.
     """
     first = rows[0]
     if any(row.keys() != first.keys() for row in rows):

@@ -1,4 +1,4 @@
-"""Training crops -> latents, through the VAE that is plugged in."""
+"""Training crops -> latents, through the connected VAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .frames import has_frames, without_frame
 
 
 def crop_multiple(vae: Any, patch_size: int) -> int:
-    """Return what crop sides are multiples of, in pixels: VAE down-sampling times the model's patch size."""
+    """Return the number of pixels that crop sides are multiples of: VAE down-sampling times the model's patch size."""
     return int(vae.spacial_compression_encode()) * patch_size
 
 
@@ -34,7 +34,7 @@ def encode_crops(
         model: The host's model that it belongs to.
         crops: Each (side, side, 3) in [0, 1].
         progress: Called with (crops done, total); may raise to interrupt.
-        order: In which order crops are asked for, all of them; as they come without. The latents come as the crops do.
+        order: The order in which to read all crops; empty for their own order. The latents are in the crops' order.
 
     Raises:
         InvalidInputError: If the VAE's latents do not fit the model, or are not finite.
@@ -53,7 +53,7 @@ def encode_crops(
 
 
 def _require_fitting(latent: Tensor, model: Any) -> None:
-    """Refuse latents of another VAE before they are scaled: broadcasting could make something of them."""
+    """Refuse latents of another VAE before they are scaled: broadcasting could hide the mismatch."""
     channels, frames = model.latent_format.latent_channels, has_frames(model)
     if latent.shape[1] != channels:
         raise InvalidInputError(

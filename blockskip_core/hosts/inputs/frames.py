@@ -1,4 +1,4 @@
-"""Latents (B, C, H, W) of this package, and (B, C, 1, H, W) of the host's models of videos.
+"""Convert between this package's latents (B, C, H, W) and those of the host's video models (B, C, 1, H, W).
 
 Wan and Qwen-Image work on latents with an axis of frames. A picture is a video of one frame.
 """
@@ -30,5 +30,5 @@ def with_frame(model: Any, latents: Tensor) -> Tensor:
 
 
 def without_frame(model: Any, latents: Tensor) -> Tensor:
-    """Return latents as this package takes them, of what :func:`with_frame` made."""
+    """Return latents as this package takes them; the inverse of :func:`with_frame`."""
     return latents.squeeze(_FRAMES) if has_frames(model) else latents

@@ -1,4 +1,4 @@
-"""What is trained on: pictures, their captions and files, checked, and what is odd about them."""
+"""Training material: pictures, captions and files, checked, with remarks on anything odd."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TrainingFile:
     """A file of a training folder.
 
     Attributes:
-        name: Of the picture's file, for people.
-        caption: Its text, without marks and blanks around it; "" if there is none.
+        name: Readable name of the picture's file.
+        caption: The caption, without invisible characters and spaces around it; "" if there is none.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Material:
     Attributes:
         pictures: The pictures.
         captions: Single conditionings: one for all pictures, or one for each.
-        blank: Pictures that show nothing, each with its colour.
-        remarks: What is odd, in sentences.
+        blank: Blank pictures, each with its colour.
+        remarks: Anything odd, in sentences.
     """
 
     pictures: Pictures
@@ -44,10 +44,10 @@ class Material:
 
 
 def checked_material(images: Sequence[Any], positive: Sequence[Any], files: Sequence[Any] | None) -> Material:
-    """Return what came in, checked and looked at.
+    """Return the checked inputs, with remarks on them.
 
     Raises:
-        InvalidInputError: If a picture or caption cannot be used; the sentence names it.
+        InvalidInputError: If a picture or caption cannot be used; the message names it.
     """
     described = _require_files(files or ())
     pictures = Pictures(images, [file.name for file in described])
@@ -63,7 +63,10 @@ def checked_material(images: Sequence[Any], positive: Sequence[Any], files: Sequ
 
 
 def _on_captions(captions: Sequence[list], pictures: Pictures, files: Sequence[TrainingFile]) -> str | None:
-    """Return what is odd about captions of which each picture has its own."""
+    """Return a remark on captions without words or, if there is one caption per picture, on missing or equal ones."""
+    zeroed = sum(not embedding.any() for [[embedding, _]] in captions)
+    if zeroed:
+        return remarks.on_zeroed_captions(zeroed, len(captions))
     if len(captions) != len(pictures) or len(captions) == 1:
         return None
     empty = remarks.on_empty_captions([file.caption for file in files], pictures.labels)
@@ -73,5 +76,5 @@ def _on_captions(captions: Sequence[list], pictures: Pictures, files: Sequence[T
 def _require_files(files: Sequence[Any]) -> list[TrainingFile]:
     described = [file for file in files if isinstance(file, TrainingFile)]
     if len(described) != len(files):
-        raise InvalidInputError("`files` must come from Load Training Folder. Connect that, or nothing.")
+        raise InvalidInputError("`files` must come from Load Training Folder. Connect that node, or nothing.")
     return described

@@ -1,4 +1,4 @@
-"""A picture's file -> an IMAGE that shows what an editor shows."""
+"""Reads a picture file as an IMAGE that looks as in an image editor."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _BACKGROUND = (255, 255, 255)
 def read_picture(path: Path, name: str) -> tuple[Tensor, bool]:
     """Return a picture, shape (1, H, W, 3), float32 in [0, 1], and whether it had transparent parts.
 
-    It is turned as its EXIF data say. Grey of 16 bits keeps its range. Transparent parts are put on white.
+    It is rotated according to its EXIF data. 16-bit grey keeps its range. Transparent parts are put on white.
 
     Args:
         path: The file.
-        name: What it is called in messages.
+        name: Its name in messages.
 
     Raises:
         InvalidInputError: If it cannot be read as a picture.
@@ -37,10 +37,10 @@ def read_picture(path: Path, name: str) -> tuple[Tensor, bool]:
                 return _read(ImageOps.exif_transpose(opened), name)
     except InvalidInputError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever a damaged file makes of them
+    except Exception as error:  # with damaged files, Pillow's readers may raise anything
         raise InvalidInputError(
-            f"{name} cannot be read as a picture ({type(error).__name__}: {error}). Save it again as PNG or JPEG, or take it "
-            "out of the folder."
+            f"{name} cannot be read as a picture ({type(error).__name__}: {error}). Save it again as PNG or JPEG, or "
+            "take it out of the folder."
         ) from error
 
 
@@ -49,7 +49,8 @@ def _read(picture: Image.Image, name: str) -> tuple[Tensor, bool]:
         return _grey(np.asarray(picture).astype(np.float32), name), False
     if picture.mode == "F":
         raise InvalidInputError(
-            f"{name} holds floating-point numbers, whose white is not known. Save it as PNG or JPEG, or take it out of the folder."
+            f"{name} contains floating-point numbers of unknown scale. Save it as PNG or JPEG, or take it out of the "
+            "folder."
         )
     transparent = False
     if picture.has_transparency_data:
@@ -64,6 +65,7 @@ def _read(picture: Image.Image, name: str) -> tuple[Tensor, bool]:
 def _grey(values: np.ndarray, name: str) -> Tensor:
     if values.min() < 0 or values.max() > _DEEPEST:
         raise InvalidInputError(
-            f"{name} is grey with values from {values.min():g} to {values.max():g}, more than 16 bits hold. Save it as PNG or JPEG."
+            f"{name} is grey with values from {values.min():g} to {values.max():g}, beyond 16 bits. Save it as PNG or "
+            "JPEG."
         )
     return torch.from_numpy(values / _DEEPEST).unsqueeze(-1).expand(-1, -1, 3).contiguous().unsqueeze(0)

@@ -1,4 +1,4 @@
-"""IMAGEs of the host -> single pictures, none of them copied that is as it should be."""
+"""Splits the host's IMAGEs into single pictures, and copies only those that must be converted."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _COLOURS = (3, 4)  # the fourth is alpha
 class Pictures(Sequence[Tensor]):
     """Single pictures, each (H, W, 3), float32 in [0, 1] on the CPU.
 
-    A folder of pictures is the largest thing in memory beside the model, and the host keeps it. So a picture is a view of what
-    came in. One of another dtype or device, or with values that overshoot, is converted each time that it is asked for.
+    After the model, a folder of pictures is the largest thing in memory, and the host keeps it. So each picture is a
+    view of the input. A picture of another dtype or device, or with overshooting values, is converted on each access.
 
     Args:
         images: IMAGEs, batches of pictures of equal size.
-        names: Their file names, or none.
+        names: Their file names; empty if unknown.
 
     Attributes:
-        labels: What the pictures are called.
-        transparent: Which have transparent parts; those are shown in the colours under them.
+        labels: The pictures' names.
+        transparent: Pictures with transparent parts, of which the colours under the transparency are used.
 
     Raises:
-        InvalidInputError: If there is no picture, or one is not a picture on the scale from 0 to 1.
+        InvalidInputError: If there is no picture, or one is not on the scale from 0 to 1.
     """
 
     def __init__(self, images: Sequence[Any], names: Sequence[str] = ()) -> None:
         self._given = [picture for batch in _numbered(images) for picture in batch]
         if not self._given:
-            raise InvalidInputError("No pictures came in. Connect Load Image or a dataset node to `images`.")
+            raise InvalidInputError("No pictures came in. Connect Load Training Folder or Load Image to `images`.")
         self.labels = Labels(len(self._given), names)
         self._as_given, self.transparent = [], []
         for index, picture in enumerate(self._given):
@@ -66,30 +66,30 @@ class Pictures(Sequence[Tensor]):
 
 
 def _numbered(images: Sequence[Any]) -> list[Tensor]:
-    """Return IMAGEs whose shape is one; the first that is not is named by the number of its first picture."""
+    """Return the IMAGEs after checking their shapes; an error gives the number of the batch's first picture."""
     batches: list[Tensor] = []
     for batch in images:
         number = sum(map(len, batches)) + 1
         if not isinstance(batch, Tensor):
             raise InvalidInputError(
-                f"Picture {number} is not a picture but a {type(batch).__name__}. Connect Load Image or a dataset node."
+                f"Picture {number} is not a picture but a {type(batch).__name__}. Connect Load Training Folder or Load Image."
             )
         if batch.ndim != 4 or batch.shape[-1] not in _COLOURS or 0 in batch.shape[1:]:
             raise InvalidInputError(
                 f"Picture {number} must come in the shape (pictures, rows, columns, 3 colours), got {tuple(batch.shape)}. "
-                "Connect Load Image or a dataset node."
+                "Connect Load Training Folder or Load Image."
             )
         batches.append(batch)
     return batches
 
 
 def _require_picture(name: str, picture: Tensor) -> bool:
-    """Check the values of a picture; return whether they can be used as they are."""
+    """Check the values of a picture; return whether they can be used without conversion."""
     if not picture.is_floating_point():
         kind = str(picture.dtype).removeprefix("torch.")
         raise InvalidInputError(
             f"{name} holds values of the type {kind}; pictures are floating-point numbers from 0 to 1. "
-            "Load it with Load Image or a dataset node."
+            "Load the file with Load Training Folder or Load Image."
         )
     colours = picture[..., :3].to("cpu", torch.float32)
     if not torch.isfinite(colours).all():
@@ -98,7 +98,7 @@ def _require_picture(name: str, picture: Tensor) -> bool:
     if found:
         raise InvalidInputError(
             f"{name} has values from {found[0]:.3g} to {found[1]:.3g}; pictures are 0 to 1. "
-            "Check the node that made it, or load it with Load Image."
+            "Bring it into that range, or load the file with Load Training Folder or Load Image."
         )
     low, high = colours.aminmax()
     in_place = picture.dtype == torch.float32 and picture.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""A folder of pictures and captions below ComfyUI's input folder: what is in it, and its content for a training."""
+"""Reads a folder of pictures and captions inside ComfyUI's input folder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .material import TrainingFile
 from .picture_files import SUFFIXES, read_picture
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""In the order in which they are looked for."""
+"""In order of precedence."""
 LARGEST_CAPTION = 64 * 1024
 MOST_REPEATS = 1000
 _REPEATED = re.compile(r"(\d{1,9})_")
-"""What begins the name of a sub-folder whose pictures count several times: the convention of kohya's trainers."""
+"""Prefix of a sub-folder whose pictures count several times, as in kohya's trainers."""
 
 
 @dataclass(frozen=True)
 class LoadedFolder:
-    """What a folder holds; one element of each list for every picture, and several for one that counts several times.
+    """The content of a folder; each list has one element per picture, or several if a picture counts several times.
 
     Attributes:
         images: IMAGEs of one picture each.
-        texts: Captions; "" where there is none.
-        files: The same, by name.
-        remarks: What is odd, in sentences.
+        texts: Captions; "" if there is none.
+        files: The same with the files' names.
+        remarks: Anything odd, in sentences.
     """
 
     images: list[Tensor]
@@ -44,14 +44,14 @@ class LoadedFolder:
 
 
 def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> LoadedFolder:
-    """Read the pictures of a folder and of its sub-folders, in the order of their names, and their captions.
+    """Read the pictures of a folder and its sub-folders, in the order of their names, and their captions.
 
     Args:
-        folder: A folder below ComfyUI's input folder, as its lists name it.
-        progress: Called with (pictures read, of how many); may raise to interrupt.
+        folder: A folder inside ComfyUI's input folder, named as in ComfyUI's lists.
+        progress: Called with (pictures read, total); may raise to interrupt.
 
     Raises:
-        InvalidInputError: If there is no such folder, it holds no pictures, or one of its files cannot be read.
+        InvalidInputError: If there is no such folder, it contains no pictures, or one of its files cannot be read.
     """
     root = _folder(folder)
     found = _pictures(root)
@@ -60,7 +60,7 @@ def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> L
             f"There are no pictures in the folder {folder!r}: none of its files ends with {', '.join(SUFFIXES)}."
         )
     loaded = [_Picture.read(path, root) for path in _announced(list(found), progress)]
-    counted = [picture for picture in loaded for _ in range(found[root / picture.name])]
+    counted = [picture for picture in loaded for _ in range(found[picture.path])]
     return LoadedFolder(
         images=[picture.image for picture in counted],
         texts=[picture.caption.text for picture in counted],
@@ -70,22 +70,23 @@ def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> L
 
 
 def folder_identity(folder: str) -> str:
-    """Return what changes when a picture or caption is added, removed or written; the reason if the folder cannot be read."""
+    """Return a key that changes when a picture or caption is added, removed or written, or the error on reading."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         for path in _pictures(_folder(folder)):
             for file in [path, *_captions_of(path)]:
                 stamp = file.stat()
                 digest.update(f"{file} {stamp.st_size} {stamp.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
-    except (InvalidInputError, OSError) as error:  # the node will say so when it runs
+    except (InvalidInputError, OSError) as error:  # the node reports it when it runs
         return str(error)
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture with its caption."""
+    """A picture with its caption; ``name`` is readable."""
 
+    path: Path
     name: str
     image: Tensor
     caption: CaptionText
@@ -93,14 +94,14 @@ class _Picture:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> _Picture:
-        name = path.relative_to(root).as_posix()
+        name = _shown(path, root)
         _require_inside(path, name)
         image, transparent = read_picture(path, name)
-        return cls(name, image, _caption(path, root), transparent)
+        return cls(path, name, image, _caption(path, root), transparent)
 
 
 def _remarks(loaded: list[_Picture]) -> list[str]:
-    """Return what is odd; that there are no captions at all is not, because one text may be meant for all pictures."""
+    """Return remarks. Having no captions at all is not odd, because one text may be meant for all pictures."""
     labels = remarks.Labels(len(loaded), [picture.name for picture in loaded])
     texts = [picture.caption.text for picture in loaded]
     blank = {index: colour for index, picture in enumerate(loaded) if (colour := only_colour(picture.image[0]))}
@@ -114,28 +115,30 @@ def _remarks(loaded: list[_Picture]) -> list[str]:
 
 
 def _folder(folder: str) -> Path:
-    """Return the folder of that name below the input folder, never the input folder itself nor one outside of it."""
+    """Return the folder of that name inside the input folder; never the input folder itself or one outside it."""
     root = Path(folder_paths.get_input_directory()).resolve()
     try:
         found = (root / folder).resolve()
         if found != root and found.is_relative_to(root) and found.is_dir():
             return found
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # a name that file systems refuse
         pass
     raise InvalidInputError(
-        f"There is no folder {folder!r} in ComfyUI's input folder. Put your pictures into one there, press R, and choose it."
+        f"There is no folder {folder!r} in ComfyUI's input folder. Put your pictures into one there, press R, and "
+        "choose it."
     )
 
 
 def _pictures(root: Path) -> dict[Path, int]:
-    """Return every picture of the folder and of the folders in it, sorted, and how often it counts."""
+    """Return every picture of the folder and its direct sub-folders, sorted, and how often it counts."""
     found = dict.fromkeys(_of_suffix(root), 1)
     for inner in sorted((path for path in _listed(root) if path.is_dir()), key=_order):
         named = _REPEATED.match(inner.name)
         times = int(named[1]) if named else 1
         if times > MOST_REPEATS:
             raise InvalidInputError(
-                f"The folder {inner.name!r} asks for its pictures {times} times, at most {MOST_REPEATS} are possible."
+                f"The folder {inner.name!r} asks for its pictures {times} times, but at most {MOST_REPEATS} are "
+                "possible."
             )
         found |= {path: times for path in _of_suffix(inner) if times}
     return found
@@ -154,13 +157,13 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _order(path: Path) -> list[tuple[int, str]]:
-    """Return the place of a name as people count: 2.png comes before 10.png."""
+    """Return the key for sorting names naturally: 2.png comes before 10.png."""
     parts = re.split(r"(\d{1,18})", path.name.casefold())
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts] + [(0, path.name)]
 
 
 def _captions_of(picture: Path) -> list[Path]:
-    """Return the files that may hold a picture's caption, the first one counts; endings may be in capitals."""
+    """Return the files that may contain a picture's caption, of which the first counts; suffixes may be upper-case."""
     endings = [ending for suffix in CAPTION_SUFFIXES for ending in (suffix, suffix.upper())]
     candidates = [picture.with_suffix(ending) for ending in endings]
     return [path for path in candidates if path.is_file()]
@@ -170,7 +173,7 @@ def _caption(picture: Path, root: Path) -> CaptionText:
     files = _captions_of(picture)
     if not files:
         return CaptionText("", guessed=False)
-    name = files[0].relative_to(root).as_posix()
+    name = _shown(files[0], root)
     _require_inside(files[0], name)
     try:
         with files[0].open("rb") as file:
@@ -178,11 +181,18 @@ def _caption(picture: Path, root: Path) -> CaptionText:
     except OSError as error:
         raise InvalidInputError(f"{name} cannot be read: {error.strerror}.") from error
     if len(content) > LARGEST_CAPTION:
-        raise InvalidInputError(f"{name} is larger than {LARGEST_CAPTION // 1024} KiB, and so no caption. Shorten it.")
+        raise InvalidInputError(
+            f"{name} is larger than {LARGEST_CAPTION // 1024} KiB, too long for a caption. Shorten it."
+        )
     try:
         return caption_text(content)
     except InvalidInputError as error:
         raise InvalidInputError(f"{name} {error}") from error
+
+
+def _shown(path: Path, root: Path) -> str:
+    """Return a file's name in a form for messages and pages: no line breaks, and only printable characters."""
+    return "".join(char if char.isprintable() else "?" for char in path.relative_to(root).as_posix())
 
 
 def _require_inside(path: Path, name: str) -> None:

@@ -1,1 +1,1 @@
-"""A loaded MODEL as the core wants it: run with blocks replaced, quantised, counted, identified."""
+"""A loaded MODEL in the form that the core needs: run with blocks replaced, quantised, counted, identified."""

@@ -1,7 +1,8 @@
-"""What a model of the host says of itself through its family's adapter, with weights or without."""
+"""What the family's adapter tells about a model of the host, with or without weights."""
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,17 +24,17 @@ from ..inputs.frames import with_frame, without_frame
 
 
 class AdaptedDit(ABC):
-    """A :class:`~...model.SkippableDit` of the host: all of it that follows from the family's adapter.
+    """Base of the host's :class:`~...model.SkippableDit` classes: everything that follows from the family's adapter.
 
     Args:
-        patcher: What has the host's model as ``model``.
+        patcher: Any object with the host's model as ``model``.
 
     Attributes:
-        adapter: The family's.
-        known_error: 0: weights that are used as they are add nothing to the output.
+        adapter: The family's adapter.
+        known_error: 0, because weights that are used unchanged do not change the output.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model.
+        UnsupportedModelError: If no adapter supports the model.
     """
 
     known_error: float = 0.0
@@ -58,12 +59,12 @@ class AdaptedDit(ABC):
     @property
     @abstractmethod
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with besides latent and sigma, for each caption, batch axis 1."""
+        """The model's arguments besides latent and sigma, for each caption, batch axis 1."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
 
     @property
     @abstractmethod
@@ -90,22 +91,22 @@ class AdaptedDit(ABC):
         """Run the model with some modules replaced; see the contract."""
 
     def text_length(self, caption: int) -> int:
-        """Return the number of text tokens that the model is given for a caption."""
+        """Return the number of text tokens passed to the model for a caption."""
         return self.arguments[caption]["c_crossattn"].shape[1]
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens that are in the stream for a caption."""
+        """Return the number of text tokens in the stream for a caption."""
         return self.adapter.text_tokens(self.text_length(caption))
 
     def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent, with those that the host pads with."""
+        """Return the number of image tokens of a latent, including the host's padding."""
         return self.adapter.image_tokens(rows, columns)
 
     def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Linear]:
         """Return the linear layers that get an adapter, by their native names.
 
-        Not those of the last kept block whose only effect is on text tokens: behind it nothing that is trained reads
-        them, so they would have no gradient.
+        Layers of the last kept block that affect only text tokens are left out: nothing after that block reads those,
+        so they would get no gradient.
         """
         last = self.blocks[selection.kept[-1]].name + "."
 
@@ -117,9 +118,9 @@ class AdaptedDit(ABC):
 
     @contextmanager
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> Iterator[Tensor]:
-        """Lend a linear layer's weight the way the host lends it to its own forward, whatever its storage."""
+        """Provide a linear layer's weight as the host does for its own forward, whatever the storage format."""
         layer: Any = module  # of the host's classes, or of another pack's
-        if hasattr(layer, "cast_bias_weight"):  # other packs' packed layers (GGUF) bring a cast of their own
+        if hasattr(layer, "cast_bias_weight"):  # other packs' packed layers (GGUF) have their own cast
             yield layer.cast_bias_weight(like)[0]
             return
         if not hasattr(layer, "weight_function"):
@@ -142,7 +143,7 @@ class AdaptedDit(ABC):
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
             joined = join_arguments([self.arguments[caption] for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
-            call_options = {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
+            call_options = {**options, **_options_of_a_sampler(sigmas, captions)}
             call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
             latents = with_frame(model, noisy)
             return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
@@ -150,15 +151,31 @@ class AdaptedDit(ABC):
         return denoise
 
 
+def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, Any]:
+    """Return the options that the host's samplers pass to a model: noise levels, and the conditionings of the call.
+
+    Args:
+        sigmas: Noise levels of the batch, shape (B,).
+        captions: Index of each row's caption; rows with the same caption are a batch of one conditioning.
+    """
+    conditionings = captions if len(set(captions)) > 1 else captions[:1]
+    return {
+        "sigmas": sigmas,
+        "sample_sigmas": sigmas,  # those of all steps; here every call is a run of one step
+        "cond_or_uncond": [0] * len(conditionings),  # 0: the positive one
+        "uuids": [uuid.UUID(int=caption) for caption in conditionings],
+    }
+
+
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _as_applied(layer: Any, weight: Tensor) -> Tensor:
-    """Return the plain matrix that a layer multiplies its input with.
+    """Return the plain matrix by which a layer multiplies its input.
 
-    The host leaves a weight quantised when its nominal dtype fits already, and a product with a quantised weight would
-    round the gradient as well. Smoothed formats scale the input, channel by channel, before the weight.
+    The host leaves a weight quantised if its nominal dtype already matches, and a product with a quantised weight would
+    round the gradient as well. Smoothed formats scale the input channel by channel before applying the weight.
     """
     if is_traceable_wrapper_subclass(weight):
         weight = weight.dequantize()

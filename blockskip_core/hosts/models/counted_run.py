@@ -1,4 +1,4 @@
-"""A run of a loaded MODEL, counted before it starts, and the memory that there is for it."""
+"""Count a run of a loaded MODEL before it starts, and the memory available for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.model_management
 
-from ...accounting.memory_needs import MemoryNeeds, RunPlan, StoredWeights, memory_needs
+from ...accounting.memory_needs import CountedOnce, MemoryNeeds, RunPlan, StoredWeights, memory_needs
 from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import WEIGHT_FORMATS, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
@@ -23,15 +23,15 @@ from .weightless_dit import WeightlessDit
 
 
 class CountedRun:
-    """What a run with some settings takes. Nothing is loaded for it.
+    """Counts what a run with some settings needs, without loading anything.
 
     Args:
         dit: The MODEL, with the run's captions.
         selection: Blocks to be skipped.
         lora: Rank, alpha, targets.
-        captions: How many there are.
-        draws: Training examples.
-        chunk_size: Examples that go through the blocks together.
+        captions: Number of captions.
+        draws: Number of training examples.
+        chunk_size: Number of examples that go through the blocks together.
         linear: Whether the back residual follows its input linearly.
         residual_format: How residuals are stored.
         probe_size: Side in pixels of the pictures that block selection samples.
@@ -54,6 +54,7 @@ class CountedRun:
         self._draws, self._chunk, self._linear = draws, min(chunk_size, draws), linear
         self._form, self._probe_size = residual_format, probe_size
         self._longest = max(range(captions), key=dit.text_length)
+        self._once = CountedOnce()
 
     @cached_property
     def _weightless(self) -> WeightlessDit:
@@ -79,15 +80,16 @@ class CountedRun:
             residual_format=self._form,
         )
         weights = self.weights(settings)
-        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights), settings)
+        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights, self._once), settings)
         if self._stays_on_device:
             needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
         return needs
 
     def _with_quantised_layers(self, needs: MemoryNeeds, settings: MemorySettings) -> MemoryNeeds:
-        """Add what layers that are quantised for the run take in addition to their weights on the device.
+        """Add what layers quantised for the run need in addition to their weights on the device.
 
-        Packed, all of them are in host memory, because the MODEL stays as it is; unpacked, one is on the device at a time.
+        The packed copies of all of them are in host memory, because the MODEL itself is not changed; on the device one
+        layer at a time is unpacked.
         """
         module = self.dit.patcher.model.diffusion_model
         shrunk = [
@@ -103,12 +105,12 @@ class CountedRun:
 
     @property
     def _stays_on_device(self) -> bool:
-        """Whether the host never takes weights off the device again, as with --highvram; skipping saves nothing then."""
+        """Whether the host never moves weights off the device, as with --highvram; then skipping saves nothing."""
         patcher = self.dit.patcher
         return patcher.offload_device == patcher.load_device and patcher.load_device.type != "cpu"
 
     def weights(self, settings: MemorySettings) -> StoredWeights:
-        """Return what the weights take, with those blocks quantised that the run quantises."""
+        """Return the bytes of the weights, with the run's quantised blocks counted as quantised."""
         module, formats = self.dit.patcher.model.diffusion_model, formats_of(self.dit, self.selection, settings)
         everything = sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
         blocks = [
@@ -132,7 +134,7 @@ class CountedRun:
 
 
 def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySettings) -> dict[str, str]:
-    """Return the blocks that a run quantises: path -> format; trained ones in one, frozen ones in another."""
+    """Return the blocks that a run quantises, path -> format; trained and frozen blocks have a format each."""
     chosen = dict.fromkeys(selection.adapted, settings.quantize_kept)
     chosen |= dict.fromkeys(selection.frozen_span, settings.quantize_frozen)
     return {dit.blocks[index].name: chosen[index] for index in sorted(chosen) if chosen[index] != "off"}

@@ -1,15 +1,14 @@
 """A MODEL of the host as a :class:`~...model.SkippableDit`.
 
-The user's MODEL is never changed. A run makes a clone of the patcher (it shares the weights), gives it stand-ins as
-object patches, loads it through the host's own model management and unloads it in the end, which puts the original
-modules back. Two details make the weights of replaced modules stay off the device: the clone is loaded only after all
-clones were unloaded, because a loaded model keeps what it has; and it gets a new patches id, because the host takes
-object patches with an unchanged id as "already loaded".
+The user's MODEL is never changed. A run clones the patcher (the clone shares the weights), gives the clone stand-ins as
+object patches, loads it through the host's own model management and unloads it at the end, which restores the original
+modules. Two details keep the weights of replaced modules off the device: the clone is loaded only after all other
+clones are unloaded, because a loaded model keeps what it has; and it gets a new patches id, because the host treats
+object patches with an unchanged id as already loaded.
 """
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 import comfy.model_management
-import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
@@ -27,12 +25,10 @@ from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
 from .adapted_dit import AdaptedDit
-from .residency import MODEL_PREFIX, evict_others, keep_what_autograd_saves, unload, whole_model
+from .patches import for_training
+from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
 
-logger = logging.getLogger(__name__)
-
-_MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free: what the host's own trainer asks for to stream weights
-_COMPILED = "torch.compile"  # key of the wrapper that the host's TorchCompileModel puts around the model
+_MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
 
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
@@ -41,37 +37,33 @@ class HostedDit(AdaptedDit):
     """A MODEL that can be run with blocks replaced.
 
     Args:
-        patcher: The MODEL; left as it is.
+        patcher: The MODEL, which is left unchanged. Anything that only belongs to sampling is left out; see
+            ``patches``.
         captions: Conditionings, each ``[[tensor, settings]]``.
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model, or it carries what a copy of a block would not have.
+        UnsupportedModelError: If no adapter knows the model, or it has a change that training cannot follow.
         InvalidInputError: If a caption comes from another model's text encoder.
     """
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
-        self.patcher = patcher
-        super().__init__(patcher)
-        _require_no_injections(patcher)
-        _require_plain_access(self.blocks, patcher.model.diffusion_model)
+        self.patcher = for_training(patcher)
+        super().__init__(self.patcher)
+        _require_plain_access(self.blocks, self.patcher.model.diffusion_model)
         self.adapter.require_texts(captions)
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
         self._reserved = False
-        if captions and "optimized_attention_override" in patcher.model_options["transformer_options"]:
-            logger.warning("BlockSkip: the attention that another node put on the MODEL is not used while training")
-        if captions and any(_COMPILED in of_kind for of_kind in patcher.wrappers.values()):
-            logger.warning("BlockSkip: the MODEL is trained without torch.compile, which would undo the skipping")
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         return self.patcher.load_device
 
     @property
     def room_for_blocks(self) -> int:
-        """Bytes of blocks that may be loaded together: a quarter of what is free, or all where nothing is moved."""
+        """Bytes of blocks that may be loaded together: a quarter of the free memory, or all on the CPU."""
         if self.device.type == "cpu":
             return sum(self.block_bytes)
         unload(self.patcher)
@@ -80,29 +72,30 @@ class HostedDit(AdaptedDit):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the token streams."""
-        return self.patcher.model.get_dtype_inference()
+        """Dtype of the token streams, which another node may have set."""
+        chosen = self.patcher.get_model_object("manual_cast_dtype")
+        return self.patcher.model.get_dtype() if chosen is None else chosen
 
     def module(self, name: str) -> nn.Module:
-        """Return the model's own module, unloaded: a copy must not have the marks of a loaded one."""
+        """Return the model's own module, unloaded, because a copy must not have the attributes of a loaded module."""
         self._reserve_addresses()
         unload(self.patcher)
         return self.patcher.model.diffusion_model.get_submodule(name)
 
     def _reserve_addresses(self) -> None:
-        """Let a dynamic patcher give the model's own layers their place in its virtual memory, once.
+        """Have a dynamic patcher assign the model's own layers their place in its virtual memory, once.
 
-        Copies of layers share the place of the original; without one, every copy would be given a new place, and
-        places are never given back.
+        Copies of layers share the original's place; if the original had none, every copy would get a new one, and
+        places are never released.
         """
         if not self._reserved and self.patcher.is_dynamic():
-            with torch.inference_mode():  # as the host loads it: outside, its own weights could not be hashed any more
+            with torch.inference_mode():  # as in the host; otherwise its weights could no longer be hashed
                 comfy.model_management.load_models_gpu([self.patcher])
         self._reserved = True
 
     @cached_property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with besides latent and sigma, for each caption, on the CPU."""
+        """The model's arguments besides latent and sigma, for each caption, on the CPU."""
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frame(model, torch.zeros(1, *self._latent_shape))
@@ -117,18 +110,18 @@ class HostedDit(AdaptedDit):
         weights: WeightPlacement = "as fits",
         baked: Collection[str] = frozenset(),
     ) -> Iterator[Denoiser]:
-        """Load the model with ``replacements`` in place; unload it and put everything back afterwards.
+        """Load the model with ``replacements`` in place; unload it and restore everything afterwards.
 
-        What is not replaced is loaded as a copy too; see ``residency`` for why.
+        Modules that are not replaced are loaded as copies too; ``residency`` explains why.
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
             activation_bytes: Memory that the host should keep free in addition to the weights.
-            weights: Where weights are kept. "resident" loads them all, where the host would leave some in host memory
-                to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself ("dynamic
-                VRAM") does that in any case, and on other than NVIDIA's cards the host fills 40 % of what is free with
-                weights even if they are to be streamed. Weights that autograd saves are on the device in any case.
-            baked: Keys of patches that the weights of ``replacements`` contain already.
+            weights: Where weights are kept. "resident" loads all of them, even those that the host would leave in host
+                memory to keep its reserve (1.2 GiB or more) free. A host that pages weights in and out by itself
+                ("dynamic VRAM") always does so, and on cards other than NVIDIA's the host fills 40 % of the free memory
+                with weights even if they should be streamed. Weights that autograd saves are always on the device.
+            baked: Keys of patches that the weights of ``replacements`` already contain.
 
         Yields:
             The denoiser, bound to this MODEL's captions.
@@ -144,9 +137,9 @@ class HostedDit(AdaptedDit):
         clone.patches_uuid = uuid.uuid4()
         clone.size = self._planned_bytes(replacements)
         was_training = comfy.model_management.in_training
-        put_back = _remember_places(everything.values())
+        put_back = _remember_tensors(everything.values())
         try:
-            comfy.model_management.in_training = True  # kernels that have a backward; the same ones for residuals
+            comfy.model_management.in_training = True  # kernels with a backward, and the same ones for residuals
             evict_others(clone)
             with torch.inference_mode(False):
                 comfy.model_management.load_models_gpu(
@@ -163,25 +156,23 @@ class HostedDit(AdaptedDit):
             clone.cleanup()
             put_back()
             unload(clone)
+            drop_cast_buffers()
 
     def _planned_bytes(self, replacements: Mapping[str, nn.Module]) -> int:
-        """Return what will be loaded. The host would plan with what the MODEL's own modules take."""
+        """Return the bytes that will be loaded; the host would plan with the size of the MODEL's own modules."""
         size = comfy.model_management.module_size
         replaced = sum(size(self.module(name)) for name in replacements)
         return size(self.patcher.model) - replaced + sum(size(stand) for stand in replacements.values())
 
 
 def _options(clone: Any) -> dict[str, Any]:
-    """Return the ``transformer_options`` of a training's calls of a loaded clone."""
-    options = clone.model_options["transformer_options"].copy()
-    wrappers = comfy.patcher_extension.merge_nested_dicts(options.get("wrappers", {}), clone.wrappers)
-    options["wrappers"] = _without_compilation(wrappers)
-    options["optimized_attention_override"] = _differentiable_attention
-    return options
+    """Return the ``transformer_options`` for a training's calls to a loaded clone."""
+    options = clone.model_options["transformer_options"]
+    return {**options, "optimized_attention_override": _differentiable_attention}
 
 
 def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Module) -> None:
-    """Refuse layers whose weight nobody can lend: without it no gradient passes."""
+    """Refuse layers whose weight cannot be obtained: no gradient can pass without it."""
     for block in blocks:
         for path, layer in diffusion_model.get_submodule(block.name).named_modules():
             if not is_linear(layer) or hasattr(layer, "cast_bias_weight"):
@@ -197,17 +188,17 @@ def _require_plain_access(blocks: Sequence[BlockInfo], diffusion_model: nn.Modul
 
 
 def _differentiable_attention(attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Attend as the host would, unless its kernel has no backward: then with torch's own."""
+    """Use the host's attention, or torch's if the host's kernel has no backward."""
     if attention.__name__ not in _WITH_BACKWARD:
         attention = attention_pytorch
     return attention(*args, **kwargs)
 
 
-def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None]:
-    """Return a function that gives these modules the tensors back that they have now.
+def _remember_tensors(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None]:
+    """Return a function that restores the tensors that these modules have now.
 
-    What was moved to the device has to be dropped before the host unloads, which would copy it back beside the MODEL's
-    own weights.
+    Tensors that were moved to the device must be dropped before the host unloads; it would copy them back to host
+    memory, where the MODEL's own weights already are.
     """
     places = list(modules)
     trees = [module for module in places if isinstance(module, nn.Module)]
@@ -223,17 +214,3 @@ def _remember_places(modules: Iterable[nn.Module | Tensor]) -> Callable[[], None
             parameter.data = before
 
     return put_back
-
-
-def _without_compilation(wrappers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Leave out the wrapper that puts compiled blocks into the model: it would put the original ones over ours."""
-    return {kind: {key: w for key, w in of_kind.items() if key != _COMPILED} for kind, of_kind in wrappers.items()}
-
-
-def _require_no_injections(patcher: Any) -> None:
-    """Refuse what the host puts into the model's own modules at load time: stand-ins would run without it."""
-    if patcher.injections or patcher.hook_patches:
-        raise UnsupportedModelError(
-            "The MODEL carries a LoRA in bypass mode or weight hooks, which blocks that are run one by one would not "
-            "see. Apply the LoRA with Load LoRA instead, and connect the MODEL without hooks."
-        )

@@ -1,7 +1,7 @@
-"""Content hashes: is this the model, these the pictures and captions, that residuals were made from?
+"""Content hashes, to tell whether residuals were made from this model and these pictures and captions.
 
-Hashing 24 GB of weights would take longer than a short training, so each weight contributes its name, shape, dtype
-and 256 numbers spread over it. Patches (a LoRA applied before us) contribute in the same way, with their strengths.
+Hashing 24 GB of weights would take longer than a short training, so each weight contributes its name, shape, dtype and
+256 numbers spread over it. Patches (a LoRA applied earlier) contribute in the same way, with their strengths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAMPLES_PER_TENSOR = 256
 
 
 def model_identity(patcher: Any) -> str:
-    """Return a content hash of a MODEL: its diffusion model's weights and what is patched onto them.
+    """Return a content hash of a MODEL: its diffusion model's weights and their patches.
 
     The model is unloaded first: while it is loaded, patches may be merged into its weights.
     """
@@ -36,14 +36,14 @@ def model_identity(patcher: Any) -> str:
 def module_identity(module: nn.Module) -> str:
     """Return a content hash of a module's weights."""
     state = module.state_dict()
-    own = dict(module.named_parameters())  # some packs list packed weights in a state dict by their size only
+    own = dict(module.named_parameters())  # some packs give only sizes of packed weights in a state dict
     digest = _Digest()
     digest.add({name: own.get(name, state[name]) if state[name].is_meta else state[name] for name in sorted(state)})
     return digest.hexdigest()
 
 
 def tensors_identity(tensors: Iterable[Tensor]) -> str:
-    """Return a content hash of every number of some tensors (pictures: small enough for that)."""
+    """Return a content hash of all numbers in some tensors (pictures are small enough for that)."""
     digest = _Digest(samples=None)
     digest.add(tensors if isinstance(tensors, Sequence) else list(tensors))
     return digest.hexdigest()
@@ -57,18 +57,28 @@ def conditionings_identity(conditionings: Iterable[list]) -> str:
 
 
 def host_identity() -> str:
-    """Return what computes: another version may compute slightly different numbers."""
+    """Return the versions of host and torch, because other versions may compute slightly different numbers."""
     return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}"
 
 
 def _names(value: Any) -> Any:
-    """Return a nested container with functions and objects replaced by where they are defined."""
+    """Return a nested container with functions and objects replaced by where they are defined, modules by numbers."""
     if isinstance(value, Mapping):
         return {str(key): _names(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple, set)):
         return [_names(item) for item in value]
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, nn.Module):  # a schedule or a layer: include its numbers
+        return [_place(value), _names({key: x for key, x in vars(value).items() if isinstance(x, (str, int, float))}),
+                module_identity(value)]  # fmt: skip
+    return _place(value)
+
+
+def _place(value: Any) -> str:
+    """Return where a function or a class is defined."""
     place = value if hasattr(value, "__qualname__") else type(value)
     return f"{place.__module__}.{place.__qualname__}"
 
@@ -97,11 +107,11 @@ class _Digest:
                 self._add(item)
         elif isinstance(value, (str, int, float, bool, bytes, type(None))):
             self._text(repr(value))
-        elif isinstance(value, Sequence):  # also one that makes its items when they are asked for
+        elif isinstance(value, Sequence):  # including one that creates its items on demand
             self._text(f"{len(value)} items")
             for item in value:
                 self._add(item)
-        else:  # a weight adapter of the host and the like: its class and the tensors in it
+        else:  # e.g. the host's weight adapters: class and tensors
             self._text(type(value).__name__)
             self._add(getattr(value, "weights", None))
 

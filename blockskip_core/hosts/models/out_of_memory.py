@@ -1,4 +1,4 @@
-"""Out-of-memory errors: explained in one sentence, after releasing what filled the memory."""
+"""Explain out-of-memory errors in one sentence, after releasing the memory that the failed step held."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 class OutOfMemoryError(BlockSkipError, comfy.model_management.OOM_EXCEPTION):
-    """A run that needs more memory than the device has. The host knows it as one of its own, and unloads all models."""
+    """A run needs more memory than the device has. Also one of the host's errors, so that it unloads all models."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is an allocator's, of whatever device, that has not been explained yet."""
+    """Return whether an error comes from an allocator, of any device, and has not been explained yet."""
     if isinstance(error, BlockSkipError):
         return False
     said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
@@ -29,10 +29,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory")  # MPS; the CPU's allocator, on Windows
 
 
-def let_go(error: BaseException) -> str:
-    """Log an error, drop what the frames of its traceback hold, and return the first line of what it says.
+def log_and_release(error: BaseException) -> str:
+    """Log an error, clear the frames of its traceback, and return the first line of its message.
 
-    The activations of the step that failed are among these: as long as anything holds the error, they fill the device.
+    Those frames hold the activations of the failed step, which fill the device as long as anything refers to the error.
     """
     logger.warning("BlockSkip: out of memory", exc_info=error)
     seen: BaseException | None = error
@@ -47,8 +47,8 @@ def out_of_memory_explained(doing: str, advice: str) -> Iterator[None]:
     """Turn an allocator's error in this context into one sentence.
 
     Args:
-        doing: What is done, e.g. "Precomputing".
-        advice: What to change, a sentence.
+        doing: The activity, e.g. "Precomputing".
+        advice: A sentence that says what to change.
 
     Raises:
         OutOfMemoryError: In place of the allocator's error.
@@ -58,7 +58,7 @@ def out_of_memory_explained(doing: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = let_go(error)
+        said = log_and_release(error)
     else:
         return
     raise OutOfMemoryError(f"{doing} ran out of memory ({said}). {advice}")

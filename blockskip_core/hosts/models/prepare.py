@@ -1,4 +1,4 @@
-"""Pictures, captions and a MODEL made into what a training reads: the schedule, its latents and its residuals."""
+"""Turn pictures, captions and a MODEL into the inputs of a training: schedule, latents and residuals."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from ...data.schedule import TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
 from ...residuals.back_response import BackResidual
 from ...residuals.cache import CacheIdentity
+from ...residuals.cached_set import stored_latents, write_cache
 from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
-from ...residuals.sources import PhaseProgress, ResidualSet, Storage, require_room, stored_latents, write_cache
+from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, require_room
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
 from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
+from .patches import for_training
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSettings:
-    """How examples are drawn and their residuals kept.
+    """How examples are drawn and how their residuals are stored.
 
     Attributes:
-        draws: Training examples.
+        draws: Number of training examples.
         patch_min, patch_max: Sides in pixels of a training picture, and of the largest crop.
         storage: Where residuals are kept.
-        seed: Every random decision follows from it.
-        patch_order: How a crop's side follows from its noise level.
-        timesteps: How noise levels are drawn; ``timestep_shift`` is only read by "shifted".
-        chunk_size: Examples that go through the model's blocks together.
-        back_residual: What stands in for the last blocks.
+        seed: Determines every random decision.
+        patch_order: How a crop's side depends on its noise level.
+        timesteps: Distribution of noise levels; ``timestep_shift`` is used by "shifted" only.
+        chunk_size: Number of examples that go through the model's blocks together.
+        back_residual: What replaces the last blocks.
         residual_format: How residuals are rounded.
     """
 
@@ -55,7 +57,7 @@ class ResidualSettings:
     residual_format: ResidualFormat = "exact"
 
     def as_read(self) -> ResidualSettings:
-        """Return the settings with what this storage does not read at its default, so that it makes no other run."""
+        """Return the settings, with those that this storage ignores at their defaults, so that runs are found again."""
         if self.storage != "on the fly":
             return self
         return replace(
@@ -75,23 +77,23 @@ def prepare_residuals(
     progress: PhaseProgress,
     labels: Labels | None = None,
 ) -> tuple[ResidualSet, TrainingCrops]:
-    """Draw the schedule, encode its crops and, with storage "disk", compute the residuals; what is there is used.
+    """Draw the schedule, encode its crops and, with storage "disk", compute the residuals unless they are stored.
 
     Args:
         model: The MODEL.
-        vae: Belongs to it.
+        vae: The VAE that belongs to it.
         pictures: Each (H, W, 3) in [0, 1].
         captions: Single conditionings, each ``[[tensor, settings]]``: one for all pictures or one for each.
         selection: Blocks to be skipped.
-        settings: How.
-        progress: Called as it goes; may raise to interrupt.
-        labels: What the pictures are called in messages; their numbers without.
+        settings: How examples are drawn and stored.
+        progress: Called during the work; may raise to interrupt.
+        labels: The pictures' names in messages; their numbers if None.
 
     Raises:
-        InvalidInputError: If something does not fit together, or there is no room.
-        StorageError: If the disk refuses.
+        InvalidInputError: If inputs do not fit together, or there is not enough space.
+        StorageError: If the disk cannot be written.
     """
-    settings = settings.as_read()
+    settings, model = settings.as_read(), for_training(model)
     bare = HostedDit(model)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":
@@ -114,7 +116,7 @@ def prepare_residuals(
     )
     residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, progress))
     if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
-        # Another process may have been faster. Its device may round otherwise, and the cache goes with its latents.
+        # Another process may have been faster. Its device may round differently, so its cache needs its latents.
         stored = stored_latents(residuals, progress)
         residuals = residuals if stored is None else replace(residuals, latents=stored)
     return residuals, crops
@@ -160,8 +162,8 @@ def _identity(
     schedule: TrainingSchedule,
     settings: ResidualSettings,
 ) -> CacheIdentity:
-    """Return all that decides the residuals' numbers."""
-    # A linear answer is fitted on the first chunk, so its size decides what is stored.
+    """Return everything that determines the residuals' values."""
+    # A linear response is fitted on the first chunk, so the chunk size affects what is stored.
     linear = settings.back_residual == "linear"
     return CacheIdentity(
         model=model_identity(dit.patcher),
@@ -177,12 +179,12 @@ def _identity(
 
 
 def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, progress: PhaseProgress) -> Tensor:
-    """Return the latents of all crops: those of a finished cache, or encoded now, if there is room for all that follows."""
+    """Return the latents of all crops, from a finished cache or encoded now, if there is space for the residuals."""
     if residuals.storage == "disk":
         stored = stored_latents(residuals, progress)
         if stored is not None:
             return stored
-    require_room(residuals, _dit(model, residuals))  # before an hour is spent on pictures
+    require_room(residuals, _dit(model, residuals))  # before spending an hour on encoding
     order = crops.by_picture(range(len(crops)))
     return encode_crops(
         vae, model.model, crops, lambda done, total: progress("encoding crops", done, total), order=order

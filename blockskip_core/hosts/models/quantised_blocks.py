@@ -1,16 +1,16 @@
 """Kept blocks quantised for the duration of a run, in the host's own formats: more model in the same GPU memory.
 
-LoRA on a quantised base is the idea of QLoRA (arXiv 2305.14314). Here only the linear weights of the blocks that are
-trained are quantised, one layer at a time, when a run begins:
+LoRA on a quantised base is the idea of QLoRA (arXiv 2305.14314). Here only the linear weights of the kept blocks are
+quantised, one layer at a time, when a run begins:
 
-    original weight (stays where it is) --[+ the user's patches]--> float32, one layer --> quantised copy in host RAM
+    original weight (not moved) --[+ the user's patches]--> float32, one layer --> quantised copy in host RAM
 
-The quantised copy is what the host loads, so no more than one layer is ever unpacked: in a forward or backward
-pass a layer's weight is dequantised, used and dropped. Inputs are not quantised, so gradients are those of the
-quantised weights. Patches (a LoRA applied before us) are part of what is quantised and are not applied again.
+The host loads the quantised copy, so no more than one layer is ever unpacked: in a forward or backward pass a layer's
+weight is dequantised, used and dropped. Inputs are not quantised, so gradients are those of the quantised weights.
+Patches (a LoRA applied earlier) are quantised with the weight and are not applied again.
 
 The residuals are those of the model as loaded, because skipped blocks are not quantised. So before the first step the
-trained model differs from the full model by what quantisation costs, and the self-check has to allow for that:
+trained model differs from the full model by the quantisation error, and the self-check has to allow for that:
 :attr:`QuantisedDit.known_error`.
 """
 
@@ -42,14 +42,15 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (done, total) layers; may raise to interrupt
 
-# How far the output moved, over the relative error of the worst layer: at most 1.4 in tiny random models of 6 blocks,
-# 1.3 in the demo's trained model of 12. Five leaves room for deep models, and refuses residuals of another model.
+# Change of the output over the relative error of the worst layer: at most 1.4 in tiny random models of 6 blocks, 1.3 in
+# the demo's trained model of 12. A factor of 5 leaves room for deep models, and still detects another model's
+# residuals.
 ERROR_ALLOWANCE = 5.0
 _SMALLEST_STREAMED = 16 * 1024  # bytes; the host keeps smaller layers resident, without a place in virtual memory
 
 
 def available_formats() -> list[str]:
-    """Return what ``quantize_kept`` can be on this host, "off" first."""
+    """Return the choices of ``quantize_kept`` on this host, "off" first."""
     names = get_args(QuantizeKept)
     if not issubclass(comfy.quant_ops.QuantizedTensor, Tensor):  # comfy_kitchen is not installed
         return list(names[:1])
@@ -57,12 +58,12 @@ def available_formats() -> list[str]:
 
 
 def default_for_frozen_blocks() -> str:
-    """Return the format of blocks that no adapter learns on: the smallest of this host, or "off" if it has none."""
+    """Return the default format of blocks without adapters: the host's smallest, or "off" if it has none."""
     return "4-bit" if "4-bit" in available_formats() else "off"
 
 
 def formats_on(device: torch.device) -> list[str]:
-    """Return what ``quantize_kept`` can be on a device, "off" first: not every device has eight-bit numbers."""
+    """Return the choices of ``quantize_kept`` on a device, "off" first: not every device supports 8-bit numbers."""
     return [name for name in available_formats() if name == "off" or _works_on(name, str(device))]
 
 
@@ -73,7 +74,7 @@ def _works_on(weight_format: str, device: str) -> bool:
     try:
         packed = _packed(weight.to(device), weight_format)
         error = (packed.dequantize().float().cpu() - weight).norm() / weight.norm()
-    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device refuses in its own way
+    except (RuntimeError, TypeError, NotImplementedError) as problem:  # each device fails in its own way
         logger.info("BlockSkip: no weights in %s on %s: %s", weight_format, device, problem)
         return False
     return error.item() < 0.2
@@ -88,16 +89,16 @@ def require_available(weight_format: str, device: torch.device) -> None:
         )
     if weight_format not in formats_on(device):
         raise InvalidInputError(
-            f"quantize_kept {weight_format!r} does not work on this device ({device}), where {', '.join(formats_on(device))} "
-            "can be chosen. Choose one of these."
+            f"quantize_kept {weight_format!r} does not work on this device ({device}). "
+            f"Choose one of {', '.join(formats_on(device))}."
         )
 
 
 class QuantisedDit(WrappedDit):
-    """A :class:`HostedDit` whose named blocks are quantised; everything else is the HostedDit's.
+    """A :class:`HostedDit` with the named blocks quantised.
 
     Args:
-        dit: The model. It is not changed, and can be used as it is in between.
+        dit: The model. It is not changed, and can still be used unquantised.
         formats: Path of a block -> a key of ``WEIGHT_FORMATS``.
 
     Attributes:
@@ -137,7 +138,7 @@ class QuantisedDit(WrappedDit):
         return ERROR_ALLOWANCE * max(self.layer_errors.values(), default=0.0)
 
     def module(self, name: str) -> nn.Module:
-        """Return the quantised block, or the model's own module if it is none of the quantised ones."""
+        """Return the quantised block, or the model's own module if that block is not quantised."""
         if name not in self._formats:
             return self._dit.module(name)
         self.quantise()
@@ -151,7 +152,7 @@ class QuantisedDit(WrappedDit):
         activation_bytes: int = 0,
         weights: WeightPlacement = "as fits",
     ) -> Iterator[Denoiser]:
-        """Run as the HostedDit does, with room for one dequantised layer, and without the patches that are in it."""
+        """Run like the HostedDit, with room for one dequantised layer, and without the patches already merged."""
         room = bytes_to_unpack(self._largest_layer, self._dit.dtype)
         with self._dit.running(
             replacements, activation_bytes=activation_bytes + room, weights=weights, baked=frozenset(self._baked)
@@ -171,7 +172,7 @@ class QuantisedDit(WrappedDit):
         return [(path, layer) for path, layer in block.named_modules() if is_shrunk(layer, self._formats[name])]
 
     def quantise(self, progress: Progress | None = None) -> None:
-        """Quantise the blocks, once; otherwise it happens when the first of them is asked for.
+        """Quantise the blocks, once; if not called, this happens when the first of them is requested.
 
         Args:
             progress: Called after every layer.
@@ -215,13 +216,13 @@ class QuantisedDit(WrappedDit):
 
 
 def bytes_to_unpack(numbers: int, dtype: torch.dtype) -> int:
-    """Return what a layer takes while it is unpacked: in the dtype of the computation, and on the way to it.
+    """Return the bytes that a layer takes while it is unpacked: in the computation's dtype, and in float32 before.
 
-    The host's kernels for NVIDIA's cards write that dtype at once; everywhere else it goes through float32.
+    The host's kernels for NVIDIA's cards write that dtype directly; everywhere else float32 is an intermediate step.
 
     Args:
-        numbers: Of the layer's weight.
-        dtype: Of the computation.
+        numbers: Number of elements of the layer's weight.
+        dtype: Dtype of the computation.
     """
     return numbers * (dtype.itemsize + torch.float32.itemsize)
 
@@ -237,12 +238,12 @@ def _layout(weight_format: str) -> str:
 
 
 def _weight_only_linear(dtype: torch.dtype) -> Any:
-    """Return the host's class for quantised layers, in the form that never quantises inputs."""
+    """Return a version of the host's class for quantised layers that never quantises inputs."""
     host_class = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True).Linear
 
     class WeightOnlyLinear(host_class):  # type: ignore[misc, valid-type]  # the class is made by a call
         def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            # The host hands the weight on quantised if its nominal dtype fits, and some formats then quantise x.
+            # The host passes the weight quantised if its nominal dtype matches, and some formats then quantise x.
             if isinstance(weight, comfy.quant_ops.QuantizedTensor):
                 weight = weight.dequantize()
             return nn.functional.linear(x, weight, bias)
@@ -251,9 +252,9 @@ def _weight_only_linear(dtype: torch.dtype) -> Any:
 
 
 def _share_place(layer: Any, quantised: Any) -> None:
-    """Give a layer's place in the host's virtual memory to its quantised form: places are never given back.
+    """Give a layer's place in the host's virtual memory to its quantised form, because places are never released.
 
-    Only one of them is ever loaded, and the host forgets what is there when the patches id changes.
+    Only one of the two is ever loaded, and the host forgets a place's content when the patches id changes.
     """
     size = stored_bytes(quantised.weight)
     if hasattr(layer, "_v") and _SMALLEST_STREAMED < size <= layer.weight.nbytes:

@@ -1,22 +1,22 @@
 """What is in a device's memory during a run, and who may write into it.
 
-The rule that every run of a MODEL keeps:
+The rule for every run of a MODEL:
 
-    What autograd will read is memory that nothing else writes into, made outside inference mode.
+    Autograd only reads memory that nothing else writes into and that was created outside inference mode.
 
-Three things follow from it, each with a function here:
+Three things follow, each with a function here:
 
-- No module of the MODEL itself is loaded in a run: what the caller does not replace is replaced by a copy that shares
-  its weights (:func:`whole_model`). Loaders run under ``torch.inference_mode``, so the MODEL's own parameters are
-  inference tensors; the host moves them by assigning ``.data``, which torch refuses outside inference mode, and autograd
-  refuses to save them.
-- Weights that autograd saves are on the device for the whole run, in memory of their own
-  (:func:`keep_what_autograd_saves`). A weight that is not there is lent: copied, while its layer's forward runs,
-  into a buffer that the next layers' weights are copied into as well, or into pages that the host takes back. Nothing
-  notices when backward reads such a buffer later (measured on a tiny FLUX.1: gradients 50 % off, losses unchanged).
-  The weights of linear layers may be lent, because autograd never saves them: ``lora`` detaches these layers and asks
-  for the weight again in backward.
-- Other models leave the device before it is asked what is free (:func:`evict_others`).
+- No module of the MODEL itself is loaded in a run: modules that the caller does not replace are replaced by copies that
+  share their weights (:func:`whole_model`). Loaders run under ``torch.inference_mode``, so the MODEL's own parameters
+  are inference tensors; the host moves them by assigning ``.data``, which torch refuses outside inference mode, and
+  autograd refuses to save them.
+- Weights that autograd saves are on the device for the whole run, in separate memory
+  (:func:`keep_what_autograd_saves`). Any other weight is provided only temporarily: while its layer's forward runs it
+  is copied into a buffer that is reused for the next layers, or into pages that the host reclaims. If backward reads
+  such a buffer later, no error is raised (measured on a tiny FLUX.1: gradients 50 % off, losses unchanged). For linear
+  layers this is safe, because autograd never saves their weights: ``lora`` detaches these layers and asks for the
+  weight again in backward.
+- Other models are moved off the device before its free memory is queried (:func:`evict_others`).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def whole_model(
     Args:
         model: The diffusion model, unloaded.
         replacements: Path -> stand-in.
-        patched: Paths that another node has replaced; they are left alone, and so is all below them.
+        patched: Paths that another node has replaced; they and everything below them are left alone.
     """
     taken = {*replacements, *patched}
     return {**dict(_unreplaced(model, "", taken)), **replacements}
 
 
 def _unreplaced(module: nn.Module, path: str, taken: Collection[str]) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    """Yield the largest modules that hold nothing of ``taken``, and the tensors of those that do, as copies."""
+    """Yield copies of the largest modules without any of ``taken`` inside, and of the direct tensors of the others."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and path + name not in taken:
             yield path + name, weight_sharing_alias(tensor)
@@ -65,14 +65,14 @@ def _unreplaced(module: nn.Module, path: str, taken: Collection[str]) -> Iterato
 
 @torch.no_grad()
 def keep_what_autograd_saves(patcher: Any, replacements: Mapping[str, Any], device: torch.device) -> None:
-    """Bring all weights of the replacements onto the device, except those of linear layers; see the module's rule.
+    """Move all weights of the replacements to the device, except those of linear layers; see the rule above.
 
-    The user's patches of these weights, which the host would apply whenever it lends one, are applied once here.
+    The user's patches of these weights, which the host would apply on every use, are applied once here.
 
     Args:
         patcher: The loaded clone that carries the replacements.
-        replacements: Path below the diffusion model -> module; tensors among them are skipped, as nothing runs them.
-        device: Where the model runs.
+        replacements: Path below the diffusion model -> module; tensors are skipped, because nothing runs them.
+        device: The device that the model runs on.
     """
     for stem, stand in replacements.items():
         for path, layer in stand.named_modules() if isinstance(stand, nn.Module) else ():
@@ -91,29 +91,39 @@ def keep_what_autograd_saves(patcher: Any, replacements: Mapping[str, Any], devi
 
 
 def _drop_patch(layer: nn.Module, name: str) -> None:
-    """Take the patch of a weight that contains it already off a layer, in both places where the host puts one."""
+    """Remove a patch that the weight already contains from a layer, in both places where the host puts one."""
     functions = getattr(layer, f"{name}_function", [])
     setattr(layer, f"{name}_function", [one for one in functions if not getattr(one, "is_lowvram_patch", False)])
     setattr(layer, f"{name}_lowvram_function", None)
 
 
 def unload(patcher: Any) -> None:
-    """Unload a model and all clones of it, and nothing else; its modules and weights are then the original ones."""
+    """Unload a model and all its clones, and nothing else; afterwards its modules and weights are the original ones."""
     management = comfy.model_management
     if not patcher.object_patches_backup and not any(_is_clone(m, patcher) for m in management.current_loaded_models):
         return
     others = [loaded for loaded in management.current_loaded_models if not _is_clone(loaded, patcher)]
     management.free_memory(1e30, patcher.load_device, keep_loaded=others)
-    if patcher.model is not None and patcher.object_patches_backup:  # the host keeps models that it thinks fit
+    if patcher.model is not None and patcher.object_patches_backup:  # the host keeps models that it expects to fit
         patcher.detach()
 
 
 def evict_others(patcher: Any) -> None:
-    """Unload every model on this one's device that is not a clone of it: text encoders and VAEs have done their part."""
+    """Unload every other model from this one's device: text encoders and VAEs are no longer needed."""
     management = comfy.model_management
     own = [loaded for loaded in management.current_loaded_models if _is_clone(loaded, patcher)]
     if len(own) < len(management.current_loaded_models):
         management.free_memory(1e30, patcher.load_device, keep_loaded=own)
+
+
+def drop_cast_buffers() -> None:
+    """Free the buffers that streamed weights were copied into.
+
+    The host keeps them for its next streamed model: hundreds of MiB, one layer's weight per stream. With dynamic VRAM
+    it drops them itself after every node.
+    """
+    if comfy.model_management.STREAM_CAST_BUFFERS:
+        comfy.model_management.reset_cast_buffers()
 
 
 def paged_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
-"""A model without weights as a :class:`~...model.SkippableDit`: for counting what a run will take, before it.
+"""A model without weights as a :class:`~...model.SkippableDit`, for counting a run before it starts.
 
-The host's own classes run on the ``meta`` device. The host's loader is not used: it would make the weights real.
-Instead a run makes ``meta`` tensors of the sizes that would be loaded, so that a counter sees them come and go.
+The host's own classes run on the ``meta`` device. The host's loader is not used, because it would allocate the weights.
+Instead a run creates ``meta`` tensors of the sizes that would be loaded, so that a counter sees them come and go.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from ..inputs.frames import with_frame
 from .adapted_dit import AdaptedDit
 from .hosted_dit import HostedDit
 
-# Marks of the host's memory management and of patches on single layers; with them a layer would look for its weights.
+# Attributes set by the host's memory management and by patches on single layers; with them a layer would look for its
+# weights.
 _MARKS: dict[str, Any] = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
 
 
 class WeightlessDit(AdaptedDit):
-    """A model whose tensors have shapes only.
+    """A model whose tensors have shapes but no data.
 
     Args:
         model: The host's model (a BaseModel) with all weights on ``meta``.
-        arguments: What the model is called with besides latent and sigma, for each caption, batch axis 1; any device.
+        arguments: The model's arguments besides latent and sigma, for each caption, batch axis 1; any device.
         runs_on: The device whose kernels are counted.
     """
 
@@ -52,6 +53,7 @@ class WeightlessDit(AdaptedDit):
         """Return the weightless twin of a loaded MODEL, with the same captions."""
         model: Any = weightless_copy(dit.patcher.model, without=_MARKS)
         _replace_packed_layers(model.diffusion_model)
+        _compute_as(model, dit.patcher)
         model.current_patcher = None
         return cls(model, dit.arguments, dit.patcher.load_device)
 
@@ -65,7 +67,7 @@ class WeightlessDit(AdaptedDit):
             name: A key of ``published_sizes.PUBLISHED_SIZES``.
             caption: A conditioning, ``[[tensor, settings]]``.
             latent_shape: (C, H, W).
-            dtype: Of the weights. Of one that the host cannot compute in, it casts to bfloat16 for every use.
+            dtype: Dtype of the weights. If the host cannot compute in it, it casts to bfloat16 for every use.
         """
         cast_to = torch.bfloat16 if dtype.itemsize < 2 else None
         model = published_model(name, dtype, cast_to)
@@ -75,12 +77,12 @@ class WeightlessDit(AdaptedDit):
 
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model is called with besides latent and sigma, for each caption; shapes only."""
+        """The model's arguments besides latent and sigma, for each caption; shapes only."""
         return self._arguments
 
     @property
     def room_for_blocks(self) -> int:
-        """0, so one block at a time: the least that precomputing takes."""
+        """0, so that one block at a time is loaded: the least that precomputing can take."""
         return 0
 
     @property
@@ -94,7 +96,7 @@ class WeightlessDit(AdaptedDit):
         return self.model.get_dtype_inference()
 
     def module(self, name: str) -> nn.Module:
-        """Return the module at a path; never to be changed."""
+        """Return the module at a path; it must never be changed."""
         return self.model.diffusion_model.get_submodule(name)
 
     @contextmanager
@@ -109,7 +111,7 @@ class WeightlessDit(AdaptedDit):
 
         Args:
             replacements: Path below the diffusion model -> stand-in.
-            activation_bytes, weights: Not read; everything counts as loaded.
+            activation_bytes, weights: Ignored; everything counts as loaded.
 
         Yields:
             The denoiser, bound to the captions.
@@ -126,13 +128,13 @@ class WeightlessDit(AdaptedDit):
 
 
 def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Attend with torch's fused kernel, the host's choice on a GPU unless it is told otherwise."""
+    """Use torch's fused attention kernel, the host's default on a GPU."""
     with FusedAttention():
         return attention_pytorch(*args, **kwargs)
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """Return what is loaded: parameters and buffers, each once; what is trained is not the model's."""
+    """Return the tensors that are loaded: parameters and buffers, each once, without trainable ones."""
     tensors = (*module.parameters(), *module.buffers())
     return list({id(tensor): tensor for tensor in tensors if not tensor.requires_grad}.values())
 
@@ -141,10 +143,19 @@ def _shape_of(value: Any) -> Any:
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
-def _replace_packed_layers(module: nn.Module) -> None:
-    """Put the host's own layers in the place of other packs' packed ones, which cannot unpack a shape.
+def _compute_as(model: Any, patcher: Any) -> None:
+    """Give a copy the compute dtype that another node has set on the MODEL; the host casts every weight to it."""
+    model.manual_cast_dtype = patcher.get_model_object("manual_cast_dtype")
+    if patcher.force_cast_weights:
+        for layer in model.diffusion_model.modules():
+            if hasattr(layer, "comfy_cast_weights"):
+                layer.comfy_cast_weights = True
 
-    Like those, they make a weight in the dtype of the computation whenever they run.
+
+def _replace_packed_layers(module: nn.Module) -> None:
+    """Replace other packs' packed layers, which cannot unpack a shape, by the host's own layers.
+
+    Like those, they create a weight in the computation's dtype whenever they run.
     """
     for name, child in module._modules.items():
         if child is None:

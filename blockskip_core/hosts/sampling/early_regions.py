@@ -1,4 +1,4 @@
-"""Finds the regions that become fine early, in what the host's VAE makes of a clean estimate, or in the estimate itself."""
+"""Find the regions to refine early, in a clean estimate or in the picture that the host's VAE decodes from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RegionChoice:
         method: One of :data:`REGIONS`.
         ratio: Share of the coarse tokens.
         vae: Decodes the estimate; edges need it.
-        mask: Regions that are taken first, shape (B or 1, H, W), any size.
+        mask: Regions that are chosen first, shape (B or 1, H, W), any size.
 
     Raises:
         InvalidInputError: If there is no such method, the ratio is not in [0, 1], or the mask is not a mask.
@@ -64,13 +64,13 @@ class RegionChoice:
     def found(
         self, model: Any, clean: Tensor, grid: tuple[int, int], seed: int, indices: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the regions, and the pictures that were decoded for them.
+        """Return the regions, and the pictures decoded to find them.
 
         Args:
             model: The host's model (a BaseModel).
             clean: Clean estimates in its own space, shape (B, C, H, W).
             grid: Rows and columns of coarse tokens.
-            seed, indices: Decide between regions that are alike.
+            seed, indices: Decide between regions with equal scores.
 
         Returns:
             Regions, shape (B, rows, columns), boolean; pictures, shape (B, H, W, 3), if there is a VAE.
@@ -91,10 +91,10 @@ class RegionChoice:
 
 
 def _on_cpu(mask: Tensor) -> Tensor:
-    """Return masks where the scores are, shape (B, H, W)."""
+    """Return masks on the scores' device, shape (B, H, W)."""
     return mask.cpu().reshape(-1, *mask.shape[-2:])
 
 
 def _for_batch(flags: Tensor, batch: int) -> Tensor:
-    """Return one mask per picture; fewer masks than pictures repeat, as the host does it."""
+    """Return one mask per picture; fewer masks than pictures repeat, as in the host."""
     return flags if len(flags) == 1 else flags[torch.arange(batch) % len(flags)]

@@ -1,4 +1,4 @@
-"""How much the text matters in each block of a MODEL: measured with probe pictures, and remembered on disk."""
+"""How much the text matters in each block of a MODEL: measured with probe pictures, and kept on disk."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def text_influence(
     progress: Callable[[int, int], None],
     waiting: Callable[[], None],
 ) -> TextInfluence:
-    """Return the influence for budgets up to ``budget``; what was measured before is read from disk.
+    """Return the influence for budgets up to ``budget``; earlier measurements are read from disk.
 
-    Another process that measures the same is waited for.
+    If another process is measuring the same, this waits for it.
 
     Args:
         patcher: The MODEL.
-        positive, negative: CONDITIONINGs; the negative is only read with guidance.
+        positive, negative: CONDITIONINGs; the negative is used with guidance only.
         probe: How pictures are sampled.
-        num_blocks: All blocks of the model.
-        budget: Blocks to be skipped at most.
-        vae, clip_vision: Compare pictures as the paper does; without both, their latents are compared.
+        num_blocks: Number of blocks in the model.
+        budget: Maximum number of blocks to skip.
+        vae, clip_vision: For comparing pictures as in the paper; unless both are given, latents are compared.
         with_window: Whether the sliding window is measured as well.
-        progress: Called after every sampler step with those done and all; may raise to interrupt.
-        waiting: Called again and again while another process is waited for; may raise to interrupt.
+        progress: Called after every sampler step with (done, total); may raise to interrupt.
+        waiting: Called repeatedly while waiting for another process; may raise to interrupt.
 
     Raises:
         InvalidInputError: If a conditioning does not fit the model, or the model makes no usable picture.
-        StorageError: If the disk refuses.
+        StorageError: If the disk cannot be written.
     """
     prompts = flatten_conditionings(positive)
     away = flatten_conditionings(negative)[0] if negative else None
@@ -78,7 +78,7 @@ def _remembered(file: Path) -> TextInfluence | None:
     try:
         return TextInfluence.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("BlockSkip: the remembered probe %s is damaged (%s); measuring again", file.name, error)
+        logger.warning("BlockSkip: the stored probe %s is damaged (%s); measuring again", file.name, error)
         return None
 
 

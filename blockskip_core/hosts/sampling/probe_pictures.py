@@ -28,11 +28,11 @@ class ProbeConfig:
         size: Side in pixels.
         steps: Sampler steps (Euler).
         cfg: Guidance scale; 1 for guidance-distilled models.
-        seed: Of the first picture's noise; the next pictures count up.
-        num_seeds: Pictures per prompt.
+        seed: Seed of the first picture's noise; the next pictures count up.
+        num_seeds: Number of pictures per prompt.
 
     Raises:
-        InvalidInputError: If a count or the guidance is less than 1, or the size no multiple of 16.
+        InvalidInputError: If a count or the guidance is less than 1, or the size is not a multiple of 16.
     """
 
     size: int = 512
@@ -55,7 +55,7 @@ class MaskedSampler:
     """Samples latents from a MODEL in which some blocks' image tokens cannot see the text.
 
     Args:
-        patcher: The MODEL; clones are sampled from, it is left as it is.
+        patcher: The MODEL; only clones of it are sampled from, and it is not changed.
         probe: Size, steps, guidance.
     """
 
@@ -73,12 +73,12 @@ class MaskedSampler:
         masked: frozenset[int],
         on_step: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Return one picture's latent as a VAE would decode it, (1, C, H, W), or (1, C, 1, H, W) of a video model.
+        """Return one picture's latent as a VAE decodes it, (1, C, H, W), or (1, C, 1, H, W) for video models.
 
         Args:
             positive, negative: CONDITIONINGs.
-            seed: Of the noise.
-            masked: Indices of the blocks that are masked; with none the plain MODEL is sampled.
+            seed: Seed of the noise.
+            masked: Indices of the masked blocks; if empty, the plain MODEL is sampled.
             on_step: Called after every sampler step; may raise to interrupt.
         """
         patcher = self._patcher
@@ -109,11 +109,11 @@ class MaskedSampler:
 
 @dataclass(frozen=True)
 class PictureMetric:
-    """What two pictures are compared by.
+    """How two pictures are compared.
 
     Attributes:
-        name: For people.
-        embed: Latent, as a sampler gives it -> vector.
+        name: Name shown to users.
+        embed: Latent, as returned by a sampler -> vector.
     """
 
     name: str
@@ -124,11 +124,11 @@ class ProbePictures:
     """The probe pictures of some prompts, embedded: a :class:`~...selection.text_influence.ProbeSampler`.
 
     Args:
-        patcher: The MODEL; left as it is.
+        patcher: The MODEL; left unchanged.
         positive: Single conditionings, each ``[[tensor, settings]]``.
-        negative: One such conditioning, or None; only read with guidance.
+        negative: One such conditioning, or None; used with guidance only.
         probe: Size, steps, guidance, pictures per prompt.
-        metric: What pictures are compared by.
+        metric: How pictures are compared.
 
     Raises:
         InvalidInputError: If a conditioning comes from another model's text encoder.
@@ -155,7 +155,7 @@ class ProbePictures:
 
 
 def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
-    """Return the paper's metric (a vision encoder's embedding) if both are given, else the latents themselves.
+    """Return the paper's metric (a vision encoder's embedding) if both are given, else one on the latents themselves.
 
     The paper compares DINO or CLIP embeddings; ComfyUI's CLIP Vision loader reads CLIP-ViT and DINOv2.
     """

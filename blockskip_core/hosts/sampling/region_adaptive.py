@@ -1,8 +1,7 @@
 """RALU's three stages with the host's own sampler, guidance and model: coarse, mixed, fine.
 
 To the host, each stage is a separate sampling run. So conditionings and memory follow the stage's size, and caches that
-other nodes have put onto the MODEL start over: between stages the number of tokens changes, and nothing that was
-remembered fits.
+other nodes have put on the MODEL start over; they must, because the number of tokens changes between stages.
 
 Source: RALU (arXiv 2507.08422), algorithm 1; see ``ralu`` for its parts.
 """
@@ -15,20 +14,20 @@ from typing import Any
 
 import comfy.k_diffusion.sampling
 import comfy.model_management
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor
 
-from ...errors import InvalidInputError, UnsupportedModelError
+from ...errors import InvalidInputError
 from ...ralu.noise_matching import restarted, seeded_noise
 from ...ralu.overlay import refined_overlay
 from ...ralu.timestep_matching import MAX_STAGES, StagePlan
 from ...ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 from ..inputs.conditioning import require_sampleable
 from ..inputs.frames import with_frame, without_frame
+from ..models.patches import require_sampled_in_stages
 from .early_regions import RegionChoice
 from .token_strips import TokenStrips
 
@@ -39,7 +38,7 @@ _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a 
     "reference_latents": "a reference picture",
     "concat_latent_image": "a picture to inpaint or to start from",
     "attention_mask_img_shape": "an image prompt with a mask",
-    "set_area_to_bounds": "a mask whose bounds become an area",  # the host makes the area later
+    "set_area_to_bounds": "a mask whose bounds become an area",  # the host computes the area later
 }
 
 
@@ -48,10 +47,10 @@ LAST_PICTURE = 4096
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        latent: As a sampler of the host gives it.
+        latent: In the form that the host's samplers return.
         overlay: Which regions were refined early, shape (B, height, width, 3).
         tokens: Image tokens that the model saw in each stage.
     """
@@ -62,7 +61,7 @@ class Sampled:
 
 
 def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
-    """Return a LATENT's tensor in the form that the MODEL takes, as the host's samplers do it.
+    """Return a LATENT's tensor in the form that the MODEL takes, as the host's samplers do.
 
     Returns:
         Shape (B, C, H, W), or with an axis of frames.
@@ -77,12 +76,13 @@ def empty_latent(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
         )
     if samples.ndim not in (4, 5) or 0 in samples.shape:
         raise InvalidInputError(
-            f"Expected a latent of shape (batch, channels, height, width), got {tuple(samples.shape)}. Use an empty latent image."
+            f"Expected a latent of shape (batch, channels, height, width), got {tuple(samples.shape)}. Use an empty "
+            "latent image."
         )
     if latent.get("noise_mask") is not None:
         raise InvalidInputError(
-            "Region-adaptive sampling makes whole pictures, got a latent with a noise mask (inpainting). Use an empty latent "
-            "image, or KSampler."
+            "Region-adaptive sampling makes whole pictures, got a latent with a noise mask (inpainting). Use an empty "
+            "latent image, or KSampler."
         )
     ratio = latent.get("downscale_ratio_spacial")
     return comfy.sample.fix_empty_latent_channels(patcher, samples, ratio)
@@ -94,23 +94,18 @@ class RegionAdaptiveSampler:
     Args:
         patcher: The MODEL; a clone is sampled from.
         plan: Steps and noise levels.
-        regions: How early regions are found; not read with fewer than three stages.
+        regions: How early regions are found; ignored with fewer than three stages.
 
     Raises:
-        UnsupportedModelError: If the model is of an unknown family, or not a flow-matching model.
-        InvalidInputError: If a ControlNet is on it.
+        UnsupportedModelError: If the model's family is unknown, or it has a change that this cannot follow; see
+            ``patches``.
         InvalidInputError: If regions are needed and a VAE is missing.
     """
 
     def __init__(self, patcher: Any, plan: StagePlan, regions: RegionChoice) -> None:
-        if not isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST):
-            raise UnsupportedModelError(
-                "Expected a flow-matching model, because the added noise is matched to one, got a model that predicts "
-                "something else. Load such a model, or remove the node that changes its sampling."
-            )
+        require_sampled_in_stages(patcher)
         if len(plan.steps) == MAX_STAGES:
             regions.check()
-        _require_no_pictures_in_patches(patcher)
         self.strips = TokenStrips(patcher)
         self.plan, self.regions = plan, regions
 
@@ -125,14 +120,14 @@ class RegionAdaptiveSampler:
         batch_indices: Any = None,
         on_step: Callable[[int, Tensor, Tensor, int], None] | None = None,
     ) -> Sampled:
-        """Return pictures of a latent's shape; what is in it is not read.
+        """Return pictures of a latent's shape; its values are ignored.
 
         Args:
             positive, negative: CONDITIONINGs.
             cfg: Guidance scale; 1 for guidance-distilled models.
             latent: See :func:`empty_latent`.
             seed: Seeds all noise, including the noise added between stages.
-            batch_indices: Which of a seed's pictures these are, if the host's latents say so.
+            batch_indices: Which of a seed's pictures these are, if the host's latents specify it.
             on_step: The host's callback, (step, clean estimate, noisy latent, steps of all stages).
 
         Raises:
@@ -156,24 +151,24 @@ class RegionAdaptiveSampler:
     def _check_size(self, latent: Tensor) -> None:
         if latent.ndim == 5 and latent.shape[2] != 1:
             raise InvalidInputError(
-                f"Region-adaptive sampling makes single pictures, got a latent of {latent.shape[2]} frames. Set its length "
-                "to 1."
+                f"Region-adaptive sampling makes single pictures, got a latent of {latent.shape[2]} frames. Set its "
+                "length to 1."
             )
         cells = self.strips.patcher.model.latent_format.spacial_downscale_ratio
         side = 2 * self.strips.patch * cells
         height, width = (length * cells for length in latent.shape[-2:])
         if len(self.plan.steps) > 1 and (height % side or width % side):
             raise InvalidInputError(
-                f"Expected a width and a height that are multiples of {side} px, because coarse tokens are that large, got "
-                f"{width} x {height}."
+                f"Expected a width and a height that are multiples of {side} px, because coarse tokens are that large, "
+                f"got {width} x {height}."
             )
 
 
 def _indices(given: Any, count: int) -> list[int]:
-    """Return which of a seed's pictures are made. The host also draws the noise of all earlier ones, so there is a limit.
+    """Return which of a seed's pictures to make; limited, because the host draws the noise of all earlier ones too.
 
     Raises:
-        InvalidInputError: If these are not such numbers, or not one for each picture.
+        InvalidInputError: If they are not whole numbers in range, or not one per picture.
     """
     if given is None:
         return list(range(count))
@@ -182,17 +177,17 @@ def _indices(given: Any, count: int) -> list[int]:
     )
     if not good or len(given) != count:
         raise InvalidInputError(
-            f"A latent's batch_index must hold a whole number from 0 to {LAST_PICTURE - 1} for each of its {count} pictures. "
-            "Use an empty latent image."
+            f"A latent's batch_index must hold a whole number from 0 to {LAST_PICTURE - 1} for each of its {count} "
+            "pictures. Use an empty latent image."
         )
     return list(given)
 
 
 def _check_conditionings(*conditionings: list) -> None:
-    """Refuse what belongs to one size, before anything is sampled.
+    """Refuse settings that belong to one size, before anything is sampled.
 
     Raises:
-        InvalidInputError: With what is there.
+        InvalidInputError: Naming the settings that were found.
     """
     settings = [own for conditioning in conditionings for _, own in conditioning]
     found = [title for name, title in _WITH_A_SIZE.items() if any(_is_set(own.get(name)) for own in settings)]
@@ -206,25 +201,10 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def _require_no_pictures_in_patches(patcher: Any) -> None:
-    """Refuse ControlNets that are patches of the MODEL: their hints are made for a whole picture.
-
-    Raises:
-        InvalidInputError: If there is one.
-    """
-    patches = patcher.model_options.get("transformer_options", {}).get("patches", {})
-    for patch in (patch for listed in patches.values() for patch in listed):
-        if hasattr(patch, "model_patch") or hasattr(patch, "encoded_image"):
-            raise InvalidInputError(
-                f"Region-adaptive sampling takes a MODEL without a ControlNet on it, got {type(patch).__name__}. Use "
-                "KSampler for it."
-            )
-
-
 class _Run:
     """One batch of pictures on its way through the stages.
 
-    Between stages ``_latent`` is the noisy latent at full size, in the model's own space and without an axis of frames;
+    Between stages ``_latent`` is the noisy latent at full size, in the model's own space and without a frame axis;
     coarse tokens appear four times.
     """
 
@@ -251,12 +231,12 @@ class _Run:
         self._pixels = height * cells, width * cells
         self._fine = torch.zeros(len(noise), *self._grid, dtype=torch.bool)
         self._overlay: Tensor | None = None
-        self._latent: Tensor  # this and its clean estimate: from the first stage on
+        self._latent: Tensor  # set, with its clean estimate, by the first stage
         self._clean: Tensor
         self._tokens: list[int] = []
 
     def all_stages(self) -> Sampled:
-        """Run them."""
+        """Run all stages."""
         kinds = {1: (), 2: (self._coarse,), 3: (self._coarse, self._mixed)}[len(self._plan.steps)]
         for number, stage in enumerate(kinds):
             stage(number)
@@ -265,13 +245,13 @@ class _Run:
         return Sampled(latent, overlay, tuple(self._tokens))
 
     def _coarse(self, number: int) -> None:
-        """Sample at half the side, with every other value of the noise, which is noise too."""
+        """Sample at half the side, with every other value of the noise, which is itself noise."""
         self._tokens.append(self._grid[0] * self._grid[1])
         self._sample(number, self._noise[..., ::2, ::2].contiguous())
         self._latent = upsampled(self._latent, self._patch)
 
     def _mixed(self, number: int) -> None:
-        """Bring the regions that are prone to artefacts to full resolution, and sample on."""
+        """Bring the regions that are prone to artefacts to full resolution, and continue sampling."""
         fine, pictures = self._regions.found(self._model, self._clean, self._grid, self._seed, self._indices)
         self._overlay = refined_overlay(fine, self._pixels, pictures)
         self._restart(number, fine)
@@ -299,7 +279,7 @@ class _Run:
         self._fine = fine
 
     def _sample(self, number: int, noise: Tensor) -> Tensor:
-        """Run one stage as a sampling run of the host; return what that gives."""
+        """Run one stage as a sampling run of the host, and return its result."""
         start = None if number == 0 else with_frame(self._model, self._latent)
         euler = EulerFrom(start)
         positive, negative, cfg = self._conditionings
@@ -331,9 +311,9 @@ class _Run:
 
 
 class EulerFrom(comfy.samplers.Sampler):
-    """The host's Euler sampler from a given state instead of from noise; keeps the last state and clean estimate.
+    """The host's Euler sampler, starting from a given state instead of noise; keeps the last state and clean estimate.
 
-    That estimate is Tweedie's, of the velocity of the last step: x - sigma v.
+    The clean estimate is Tweedie's, from the velocity of the last step: x - sigma v.
     """
 
     def __init__(self, start: Tensor | None) -> None:

@@ -1,7 +1,7 @@
-"""Runs a model of the host on a latent with tokens of two sizes: its forward sees each token once, in a strip.
+"""Run a model of the host on a latent with tokens of two sizes: its forward sees each token once, in a strip.
 
-A wrapper around ``apply_model``: outside of it a sampler, guidance, previews and masks work on a full-size latent, and
-inside of it the model works on a strip of tokens and is given their positions. Everything else is the host's own.
+A wrapper around ``apply_model``: outside it sampler, guidance, previews and masks work on a full-size latent; inside it
+the model works on a strip of tokens and gets their positions. Everything else is the host's own.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class TokenStrips:
 
     Attributes:
         patcher: The clone; sample from this one.
-        grid: Which tokens there are. None: the latent is an ordinary one.
+        grid: The tokens of the latent; None for an ordinary latent.
         patch: Side of a token in latent cells.
 
     Args:
-        patcher: The MODEL; it is left as it is.
+        patcher: The MODEL; left unchanged.
 
     Raises:
         UnsupportedModelError: If the model's family is not known, or cannot be given token positions.
@@ -55,10 +55,10 @@ class TokenStrips:
         self.patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _WRAPPER, self._wrapper)
 
     def require_texts(self, conditioning: list) -> None:
-        """Check that texts come from the model's own text encoder, where its family says how wide they are.
+        """Check that texts come from the model's own text encoder, if its family specifies their width.
 
         Raises:
-            InvalidInputError: If one is of another width.
+            InvalidInputError: If one has another width.
         """
         try:
             adapter = adapter_for(self.patcher)
@@ -98,16 +98,17 @@ class TokenStrips:
         """
         if getattr(executor, "class_obj", self._model) is not self._model:
             raise InvalidInputError(
-                "Region-adaptive sampling gives token positions to one model, and ComfyUI samples from a copy of it: a prompt "
-                "carries hooks (a LoRA of its own), or several GPUs share the work. Remove these, or use KSampler."
+                "Region-adaptive sampling sets the token positions of one model, but ComfyUI samples from a copy of "
+                "it: a prompt carries hooks (its own LoRA), or several GPUs share the work. Remove these, or use "
+                "KSampler."
             )
 
 
 def _only_text(c_concat: Any, control: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what has a size of its own and would have to be cut into the same tokens.
+    """Refuse inputs with their own size, which would have to be cut into the same tokens.
 
     Raises:
-        InvalidInputError: With what is there.
+        InvalidInputError: Naming the inputs that were found.
     """
     found = [name for name in _PICTURES if kwargs.get(name) is not None and len(kwargs[name])]
     found += ["a ControlNet"] if control is not None else []

@@ -1,11 +1,11 @@
-"""Pictures of what a training has learned so far, sampled from the model in memory with the LoRA applied.
+"""Sample pictures during a training, from the model in memory with the LoRA applied.
 
-Nothing is written into weights and nothing is copied: the model is loaded as a training loads it, whole this time, and the
-LoRA's hooks are put on its kept blocks. So it is done between two steps, when no other run of the model is open. The
-weights that are loaded are limited: what is more than the training's peak and a budget stays in host memory, and the host
-casts it layer by layer (where it does not page weights by itself; then it decides).
+Nothing is written into weights and nothing is copied: the model is loaded as in training, but whole, and the LoRA's
+hooks are put on its kept blocks. So this happens between two steps, when no other run of the model is open. Loaded
+weights are limited to the training's peak plus a budget; the rest stays in host memory, and the host casts it layer by
+layer (unless it pages weights by itself, in which case it decides).
 
-Pictures are sampled with Euler, as flow-matching models are trained for, with the host's own function and schedules.
+Pictures are sampled with Euler, which suits flow-matching models, using the host's own function and schedules.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class SampleRequest:
 
     Attributes:
         positive: Single conditionings, each ``[[tensor, settings]]``; one picture each.
-        negative: One such conditioning, or None; only read with ``cfg`` above 1.
+        negative: One such conditioning, or None; used with ``cfg`` above 1 only.
         vae: Decodes the latents.
-        every: Steps between two times; the last step always counts.
+        every: Training steps from one sampling to the next; the last step is always sampled.
         at_start: Whether to sample before the first step too.
         width, height: Pixels.
-        steps: Of the sampler.
+        steps: Number of sampler steps.
         cfg: Guidance scale; 1 for guidance-distilled models.
-        scheduler: One of the host's, which spreads the steps over the noise levels.
-        seed: Of the noise; the same for all prompts and times, so that pictures can be compared.
-        budget_bytes: Device memory that sampling may take above the training's peak.
+        scheduler: Name of one of the host's schedulers, which spread the steps over the noise levels.
+        seed: Seed of the noise; the same for all prompts and times, so that pictures can be compared.
+        budget_bytes: Device memory that sampling may use above the training's peak.
 
     Raises:
-        InvalidInputError: If a setting is out of range or something is absent.
+        InvalidInputError: If a setting is out of range or something is missing.
     """
 
     positive: Sequence[list]
@@ -93,7 +93,7 @@ class SampleRequest:
             raise InvalidInputError("cfg above 1 needs a `negative`. Connect CLIP Text Encode with an empty text.")
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether pictures are wanted after this many of ``last`` steps; 0 is before the first."""
+        """Return whether pictures are due after ``step`` of ``last`` steps; 0 is before the first."""
         if step == 0:
             return self.at_start
         return step % self.every == 0 or step == last
@@ -113,12 +113,12 @@ class TrainingSampler:
     """Samples a request's pictures.
 
     Args:
-        patcher: The MODEL; left as it is.
+        patcher: The MODEL; left unchanged.
         request: What to sample.
-        selection: Blocks that are not trained; they are run like the others.
+        selection: Blocks that are not trained; here they run like the others.
 
     Raises:
-        InvalidInputError: If the model's latents cannot have the size.
+        InvalidInputError: If the model's latents cannot have that size.
     """
 
     def __init__(self, patcher: Any, request: SampleRequest, selection: BlockSelection) -> None:
@@ -142,11 +142,11 @@ class TrainingSampler:
 
         Args:
             adapters: The LoRA, on the model's device.
-            training_peak: Bytes on the device that the training takes.
-            on_step: Called after every sampler step with those done and all; may raise to interrupt.
+            training_peak: Bytes on the device that the training needs.
+            on_step: Called after every sampler step with (done, total); may raise to interrupt.
         """
         unload(self._dit.patcher)
-        evict_others(self._dit.patcher)  # before looking what is free
+        evict_others(self._dit.patcher)  # before checking how much is free
         copies = {
             name: weight_sharing_copy(self._dit.module(name)) for name in self._kept
         }  # all else is copied as well
@@ -161,7 +161,7 @@ class TrainingSampler:
         return [self._decoded(latent) for latent in latents]
 
     def _to_keep_free(self, training_peak: int) -> int:
-        """Return what the host is asked to leave free, so that weights fill no more than they may."""
+        """Return the bytes that the host should leave free, so that weights stay within their limit."""
         model = self._dit.patcher.model
         activations = int(model.memory_required([1 + (self.request.cfg > 1.0), *self._shape]))
         weights = max(0.0, training_peak + self.request.budget_bytes - activations)
@@ -173,7 +173,7 @@ class TrainingSampler:
         sampling = self._dit.patcher.get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(sampling, request.scheduler, request.steps).to(self._dit.device)
         empty = torch.zeros(1, *self._shape)
-        generator = torch.Generator().manual_seed(request.seed)  # the host's own way to noise seeds all generators
+        generator = torch.Generator().manual_seed(request.seed)  # the host's own function seeds all generators
         noise = comfy.sample.prepare_noise_inner(with_frame(model, empty), generator)
         noise = without_frame(model, noise).to(self._dit.device)
         whole = self._starts_at_pure_noise(sampling, sigmas)
@@ -195,7 +195,7 @@ class TrainingSampler:
 
     @staticmethod
     def _starts_at_pure_noise(sampling: Any, sigmas: Tensor) -> bool:
-        """As the host decides it."""
+        """Return whether sampling starts at pure noise, by the host's rule."""
         largest = float(sampling.sigma_max)
         return bool(abs(float(sigmas[0]) - largest) <= 1e-5 * largest or float(sigmas[0]) > largest)
 

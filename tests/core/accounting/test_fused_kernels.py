@@ -1,4 +1,4 @@
-"""What tensors without memory keep for the backward pass is what a GPU's kernels keep."""
+"""Tensors without memory keep as much for the backward pass as a GPU's kernels do."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_a_fused_norm_keeps_its_input_its_weight_and_a_number_per_token():
     with FusedRmsNorm():
         assert saved_bytes(lambda: rms_norm(x, (WIDTH,), scale, 1e-6)) == x.nbytes + scale.nbytes + TOKENS * 4
         assert saved_bytes(lambda: rms_norm(x, (WIDTH,))) == x.nbytes + TOKENS * 4
-    assert saved_bytes(lambda: rms_norm(x, (WIDTH,), scale, 1e-6)) > 3 * x.nbytes  # as torch does it on the CPU
+    assert saved_bytes(lambda: rms_norm(x, (WIDTH,), scale, 1e-6)) > 3 * x.nbytes  # as in torch on the CPU
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch says the same of its own kernel
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch warns the same about its own kernel
 def test_the_kernel_does_not_take_a_weight_of_another_dtype():
     x, scale = tokens(), weight(torch.float32)
     plain = saved_bytes(lambda: rms_norm(x, (WIDTH,), scale))

@@ -1,4 +1,4 @@
-"""Counts against closed forms, torch's own counter, and a known sequence of allocations; real and on `meta` alike."""
+"""Counts against closed forms, torch's own counter, and a known sequence of allocations; real and on `meta`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_peak_of_a_known_sequence(device):
         c = b * 2  # three: the peak
         del b
         assert (counting.live(device), counting.peak(device)) == (2 * MIB, 3 * MIB)
-        a.add_(c)  # in place, and views: nothing new
+        a.add_(c)  # in-place operations and views add nothing
         view = a.view(2, -1)[1:]
         del a, c
-        assert counting.live(device) == MIB  # the view holds all of it
+        assert counting.live(device) == MIB  # the view keeps all of it alive
         counting.reset_peak()
         assert counting.peak(device) == MIB
         del view
@@ -108,7 +108,7 @@ def test_attention_on_meta_has_no_matrix_of_scores():
     q = torch.zeros(1, 1, 1000, 8, device="meta", requires_grad=True)
     with Counting() as counting, FusedAttention():
         scaled_dot_product_attention(q, q, q)
-    assert counting.peak(q.device) == 1000 * 8 * 4 + 1000 * 4  # the output, and a number per row
+    assert counting.peak(q.device) == 1000 * 8 * 4 + 1000 * 4  # the output, and one number per row
     with Counting() as counting:
         scaled_dot_product_attention(q, q, q)
     assert counting.peak(q.device) > 1000 * 1000 * 4
@@ -129,7 +129,7 @@ def test_operations_are_those_of_torchs_own_counter():
     with Counting() as counting:
         net(picture).sum().backward()
     assert counting.operations == torchs.get_total_flops() > 0
-    with torch.inference_mode(), Counting() as counting:  # composite operations arrive whole there
+    with torch.inference_mode(), Counting() as counting:  # composite operations are not decomposed there
         net[2](torch.zeros(2, 16))
     assert counting.operations == 2 * 2 * 16 * 5
 
@@ -139,7 +139,7 @@ def test_operations_are_those_of_torchs_own_counter():
 def test_a_lora_layer_saves_its_input_and_fetches_its_weight(device, checkpointed):
     """Saved: x, A x and the scaled B. Operations: the layer's product forward and for dx, the LoRA's three times.
 
-    A recomputation ends when all that was saved is there again: before the product with B.
+    A recomputation ends once everything that was saved exists again: before the product with B.
     """
     tokens, inputs, outputs, rank = 6, 32, 48, 2
     block = TrainedBlock(nn.Sequential(nn.Linear(inputs, outputs, device=device)), checkpointed=checkpointed)
@@ -175,7 +175,7 @@ def test_saved_bytes_on_meta_are_not_mistaken_for_one_another():
 
 
 class Tied(nn.Module):
-    """A parameter in two places, a buffer, a table that is neither, a quantised weight."""
+    """A shared parameter, a buffer, a table that is neither, and a quantised weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_a_weightless_copy_has_shapes_and_shares_what_was_shared():
 
 def test_quantised_weights_become_packed_ones():
     class Packed(torch.Tensor):
-        """Bytes that say of themselves that they are a matrix."""
+        """Bytes that present themselves as a matrix."""
 
         @property
         def shape(self):
@@ -219,7 +219,7 @@ def test_quantised_weights_become_packed_ones():
 
 
 def test_numbers_in_another_class_stay_numbers():
-    """Some file formats give small tensors so; what is computed with them is not eight-bit."""
+    """Some file formats store small tensors like this; computations with them are not eight-bit."""
 
     class Dressed(torch.Tensor):
         pass

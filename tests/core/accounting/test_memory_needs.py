@@ -1,11 +1,13 @@
-"""What a whole run takes is what its phases say."""
+"""The memory of a whole run is the sum of what its phases report."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.accounting import memory_needs as memory_needs_module
 from blockskip_pack.blockskip_core.accounting.memory_needs import RunPlan, StoredWeights, memory_needs
 from blockskip_pack.blockskip_core.accounting.phase_counts import adapters_on, count_pass, count_precompute
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
@@ -75,3 +77,33 @@ def test_counting_leaves_the_model_alone():
     before, net = dit.weights_hash(), copy.copy(dit.modules_by_name())
     memory_needs(dit, plan(dit, selection(1, 1)))
     assert (dit.weights_hash(), dit.modules_by_name()) == (before, net)
+
+
+def test_what_was_counted_for_another_run_of_the_model_is_not_counted_again(monkeypatch):
+    dit, once, made = Weightless(dtype=torch.float32), memory_needs_module.CountedOnce(), []
+    for name in ("count_pass", "count_precompute", "count_training"):
+        count = getattr(memory_needs_module, name)
+        monkeypatch.setattr(
+            memory_needs_module, name, lambda *a, _count=count, _name=name, **k: made.append(_name) or _count(*a, **k)
+        )
+
+    def remade(spans=None, weights=None, **changes):
+        made.clear()
+        asked = plan(dit, spans or selection(1, 1), **changes)
+        remembered = memory_needs(dit, asked, weights, once)
+        counts = sorted(made)
+        assert remembered == memory_needs(dit, asked, weights)
+        return counts
+
+    assert remade() == ["count_pass", "count_precompute", "count_training"]
+    assert remade(draws=9, chunk=2, stored=9, residual_format="fp8") == []
+    assert remade(weights=StoredWeights(blocks=[1] * len(dit.blocks), others=1)) == []
+    assert remade(config=TrainingConfig(steps=1, checkpointing=False)) == ["count_training"]
+    assert remade(lora=replace(LORA, rank=LORA.rank + 1)) == ["count_training"]
+    assert remade(layers=dict(list(layers(dit, selection(1, 1)).items())[1:])) == ["count_training"]
+    assert remade(on_the_fly=True) == ["count_training"]
+    assert remade(linear=True) == ["count_precompute", "count_training"]
+    assert remade(selection(2, 0)) == ["count_precompute", "count_training"]
+    assert remade(latent_shape=(*LATENT_SHAPE[:2], LATENT_SHAPE[2] + 2)) == ["count_precompute", "count_training"]
+    assert remade(probe_shape=(*LATENT_SHAPE[:2], LATENT_SHAPE[2] + 2)) == ["count_pass"]
+    assert remade(caption=1) == ["count_pass", "count_precompute", "count_training"]

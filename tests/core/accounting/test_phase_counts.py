@@ -1,4 +1,4 @@
-"""Counts of whole phases: with weights and without them they are the same, and sums are what their parts say."""
+"""Counts of whole phases: they are equal with and without weights, and sums equal their parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LORA = LoraSettings(rank=2)
 
 
 class Weightless(PlainDit):
-    """The plain model without weights; they are made, as a host loads them, for the time of a run."""
+    """The plain model without weights; they are created for the duration of a run, like a host's loading."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -55,7 +55,7 @@ def counted(dit, spans, *, folded=False, response=None, **settings):
 
 
 def comparable(count, counters=0):
-    """A count without weights, host memory, and the steps that a fused optimiser counts beside each of its tensors."""
+    """A count without weights, host memory, and the step counters that a fused optimiser keeps for each tensor."""
     without = dataclasses.replace(count.with_weights(0), host=0)
     return dataclasses.replace(without, peak=without.peak - 4 * counters, between=without.between - 4 * counters)
 
@@ -86,7 +86,7 @@ def test_between_steps_there_are_weights_lora_moments_and_what_is_replayed():
     count, adapters = counted(dit, spans), adapters_on(dit, layers(dit, spans), LORA)
     lora = sum(tensor.nbytes for tensor in adapters.parameters())
     replayed = 4 * WIDTH * (TOKENS + TEXT_LENGTHS[0] + TOKENS)
-    assert count.between == count.weights + 3 * lora + replayed + 4  # the loss is still there
+    assert count.between == count.weights + 3 * lora + replayed + 4  # the loss still exists
     assert count.peak > count.between + count.saved
 
 

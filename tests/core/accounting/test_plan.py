@@ -1,4 +1,4 @@
-"""Does it fit, and what to change: on counts that are given."""
+"""Whether a run fits and what to change, on given counts."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def needs(training, *, selecting=0, precomputing=None, weights=0, host=0, disk=0
 
 
 def price(settings):
-    """A made-up count: every extravagance has its price, in GiB."""
+    """A made-up count: every costly setting has a price in GiB."""
     config = settings.config
     total = 1.0 * config.batch_size + 8.0 * (not config.checkpointing) + 2.0 * (settings.patch_min / 256)
     total += {"off": 8.0, "fp8": 4.0, "int8": 4.0, "4-bit": 2.0}[settings.quantize_kept]
@@ -63,7 +63,7 @@ def test_the_worst_phase_that_must_fit_decides():
 @pytest.mark.parametrize(
     ("available", "texts"),
     [
-        (30, ["checkpointing"]),  # 34 as it is; 27 with checkpointing and its budget
+        (30, ["checkpointing"]),  # 34 unchanged; 27 with checkpointing and its budget
         (26, ["storage"]),
         (22, ["checkpointing", "activation_budget", "batch_size"]),
     ],
@@ -92,7 +92,7 @@ def test_a_change_asks_for_no_more_than_before_and_is_done_once(change):
     big = replace(BIG, frozen=3)
     changed = change.apply(big)
     assert changed is not big
-    assert price(changed).training.peak <= price(big).training.peak + GIB  # the budget counts with checkpointing only
+    assert price(changed).training.peak <= price(big).training.peak + GIB  # the budget only counts with checkpointing
     assert change.apply(changed) is changed
 
 
@@ -156,11 +156,11 @@ def test_a_training_starts_if_all_but_its_weights_fit():
     judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 4 * GIB, "the card")
     assert judged.starts
     assert judged.problem == (
-        "Training takes 10.00 GiB and the card has 4.00 GiB free, so weights are moved in every step, which is slow."
+        "Training needs 10.00 GiB and the card has 4.00 GiB free, so weights are moved in every step, which is slow."
     )
     judged = verdict_on_training(10 * GIB, 8 * GIB, GIB, 3 * GIB, "the card")
     assert not judged.starts
-    assert judged.problem.startswith("Training takes 3.00 GiB even without most of its weights, and the card has 3.00")
+    assert judged.problem.startswith("Training needs 3.00 GiB even without most of its weights, and the card has 3.00")
 
 
 def test_settings_say_what_they_are():

@@ -229,7 +229,7 @@ def test_a_lora_without_layers_is_refused():
 
 
 def test_no_weight_is_saved_for_backward_with_or_without_an_adapter():
-    """A host may lend a weight for a moment only; autograd must not hold on to it."""
+    """A host may provide a weight only temporarily, so autograd must not keep it."""
     modules, lora = layers(), adapters()
     bare = torch.nn.Linear(6, 6, bias=False).double()
     weights = {module.weight.data_ptr() for module in modules.values()} | {bare.weight.data_ptr()}

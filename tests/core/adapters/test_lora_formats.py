@@ -7,7 +7,7 @@ from .test_lora import LAYERS, SCALE, adapters
 
 
 def delta_of_the_host(tensors, up, down, alpha):
-    """The host's rule: up @ down * alpha / rank, with alpha = rank where the file has none."""
+    """ComfyUI's rule: up @ down * alpha / rank, with alpha = rank if the file has none."""
     rank = tensors[down].shape[0]
     return tensors[up] @ tensors[down] * (tensors[alpha].item() / rank if alpha in tensors else 1.0)
 
@@ -28,7 +28,7 @@ def test_every_written_form_is_the_same_change_of_the_weights():
         ]
         for delta in deltas:
             torch.testing.assert_close(delta, expected, atol=1e-12, rtol=0.0)
-        assert host[f"{d}.alpha"].item() == 1.0  # the host's "existing LoRA" input takes it to be 1
+        assert host[f"{d}.alpha"].item() == 1.0  # ComfyUI's "existing LoRA" input assumes 1
     assert len(host) == len(kohya) == 3 * len(LAYERS)
     assert len(native) == 2 * len(LAYERS)
 

@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself: to us, to other programs, and what theirs say."""
+"""Metadata of LoRA files: ours, what we write for other programs, and what we read from theirs."""
 
 import json
 from datetime import datetime
@@ -102,5 +102,5 @@ def test_the_description_has_what_was_done_and_what_is_said():
         "7 layers patched, 20 tensors.", "rank: 4", "skipped first: 2",
     ]  # fmt: skip
     assert describe({}, 0, 7, "Two are not used.").splitlines() == [
-        "7 layers patched, 0 tensors.", "Two are not used.", "The file says nothing of itself.",
+        "7 layers patched, 0 tensors.", "Two are not used.", "The file has no metadata.",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Low-rank changes: joining, filling up and cutting down leave ``up @ down`` as it was."""
+"""Low-rank changes: joining, padding and truncating keep ``up @ down``."""
 
 import pytest
 import torch
@@ -49,5 +49,5 @@ def test_filling_up_changes_nothing_and_takes_the_new_directions_from_elsewhere(
     same = filled_up(change, random(2, 5))
     assert torch.equal(same.up, change.up)
     assert torch.equal(same.down, change.down)
-    with pytest.raises(ValueError, match="rank 4 cannot be filled up to 2"):
+    with pytest.raises(ValueError, match="rank 4 cannot be padded to rank 2"):
         filled_up(filled, fresh[:2])

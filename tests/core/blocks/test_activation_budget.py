@@ -1,4 +1,4 @@
-"""Blocks that keep their activations within a budget: the same gradients, and no more bytes than allowed."""
+"""Blocks that keep their activations within a budget: equal gradients, and no more bytes than allowed."""
 
 import weakref
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def run(budget=0, *, steps=3, checkpointing=True, **settings):
 
 
 def counted_blocks():
-    """The trained blocks after a forward that counts, and what each would keep."""
+    """The trained blocks after a counting forward pass, and the bytes that each would keep."""
     dit, chosen = PlainDit(), selection(FRONT, BACK)
     model = SkippingModel(dit, chosen, checkpointed=True, folded=False)
     source = MemorySource(dit, chosen, schedule(), latents())

@@ -1,4 +1,4 @@
-"""Blocks that write into their input, run so that gradients are right."""
+"""Running blocks that write into their input so that gradients are correct."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which stand-in goes where, and what it holds."""
+"""Which stand-in replaces which block, and what it holds."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ..training.test_loop import SPANS
 
 
 def storages(module: nn.Module) -> set[int]:
-    """Return the memory of every tensor that can be reached from a module, registered or not."""
+    """Return the memory of every tensor that is reachable from a module, registered or not."""
     found, seen, queue = set(), set(), [module]
     while queue:
         item = queue.pop()
@@ -64,7 +64,7 @@ def test_attributes_of_a_block_can_be_read_off_its_stand_in():
 
 
 def test_a_head_of_one_layer_runs_as_that_layer():
-    """A host writes marks onto layers, and reads them in their forward."""
+    """A host sets attributes on layers and reads them in their forward."""
     dit = PlainDit()
     model = SkippingModel(dit, selection(1, 1), checkpointed=True, folded=False)
     head = model.modules["head"]

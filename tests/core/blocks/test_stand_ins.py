@@ -1,4 +1,4 @@
-"""The modules that stand in for blocks, one by one."""
+"""The modules that replace blocks, one by one."""
 
 import pytest
 import torch

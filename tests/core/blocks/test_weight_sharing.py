@@ -28,7 +28,7 @@ def test_a_copy_keeps_the_strides_and_the_offset_of_a_view():
 
 
 class Marked(nn.Parameter):
-    """A parameter of another class that says to be a larger matrix than it takes numbers, as packed weights do."""
+    """A parameter of another class whose shape is larger than its storage, as with packed weights."""
 
     @property
     def shape(self):
@@ -36,7 +36,7 @@ class Marked(nn.Parameter):
 
 
 class Dressed(nn.Parameter):
-    """Plain numbers in another class, as some files give small tensors."""
+    """Plain numbers in another class, as some files store small tensors."""
 
 
 def test_plain_numbers_in_another_class_become_an_ordinary_tensor_over_the_same_memory():
@@ -60,7 +60,7 @@ def test_a_frozen_copy_runs_without_gradients_also_over_weights_that_are_kept_as
 
 
 def test_a_frozen_copy_can_be_marked_and_unmarked_where_a_host_finds_it():
-    """Hosts write onto the layer at a path, read it in the layer's own forward, and delete it again."""
+    """Hosts set an attribute on the layer at a path, read it in that layer's forward, and delete it again."""
 
     class Layer(nn.Linear):
         factor = 1.0
@@ -74,3 +74,25 @@ def test_a_frozen_copy_can_be_marked_and_unmarked_where_a_host_finds_it():
     assert torch.equal(frozen(x), 2.0 * original(x))
     del frozen.factor
     assert torch.equal(frozen(x), original(x))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def put_back_on_itself(layer):
+    """A host that replaces a method by another function and restores it leaves the method behind as an attribute."""
+    layer.forward = layer.forward
+    assert "forward" in layer.__dict__
+    return layer
+
+
+def test_a_method_that_was_put_back_on_the_original_is_the_copy_s_own():
+    original = nn.Sequential(put_back_on_itself(Doubling(3, 4)))
+    twin = weight_sharing_copy(original)
+    twin[0].weight = nn.Parameter(torch.zeros(4, 3))
+    twin[0].bias = nn.Parameter(torch.ones(4))
+    x = torch.randn(2, 3)
+    assert torch.equal(twin(x), torch.full((2, 4), 2.0))
+    assert torch.equal(original(x), 2 * nn.functional.linear(x, original[0].weight, original[0].bias))

@@ -1,4 +1,4 @@
-"""How draws are grouped."""
+"""Grouping of draws."""
 
 from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches, batches_of_equal_text
 

@@ -15,7 +15,7 @@ EVERY_KIND = [(False, False), (False, True), (True, True)]  # (fine before, fine
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 def test_a_restart_solves_its_three_equations(end, correlation):
-    """Of appendix A.1: a e = s, a (1 - e) = b sqrt(c), b = 1 - s."""
+    """From appendix A.1: a e = s, a (1 - e) = b sqrt(c), b = 1 - s."""
     restart = restart_after(end, correlation)
     assert restart.scale * end == pytest.approx(restart.start, abs=1e-15)
     assert restart.scale * (1.0 - end) == pytest.approx(restart.noise * math.sqrt(correlation), abs=1e-15)
@@ -47,7 +47,7 @@ def test_the_cheap_square_root_is_one(correlation):
 
 
 def covariance_of(restart, before, after):
-    """Return the covariance of a group's four tokens after a restart, exactly: noise is linear, so unit vectors do.
+    """Return the exact covariance of a group's four tokens after a restart; noise is linear, so unit vectors suffice.
 
     The latent's own noise has variance (1 - e)^2; a coarse token's four copies share it.
     """
@@ -64,7 +64,7 @@ def covariance_of(restart, before, after):
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 def test_a_restarted_latent_has_the_covariance_that_the_model_knows(end, correlation, before, after):
-    """(1 - s)^2 I for tokens that are fine, (1 - s)^2 for one that is still coarse and stands there four times."""
+    """(1 - s)^2 I for fine tokens, (1 - s)^2 everywhere for a coarse one that is repeated four times."""
     restart = restart_after(end, correlation)
     shape = torch.eye(4, dtype=torch.float64) if after else torch.ones(4, 4, dtype=torch.float64)
     expected = (1.0 - restart.start) ** 2 * shape
@@ -72,7 +72,7 @@ def test_a_restarted_latent_has_the_covariance_that_the_model_knows(end, correla
 
 
 def test_the_covariance_shows_in_samples_too():
-    """All three kinds of groups at once, with the noise that is really drawn; a million samples, four sigma."""
+    """All three kinds of groups at once, with the actual random noise; a million samples, four sigma."""
     end, correlation, count = 0.3, 0.0177, 2**18
     restart = restart_after(end, correlation)
     drawn = seeded_noise((1, 3, 4, count), seed=5, stage=1).double()
@@ -87,7 +87,7 @@ def test_the_covariance_shows_in_samples_too():
 
 
 def test_a_clean_latent_is_scaled_to_the_new_time():
-    """Its mean is s x_1 if it was e x_1."""
+    """The mean is s x_1 if it was e x_1."""
     restart = restart_after(0.45, 0.0177)
     clean = torch.randn(1, 2, 4, 3, dtype=torch.float64)
     flags = torch.zeros(1, 2, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Which regions become fine early, on pictures whose edges are known; and the picture of the choice."""
+"""Which regions are refined early, on pictures with known edges; and the picture of that choice."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def picture(low=0.0, high=1.0):
 
 
 def test_edges_are_counted_in_their_token():
-    """A line of sixteen pixels up and down; nothing else but the step at the row's lower border."""
+    """A vertical line of sixteen pixels; the only other edge is the step at the row's lower border."""
     scores = edge_scores(picture(), GRID)[0]
     assert scores.shape == GRID
     assert scores[0, 1] > scores[0, 0] == 0.0

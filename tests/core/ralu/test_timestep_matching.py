@@ -1,4 +1,4 @@
-"""Noise levels against the published settings, and the solver against the published parameters."""
+"""Noise levels compared with the published settings, and the solver with the published parameters."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
 
-# Worked out apart from this package, from the published h, c and end times. Rounding of the printed ones moves them
-# by up to 3e-4.
+# Calculated independently of this package from the published h, c and end times. The rounding of the printed values
+# changes them by up to 3e-4.
 TABLES = {
     "FLUX 4x": [
         (1.0, 0.9695, 0.9304, 0.8786, 0.8066, 0.7),
@@ -25,7 +25,7 @@ TABLES = {
         (0.9359, 0.8336, 0.7052, 0.5390, 0.3158, 0.0),
     ],
 }
-# h and 1 / sqrt(c) as printed, but for two numbers of SD3 that the objective does not give (6.21 and 2.23 there).
+# h and 1 / sqrt(c) as printed, except two numbers of SD3 that the objective does not give (printed as 6.21 and 2.23).
 SOLVED = {
     "FLUX 4x": ((5.019, 2.589, 2.226), 6.317),
     "FLUX 5x": ((5.12, 2.64, 2.25), 7.52),

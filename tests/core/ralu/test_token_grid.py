@@ -1,4 +1,4 @@
-"""Tokens of two sizes: there and back, order, places; against loops written by hand."""
+"""Tokens of two sizes: round trips, order and positions, compared with hand-written loops."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def latent(batch=2, patch=2):
 
 
 def some_fine():
-    """Two of six groups, others in each picture."""
+    """Two of six groups, different ones in each picture."""
     fine = torch.zeros(2, ROWS, COLUMNS, dtype=torch.bool)
     fine[0, 0, 1] = fine[0, 1, 2] = fine[1, 0, 0] = fine[1, 1, 1] = True
     return fine
 
 
 def by_hand(fine, picture, patch):
-    """Tokens, rows and columns of one picture, found by walking over its full grid."""
+    """Tokens, rows and columns of one picture, found by iterating over its full grid."""
     tokens, rows, columns = [], [], []
     for row in range(2 * ROWS):
         for column in range(2 * COLUMNS):
@@ -84,7 +84,7 @@ def test_tokens_are_picked_in_raster_order_with_their_places(patch):
 
 
 def test_spreading_is_the_inverse_of_picking():
-    """On a latent whose coarse tokens are there four times; and of any strip of tokens."""
+    """On a latent whose coarse tokens are repeated four times, and for any strip of tokens."""
     grid = MixedGrid(some_fine())
     tokens = torch.randn(2, grid.num_tokens, CHANNELS, 2, 2)
     full = grid.spread(tokens)
@@ -112,7 +112,7 @@ def test_all_fine_is_the_full_grid_and_none_the_coarse_one():
 
 
 def test_guided_and_unguided_calls_go_together():
-    """The host joins them into one batch: all pictures once, then all again."""
+    """ComfyUI joins them into one batch: all pictures once, then all again."""
     grid, full = MixedGrid(some_fine()), latent()
     twice = torch.cat((full, 2 * full))
     picked = grid.pick(twice, 2)

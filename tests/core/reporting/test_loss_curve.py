@@ -1,4 +1,4 @@
-"""The loss curve: smoothing against its formula, thinning without losing ends or means."""
+"""The loss curve: smoothing compared with its formula, thinning without losing ends or means."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Drawings: what they show is where it belongs, whatever the number of blocks or crops."""
+"""Drawings: everything is in the right place for any number of blocks or crops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def heatmap(front: int, back: int, influence: TextInfluence | None = None):
 
 
 def colours_of_blocks(picture) -> list[tuple[int, int, int]]:
-    """Colours along the row of blocks, one for each block."""
+    """The colour of each block along the row of blocks."""
     row = [picture.getpixel((x, 90)) for x in range(230, picture.width - 40)]
     cell = len(row) // 6
     return [row[index * cell + cell // 2] for index in range(6)]

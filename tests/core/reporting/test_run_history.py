@@ -1,4 +1,4 @@
-"""The runs in memory: bounded, readable while they grow, and always JSON."""
+"""The runs in memory: bounded, readable while they grow, and always valid JSON."""
 
 import json
 import math

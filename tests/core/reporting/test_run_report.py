@@ -1,4 +1,4 @@
-"""The summary of a run: right, whole in itself, harmless whatever the names are, and small however long the run was."""
+"""The summary of a run: correct, self-contained, safe with any names, and small however long the run was."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOSTILE = "</title></style><script>alert('x')</script><img src=x onerror=\"y\">&
 
 
 def made(losses=(0.5, 0.4, 0.3, 0.2), *, steps=None, planned=None, accumulation=1, result=None, **changes):
-    """A report of a run that never was."""
+    """A report on an invented run."""
     steps = len(losses) // accumulation if steps is None else steps
     result = {"step_seconds": [0.5] * steps, "self_check": 5.6e-7, "saved_bytes": 3 * 2**19, **(result or {})}
     ordinary = {
@@ -66,7 +66,7 @@ def made(losses=(0.5, 0.4, 0.3, 0.2), *, steps=None, planned=None, accumulation=
 
 
 class Page(HTMLParser):
-    """What a browser finds in a document."""
+    """What a browser sees in a document."""
 
     def __init__(self, text):
         super().__init__()
@@ -89,14 +89,14 @@ def rows(page):
 
 
 def paths(page, class_):
-    """Return the points of every path of a class, as one list of (x, y) for each."""
+    """Return the points of every path of a class, one list of (x, y) per path."""
     tree = ElementTree.fromstring(page)
     found = [path.get("d") for path in tree.iter("path") if path.get("class").split()[0] == class_]
     return [[tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", d)] for d in found]
 
 
 def drawn_value(y, low, high, height=220):
-    """Return the value that stands at a height of the loss chart, whose range is that of the losses."""
+    """Return the value at a height of the loss chart, whose range is that of the losses."""
     bottom, top = height - run_charts.BOTTOM, run_charts.TOP
     return low + (y - bottom) / (top - bottom) * (high - low)
 
@@ -206,7 +206,7 @@ def test_the_numbers_are_right():
     found = rows(report_page(made(losses, planned=30, result={"step_seconds": [1.0, 2.0], "resumed_at": 18})))
     assert found["Steps"] == "20 of 30"
     assert found["Resumed at"] == "step 18"
-    assert found["Time per step"] == "1.500 s on average, 0:00:03 in all (steps timed: 2)"
+    assert found["Time per step"] == "1.500 s on average, 0:00:03 in total (steps timed: 2)"
     assert found["Peak memory"] == "1.25 GiB (process memory (RSS))"
     assert found["Kept for the backward pass"].startswith("1.5 MiB ")
     assert found["Weights of the trained blocks"] == "3.0 MiB of 6.0 MiB (2,670,000 of 4,360,000 parameters)"
@@ -244,9 +244,9 @@ def test_the_headline_says_how_the_run_ended(changes, said):
 
 def test_what_is_not_known_is_said_and_not_made_up():
     found = figures(RUNS["no seconds"])
-    assert found["Time per step"] == "no step was timed: an earlier run had done them all"
+    assert found["Time per step"] == "no step was timed: an earlier run had made them all"
     assert found["Kept for the backward pass"] == "not counted in this run"
-    assert found["Self-check"].startswith("not made")
+    assert found["Self-check"].startswith("not done")
     assert figures(RUNS["only nan"])["Loss, mean of the first and the last tenth"] == "no loss is known"
 
 
@@ -288,7 +288,7 @@ def test_every_block_is_drawn_as_what_it_was():
     assert rects[0].find("title").text == "double_blocks.0: skipped at the front, 1.0 MiB"
     assert rects[2].find("title").text == "single_blocks.0: trained, 1.0 MiB"
     assert rects[5].find("title").text == "single_blocks.3: skipped at the back, 1.0 MiB"
-    assert len({rect.get("height") for rect in rects}) == 2  # told apart without colours too
+    assert len({rect.get("height") for rect in rects}) == 2  # distinguishable without colours too
     labels = [text.text for text in next(tree.iter("svg")).iter("text")]
     labels += [text.text for text in tree.iter("text") if text.text not in labels]
     assert {"double blocks", "single blocks"} <= set(labels)
@@ -373,7 +373,7 @@ def test_a_long_run_is_thinned_out_and_keeps_its_extremes(count):
     losses[count // 2], losses[count // 3] = 0.95, 0.05
     schedule = replace(made().schedule, draws=DRAWS * (count // 7))
     page = report_page(made(losses, schedule=schedule))
-    assert len(page.encode()) < 60_000  # bytes; a text line of every loss would be a multiple
+    assert len(page.encode()) < 60_000  # bytes; one line of text per loss would take several times as much
     (smooth,) = paths(page, "smooth")
     assert len(smooth) == run_charts.MAX_SMOOTH
     raw = next(p.get("d") for p in ElementTree.fromstring(page).iter("path") if p.get("class") == "raw")

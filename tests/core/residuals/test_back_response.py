@@ -1,4 +1,4 @@
-"""The back span's linear answer: exact where it must be, better than a constant where it can be."""
+"""The back span's linear response: exact where it must be, better than a constant where it can be."""
 
 import pytest
 import torch
@@ -7,8 +7,10 @@ from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch, veloci
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.residuals.back_response import constant_part, fit_response
 from blockskip_pack.blockskip_core.residuals.cache import ResidualCache
+from blockskip_pack.blockskip_core.residuals.cached_set import write_cache
+from blockskip_pack.blockskip_core.residuals.chunks import with_response
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
-from blockskip_pack.blockskip_core.residuals.sources import residual_bytes, with_response, write_cache
+from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes
 
 from ..plain_dit import WIDTH, PlainDit, latents, lora_for, lora_tensors, reference_denoise, schedule, selection
 from .test_sources import PLAN, quiet, residual_set, run
@@ -110,7 +112,7 @@ def test_output_and_gradients_are_those_of_the_written_out_formula():
 
 
 def test_it_follows_the_full_model_more_closely_than_a_constant():
-    """On forty draws of the small transformer, with a small LoRA."""
+    """For forty draws of the small transformer, with a small LoRA."""
     dit = PlainDit()
     plan = schedule([0.1 + 0.8 * i / 40 for i in range(40)], [0] * 40)
     clean = latents(40)

@@ -1,4 +1,4 @@
-"""Stored residuals: what goes in comes out, or is refused."""
+"""Stored residuals: what is read equals what was written, or is refused."""
 
 import dataclasses
 import errno
@@ -141,7 +141,7 @@ def test_an_unfinished_cache_is_replaced(tmp_path):
 
 
 def read_or_refuse(folder, given):
-    """Return whether reading was refused; whatever is read must be what was written, bit for bit."""
+    """Return whether reading was refused; what is read must equal what was written bit for bit."""
     try:
         read = read_all(folder)
     except CacheError:
@@ -154,7 +154,7 @@ def read_or_refuse(folder, given):
 
 
 def damaged_copies(tmp_path, given, name, damage):
-    """Yield (folder, place) with one file damaged, 50 times at random places."""
+    """Yield (folder, place) 50 times, each with one file damaged at a random place."""
     folder = written(tmp_path / "whole", given)
     whole = (folder / name).read_bytes()
     rng = Random(7)
@@ -223,7 +223,7 @@ def test_the_right_name_with_another_draws_numbers_is_refused(tmp_path):
 
 
 def rewrite_manifest(folder, change):
-    """Change a manifest's content and make its digest right again."""
+    """Change a manifest's content and correct its digest."""
     body = json.loads(json.loads((folder / MANIFEST).read_text())["body"])
     body = json.dumps(change(body))
     digest = hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
@@ -300,7 +300,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(residual_cache.shutil, "disk_usage", lambda path: usage._replace(free=free))
     folder = tmp_path / "not" / "there" / "yet"
     require_free_space(folder, 3 * 2**30)
-    with pytest.raises(InvalidInputError, match=r"would take 3\.00 GiB on disk, 3\.25 GiB are free.*`chunked`"):
+    with pytest.raises(InvalidInputError, match=r"would take 3\.00 GiB on disk, but 3\.25 GiB are free.*`chunked`"):
         require_free_space(folder, 3 * 2**30 + 1)
     assert not list(tmp_path.iterdir())
 
@@ -327,7 +327,7 @@ def test_too_many_open_files_are_no_damage(tmp_path):
     cache = ResidualCache(folder, IDENTITY)
     with (
         too_many_open_files(),
-        pytest.raises(StorageError, match="cannot be read: .*Run again when the disk is back"),
+        pytest.raises(StorageError, match="cannot be read: .*Run again when the disk is available"),
     ):
         cache.read(0)
     assert same_bits(cache.read(0)["back"], records()[0]["back"])
@@ -339,7 +339,7 @@ def test_too_many_open_files_are_no_damage(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "residuals").write_text("in the way")
-    with pytest.raises(StorageError, match="The folder for residuals cannot be made"):
+    with pytest.raises(StorageError, match="The folder for residuals cannot be created"):
         CacheWriter(tmp_path / "residuals" / "c", IDENTITY)
 
 

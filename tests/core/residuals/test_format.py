@@ -1,4 +1,4 @@
-"""Residuals in eight bits: how far off they may be, and how much room they take."""
+"""Residuals in eight bits: their maximum error and their size."""
 
 import dataclasses
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.residuals.cache import ResidualCache
+from blockskip_pack.blockskip_core.residuals.cached_set import write_cache
 from blockskip_pack.blockskip_core.residuals.format import SCALE_BYTES, ResidualShape, packed, unpacked
-from blockskip_pack.blockskip_core.residuals.sources import residual_bytes, write_cache
+from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes
 
 from ..plain_dit import TEXT_LENGTHS, WIDTH, PlainDit
 from .test_sources import PLAN, quiet, residual_set, run
@@ -16,7 +17,7 @@ EIGHT_BITS = ("int8", "fp8")
 
 
 def tokens(*shape, seed=0, dtype=torch.float32):
-    """Tokens whose sizes differ a lot, with a zero token and one of a single large number."""
+    """Tokens of very different magnitudes, including a zero token and one with a single large number."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     x = x * torch.logspace(-3, 3, shape[1])[:, None]
     x[:, 0] = 0

@@ -27,7 +27,7 @@ def inputs(plan, clean, draws):
 
 
 def full_model(dit, plan, clean, draws):
-    """The plain model's output, with frozen weights: torch chooses its kernels by whether weights ask for gradients."""
+    """The plain model's output with frozen weights, because torch's choice of kernels depends on requires_grad."""
     dit.net.requires_grad_(False)
     with torch.no_grad():
         return dit.denoise(*inputs(plan, clean, draws))
@@ -56,7 +56,7 @@ def test_front_middle_and_back_together_are_the_full_model(front, back):
     if back:
         torch.testing.assert_close(skipping, full, **EXACT)
     else:
-        torch.testing.assert_close(skipping, full, atol=1e-14, rtol=0.0)  # rows at a time and together round apart
+        torch.testing.assert_close(skipping, full, atol=1e-14, rtol=0.0)  # row by row and batched round differently
 
 
 @pytest.mark.parametrize(("double", "single"), [(0, 4), (4, 0), (1, 1)])

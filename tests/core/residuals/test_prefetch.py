@@ -1,4 +1,4 @@
-"""Reading ahead: the same residuals, in any order, and no thread or error is left behind."""
+"""Reading ahead: the same residuals in any order, and no thread or error is left behind."""
 
 import threading
 import time

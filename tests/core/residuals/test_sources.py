@@ -1,4 +1,4 @@
-"""Where a run's residuals come from: disk, chunks, or folded into each step."""
+"""The sources of a run's residuals: disk, chunks, or folded into each step."""
 
 import dataclasses
 import os
@@ -9,7 +9,6 @@ import torch
 from blockskip_pack.blockskip_core import locks
 from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.errors import CacheError, InvalidInputError, StorageError
-from blockskip_pack.blockskip_core.residuals import sources as residual_sources
 from blockskip_pack.blockskip_core.residuals.cache import (
     MANIFEST,
     CacheIdentity,
@@ -17,15 +16,10 @@ from blockskip_pack.blockskip_core.residuals.cache import (
     ResidualCache,
     is_finished,
 )
-from blockskip_pack.blockskip_core.residuals.sources import (
-    FoldedSource,
-    ResidualSet,
-    remove_old_caches,
-    require_room,
-    residual_bytes,
-    stored_latents,
-    write_cache,
-)
+from blockskip_pack.blockskip_core.residuals.cached_set import WAITING, stored_latents, write_cache
+from blockskip_pack.blockskip_core.residuals.housekeeping import KEPT_CACHES, remove_old_caches
+from blockskip_pack.blockskip_core.residuals.residual_set import ResidualSet, require_room, residual_bytes
+from blockskip_pack.blockskip_core.residuals.sources import ChunkedSource, DiskSource, FoldedSource, source_of
 
 from ..plain_dit import TEXT_LENGTHS, WIDTH, PlainDit, latents, lora_for, schedule, selection, train
 
@@ -54,7 +48,7 @@ def residual_set(
 def run(residuals, *, dit=None, on_step=None, progress=quiet, **settings):
     dit = dit or PlainDit()
     adapters = lora_for(dit, residuals.selection)
-    source = residuals.source(dit, progress)
+    source = source_of(residuals, dit, progress)
     result, _ = train(
         dit, residuals.selection, source, adapters, plan=PLAN, clean=residuals.latents, on_step=on_step, **settings
     )
@@ -76,8 +70,10 @@ def test_chunked_training_is_training_from_disk(tmp_path, chunk_size, settings):
 
 def test_the_storage_names_the_source(tmp_path):
     dit = PlainDit()
-    kinds = [type(residual_set(tmp_path, storage).source(dit, quiet)) for storage in ("disk", "chunked", "on the fly")]
-    assert kinds == [residual_sources.DiskSource, residual_sources.ChunkedSource, FoldedSource]
+    kinds = [
+        type(source_of(residual_set(tmp_path, storage), dit, quiet)) for storage in ("disk", "chunked", "on the fly")
+    ]
+    assert kinds == [DiskSource, ChunkedSource, FoldedSource]
     with pytest.raises(InvalidInputError, match="storage must be one of disk, chunked, on the fly, got 'tape'"):
         residual_set(tmp_path, "tape")
     with pytest.raises(InvalidInputError, match="chunk_size must be at least 1, got 0"):
@@ -103,7 +99,7 @@ def test_chunks_hold_no_more_than_their_size_and_are_gone_afterwards(tmp_path):
 
 
 class Interrupt(BaseException):
-    """What hosts raise to interrupt a run."""
+    """The exception with which a host interrupts a run."""
 
 
 def test_an_interrupt_removes_the_chunk_that_is_open(tmp_path):
@@ -140,7 +136,7 @@ def test_a_finished_cache_is_not_computed_again(tmp_path):
     first = run(residuals, steps=5, progress=lambda *report: calls.append(report))[0]
     assert calls == []
     shutil.rmtree(residuals.folder)
-    assert run(residuals, steps=5)[0].losses == first.losses  # and computed anew when it is gone
+    assert run(residuals, steps=5)[0].losses == first.losses  # and recomputed when it is missing
 
 
 def test_progress_runs_over_all_chunks(tmp_path):
@@ -174,7 +170,7 @@ def test_a_disk_without_room_is_said_before_the_model_runs(tmp_path):
     chunked = residual_set(tmp_path, "chunked")
     with (
         pytest.raises(InvalidInputError, match="on disk"),
-        next(chunked.source(dit, quiet).stretches(MicroBatches(steps=3))),
+        next(source_of(chunked, dit, quiet).stretches(MicroBatches(steps=3))),
     ):
         pass
     assert not residuals.folder.exists()
@@ -249,16 +245,16 @@ def test_writing_a_cache_makes_room_for_it_among_the_old_ones(tmp_path):
     write_cache(residuals, PlainDit(), quiet)
     caches = {path.name for path in tmp_path.iterdir() if (path / MANIFEST).is_file()}
     assert caches == {residuals.folder.name, "old-0", "old-1"}
-    assert len(caches) == residual_sources.KEPT_CACHES
+    assert len(caches) == KEPT_CACHES
 
 
 # --- more than one process -----------------------------------------------------------------------------------------
-# A lock is that of an opened file, so one that the test holds keeps the code out as another process's does.
+# A lock belongs to an open file, so a lock held by the test keeps the code out like that of another process.
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Let nobody wait for long."""
+    """Make every wait short."""
     monkeypatch.setattr(locks, "SECONDS_BETWEEN_TRIES", 0.0)
 
 
@@ -305,7 +301,7 @@ def test_another_process_that_computes_the_same_is_waited_for_and_its_cache_used
             held.release()
 
     assert not write_cache(residuals, PlainDit(), progress)
-    assert calls == [(residual_sources.WAITING, 3, 3)] * 4
+    assert calls == [(WAITING, 3, 3)] * 4
     assert torch.equal(stored_latents(residuals, quiet), residuals.latents)
 
 
@@ -320,7 +316,7 @@ def test_one_that_ended_early_is_continued(tmp_path, impatient):
         held.release()
 
     assert write_cache(residuals, PlainDit(), progress)
-    assert calls[:2] == [(residual_sources.WAITING, 1, 3), ("precomputing residuals", 1, 10)]
+    assert calls[:2] == [(WAITING, 1, 3), ("precomputing residuals", 1, 10)]
 
 
 @pytest.mark.parametrize("act", [lambda r, p: write_cache(r, PlainDit(), p), stored_latents], ids=["write", "read"])
@@ -337,7 +333,7 @@ def test_whoever_waits_can_be_interrupted(tmp_path, impatient, act):
 
 def test_a_cache_that_was_removed_before_it_was_opened_is_computed_once_more(tmp_path):
     residuals = residual_set(tmp_path)
-    (stretch,) = residuals.source(PlainDit(), quiet).stretches(MicroBatches(steps=3))
+    (stretch,) = source_of(residuals, PlainDit(), quiet).stretches(MicroBatches(steps=3))
     remove_old_caches(tmp_path, keep=0)
     with stretch as opened:
         assert opened.residual(0).front is not None
@@ -372,11 +368,11 @@ def test_what_a_killed_writer_left_half_written_is_removed_by_the_next(tmp_path)
     assert not list(residuals.folder.glob("*.part"))
 
 
-# --- going on with an unfinished cache ---------------------------------------------------------------------------
+# --- continuing an unfinished cache ------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
-    """Somebody pressed Cancel."""
+    """The user pressed Cancel."""
 
 
 def stop_in_chunk(number):
@@ -390,7 +386,7 @@ def stop_in_chunk(number):
 
 
 def contents(folder):
-    """All files by name, the manifest by what it says."""
+    """The content of all files by name; the manifest as parsed JSON."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -488,7 +484,7 @@ def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
     huge = dataclasses.replace(residuals, latents=torch.empty(5, 2**40, 2, 3, device="meta"))
     with pytest.raises(
         InvalidInputError,
-        match=r"latents of 5 training examples take .* of host memory, .* Use fewer training examples",
+        match=r"latents of 5 training examples need .* of host memory, but .* Use fewer training examples",
     ):
         require_room(huge, dit)
     dit.width = 2**40

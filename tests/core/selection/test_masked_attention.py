@@ -1,4 +1,4 @@
-"""Attention in which image tokens cannot see the text, against a masked softmax written by hand."""
+"""Attention in which image tokens cannot see the text, compared with a hand-written masked softmax."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ TOTAL = TEXT + IMAGE
 
 
 def host_attention(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **_):
-    """What hosts offer: both layouts, additive and boolean masks."""
+    """What hosts use: both layouts, additive and boolean masks."""
     if not skip_reshape:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -97,7 +97,7 @@ def test_without_text_tokens_the_host_is_called_once_and_unchanged():
 
 
 def test_text_tokens_attend_as_before():
-    """Same queries, same keys: a kernel may still round otherwise for fewer rows, so the float64 tolerance is rounding."""
+    """Same queries, same keys: a kernel may still round differently with fewer rows, so float64 rounding is allowed."""
     q, k, v = inputs()
     plain = host_attention(q, k, v, HEADS, skip_reshape=True)
     masked = attend_without_text(host_attention, q, k, v, HEADS, num_text_tokens=TEXT, skip_reshape=True)

@@ -76,7 +76,7 @@ def test_an_exact_back_runs_and_has_no_adapters():
     assert list(chosen.frozen_span) == [7, 8, 9]
     assert list(chosen.back_span) == []
     assert "train 5" in chosen.describe()
-    assert "The last 3 run in training too, without adapters." in chosen.describe()
+    assert "The last 3 also run in training, without adapters." in chosen.describe()
 
 
 def test_frozen_blocks_have_no_residuals_so_they_do_not_decide_them():

@@ -1,4 +1,4 @@
-"""Selections by measurement: Eq. 2."""
+"""Selections by measurement, Eq. 2."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_the_smaller_front_wins_a_tie():
 
 
 def test_one_measurement_serves_every_smaller_budget():
-    """Eq. 2 separates: selecting by pictures of each (n, m) over all pictures gives the same as two sums of distances."""
+    """Eq. 2 separates: selecting by pictures of each (n, m) equals adding the distances of front and back."""
     rng = Random(5)
     pictures = [({n: rng.random() for n in range(7)}, {m: rng.random() for m in range(7)}) for _ in range(3)]
     sums = {"front": 0, "back": 1}
@@ -140,7 +140,7 @@ def test_cosine_distance_is_that_of_the_definition():
 
 
 def test_a_changed_bit_in_a_remembered_measurement_is_found():
-    """A digit of a distance could choose other blocks."""
+    """A change in one digit of a distance could select other blocks."""
     influence = TextInfluence(
         4, front={0: 0.0, 1: 0.25, 2: 0.5}, back={0: 0.0, 1: 0.125}, window={0: 0.75}, num_pictures=2
     )
@@ -163,7 +163,7 @@ def test_a_changed_bit_in_a_remembered_measurement_is_found():
 
 
 class Angles:
-    """Two pictures that are turned by an angle for every masked block, so that all distances are known."""
+    """Two pictures, rotated by an angle for every masked block, so that all distances are known."""
 
     steps = 2 * 3
 
@@ -199,7 +199,7 @@ def test_measuring_samples_the_plain_pictures_once_and_every_run_once():
         assert found.back[count] == pytest.approx(sampler.distance(count), abs=1e-12)
     assert list(found.window.values()) == pytest.approx([sampler.distance(2)] * 7, abs=1e-12)
     assert told == [(done, 14 * 6) for done in range(1, 14 * 6 + 1)]
-    assert kept == list(range(3, 16))  # after every distance; two of nothing masked are known
+    assert kept == list(range(3, 16))  # after every distance; the two without masking are already known
 
 
 def test_an_interrupted_measurement_continues_with_what_is_missing():

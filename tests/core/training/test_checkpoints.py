@@ -1,4 +1,4 @@
-"""Training states: a run that was cut off anywhere ends as if it had not been."""
+"""Training states: a run that was cut off anywhere ends with the same result as an uninterrupted one."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core import locks
 from blockskip_pack.blockskip_core.errors import CheckpointError, InvalidInputError, StorageError
+from blockskip_pack.blockskip_core.residuals.sources import source_of
 from blockskip_pack.blockskip_core.training import checkpoints as module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState, remove_old_runs
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
@@ -24,13 +25,13 @@ ME = RunIdentity({"model": "m", "rank": 2})
 
 
 class Cut(Exception):
-    """The power went out."""
+    """A power failure."""
 
 
 def train(
     folder, checkpoints=None, *, storage="disk", spans=(1, 2), back_residual="constant", cut_after=None, **settings
 ):
-    """Train; (LoRA, losses, result). ``cut_after`` steps the run is interrupted."""
+    """Train and return (LoRA, losses, result). The run is interrupted after ``cut_after`` steps."""
     residuals = residual_set(folder, storage, spans=spans, back_residual=back_residual, chunk_size=3)
     dit = PlainDit()
     adapters, result = lora_for(dit, residuals.selection), TrainingResult()
@@ -42,7 +43,7 @@ def train(
 
     try:
         train_lora(
-            dit, PLAN, residuals.latents, residuals.selection, residuals.source(dit, quiet), adapters, config,
+            dit, PLAN, residuals.latents, residuals.selection, source_of(residuals, dit, quiet), adapters, config,
             result=result, observers=[OnStep(on_step)], checkpoints=checkpoints,
         )  # fmt: skip
     except Cut:
@@ -63,7 +64,7 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# --- going on ----------------------------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut_after", range(1, STEPS))
@@ -97,7 +98,7 @@ def test_learning_rate_accumulation_and_moments_go_on(tmp_path, settings):
 
 
 def test_a_run_cut_off_between_two_states_goes_on_from_the_last(tmp_path):
-    """As after a crash, when nothing could be written at the end."""
+    """As after a crash, which writes nothing at the end."""
     expected, _ = train(tmp_path / "whole")
     train(tmp_path / "cut", store(tmp_path, every=2), cut_after=5)
     (tmp_path / "run" / "state-00000005.safetensors").unlink()
@@ -203,7 +204,7 @@ def test_a_flipped_bit_is_found_and_the_state_before_is_taken(tmp_path, place, c
     path.write_bytes(data)
     assert store(tmp_path).newest(9).step == 1
     assert not path.exists()
-    assert "state-00000002.safetensors is damaged" in caplog.text
+    assert "damaged training state state-00000002.safetensors" in caplog.text
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
@@ -260,7 +261,7 @@ def test_a_full_disk_leaves_the_earlier_state_and_does_not_end_the_run(tmp_path,
     monkeypatch.setattr(module, "write_atomically", full)
     got, result = train(tmp_path / "a", kept)
     assert_same(got, expected)
-    assert result.problems == ["The disk is full."] * (STEPS - 2 + 1)  # and once more in the end
+    assert result.problems == ["The disk is full."] * (STEPS - 2 + 1)  # and once more at the end
     assert kept.newest(9).step == 2
 
 
@@ -315,7 +316,7 @@ def test_a_folder_that_cannot_be_made_does_not_end_the_run(tmp_path):
     (tmp_path / "run").write_text("in the way")
     got, result = train(tmp_path / "a", store(tmp_path))
     assert_same(got, expected)
-    assert "The folder for training states cannot be made" in result.problems[0]
+    assert "The folder for training states cannot be created" in result.problems[0]
 
 
 def test_states_of_a_longer_run_do_not_push_out_those_of_a_shorter_one(tmp_path):
@@ -344,9 +345,9 @@ def test_nothing_is_saved_of_an_update_that_was_cut_off(tmp_path, monkeypatch):
 
 
 def test_a_state_that_cannot_be_read_now_stays_for_later(tmp_path, monkeypatch):
-    """A disk that fails, or too many open files, are no damage: hours of training are not thrown away for them."""
+    """A failing disk or too many open files do not mean damage: they must not cost hours of training."""
     store(tmp_path).save(state())
-    said = "cannot be read: .*Too many open files.*Start the run again when the disk is back"
+    said = "cannot be read: .*Too many open files.*Start the run again when the disk is available"
     with too_many_open_files(), pytest.raises(StorageError, match=f"The folder of training states {said}"):
         store(tmp_path).newest(9)
     kept = store(tmp_path)
@@ -370,7 +371,7 @@ def test_a_damaged_state_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
         store(tmp_path).newest(9)
 
 
-# --- more than one process: a lock that the test holds keeps the code out as another process's does -----------------
+# --- more than one process: a lock held by the test keeps the code out like that of another process ------------------
 
 
 def test_the_same_run_in_another_process_is_waited_for(tmp_path, monkeypatch):

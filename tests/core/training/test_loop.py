@@ -1,4 +1,4 @@
-"""The training loop on a plain model in float64, against independent autograd."""
+"""The training loop on a plain model in float64, compared with independent autograd."""
 
 import math
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ from ..plain_dit import (
 
 NUM_BLOCKS = 5
 SPANS = [(n, m) for n in range(NUM_BLOCKS) for m in range(NUM_BLOCKS - n)]
-EXACT = {"atol": 1e-10, "rtol": 0.0}  # float64 rounding, in another order of operations
+EXACT = {"atol": 1e-10, "rtol": 0.0}  # float64 rounding with another order of operations
 
 
 def reference_gradients(dit, chosen, adapters, plan, clean, draws):
@@ -33,7 +33,7 @@ def reference_gradients(dit, chosen, adapters, plan, clean, draws):
     noisy, target, sigmas = noisy_batch(plan, clean, draws)
     captions = [plan[draw].caption for draw in draws]
     loss = 0.0
-    for row in range(len(draws)):  # a row at a time: texts may differ in length
+    for row in range(len(draws)):  # one row at a time, because texts may differ in length
         one = slice(row, row + 1)
         denoised = reference_denoise(dit, noisy[one], sigmas[one], captions[one], selection=chosen, lora=lora)
         noise = plan[draws[row]].noise(clean.shape[1:], clean.dtype)
@@ -49,12 +49,12 @@ def reference_gradients(dit, chosen, adapters, plan, clean, draws):
 
 def assert_same_gradients(got, expected, **tolerance):
     for key, gradient in expected.items():
-        actual = got.get(key, torch.zeros_like(gradient))  # the text stream of a last double block has none
+        actual = got.get(key, torch.zeros_like(gradient))  # the text stream of a last double block gets none
         torch.testing.assert_close(actual, gradient, **(tolerance or EXACT), msg=lambda text, key=key: f"{key}: {text}")
 
 
 def trained(front, back, *, zero=False, dit=None, plan=None, clean=None, source=None, **settings):
-    """Train one run and return (dit, selection, adapters as they were, result, gradients)."""
+    """Train one run and return (dit, selection, adapters before the run, result, gradients)."""
     dit, plan, chosen = dit or PlainDit(), plan or schedule(), selection(front, back)
     clean = latents(len(plan)) if clean is None else clean
     source = source or MemorySource(dit, chosen, plan, clean)
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_plain_autograd(front, back, checkpointi
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize(("front", "back"), SPANS)
 def test_with_an_exact_back_loss_and_gradients_are_those_of_the_whole_model(front, back, checkpointing, source):
-    """At any LoRA: the whole model by plain autograd, nothing skipped, with the LoRA on the middle."""
+    """With any LoRA: the whole model by plain autograd, nothing skipped, with the LoRA on the middle blocks."""
     plan, clean, dit = schedule(), latents(), PlainDit()
     chosen = selection(front, back).with_exact_back()
     adapters = lora_for(dit, chosen, zero=False)
@@ -97,7 +97,7 @@ def test_with_an_exact_back_loss_and_gradients_are_those_of_the_whole_model(fron
 
 
 def test_an_exact_back_is_what_the_papers_constant_is_not():
-    """The test above can fail: the constant's gradients are others as soon as something is skipped at the end."""
+    """The test above can fail: with a constant the gradients differ as soon as blocks at the end are skipped."""
     plan, clean, dit = schedule(), latents(), PlainDit()
     adapters = lora_for(dit, selection(1, 2), zero=False)
     _, expected = reference_gradients(dit, None, adapters, plan, clean, [0, 1])
@@ -116,7 +116,7 @@ def test_the_folded_form_is_the_cached_form_while_nothing_is_learned(front, back
 
 
 def test_the_folded_back_residual_follows_the_lora_and_the_cached_one_does_not():
-    """With no back span the two are the same at any LoRA; with one, the folded loss is the full model's."""
+    """Without a back span the two are equal with any LoRA; with one, the folded loss is the full model's."""
     _, _, _, cached, expected = trained(2, 0, batch_size=2)
     _, _, _, folded, got = trained(2, 0, batch_size=2, source=FoldedSource())
     assert folded.losses == [pytest.approx(cached.losses[0], abs=1e-12)]
@@ -250,7 +250,7 @@ def test_a_run_longer_than_the_schedule_starts_over():
 
 
 class Interrupt(BaseException):
-    """What hosts raise to interrupt a run."""
+    """The exception with which a host interrupts a run."""
 
 
 @pytest.mark.parametrize("source", [None, FoldedSource()], ids=["cached", "folded"])
@@ -334,7 +334,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_applied(accumulati
 
 
 def half_precision_run(overflow_at, *, steps, **more):
-    """Train a model in float16 whose gradients overflow in some steps, as large activations make them."""
+    """Train a model in float16 whose gradients overflow in some steps, as with large activations."""
     dit, chosen = PlainDit(dtype=torch.float16), selection(1, 2)
     clean = latents(dtype=torch.float16)
     adapters = lora_for(dit, chosen, dtype=torch.float32)
@@ -390,7 +390,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
 
 
 def test_each_loss_is_read_once(monkeypatch):
-    """Each reading of a number makes the processor wait for the GPU. The optimiser reads numbers of its own."""
+    """Each time a number is read, the CPU waits for the GPU. The optimiser also reads numbers."""
     readings, read = [], torch.Tensor.item
     dit, plan, clean, chosen = PlainDit(), schedule(), latents(), selection(1, 2)
     source, adapters = MemorySource(dit, chosen, plan, clean), lora_for(dit, chosen)
@@ -410,7 +410,7 @@ def test_each_loss_is_read_once(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_gradients_in_half_precision_are_neither_scaled_nor_lost(dtype):
-    """float16 has no numbers for gradients this small; the loss is scaled for it, and the gradients scaled back."""
+    """float16 cannot represent gradients this small, so the loss is scaled up and the gradients scaled back."""
     dit, plan = PlainDit(dtype=dtype), schedule()
     wide = PlainDit(dtype=torch.float64)
     wide.net.load_state_dict({name: x.double() for name, x in dit.net.state_dict().items()})

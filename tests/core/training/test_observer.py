@@ -1,4 +1,4 @@
-"""Observers of a training: told of every step in their order, and given the time between steps when it is due."""
+"""Observers of a training run: notified of every step in order, and given time between steps when it is due."""
 
 import pytest
 from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
@@ -11,7 +11,7 @@ from ..plain_dit import MemorySource, PlainDit, latents, lora_for, schedule, sel
 
 
 class Pause(TrainingObserver):
-    """Wants the time after some steps, and notes what it sees then."""
+    """Asks for time after some steps, and records what it sees then."""
 
     def __init__(self, steps, seen, name="pause", dit=None):
         self.steps, self.seen, self.name, self.dit = steps, seen, name, dit

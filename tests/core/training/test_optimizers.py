@@ -1,4 +1,4 @@
-"""The optimisers, against their formulas and against each other."""
+"""The optimisers, compared with their formulas and with each other."""
 
 import sys
 
@@ -16,7 +16,7 @@ RATE, DECAY = 1e-2, 0.1
 
 
 def stepped(name, steps=4, shape=(64, 128)):
-    """A parameter after some steps on the square of its values, and its optimiser."""
+    """A parameter after some steps on the sum of its squares, and its optimiser."""
     parameter = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     optimizer = build_optimizer(name, [parameter], learning_rate=RATE, weight_decay=DECAY)
     for _ in range(steps):

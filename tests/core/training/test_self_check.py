@@ -1,4 +1,4 @@
-"""A model that does not fit its residuals, or cannot learn, is noticed."""
+"""A model that does not match its residuals, or cannot learn, is detected."""
 
 import re
 

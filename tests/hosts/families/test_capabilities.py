@@ -1,4 +1,4 @@
-"""What a family can do besides naming its blocks: asked for where it is used, and said plainly where it is missing."""
+"""Optional capabilities of a family: checked where they are used, with a clear message where they are missing."""
 
 import pytest
 from blockskip_pack.blockskip_core.errors import UnsupportedModelError
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 
 @pytest.fixture
 def blocks_only(comfyui, monkeypatch):
-    """FLUX.1 known by an adapter that can name its blocks and nothing else."""
+    """FLUX.1 with an adapter that can only name its blocks."""
     from blockskip_pack.blockskip_core.hosts.families import registry, sampled_families
     from blockskip_pack.blockskip_core.hosts.families.base import FamilyAdapter
     from blockskip_pack.blockskip_core.hosts.families.flux import FluxAdapter

@@ -1,4 +1,4 @@
-"""What must hold for every supported family, on tiny random models of the host's own classes."""
+"""Properties that every supported family must have, on tiny random models of ComfyUI's own classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def patcher(comfyui, tiny):
 
 @pytest.fixture(autouse=True)
 def _model_is_left_as_it_was(comfyui, patcher):
-    """After every test the MODEL has the same modules and weights, and nothing of ours on it."""
+    """After every test the MODEL has the same modules and weights, and no attributes of the pack."""
     modules, before = dict(patcher.model.named_modules()), weights(patcher)
     yield
     from blockskip_pack.blockskip_core.hosts.models.residency import unload
@@ -74,7 +74,7 @@ def test_the_adapter_is_that_of_the_family_and_lists_the_blocks_in_the_order_in_
 
 
 def test_every_weight_is_in_the_stem_the_blocks_or_the_head(tiny, patcher):
-    """What is in none of them would run with the host's own inference tensors; only single tensors do."""
+    """Weights in none of them would run as ComfyUI's inference tensors; only single tensors do."""
     dit = tiny.hosted(patcher)
     parts = [*dit.frozen_stem, *(block.name for block in dit.blocks), *dit.trainable_head]
     assert len(set(parts)) == len(parts)
@@ -97,7 +97,7 @@ def test_front_middle_and_back_together_are_the_full_model(tiny, patcher):
             if back:
                 torch.testing.assert_close(skipping, full[draw], atol=1e-5, rtol=0.0, msg=f"{front}, {back}")
             else:
-                assert torch.equal(skipping, full[draw]), (front, back)  # no rounding comes in: bit for bit
+                assert torch.equal(skipping, full[draw]), (front, back)  # no rounding: bit for bit
         assert torch.equal(computed.reference.denoised, full[0])  # streamed block by block
 
 
@@ -134,7 +134,7 @@ def test_texts_of_another_encoder_are_refused(tiny, patcher):
     (embedding, settings), *_ = texts[1]
     for width in (1, embedding.shape[-1] + 1):
         wrong = [texts[0], [[torch.zeros(1, 7, width), settings]]]
-        with pytest.raises(InvalidInputError, match=f"Conditioning 2 is {width} numbers wide, .* reads"):
+        with pytest.raises(InvalidInputError, match=f"Conditioning 2 has width {width}, .* needs"):
             adapter.require_texts(wrong)
 
 
@@ -164,7 +164,7 @@ def test_bf16_models_agree_within_their_rounding(tiny, comfyui):
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 0)])
 def test_gradients_are_those_of_finite_differences(tiny, comfyui, counts):
-    """In float64, along one random direction for each tensor of the LoRA; the host rounds its output to float32."""
+    """In float64, along one random direction per tensor of the LoRA; ComfyUI rounds its output to float32."""
     dit, clean = tiny.hosted(tiny.build(dtype=torch.float64)), tiny.clean_latents(dtype=torch.float64)
     spans = tiny.chosen(*counts)
     source = MemorySource(dit, spans, PLAN, clean)
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_finite_differences(tiny, comfyui, counts):
 
             def slope(parameter, value, direction, step):
                 total = 0.0
-                for distance, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # error of fourth order
+                for distance, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # fourth-order error
                     parameter.data.copy_(value + distance * step * direction)
                     loss = velocity_loss(denoise(noisy, sigmas, [PLAN[0].caption]), target, sigmas).item()
                     total += weight * loss / (12 * step)
@@ -195,15 +195,15 @@ def test_gradients_are_those_of_finite_differences(tiny, comfyui, counts):
                 direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 found = (gradients[key] * direction).sum().item()
                 allowed = 1e-4 * gradients[key].norm().item() * direction.norm().item() + 1e-6
-                # Small steps drown in the host's rounding where a gradient is small, large ones are not small
-                # enough where it is large; a wrong gradient agrees with neither.
+                # With a small gradient, small steps drown in ComfyUI's rounding; with a large one, large steps are
+                # not accurate enough. A wrong gradient agrees with neither.
                 errors = (slope(parameter, value, direction, step) - found for step in (1e-2, 4e-2))
                 assert any(abs(error) <= allowed for error in errors), key
 
 
 def test_every_tensor_of_the_lora_has_a_gradient_whatever_is_kept(tiny, patcher):
-    """Text branches whose output nobody reads get no adapter, so none stays dead."""
-    for back in range(tiny.num_blocks):  # each block is once the last that is kept
+    """Text branches whose output is unused get no adapter, so that no adapter stays without gradients."""
+    for back in range(tiny.num_blocks):  # each block is the last kept one once
         counts = (0, back)
         spans = tiny.chosen(*counts)
         dit = tiny.hosted(patcher)
@@ -242,7 +242,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_last_bit(tiny, patcher):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_an_exact_back_gives_the_gradients_of_the_whole_model(tiny, patcher, checkpointing):
-    """The LoRA is on the middle in both runs; one replays the front and freezes the back, the other skips nothing."""
+    """Both runs have the LoRA on the middle blocks; one replays the front and freezes the back, one skips nothing."""
     exact = tiny.chosen(1, 1).with_exact_back()
     dit, clean = tiny.hosted(patcher), tiny.clean_latents()
     got = {}
@@ -280,7 +280,7 @@ def test_training_learns_and_checks_itself(tiny, patcher):
 
 
 def masked_forward(tiny, patcher, blocks, text_seed, **options):
-    """The MODEL's clean estimate with the text hidden in some blocks; other words have other seeds."""
+    """The MODEL's clean estimate with the text hidden in some blocks; another seed gives other words."""
     from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
 
     wrapper = adapter_for(patcher).text_masking_wrapper(frozenset(blocks))
@@ -316,7 +316,7 @@ def test_masking_nothing_is_the_plain_model(tiny, patcher):
 
 
 def test_masking_everywhere_is_a_masked_softmax_everywhere(tiny, patcher):
-    """Against the host's own attention with a dense mask; where text has its own attention, against zeros."""
+    """Compared with ComfyUI's own attention with a dense mask; where text has separate attention, with zeros."""
     from comfy.ldm.modules.attention import attention_pytorch
 
     def by_hand(_, q, k, v, heads, mask=None, *args, **kwargs):
@@ -358,7 +358,7 @@ def test_attention_and_block_replacements_of_other_nodes_stay_in_force_while_mas
     masked = masked_forward(tiny, patcher, everywhere, 1)
     overridden = masked_forward(tiny, patcher, everywhere, 1, optimized_attention_override=other_values)
     assert not torch.allclose(overridden, masked, atol=1e-5)
-    if tiny.family == "lumina2":  # the host offers no replacement there
+    if tiny.family == "lumina2":  # ComfyUI has no replacement hook there
         return
     replaced = {"dit": {("double_block", 1): reversed_tokens}}
     first, second = (masked_forward(tiny, patcher, everywhere, seed, patches_replace=replaced) for seed in (1, 2))
@@ -382,7 +382,7 @@ def test_probe_pictures_are_sampled_in_the_hosts_own_shape(tiny, patcher):
 
 @pytest.fixture
 def watched(comfyui, monkeypatch, tiny):
-    """The blocks with weights in the loaded model, noted at every load of a stand-in clone."""
+    """The blocks with weights in the loaded model, recorded at every load of a clone with stand-ins."""
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     loads: list[set[str]] = []
@@ -464,7 +464,7 @@ def test_crops_become_latents_without_an_axis_of_frames_in_the_models_scale(tiny
 
 
 class Vae:
-    """Averages squares of pixels, in as many channels as are wanted."""
+    """Averages squares of pixels, with the requested number of channels."""
 
     def __init__(self, ratio: int, channels: int, *, frames: bool) -> None:
         self._ratio, self._channels, self._frames = ratio, channels, frames

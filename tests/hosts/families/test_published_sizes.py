@@ -1,4 +1,4 @@
-"""Published models on the meta device: as many bytes as their files have, and not one of them in memory."""
+"""Published models on the meta device: as many bytes as their files, but none of them in memory."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from blockskip_pack.blockskip_core.errors import InvalidInputError
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-# GiB of all parameters in bf16 (SD3.5's table of positions is a buffer and not counted); blocks of each list.
+# GiB of all parameters in bf16 (SD3.5's table of positions is a buffer and does not count); blocks in each list.
 SIZES = {
     "FLUX.1-dev": (22.17, {"double_blocks": 19, "single_blocks": 38}),
     "FLUX.2-dev": (60.02, {"double_blocks": 8, "single_blocks": 48}),

@@ -1,4 +1,4 @@
-"""LoRAs on a MODEL: as the host's own loader would patch them in, or refused; what is passed over is said."""
+"""LoRAs on a MODEL: applied like ComfyUI's own loader, or refused; ignored tensors are reported."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def files(comfyui):
 
 
 def merged(patcher):
-    """All weights of a MODEL with its patches, as the host merges them."""
+    """All weights of a MODEL with its patches, as merged by ComfyUI."""
     import comfy.model_management
 
     clone = patcher.clone()
@@ -68,7 +68,7 @@ def test_a_lora_for_another_kind_of_model_is_refused(files):
         "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.ones(8, 2),
     }
     for lora in (foreign, {}, {"x": torch.ones(3)}):
-        with pytest.raises(LoraFileError, match="holds nothing for Flux"):
+        with pytest.raises(LoraFileError, match="has nothing for Flux"):
             files.apply_lora(tiny_flux(), lora, 1.0)
 
 
@@ -84,7 +84,7 @@ def test_applying_makes_a_clone_and_strength_scales_the_change(files):
     assert torch.equal(full_forward(hosted(patcher), clean, [0]), plain)
 
 
-# --- what others write -------------------------------------------------------------------------------------------
+# --- files of other programs -------------------------------------------------------------------------------------
 
 BLOCKS = ["double_blocks.0", "single_blocks.1"]
 
@@ -134,7 +134,7 @@ def test_a_lora_that_would_make_a_layer_narrower_is_refused(files):
         files.apply_lora(patcher, control_lora(patcher, -2), 1.0)
 
 
-# --- what the host passes over -----------------------------------------------------------------------------------
+# --- tensors that ComfyUI ignores --------------------------------------------------------------------------------
 
 
 def test_what_is_not_used_is_counted_and_named_by_kind(files, caplog):
@@ -151,7 +151,8 @@ def test_what_is_not_used_is_counted_and_named_by_kind(files, caplog):
     tensors["diffusion_model.double_blocks.0.img_mlp.0.lora_C.weight"] = torch.ones(4, 4)
     applied = assert_as_the_hosts_loader(files, patcher, tensors)
     assert applied.passed_over == (
-        f"ComfyUI does not use 7 of the {total + 7} tensors: 2 of a text encoder, 1 of a kind that it does not read here "
+        f"ComfyUI does not use 7 of the {total + 7} tensors: 2 of a text encoder, 1 of a kind that it does not support "
+        "here "
         "(double_blocks.0.img_mlp.0.lora_C.weight), 4 of layers that this model does not have "
         "(double_blocks.30.img_mlp.0, double_blocks.30.txt_mlp.0)."
     )
@@ -168,7 +169,7 @@ def test_a_lora_that_is_used_as_a_whole_says_nothing(files, caplog):
 
 
 def test_the_reader_of_the_host_agrees_on_what_is_passed_over(files, caplog):
-    """The host warns of each tensor that it did not load; the same ones are counted here."""
+    """ComfyUI warns about each tensor that it did not load; the same ones are counted here."""
     import comfy.lora
 
     patcher = tiny_flux()

@@ -1,4 +1,4 @@
-"""LoRA files: what is written loads through the host's own loader; names and contents of others are not trusted."""
+"""LoRA files: ours load with ComfyUI's own loader; names and contents of others are not trusted."""
 
 from pathlib import Path
 

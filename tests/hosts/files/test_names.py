@@ -1,4 +1,4 @@
-"""Names of files mean the same on every system, checked with what pathlib knows of Windows."""
+"""File names mean the same on every system, checked with pathlib's knowledge of Windows."""
 
 import ntpath
 import re

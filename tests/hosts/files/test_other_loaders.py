@@ -1,4 +1,4 @@
-"""Who reads our LoRA files: ComfyUI's own loader nodes, diffusers, peft, and programs that follow kohya."""
+"""Which programs read our LoRA files: ComfyUI's loader nodes, diffusers, peft, and programs that follow kohya."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SETTINGS = LoraSettings(rank=2, alpha=6.0)  # a scale of 3, which must not get l
 
 @dataclass(frozen=True)
 class InDiffusers:
-    """Where diffusers has a family.
+    """A family's classes in diffusers.
 
     Attributes:
         published: Model at its published size.
-        loader: Class that loads LoRAs, without its ending.
-        transformer: Class of the model, without its ending, and its settings.
-        converted: Function of diffusers that renames and splits the published weights; without one the names are the same.
+        loader: Class that loads LoRAs, without its suffix.
+        transformer: Class of the model, without its suffix, and its settings.
+        converted: Function of diffusers that renames and splits the published weights; "" if the names are the same.
     """
 
     published: str
@@ -84,7 +84,7 @@ def saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_comfyuis_loader_nodes_read_them(saved, form):
-    """Load LoRA, LoraLoaderModelOnly, and what our own node does: the same layers, the same picture."""
+    """Load LoRA, LoraLoaderModelOnly and our own node: the same layers, the same picture."""
     from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
     from blockskip_pack.blockskip_core.hosts.files.lora_files import load_lora_file
 
@@ -107,9 +107,9 @@ def test_comfyuis_loader_nodes_read_them(saved, form):
 
 
 class FullSize:
-    """A LoRA with random numbers on three blocks in the middle of a published model that has no memory.
+    """A LoRA with random numbers on three middle blocks of a published model without memory.
 
-    A change of a weight is as large as the weight. So what it does to two inputs is compared: B (A x).
+    A weight's change is as large as the weight. So its effect on two inputs is compared: B (A x).
     """
 
     def __init__(self, model):
@@ -118,7 +118,7 @@ class FullSize:
         self.model = model
         self.adapter = adapter_for(SimpleNamespace(model=model))
         blocks = [block.name for block in self.adapter.blocks()]
-        third = len(blocks) // 3  # in two kinds of blocks, where there are two
+        third = len(blocks) // 3  # in both kinds of blocks, if there are two
         kept = tuple(f"{blocks[place]}." for place in (third - 1, third, len(blocks) // 2))
         self.lora = LoraAdapters(
             {
@@ -147,7 +147,7 @@ class FullSize:
 
     @property
     def expected(self):
-        """Layer -> what its change does."""
+        """Layer -> the effect of its change."""
         lora = self.lora
         return {name: acting(lora.up(name).detach(), lora.down(name).detach(), lora.scale) for name in lora.names}
 
@@ -180,7 +180,7 @@ def full(family):
 
 
 def read_by_comfyui(full, tensors):
-    """What the host's loader makes of them, by native layer."""
+    """The changes as loaded by ComfyUI, by native layer."""
     import comfy.lora
     import comfy.lora_convert
 
@@ -198,7 +198,7 @@ def read_by_comfyui(full, tensors):
 
 
 def in_diffusers(full, place):
-    """What the changes are by diffusers' layer, from its own converter of published weights."""
+    """The changes by diffusers' layer, according to its converter of published weights."""
     import diffusers.loaders.single_file_utils as single_file
 
     changes = {f"{name}.weight": change for name, change in full.expected.items()}
@@ -208,7 +208,7 @@ def in_diffusers(full, place):
         name: torch.zeros((tensor.shape[0], 2) if tensor.ndim > 1 else tensor.shape, dtype=torch.float64)
         for name, tensor in full.model.diffusion_model.state_dict().items()
     }
-    weights |= {  # what the published files of FLUX.1 and Chroma call norms
+    weights |= {  # the names of norms in the published files of FLUX.1 and Chroma
         name.removesuffix(".weight") + ".scale": tensor for name, tensor in weights.items() if tensor.ndim == 1
     }
     converted = getattr(single_file, f"convert_{place.converted}_to_diffusers")(weights | changes)
@@ -218,24 +218,24 @@ def in_diffusers(full, place):
 
 
 def read_by_diffusers(tensors, loader, linear=None):
-    """What diffusers makes of them, by its own layer; nothing if it fails or its model has no such layers.
+    """The changes as loaded by diffusers, by its layer; empty if it fails or its model has no such layers.
 
     Args:
         tensors: Of a file.
-        loader: Class that loads LoRAs, without its ending.
-        linear: Layer -> shape of its weight in diffusers' model; without it any layers will do.
+        loader: Class that loads LoRAs, without its suffix.
+        linear: Layer -> shape of its weight in diffusers' model; None to accept any layers.
     """
     import diffusers.loaders.lora_pipeline
 
     mixin = getattr(diffusers.loaders.lora_pipeline, f"{loader}LoraLoaderMixin")
     try:
         state = mixin.lora_state_dict(dict(tensors))
-    except (KeyError, ValueError, RuntimeError):  # what its conversions raise
+    except (KeyError, ValueError, RuntimeError):  # raised by its conversions
         return {}
     found = {}
     for key, down in state.items():
         name = key.removesuffix(".lora_A.weight")
-        if key.endswith(".lora_A.weight") and name.startswith("transformer."):  # others it passes over with a warning
+        if key.endswith(".lora_A.weight") and name.startswith("transformer."):  # it skips others with a warning
             up, name = state[f"{name}.lora_B.weight"], name.removeprefix("transformer.")
             if linear is not None and linear.get(name) != (up.shape[0], down.shape[1]):
                 return {}
@@ -248,7 +248,7 @@ def linear_shapes(model):
 
 
 def read_by_peft(tensors, prefix, shapes):
-    """What peft makes of them once the prefix is off, in a model with layers of these shapes; nothing if it has others."""
+    """The changes as loaded by peft without the prefix, in a model with layers of these shapes; empty if not."""
     import peft
 
     layers = {
@@ -269,7 +269,7 @@ def read_by_peft(tensors, prefix, shapes):
 
 
 def read_like_kohya(tensors, shapes):
-    """What sd-scripts' rule makes of them: "lora_unet_" and the layer's path with underscores; alpha over rank."""
+    """The changes by sd-scripts' rule: "lora_unet_" and the layer's path with underscores; alpha over rank."""
     found = {}
     for name, shape in shapes.items():
         stem = "lora_unet_" + name.replace(".", "_")
@@ -282,7 +282,7 @@ def read_like_kohya(tensors, shapes):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_each_form_is_read_by_the_programs_that_the_table_names(family, full):
-    """As recorded for docs/compatibility.md; and the file says the same of itself."""
+    """As recorded for docs/compatibility.md; the file's own metadata says the same."""
     import diffusers
 
     place = FAMILIES[family]
@@ -306,12 +306,12 @@ def test_each_form_is_read_by_the_programs_that_the_table_names(family, full):
         if diffusers.__version__ == "0.42.1":
             assert names.loads_in == ", ".join(name for name in ("ComfyUI", "diffusers") if readers[name])
         row.append(", ".join(name for name, reads in readers.items() if reads))
-    if diffusers.__version__ == "0.42.1":  # another one may read more
+    if diffusers.__version__ == "0.42.1":  # other versions may read more
         assert_recorded("lora_files.json", COLUMNS, row)
 
 
 def test_diffusers_reads_no_lora_of_lumina_2_without_its_first_blocks():
-    """Lumina 2 has no published size here. Its converter wants all layers of all blocks, from the first."""
+    """Lumina 2 has no published size here. Its converter requires all layers of all blocks, from the first."""
     from ..tiny_families import FAMILIES as TINY
 
     tiny = next(tiny for tiny in TINY if tiny.name == "lumina2")

@@ -1,4 +1,4 @@
-"""A LoRA of any trainer as the first values: the same change of the weights, or a sentence that says what is in the way."""
+"""Starting from any trainer's LoRA: the same change of the weights, or a message with the reason why not."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def adapters_of(model, rank=8, alpha=None, targets="all linear"):
 
 
 def changes(adapters):
-    """Layer -> change of its weight, of those that have one."""
+    """Layer -> change of its weight, for layers that have one."""
     found = {name: adapters.scale * (adapters.up(name) @ adapters.down(name)).detach() for name in adapters.names}
     return {name: change for name, change in found.items() if change.any()}
 
@@ -63,7 +63,7 @@ def test_layers_of_different_ranks_are_filled_up(start, model, alpha):
     adapters = adapters_of(model, rank=8, alpha=alpha)
     first = adapters.state_dict()
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters)
-    for name, (up, _) in made.items():  # what is new may learn: A as in a fresh LoRA, B zero
+    for name, (up, _) in made.items():  # new ranks can learn: A as in a fresh LoRA, B zero
         rank = up.shape[1]
         assert torch.equal(adapters.down(name)[rank:], first[f"{name}.lora_A.weight"][rank:])
         assert not adapters.up(name)[:, rank:].any()
@@ -71,7 +71,7 @@ def test_layers_of_different_ranks_are_filled_up(start, model, alpha):
 
 def test_the_advice_on_ranks_leads_to_a_run(start, model):
     made = other_loras.pairs(model, KEPT, rank=lambda place: 3 + place % 3)
-    with pytest.raises(LoraFileError, match=r"has ranks from 3 to 5, .* here it is 2\. Set rank to 5, or more\."):
+    with pytest.raises(LoraFileError, match=r"has ranks from 3 to 5, .* but rank is 2 here\. Set rank to 5 or more\."):
         start(model, other_loras.native(made), adapters_of(model, rank=2))
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters_of(model, rank=5))
 
@@ -84,7 +84,7 @@ def test_names_of_kohya_and_its_alpha_are_read(start, model):
 
 def test_layers_that_diffusers_splits_are_joined(start, model):
     tensors, expected = other_loras.diffusers(model, KEPT)
-    with pytest.raises(LoraFileError, match=r"has ranks from 2 to 8, .*Set rank to 8, or more"):
+    with pytest.raises(LoraFileError, match=r"has ranks from 2 to 8, .*Set rank to 8 or more"):
         start(model, tensors, adapters_of(model, rank=4))
     assert_starts_from(start, model, tensors, expected, adapters_of(model, rank=8))
 
@@ -112,7 +112,7 @@ def test_a_layer_that_is_narrower_than_the_lora_is_cut_down(start, model):
     assert_starts_from(start, model, other_loras.native(made), products(made), adapters_of(model, rank=64))
 
 
-# --- what cannot be taken ----------------------------------------------------------------------------------------
+# --- files that cannot be used -----------------------------------------------------------------------------------
 
 
 def of_kept(model):
@@ -125,10 +125,16 @@ NAME = "diffusion_model.single_blocks.0.linear2"
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"lora_te1_x.lora_up.weight": torch.ones(2, 2)}, r"more than can be trained here\. .* 1 of a text encoder\. Apply it"),
+        (
+            {"lora_te1_x.lora_up.weight": torch.ones(2, 2)},
+            r"parts that cannot be trained here\. .* 1 of a text encoder\. Apply it",
+        ),
         ({f"{NAME}0.lora_A.weight": torch.ones(2, 2)}, r"1 of layers that this model does not have \(single_blocks.0.linear20\)"),
-        ({f"{NAME}.diff_b": torch.ones(64)}, r"also changes what is not trained here \(single_blocks\.0\.linear2\.bias\)"),
-        ({f"{NAME}.dora_scale": torch.ones(64, 1)}, r"single_blocks\.0\.linear2 has a magnitude of its own, as in DoRA"),
+        (
+            {f"{NAME}.diff_b": torch.ones(64)},
+            r"also changes layers that are not trained here \(single_blocks\.0\.linear2\.bias\)",
+        ),
+        ({f"{NAME}.dora_scale": torch.ones(64, 1)}, r"single_blocks\.0\.linear2 has a magnitude vector, as in DoRA"),
         ({f"{NAME}.reshape_weight": torch.tensor([128, 640])}, "linear2 has more inputs or outputs than the model"),
         ({f"{NAME}.lora_B.weight": torch.full((64, 2), torch.nan)}, "its numbers for single_blocks.0.linear2 are not all finite"),
         ({f"{NAME}.lora_A.weight": torch.full((2, 320), torch.inf)}, "are not all finite"),
@@ -161,5 +167,5 @@ def test_layers_that_are_not_trained_are_named_as_layers(start, model, form):
 
 
 def test_a_lora_for_another_model_is_refused(start, model):
-    with pytest.raises(LoraFileError, match="holds nothing for this model"):
+    with pytest.raises(LoraFileError, match="has nothing for this model"):
         start(model, {"x.lora_up.weight": torch.ones(2, 2)}, adapters_of(model))

@@ -1,4 +1,4 @@
-"""CONDITIONINGs of the host on their way in, and crops on their way through the VAE."""
+"""ComfyUI's CONDITIONINGs as inputs, and crops on their way through the VAE."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -108,7 +108,7 @@ def test_the_model_is_given_text_pooled_vector_and_guidance(conditioning):
     with torch.inference_mode():
         entry = captions((5,))[0]
     given = conditioning.model_arguments(model, entry, torch.zeros(1, *LATENT_SHAPE), torch.device("cpu"))
-    assert given["guidance"].tolist() == [3.5]  # the host's default
+    assert given["guidance"].tolist() == [3.5]  # ComfyUI's default
     assert not any(value.is_inference() for value in given.values() if isinstance(value, torch.Tensor))
 
 
@@ -120,7 +120,7 @@ def test_rows_are_joined_along_the_batch(conditioning):
 
 
 def test_captions_with_a_mask_over_padding_are_run_as_the_host_runs_them(comfyui):
-    """Qwen-Image is given a mask by some text encoders."""
+    """Some text encoders give Qwen-Image a mask."""
     tiny = next(family for family in FAMILIES if family.name == "qwen_image")
     mask = torch.tensor([[1, 1, 1, 0, 0]])
     patcher, clean, spans = tiny.build(), tiny.clean_latents(), tiny.chosen(1, 2)
@@ -138,7 +138,7 @@ def test_rows_with_different_settings_are_not_one_batch(conditioning):
 
 
 class Vae:
-    """Averages 8 x 8 px; the first colour twice, so that there are four channels."""
+    """Averages 8 x 8 px; repeats the first colour, so that there are four channels."""
 
     def encode(self, pixels):
         cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)

@@ -1,4 +1,4 @@
-"""IMAGEs of the host on their way in: what is refused, and that nothing is held twice."""
+"""ComfyUI's IMAGEs as inputs: what is refused, and that nothing is held twice."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_nothing_is_refused(flattened, nothing):
 
 
 def test_what_resampling_overshoots_is_clamped(flattened):
-    """The worst there is: a chequered picture, enlarged without clamping."""
+    """The worst case: a chequered picture, enlarged without clamping."""
     chequered = (torch.arange(64).view(8, 8) + torch.arange(8).view(8, 1)).remainder(2).float().repeat_interleave(4, 1)
     planes = chequered.repeat_interleave(4, 0).expand(1, 3, 32, 32)
     enlarged = torch.nn.functional.interpolate(planes, scale_factor=2.7, mode="bicubic").movedim(1, -1)
@@ -100,7 +100,7 @@ def test_transparent_pictures_are_known(flattened):
 
 
 def test_pictures_are_held_once(flattened):
-    """Counted: beside what came in, a few pictures' worth at a time, however many pictures there are."""
+    """Counted: in addition to the input, the memory of a few pictures, however many there are."""
     side, count = 96, 12
     images = [torch.rand(1, side, side, 3) for _ in range(count - 4)] + [torch.rand(4, side, side, 4)]
     one = images[0].nbytes

@@ -1,4 +1,4 @@
-"""The workflows for cards of 8, 12 and 24 GB: their settings, counted on FLUX.1-dev at full size, fit the card they name."""
+"""The workflows for 8, 12 and 24 GB cards: their settings, counted on full-size FLUX.1-dev, fit the card."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from blockskip_pack.blockskip_core.selection.presets import preset_selection
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 
 GIB = 2**30
-TEXT_TOKENS = 512  # a long caption; ComfyUI fills short ones up to 256
+TEXT_TOKENS = 512  # a long caption; ComfyUI pads short ones to 256
 FORMS = {"flux1-dev.safetensors": torch.bfloat16, "flux1-dev-fp8.safetensors": torch.float8_e4m3fn}
 
 
 def cards():
-    """The graphs by the memory of the card in GB."""
+    """The graphs by the card's memory in GB."""
     path = Path(__file__).resolve().parents[3] / "devtools" / "workflow_graphs.py"
     spec = importlib.util.spec_from_file_location("blockskip_workflow_graphs", path)
     module = importlib.util.module_from_spec(spec)

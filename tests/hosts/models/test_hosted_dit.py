@@ -1,4 +1,4 @@
-"""FLUX.1 of the host's own classes, run with blocks replaced, trained, and left as it was."""
+"""FLUX.1 of ComfyUI's own classes: run with replaced blocks, trained, and left unchanged."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,14 +14,17 @@ from torch import nn
 
 from ...core.plain_dit import MemorySource, train
 from ..hosted_runs import (
+    LATENT_SHAPE,
     NUM_BLOCKS,
     PLAN,
+    captions,
     chosen,
     clean_latents,
     flux_lora,
     full_forward,
     host_sample,
     hosted,
+    plain_forward,
     replayed,
     run,
 )
@@ -51,7 +54,7 @@ def test_front_middle_and_back_together_are_the_full_model(model, front, back):
         if back:
             torch.testing.assert_close(skipping, full, atol=1e-5, rtol=0.0)
         else:
-            assert torch.equal(skipping, full)  # no rounding comes in: bit for bit
+            assert torch.equal(skipping, full)  # no rounding: bit for bit
         if draw == computed.reference.draw:
             assert torch.equal(computed.reference.denoised, full)  # streamed block by block
 
@@ -134,7 +137,7 @@ def test_blocks_are_listed_in_the_order_in_which_they_run(model):
 
 @pytest.mark.parametrize("spans", [(0, 0), (1, 2), (3, 1), (0, 5), (5, 0)])
 def test_gradients_are_those_of_finite_differences(comfyui, spans):
-    """In float64, along one random direction for each tensor of the LoRA; the host rounds its output to float32."""
+    """In float64, along one random direction per tensor of the LoRA; ComfyUI rounds its output to float32."""
     dit, clean, spans = hosted(tiny_flux(dtype=torch.float64)), clean_latents(dtype=torch.float64), chosen(*spans)
     source = MemorySource(dit, spans, PLAN, clean)
     adapters = flux_lora(dit, spans, zero=False, dtype=torch.float64)
@@ -160,7 +163,7 @@ def test_gradients_are_those_of_finite_differences(comfyui, spans):
             for key, parameter, value in zip(keys, adapters.parameters(), before, strict=True):
                 direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 step, measured = 1e-2, 0.0
-                for distance, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # error of fourth order
+                for distance, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # fourth-order error
                     parameter.data.copy_(value + distance * step * direction)
                     measured += weight * loss() / (12 * step)
                 parameter.data.copy_(value)
@@ -170,7 +173,7 @@ def test_gradients_are_those_of_finite_differences(comfyui, spans):
 
 
 def test_the_lora_acts_as_if_it_were_merged_into_the_weights(comfyui):
-    """With no back span the skipping model with a LoRA is the full model with the LoRA in the kept blocks."""
+    """Without a back span the skipping model with a LoRA equals the full model with the LoRA in the kept blocks."""
     dit, clean, spans = hosted(tiny_flux()), clean_latents(), chosen(1, 0)
     residuals = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
     adapters = flux_lora(dit, spans, zero=False)
@@ -239,7 +242,7 @@ def test_another_model_than_the_one_precomputed_is_noticed(model):
 
 
 def state(patcher):
-    """What must be the same objects afterwards."""
+    """Objects that must be the same afterwards."""
     modules = dict(patcher.model.named_modules())
     parameters = {name: (p, p.data_ptr()) for name, p in patcher.model.named_parameters()}
     others = (
@@ -365,7 +368,7 @@ def test_unloading_a_model_leaves_others_loaded(comfyui):
     assert not any(entry is not None and entry.is_clone(patcher) for entry in loaded)
 
 
-# --- models that are not served ----------------------------------------------------------------------------------
+# --- models that are not supported -------------------------------------------------------------------------------
 
 
 class SomeUnet(nn.Module):
@@ -379,7 +382,7 @@ def test_a_model_of_another_kind_is_refused_by_name(comfyui):
 
     radiance = comfy.ldm.chroma_radiance.model.ChromaRadiance.__new__(comfy.ldm.chroma_radiance.model.ChromaRadiance)
     for kind, model in (("SomeUnet", SomeUnet()), ("ChromaRadiance", radiance)):
-        patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model))
+        patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model), object_patches_backup={})
         with pytest.raises(UnsupportedModelError, match=rf"supported family \(.*FLUX\.1.*\), got {kind}\."):
             adapter_for(patcher)
         with pytest.raises(UnsupportedModelError):
@@ -429,7 +432,7 @@ def test_targets_are_the_layers_they_name(model, targets, double, single):
 
 
 def test_a_kernel_without_a_backward_is_replaced(comfyui, monkeypatch):
-    """A host may be started with a fast attention that only runs forward; training must not go around attention."""
+    """ComfyUI may be started with a fast attention without backward; training must not use it."""
     import comfy.ldm.flux.math
     from comfy.ldm.modules.attention import attention_pytorch, wrap_attn
 
@@ -464,7 +467,7 @@ def test_a_model_with_weight_hooks_is_refused(comfyui):
 
 
 def test_adapters_moved_under_inference_mode_can_be_trained(comfyui, monkeypatch):
-    """On a GPU the LoRA is copied there while the node still runs under inference mode."""
+    """On a GPU the LoRA is copied there while the node still runs in inference mode."""
     to = torch.Tensor.to
     patcher, spans = tiny_flux(), chosen(2, 1)
     adapters = flux_lora(hosted(patcher), spans)
@@ -497,3 +500,20 @@ def test_what_other_nodes_attach_changes_the_identity(comfyui, change):
         changed.model_options["transformer_options"]["optimized_attention_override"] = model_identity
     assert model_identity(changed) != model_identity(patcher)
     assert model_identity(patcher.clone()) == model_identity(patcher)
+
+
+def test_a_layer_whose_forward_was_replaced_and_put_back_is_trained_as_any_other(comfyui):
+    """As after sampling with a LoRA in bypass mode or with a node that replaces attention."""
+    _, expected, _ = run(tiny_flux(), chosen(2, 1), steps=1)
+    patcher = tiny_flux()
+    for module in patcher.model.diffusion_model.modules():
+        module.forward = module.forward
+    patched = patcher.clone()
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    patched.add_patches({key: ("diff", (torch.ones(patched.model.get_submodule(key[:-7]).weight.shape),))})
+    _, gradients, _ = run(patcher, chosen(2, 1), steps=1)
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient)
+    noisy, sigmas = torch.randn(1, *LATENT_SHAPE), torch.tensor([0.5])
+    with torch.no_grad(), hosted(patched).running({}) as denoise:
+        torch.testing.assert_close(denoise(noisy, sigmas, [0]), plain_forward(patched, noisy, sigmas, captions()))

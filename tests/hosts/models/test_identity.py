@@ -1,4 +1,4 @@
-"""Content hashes: the same model, pictures and captions have the same one, others another."""
+"""Content hashes: equal models, pictures and captions have equal hashes, different ones have different hashes."""
 
 import pytest
 import torch

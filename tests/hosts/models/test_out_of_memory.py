@@ -1,4 +1,4 @@
-"""An allocator's error becomes one sentence, and lets go of what filled the memory."""
+"""An allocator's error becomes one sentence, and releases the tensors that filled the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept blocks quantised for a run: what they take, what they compute, and that nothing of it stays."""
+"""Kept blocks quantised for a run: their size, their results, and that nothing is left of them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ DTYPES = {
     "fp16": (torch.float16, torch.float32),
 }
 SPANS = chosen(1, 2)
-# Relative error of normally distributed weights, rows of 64 to 192: fp8 has 3 bits of mantissa, int8 127 steps to a
-# row's largest number (about 2.5 standard deviations), NVFP4 a scale for 16 numbers. Bounds are 10 % around what
-# random matrices gave.
+# Relative error of normally distributed weights, rows of 64 to 192: fp8 has 3 bits of mantissa, int8 has 127 steps up
+# to a row's largest number (about 2.5 standard deviations), NVFP4 has a scale per 16 numbers. Bounds are within 10 % of
+# the errors measured on random matrices.
 WEIGHT_ERROR = {"fp8": (0.022, 0.030), "int8": (0.0045, 0.0075), "4-bit": (0.085, 0.105)}
 
 
@@ -60,7 +60,7 @@ def flux(kind="fp32"):
 
 
 def one_run(dit, spans=SPANS, *, residuals_of=None, source=None, on_step=None, **settings):
-    """Train on ``dit`` with residuals of another; return (result, gradients)."""
+    """Train on ``dit`` with residuals of another model; return (result, gradients)."""
     clean = clean_latents()
     source = source or MemorySource(residuals_of or dit, spans, PLAN, clean)
     adapters = flux_lora(dit, spans, zero=False)
@@ -68,7 +68,7 @@ def one_run(dit, spans=SPANS, *, residuals_of=None, source=None, on_step=None, *
 
 
 def written_out(patcher, dit):
-    """A float32 model whose weights are those that ``dit`` computes with."""
+    """A float32 model with the weights that ``dit`` computes with."""
     twin = tiny_flux()
     own = patcher.model.diffusion_model
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def written_out(patcher, dit):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Block -> (bytes, dtypes of what is stored) of what the host holds during every run."""
+    """Block -> (bytes, dtypes) of the weights stored during every run."""
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     loads = []
@@ -143,7 +143,7 @@ def test_bytes_of_odd_shapes_are_predicted_and_need_no_memory(weight_format):
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("kind", DTYPES)
 def test_gradients_are_those_of_the_written_out_weights(kind, weight_format, checkpointing):
-    """Residuals are of the model as loaded in both; the reference model holds the quantised numbers in float32."""
+    """Both use residuals of the model as loaded; the reference model holds the quantised numbers in float32."""
     patcher = flux(kind)
     source = MemorySource(hosted(patcher), SPANS, PLAN, clean_latents())
     dit = quantised(patcher, weight_format)
@@ -192,7 +192,7 @@ def test_nothing_of_a_weights_size_is_saved_for_backward(weight_format):
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_the_self_check_is_on_and_sees_the_error_of_quantisation(weight_format):
-    """The error is below twice that of the worst layer (measured: 1.4 times), and wrong residuals are still refused."""
+    """The error is less than twice that of the worst layer (measured: 1.4 times); wrong residuals are still refused."""
     patcher = flux()
     plain, dit = hosted(patcher), quantised(patcher, weight_format)
     source = MemorySource(plain, SPANS, PLAN, clean_latents())
@@ -201,7 +201,7 @@ def test_the_self_check_is_on_and_sees_the_error_of_quantisation(weight_format):
     assert exact < 1e-5 < result.self_check < 2 * max(dit.layer_errors.values())
     for residual in source.computed.residuals.values():
         residual.back.neg_()
-    with pytest.raises(TrainingError, match="differs from the full model.*choose a finer one"):
+    with pytest.raises(TrainingError, match="differs from the full model.*choose a finer format"):
         one_run(dit, source=source)
     with pytest.raises(TrainingError, match=r"for both\.$"):
         one_run(plain, source=source)
@@ -293,7 +293,7 @@ def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_form
         assert (found - merged).norm() < 1.2 * WEIGHT_ERROR[weight_format][1] * merged.norm()
         assert (found - own).norm() > 0.3 * own.norm()
 
-    dit._baked.clear()  # so the host applies the patches to the quantised weights once more
+    dit._baked.clear()  # so that ComfyUI applies the patches to the quantised weights once more
     with pytest.raises(TrainingError, match="differs from the full model"):
         one_run(dit, source=source)
 
@@ -319,7 +319,7 @@ def test_weights_that_are_quantised_already_are_left_as_they_are(tmp_path):
 
 
 def test_a_layers_place_in_virtual_memory_is_used_again():
-    """Such places are never given back; small layers have none."""
+    """Addresses for paged weights are never freed; small layers have none."""
     patcher = tiny_flux(width=128, heads=1, mlp_ratio=4.0)
     block = patcher.model.diffusion_model.single_blocks[0]
     block.linear1._v = place = object()

@@ -1,4 +1,4 @@
-"""Which weights the host has in hand while residuals are computed and while a LoRA is trained."""
+"""Which weights ComfyUI loads while residuals are computed and while a LoRA is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tiny_flux import tiny_flux
 
 @pytest.fixture
 def watched(comfyui, monkeypatch):
-    """The blocks with weights in the loaded model, noted at every load of a stand-in clone."""
+    """The blocks with weights in the loaded model, recorded at every load of a clone with stand-ins."""
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     loads: list[set[str]] = []
@@ -49,7 +49,7 @@ def test_only_kept_blocks_are_loaded_while_training(watched, front, back):
 
 
 def test_kept_weights_lie_in_the_models_own_memory(comfyui, monkeypatch):
-    """No second copy: a stand-in's weights are the same bytes at the same address."""
+    """No second copy: the clone's weights are the same bytes at the same address."""
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     patcher = tiny_flux()
@@ -70,7 +70,7 @@ def test_kept_weights_lie_in_the_models_own_memory(comfyui, monkeypatch):
 
 
 def test_weights_that_were_moved_for_a_run_are_dropped_not_copied_back(comfyui):
-    """A host moves a layer by giving it new parameters; afterwards the stand-in has those of the model again."""
+    """ComfyUI moves a layer by giving it new parameters; afterwards the clone has those of the model again."""
     dit = hosted(tiny_flux())
     name = dit.blocks[0].name
     stand = TrainedBlock(dit.module(name), checkpointed=False)
@@ -91,12 +91,12 @@ def test_text_encoder_and_vae_are_unloaded_before_the_model_comes(comfyui):
     with hosted(patcher).running({}):
         assert [loaded.model.is_clone(patcher) for loaded in management.current_loaded_models] == [True]
     for other in others:
-        management.load_models_gpu([other])  # and they come back when they are asked for
+        management.load_models_gpu([other])  # they are loaded again on request
         assert any(loaded.model is other for loaded in management.current_loaded_models)
 
 
 def free_memory_of(free):
-    """The host's question for free memory, answered."""
+    """Replace ComfyUI's query for free memory."""
 
     def get_free_memory(device=None, torch_free_too=False):
         return (free, free) if torch_free_too else free
@@ -106,13 +106,13 @@ def free_memory_of(free):
 
 @pytest.fixture
 def a_card(comfyui, monkeypatch):
-    """Let the meta device play a card with so many bytes free; return the patcher of a tiny model that runs on it."""
+    """Make the meta device act as a card with this many bytes free; return the patcher of a tiny model on it."""
     import comfy.model_management as management
 
     def with_free_bytes(free):
         monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
         monkeypatch.setattr(management, "get_free_memory", free_memory_of(free))
-        monkeypatch.setattr(management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)  # as for NVIDIA's
+        monkeypatch.setattr(management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)  # as for NVIDIA cards
         monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
         monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
         patcher = tiny_flux()
@@ -123,7 +123,7 @@ def a_card(comfyui, monkeypatch):
 
 
 def on_the_card(patcher, spans, **placement):
-    """Names of the blocks with a weight matrix on the card while the kept ones are loaded for training."""
+    """Names of the blocks with a weight matrix on the card while the kept blocks are loaded for training."""
     from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
 
     dit = hosted(patcher)
@@ -131,7 +131,7 @@ def on_the_card(patcher, spans, **placement):
     with dit.running(model.modules, **placement):
         named = list(patcher.model.diffusion_model.named_parameters())
         found = {".".join(name.split(".")[:2]) for name, p in named if "_blocks." in name and p.is_meta and p.ndim == 2}
-        patcher.model.model_sampling.to_empty(device="cpu")  # the meta device gives no data back
+        patcher.model.model_sampling.to_empty(device="cpu")  # the meta device cannot return data
     return found
 
 
@@ -148,7 +148,7 @@ def test_streamed_weights_stay_off_the_card(a_card):
     assert not any(p.is_meta for p in patcher.model.parameters())
 
 
-# --- what is loaded is never the MODEL's own ----------------------------------------------------------------------
+# --- the MODEL's own modules are never loaded ---------------------------------------------------------------------
 
 
 def own_tensors(patcher):

@@ -1,4 +1,4 @@
-"""Models in the formats in which people keep them: trained as they are, without a dequantised copy."""
+"""Models in common storage formats: trained directly, without a dequantised copy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def clean_latents():
 
 
 def trained(patcher, spans, **settings):
-    """Train one step on a model with a LoRA that acts; return (result, gradients)."""
+    """Train one step on a model with a LoRA that is not zero; return (result, gradients)."""
     dit, clean = hosted(patcher), clean_latents()
     source = MemorySource(dit, spans, PLAN, clean)
     adapters = lora_for(
@@ -66,10 +66,10 @@ def plain_weight_of(layer):
 
 
 def dequantised_twin(folder, patcher):
-    """The same network with its weights written out in float32.
+    """The same network with its weights dequantised to float32.
 
-    Where the host computes with quantised inputs, the twin's layers give the host's numbers and the written-out
-    matrix's gradient (a hook on the layer shifts its output).
+    Where ComfyUI computes with quantised inputs, the twin's layers return ComfyUI's numbers but the gradient of the
+    dequantised matrix (a hook on the layer shifts its output).
     """
     tensors = plain_tensors()
     own = dict(patcher.model.diffusion_model.named_modules())
@@ -91,9 +91,9 @@ def give_host_numbers(twin, patcher):
 
 
 def parameters(patcher):
-    """(identity, class, dtype, device) and the bytes of everything that is stored, by name.
+    """(identity, class, dtype, device) and the bytes of every stored tensor, by name.
 
-    Some of the host's layers get new parameter objects whenever the host loads them; blocks are never loaded by us.
+    Some layers get new parameter objects whenever ComfyUI loads them; the pack never loads blocks.
     """
     found = {}
     for name, parameter in patcher.model.named_parameters():
@@ -125,7 +125,7 @@ def test_before_training_the_skipping_model_is_the_full_model(tmp_path, name):
         stand_ins.replay(source.computed.residuals.__getitem__, [0], None)
         replayed = denoise(noisy, sigmas, [PLAN[0].caption])
     torch.testing.assert_close(replayed, source.computed.reference.denoised, atol=2e-5, rtol=0.0)
-    # Outside a training the host may take another kernel for rotary embedding; in int4 inputs a rounding may flip.
+    # Outside training ComfyUI may use another kernel for rotary embedding, so that a rounding of int4 inputs may flip.
     loose = FORMATS[name].rounds_inputs if name in FORMATS else False
     torch.testing.assert_close(replayed, forward(patcher), atol=5e-2 if loose else 2e-5, rtol=0.0)
 
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_the_written_out_weights(tmp_path, name, spans):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_a_weights_size_is_saved_for_backward(tmp_path, name):
-    """Without checkpointing: the saved bytes are those of a float32 model, but for cast norm scales."""
+    """Without checkpointing: the saved bytes are those of a float32 model, except for cast norm scales."""
     (tmp_path / "other").mkdir()
     plain = trained(make(tmp_path / "other", "fp32"), SPANS, checkpointing=False)[0].saved_bytes
     found = trained(make(tmp_path, name), SPANS, checkpointing=False)[0].saved_bytes
@@ -179,7 +179,7 @@ def test_the_model_is_left_as_it_was(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_block_bytes_are_the_bytes_on_disk(tmp_path, name):
-    """A file holds the same tensors, and beside them nothing but the smoothing scales, which are counted as well."""
+    """A file contains the same tensors, and in addition only the smoothing scales, which also count."""
     from safetensors import safe_open
 
     patcher = make(tmp_path, name)
@@ -220,7 +220,7 @@ def test_scales_are_part_of_the_identity(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["fp8 cast", "fp8 scaled", "int8", "nvfp4", "convrot w4a4"])
 def test_a_lora_that_the_user_has_applied_stays_in_force(tmp_path, name):
-    """The host rounds the patched weights to the format again, the same way in every load."""
+    """ComfyUI rounds the patched weights to the format again, in the same way at every load."""
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
     from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
     from blockskip_pack.blockskip_core.hosts.models.residency import unload
@@ -270,7 +270,7 @@ def test_the_formats_here_are_all_that_the_host_has():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_on_it_can_be_counted_before_it_starts(tmp_path, name):
-    """Other packs' packed layers too: they cannot be asked for shapes, so the host's own take their places."""
+    """Also for other packs' packed layers: they cannot be queried for shapes, so ComfyUI's own layers replace them."""
     from blockskip_pack.blockskip_core.accounting.plan import MemorySettings
     from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
     from blockskip_pack.blockskip_core.hosts.models.counted_run import CountedRun
@@ -283,4 +283,4 @@ def test_a_run_on_it_can_be_counted_before_it_starts(tmp_path, name):
     needs = run.needs(settings)
     assert needs.training.weights == run.trained_weights(settings) < needs.training.peak
     result, _ = trained(make(tmp_path, name), SPANS, checkpointing=False)
-    assert 0.3 < 2 * needs.training.saved / result.saved_bytes < 3.0  # the run's batch is of two
+    assert 0.3 < 2 * needs.training.saved / result.saved_bytes < 3.0  # the run's batch size is two

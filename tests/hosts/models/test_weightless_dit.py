@@ -1,4 +1,4 @@
-"""Counts on a model without weights are those of the same model with weights, run for real."""
+"""Counts on a model without weights equal those of the same model with weights, really run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from ..hosted_runs import LATENT_SHAPE, chosen, hosted
 from ..tiny_flux import assert_same_weights, tiny_flux, weights
 
-# Streams are float32: there the kernels of the CPU keep the same statistics of norms as those of a GPU and of `meta`.
+# Streams are float32, because CPU kernels then keep the same norm statistics as those of a GPU and of `meta`.
 STORED = ({"dtype": torch.float32}, {"dtype": torch.bfloat16, "cast_to": torch.float32})
 
 
 @pytest.fixture(autouse=True)
 def _torch_attention(comfyui, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel that the counts are made with, whatever the host would choose on this machine."""
+    """The kernel that the counts use, whatever ComfyUI would choose on this machine."""
     from blockskip_pack.blockskip_core.hosts.models import hosted_dit
 
     monkeypatch.setattr(hosted_dit, "_WITH_BACKWARD", ("attention_pytorch",))
@@ -47,7 +47,7 @@ def count(dit, spans, *, folded=False, **settings):
 
 
 def without_weights(counted, counters=0):
-    """A count without weights, host memory, and the steps that a fused optimiser counts beside each of its tensors."""
+    """A count without weights, host memory, and the step counters that a fused optimiser keeps for each tensor."""
     bare = dataclasses.replace(counted.with_weights(0), host=0)
     return dataclasses.replace(
         bare, peak=bare.peak - 4 * counters, between=bare.between and bare.between - 4 * counters
@@ -55,7 +55,7 @@ def without_weights(counted, counters=0):
 
 
 def lora_tensors(dit, spans):
-    """How many tensors the LoRA of :func:`count` has."""
+    """The number of tensors in the LoRA of :func:`count`."""
     return len(adapters_on(dit, dit.lora_layers(spans, "all linear"), LoraSettings(rank=4)).parameters())
 
 

@@ -30,7 +30,7 @@ def sample(sampling, patcher, masked, entry=None, **settings):
 
 
 def same_pooled(text_seed):
-    """Captions of other words with one pooled vector."""
+    """Captions with different words but the same pooled vector."""
     entry = captions((5,), seed=text_seed)[0]
     entry[0][1]["pooled_output"] = torch.linspace(-1, 1, 16).view(1, 16)
     return entry
@@ -72,7 +72,7 @@ def test_each_block_is_masked_by_its_own_index(sampling):
 
 
 def test_masked_blocks_are_those_of_a_masked_softmax(sampling):
-    """Against the host's own attention with a mask over the whole square, put in as an override."""
+    """Compared with ComfyUI's own attention with a full mask, inserted as an override."""
     from comfy.ldm.modules.attention import attention_pytorch
 
     masked = frozenset({1, 2, 5})
@@ -106,7 +106,7 @@ def test_an_override_of_another_node_stays_in_force(sampling):
     changed = sample(sampling, overridden, ())
     assert len(calls) == 2 * 6  # steps, blocks
     changed_masked = sample(sampling, overridden, {0, 3})
-    assert len(calls) == 2 * 6 + 2 * (4 + 2 * 2)  # masked blocks attend twice
+    assert len(calls) == 2 * 6 + 2 * (4 + 2 * 2)  # masked blocks call attention twice
     different = [plain, plain_masked, changed, changed_masked]
     for i, a in enumerate(different):
         assert not any(torch.allclose(a, b, atol=1e-5) for b in different[:i])
@@ -155,7 +155,7 @@ def test_without_an_encoder_latents_are_compared(sampling):
 
 
 class Output(dict):
-    """What the host's CLIP Vision gives."""
+    """The output of ComfyUI's CLIP Vision."""
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip_vision_model"])

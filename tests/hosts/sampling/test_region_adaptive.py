@@ -1,4 +1,4 @@
-"""RALU's stages through the host's sampler: against core's own Euler, a loop written by hand, and core's EasyCache."""
+"""RALU's stages in ComfyUI's sampler, compared with core's own Euler, a hand-written loop, and core's EasyCache."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_one_stage_is_core_s_euler_bit_for_bit(family, cfg):
 
 @each_family
 def test_three_stages_on_every_family(family):
-    """Two pictures, not square, with guidance: shapes, token counts, and the same again from the same seed."""
+    """Two non-square pictures with guidance: shapes, token counts, and equal results from equal seeds."""
     patcher, latent = family.build(), empty(family, batch=2)
     found = sample(patcher, family, latent=latent, cfg=4.0)
     assert found.latent.shape == latent.shape
@@ -80,7 +80,7 @@ def test_three_stages_on_every_family(family):
 
 
 def euler(denoise, state, sigmas):
-    """Euler's method, written out; the last state and the last clean estimate."""
+    """Euler's method, written out; returns the last state and the last clean estimate."""
     sigmas = torch.FloatTensor(sigmas)
     for now, then in zip(sigmas, sigmas[1:], strict=False):
         clean = denoise(state, now * torch.ones(len(state)))
@@ -126,7 +126,7 @@ def test_three_stages_against_a_loop_written_by_hand():
 
 
 def text_of(conditioning):
-    """What the tiny FLUX.1 is called with for two pictures."""
+    """The tiny FLUX.1's arguments for two pictures."""
     ((text, settings),) = conditioning
     return FLUX.extra(text.repeat(2, 1, 1), [settings] * 2)
 
@@ -158,7 +158,7 @@ def test_previews_come_with_every_step_of_every_stage():
 
 
 def test_the_first_picture_of_a_batch_is_that_of_a_batch_of_one_after_the_first_noise():
-    """Noise at the restarts belongs to a picture; the noise to start from is core's."""
+    """The noise at restarts is seeded per picture; the initial noise is core's."""
     patcher = tiny_flux()
     both = sample(patcher, latent=empty(batch=2)).latent
     alone = sample(patcher, latent=empty(batch=1)).latent
@@ -181,7 +181,7 @@ def test_distilled_guidance_is_read():
 
 
 def test_a_mask_on_a_conditioning_leaves_coarse_tokens_whole(monkeypatch):
-    """Its edge goes through tokens; when the last stage begins, each coarse one still is there four times."""
+    """The mask's edge crosses tokens; when the last stage begins, each coarse token is still repeated four times."""
     from blockskip_pack.blockskip_core.hosts.sampling import region_adaptive
 
     handed_over = []
@@ -223,7 +223,7 @@ def test_one_mask_for_each_picture_of_a_batch_or_repeated():
 
 
 class Vae:
-    """Eight pixels per cell; the first channel as grey, so that edges lie where the latent has them."""
+    """Eight pixels per cell; the first channel as grey, so that edges are where the latent has them."""
 
     def __init__(self):
         self.seen = []
@@ -247,7 +247,7 @@ def test_edges_are_found_in_the_decoded_estimate_of_half_the_side(method):
 
 
 def test_the_early_regions_are_those_with_the_edges():
-    """The picture that is decoded has one edge, in the upper right corner; the latent has others."""
+    """The decoded picture has one edge, in the upper right corner; the latent has others."""
 
     class Corner(Vae):
         def decode(self, latent):
@@ -272,11 +272,11 @@ def test_a_latent_with_frames_is_decoded_with_them():
     assert sample(qwen.build(), qwen, method="edges", vae=VideoVae()).tokens == (6, 12, 24)
 
 
-# --- what stands in the way ---------------------------------------------------------------------------------------
+# --- obstacles ----------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_of_the_model_is_refused():
-    """ComfyUI samples from one where prompts carry hooks, or several GPUs share the work."""
+    """ComfyUI samples from one if prompts have hooks, or several GPUs share the work."""
     patcher, other = tiny_flux(), tiny_flux()
 
     def delegate(executor, *args, **kwargs):
@@ -312,14 +312,16 @@ def test_a_mask_without_bounds_is_taken():
 
 def test_a_controlnet_on_the_model_is_refused():
     class Hint:
-        encoded_image = None
+        model_patch = None
 
         def __call__(self, args):
             return args
 
     patcher = tiny_flux()
     patcher.set_model_patch(Hint(), "double_block")
-    with pytest.raises(InvalidInputError, match="takes a MODEL without a ControlNet on it, got Hint"):
+    with pytest.raises(
+        UnsupportedModelError, match="cannot follow a ControlNet or another model in its blocks.*got Hint"
+    ):
         sample(patcher)
 
 
@@ -340,7 +342,7 @@ def test_a_node_that_divides_the_batch_is_told():
         }) for k in range(len(call["input"]))])  # fmt: skip
 
     patcher.set_model_unet_function_wrapper(one_by_one)
-    with pytest.raises(InvalidInputError, match="The model was called on 1 pictures at a time, and 2 belong together"):
+    with pytest.raises(InvalidInputError, match="The model was called on 1 pictures at a time, but 2 belong together"):
         sample(patcher, latent=empty(batch=2))
 
 
@@ -373,7 +375,7 @@ def with_easycache(patcher, threshold):
 
 
 def forwards(patcher, run):
-    """Widths of what the model's own forward is called on while ``run`` runs."""
+    """Widths of the inputs of the model's own forward while ``run`` runs."""
     seen = []
     handle = patcher.model.diffusion_model.img_in.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[1])
@@ -391,7 +393,7 @@ def test_easycache_that_never_skips_changes_nothing():
 
 
 def test_easycache_begins_anew_with_every_stage():
-    """It skips as much as it ever can: every stage still starts with full steps, and none ends with another's tokens."""
+    """It skips as much as it can: every stage still starts with full steps, and none ends with another's tokens."""
     plan = StagePlan((5, 6, 7), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.025)
     patcher = with_easycache(tiny_flux(), 3.0)
     found, seen = forwards(patcher, lambda: sample(patcher, plan=plan))
@@ -403,7 +405,7 @@ def test_easycache_begins_anew_with_every_stage():
 
 
 def test_a_cache_that_watches_the_step_sees_every_stage_begin():
-    """Caches that reset at the first noise level of a run look it up in the run's list."""
+    """Caches that reset at the first noise level of a run find it in the run's list."""
     import comfy.patcher_extension
 
     firsts, patcher = [], tiny_flux()
@@ -418,7 +420,7 @@ def test_a_cache_that_watches_the_step_sees_every_stage_begin():
     assert firsts == [True, False, True, False, False, True, False]
 
 
-# --- what is left behind, and what is refused ---------------------------------------------------------------------
+# --- cleaning up, and refused inputs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0, 3, 6])
@@ -444,7 +446,7 @@ def test_a_run_that_is_stopped_leaves_the_model_as_it_was(family, step):
 
 
 def stop_at_next(stop):
-    """Cancel is noticed at the next step, or at once after the last."""
+    """Cancel takes effect at the next step, or at once after the last."""
     import comfy.model_management
 
     def on_step(now, *rest):
@@ -480,9 +482,12 @@ def test_a_video_is_refused():
 def test_a_model_that_is_no_flow_is_refused():
     import comfy.model_sampling
 
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
     patcher = tiny_flux().clone()
-    patcher.add_object_patch("model_sampling", comfy.model_sampling.ModelSamplingDiscrete())
-    with pytest.raises(UnsupportedModelError, match="flow-matching"):
+    patcher.add_object_patch("model_sampling", Sampling())
+    with pytest.raises(UnsupportedModelError, match="cannot follow another kind of prediction than flow matching"):
         sample(patcher)
 
 

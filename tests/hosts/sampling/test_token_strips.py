@@ -1,4 +1,4 @@
-"""Tokens of two sizes through every family's own forward, against runs of the plain model and a forward built by hand."""
+"""Tokens of two sizes in every family's own forward, compared with the plain model and a hand-written forward."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 
 ROWS, COLUMNS = 4, 6  # of fine tokens
 SIGMA = 0.6
-# Families that cut latents into tokens by a convolution, which rounds by the shape of the picture.
+# Families that cut latents into tokens by a convolution, whose rounding depends on the shape of the picture.
 CONVOLVED = {"sd35", "wan21", "wan22", "hunyuan_image", "ernie"}
 each_family = pytest.mark.parametrize("family", SAMPLED, ids=lambda family: family.name)
 
 
 def adapted(patcher):
-    """A clone with what the family's positions need, loaded; those positions; the side of a token."""
+    """A loaded clone with what the family's positions need; those positions; the side of a token."""
     from blockskip_pack.blockskip_core.hosts.families.sampled_families import positions_of
 
     (positions, patch), clone = positions_of(patcher), patcher.clone()
@@ -51,7 +51,7 @@ def on_strip(family, patcher, positions, tokens, places, patch):
 
 
 def assert_same(family, found, expected):
-    """Bit for bit where the tokens are cut without rounding."""
+    """Bit for bit where tokens are cut without rounding."""
     tolerance = 1e-5 if family.name in CONVOLVED else 0.0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -80,11 +80,11 @@ def test_all_tokens_coarse_is_the_plain_model_at_half_the_side(family):
 
 
 def through_the_wrapper(family, strips, latent, sigmas=None, arguments=None):
-    """The clean estimate of a full-size latent, as a sampler would get it from the clone."""
+    """The clean estimate of a full-size latent, as a sampler gets it from the clone."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([strips.patcher])
-    options = {"wrappers": strips.patcher.wrappers}  # as the host's samplers hand them on
+    options = {"wrappers": strips.patcher.wrappers}  # as passed on by ComfyUI's samplers
     rows = family.captions((5,)) * len(latent)
     text = torch.cat([conditioning[0][0] for conditioning in rows])
     arguments = arguments or family.extra(text, [conditioning[0][1] for conditioning in rows])
@@ -97,7 +97,7 @@ def through_the_wrapper(family, strips, latent, sigmas=None, arguments=None):
 
 @each_family
 def test_tokens_in_any_order_answer_for_their_places(family):
-    """Positions are honoured token by token, and each picture of a batch has its own."""
+    """Positions apply token by token, and each picture of a batch has its own."""
     patcher, positions, patch = adapted(family.build())
     latent = latents(family, patch)
     tokens = tokens_of(latent, patch)
@@ -127,7 +127,7 @@ def test_afterwards_the_model_is_as_before(family):
 
 
 def test_a_mixed_set_of_flux_tokens_against_a_forward_built_by_hand():
-    """Tokens, coordinates and their order made by loops, through the layers' own entrance."""
+    """Tokens, coordinates and their order built by loops, passed to the layers directly."""
     import comfy.model_management
 
     patcher, patch = tiny_flux(guidance=True), 2
@@ -163,7 +163,7 @@ def test_a_mixed_set_of_flux_tokens_against_a_forward_built_by_hand():
 
 
 def test_places_are_stretched_and_moved_as_the_host_does_it():
-    """Another node may have set this; it then holds for the tokens of a strip as for a picture."""
+    """Another node may have set this; it then applies to the tokens of a strip as to a picture."""
     from blockskip_pack.blockskip_core.hosts.families.token_positions import RotaryPositions, last_tokens
 
     module = torch.nn.Identity()
@@ -187,7 +187,7 @@ def test_half_steps_in_a_model_that_counts_in_bfloat16():
 
 
 def test_a_table_is_read_between_its_rows():
-    """Half a step is the mean of two rows; beyond the picture the table goes on, unless it ends there."""
+    """Half a step is the mean of two rows; beyond the picture the table continues, unless it ends there."""
     from blockskip_pack.blockskip_core.hosts.families.token_positions import TablePositions
 
     side, width = 6, 3

@@ -1,4 +1,4 @@
-"""Pictures while training: those that the host would sample with the LoRA applied."""
+"""Samples during training: the same that ComfyUI would sample with the LoRA applied."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ SELECTION = BlockSelection(front=2, back=1, num_blocks=6, family="flux")
 
 
 class Recorder:
-    """A VAE that keeps what it is given and shows three of its channels."""
+    """A VAE that records its input and shows three of its channels."""
 
     def decode(self, latent):
         self.latent = latent.clone()
@@ -33,7 +33,7 @@ def module(comfyui):
 
 
 def lora_for(patcher, seed=None, selection=SELECTION):
-    """A LoRA on all linear layers of the kept blocks; with a seed, one that has learned something."""
+    """A LoRA on all linear layers of the kept blocks; with a seed, one whose weights are not zero."""
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     layers = HostedDit(patcher).lora_layers(selection, "attention and mlp")
@@ -59,7 +59,7 @@ def sampled(module, patcher, adapters, **changes):
 
 
 def host_samples(patcher, *, cfg=1.0, negative=None, seed=5, scheduler="simple"):
-    """The same picture by the host's own sampler."""
+    """The same picture from ComfyUI's own sampler."""
     import comfy.sample
 
     empty = torch.zeros(1, 4, 8, 12)
@@ -200,7 +200,7 @@ def test_weights_may_take_what_training_took_and_the_budget(module, monkeypatch)
     monkeypatch.setattr(patcher.model, "memory_required", lambda shape: 300)
     assert sampler._to_keep_free(2000) == 10_000_000 - (2000 + 1000 - 300)
     assert sampler._to_keep_free(0) == 10_000_000 - 700
-    assert sampler._to_keep_free(20_000_000) == 300  # all weights, and room for what sampling needs
+    assert sampler._to_keep_free(20_000_000) == 300  # all weights, and memory for sampling
 
 
 @pytest.mark.parametrize(

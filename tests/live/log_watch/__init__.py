@@ -1,3 +1,3 @@
-"""A pack for live tests, without nodes: its prestartup script writes warnings and errors to a file of their own."""
+"""A pack without nodes for live tests: its prestartup script writes warnings and errors to a separate file."""
 
 NODE_CLASS_MAPPINGS = {}

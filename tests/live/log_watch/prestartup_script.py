@@ -1,6 +1,6 @@
-"""Writes every warning and error of the server to ``warnings.jsonl`` beside its custom nodes, with the logger's name.
+"""Writes every warning and error of the server to ``warnings.jsonl`` next to its custom nodes, with the logger's name.
 
-ComfyUI's own log has the messages without level and logger. Runs before any pack is imported.
+ComfyUI's own log has neither level nor logger. This runs before any pack is imported.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the trainer's chart is told: events for every page, the last runs for pages that open later."""
+"""The data for the trainer's chart: events for every page, the last runs for pages that open later."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def live(nodes):
 
 @pytest.fixture
 def events(live, monkeypatch):
-    """The events of a server that sends nothing, in order; no event is held back."""
+    """The events of a server that sends nothing, in order; no event is delayed."""
     sent = []
     monkeypatch.setattr(live, "send", lambda data: sent.append(json.loads(json.dumps(data, allow_nan=False))))
     monkeypatch.setattr(live, "SECONDS_BETWEEN_EVENTS", 0.0)

@@ -1,4 +1,4 @@
-"""The trainer counts before it starts, and refuses what cannot fit."""
+"""The trainer counts before it starts, and refuses runs that cannot fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def room(nodes, monkeypatch):
-    """Set how much memory the device has free."""
+    """Set the device's free memory."""
 
     def set_free(free):
         monkeypatch.setattr(nodes.run.memory_check, "room_on", lambda device: (free, "a small card"))
@@ -30,8 +30,8 @@ def test_a_run_that_cannot_fit_is_not_started(bench, room):
     room(1000)
     with pytest.raises(
         ValueError,
-        match=r"Training takes .* and a small card has 1000 B free\. It was not started\. No "
-        r"change .* Or switch `check_memory` off to try it all the same\.",
+        match=r"Training needs .* and a small card has 1000 B free\. It was not started\. No "
+        r"change .* Or switch `check_memory` off to try anyway\.",
     ):
         bench.train(residuals=residuals)
     assert bench.folders.files() == before
@@ -61,7 +61,7 @@ def test_the_check_can_be_overridden_and_then_warns(bench, room):
     room(1000)
     trained = bench.train(check_memory=False)
     (problem,) = said(trained)["problems"]
-    assert problem.startswith("Training takes")
+    assert problem.startswith("Training needs")
     assert said(trained)["steps"] == 3
 
 
@@ -73,7 +73,9 @@ def test_layers_that_cannot_be_counted_do_not_end_the_run(bench, nodes, room, mo
     room(1000)
     trained = bench.train()
     (problem,) = said(trained)["problems"]
-    assert problem == ("Whether this run fits could not be counted (AttributeError: no such shape). It was started.")
+    assert problem == (
+        "The memory of this run could not be counted (AttributeError: no such shape). It was started anyway."
+    )
 
 
 def test_a_finished_run_is_not_refused(bench, room):
@@ -107,5 +109,5 @@ def test_advice_that_memory_plan_rules_says_so(bench, nodes, run_node, room):
     selection = bench.select()[0]
     planned = run_node(nodes.MemoryPlan, model=bench.model, positive=bench.prompt, selection=selection, **plan)
     room(1000)
-    with pytest.raises(ValueError, match="Some of these are set at Memory Plan. Or switch `check_memory` off"):
+    with pytest.raises(ValueError, match="Some of these are set on Memory Plan. Or switch `check_memory` off"):
         bench.train(residuals=residuals, memory_settings=planned.args[3])

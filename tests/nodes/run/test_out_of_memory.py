@@ -1,4 +1,4 @@
-"""A run that runs out of memory continues with its weights streamed, and ends with the same LoRA."""
+"""A run that runs out of memory continues with streamed weights, and ends with the same LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = 5
 
 @pytest.fixture
 def allocator(nodes, monkeypatch):
-    """Let the allocator fail after given steps, once each, on a device that weights can be streamed to."""
+    """Make the allocator fail once after each of the given steps, on a device that weights can be streamed to."""
     training = nodes.run.training
     monkeypatch.setattr(training._Training, "_can_stream", lambda self, placement: placement != "streamed")
     progress = nodes.train_lora.NodeProgress
@@ -51,16 +51,16 @@ def said(trained):
 def test_it_continues_from_its_last_step_to_the_same_lora(bench, allocator, failing, save_every):
     residuals = bench.precompute()[0]
     expected = bench.train(residuals=residuals, steps=STEPS)
-    shutil.rmtree(bench.folders.output / "blockskip" / "runs")  # or it would resume from these
+    shutil.rmtree(bench.folders.output / "blockskip" / "runs")  # otherwise it would resume from these
     placements = allocator(failing)
     trained = bench.train(residuals=residuals, steps=STEPS, save_every=save_every, output_name="loras/again")
     assert placements == ["resident", "streamed"]
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
     assert trained[1] == expected[1]
-    assert len(allocator.results[-1].step_seconds) == STEPS  # none is trained twice
+    assert len(allocator.results[-1].step_seconds) == STEPS  # no step is trained twice
     (problem,) = said(trained)["problems"]
     assert problem.startswith(f"Training ran out of memory after step {failing} (CUDA out of memory. Tried")
-    assert "It continued with its weights streamed, which is slower. Lower `patch_min`" in problem
+    assert "It continued with streamed weights, which is slower. Lower `patch_min`" in problem
     assert (said(trained)["steps"], said(trained)["file"]) == (STEPS, "again_00001_.safetensors")
 
 
@@ -71,9 +71,7 @@ def test_what_it_resumes_of_itself_is_not_told_as_an_earlier_run(bench, allocato
 
 def test_a_second_time_it_ends_with_what_was_learned_saved(bench, allocator):
     allocator(2, 4)
-    with pytest.raises(
-        RuntimeError, match="even with its weights streamed .* What was learned so far is saved as toy_0"
-    ) as error:
+    with pytest.raises(RuntimeError, match="even with streamed weights .* The LoRA so far is saved as toy_0") as error:
         bench.train(steps=STEPS, output_name="loras/toy")
     assert type(error.value).__name__ == "OutOfMemoryError"
     info = bench.apply(lora_name="toy_00001_.safetensors").args[1]

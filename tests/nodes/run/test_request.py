@@ -1,4 +1,4 @@
-"""The trainer's request: what is shown of it, and what a plan changes."""
+"""The trainer's request: what is shown, and what a plan changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interrupted runs go on, finished ones are known, safe points are kept, and other LoRAs can be trained further."""
+"""Interrupted runs resume, finished ones are recognised, checkpoints are kept, other LoRAs can be trained further."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 5
 
 @contextmanager
 def cancelled_after(nodes, monkeypatch, step):
-    """Cancel, as the person in front of it would, when this step is shown."""
+    """Cancel as a user would when this step is shown."""
     import comfy.model_management
 
     show = nodes.train_lora.NodeProgress.__call__
@@ -36,7 +36,7 @@ def assert_same(a, b):
 
 
 def uninterrupted(bench, residuals):
-    """The run in one go, and no state of it left."""
+    """An uninterrupted run that leaves no state."""
     trained = bench.train(residuals=residuals, steps=STEPS)
     shutil.rmtree(bench.folders.output / "blockskip" / "runs")
     return trained
@@ -65,7 +65,7 @@ def test_after_a_crash_it_goes_on_from_the_last_safe_point(bench, nodes, monkeyp
     with cancelled_after(nodes, monkeypatch, 4):
         bench.train(residuals=residuals, steps=STEPS, resume=True, save_every=3)
     (state,) = bench.folders.output.glob("blockskip/runs/*/state-00000004.safetensors")
-    state.unlink()  # a crash does not get to write this one
+    state.unlink()  # a crash would not have written this one
     trained = bench.train(residuals=residuals, steps=STEPS, resume=True, save_every=3)
     assert said(trained)["resumed_at"] == 3
     assert_same(trained[0], expected[0])
@@ -154,7 +154,7 @@ def test_numbers_of_safe_points_that_make_no_sense_are_refused(bench, changes):
 
 @pytest.fixture
 def earlier(bench):
-    """A trained LoRA, with an alpha of its own, in all forms in which it may come."""
+    """A trained LoRA with a custom alpha, in all forms that are accepted."""
     trained = bench.train(steps=3, rank=4, alpha=8.0, output_name="loras/peft", file_format="peft")[0]
     bench.train(steps=3, rank=4, alpha=8.0, output_name="loras/kohya", file_format="kohya")
     return trained
@@ -172,7 +172,7 @@ def test_a_lora_is_trained_further_from_where_it_was(bench, core, earlier, form,
 
 
 def test_its_rank_must_not_be_higher(bench, earlier):
-    with pytest.raises(ValueError, match=r"has rank 4, here it is 3\. Set rank to 4, or more"):
+    with pytest.raises(ValueError, match=r"has rank 4, but rank is 3 here\. Set rank to 4 or more"):
         bench.train(rank=3, start_from=earlier)
     further = bench.train(rank=6, steps=1, learning_rate=1e-8, weight_decay=0.0, start_from=dict(earlier))[0]
     for name in (name for name in earlier if name.endswith("lora_up.weight")):
@@ -183,12 +183,13 @@ def test_its_rank_must_not_be_higher(bench, earlier):
 
 def test_it_must_not_change_what_is_not_trained(bench, earlier):
     fewer = bench.precompute(selection=bench.select(front=3, back=2)[0])[0]
-    with pytest.raises(ValueError, match=r"changes what is not trained here .* Apply it to the MODEL with Load LoRA"):
+    said = r"changes layers that are not trained here .* Apply it to the MODEL with Load LoRA"
+    with pytest.raises(ValueError, match=said):
         bench.train(residuals=fewer, start_from=earlier)
 
 
 def test_it_must_be_for_this_model(bench):
-    with pytest.raises(ValueError, match="holds nothing for this model"):
+    with pytest.raises(ValueError, match="has nothing for this model"):
         bench.train(start_from={"other.lora_up.weight": torch.zeros(2, 2), "other.lora_down.weight": torch.zeros(2, 2)})
 
 
@@ -210,7 +211,7 @@ def test_a_lora_with_more_parts_or_none_is_refused(bench, earlier):
     dora = {**earlier, f"{layer}.dora_scale": torch.ones(len(earlier[f"{layer}.lora_up.weight"]), 1)}
     with pytest.raises(ValueError, match="is not a plain LoRA"):
         bench.train(start_from=dora)
-    with pytest.raises(ValueError, match="holds nothing for this model"):
+    with pytest.raises(ValueError, match="has nothing for this model"):
         bench.train(start_from={})
 
 

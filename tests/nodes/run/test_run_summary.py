@@ -1,4 +1,4 @@
-"""The summary of a run lies beside its LoRA, however the run ended, and cannot cost the LoRA."""
+"""The summary of a run is saved next to its LoRA, however the run ended, and cannot cost the LoRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def files(bench):
 
 @contextmanager
 def full_disk(core, monkeypatch, suffix):
-    """A disk that takes no file of this kind."""
+    """A disk that refuses files of this kind."""
     import os
 
     atomic_files, replace = core("files"), os.replace
@@ -39,7 +39,7 @@ def full_disk(core, monkeypatch, suffix):
 
 @contextmanager
 def ended(nodes, monkeypatch, step, error):
-    """A run that this error ends in a step."""
+    """A run that ends with this error in a step."""
 
     def end(self, phase, done, total, detail=""):
         if phase == "training step" and done == step:
@@ -95,7 +95,7 @@ def test_it_names_the_versions(bench):
 
 
 def test_a_name_that_looks_like_markup_stays_a_name(bench):
-    """Angle brackets and quotes are no part of a file's name on Windows, and are refused before."""
+    """Angle brackets and quotes are not allowed in file names on Windows, and are refused earlier."""
     bench.train(output_name="loras/a&amp;'c&#60;b")
     assert files(bench) == ["a&amp;'c&#60;b_00001_.html", "a&amp;'c&#60;b_00001_.safetensors"]
     page = (bench.folders.loras / files(bench)[0]).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Samples while training, through the nodes: seen, saved, and without a trace in what is learned."""
+"""Samples while training, through the nodes: shown, saved, and without effect on the training."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_pictures_stand_beside_the_lora_and_on_the_node(bench, sampling):
         Image.open(bench.folders.loras / pictures(bench)[-1]) as last,
     ):
         assert first.size == (64, 32)
-        assert first.tobytes() != last.tobytes()  # something was learned
-        assert not first.info  # nothing of the machine is in the file
+        assert first.tobytes() != last.tobytes()  # the LoRA has changed the picture
+        assert not first.info  # the file has no information about the machine
 
 
 def test_without_a_request_there_is_no_picture(bench):
@@ -83,7 +83,7 @@ def test_sampling_that_fails_is_told_and_ends_nothing(bench, sampling, monkeypat
     trained = bench.train(steps=3, samples=request)
     assert len(calls) == 1
     (problem,) = said(trained)["problems"]
-    assert problem.startswith("Sampling after step 0 failed (RuntimeError: out of paint). No more pictures")
+    assert problem.startswith("Sampling after step 0 failed (RuntimeError: out of paint). This run samples no more")
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
 
 
@@ -108,11 +108,11 @@ def test_cancel_while_sampling_keeps_what_was_learned(bench, nodes, sampling, mo
     assert said(trained)["resumed_at"] == 2
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
     steps = [entry["filename"].split("step")[1][:6] for entry in trained.ui["images"]]
-    assert steps == ["000002", "000004", "000005"]  # the one that Cancel took, and those after it
+    assert steps == ["000002", "000004", "000005"]  # the one that Cancel prevented, and those after it
 
 
 def test_the_state_is_kept_before_sampling(bench, nodes, sampling, monkeypatch):
-    """Loading the whole model is when a process may be killed for its memory."""
+    """A process is most likely to be killed for its memory when the whole model is loaded."""
     kept = []
 
     def look(self, step):

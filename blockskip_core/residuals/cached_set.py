@@ -1,0 +1,106 @@
+"""A set of residuals on disk: computed once, by one process at a time, and read by any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..data.micro_batches import MicroBatches
+from ..locks import lock
+from ..model import SkippableDit
+from .cache import CacheWriter, ResidualCache, is_finished, num_shards
+from .chunks import compute_chunk, records_of
+from .housekeeping import KEPT_CACHES, remove_old_caches, remove_unused, removed_if_damaged
+from .prefetch import prefetched
+from .residual_set import PhaseProgress, ResidualSet, require_disk_space
+from .source import OpenResiduals, Reference
+
+WAITING = "waiting for another process that computes the same residuals"
+
+
+def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> bool:
+    """Compute and store the residuals of all draws; a finished cache is used, an unfinished one is resumed.
+
+    If another process is computing the same residuals, this waits for its cache, which saves time and disk space. If
+    that process ends early, this one continues where it stopped.
+
+    Args:
+        residuals: What to compute.
+        dit: The model.
+        progress: Called during the passes, and while waiting for another process.
+
+    Returns:
+        Whether anything was computed.
+
+    Raises:
+        InvalidInputError: If there is not enough disk space.
+        StorageError: If the disk cannot be written.
+    """
+    if is_finished(residuals.folder):
+        return False
+    with lock(residuals.folder, waiting_for_another(residuals, progress)):
+        if is_finished(residuals.folder):
+            return False
+        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
+        writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+        try:
+            _write_missing(residuals, dit, progress, writer)
+        finally:
+            if not writer.draws:
+                writer.discard()
+    return True
+
+
+def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Callable[[], None]:
+    """Return a function that reports the progress of another process that is computing these residuals."""
+    total = -(-len(residuals.schedule) // residuals.chunk_size)
+    return lambda: progress(WAITING, min(num_shards(residuals.folder), total), total)
+
+
+def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, writer: CacheWriter) -> None:
+    draws = [draw for draw in range(len(residuals.schedule)) if draw not in writer.draws]
+    require_disk_space(residuals, dit, draws)
+    chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
+    response = writer.read("0/response")
+    for number, chunk in enumerate(chunks):
+        part = compute_chunk(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
+        writer.write(records_of(residuals, part.computed, part.response if response is None else None))
+        response = part.response
+    writer.finish()
+
+
+def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
+    """Return a progress callback for part ``number`` of ``count`` equal parts."""
+    return lambda phase, done, total: progress(phase, number * total + done, count * total)
+
+
+def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | None:
+    """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
+
+    If another process is computing it, this waits.
+
+    Raises:
+        CacheError: If the cache is damaged; it is removed.
+    """
+    folder = residuals.folder
+    with removed_if_damaged(lambda: remove_unused(folder)):
+        with lock(folder, waiting_for_another(residuals, progress), shared=True):
+            if not is_finished(folder):
+                return None
+            with closing(ResidualCache(folder, residuals.identity)) as cache:
+                return torch.stack([cache.read(draw)["latent"] for draw in range(len(residuals.schedule))])
+
+
+@contextmanager
+def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
+    """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
+    order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
+    with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
+        cache.verify()  # fail now rather than after hours of training
+        reference, response = Reference(*cache.require_first("reference")), cache.first("response")
+        with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
+            form = residuals.identity.residual_format
+            yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)
