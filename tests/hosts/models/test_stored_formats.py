@@ -135,16 +135,19 @@ def test_before_training_the_skipping_model_is_the_full_model(tmp_path, name):
 def test_gradients_are_those_of_the_written_out_weights(tmp_path, name, spans):
     patcher = make(tmp_path, name)
     twin = dequantised_twin(tmp_path, patcher)
-    if name in FORMATS and FORMATS[name].rounds_inputs:
+    # Where inputs are rounded too, a last bit that differs between machines can flip a rounding.
+    rounds = name in FORMATS and FORMATS[name].rounds_inputs
+    close = 1e-2 if rounds else 2e-5
+    if rounds:
         give_host_numbers(twin, patcher)
     expected, gradients = trained(twin, spans, checkpointing=False)
     for checkpointing in (False, True):
         result, found = trained(patcher, spans, checkpointing=checkpointing)
-        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert result.losses == pytest.approx(expected.losses, rel=1e-3 if rounds else 1e-5)
         assert found.keys() == gradients.keys()
         for key, gradient in gradients.items():
             assert gradient.norm() > 0
-            assert (found[key] - gradient).norm() <= 2e-5 * gradient.norm(), key
+            assert (found[key] - gradient).norm() <= close * gradient.norm(), key
 
 
 @pytest.mark.parametrize("name", NAMES)
