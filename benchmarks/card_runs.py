@@ -166,13 +166,13 @@ class Plan:
     Attributes:
         settings: Its output ``settings``.
         needs: The counted needs of a run with them.
-        largest_block: Bytes of the largest block of a training step.
+        streamed: Bytes of weights that are on the card at the same time if all are streamed, counted.
         seen: Values for the row.
     """
 
     settings: Any
     needs: Any
-    largest_block: int
+    streamed: int
     seen: dict[str, Any]
 
 
@@ -266,7 +266,7 @@ class Bench:
             "fits": as_set, "keeps_all": as_set and not settings.config.checkpointing, "settings_fit": fits(peak_of(settings, needs), self.memory.free()),
             "says": text.splitlines()[0], "settings": settings.describe(),
         }  # fmt: skip
-        return Plan(settings, needs, run.largest_trained_block(settings), seen)
+        return Plan(settings, needs, run.streamed_bytes(settings), seen)
 
     def precompute(self, plan: Plan) -> tuple[dict[str, Any], Any]:
         """Precompute a few examples to disk; return the measurements and the residuals."""
@@ -274,7 +274,7 @@ class Bench:
         seen: dict[str, Any] = {"counted": counted.peak, "counted_host": plan.needs.host}
         with self._watched(seen):
             residuals = self._run(
-                "PrecomputeResiduals", vae=NoVae(self.model.model), images=torch.zeros(1, 2 * CROP, 2 * CROP, 3),
+                "PrecomputeResiduals", vae=NoVae(self.model.model), images=torch.rand(1, 2 * CROP, 2 * CROP, 3),
                 positive=self.caption, selection=self.selection, draws=DRAWS, patch_min=CROP, patch_max=2 * CROP,
                 storage="disk", seed=0, memory_settings=plan.settings,
             )[0]  # fmt: skip
@@ -290,7 +290,7 @@ class Bench:
             "counted_host": plan.needs.host,
         }  # fmt: skip
         if placement == "streamed":
-            seen["counted"] += plan.largest_block - counted.weights  # as in Memory Plan's verdict
+            seen["counted"] += plan.streamed - counted.weights  # as in Memory Plan's verdict
         try:
             with self._watched_steps(seen):
                 summary = self._run(

@@ -250,7 +250,7 @@ class Verdict:
     problem: str = ""
 
 
-def verdict_on_training(peak: int, weights: int, largest_block: int, available: int, place: str) -> Verdict:
+def verdict_on_training(peak: int, weights: int, streamed: int, available: int, place: str) -> Verdict:
     """Judge a training by its counted peak.
 
     A host without room for all weights keeps them in host memory and moves each to the device when it is used. So a run
@@ -259,14 +259,14 @@ def verdict_on_training(peak: int, weights: int, largest_block: int, available: 
     Args:
         peak: Bytes of everything alive at the same time, weights included.
         weights: The weights' share of it.
-        largest_block: Bytes of the weights that must be on the device at the same time.
+        streamed: Bytes of the weights that are on the device at the same time if all of them are moved.
         available: Free bytes on the device.
         place: The device's name.
     """
     if fits(peak, available):
         return Verdict(True)
     has = f"{place} has {format_bytes(available)} free"
-    least = peak - weights + largest_block
+    least = peak - weights + streamed
     if fits(least, available):
         return Verdict(
             True,

@@ -86,8 +86,8 @@ class MemoryCheck:
     def _verdict(self, available: int, place: str) -> Verdict:
         """Count the training, and find what would help if it does not fit."""
         counted, settings = self._count(self._settings).training, self._settings
-        block = 0 if self._on_cpu else self._counted_run.largest_trained_block(settings)
-        verdict = verdict_on_training(counted.peak, counted.weights, block, available, place)
+        streamed = 0 if self._on_cpu else self._counted_run.streamed_bytes(settings)
+        verdict = verdict_on_training(counted.peak, counted.weights, streamed, available, place)
         if not verdict.problem or (verdict.starts and self._streamed):  # streaming means moving weights
             return Verdict(True)
         found = changes_that_fit(settings, available, self._count, formats_on(self._run.dit.device))

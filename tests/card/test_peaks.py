@@ -12,7 +12,7 @@ import torch
 from ..core.plain_dit import selection
 from ..hosts.tiny_families import FLUX
 from ..hosts.tiny_flux import tiny_flux
-from .modes import resident
+from .modes import resident, streamed_by_trainer
 from .runs import DRAWS, SKIPPING, Runs
 from .test_sampling import MEASURE
 
@@ -48,10 +48,16 @@ def peak_of(card: Any) -> Iterator[list[int]]:
     peak.append(card.memory.peak - before)
 
 
-def needs(
-    model: Any, *, quantize_kept: str = "off", rank: int = 4, targets: str = "attention and mlp", **ways: Any
-) -> Any:
+def needs(model: Any, **ways: Any) -> Any:
     """Count a run without running it, as Memory Plan and the trainer do."""
+    run, settings = counted_run(model, **ways)
+    return run.needs(settings)
+
+
+def counted_run(
+    model: Any, *, quantize_kept: str = "off", rank: int = 4, targets: str = "attention and mlp", **ways: Any
+) -> tuple[Any, Any]:
+    """Return what counts a run, and the run's settings."""
     from blockskip_pack.blockskip_core.accounting.plan import MemorySettings
     from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
     from blockskip_pack.blockskip_core.hosts.inputs.frames import latent_shape
@@ -67,8 +73,8 @@ def needs(
         probe_size=MEASURE["probe_size"],
     )  # fmt: skip
     config = TrainingConfig(steps=2, **ways)
-    return run.needs(
-        MemorySettings(config=config, storage=storage, quantize_kept=quantize_kept, patch_min=DRAWS["patch_min"])
+    return run, MemorySettings(
+        config=config, storage=storage, quantize_kept=quantize_kept, patch_min=DRAWS["patch_min"]
     )
 
 
@@ -94,6 +100,20 @@ def test_what_is_kept_for_the_backward_pass(card, runs: Runs, comfyui):
         outcome = runs.train_on(half, residuals, steps=2, checkpointing=checkpointing)
         counted = needs(half, checkpointing=checkpointing).training.saved
         assert outcome.said["saved_for_backward_bytes"] == pytest.approx(counted, abs=64)
+
+
+def test_training_with_streamed_weights(card, runs: Runs, comfyui):
+    """In a dtype that the host does not convert, wide enough that weights are most of what is counted."""
+    half = tiny_flux(depth=2, depth_single=3, width=1280, heads=10, mlp_ratio=4.0, dtype=torch.bfloat16)
+    runs.start_over()
+    residuals = runs.precompute(FLUX, half)
+    run, settings = counted_run(half)
+    training = run.needs(settings).training
+    counted = training.peak - training.weights + run.streamed_bytes(settings)
+    with streamed_by_trainer(card, half), peak_of(card) as peak:
+        runs.train_on(half, residuals, steps=2, kept_weights="streamed")
+    assert counted > 50 * MIB
+    assert peak[0] == pytest.approx(counted, rel=ALLOWED)
 
 
 @pytest.mark.parametrize(("weight_format", "copies"), UNPACKED.items())

@@ -126,11 +126,20 @@ class CountedRun:
         used = range(len(weights.blocks)) if everything else self.selection.kept
         return sum(weights.blocks[index] for index in used) + weights.others
 
-    def largest_trained_block(self, settings: MemorySettings) -> int:
-        """Return the bytes of the largest block that a training step uses."""
-        blocks = self.weights(settings).blocks
-        used = range(len(blocks)) if settings.storage == "on the fly" else self.selection.kept
-        return max(blocks[index] for index in used)
+    def streamed_bytes(self, settings: MemorySettings) -> int:
+        """Return the bytes of weights that are on the device at the same time if all of them are streamed.
+
+        The host copies the weights of one layer at a time into a buffer, and has a buffer for each of its streams.
+        """
+        module, formats = self.dit.patcher.model.diffusion_model, formats_of(self.dit, self.selection, settings)
+        used = range(len(self.dit.blocks)) if settings.storage == "on the fly" else self.selection.kept
+        layers = [
+            predicted_bytes(layer, formats.get(self.dit.blocks[index].name, "off"))
+            for index in used
+            for layer in module.get_submodule(self.dit.blocks[index].name).modules()
+            if next(layer.children(), None) is None
+        ]
+        return max(1, comfy.model_management.NUM_STREAMS) * max(layers)
 
 
 def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySettings) -> dict[str, str]:
