@@ -34,8 +34,7 @@ def text(rows: Sequence[Row]) -> str:
         ("Precomputing, and host memory", good, _PRECOMPUTING_HEAD, _precomputing),
     ):
         lines += [f"## {title}", "", *_table(among, head, cells), ""]
-    refused = [sentence for row in good for sentence in _refusals(row)]
-    lines += ["## Messages of the trainer", "", *(refused or ["None."]), ""]
+    lines += ["## Said by the trainer", "", *(_sentences(good) or ["Nothing."]), ""]
     failed = [f"* {_name(row)}, {row['card']:g} GiB: {row['failed']}" for row in rows if "failed" in row]
     if failed:
         lines += ["## Cells that failed", "", *failed, ""]
@@ -133,13 +132,15 @@ def _name(row: Row) -> str:
     return f"{row['model']}, {row['weights']}{', paged' * row['paged']}"
 
 
-def _refusals(row: Row) -> list[str]:
-    found = []
-    for placement in PHASES[1:]:
-        run = row.get(placement, {"problems": []})
-        for sentence in [run["refused"]] if "refused" in run else run["problems"]:
-            found.append(f"* {_name(row)}, {row['card']:g} GiB, {placement}: {sentence}")
-    return found
+def _sentences(rows: Iterable[Row]) -> list[str]:
+    """Return each sentence of the trainer once, and the cells that it was said in."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        for placement in PHASES[1:]:
+            run = row.get(placement, {"problems": []})
+            for sentence in [run["refused"]] if "refused" in run else run["problems"]:
+                said.setdefault(sentence, []).append(f"{_name(row)}, {row['card']:g} GiB, {placement}")
+    return [f"* {sentence} ({'; '.join(cells)})" for sentence, cells in said.items()]
 
 
 def _gib(count: int) -> str:

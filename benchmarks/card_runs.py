@@ -134,11 +134,11 @@ def loaded_model(cell: Cell) -> Any:
 
 
 def caption_for(name: str) -> list:
-    """Return a conditioning of zeros with the shape that the model's text encoder would give."""
+    """Return a conditioning of ones with the shape that the model's text encoder would give."""
     from memory_arms import FAMILIES, FLUX
 
     width = {TINY: FLUX.text_width, **{family.name: family.text_width for family in FAMILIES}}[name]
-    return [[torch.zeros(1, TEXT_TOKENS, width), {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+    return [[torch.ones(1, TEXT_TOKENS, width), {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
 
 
 class NoVae:

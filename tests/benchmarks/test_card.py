@@ -164,18 +164,20 @@ def test_the_report_says_how_far_the_count_is_off_and_what_was_streamed(card):
     unplanned["plan"] |= {"settings_fit": False}
     unplanned["resident"] |= {"offloaded": GIB}
     del unplanned["streamed"]
-    text = card.report.text([row(), refused, slow, unplanned])
-    assert "* resident: 3 of 3 cells ran; emulated against counted -5.0% to +25.0%" in text
-    assert "* streamed: 2 of 3 cells ran; emulated against counted -75.0% to -75.0%" in text
-    assert "* weights were streamed in 1 of 3 cells whose settings fit by Memory Plan" in text
+    again = row(card=20.0, peak=3.8)
+    again["resident"] |= {"problems": ["Weights are moved."]}
+    text = card.report.text([row(), refused, slow, again, unplanned])
+    assert "* resident: 4 of 4 cells ran; emulated against counted -5.0% to +25.0%" in text
+    assert "* streamed: 3 of 4 cells ran; emulated against counted -75.0% to -75.0%" in text
+    assert "* weights were streamed in 1 of 4 cells whose settings fit by Memory Plan" in text
     assert "at most 3.0 MiB" in text
     assert (
         "**M, bf16**, 2 + 1 of 6 skipped | 8 | too large | as small as possible | 4.00 | **5.00** | 1.00 | +25.0%"
         in text
     )
     assert "| **M, bf16, paged**, 2 + 1 of 6 skipped | 24 | too large | none fit |" in text
-    assert "* M, bf16, 12 GiB, streamed: It was not started." in text
-    assert "* M, bf16, 16 GiB, resident: Weights are moved." in text
+    assert "* It was not started. (M, bf16, 12 GiB, streamed)" in text
+    assert "* Weights are moved. (M, bf16, 16 GiB, resident; M, bf16, 20 GiB, resident)" in text
 
 
 def test_every_model_has_a_caption(card):
