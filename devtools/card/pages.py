@@ -5,7 +5,7 @@ needs it is *faulted* in, or refused when the card is full; ComfyUI then copies 
 Here, an evicted page is filled with NaN, so that a stale read shows in the result.
 
 Differences from comfy-aimdo: pages can be 64 KiB instead of 32 MiB, so that a tiny model has several; files are not
-read into buffers; watermarks are not kept.
+read into buffers; watermarks are not kept; pages give way to other models' pages, but not to torch's own allocations.
 """
 
 from __future__ import annotations
