@@ -40,7 +40,7 @@ COMPOSITE = frozenset({  # no kernel under either key, but must not be decompose
 
 def register(card: Card) -> None:
     """Register kernels under the dispatch key CUDA for the rest of the process."""
-    card.library = torch.library.Library("aten", "IMPL")  # kept, because deleting it would unregister the kernels
+    card.registered = torch.library.Library("aten", "IMPL")  # kept, because deleting it would unregister the kernels
     by_hand = _by_hand(card)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about every kernel that is replaced
@@ -49,8 +49,8 @@ def register(card: Card) -> None:
             if name != full_name and name not in by_hand:
                 _register_one(card, name)
         for name, kernel in by_hand.items():
-            card.library.impl(name, kernel, "CUDA")
-        card.library.impl("scaled_dot_product_attention", by_hand["scaled_dot_product_attention"], "AutogradCUDA")
+            card.registered.impl(name, kernel, "CUDA")
+        card.registered.impl("scaled_dot_product_attention", by_hand["scaled_dot_product_attention"], "AutogradCUDA")
 
 
 def _register_one(card: Card, name: str) -> None:
@@ -61,7 +61,7 @@ def _register_one(card: Card, name: str) -> None:
     packet = getattr(aten, base, None)
     operation = getattr(packet, overload or "default", None)  # a few cannot be called from Python
     if operation is not None:
-        card.library.impl(name, Kernel(card, operation), "CUDA")
+        card.registered.impl(name, Kernel(card, operation), "CUDA")
 
 
 class Kernel:
