@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import overload
 
 from torch import Tensor
 
+from .on_access import OnAccess
 from .patch_sampling import crop_and_resize, reference_size, resize
 from .schedule import TrainingSchedule
 
 
-class TrainingCrops(Sequence[Tensor]):
+class TrainingCrops(OnAccess):
     """The crop of every draw at training size, each (patch_min, patch_min, 3), created on access.
 
     Only one picture at a time is held at its reference size, because all of them could take as much memory as the
@@ -29,15 +29,8 @@ class TrainingCrops(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._schedule)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return self.taken(range(*index.indices(len(self))))
+    def one(self, index: int) -> Tensor:
+        """Create the crop of a draw."""
         draw = self._schedule[index]
         size = self._schedule.patches.patch_min
         return crop_and_resize(
@@ -50,7 +43,7 @@ class TrainingCrops(Sequence[Tensor]):
 
     def taken(self, draws: Sequence[int]) -> list[Tensor]:
         """Return the crops of some draws, in their order."""
-        made = {index: self[index] for index in self.by_picture(draws)}
+        made = {index: self.one(index) for index in self.by_picture(draws)}
         return [made[index] for index in draws]
 
     def _reference(self, picture: int) -> Tensor:

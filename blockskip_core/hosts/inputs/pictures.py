@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...data.on_access import OnAccess
 from ...data.picture_checks import is_transparent, values_out_of_range
 from ...data.remarks import Labels
 from ...errors import InvalidInputError
@@ -15,7 +16,7 @@ from ...errors import InvalidInputError
 _COLOURS = (3, 4)  # the fourth is alpha
 
 
-class Pictures(Sequence[Tensor]):
+class Pictures(OnAccess):
     """Single pictures, each (H, W, 3), float32 in [0, 1] on the CPU.
 
     After the model, a folder of pictures is the largest thing in memory, and the host keeps it. So each picture is a
@@ -47,15 +48,8 @@ class Pictures(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._given)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+    def one(self, index: int) -> Tensor:
+        """Return a picture, converted if it must be."""
         picture = self._given[index][..., :3]
         return picture if self._as_given[index] else picture.to("cpu", torch.float32).clamp(0.0, 1.0)
 
