@@ -12,7 +12,7 @@ Row = dict[str, Any]
 CONVENTIONS = """\
 `python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management on a
 card whose tensors have shapes but no data; *paged* with its dynamic VRAM, the default on NVIDIA cards, in pages of 32
-MiB. Bytes are those of all tensors alive on the card at the same time, each with its exact size. A real allocator's
+MiB that fill the free memory and give way when anything else needs it, so that their peak says little. Bytes are those of all tensors alive on the card at the same time, each with its exact size. A real allocator's
 rounding and fragmentation, kernels' workspaces and the CUDA context are not included. Quantised weights are unpacked by
 torch's own operations here, with up to two copies of a layer's weight in fp8 and int8 and six in 4-bit; a card's kernels
 make one. **Counted**: Memory Plan's count
@@ -56,7 +56,8 @@ def in_short(row: Row) -> str:
 def in_few_sentences(rows: Sequence[Row]) -> list[str]:
     """Return a summary of all cells."""
     lines = []
-    planned = [row for row in rows if row["plan"]["settings_fit"]]
+    paged = [row for row in rows if row["paged"]]
+    planned = [row for row in rows if row["plan"]["settings_fit"] and not row["paged"]]
     for placement, among in (("resident", planned), ("streamed", _with_streaming(rows))):
         runs = [row[placement] for row in among if "refused" not in row[placement]]
         errors = [run["peak"] / run["counted"] - 1 for run in runs]
@@ -65,6 +66,9 @@ def in_few_sentences(rows: Sequence[Row]) -> list[str]:
                 f"* {placement}: {len(runs)} of {len(among)} cells ran; emulated against counted "
                 f"{min(errors):+.1%} to {max(errors):+.1%}"
             )
+    if paged:
+        ran = sum("refused" not in row["resident"] for row in paged)
+        lines.append(f"* paged: {ran} of {len(paged)} cells ran")
     moved = [row for row in planned if row["resident"].get("offloaded")]
     lines.append(f"* weights were streamed in {len(moved)} of {len(planned)} cells whose settings fit by Memory Plan")
     left = max((row[phase]["left"] for row in rows for phase in PHASES if phase in row), default=0)
@@ -90,7 +94,7 @@ def _training(row: Row) -> list[str]:
     if "refused" in run:
         return [said, given, _gib(run["counted"]), "refused", "", "", "", ""]
     return [
-        said, given, _gib(run["counted"]), f"**{_gib(run['peak'])}**", _gib(run["optimiser"]), _error(run),
+        said, given, _gib(run["counted"]), f"**{_gib(run['peak'])}**", _gib(run["optimiser"]), "" if row["paged"] else _error(run),
         _gib(run["resident"]), _gib(run["offloaded"]),
     ]  # fmt: skip
 

@@ -27,12 +27,14 @@ class Memory:
         peak: The most bytes in use since :meth:`reset_peak`.
         allocations: Number of allocations, including refused ones.
         refused: Number of allocations refused because memory was short or a failure was injected.
+        before_take: Called with the number of bytes before each allocation, so that others may give memory back.
         on_take: Called with the number of bytes after each successful allocation, for tests that check who allocates.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.used = self.peak = self.allocations = self.refused = 0
+        self.before_take: Callable[[int], None] | None = None
         self.on_take: Callable[[int], None] | None = None
         self._allocations_left: int | None = None
         self._lock = threading.RLock()  # autograd allocates in its own thread
@@ -50,6 +52,8 @@ class Memory:
         with self._lock:
             self.allocations += 1
             self._fail_if_due(num_bytes)
+            if self.before_take is not None:
+                self.before_take(num_bytes)
             if self.used + num_bytes > self.total:
                 gc.collect()  # a cycle of Python objects may hold tensors
                 if self.used + num_bytes > self.total:

@@ -170,6 +170,7 @@ def test_the_report_says_how_far_the_count_is_off_and_what_was_streamed(card):
     assert "* resident: 4 of 4 cells ran; emulated against counted -5.0% to +25.0%" in text
     assert "* streamed: 3 of 4 cells ran; emulated against counted -75.0% to -75.0%" in text
     assert "* weights were streamed in 1 of 4 cells whose settings fit by Memory Plan" in text
+    assert "* paged: 1 of 1 cells ran" in text
     assert "at most 3.0 MiB" in text
     assert (
         "**M, bf16**, 2 + 1 of 6 skipped | 8 | too large | as small as possible | 4.00 | **5.00** | 1.00 | +25.0%"

@@ -8,6 +8,7 @@
     all_pages            weights are paged in and out ("dynamic VRAM"), and all pages fit
     few_pages            only a few fit, so pages are refused and evicted
     no_pages             none fits
+    pressed_pages        pages compete with the run's own tensors for memory, give way to them, and are refused
 
 A context that ends without an error has checked that ComfyUI did treat the MODEL that way.
 """
@@ -40,7 +41,7 @@ def low_vram(card: Any, patcher: Any) -> Iterator[Any]:
     """Leave room for half of the MODEL in addition to what ComfyUI keeps free."""
     import comfy.model_management as management
 
-    room = 0.5 * patcher.model_size() + management.minimum_inference_memory()
+    room = patcher.model_size() + management.minimum_inference_memory()
     with card.memory.limited_to(int(card.memory.settled() + room)), _loads(may_be_forced=False) as shares:
         yield patcher
     assert any(0.01 < share < 0.99 for share in shares), shares
@@ -82,13 +83,30 @@ def _paged(limit: int | None, card: Any, patcher: Any) -> Iterator[Any]:
         _page_small_layers_too(patch)
         yield tools.as_dynamic(patcher)
         assert pager.faults
+        assert not any(sum(model.pins.values()) for model in pager.models)
         assert (pager.refused > 0) == (limit is not None), vars(pager)
 
 
 all_pages, few_pages, no_pages = (partial(_paged, limit) for limit in (None, 2, 0))
+
+
+@contextmanager
+def pressed_pages(card: Any, patcher: Any) -> Iterator[Any]:
+    """Page weights on a card that has too little memory for all of them beside the run's own tensors."""
+    tools, pages = devtools("card.comfyui"), devtools("card.pages")
+    with pytest.MonkeyPatch.context() as patch, tools.dynamic_vram(card) as pager:
+        _page_small_layers_too(patch)
+        room = patcher.model_size() + pages.SPARE_PAGES * pages.PAGE
+        with card.memory.limited_to(int(card.memory.settled() + room)):
+            yield tools.as_dynamic(patcher)
+        assert not any(sum(model.pins.values()) for model in pager.models)
+        assert pager.gave_way or pager.refused, vars(pager)
+
+
 MODES: dict[str, Mode] = {
     "resident": resident, "low_vram": low_vram, "streamed": streamed, "async_malloc": async_malloc,
     "streamed_by_trainer": streamed_by_trainer, "all_pages": all_pages, "few_pages": few_pages, "no_pages": no_pages,
+    "pressed_pages": pressed_pages,
 }  # fmt: skip
 
 

@@ -271,15 +271,20 @@ def test_pages_are_counted_while_they_are_there(card, pages):
     assert card.memory.used - before == module.PAGE
     assert model.fault(*layers[0][1:]) == signature
     model.unpin(*layers[0][1:])
-    assert model.free_memory(1) == module.PAGE
-    assert card.memory.used == before
+    assert model.free_memory(1) == 0  # faulted in twice, so one of the two still uses it
+    assert card.memory.used - before == module.PAGE
+    model.unpin(*layers[0][1:])
+    assert card.memory.used == before  # no longer allowed below the watermark
 
 
 def test_who_still_reads_a_page_that_was_taken_away_reads_nan(pages):
     _, _, model, layers = pages
     signature, tensor = filled(model, layers[0])
+    model.unpin(*layers[0][1:])
     model.free_memory(1)
     assert tensor.isnan().all()
+    assert model.fault(*layers[0][1:]) is None
+    model.prioritize()
     assert model.fault(*layers[0][1:]) != signature
 
 
@@ -291,16 +296,50 @@ def test_pages_beyond_the_limit_are_refused(pages):
     assert pager.refused == 1
 
 
-def test_a_full_card_takes_pages_from_models_that_come_later_in_line(card, pages):
+def test_a_full_card_takes_pages_from_models_that_were_prioritised_earlier(card, pages):
     module, pager, model, layers = pages
     filled(model, layers[0])
     model.unpin(*layers[0][1:])
     other = module.ModelVBAR(module.PAGE, 0)
     other.prioritize()
-    with card.memory.limited_to(card.memory.used):
+    with card.memory.limited_to(card.memory.used + module.SPARE_PAGES * module.PAGE):
         assert filled(other, other.alloc(module.PAGE))
     assert pager.evictions == 1
     assert model.get_residency() == [0, 0, 0, 0]
+
+
+def test_a_model_without_others_to_take_pages_from_is_refused_its_last_ones(card, pages):
+    module, _, model, layers = pages
+    room = (module.SPARE_PAGES + 2) * module.PAGE
+    with card.memory.limited_to(card.memory.used + room):
+        for layer in layers:
+            if model.fault(*layer[1:]):
+                model.unpin(*layer[1:])
+    assert model.get_residency() == [
+        1,
+        0,
+        0,
+        0,
+    ]  # what does not fit costs one that did: room is made before it is refused
+    assert model.get_watermark() == 1
+
+
+def test_pages_give_way_to_torchs_own_tensors(card, pages):
+    module, pager, model, layers = pages
+    for layer in layers:
+        filled(model, layer)
+        model.unpin(*layer[1:])
+    with card.memory.limited_to(card.memory.used + module.SPARE_PAGES * module.PAGE):
+        kept = torch.empty(2 * module.PAGE, dtype=torch.uint8, device="cuda")
+        assert model.get_residency() == [1, 1, 0, 0]
+        assert model.fault(*layers[2][1:]) is None  # above the watermark
+        assert model.fault(*layers[1][1:])
+        more = torch.empty(module.SPARE_PAGES * module.PAGE, dtype=torch.uint8, device="cuda")
+        assert model.get_residency() == [0, 3, 0, 0]  # a page in use stays
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(4 * module.PAGE, dtype=torch.uint8, device="cuda")
+        del kept, more
+    assert pager.evictions == 3
 
 
 def test_the_pages_of_a_model_that_is_gone_are_free_again(card, pages):
@@ -319,6 +358,6 @@ def test_the_buffer_for_layers_without_pages_is_the_same_for_all(card, pages):
     first, second = (buffer.tensor(*buffer.get(40)[1:]) for _ in range(2))
     second.fill_(7)
     assert first.tolist() == [7] * 40
-    assert card.memory.used - before == buffer.size() == module.CHUNK
+    assert card.memory.used - before == buffer.size() == module.PAGE // 2
     del buffer, first, second
     assert card.memory.settled() == before

@@ -9,13 +9,17 @@ from .modes import MODES
 from .runs import Runs
 
 pytestmark = pytest.mark.emulated
-WITH_STREAMS = ("low_vram", "streamed", "async_malloc", "all_pages", "few_pages", "no_pages")
+WITH_STREAMS = ("low_vram", "streamed", "async_malloc", "all_pages", "few_pages", "no_pages", "pressed_pages")
 
 
 @pytest.mark.parametrize(
     ("family", "mode"),
     [
-        pytest.param(family, WITH_STREAMS[place % len(WITH_STREAMS)], id=f"{family.name}-{WITH_STREAMS[place % 6]}")
+        pytest.param(
+            family,
+            WITH_STREAMS[place % len(WITH_STREAMS)],
+            id=f"{family.name}-{WITH_STREAMS[place % len(WITH_STREAMS)]}",
+        )
         for place, family in enumerate((*FAMILIES, *FAMILIES[:2]))
     ],
 )

@@ -19,12 +19,15 @@ STORAGES = ("disk", "chunked", "on the fly")
 ROUNDING = {"lumina2": 3e-6, "z_image": 3e-6}
 UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_trainer")]
 OFTEN = ("streamed", "few_pages")  # modes in which every family is trained
+NOT_PRESSED = "z_image"  # its weights are so small a part of a tiny run that either all of them fit or the run does not
 
 
 def pairs() -> Iterator[Any]:
     """Every family in two modes and some in all; storages alternate, so that every family and mode gets each."""
     for row, family in enumerate(FAMILIES):
         for column, mode in enumerate(UNASKED):
+            if (family.name, mode) == (NOT_PRESSED, "pressed_pages"):
+                continue
             if mode in OFTEN or family.name in ("flux", "z_image", "wan21"):
                 storage = STORAGES[(row + column) % len(STORAGES)]
                 yield pytest.param(family, mode, storage, id=f"{family.name}-{mode}")

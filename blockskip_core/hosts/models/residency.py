@@ -119,11 +119,17 @@ def evict_others(patcher: Any) -> None:
 def drop_cast_buffers() -> None:
     """Free the buffers that streamed weights were copied into.
 
-    The host keeps them for its next streamed model: hundreds of MiB, one layer's weight per stream. With dynamic VRAM
-    it drops them itself after every node.
+    The host keeps them for its next streamed model: hundreds of MiB, one layer's weight or more per stream. Only with
+    dynamic VRAM does it drop them itself, after every node.
     """
-    if comfy.model_management.STREAM_CAST_BUFFERS:
-        comfy.model_management.reset_cast_buffers()
+    management = comfy.model_management
+    if management.STREAM_CAST_BUFFERS or _paged_cast_buffers():
+        management.reset_cast_buffers()
+
+
+def _paged_cast_buffers() -> dict[Any, Any]:
+    """Return the buffers of dynamic VRAM, which not every version of the host has."""
+    return getattr(comfy.model_management, "STREAM_AIMDO_CAST_BUFFERS", {})
 
 
 def paged_bytes(device: torch.device) -> int:
@@ -133,8 +139,7 @@ def paged_bytes(device: torch.device) -> int:
     pages = sum(
         m.loaded_size() - m.model.model_loaded_weight_memory for m in models if m is not None and m.is_dynamic()
     )
-    buffers = getattr(management, "STREAM_AIMDO_CAST_BUFFERS", {})
-    return pages + sum(buffer.size() for buffer in buffers.values())
+    return pages + sum(buffer.size() for buffer in _paged_cast_buffers().values())
 
 
 def _is_clone(loaded: Any, patcher: Any) -> bool:
