@@ -132,8 +132,9 @@ class Runs:
         import comfy.model_management
 
         self.held.append(self.run_node(getattr(self.nodes, node), **inputs))
-        if comfy.memory_management.aimdo_enabled:  # as the executor does after each node
-            comfy.model_management.reset_cast_buffers()
+        if comfy.memory_management.aimdo_enabled:
+            assert not comfy.model_management.STREAM_AIMDO_CAST_BUFFERS
+            comfy.model_management.reset_cast_buffers()  # as the executor does after each node
         return self.held[-1]
 
 
