@@ -82,6 +82,24 @@ export function listen(page, { problems }) {
   });
 }
 
+/** Wait until the page has requested nothing, and its graph has not changed, for a while. */
+export async function settle(page, { quiet = 300 } = {}) {
+  let last = Date.now();
+  const look = () => (last = Date.now());
+  page.on("request", look).on("response", look);
+  const graph = () => page.evaluate(() => JSON.stringify((window.app.rootGraph ?? window.app.graph).serialize()));
+  const deadline = last + 30_000;
+  let before = await graph();
+  while (Date.now() - last < quiet) {
+    if (Date.now() > deadline) throw new NotChecked("the page is still loading after 30 seconds");
+    await page.waitForTimeout(100);
+    const now = await graph();
+    if (now !== before) look();
+    before = now;
+  }
+  page.off("request", look).off("response", look);
+}
+
 /** Open the frontend and wait until it is ready. */
 export async function open(page, server) {
   await page.goto(server);

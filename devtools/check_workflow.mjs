@@ -24,7 +24,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { parseArgs } from "node:util";
 
-import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
+import { NotChecked, configure, launch, listen, open, settle } from "./browser.mjs";
 
 const MODEL_FILE = /\.(safetensors|sft|ckpt|pth|pt|gguf)$/;
 
@@ -44,6 +44,9 @@ async function main() {
       await check(page, source, server, options, report);
       found += tell(source, report);
     }
+    await page.waitForTimeout(1_500); // complaints that come late
+    report.problems.push(...(await toasts(page)));
+    if (report.problems.length) found += tell("afterwards", report);
   } finally {
     await browser.close();
   }
@@ -123,7 +126,7 @@ async function load(page, graph, name, isApi) {
     { graph, name, isApi },
   );
   if (isApi) await page.evaluate(layOut);
-  await page.waitForTimeout(1_500);
+  await settle(page);
 }
 
 /** The loaded graph as converted by the frontend, `{workflow, output}`; undefined if the conversion fails. */
@@ -176,13 +179,17 @@ function layOut() {
 async function inspect(page, { problems, notes }, before, after) {
   const missing = await page.evaluate(() => [...new Set(window.missingNodes)]);
   problems.push(...missing.map((type) => `missing node: ${type}`));
-  const toasts = await page.locator(".p-toast-message").allInnerTexts();
-  problems.push(...toasts.map((toast) => `toast: ${toast.replace(/\s+/g, " ")}`));
+  problems.push(...(await toasts(page)));
   if (before && after) problems.push(...drift(before, after));
   for (const { title, name, value } of await page.evaluate(unknownChoices)) {
     const text = `${title}: ${name} is ${JSON.stringify(value)}, which is not among the choices`;
     (MODEL_FILE.test(value) ? notes : problems).push(text);
   }
+}
+
+async function toasts(page) {
+  const shown = await page.locator(".p-toast-message").allInnerTexts();
+  return shown.map((toast) => `toast: ${toast.replace(/\s+/g, " ")}`);
 }
 
 function drift(before, after) {

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from .environment import cache_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 Command = Sequence[str | Path]
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -107,8 +109,14 @@ def _interrupt(child: subprocess.Popen) -> None:
 
 def _surroundings(variables: Mapping[str, str]) -> dict[str, str]:
     """Return a program's environment variables."""
-    found = {"OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 8)), **os.environ, **variables}
+    own = {
+        "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 8)),
+        "PYTHONPYCACHEPREFIX": str(cache_folder() / "bytecode"),
+        "MYPY_CACHE_DIR": str(cache_folder() / "mypy"),
+    }
+    found = {**own, **os.environ, **variables}
     found.pop("PYTHONPATH", None)  # a stray path could put this pack's `nodes` before ComfyUI's
+    found.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process would compile torch and ComfyUI again
     return found
 
 

@@ -5,7 +5,6 @@ These tests run in a separate process, ``python dev.py test --card``: see ``test
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,15 +17,8 @@ from ..nodes.conftest import core, folders, nodes, pictures, run_node, tiny  # n
 from .runs import Runs
 
 
-@pytest.fixture(scope="session")
-def _modules_are_for_good(nodes: Any) -> None:  # noqa: F811
-    """Exclude everything imported so far from later garbage collections, of which each test does several."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture
-def card(_modules_are_for_good: None, pytestconfig: pytest.Config) -> Iterator[Any]:
+def card(nodes: Any, pytestconfig: pytest.Config) -> Iterator[Any]:  # noqa: F811
     """The card, empty before and after."""
     tools, card = devtools("card.comfyui"), pytestconfig.stash[DEVICE].card
     tools.forget_models()

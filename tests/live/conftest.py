@@ -132,6 +132,13 @@ def server(start_server: Callable[..., Any], demo_parts: dict[str, Any]) -> Iter
         yield running
 
 
+@pytest.fixture(scope="session")
+def older(start_server: Callable[..., Any], demo_parts: dict[str, Any]) -> Iterator[Any]:
+    """The oldest supported ComfyUI, with the same parts; one server for the session too."""
+    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as running:
+        yield running
+
+
 @pytest.fixture
 def client(server: Any) -> Any:
     """A client with a new id."""

@@ -145,6 +145,14 @@ def test_one_at_a_time_is_in_order(processes, capsys):
     assert capsys.readouterr().out.split() == ["first", "second"]
 
 
+def test_programs_are_compiled_once_and_not_in_the_checkout(processes, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    ask = [sys.executable, "-c", "import sys; print(sys.pycache_prefix, sys.dont_write_bytecode)"]
+    assert processes.run_side_by_side([ask], {}, at_once=1) == [0]
+    assert capsys.readouterr().out.split() == [str(devtools("environment").cache_folder() / "bytecode"), "False"]
+
+
 def test_every_folder_of_tests_is_in_one_process():
     chosen = devtools("pytest_processes")
     processes = chosen.arguments_of_each(["-q"])

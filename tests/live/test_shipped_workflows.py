@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT, WORKFLOWS, browser_or_skip, host_or_skip, load_devtool
+from .conftest import ROOT, WORKFLOWS, browser_or_skip, load_devtool
 from .test_workflows import output_of, pixels, succeed
 
 SHIPPED = sorted(ROOT.glob("workflows/*.json"))
@@ -138,12 +138,9 @@ def test_resume_goes_on_with_the_run_of_the_training_workflow(
     assert (further["resumed_at"], further["steps"], further["problems"]) == (0, 4, [])
 
 
-def test_the_twins_run_on_the_oldest_supported_comfyui(
-    start_server: Callable[..., Any], demo_parts: dict[str, Any], load_workflow: Callable[..., Any]
-) -> None:
-    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
-        client = load_devtool("comfy_client").ComfyClient(older.url)
-        for twin in ("my_first_lora", "several_subjects"):
-            prompt = load_workflow(twin)
-            summary = output_of(succeed(client, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]
-            assert summary["steps"] == 4
+def test_the_twins_run_on_the_oldest_supported_comfyui(older: Any, load_workflow: Callable[..., Any]) -> None:
+    client = load_devtool("comfy_client").ComfyClient(older.url)
+    for twin in ("my_first_lora", "several_subjects"):
+        prompt = load_workflow(twin)
+        summary = output_of(succeed(client, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]
+        assert summary["steps"] == 4

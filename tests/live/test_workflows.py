@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import ROOT, WORKFLOWS, host_or_skip
+from .conftest import ROOT, WORKFLOWS
 
 SMALL = {
     "Select blocks": {"method": "preset", "skip_ratio": 0.5},
@@ -209,21 +209,15 @@ def test_ralu_sampling_can_be_cancelled_and_leaves_the_model_as_it_was(client: A
     assert (before == after).all()
 
 
-def test_training_workflow_runs_on_the_oldest_supported_comfyui(
-    start_server: Any, demo_parts: dict[str, Any], load_workflow: Any, devtool: Any
-) -> None:
+def test_training_workflow_runs_on_the_oldest_supported_comfyui(older: Any, load_workflow: Any, devtool: Any) -> None:
     prompt = load_workflow("train_lora", SMALL)
-    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
-        result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
+    result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
     assert output_of(result, prompt, "Train")["blockskip"][0]["self_check"] < 1e-4
 
 
-def test_ralu_workflow_runs_on_the_oldest_supported_comfyui(
-    start_server: Any, demo_parts: dict[str, Any], load_workflow: Any, devtool: Any
-) -> None:
+def test_ralu_workflow_runs_on_the_oldest_supported_comfyui(older: Any, load_workflow: Any, devtool: Any) -> None:
     prompt = load_workflow("ralu_sampler", {"Picture size": {"width": 128, "height": 96, "batch_size": 2}})
-    with start_server(host_or_skip("BLOCKSKIP_COMFYUI_0_18"), **demo_parts) as older:
-        result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
+    result = succeed(devtool("comfy_client").ComfyClient(older.url), prompt)
     assert "4 x 12, 5 x 18, 6 x 48." in output_of(result, prompt, "Stages")["text"][0]
     assert len(output_of(result, prompt, "Early regions")["images"]) == 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Mapping
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +65,9 @@ def registry() -> dict[str, type]:
     return host.NODE_CLASS_MAPPINGS
 
 
+@cache
 def nodes_on_a_model() -> dict[str, type]:
-    """Return those that take and return a MODEL."""
+    """Return those that take and return a MODEL. Every node is asked for its inputs, so this takes a while."""
     return {
         name: node
         for name, node in registry().items()

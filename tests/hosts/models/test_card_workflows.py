@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.accounting.memory_needs import RunPlan, memory_needs
+from blockskip_pack.blockskip_core.accounting.memory_needs import CountedOnce, RunPlan, memory_needs
 from blockskip_pack.blockskip_core.accounting.plan import MemorySettings, fits, peak_of, room_of_card, with_spare_used
 from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
 from blockskip_pack.blockskip_core.selection.presets import preset_selection
@@ -50,6 +50,8 @@ def test_the_settings_fit_the_card_with_room_for_the_desktop(comfyui, size):
     sizes = [block.num_bytes for block in dit.blocks]
     selection = preset_selection(inputs["select"]["skip_ratio"], len(dit.blocks), dit.family, sizes)
 
+    once = CountedOnce()
+
     @cache
     def count(settings):
         return memory_needs(
@@ -59,6 +61,7 @@ def test_the_settings_fit_the_card_with_room_for_the_desktop(comfyui, size):
                 lora=LoraSettings(rank=plan["rank"]), layers=dit.lora_layers(selection, "attention and mlp"),
                 config=settings.config, draws=plan["draws"], chunk=64, stored=plan["draws"],
             ),
+            once=once,
         )  # fmt: skip
 
     room = room_of_card(plan["preset"])
