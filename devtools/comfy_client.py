@@ -24,6 +24,11 @@ ENDINGS = {
     "execution_interrupted": "interrupted",
 }
 
+SMALL_PROMPT: Json = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+    "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+}
+
 
 class RequestRefused(RuntimeError):
     """An HTTP response of 400 or above, with its `status` and `body`."""
@@ -103,8 +108,12 @@ class ComfyClient:
         self.post("/interrupt", {})
 
     def free(self) -> None:
-        """Unload the models and forget cached results."""
+        """Unload the models and forget cached results.
+
+        The server does so when it is idle, or after the prompt that it runs next; so that it is done, run a small one.
+        """
         self.post("/free", {"unload_models": True, "free_memory": True})
+        self.run(SMALL_PROMPT)
 
     def history(self, prompt_id: str) -> Json:
         """The history entry of a prompt; empty while there is none."""

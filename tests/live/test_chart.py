@@ -31,7 +31,10 @@ HOSTILE = ["", "1' OR 1=1", "../../etc/passwd", "\x00", "<script>", "x" * 3000, 
 def prompt(devtool: Any) -> dict[str, Any]:
     """The training workflow up to the trainer."""
     tools = devtool("comfy_client")
-    small = {**SMALL, "Select blocks": SELECT, "Train": {"steps": STEPS, "batch_size": 2, "seed": 5}}
+    small = {
+        **SMALL, "Select blocks": SELECT, "Train": {"steps": STEPS, "batch_size": 2, "seed": 5},
+        "Precompute residuals": {"draws": 6},  # of the usual size, so that a step takes long enough to be watched
+    }  # fmt: skip
     return part_of(tools.with_overrides(tools.load_prompt(WORKFLOWS / "train_lora.api.json"), small), "Train")
 
 

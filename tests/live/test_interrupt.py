@@ -31,6 +31,7 @@ MOMENTS = {  # node, value of its progress bar, and maximum of the bar
     "training": ("Train", 5, STEPS),
     "saving": ("Train", STEPS, STEPS),
 }
+RECOMPUTED = {"selecting": ("residuals", "probes"), "encoding": ("residuals",), "precomputing": ("residuals",)}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,10 @@ def run(server: Any, devtool: Callable[[str], Any]) -> SimpleNamespace:
     prompt = tools.with_overrides(tools.load_prompt(WORKFLOWS / "train_lora.api.json"), SETTINGS)
     output = Path(server.base) / "output"
 
-    def forget(*, measured: bool = True) -> None:
-        """Remove everything of earlier runs except their LoRAs and the measurements of blocks."""
+    def forget(*stored: str) -> None:
+        """Remove the training states of earlier runs, and the stored results of the named kinds."""
         client.free()
-        for folder in ("residuals", "runs", *(["probes"] if measured else [])):
+        for folder in ("runs", *stored):
             shutil.rmtree(output / "blockskip" / folder, ignore_errors=True)
 
     def lora() -> dict[str, torch.Tensor]:
@@ -56,7 +57,7 @@ def run(server: Any, devtool: Callable[[str], Any]) -> SimpleNamespace:
         client.free()
         return pixels(client.view(output_of(succeed(client, plain), prompt, "Before")["images"][0]))
 
-    forget()
+    forget("residuals", "probes")
     graph = part_of(prompt, "Train")
     succeed(client, graph)
     return SimpleNamespace(
@@ -82,7 +83,7 @@ def test_cancelled_and_queued_again_it_ends_with_the_same_lora(run: SimpleNamesp
             seen.append(state)
             run.client.interrupt()
 
-    run.forget(measured=moment == "selecting")
+    run.forget(*RECOMPUTED.get(moment, ()))
     result = run.client.run(run.graph, on_event=cancel_when_it_is_there, timeout=300)
     assert seen, "the run never got there"
     # A Cancel during the last step has nothing left to stop: the run is saved and has succeeded.

@@ -16,7 +16,7 @@ from .conftest import ROOT, WORKFLOWS
 
 SMALL = {
     "Select blocks": {"method": "preset", "skip_ratio": 0.5},
-    "Precompute residuals": {"draws": 6},
+    "Precompute residuals": {"draws": 6, "patch_min": 128, "patch_max": 144},
     "Train": {"steps": 4, "batch_size": 2},
     "Picture size": {"width": 64, "height": 64, "batch_size": 1},
     "Sample before": {"steps": 2},

@@ -30,11 +30,18 @@ def cards():
     return {8: module.CARD_8, 12: module.CARD_12, 24: module.CARD_24}
 
 
+@cache
+def counted(dtype, cells):
+    """The model without weights, and a cache of its counts, for the workflows that share both."""
+    from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+
+    caption = [[torch.zeros(1, TEXT_TOKENS, 4096), {"pooled_output": torch.zeros(1, 768), "guidance": 1.0}]]
+    return WeightlessDit.published("FLUX.1-dev", caption, (16, cells, cells), dtype), CountedOnce()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 12, 24])
 def test_the_settings_fit_the_card_with_room_for_the_desktop(comfyui, size):
-    from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
-
     graph = cards()[size]
     inputs = {name: spec["inputs"] for name, spec in graph.prompt.items()}
     plan = inputs["plan"]
@@ -44,13 +51,10 @@ def test_the_settings_fit_the_card_with_room_for_the_desktop(comfyui, size):
     assert plan["draws"] == inputs["residuals"]["draws"]
     assert plan["rank"] == inputs["train"]["rank"]
     file = inputs.get("model", {}).get("unet_name") or inputs["checkpoint"]["ckpt_name"]
-    caption = [[torch.zeros(1, TEXT_TOKENS, 4096), {"pooled_output": torch.zeros(1, 768), "guidance": 1.0}]]
     cells = plan["patch_min"] // 8
-    dit = WeightlessDit.published("FLUX.1-dev", caption, (16, cells, cells), FORMS[file])
+    dit, once = counted(FORMS[file], cells)
     sizes = [block.num_bytes for block in dit.blocks]
     selection = preset_selection(inputs["select"]["skip_ratio"], len(dit.blocks), dit.family, sizes)
-
-    once = CountedOnce()
 
     @cache
     def count(settings):
