@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .meta_results import result_on_meta
+
 aten = torch.ops.aten
 _META = torch.device("meta")
 
@@ -115,7 +117,8 @@ def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
         return 1.0
     if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", _META).type == "cpu":
         return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-    return func(*args, **kwargs)
+    known = result_on_meta(func, args, kwargs)
+    return func(*args, **kwargs) if known is None else known
 
 
 def _attention_operations(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

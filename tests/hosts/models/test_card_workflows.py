@@ -31,7 +31,7 @@ def cards():
 
 
 @cache
-def counted(dtype, cells):
+def full_size(dtype, cells):
     """The model without weights, and a cache of its counts, for the workflows that share both."""
     from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 
@@ -52,7 +52,7 @@ def test_the_settings_fit_the_card_with_room_for_the_desktop(comfyui, size):
     assert plan["rank"] == inputs["train"]["rank"]
     file = inputs.get("model", {}).get("unet_name") or inputs["checkpoint"]["ckpt_name"]
     cells = plan["patch_min"] // 8
-    dit, once = counted(FORMS[file], cells)
+    dit, once = full_size(FORMS[file], cells)
     sizes = [block.num_bytes for block in dit.blocks]
     selection = preset_selection(inputs["select"]["skip_ratio"], len(dit.blocks), dit.family, sizes)
 
