@@ -72,6 +72,7 @@ def test_an_operation_runs_once_for_all_inputs_of_a_form(monkeypatch):
 MUST_BE_RUN = {
     "a view": (aten.transpose.int, on_meta(2, 3), 0, 1),
     "a view that its schema does not declare": (aten._unsafe_view.default, on_meta(2, 3), [6]),
+    "it also writes to an input": (aten.rrelu_with_noise.default, on_meta(2), on_meta(2)),
     "in place": (aten.add_.Tensor, on_meta(2), on_meta(2)),
     "on the CPU": (aten.exp.default, torch.ones(2)),
     "several results": (aten.max.dim, on_meta(2, 3), 0),
