@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "tests/card"
 PARTS = (  # longest first; the empty one is everything that no other part names
+    ("tests/hosts", "tests/docs"),
     (),
     ("tests/live", "tests/faults"),
-    ("tests/hosts", "tests/docs"),
     ("tests/core", "tests/demo"),
 )
 ON_CARD_TOO = (  # tests of the nodes that run on either device
@@ -43,9 +43,9 @@ def arguments_of_each(arguments: Sequence[str], device: str | None = None) -> li
     options = [argument for argument in arguments if argument not in paths]
     ordinary = [path for path in paths if path not in on_card]
     if not paths:
-        first, second, *others = _parts(options)
+        *longer, shortest = _parts(options)
         on_card, on_either = (["--device", "card", *options, *part] for part in ((CARD,), ON_CARD_TOO))
-        return [first, second, on_card, *others, on_either]
+        return [*longer, on_card, shortest, on_either]
     processes = []
     if ordinary:
         processes.append([*options, *ordinary, f"--ignore={CARD}"])
