@@ -14,6 +14,7 @@ caller's tensor intact, which checkpointing needs anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +28,27 @@ _OUT_OF_PLACE = {
     torch.Tensor.sub_: torch.sub,
     torch.Tensor.__isub__: torch.sub,
 }
+_WITH_BACKWARD: dict[Any, Callable[..., Any]] = {}
+
+
+def replace_kernels(replacements: Mapping[Any, Callable[..., Any]]) -> None:
+    """Run other functions wherever blocks call kernels that have no backward.
+
+    Args:
+        replacements: Kernel, as :class:`~torch.overrides.TorchFunctionMode` is given it -> function of the same values
+            and arguments whose gradient autograd knows.
+    """
+    _WITH_BACKWARD.update(replacements)
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Context in which in-place addition, subtraction and multiplication of tensors return new tensors."""
+    """Context in which in-place addition, subtraction and multiplication of tensors return new tensors.
+
+    The same holds for functions that are called with ``inplace=True``. Kernels without a backward are replaced too, see :func:`replace_kernels`.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _OUT_OF_PLACE.get(func, func)(*args, **(kwargs or {}))
+        other, kwargs = _OUT_OF_PLACE.get(func) or _WITH_BACKWARD.get(func, func), kwargs or {}
+        if kwargs.get("inplace"):  # torch.nn.functional.silu and its like
+            kwargs = {**kwargs, "inplace": False}
+        return other(*args, **kwargs)

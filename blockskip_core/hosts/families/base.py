@@ -85,6 +85,9 @@ class FamilyAdapter(ABC):
         patch = self.patch_size
         return -(-rows // patch) * -(-columns // patch)
 
+    def prepare_call(self, rows: int, columns: int) -> None:  # noqa: B027  most families' calls say it themselves
+        """Note the size of the latents of the next call."""
+
     def text_tokens(self, text_length: int) -> int:
         """Return the number of text tokens in the stream for a text of this length."""
         return text_length
@@ -157,7 +160,7 @@ class JoinedBlockIO:
 def block_info(diffusion_model: nn.Module, list_name: str, io: BlockIO) -> list[BlockInfo]:
     """Return the blocks of one module list."""
     infos = []
-    for index, block in enumerate(getattr(diffusion_model, list_name)):
+    for index, block in enumerate(diffusion_model.get_submodule(list_name).children()):
         parameters = list(block.parameters())
         infos.append(
             BlockInfo(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_sampling
+
 from ...errors import UnsupportedModelError
 from .base import FamilyAdapter
 from .flux import ChromaAdapter, Flux2Adapter, FluxAdapter
+from .followed import FollowedAdapter
 from .lumina2 import Lumina2Adapter
 from .qwen_image import QwenImageAdapter
 from .sd3 import Sd3Adapter
@@ -26,15 +29,26 @@ ADAPTERS: tuple[type[FamilyAdapter], ...] = (
 def adapter_for(patcher: Any) -> FamilyAdapter:
     """Return the adapter of the family that a MODEL belongs to.
 
+    A model without a file of its own gets a :class:`FollowedAdapter`, whose layout is found when it first runs.
+
     Raises:
         UnsupportedModelError: If there is none; the message names the supported families.
     """
-    diffusion_model = patcher.model.diffusion_model
+    model = patcher.model
+    diffusion_model = model.diffusion_model
     for adapter in ADAPTERS:
         if adapter.matches(diffusion_model):
             return adapter(diffusion_model)
+    if _makes_pictures_by_flow_matching(model) and FollowedAdapter.matches(diffusion_model):
+        return FollowedAdapter(diffusion_model, type(model.model_config).__name__)
     known = ", ".join(adapter.title for adapter in ADAPTERS)
     raise UnsupportedModelError(
         f"Expected a diffusion transformer of a supported family ({known}), got {type(diffusion_model).__name__}. "
         "Load one of these with Load Diffusion Model."
     )
+
+
+def _makes_pictures_by_flow_matching(model: Any) -> bool:
+    """Exclude other ways of adding noise, for which the training's loss would be wrong, and sound."""
+    flow = isinstance(model.model_sampling, comfy.model_sampling.CONST)
+    return flow and model.latent_format.latent_dimensions in (2, 3)

@@ -42,9 +42,21 @@ class AdaptedDit(ABC):
     def __init__(self, patcher: Any) -> None:
         self.adapter = adapter_for(patcher)
         self.family: str = self.adapter.family
-        self.frozen_stem = self.adapter.frozen_stem
-        self.trainable_head: Sequence[str] = self.adapter.trainable_head
-        self.width = self.adapter.width
+
+    @property
+    def frozen_stem(self) -> Sequence[str]:
+        """Paths of the modules before the first block, which need no gradient."""
+        return self.adapter.frozen_stem
+
+    @property
+    def trainable_head(self) -> Sequence[str]:
+        """Paths of the modules after the last block; gradients pass through them."""
+        return self.adapter.trainable_head
+
+    @property
+    def width(self) -> int:
+        """Width of a token."""
+        return self.adapter.width
 
     @cached_property
     def blocks(self) -> Sequence[BlockInfo]:
@@ -146,6 +158,7 @@ class AdaptedDit(ABC):
             call_options = {**options, **_options_of_a_sampler(sigmas, captions)}
             call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
             latents = with_frame(model, noisy)
+            self.adapter.prepare_call(*noisy.shape[-2:])
             return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
 
         return denoise

@@ -14,22 +14,27 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError
+from ...errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
+from ..families.followed import FollowedAdapter, ModelLayout
 from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
+from . import kernels  # noqa: F401  replaces the host's kernels that have no backward
 from .adapted_dit import AdaptedDit
+from .following import follow, require_replay
 from .patches import for_training
 from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
 
 _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
 
+_LAYOUTS: WeakKeyDictionary[nn.Module, ModelLayout] = WeakKeyDictionary()
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
@@ -55,6 +60,31 @@ class HostedDit(AdaptedDit):
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
         self._reserved = False
+        if isinstance(self.adapter, FollowedAdapter) and captions:
+            self.adapter.layout = self._followed()
+
+    def _followed(self) -> ModelLayout:
+        """Return the layout of a model that no family file describes; found once per model and process."""
+        tree = self.patcher.model.diffusion_model
+        if tree not in _LAYOUTS:
+            if any("c_concat" in arguments for arguments in self.arguments):
+                raise UnsupportedModelError(
+                    f"{self.adapter.title} models take a picture or a mask besides the text, which training does not "
+                    "support. Load a model that makes pictures from text."
+                )
+            assert isinstance(self.adapter, FollowedAdapter)
+            try:
+                self.adapter.layout = follow(self, tree, self._latent_shape)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as problem:
+                if isinstance(problem, (BlockSkipError, torch.OutOfMemoryError)):
+                    raise
+                raise InvalidInputError(
+                    f"{self.adapter.title} could not be run with these captions ({type(problem).__name__}: {problem}). "
+                    "Encode them with the text encoder that belongs to the model."
+                ) from problem
+            require_replay(self, self._latent_shape)
+            _LAYOUTS[tree] = self.adapter.layout
+        return _LAYOUTS[tree]
 
     @property
     def device(self) -> torch.device:

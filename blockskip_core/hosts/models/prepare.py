@@ -94,7 +94,7 @@ def prepare_residuals(
         StorageError: If the disk cannot be written.
     """
     settings, model = settings.as_read(), for_training(model)
-    bare = HostedDit(model)
+    bare = HostedDit(model, captions, latent_shape(model.model, settings.patch_min))
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":
         selection = selection.with_exact_back()

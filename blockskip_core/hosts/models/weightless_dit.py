@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...accounting.fused_kernels import FusedAttention, has_fused_rms_norm, with_fused_rms_norm
 from ...accounting.weightless import PACKED, replaced, weightless_copy
 from ...model import Denoiser, WeightPlacement, is_linear
+from ..families.followed import FollowedAdapter
 from ..families.published_sizes import published_model
 from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
@@ -55,7 +56,10 @@ class WeightlessDit(AdaptedDit):
         _replace_packed_layers(model.diffusion_model)
         _compute_as(model, dit.patcher)
         model.current_patcher = None
-        return cls(model, dit.arguments, dit.patcher.load_device)
+        twin = cls(model, dit.arguments, dit.patcher.load_device)
+        if isinstance(twin.adapter, FollowedAdapter) and isinstance(dit.adapter, FollowedAdapter):
+            twin.adapter.layout = dit.adapter.layout
+        return twin
 
     @classmethod
     def published(

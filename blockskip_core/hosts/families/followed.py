@@ -1,0 +1,251 @@
+"""Diffusion transformers without a file of their own, whose layout was found by following a few calls of the model.
+
+What is found is a :class:`ModelLayout`; ``models.following`` finds it. A family file remains necessary where a model pads
+its tokens, hides text from blocks, or is sampled with tokens of two sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.lora import LoraTargets
+from ...model import BlockInfo, TokenStreams
+from .base import FamilyAdapter, block_info
+from .block_lists import block_lists
+
+Joined = Literal["", "image first", "text first"]
+Key = int | str
+
+ATTENTION, MLP = re.compile(r"attn|attention"), re.compile(r"mlp|ff|feed_?forward|experts?")
+MODULATION = re.compile(r"mod|ada|norm|emb|scale|shift|gate_logits|time")
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """Where one tensor of tokens is in a block's call and in its result.
+
+    Attributes:
+        key: Index of the positional argument, or name of the keyword argument.
+        result: Index or key in the result; None if the result is the tensor.
+        batch: Index of the batch axis. The last axis is the width; all others count tokens.
+    """
+
+    key: Key
+    result: Key | None
+    batch: int
+
+    def entering(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the tensor of a call."""
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+
+    def leaving(self, result: Any) -> Tensor:
+        """Return the tensor in a result."""
+        return result if self.result is None else result[self.result]
+
+    def as_tokens(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as (B, N, D)."""
+        return tensor.movedim(self.batch, 0).flatten(1, -2)
+
+    def as_given(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """Return tokens (B, N, D) in the layout of ``like``; the inverse of :meth:`as_tokens`."""
+        axes = like.movedim(self.batch, 0).shape[1:-1]
+        return tokens.unflatten(1, axes).movedim(0, self.batch).contiguous()
+
+
+@dataclass(frozen=True)
+class ListLayout:
+    """How the blocks of one list take and return their tokens.
+
+    Attributes:
+        img: The image tokens, or image and text tokens in one tensor.
+        txt: The text tokens, if they are a tensor of their own.
+        joined: The order of image and text in ``img``; empty if it holds no text.
+        container: Class and number of entries of a result that is not a tensor.
+        text_outputs: Linear layers of a block that change only its text tokens.
+    """
+
+    img: TokenPlace
+    txt: TokenPlace | None
+    joined: Joined
+    container: tuple[type, int] | None
+    text_outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Everything about a model that only a call shows.
+
+    Attributes:
+        lists: Path of a list of blocks -> its layout.
+        stem, head: Modules before the first and after the last block; those between blocks count as head.
+        width: Width of a token.
+        patch_size: Side of a token in latent cells.
+        more_text: Text tokens in the stream minus those that the model is given; None if text is not in the stream.
+    """
+
+    lists: Mapping[str, ListLayout]
+    stem: tuple[str, ...]
+    head: tuple[str, ...]
+    width: int
+    patch_size: int
+    more_text: int | None
+
+
+class FollowedBlockIO:
+    """Tokens of one list's blocks, by its layout.
+
+    Args:
+        layout: The layout.
+        num_img: Number of image tokens of the current call; read only if they are joined with text.
+    """
+
+    def __init__(self, layout: ListLayout, num_img: int) -> None:
+        self.layout, self._num_img = layout, num_img
+
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        place, text = self.layout.img, self.layout.txt
+        txt = None if text is None else text.as_tokens(text.entering(args, kwargs))
+        return self._split(place.as_tokens(place.entering(args, kwargs)), txt)
+
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        place, text = self.layout.img, self.layout.txt
+        txt = None if text is None else text.as_tokens(text.leaving(result))
+        return self._split(place.as_tokens(place.leaving(result)), txt)
+
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        place, text = self.layout.img, self.layout.txt
+        tokens = streams.img
+        if self.layout.joined:
+            assert streams.txt is not None  # they were split by :meth:`_split`
+            parts = (streams.img, streams.txt) if self.layout.joined == "image first" else (streams.txt, streams.img)
+            tokens = torch.cat(parts, dim=1)
+        img = place.as_given(tokens, place.entering(args, kwargs))
+        if self.layout.container is None:
+            return img
+        kind, length = self.layout.container
+        entries: list[Any] = [None] * length
+        entries[place.result] = img  # type: ignore[call-overload]  # an index, because the result is a sequence
+        if text is not None and streams.txt is not None:
+            entries[text.result] = text.as_given(streams.txt, text.entering(args, kwargs))  # type: ignore[call-overload]
+        return kind(entries)
+
+    def _split(self, tokens: Tensor, txt: Tensor | None) -> TokenStreams:
+        if not self.layout.joined:
+            return TokenStreams(tokens, txt)
+        if self.layout.joined == "image first":
+            return TokenStreams(tokens[:, : self._num_img], tokens[:, self._num_img :])
+        num_txt = tokens.shape[1] - self._num_img
+        return TokenStreams(tokens[:, num_txt:], tokens[:, :num_txt])
+
+
+class FollowedAdapter(FamilyAdapter):
+    """A model of any class, once its layout is known; until then, only its blocks.
+
+    Attributes:
+        layout: What following the model has found.
+    """
+
+    stem: ClassVar[tuple[str, ...]] = ()
+    attention_layers = mlp_layers = ()
+    text_entry = ""
+    read_by_diffusers = frozenset()
+    has_names_of_diffusers = False
+
+    def __init__(self, diffusion_model: nn.Module, name: str) -> None:
+        super().__init__(diffusion_model)
+        self.title = name  # type: ignore[misc]  # of the model's class, so not the adapter's
+        self.family = re.sub(r"\W+", "_", name).lower()  # type: ignore[misc]
+        self.architecture = self.base_model_version = self.family
+        self.layout: ModelLayout | None = None
+        self._num_img = 0
+
+    @classmethod
+    def matches(cls, diffusion_model: Any) -> bool:
+        """Return whether the model has lists of blocks."""
+        return bool(block_lists(diffusion_model))
+
+    def prepare_call(self, rows: int, columns: int) -> None:
+        self._num_img = self.image_tokens(rows, columns)
+
+    def block_io(self, name: str) -> FollowedBlockIO:
+        """Return the IO of a list's blocks for the current call."""
+        return FollowedBlockIO(self.found.lists[name], self._num_img)
+
+    @property
+    def found(self) -> ModelLayout:
+        """The layout."""
+        assert self.layout is not None, "the model has not been followed yet"
+        return self.layout
+
+    def blocks(self) -> Sequence[BlockInfo]:
+        return [
+            info
+            for name in block_lists(self._model)
+            for info in block_info(self._model, name, _LaterBlockIO(self, name))
+        ]
+
+    @property
+    def frozen_stem(self) -> Sequence[str]:
+        return self.found.stem
+
+    @property
+    def trainable_head(self) -> Sequence[str]:  # type: ignore[override]
+        return self.found.head
+
+    @property
+    def patch_size(self) -> int:
+        return self.found.patch_size
+
+    def image_tokens(self, rows: int, columns: int) -> int:
+        if self.layout is None:  # nothing asks for it while the model is followed
+            return 0
+        return super().image_tokens(rows, columns)
+
+    @property
+    def width(self) -> int:
+        return self.found.width
+
+    def text_tokens(self, text_length: int) -> int:
+        if self.layout is None or self.layout.more_text is None:  # nothing asks for it while the model is followed
+            return 0
+        return text_length + self.layout.more_text
+
+    def is_lora_target(self, name: str, targets: LoraTargets) -> bool:
+        """Tell layers by the words in their names within the block, which all known classes use.
+
+        A layer with none of them counts as both, as do the layers of FLUX's single blocks, unless it computes a modulation.
+        """
+        within = name.removeprefix(next(f"{path}." for path in self.found.lists if name.startswith(f"{path}.")))
+        attention, mlp = bool(ATTENTION.search(within)), bool(MLP.search(within))
+        if not attention and not mlp:
+            attention = mlp = not MODULATION.search(within)
+        wanted = {"attention and mlp": attention or mlp, "attention": attention, "mlp": mlp}
+        return wanted.get(targets, True)
+
+    def is_text_output(self, name: str) -> bool:
+        for path, layout in self.found.lists.items():
+            if name.startswith(f"{path}."):
+                return name.removeprefix(f"{path}.").partition(".")[2] in layout.text_outputs
+        return False
+
+
+class _LaterBlockIO:
+    """The IO of a list's blocks, which is known once the model has been followed."""
+
+    def __init__(self, adapter: FollowedAdapter, name: str) -> None:
+        self._adapter, self._name = adapter, name
+
+    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        return self._adapter.block_io(self._name).entering(args, kwargs)
+
+    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
+        return self._adapter.block_io(self._name).leaving(result, args, kwargs)
+
+    def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        return self._adapter.block_io(self._name).result(streams, args, kwargs)

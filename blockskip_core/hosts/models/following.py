@@ -1,0 +1,432 @@
+"""Find the layout of a model of unknown class by following a few small calls, and check it.
+
+The calls have two rows that differ in the latent only. So, wherever a tensor's two rows are equal, it does not depend on
+the picture: that tells image tokens from text tokens, also within one tensor, and shows the batch axis. For every list of
+blocks the model runs once up to that list's first block, which is tried on its own; blocks before it pass their tokens on,
+and all others are replaced by modules without weights. So no more than the stem and one block is ever loaded. A last
+pass, in which every block passes its tokens on, shows which modules come before and after the blocks.
+
+Then :func:`require_replay` compares the whole model with the model whose blocks are replayed in two halves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
+from ...blocks.replay import Replay
+from ...blocks.stand_ins import PassThrough, Recording, RecordingBlock, ReplayFront, TrainedBlock
+from ...errors import UnsupportedModelError
+from ...model import Denoiser, is_linear
+from ..families.block_lists import block_lists
+from ..families.followed import (
+    ATTENTION,
+    FollowedBlockIO,
+    Joined,
+    Key,
+    ListLayout,
+    ModelLayout,
+    TokenPlace,
+)
+from .adapted_dit import AdaptedDit
+
+ROWS = 2
+ROUNDING = 0.02  # a row's place in its batch may change its last bits, of which bf16 has few
+TOLERANCE = 1e-3  # relative difference that a replayed model may show in half precision, as in the self-check
+
+
+def follow(dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> ModelLayout:
+    """Return the layout of a model.
+
+    Args:
+        dit: The model, with at least one caption.
+        tree: The diffusion model; while ``dit`` runs, its modules are the copies that run.
+        latent_shape: (C, H, W) of the latents that will be denoised.
+
+    Raises:
+        UnsupportedModelError: If its blocks do not take and return tokens in a way that can be followed; the message says
+            which condition fails.
+    """
+    calls = _Calls(dit, tree, latent_shape)
+    layouts: dict[str, ListLayout] = {}
+    for name in calls.lists:
+        layouts[name] = calls.layout_of(name, layouts)
+    stem, others = calls.order(layouts)
+    first = calls.first
+    assert first is not None  # there is at least one list
+    return ModelLayout(
+        lists=layouts,
+        stem=stem,
+        head=others,
+        width=first.width,
+        patch_size=_patch_size(first.num_img, latent_shape),
+        more_text=None if first.num_txt is None else first.num_txt - dit.text_length(0),
+    )
+
+
+def _patch_size(num_tokens: int, latent_shape: Sequence[int]) -> int:
+    """Return the side of a token in latent cells."""
+    *_, rows, columns = latent_shape
+    for side in range(1, min(rows, columns) + 1):
+        if math.ceil(rows / side) * math.ceil(columns / side) == num_tokens:
+            return side
+    raise UnsupportedModelError(
+        f"This model has {num_tokens} image tokens for a latent of {columns} x {rows}, expected one for every square of "
+        "cells, so its blocks cannot be skipped. Choose another model."
+    )
+
+
+class _Reached(Exception):
+    """The block to be looked at has run."""
+
+
+class _Unreached(nn.Module):
+    """In the place of a block that no call should reach."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "This model's blocks do not run in the order in which they are listed, so they cannot be skipped. Choose "
+            "another model."
+        )
+
+
+class _Watched(TrainedBlock):
+    """A real block that keeps what it is given and what it returns, with the graph between them, and ends the pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block, checkpointed=False)
+        self.args: tuple = ()
+        self.kwargs: dict[str, Any] = {}
+        self.result: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.args = tuple(_own(value) for value in args)
+        self.kwargs = {name: _own(value) for name, value in kwargs.items()}
+        with torch.enable_grad():
+            self.result = self.run(*map(_given, self.args), **{name: _given(x) for name, x in self.kwargs.items()})
+        raise _Reached
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of a tensor of numbers that a block may write into, with its own graph."""
+    return value.detach().clone().requires_grad_() if _are_tokens(value) else value
+
+
+def _given(value: Any) -> Any:
+    """Return what is handed to the block: not the leaf itself, which must not be overwritten."""
+    return value.clone() if _are_tokens(value) else value
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
+
+
+class _Calls:
+    """The passes through the model.
+
+    Args:
+        dit, tree, latent_shape: See :func:`follow`.
+
+    Attributes:
+        lists: List of blocks -> number of blocks.
+        first: What the first call has shown.
+    """
+
+    def __init__(self, dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> None:
+        self.dit, self._tree = dit, tree
+        self.lists = {name: len(list(tree.get_submodule(name).children())) for name in block_lists(tree)}
+        generator = torch.Generator().manual_seed(0)
+        self._latents = torch.randn(ROWS, *latent_shape, generator=generator)
+        self.first: CallLayout | None = None
+
+    def layout_of(self, name: str, known: Mapping[str, ListLayout]) -> ListLayout:
+        """Return the layout of a list; those before it are known."""
+        block = f"{name}.0"
+        watched = _Watched(self.dit.module(block))
+        modules = {**self._passing(known), **self._absent([other for other in self.lists if other not in known])}
+        modules[block] = watched
+        linears = {path: layer for path, layer in watched.named_modules() if is_linear(layer)}
+        with torch.inference_mode(False), torch.enable_grad(), self.dit.running(modules) as denoise:
+            adapters = _small_lora(linears)
+            adapters.to(self.dit.device)
+            with adapters.attached(linears, self.dit.weight_for_backward):
+                try:
+                    self._call(denoise)
+                except _Reached:
+                    found = layout_of_call(watched.args, watched.kwargs, watched.result, block)
+                    text_outputs = _without_effect(adapters, found, watched)
+                else:
+                    raise UnsupportedModelError(f"The block {block} was never called, so it cannot be skipped.")
+        self.first = self.first or found
+        return replace(found.layout, text_outputs=text_outputs)
+
+    def order(self, layouts: Mapping[str, ListLayout]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the modules before the first block, and the others that run."""
+        modules = self._passing(layouts)
+        with torch.inference_mode(False), torch.no_grad(), self.dit.running(modules) as denoise:
+            # While it runs, the tree holds copies, so the hooks do not touch the user's MODEL.
+            with _order_of_calls(self._tree, set(modules)) as called:
+                self._call(denoise)
+            parts = _Parts(self._tree, modules, called)
+        blocks = [name for name in called if name in modules]
+        expected = [f"{name}.{index}" for name, count in self.lists.items() for index in range(count)]
+        if blocks != expected:
+            raise UnsupportedModelError(
+                "This model's blocks do not run once each in the order in which they are listed, so they cannot be "
+                "skipped. Choose another model."
+            )
+        return parts.stem, parts.others
+
+    def _passing(self, layouts: Mapping[str, ListLayout]) -> dict[str, nn.Module]:
+        return {
+            f"{name}.{index}": PassThrough(FollowedBlockIO(layout, num_img=0))
+            for name, layout in layouts.items()
+            for index in range(self.lists[name])
+        }
+
+    def _absent(self, lists: Sequence[str]) -> dict[str, nn.Module]:
+        return {f"{name}.{index}": _Unreached() for name in lists for index in range(self.lists[name])}
+
+    def _call(self, denoise: Denoiser) -> Tensor:
+        device = self.dit.device
+        with torch.no_grad():
+            sigmas = torch.full((ROWS,), 0.5, device=device)
+            return denoise(self._latents.to(device), sigmas, [0] * ROWS)
+
+
+@contextmanager
+def _order_of_calls(tree: nn.Module, blocks: set[str]) -> Iterator[list[str]]:
+    """Collect the paths of the modules with weights, and of the blocks, in the order in which they are called."""
+    called: list[str] = []
+    handles = []
+    for name, module in tree.named_modules():
+        if name and (name in blocks or next(module.parameters(), None) is not None):
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: called.append(name)))
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Parts:
+    """The modules of a model apart from its blocks, by when they run.
+
+    Args:
+        tree: The diffusion model.
+        blocks: Paths of the blocks.
+        called: Paths of everything that was called, in order.
+
+    Attributes:
+        stem: The largest modules of which nothing runs after the first block has begun.
+        others: The largest modules of which something does, and that are called themselves.
+    """
+
+    def __init__(self, tree: nn.Module, blocks: Collection[str], called: Sequence[str]) -> None:
+        first = next((place for place, name in enumerate(called) if name in blocks), len(called))
+        self._blocks, self._called, self._late = blocks, set(called), set(called[first:]) - set(blocks)
+        stem: list[str] = []
+        others: list[str] = []
+        self._visit("", tree, stem, others)
+        self.stem, self.others = tuple(stem), tuple(others)
+
+    def _visit(self, path: str, module: nn.Module, stem: list[str], others: list[str]) -> None:
+        for name, child in module.named_children():
+            place = path + name
+            if place in self._blocks or not any(_within(part, place) for part in self._called):
+                continue
+            if place not in self._called:  # a list, or a module of which only parts are called
+                self._visit(f"{place}.", child, stem, others)
+            elif any(_within(part, place) for part in self._late):
+                others.append(place)
+            else:
+                stem.append(place)
+
+
+def _within(path: str, place: str) -> bool:
+    return path == place or path.startswith(f"{place}.")
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """What one call of a block shows.
+
+    Attributes:
+        layout: Where the tokens are.
+        num_img, num_txt: Number of image and of text tokens; None if text is not in the stream.
+        width: Width of a token.
+    """
+
+    layout: ListLayout
+    num_img: int
+    num_txt: int | None
+    width: int
+
+
+def layout_of_call(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, block: str) -> CallLayout:
+    """Return where the tokens are in one call of a block with two rows; see the module.
+
+    Raises:
+        UnsupportedModelError: If they cannot be told.
+    """
+    given: dict[Key, Tensor] = {key: value for key, value in (*enumerate(args), *kwargs.items()) if _are_tokens(value)}
+    returned, container = _entries(result, block)
+    places: list[tuple[TokenPlace, Tensor]] = []
+    for key, tensor in returned.items():
+        taken = {place.key for place, _ in places}
+        alike = [k for k, x in given.items() if x.shape == tensor.shape and k not in taken]
+        if not alike:
+            raise UnsupportedModelError(
+                f"The block {block} returns a tensor of shape {tuple(tensor.shape)} that it was not given, so it cannot "
+                "be skipped. Choose another model."
+            )
+        match = min(alike, key=lambda k: (given[k] - tensor).norm().item())  # blocks add to their tokens
+        places.append((TokenPlace(match, key, _batch_axis(tensor, block)), given[match]))
+    kinds = [_kind(place, tensor) for place, tensor in places]
+    images = [index for index, kind in enumerate(kinds) if kind != "text"]
+    if len(images) != 1 or len(places) > 2:
+        raise UnsupportedModelError(
+            f"The block {block} has {len(images)} tensors of image tokens and {len(places) - len(images)} of text "
+            "tokens, expected one of image tokens and at most one of text tokens, so it cannot be skipped. Choose "
+            "another model."
+        )
+    (img, tokens), others = places[images[0]], [place for index, place in enumerate(places) if index not in images]
+    differ = _differing(img, tokens)
+    joined: Joined = ""
+    if kinds[images[0]] == "both":
+        joined = _order_of_rows(differ, block)
+    num_img, num_txt = int(differ.sum()), int((~differ).sum()) + sum(len(_differing(*place)) for place in others)
+    layout = ListLayout(img, others[0][0] if others else None, joined, container)
+    return CallLayout(layout, num_img, num_txt if joined or others else None, tokens.shape[-1])
+
+
+def _entries(result: Any, block: str) -> tuple[dict[Key | None, Tensor], tuple[type, int] | None]:
+    """Return the tensors of a result by their keys, and what holds them."""
+    if isinstance(result, Tensor):
+        return {None: result}, None
+    if type(result) in (tuple, list) and all(entry is None or isinstance(entry, Tensor) for entry in result):
+        return {index: x for index, x in enumerate(result) if x is not None}, (type(result), len(result))
+    raise UnsupportedModelError(
+        f"The block {block} returns a {type(result).__name__}, expected a tensor or a tuple of tensors, so it cannot be "
+        "skipped. Choose another model."
+    )
+
+
+def _batch_axis(tensor: Tensor, block: str) -> int:
+    axes = [axis for axis, length in enumerate(tensor.shape[:-1]) if length == ROWS]
+    if not axes:
+        raise UnsupportedModelError(
+            f"The block {block} gets tokens of shape {tuple(tensor.shape)} for {ROWS} pictures, which has no batch axis, "
+            "so it cannot be skipped. Choose another model."
+        )
+    return axes[0]
+
+
+def _differing(place: TokenPlace, tensor: Tensor) -> Tensor:
+    """Return which tokens differ between the two rows by more than rounding, shape (N,)."""
+    one, other = place.as_tokens(tensor.detach()).float()
+    difference, size = (one - other).norm(dim=-1), torch.maximum(one.norm(dim=-1), other.norm(dim=-1))
+    return difference > ROUNDING * size
+
+
+def _kind(place: TokenPlace, tensor: Tensor) -> str:
+    differ = _differing(place, tensor)
+    return "image" if differ.all() else "both" if differ.any() else "text"
+
+
+def _order_of_rows(differ: Tensor, block: str) -> Joined:
+    count = int(differ.sum())
+    if differ[:count].all():
+        return "image first"
+    if differ[-count:].all():
+        return "text first"
+    raise UnsupportedModelError(
+        f"The block {block} gets {count} tokens that depend on the picture among {len(differ)}, and they are not together, "
+        "so it cannot be skipped. Choose another model."
+    )
+
+
+def _small_lora(linears: Mapping[str, nn.Module]) -> LoraAdapters:
+    shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in linears.items()}
+    return LoraAdapters(shapes, LoraSettings(rank=1, alpha=1), seed=0)
+
+
+def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched) -> frozenset[str]:
+    """Return the linear layers that do not change the image tokens.
+
+    Raises:
+        UnsupportedModelError: If a gradient cannot pass through the block.
+    """
+    place = found.layout.img
+    img = place.as_tokens(place.leaving(watched.result))
+    if found.layout.joined:
+        img = img[:, : found.num_img] if found.layout.joined == "image first" else img[:, -found.num_img :]
+    weights = torch.randn(img.shape, generator=torch.Generator().manual_seed(1)).to(img)
+    ups = [adapters.up(name) for name in adapters.names]
+    wanted = [place.entering(watched.args, watched.kwargs), *ups]
+    try:
+        with torch.enable_grad():
+            entering, *gradients = torch.autograd.grad((img * weights).sum(), wanted, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as problem:
+        raise UnsupportedModelError(
+            f"No gradient passes through the blocks of this model ({problem}), so it cannot be trained. Choose another "
+            "model."
+        ) from problem
+    if entering is None:
+        raise UnsupportedModelError(
+            "No gradient passes through the blocks of this model, so it cannot be trained. Choose another model."
+        )
+    names = zip(adapters.names, gradients, strict=True)
+    without = frozenset(name for name, gradient in names if gradient is None or not gradient.any())
+    attention = {name for name in adapters.names if ATTENTION.search(name)}
+    if attention and attention <= without:
+        raise UnsupportedModelError(
+            "No gradient passes through the attention of this model, whose kernel has no backward. Start ComfyUI with "
+            "--use-pytorch-cross-attention."
+        )
+    return without
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def require_replay(dit: AdaptedDit, latent_shape: Sequence[int]) -> None:
+    """Check that a model whose blocks are replayed computes what the whole model does.
+
+    First every block runs and is recorded; then the first half of the blocks is replaced by what was recorded, then all.
+
+    Raises:
+        UnsupportedModelError: If the outputs differ, as in models whose blocks exchange more than tokens.
+    """
+    latents = torch.randn(1, *latent_shape, generator=torch.Generator().manual_seed(2)).to(dit.device)
+    sigmas = torch.full((1,), 0.5, device=dit.device)
+    blocks, recordings = dit.blocks, [Recording() for _ in dit.blocks]
+    own: dict[str, nn.Module] = {}
+    with dit.running(own) as denoise:
+        whole = denoise(latents, sigmas, [0]).cpu()
+    watched: dict[str, nn.Module] = {
+        block.name: RecordingBlock(dit.module(block.name), block.io, recording)
+        for block, recording in zip(blocks, recordings, strict=True)
+    }
+    with dit.running(watched) as denoise:
+        outputs = [denoise(latents, sigmas, [0]).cpu()]
+    for cut in (len(blocks) // 2, len(blocks)):
+        replay = Replay(front=recordings[cut - 1].leaving)
+        replayed: dict[str, nn.Module] = {block.name: PassThrough(block.io) for block in blocks[: cut - 1]}
+        replayed[blocks[cut - 1].name] = ReplayFront(blocks[cut - 1].io, replay)
+        with dit.running(replayed) as denoise:
+            outputs.append(denoise(latents, sigmas, [0]).cpu())
+    removed = (latents.cpu() - whole).norm().clamp_min(1e-12)
+    worst = max(((output - whole).norm() / removed).item() for output in outputs)
+    if not worst <= TOLERANCE:
+        raise UnsupportedModelError(
+            f"{dit.adapter.title}: with its blocks replayed the model computes something else than whole (relative "
+            f"difference {worst:.1e}), because its blocks exchange more than the tokens that were found. Choose another "
+            "model."
+        )

@@ -1,0 +1,171 @@
+"""Models whose layout is found by following a few calls, on tiny random models of ComfyUI's own classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
+from blockskip_pack.blockskip_core.errors import InvalidInputError, UnsupportedModelError
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+
+from ...core.plain_dit import MemorySource, train
+from ..followed_families import FOLLOWED, family, without_gradient
+from ..tiny_families import PLAN, TinyFamily, replayed, selection
+from ..tiny_flux import assert_same_weights, weights
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+
+
+@pytest.fixture(params=FOLLOWED, ids=lambda family: family.name, scope="module")
+def tiny(request) -> TinyFamily:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def patcher(comfyui, tiny):
+    return tiny.build()
+
+
+@pytest.fixture(scope="module")
+def dit(patcher, tiny):
+    return tiny.hosted(patcher)
+
+
+def test_front_middle_and_back_together_are_the_whole_model(tiny, dit):
+    clean, count = tiny.clean_latents(), len(dit.blocks)
+    full = tiny.full_forward(dit, clean, [0])
+    for front, back in ((1, 0), (count - 1, 0), (0, 1), (1, count - 2), (0, count - 1)):
+        spans = selection(front, back, count)
+        computed = precompute_residuals(dit, PLAN, clean, spans, [0])
+        skipping = replayed(dit, spans, computed.residuals, clean, [0])
+        if back:
+            torch.testing.assert_close(skipping, full, atol=1e-5, rtol=0.0, msg=f"{front}, {back}")
+        else:
+            assert torch.equal(skipping, full), (front, back)
+        assert torch.equal(computed.reference.denoised, full)
+
+
+def test_the_stream_has_as_many_tokens_as_the_adapter_says(tiny, dit):
+    stored = precompute_residuals(dit, PLAN, tiny.clean_latents(), selection(1, 1, len(dit.blocks)), [0]).residuals[0]
+    assert stored.front.img.shape == stored.back.shape == (1, 15, dit.width)
+    assert dit.image_tokens(*tiny.latent_shape[1:]) == 15
+    assert (0 if stored.front.txt is None else stored.front.txt.shape[1]) == dit.text_tokens(0)
+
+
+def test_a_batch_agrees_with_single_rows(tiny, dit):
+    clean, spans, draws = tiny.clean_latents(), selection(1, 1, len(dit.blocks)), [0, 2]
+    one = precompute_residuals(dit, PLAN, clean, spans, draws).residuals
+    rows = [replayed(dit, spans, one, clean, [draw]) for draw in draws]
+    torch.testing.assert_close(replayed(dit, spans, one, clean, draws), torch.cat(rows), atol=1e-5, rtol=1e-4)
+
+
+def slope(tiny, dit, spans, source, adapters_with, distance):
+    """The loss after moving along a direction, as central differences see it."""
+    settings = {"plan": PLAN, "clean": tiny.clean_latents(), "learning_rate": 1e-12}
+    ahead, behind = (
+        train(dit, spans, source, adapters_with(sign * distance), **settings)[0].losses[0] for sign in (1, -1)
+    )
+    return (ahead - behind) / (2 * distance)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 0)])
+def test_gradients_are_those_of_central_differences(tiny, dit, counts):
+    spans = selection(*counts, len(dit.blocks))
+    source = MemorySource(dit, spans, PLAN, tiny.clean_latents())
+    generator = torch.Generator().manual_seed(3)
+    directions: dict[str, torch.Tensor] = {}
+
+    def adapters_with(distance):
+        adapters = tiny.lora(dit, spans, zero=False)
+        with torch.no_grad():
+            for name in adapters.names:
+                for part, tensor in (("A", adapters.down(name)), ("B", adapters.up(name))):
+                    key = f"{name}.{part}"
+                    if key not in directions:
+                        directions[key] = torch.randn(tensor.shape, generator=generator)
+                    tensor.add_(directions[key], alpha=distance)
+        return adapters
+
+    adapters = adapters_with(0.0)
+    settings = {"plan": PLAN, "clean": tiny.clean_latents(), "learning_rate": 1e-12, "max_grad_norm": 0.0}
+    _, gradients = train(dit, spans, source, adapters, **settings)
+    assert gradients.keys() == directions.keys()
+    idle = {key for key, gradient in gradients.items() if not gradient.any()}
+    assert not {key for key in idle if ".experts." not in key}  # not every expert is chosen
+    along = sum((gradients[key].double() * direction.double()).sum().item() for key, direction in directions.items())
+    errors = [abs(slope(tiny, dit, spans, source, adapters_with, distance) / along - 1) for distance in (1e-3, 4e-3)]
+    assert min(errors) < 5e-3, errors
+    _, plain = train(dit, spans, source, adapters_with(0.0), checkpointing=False, **settings)
+    assert all(torch.equal(plain[key], gradient) for key, gradient in gradients.items())
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(tiny, patcher, dit):
+    before, spans = weights(patcher), selection(1, 1, len(dit.blocks))
+    result, _, _ = tiny.run(patcher, spans, steps=10, batch_size=2, learning_rate=1e-2)
+    assert result.losses[-1] < 0.97 * result.losses[0]
+    assert result.self_check < 1e-5
+    assert_same_weights(patcher, before)
+    assert not patcher.object_patches
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in patcher.model.modules())
+
+
+def test_cores_loader_patches_every_layer(tiny, patcher, dit):
+    import comfy.lora
+    import comfy.lora_convert
+
+    spans = selection(1, 1, len(dit.blocks))
+    adapters = tiny.lora(dit, spans, zero=False)
+    tensors = comfy.lora_convert.convert_lora(to_file_tensors(adapters.state_dict(), adapters.scale, "peft"))
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    assert len(comfy.lora.load_lora(tensors, keys)) == len(adapters.names) > 0
+
+
+def test_a_run_can_be_counted_before_it_starts(tiny, dit):
+    from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+
+    if tiny.name == "hidream":
+        pytest.skip("its experts are chosen by the tokens' values, so it does not run without them")
+    twin = WeightlessDit.of(dit)
+    assert [block.name for block in twin.blocks] == [block.name for block in dit.blocks]
+    assert (list(twin.frozen_stem), list(twin.trainable_head)) == (list(dit.frozen_stem), list(dit.trainable_head))
+    with torch.no_grad(), twin.running({}) as denoise:
+        output = denoise(torch.empty(1, *tiny.latent_shape, device="meta"), torch.empty(1, device="meta"), [0])
+    assert output.shape == (1, *tiny.latent_shape)
+
+
+# --- refused -----------------------------------------------------------------------------------------------------
+
+
+def test_a_block_that_overwrites_what_its_gradient_needs_is_refused(comfyui):
+    tiny = without_gradient()
+    with pytest.raises(UnsupportedModelError, match="No gradient passes through the blocks of this model .*inplace"):
+        tiny.hosted(tiny.build())
+
+
+def test_texts_that_the_model_cannot_read_are_refused(comfyui):
+    tiny = family("auraflow")
+    patcher = tiny.build()
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+    with pytest.raises(InvalidInputError, match="AuraFlow could not be run with these captions .* Encode them"):
+        HostedDit(patcher, [[[torch.zeros(1, 5, 7), {}]]], tiny.latent_shape)
+
+
+def test_a_model_with_skip_connections_between_blocks_is_refused(comfyui, monkeypatch):
+    """Its tokens are found, and only the comparison with the whole model shows that the blocks exchange more."""
+    tiny = family("mage_flow")
+    patcher = tiny.build()
+    blocks, kept = patcher.model.diffusion_model.transformer_blocks, []
+    plain = type(blocks[0]).forward
+    for index, block in enumerate(blocks):
+        block.place = index  # copies have it too
+
+    def connected(self, *args, **kwargs):
+        text, image = plain(self, *args, **kwargs)
+        if self.place == 0:
+            kept[:] = [image]
+        return text, image + kept.pop() if self.place == 3 and kept else image
+
+    monkeypatch.setattr(type(blocks[0]), "forward", connected)
+    with pytest.raises(UnsupportedModelError, match="with its blocks replayed the model computes something else"):
+        tiny.hosted(patcher)

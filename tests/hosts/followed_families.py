@@ -1,0 +1,141 @@
+"""Tiny models of the families that have no file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .sampled_families import SAMPLED_ONLY
+from .tiny_families import TinyFamily, tiny_model
+
+
+def _built(supported: str, config: dict[str, Any], **settings: Any):
+    """A MODEL; the test is skipped if ComfyUI is older than the family."""
+    import comfy.supported_models
+
+    if not hasattr(comfy.supported_models, supported):
+        pytest.skip(f"this ComfyUI has no {supported}")
+    return tiny_model(supported, config, **settings)
+
+
+def _family(name: str, supported: str, config: dict[str, Any], **of: Any) -> TinyFamily:
+    settled = {"latent_shape": (16, 6, 10), "text_width": 20, **of}
+    return TinyFamily(
+        name=name,
+        family=supported.lower(),
+        blocks=(),
+        layers=frozenset(),
+        build=partial(_built, supported, config),
+        **settled,
+    )
+
+
+def _with_mask(generator: torch.Generator) -> dict[str, Any]:
+    return {"pooled_output": None, "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+
+
+def _masked(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+    return {"c_crossattn": text, "num_tokens": text.shape[1]}
+
+
+def _pooled(generator: torch.Generator) -> dict[str, Any]:
+    return {"pooled_output": torch.randn(1, 16, generator=generator)}
+
+
+def _with_vector(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+    return {"c_crossattn": text, "y": torch.cat([row["pooled_output"] for row in rows])}
+
+
+def _with_guidance(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+    given = {"c_crossattn": text, "guidance": torch.full((len(rows),), 6.0)}
+    return {**given, **_with_vector(text, rows)} if rows[0]["pooled_output"] is not None else given
+
+
+def _t5_ids(generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "pooled_output": None, "t5xxl_ids": torch.randint(0, 100, (7,), generator=generator), "t5xxl_weights": torch.ones(7)
+    }  # fmt: skip
+
+
+_HUNYUAN = {
+    "image_model": "hunyuan_video", "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 4,
+    "depth_single_blocks": 6, "theta": 256, "qkv_bias": True, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
+_JOINT = {"num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2}
+_BY_NAME = {family.name: family for family in SAMPLED_ONLY}
+
+FOLLOWED: tuple[TinyFamily, ...] = (
+    _family("auraflow", "AuraFlow", {
+        "dim": 64, "n_layers": 5, "n_double_layers": 2, "n_heads": 2, "global_conddim": 64, "cond_seq_dim": 20,
+        "max_seq": 256, "in_channels": 4, "out_channels": 4,
+    }, latent_shape=(4, 6, 10)),
+    _family("mage_flow", "MageFlow", {
+        "image_model": "mage_flow", "joint_attention_dim": 20, "axes_dims_rope": (4, 6, 6), **_JOINT,
+    }, latent_shape=(128, 3, 5)),
+    _family("lens", "Lens", {
+        "image_model": "lens", "patch_size": 1, "in_channels": 128, "out_channels": 128, "enc_hidden_dim": 20,
+        "axes_dims_rope": (4, 6, 6), "selected_layer_index": (0, 1), **_JOINT,
+    }, latent_shape=(128, 3, 5), text_width=40),
+    _family("boogu", "Boogu", {
+        "image_model": "boogu", "hidden_size": 48, "num_layers": 6, "num_double_stream_layers": 3, "num_refiner_layers": 1,
+        "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (4, 4, 4),
+        "axes_lens": (300, 64, 64), "instruction_feat_dim": 20,
+    }, settings=_with_mask, extra=_masked, lengths=(5, 5, 5)),
+    _family("ideogram4", "Ideogram4", {
+        "image_model": "ideogram4", "emb_dim": 64, "num_layers": 4, "num_heads": 2, "intermediate_size": 96,
+        "adaln_dim": 32, "llm_features_dim": 20, "in_channels": 128,
+    }, latent_shape=(128, 3, 5), text_width=53248),
+    _family("hunyuan_video", "HunyuanVideo", {
+        **_HUNYUAN, "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 16,
+        "guidance_embed": True, "axes_dim": [4, 6, 6],
+    }, frames=True, settings=_pooled, extra=_with_guidance),
+    _family("hunyuan_image", "HunyuanImage21", {
+        **_HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "vec_in_dim": None,
+        "guidance_embed": False, "axes_dim": [8, 8],
+    }, latent_shape=(64, 3, 5), extra=_with_guidance),
+    _family("kandinsky5", "Kandinsky5Image", {
+        "image_model": "kandinsky5", "model_dim": 32, "ff_dim": 64, "visual_embed_dim": 64, "num_text_blocks": 2,
+        "num_visual_blocks": 8, "axes_dims": (4, 6, 6), "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24,
+        "rope_scale_factor": (1.0, 1.0, 1.0),
+    }, frames=True, settings=_pooled, extra=_with_vector),
+    _family("anima", "Anima", {
+        "image_model": "anima", "max_img_h": 24, "max_img_w": 24, "max_frames": 8, "in_channels": 16, "out_channels": 16,
+        "patch_spatial": 2, "patch_temporal": 1, "model_channels": 64, "num_blocks": 4, "num_heads": 2,
+        "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8, "min_fps": 1, "max_fps": 30,
+        "concat_padding_mask": True, "rope_enable_fps_modulation": False, "crossattn_emb_channels": 1024,
+    }, text_width=1024, frames=True, settings=_t5_ids),
+    _family("krea2", "Krea2", {
+        "image_model": "krea2", "features": 64, "tdim": 16, "txtdim": 20, "heads": 4, "kvheads": 2, "multiplier": 2,
+        "layers": 5, "patch": 2, "channels": 16, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2,
+    }, text_width=60, frames=True),
+    _family("omnigen2", "Omnigen2", {
+        "image_model": "omnigen2", "axes_dim_rope": [4, 4, 4], "axes_lens": [64, 64, 64], "hidden_size": 48,
+        "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 8,
+        "num_refiner_layers": 1, "patch_size": 2, "text_feat_dim": 20, "timestep_scale": 1000.0,
+    }, settings=_with_mask, extra=_masked, lengths=(5, 5, 5)),
+    _family("ernie", "ErnieImage", {
+        "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 4, "ffn_hidden_size": 48,
+        "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
+    }, latent_shape=(128, 3, 5)),
+    *(_BY_NAME[name] for name in ("hidream", "ovis")),
+)  # fmt: skip
+
+
+def family(name: str) -> TinyFamily:
+    """Return a family by its name."""
+    return next(one for one in FOLLOWED if one.name == name)
+
+
+def without_gradient() -> TinyFamily:
+    """Return LTX-Video, whose blocks add to a tensor in place that a norm has saved."""
+    return _family("ltxv", "LTXV", {
+        "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
+        "num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
+        "positional_embedding_max_pos": [20, 2048, 2048],
+    }, latent_shape=(128, 3, 5), frames=True, settings=_with_mask)  # fmt: skip
