@@ -48,7 +48,8 @@ class OutOfPlace(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        other, kwargs = _OUT_OF_PLACE.get(func) or _WITH_BACKWARD.get(func, func), kwargs or {}
+        other: Any = _OUT_OF_PLACE.get(func) or _WITH_BACKWARD.get(func, func)
+        kwargs = kwargs or {}
         if kwargs.get("inplace"):  # torch.nn.functional.silu and its like
             kwargs = {**kwargs, "inplace": False}
         return other(*args, **kwargs)

@@ -32,12 +32,12 @@ class TokenPlace:
 
     Attributes:
         key: Index of the positional argument, or name of the keyword argument.
-        result: Index or key in the result; None if the result is the tensor.
+        result: Index in the result; None if the result is the tensor.
         batch: Index of the batch axis. The last axis is the width; all others count tokens.
     """
 
     key: Key
-    result: Key | None
+    result: int | None
     batch: int
 
     def entering(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -129,11 +129,17 @@ class FollowedBlockIO:
         if self.layout.container is None:
             return img
         kind, length = self.layout.container
-        entries: list[Any] = [None] * length
-        entries[place.result] = img  # type: ignore[call-overload]  # an index, because the result is a sequence
-        if text is not None and streams.txt is not None:
-            entries[text.result] = text.as_given(streams.txt, text.entering(args, kwargs))  # type: ignore[call-overload]
+        entries: list[Tensor | None] = [None] * length
+        for stands_at, tokens_there in ((place, img), (text, self._text(streams, args, kwargs))):
+            if stands_at is not None and stands_at.result is not None:
+                entries[stands_at.result] = tokens_there
         return kind(entries)
+
+    def _text(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        text = self.layout.txt
+        if text is None or streams.txt is None:
+            return None
+        return text.as_given(streams.txt, text.entering(args, kwargs))
 
     def _split(self, tokens: Tensor, txt: Tensor | None) -> TokenStreams:
         if not self.layout.joined:

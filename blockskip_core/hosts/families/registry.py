@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.ldm.chroma.model
+import comfy.ldm.flux.model
+import comfy.ldm.lumina.model
+import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
 import comfy.model_sampling
 
 from ...errors import UnsupportedModelError
@@ -24,6 +29,13 @@ ADAPTERS: tuple[type[FamilyAdapter], ...] = (
     ChromaAdapter,
     Sd3Adapter,
 )
+CLASSES_WITH_A_FILE = (
+    comfy.ldm.flux.model.Flux,
+    comfy.ldm.chroma.model.Chroma,
+    comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
+    comfy.ldm.lumina.model.NextDiT,
+    comfy.ldm.wan.model.WanModel,
+)
 
 
 def adapter_for(patcher: Any) -> FamilyAdapter:
@@ -39,7 +51,7 @@ def adapter_for(patcher: Any) -> FamilyAdapter:
     for adapter in ADAPTERS:
         if adapter.matches(diffusion_model):
             return adapter(diffusion_model)
-    if _makes_pictures_by_flow_matching(model) and FollowedAdapter.matches(diffusion_model):
+    if can_be_followed(model):
         return FollowedAdapter(diffusion_model, type(model.model_config).__name__)
     known = ", ".join(adapter.title for adapter in ADAPTERS)
     raise UnsupportedModelError(
@@ -48,7 +60,14 @@ def adapter_for(patcher: Any) -> FamilyAdapter:
     )
 
 
-def _makes_pictures_by_flow_matching(model: Any) -> bool:
-    """Exclude other ways of adding noise, for which the training's loss would be wrong, and sound."""
+def can_be_followed(model: Any) -> bool:
+    """Return whether the layout of a host's model may be found by following it.
+
+    Excluded are other ways of adding noise than flow matching, for which the training's loss would be wrong; models of sound;
+    and the variants of families with a file of their own that are given more than a text, which would be trained without it.
+    """
+    diffusion_model = model.diffusion_model
+    if isinstance(diffusion_model, CLASSES_WITH_A_FILE) or not FollowedAdapter.matches(diffusion_model):
+        return False
     flow = isinstance(model.model_sampling, comfy.model_sampling.CONST)
     return flow and model.latent_format.latent_dimensions in (2, 3)

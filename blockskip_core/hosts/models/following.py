@@ -1,12 +1,10 @@
-"""Find the layout of a model of unknown class by following a few small calls, and check it.
+"""Find the layout of a model of unknown class by following a few small calls.
 
-The calls have two rows that differ in the latent only. So, wherever a tensor's two rows are equal, it does not depend on
-the picture: that tells image tokens from text tokens, also within one tensor, and shows the batch axis. For every list of
-blocks the model runs once up to that list's first block, which is tried on its own; blocks before it pass their tokens on,
-and all others are replaced by modules without weights. So no more than the stem and one block is ever loaded. A last
-pass, in which every block passes its tokens on, shows which modules come before and after the blocks.
-
-Then :func:`require_replay` compares the whole model with the model whose blocks are replayed in two halves.
+For every list of blocks the model runs once up to that list's first block, which is tried on its own; blocks before it pass
+their tokens on, and all others are replaced by modules without weights. So no more than the stem and one block is ever
+loaded. What the block is given and returns shows where its tokens are (``call_layout``), and a small LoRA on it which of
+its layers change the picture. A last pass, in which every block passes its tokens on, shows which modules come before and
+after the blocks. Whether all this is enough is checked by ``replay_check``.
 """
 
 from __future__ import annotations
@@ -14,32 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
-from ...blocks.replay import Replay
-from ...blocks.stand_ins import PassThrough, Recording, RecordingBlock, ReplayFront, TrainedBlock
+from ...blocks.stand_ins import PassThrough, TrainedBlock
 from ...errors import UnsupportedModelError
 from ...model import Denoiser, is_linear
 from ..families.block_lists import block_lists
-from ..families.followed import (
-    ATTENTION,
-    FollowedBlockIO,
-    Joined,
-    Key,
-    ListLayout,
-    ModelLayout,
-    TokenPlace,
-)
+from ..families.followed import ATTENTION, FollowedBlockIO, ListLayout, ModelLayout
 from .adapted_dit import AdaptedDit
-
-ROWS = 2
-ROUNDING = 0.02  # a row's place in its batch may change its last bits, of which bf16 has few
-TOLERANCE = 1e-3  # relative difference that a replayed model may show in half precision, as in the self-check
+from .call_layout import ROWS, CallLayout, are_tokens, layout_of_call
 
 
 def follow(dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> ModelLayout:
@@ -116,16 +102,12 @@ class _Watched(TrainedBlock):
 
 def _own(value: Any) -> Any:
     """Return a copy of a tensor of numbers that a block may write into, with its own graph."""
-    return value.detach().clone().requires_grad_() if _are_tokens(value) else value
+    return value.detach().clone().requires_grad_() if are_tokens(value) else value
 
 
 def _given(value: Any) -> Any:
     """Return what is handed to the block: not the leaf itself, which must not be overwritten."""
-    return value.clone() if _are_tokens(value) else value
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
+    return value.clone() if are_tokens(value) else value
 
 
 class _Calls:
@@ -254,106 +236,7 @@ def _within(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place}.")
 
 
-@dataclass(frozen=True)
-class CallLayout:
-    """What one call of a block shows.
-
-    Attributes:
-        layout: Where the tokens are.
-        num_img, num_txt: Number of image and of text tokens; None if text is not in the stream.
-        width: Width of a token.
-    """
-
-    layout: ListLayout
-    num_img: int
-    num_txt: int | None
-    width: int
-
-
-def layout_of_call(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, block: str) -> CallLayout:
-    """Return where the tokens are in one call of a block with two rows; see the module.
-
-    Raises:
-        UnsupportedModelError: If they cannot be told.
-    """
-    given: dict[Key, Tensor] = {key: value for key, value in (*enumerate(args), *kwargs.items()) if _are_tokens(value)}
-    returned, container = _entries(result, block)
-    places: list[tuple[TokenPlace, Tensor]] = []
-    for key, tensor in returned.items():
-        taken = {place.key for place, _ in places}
-        alike = [k for k, x in given.items() if x.shape == tensor.shape and k not in taken]
-        if not alike:
-            raise UnsupportedModelError(
-                f"The block {block} returns a tensor of shape {tuple(tensor.shape)} that it was not given, so it cannot "
-                "be skipped. Choose another model."
-            )
-        match = min(alike, key=lambda k: (given[k] - tensor).norm().item())  # blocks add to their tokens
-        places.append((TokenPlace(match, key, _batch_axis(tensor, block)), given[match]))
-    kinds = [_kind(place, tensor) for place, tensor in places]
-    images = [index for index, kind in enumerate(kinds) if kind != "text"]
-    if len(images) != 1 or len(places) > 2:
-        raise UnsupportedModelError(
-            f"The block {block} has {len(images)} tensors of image tokens and {len(places) - len(images)} of text "
-            "tokens, expected one of image tokens and at most one of text tokens, so it cannot be skipped. Choose "
-            "another model."
-        )
-    (img, tokens), others = places[images[0]], [place for index, place in enumerate(places) if index not in images]
-    differ = _differing(img, tokens)
-    joined: Joined = ""
-    if kinds[images[0]] == "both":
-        joined = _order_of_rows(differ, block)
-    num_img, num_txt = int(differ.sum()), int((~differ).sum()) + sum(len(_differing(*place)) for place in others)
-    layout = ListLayout(img, others[0][0] if others else None, joined, container)
-    return CallLayout(layout, num_img, num_txt if joined or others else None, tokens.shape[-1])
-
-
-def _entries(result: Any, block: str) -> tuple[dict[Key | None, Tensor], tuple[type, int] | None]:
-    """Return the tensors of a result by their keys, and what holds them."""
-    if isinstance(result, Tensor):
-        return {None: result}, None
-    if type(result) in (tuple, list) and all(entry is None or isinstance(entry, Tensor) for entry in result):
-        return {index: x for index, x in enumerate(result) if x is not None}, (type(result), len(result))
-    raise UnsupportedModelError(
-        f"The block {block} returns a {type(result).__name__}, expected a tensor or a tuple of tensors, so it cannot be "
-        "skipped. Choose another model."
-    )
-
-
-def _batch_axis(tensor: Tensor, block: str) -> int:
-    axes = [axis for axis, length in enumerate(tensor.shape[:-1]) if length == ROWS]
-    if not axes:
-        raise UnsupportedModelError(
-            f"The block {block} gets tokens of shape {tuple(tensor.shape)} for {ROWS} pictures, which has no batch axis, "
-            "so it cannot be skipped. Choose another model."
-        )
-    return axes[0]
-
-
-def _differing(place: TokenPlace, tensor: Tensor) -> Tensor:
-    """Return which tokens differ between the two rows by more than rounding, shape (N,)."""
-    one, other = place.as_tokens(tensor.detach()).float()
-    difference, size = (one - other).norm(dim=-1), torch.maximum(one.norm(dim=-1), other.norm(dim=-1))
-    return difference > ROUNDING * size
-
-
-def _kind(place: TokenPlace, tensor: Tensor) -> str:
-    differ = _differing(place, tensor)
-    return "image" if differ.all() else "both" if differ.any() else "text"
-
-
-def _order_of_rows(differ: Tensor, block: str) -> Joined:
-    count = int(differ.sum())
-    if differ[:count].all():
-        return "image first"
-    if differ[-count:].all():
-        return "text first"
-    raise UnsupportedModelError(
-        f"The block {block} gets {count} tokens that depend on the picture among {len(differ)}, and they are not together, "
-        "so it cannot be skipped. Choose another model."
-    )
-
-
-def _small_lora(linears: Mapping[str, nn.Module]) -> LoraAdapters:
+def _small_lora(linears: Mapping[str, nn.Linear]) -> LoraAdapters:
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in linears.items()}
     return LoraAdapters(shapes, LoraSettings(rank=1, alpha=1), seed=0)
 
@@ -392,41 +275,3 @@ def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched
             "--use-pytorch-cross-attention."
         )
     return without
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def require_replay(dit: AdaptedDit, latent_shape: Sequence[int]) -> None:
-    """Check that a model whose blocks are replayed computes what the whole model does.
-
-    First every block runs and is recorded; then the first half of the blocks is replaced by what was recorded, then all.
-
-    Raises:
-        UnsupportedModelError: If the outputs differ, as in models whose blocks exchange more than tokens.
-    """
-    latents = torch.randn(1, *latent_shape, generator=torch.Generator().manual_seed(2)).to(dit.device)
-    sigmas = torch.full((1,), 0.5, device=dit.device)
-    blocks, recordings = dit.blocks, [Recording() for _ in dit.blocks]
-    own: dict[str, nn.Module] = {}
-    with dit.running(own) as denoise:
-        whole = denoise(latents, sigmas, [0]).cpu()
-    watched: dict[str, nn.Module] = {
-        block.name: RecordingBlock(dit.module(block.name), block.io, recording)
-        for block, recording in zip(blocks, recordings, strict=True)
-    }
-    with dit.running(watched) as denoise:
-        outputs = [denoise(latents, sigmas, [0]).cpu()]
-    for cut in (len(blocks) // 2, len(blocks)):
-        replay = Replay(front=recordings[cut - 1].leaving)
-        replayed: dict[str, nn.Module] = {block.name: PassThrough(block.io) for block in blocks[: cut - 1]}
-        replayed[blocks[cut - 1].name] = ReplayFront(blocks[cut - 1].io, replay)
-        with dit.running(replayed) as denoise:
-            outputs.append(denoise(latents, sigmas, [0]).cpu())
-    removed = (latents.cpu() - whole).norm().clamp_min(1e-12)
-    worst = max(((output - whole).norm() / removed).item() for output in outputs)
-    if not worst <= TOLERANCE:
-        raise UnsupportedModelError(
-            f"{dit.adapter.title}: with its blocks replayed the model computes something else than whole (relative "
-            f"difference {worst:.1e}), because its blocks exchange more than the tokens that were found. Choose another "
-            "model."
-        )

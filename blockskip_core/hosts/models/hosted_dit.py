@@ -28,8 +28,9 @@ from ..inputs.conditioning import model_arguments
 from ..inputs.frames import with_frame
 from . import kernels  # noqa: F401  replaces the host's kernels that have no backward
 from .adapted_dit import AdaptedDit
-from .following import follow, require_replay
+from .following import follow
 from .patches import for_training
+from .replay_check import require_replay
 from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
 
 _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
