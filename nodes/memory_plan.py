@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
+from ..blockskip_core.accounting.memory_needs import MemoryNeeds
 from ..blockskip_core.accounting.plan import (
     CARDS,
     MemorySettings,
@@ -21,7 +22,7 @@ from ..blockskip_core.accounting.plan import (
 )
 from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
-from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
@@ -252,10 +253,22 @@ class Plan:
         self.run = request.counted_run(dit, selection, len(captions))
         self.count = cache(self.run.needs)
         self._available, self._place = request.room(self.run.dit.device)
-        self.needs = self.count(self.settings)
+        self.needs = self._counted()
         self.fits = fits(peak_of(self.settings, self.needs), self._available)
         self.found = None if self.fits else self._search(progress)
         self.text = self._text()
+
+    def _counted(self) -> MemoryNeeds:
+        """Count the requested settings; a few classes of the host do not run on tensors without values."""
+        try:
+            return self.count(self.settings)
+        except BlockSkipError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"The memory of this model's runs cannot be counted ({type(error).__name__}: {error}). Train it without "
+                "Memory Plan; if memory runs out, skip more blocks or set `quantize_kept` on the trainer."
+            ) from error
 
     def _search(self, progress: NodeProgress) -> Found:
         progress("looking for settings that fit", 1, 2)

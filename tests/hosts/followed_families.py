@@ -67,6 +67,20 @@ _HUNYUAN = {
     "depth_single_blocks": 6, "theta": 256, "qkv_bias": True, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
+
+
+_ADAPTER = {"source_dim": 64, "target_dim": 64, "model_dim": 64, "num_layers": 1, "num_heads": 2}
+
+
+def _small_anima(config: dict[str, Any], **settings: Any):
+    """Anima with a small text adapter, whose size no configuration sets."""
+    import comfy.ldm.anima.model as anima
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(anima, "LLMAdapter", partial(anima.LLMAdapter, **_ADAPTER))
+        return _built("Anima", config, **settings)
+
+
 _JOINT = {"num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2}
 _BY_NAME = {family.name: family for family in SAMPLED_ONLY}
 
@@ -87,10 +101,6 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (4, 4, 4),
         "axes_lens": (300, 64, 64), "instruction_feat_dim": 20,
     }, settings=_with_mask, extra=_masked, lengths=(5, 5, 5)),
-    _family("ideogram4", "Ideogram4", {
-        "image_model": "ideogram4", "emb_dim": 64, "num_layers": 4, "num_heads": 2, "intermediate_size": 96,
-        "adaln_dim": 32, "llm_features_dim": 20, "in_channels": 128,
-    }, latent_shape=(128, 3, 5), text_width=53248),
     _family("hunyuan_video", "HunyuanVideo", {
         **_HUNYUAN, "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 16,
         "guidance_embed": True, "axes_dim": [4, 6, 6],
@@ -104,12 +114,12 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "num_visual_blocks": 8, "axes_dims": (4, 6, 6), "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24,
         "rope_scale_factor": (1.0, 1.0, 1.0),
     }, frames=True, settings=_pooled, extra=_with_vector),
-    _family("anima", "Anima", {
+    TinyFamily(name="anima", family="anima", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=64, frames=True, settings=_t5_ids, build=partial(_small_anima, {
         "image_model": "anima", "max_img_h": 24, "max_img_w": 24, "max_frames": 8, "in_channels": 16, "out_channels": 16,
-        "patch_spatial": 2, "patch_temporal": 1, "model_channels": 64, "num_blocks": 4, "num_heads": 2,
+        "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256, "num_blocks": 6, "num_heads": 2,
         "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8, "min_fps": 1, "max_fps": 30,
-        "concat_padding_mask": True, "rope_enable_fps_modulation": False, "crossattn_emb_channels": 1024,
-    }, text_width=1024, frames=True, settings=_t5_ids),
+        "concat_padding_mask": True, "rope_enable_fps_modulation": False, "crossattn_emb_channels": 64,
+    })),
     _family("krea2", "Krea2", {
         "image_model": "krea2", "features": 64, "tdim": 16, "txtdim": 20, "heads": 4, "kvheads": 2, "multiplier": 2,
         "layers": 5, "patch": 2, "channels": 16, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2,

@@ -51,7 +51,7 @@ def _with_length(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
 
 SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     TinyFamily(
-        name="hidream", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20, settings=_llama,
+        name="hidream", family="hidream", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20, settings=_llama,
         extra=_with_llama,
         build=partial(_built, "HiDream", {
             "image_model": "hidream", "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4], "caption_channels": [20, 20],

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ..hosts.followed_families import family
 from ..hosts.tiny_families import FAMILIES
 from .conftest import PATCHES, TRAINING
 
@@ -30,17 +31,10 @@ class FamilyVae:
         return cells[:, :, None] if self._frames else cells
 
 
-@pytest.mark.parametrize("tiny", FAMILIES, ids=lambda family: family.name)
-def test_the_four_nodes_in_a_row(nodes, run_node, pictures, folders, tiny):
-    model = tiny.build()
+def assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection):
+    """Precompute to disk, train, and apply."""
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     positive = tiny.captions((5,))[0]
-
-    selection, _, report = run_node(nodes.SelectBlocks, model=model, positive=positive, **MEASURE, **PROBE).args
-    assert selection.family == tiny.family
-    assert selection.front + selection.back == math.floor(0.5 * tiny.num_blocks + 0.5)
-    assert "distance" in report
-
     patches = {**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 3}
     residuals, _ = run_node(
         nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model.latent_format, tiny.frames), images=pictures,
@@ -58,3 +52,47 @@ def test_the_four_nodes_in_a_row(nodes, run_node, pictures, folders, tiny):
     assert len(patched.patches) == len(lora) // 3
     after = model.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("tiny", FAMILIES, ids=lambda family: family.name)
+def test_the_four_nodes_in_a_row(nodes, run_node, pictures, folders, tiny):
+    model = tiny.build()
+    positive = tiny.captions((5,))[0]
+    selection, _, report = run_node(nodes.SelectBlocks, model=model, positive=positive, **MEASURE, **PROBE).args
+    assert selection.family == tiny.family
+    assert selection.front + selection.back == math.floor(0.5 * tiny.num_blocks + 0.5)
+    assert "distance" in report
+    assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection)
+
+
+@pytest.mark.parametrize("name", ["krea2", "hunyuan_video", "hidream"])
+def test_the_nodes_on_families_without_a_file(nodes, run_node, pictures, folders, name):
+    tiny = family(name)
+    model = tiny.build()
+    settings = {**MEASURE, "method": "preset"}
+    selection, _, _ = run_node(
+        nodes.SelectBlocks, model=model, positive=tiny.captions((5,))[0], **settings, **PROBE
+    ).args
+    assert selection.family == tiny.family
+    assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection)
+
+
+def test_hiding_the_text_is_refused_where_no_file_says_how(nodes, run_node):
+    tiny = family("krea2")
+    with pytest.raises(
+        Exception, match="Krea2 models are not supported for hiding the text from blocks. Choose method preset"
+    ):
+        run_node(nodes.SelectBlocks, model=tiny.build(), positive=tiny.captions((5,))[0], **MEASURE, **PROBE)
+
+
+def test_memory_plan_says_when_a_model_cannot_be_counted(nodes, run_node):
+    tiny = family("hidream")
+    model, positive = tiny.build(), tiny.captions((5,))[0]
+    selection, _, _ = run_node(
+        nodes.SelectBlocks, model=model, positive=positive, **{**MEASURE, "method": "preset"}, **PROBE
+    ).args
+    with pytest.raises(Exception, match="The memory of this model's runs cannot be counted"):
+        run_node(
+            nodes.MemoryPlan, model=model, positive=positive, selection=selection, patch_min=64, draws=3, storage="disk", rank=4,
+            batch_size=1, checkpointing=True, quantize_kept="off", activation_budget=0.0, card_memory=0.0,
+        )  # fmt: skip

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
+from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
 from blockskip_pack.blockskip_core.errors import InvalidInputError, UnsupportedModelError
+from blockskip_pack.blockskip_core.hosts.families.block_lists import block_lists
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+from torch import nn
 
 from ...core.plain_dit import MemorySource, train
 from ..followed_families import FOLLOWED, family, without_gradient
@@ -14,6 +17,7 @@ from ..tiny_families import PLAN, TinyFamily, replayed, selection
 from ..tiny_flux import assert_same_weights, weights
 
 NOT_COUNTED = {
+    "anima": "its text adapter asks torch for the autocast of its device, which tensors without values do not have",
     "hidream": "its experts are chosen by the tokens' values, so it does not run without them",
     "ernie": "its attention is not given the options of a call, so the kernel that works without values cannot be chosen",
 }
@@ -35,9 +39,18 @@ def dit(patcher, tiny):
     return tiny.hosted(patcher)
 
 
+def whole(tiny, dit, clean):
+    """The whole model's clean estimate: as ComfyUI samples, or where its text is prepared differently then, as we run it."""
+    if tiny.name != "anima":
+        return tiny.full_forward(dit, clean, [0])
+    noisy, _, sigmas = noisy_batch(PLAN, clean, [0])
+    with torch.no_grad(), dit.running({}) as denoise:
+        return denoise(noisy, sigmas, [PLAN[0].caption])
+
+
 def test_front_middle_and_back_together_are_the_whole_model(tiny, dit):
     clean, count = tiny.clean_latents(), len(dit.blocks)
-    full = tiny.full_forward(dit, clean, [0])
+    full = whole(tiny, dit, clean)
     for front, back in ((1, 0), (count - 1, 0), (0, 1), (1, count - 2), (0, count - 1)):
         spans = selection(front, back, count)
         computed = precompute_residuals(dit, PLAN, clean, spans, [0])
@@ -144,6 +157,34 @@ def test_a_block_that_overwrites_what_its_gradient_needs_is_refused(comfyui):
     tiny = without_gradient()
     with pytest.raises(UnsupportedModelError, match="No gradient passes through the blocks of this model .*inplace"):
         tiny.hosted(tiny.build())
+
+
+@pytest.mark.parametrize("change", ["noise", "sound"])
+def test_models_of_other_noise_or_of_sound_are_not_followed(comfyui, monkeypatch, change):
+    import comfy.model_sampling
+    from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
+
+    patcher = family("mage_flow").build()
+    assert adapter_for(patcher).title == "MageFlow"
+    if change == "noise":
+        patcher.model.model_sampling = comfy.model_sampling.ModelSamplingDiscrete()
+    else:
+        monkeypatch.setattr(type(patcher.model.latent_format), "latent_dimensions", 1)
+    with pytest.raises(UnsupportedModelError, match="Expected a diffusion transformer of a supported family"):
+        adapter_for(patcher)
+
+
+def test_lists_of_other_modules_are_not_taken_for_blocks():
+    def block(width):
+        return nn.Sequential(nn.Linear(width, width), nn.ModuleList([nn.Linear(width, width) for _ in range(3)]))
+
+    model = nn.Module()
+    model.refiner = nn.ModuleList([block(4) for _ in range(2)])
+    model.blocks = nn.ModuleList([block(16) for _ in range(4)])
+    model.mixed = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8)])
+    assert block_lists(model) == ["blocks"]
+    model.head = nn.Linear(200, 200)  # now the blocks are a small part
+    assert block_lists(model) == []
 
 
 def test_texts_that_the_model_cannot_read_are_refused(comfyui):
