@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..hosts.followed_families import family as followed
 from ..hosts.tiny_families import FAMILIES, FLUX, TinyFamily
 from .modes import MODES
 from .runs import Outcome, Runs, leaving_nothing, on_cpu
@@ -16,7 +17,7 @@ STORAGES = ("disk", "chunked", "on the fly")
 # A fused RMS norm adds up the gradients of its input in another order than the CPU, where it is decomposed. This
 # matters where the norm's input is also used elsewhere. Largest relative difference of a gradient; for all others it is
 # 0.
-ROUNDING = {"lumina2": 3e-6, "z_image": 3e-6}
+ROUNDING = {"lumina2": 3e-6, "z_image": 3e-6, "krea2": 1e-4}  # Krea 2's first step is 2e-7 off, its third 3e-5
 UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_trainer")]
 OFTEN = ("streamed", "few_pages")  # modes in which every family is trained
 NOT_PRESSED = "z_image"  # its weights are so small a part of a tiny run that either all of them fit or the run does not
@@ -64,6 +65,13 @@ def compare(card: Any, runs: Runs, known: dict[Any, Outcome]) -> Callable[..., O
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_where_all_weights_fit(compare, family):
     compare(family, "resident")
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed", "few_pages"])
+@pytest.mark.parametrize("name", ["krea2", "hunyuan_video"])
+def test_models_without_a_file(compare, name, mode):
+    """Their layout is found on the card, with the weights wherever the host has them."""
+    compare(followed(name), mode)
 
 
 @pytest.mark.parametrize(("family", "mode", "storage"), list(pairs()))
