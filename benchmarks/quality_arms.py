@@ -10,7 +10,16 @@ FULL, SMALL = 256, 128  # the world's full picture size, and the smaller trainin
 Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
 Choice = Literal["none", "measured", "measured on a trained model", "preset", "first only", "last only"]
 StandIn = Literal[
-    "cached", "on the fly", "nothing", "refreshed", "diagonal", "linear", "linear, refreshed", "int8", "fp8"
+    "cached",
+    "on the fly",
+    "nothing",
+    "refreshed",
+    "diagonal",
+    "linear",
+    "linear, refreshed",
+    "new linear",
+    "int8",
+    "fp8",
 ]
 
 
@@ -71,6 +80,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("refreshed 4 times", DEEP, **HALF, stand_in="refreshed", changes={"refreshes": 4}),
     Arm("diagonal response", DEEP, **HALF, stand_in="diagonal"),
     Arm("linear response", DEEP, **HALF, stand_in="linear"),
+    Arm("new linear", DEEP, **HALF, stand_in="new linear"),
     Arm("linear response, refreshed 4 times", DEEP, **HALF, stand_in="linear, refreshed", changes={"refreshes": 4}),
     Arm("a quarter of the draws", DEEP, **HALF, changes={"draws": 0.25}),
     Arm("residuals in int8", DEEP, **HALF, stand_in="int8"),

@@ -32,6 +32,8 @@ CLAIMS = (  # claim, the arm that should be better, the one that should be worse
     ("refreshing beats a constant", "refreshed 4 times", "skip 50%, patches"),
     ("a diagonal response beats a constant", "diagonal response", "skip 50%, patches"),
     ("a linear response beats a constant", "linear response", "skip 50%, patches"),
+    ("a linear response per noise band beats a constant", "new linear", "skip 50%, patches"),
+    ("it beats one matrix for all noise levels", "new linear", "linear response"),
     ("refreshing beats a linear response alone", "linear response, refreshed 4 times", "linear response"),
     ("more draws beat fewer", "skip 50%, patches", "a quarter of the draws"),
     ("residuals in int8 against exact ones", "residuals in int8", "skip 50%, patches"),

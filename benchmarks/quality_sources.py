@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from blockskip_pack.blockskip_core.blocks.linear_response import LinearResponse
 from blockskip_pack.blockskip_core.blocks.replay import Residual
 from blockskip_pack.blockskip_core.blocks.stand_ins import PassThrough, Recording, RecordingBlock
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
@@ -17,22 +18,25 @@ from blockskip_pack.blockskip_core.model import SkippableDit
 from blockskip_pack.blockskip_core.residuals.back_response import fit_response
 from blockskip_pack.blockskip_core.residuals.chunks import with_response
 from blockskip_pack.blockskip_core.residuals.format import RESIDUAL_FORMATS, packed, unpacked
-from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
+from blockskip_pack.blockskip_core.residuals.low_rank_regression import Moments, ridge_regression
+from blockskip_pack.blockskip_core.residuals.precompute import Precomputed, precompute_residuals
 from blockskip_pack.blockskip_core.residuals.source import OpenResiduals
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 
 PRECOMPUTE_BATCH = 16
-FITTED_DRAWS = 64
+RIDGE = 0.01  # of the responses by one matrix
+FITTED_DRAWS = 64  # of the responses by one matrix
+RESPONSES = ("diagonal", "linear", "banded")
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
 
 
 @dataclass
 class Cached:
-    """Residuals of the base model, computed once, with a constant, diagonal or linear response to a changed input.
+    """Residuals of the base model, computed once, with a constant or a response to a changed input.
 
-    In int8 and fp8 they are constants, rounded like those in the cache on disk. A response is fitted on the first
-    draws, as many as in one of the node's chunks.
+    In int8 and fp8 they are constants, rounded like those in the cache on disk. "banded" is the response of the node's
+    `linear`; "linear" and "diagonal" are one matrix for all noise levels, fitted on the first draws.
     """
 
     dit: SkippableDit
@@ -49,23 +53,45 @@ class Cached:
         """Return residuals computed from the current weights of ``dit``."""
         computed = precompute_residuals(
             dit, self.schedule, self.latents, self.selection, range(len(self.schedule)),
-            batch_size=PRECOMPUTE_BATCH, keep_entering=self.kind in ("diagonal", "linear"),
+            batch_size=PRECOMPUTE_BATCH, keep_entering=self.kind in RESPONSES,
         )  # fmt: skip
         response = None
         if self.kind in RESIDUAL_FORMATS:
             rounded = {draw: _rounded(residual, self.kind) for draw, residual in computed.residuals.items()}
             return OpenResiduals(micro_batches, rounded.__getitem__, computed.reference, form=self.kind)
-        if self.kind != "constant":
-            fitted = list(computed.entering)[:FITTED_DRAWS]
-            pairs = [(computed.entering[draw], computed.residuals[draw].back) for draw in fitted]
-            response = diagonal_response(pairs) if self.kind == "diagonal" else fit_response(pairs)
-            computed = with_response(computed, response)
+        if self.kind in RESPONSES and self.selection.back:
+            response = self._response(computed)
+            if response is not None:
+                computed = with_response(computed, self.schedule, response)
         return OpenResiduals(micro_batches, computed.residuals.__getitem__, computed.reference, response)
+
+    def _response(self, computed: Precomputed) -> LinearResponse | None:
+        pairs = {draw: (h, computed.residuals[draw].back) for draw, h in computed.entering.items()}
+        if self.kind == "banded":
+            sigmas = [draw.sigma for draw in self.schedule]
+            return fit_response(sigmas, lambda draws: (pairs[draw] for draw in draws)).response
+        fitted = [pairs[draw] for draw in list(pairs)[:FITTED_DRAWS]]
+        return one_matrix(diagonal_response(fitted) if self.kind == "diagonal" else matrix_response(fitted))
+
+
+def one_matrix(matrix: torch.Tensor) -> LinearResponse:
+    """Return a response by one matrix for all noise levels, shape (D, D)."""
+    width = len(matrix)
+    whole = torch.eye(width, dtype=matrix.dtype)[None]
+    return LinearResponse(torch.zeros(0, dtype=torch.float64), torch.zeros_like(matrix[:1]), matrix[None], whole)
 
 
 def _rounded(residual: Residual, form: str) -> Residual:
     dtype = next(iter(residual.tensors().values())).dtype
     return Residual.from_tensors(unpacked(packed(residual.tensors(), form), dtype))
+
+
+def matrix_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the ridge regression of what is added on the tokens that enter, as a matrix."""
+    moments = Moments(*pairs[0])
+    for h, d in pairs:
+        moments.add(h, d)
+    return ridge_regression(moments, RIDGE).to(pairs[0][0].dtype)
 
 
 def diagonal_response(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -132,7 +158,8 @@ def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, *
         return FoldedSource()
     if stand_in == "nothing":
         return Nothing(**parts)
-    kind = {"cached": "constant", "refreshed": "constant", "linear, refreshed": "linear"}.get(stand_in, stand_in)
+    named = {"cached": "constant", "refreshed": "constant", "linear, refreshed": "linear", "new linear": "banded"}
+    kind = named.get(stand_in, stand_in)
     if "refreshed" in stand_in:
         return Refreshed(**parts, kind=kind, current=current, times=times)
     return Cached(**parts, kind=kind)

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import LoraSettings
 from ..model import SkippableDit, TokenStreams
+from ..residuals.back_response import empty_response, fit_bytes, response_bytes
 from ..residuals.format import ResidualFormat, ResidualShape
 from ..selection.selection import BlockSelection
 from ..training.config import TrainingConfig
@@ -151,7 +151,7 @@ def memory_needs(
     residual = residual_of_zeros(tokens, selection)
     response = None
     if plan.linear and residual.back is not None and passing:
-        response = torch.zeros(dit.width, dit.width, dtype=residual.back.dtype)
+        response = empty_response(plan.draws, dit.width, residual.back.dtype)
     adapters = adapters_on(dit, plan.layers, plan.lora)
     selecting = once(
         lambda: count_pass(dit, plan.probe_shape, caption=plan.caption), "selecting", *plan.probe_shape, plan.caption
@@ -161,7 +161,7 @@ def memory_needs(
             dit, shape, selection, adapters, plan.config, residual if passing else None, caption=plan.caption,
             response=response,
         ),
-        "training", *spans, frozenset(plan.layers), plan.lora, plan.config, passing, response is None,
+        "training", *spans, frozenset(plan.layers), plan.lora, plan.config, passing, response and len(response.diagonal),
     )  # fmt: skip
     precomputing = None
     if passing and selection.front + selection.back:
@@ -205,7 +205,10 @@ def _disk(plan: RunPlan, tokens: TokenStreams) -> int:
         itemsize=tokens.img.itemsize,
         form=plan.residual_format,
     )
-    return shape.num_bytes(plan.stored) + shape.response_bytes() * plan.linear
+    stored = shape.num_bytes(plan.stored)
+    if plan.linear and plan.selection.back:
+        stored += response_bytes(plan.draws, shape.width, shape.itemsize)
+    return stored
 
 
 def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -> int:
@@ -216,7 +219,8 @@ def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -
         summed = img.numel() * max(4, img.itemsize)
         per_draw += summed + img.nbytes + math.prod(plan.latent_shape) * 4
         per_draw += img.nbytes * plan.linear
-    return counted.host + (plan.chunk - 1) * per_draw
+    fitting = fit_bytes(img.shape[2]) if plan.linear and plan.selection.back else 0
+    return counted.host + (plan.chunk - 1) * per_draw + fitting
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

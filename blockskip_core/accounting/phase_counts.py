@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.lora import LinearShape, LoraAdapters, LoraSettings
+from ..blocks.linear_response import LinearResponse
 from ..blocks.replay import Residual
 from ..blocks.stand_ins import PassThrough
 from ..data.micro_batches import MicroBatches
@@ -135,7 +136,7 @@ def count_training(
     residual: Residual | None,
     *,
     caption: int = 0,
-    response: Tensor | None = None,
+    response: LinearResponse | None = None,
 ) -> PhaseCount:
     """Count the training loop's second step; the optimiser creates its state in the first.
 
@@ -147,7 +148,7 @@ def count_training(
         config: The settings; the number of steps is ignored.
         residual: One draw's residual, see :func:`residual_of_zeros`; None for the folded form.
         caption: Index of the conditioning of all draws.
-        response: The back span's linear response, shape (D, D), or None.
+        response: The back span's linear response, or None.
     """
     config = replace(config, steps=2)
     draws = config.batch_size

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model import TokenStreams
+from .linear_response import LinearResponse
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class Replay:
     Attributes:
         front: Tokens leaving the front span, or None if nothing is skipped there.
         back: Residual of the image tokens over the back span, shape (B, N, D), or None.
-        response: J of ``back_response``, shape (D, D), or None if the back residual is a constant.
+        response: The back span's answer to a change of its input, or None if the back residual is a constant.
+        bands: The response's band of each row, shape (B,); None without a response.
     """
 
     front: TokenStreams | None = None
     back: Tensor | None = None
-    response: Tensor | None = None
+    response: LinearResponse | None = None
+    bands: Tensor | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..model import SkippableDit, is_linear
 from ..selection.selection import BlockSelection
+from .linear_response import LinearResponse
 from .replay import Replay, Residual
 from .saved_bytes import SavedBytes
 from .stand_ins import AddResidual, Fold, FoldedBlock, Kept, PassThrough, ReplayFront, TrainedBlock
@@ -36,6 +37,7 @@ class SkippingModel:
     def __init__(self, dit: SkippableDit, selection: BlockSelection, checkpointed: bool, *, folded: bool) -> None:
         self._dit, self._selection = dit, selection
         self._replay = Replay()
+        self._sigma: Callable[[int], float] | None = None
         self._fold = Fold(replay=self._replay) if folded else None
         self.modules: dict[str, nn.Module] = {}
         for index, block in enumerate(dit.blocks):
@@ -79,12 +81,17 @@ class SkippingModel:
         kept = (self.modules[self._dit.blocks[index].name] for index in self._selection.kept)
         return [block for block in kept if isinstance(block, TrainedBlock)]
 
-    def set_response(self, response: Tensor | None) -> None:
-        """Set the back span's linear response to its input for all batches; see ``back_response``.
+    def set_response(self, response: LinearResponse | None, sigma: Callable[[int], float]) -> None:
+        """Set the back span's linear response to its input for all batches; see ``residuals.back_response``.
 
         It is copied, because it may have been read under inference mode, and autograd saves it.
+
+        Args:
+            response: The response, or None.
+            sigma: Draw -> its noise level.
         """
-        self._replay.response = None if response is None else response.to(self._dit.device, copy=True)
+        self._replay.response = response and response.copied_to(self._dit.device)
+        self._sigma = sigma
 
     def replay(
         self, residual: Callable[[int], Residual] | None, batch: Sequence[int], forward: Callable[[], Tensor]
@@ -105,6 +112,9 @@ class SkippingModel:
         device = self._dit.device
         self._replay.front = None if stored.front is None else stored.front.map(lambda x: x.to(device))
         self._replay.back = None if stored.back is None else stored.back.to(device)
+        if self._replay.response is not None:
+            assert self._sigma is not None, "it is set with the response"
+            self._replay.bands = self._replay.response.bands([self._sigma(draw) for draw in batch]).to(device)
 
     @contextmanager
     def counting_saved_bytes(self) -> Iterator[SavedBytes]:

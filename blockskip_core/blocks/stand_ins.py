@@ -69,7 +69,8 @@ class AddResidual(_Replaying):
         assert self.replay.back is not None, "nothing was set to be replayed"
         img = entering.img + self.replay.back.to(entering.img)
         if self.replay.response is not None:
-            img = img + entering.img @ self.replay.response.to(entering.img)
+            assert self.replay.bands is not None, "a response depends on the noise level"
+            img = img + self.replay.response.added(entering.img, self.replay.bands)
         return self.io.result(TokenStreams(img, entering.txt), args, kwargs)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..data.micro_batches import MicroBatches
 from ..locks import lock
 from ..model import SkippableDit
+from .back_response import FittedResponse
 from .cache import CacheWriter, ResidualCache, is_finished, num_shards
-from .chunks import compute_chunk, records_of
+from .chunks import compute_chunk, fitted_response, records_of
 from .housekeeping import KEPT_CACHES, remove_old_caches, remove_unused, removed_if_damaged
 from .prefetch import prefetched
 from .residual_set import PhaseProgress, ResidualSet, require_disk_space
@@ -64,11 +65,11 @@ def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhasePro
     draws = [draw for draw in range(len(residuals.schedule)) if draw not in writer.draws]
     require_disk_space(residuals, dit, draws)
     chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
-    response = writer.read("0/response")
+    stored = FittedResponse.found(lambda name: writer.read(f"0/{name}"))
+    fitted = stored or fitted_response(residuals, dit, progress)
     for number, chunk in enumerate(chunks):
-        part = compute_chunk(residuals, dit, chunk, _part_of(progress, number, len(chunks)), response)
-        writer.write(records_of(residuals, part.computed, part.response if response is None else None))
-        response = part.response
+        computed = compute_chunk(residuals, dit, chunk, _part_of(progress, number, len(chunks)), fitted)
+        writer.write(records_of(residuals, computed, None if stored or number else fitted))
     writer.finish()
 
 
@@ -100,7 +101,14 @@ def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) ->
     order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
     with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
         cache.verify()  # fail now rather than after hours of training
-        reference, response = Reference(*cache.require_first("reference")), cache.first("response")
+        reference = Reference(*cache.require_first("reference"))
+        fitted = FittedResponse.found(lambda name: (cache.first(name) or (0, None))[1])
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
-            form = residuals.identity.residual_format
-            yield OpenResiduals(micro_batches, residual, reference, response and response[1], form)
+            yield OpenResiduals(
+                micro_batches,
+                residual,
+                reference,
+                fitted.response if fitted else None,
+                residuals.identity.residual_format,
+                fitted.problem() if fitted else "",
+            )

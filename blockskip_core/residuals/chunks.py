@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from ..blocks.linear_response import LinearResponse
 from ..blocks.replay import Residual
+from ..data.schedule import TrainingSchedule
 from ..model import SkippableDit
-from .back_response import constant_part, fit_response
+from .back_response import FittedResponse, constant_part, fit_response, noise_bands
 from .format import packed
 from .precompute import Precomputed, precompute_residuals
 from .residual_set import PhaseProgress, ResidualSet, wants_response
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk of draws in the form in which it is stored."""
-
-    computed: Precomputed
-    response: Tensor | None
+FITTING = "fitting the linear back residual"
 
 
 def compute_chunk(
@@ -28,30 +26,83 @@ def compute_chunk(
     dit: SkippableDit,
     draws: Sequence[int],
     progress: PhaseProgress,
-    response: Tensor | None,
-) -> Chunk:
-    """Compute a chunk; the response for all chunks is fitted on the first one."""
-    computed = precompute_residuals(
+    fitted: FittedResponse | None,
+) -> Precomputed:
+    """Compute a chunk.
+
+    Args:
+        residuals: What to compute.
+        dit: The model.
+        draws: Indices of the chunk's draws.
+        progress: Called with (phase, block passes done, total).
+        fitted: From :func:`fitted_response`; if it has a response, the chunk's back residuals are its constant part.
+    """
+    response = fitted.response if fitted else None
+    computed = _computed(
+        residuals, dit, draws, response is not None,
+        lambda done, total: progress("precomputing residuals", done, total),
+    )  # fmt: skip
+    return computed if response is None else with_response(computed, residuals.schedule, response)
+
+
+def fitted_response(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> FittedResponse | None:
+    """Fit the linear response on draws from the whole schedule, or return None if the set does not want one.
+
+    The draws pass the model here and again with their chunk, because what a chunk stores depends on the fit. At most
+    ``chunk_size`` of them are in memory at a time.
+    """
+    if not wants_response(residuals):
+        return None
+    sigmas = [draw.sigma for draw in residuals.schedule]
+    every = sum(len(band.fitted) + len(band.held_out) for band in noise_bands(sigmas))
+    passed = 0
+
+    def pairs(draws: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal passed
+        for part in _parts(draws, residuals.chunk_size):
+
+            def tell(done: int, total: int, before: int = passed, count: int = len(part)) -> None:
+                progress(FITTING, before * total + done * count, every * total)
+
+            computed = _computed(residuals, dit, part, True, tell)
+            passed += len(part)
+            yield from ((computed.entering[draw], _back(computed, draw)) for draw in part)
+
+    fitted = fit_response(sigmas, pairs)
+    if fitted.problem():
+        logger.warning("BlockSkip: %s", fitted.problem())
+    else:
+        logger.info("BlockSkip: %s", fitted.describe())
+    return fitted
+
+
+def _parts(draws: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (draws[start : start + size] for start in range(0, len(draws), size))
+
+
+def _computed(
+    residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int], keep_entering: bool,
+    progress: Callable[[int, int], None],
+) -> Precomputed:  # fmt: skip
+    return precompute_residuals(
         dit,
         residuals.schedule,
         residuals.latents,
         residuals.selection,
         draws,
-        keep_entering=wants_response(residuals),
+        keep_entering=keep_entering,
         room=dit.room_for_blocks,
-        progress=lambda done, total: progress("precomputing residuals", done, total),
+        progress=progress,
     )
-    if not computed.entering:
-        return Chunk(computed, None)
-    if response is None:
-        response = fit_response((h, _back(computed, draw)) for draw, h in computed.entering.items())
-    return Chunk(with_response(computed, response), response)
 
 
-def with_response(computed: Precomputed, response: Tensor) -> Precomputed:
+def with_response(computed: Precomputed, schedule: TrainingSchedule, response: LinearResponse) -> Precomputed:
     """Return residuals with the linear response subtracted from their back part; see ``back_response``."""
     parts = {
-        draw: Residual(residual.front, constant_part(_back(computed, draw), computed.entering[draw], response))
+        draw: Residual(
+            residual.front,
+            constant_part(_back(computed, draw), computed.entering[draw], response, schedule[draw].sigma),
+        )
         for draw, residual in computed.residuals.items()
     }
     return Precomputed(parts, computed.reference, computed.entering)
@@ -64,13 +115,15 @@ def _back(computed: Precomputed, draw: int) -> Tensor:
     return back
 
 
-def records_of(residuals: ResidualSet, computed: Precomputed, response: Tensor | None) -> dict[int, dict[str, Tensor]]:
+def records_of(
+    residuals: ResidualSet, computed: Precomputed, fitted: FittedResponse | None
+) -> dict[int, dict[str, Tensor]]:
     """Return what a cache stores of a chunk: draw -> name -> tensor. A response that was stored before is None."""
     records = {
         draw: {**packed(residual.tensors(), residuals.identity.residual_format), "latent": residuals.latents[draw]}
         for draw, residual in computed.residuals.items()
     }
     records[computed.reference.draw]["reference"] = computed.reference.denoised
-    if response is not None:
-        records[computed.reference.draw]["response"] = response
+    if fitted is not None:
+        records[computed.reference.draw].update(fitted.tensors())
     return records

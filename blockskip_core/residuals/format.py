@@ -51,10 +51,6 @@ class ResidualShape:
         tokens = (self.img_tokens + self.txt_tokens) * self.front + self.img_tokens * self.back
         return draws * tokens * (self.width * self.itemsize if self.form == "exact" else self.width + SCALE_BYTES)
 
-    def response_bytes(self) -> int:
-        """Return the bytes of the back span's linear response (see ``back_response``), once for all draws."""
-        return self.back * self.width**2 * self.itemsize
-
 
 def packed(tensors: Mapping[str, Tensor], form: ResidualFormat) -> dict[str, Tensor]:
     """Return residual tensors, each (1, tokens, D), in stored form; eight-bit tensors come with their scales.

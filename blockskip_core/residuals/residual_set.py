@@ -20,7 +20,7 @@ from ..errors import InvalidInputError
 from ..model import SkippableDit
 from ..selection.selection import BlockSelection
 from ..units import format_bytes
-from .back_response import BACK_RESIDUALS, BackResidual
+from .back_response import BACK_RESIDUALS, BackResidual, response_bytes
 from .cache import CacheIdentity, require_free_space
 from .format import RESIDUAL_FORMATS, ResidualShape
 
@@ -91,13 +91,19 @@ def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[in
             img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
             txt_tokens=txt_tokens,
             width=dit.width,
-            itemsize=_ITEMSIZES.get(residuals.identity.dtype, 2),
+            itemsize=_itemsize(residuals),
             form=residuals.identity.residual_format,
         )
 
     texts = Counter(dit.text_tokens(residuals.schedule[draw].caption) for draw in draws)
     stored = sum(shape(txt_tokens).num_bytes(count) for txt_tokens, count in texts.items())
-    return stored + shape(0).response_bytes() * wants_response(residuals)
+    if not wants_response(residuals):
+        return stored
+    return stored + response_bytes(len(residuals.schedule), dit.width, _itemsize(residuals))
+
+
+def _itemsize(residuals: ResidualSet) -> int:
+    return _ITEMSIZES.get(residuals.identity.dtype, 2)
 
 
 def wants_response(residuals: ResidualSet) -> bool:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..blocks.linear_response import LinearResponse
 from ..blocks.replay import Residual
 from ..data.micro_batches import MicroBatches
 from .format import ResidualFormat
@@ -38,15 +39,17 @@ class OpenResiduals:
         micro_batches: The stretch.
         residual: Draw index -> residual; None in the folded form.
         reference: The full model's output for one of the draws, or None in the folded form.
-        response: J of ``back_response``, or None if the back residuals are constants.
+        response: The back span's answer to its input, or None if the back residuals are constants.
         form: How the residuals are stored; eight bits make them inexact.
+        problem: What users should know about them, as a sentence, or empty.
     """
 
     micro_batches: range
     residual: Callable[[int], Residual] | None
     reference: Reference | None
-    response: Tensor | None = None
+    response: LinearResponse | None = None
     form: ResidualFormat = "exact"
+    problem: str = ""
 
 
 class ResidualSource(Protocol):

@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
-from torch import Tensor
-
 from ..data.micro_batches import MicroBatches
 from ..locks import lock, remove_stale_locks
 from ..model import SkippableDit
+from .back_response import FittedResponse
 from .cache import CacheWriter, is_finished
 from .cached_set import open_set, waiting_for_another, write_cache
-from .chunks import compute_chunk, records_of
+from .chunks import compute_chunk, fitted_response, records_of
 from .housekeeping import remove_unused, removed_if_damaged, scratch_folder
-from .residual_set import PhaseProgress, ResidualSet, require_disk_space, wants_response
+from .residual_set import PhaseProgress, ResidualSet, require_disk_space
 from .source import OpenResiduals
 
 Stretches = Iterator[AbstractContextManager[OpenResiduals]]
@@ -69,20 +68,18 @@ class ChunkedSource:
 
     def __init__(self, residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress) -> None:
         self._residuals, self._dit, self._progress = residuals, dit, progress
-        self._response: Tensor | None = None
+        self._fitted: FittedResponse | None = None
 
     def stretches(self, run: MicroBatches, start: int = 0) -> Stretches:
         """Yield the run in stretches, each with the micro-batches of one chunk of draws.
 
-        A run that starts within a chunk computes the rest of that chunk. The linear response is fitted on the first
-        ``chunk_size`` draws, as with storage on disk; if the first stretch has other draws, those are computed extra.
+        A run that starts within a chunk computes the rest of that chunk. A linear response is fitted first, on the same
+        draws as with storage on disk.
         """
         remove_stale_locks(self._residuals.folder.parent)  # of chunks whose run was killed before creating their folder
         length = max(1, self._residuals.chunk_size // run.batch_size)
-        if start < len(run) and wants_response(self._residuals):
-            fitted = list(range(min(self._residuals.chunk_size, len(self._residuals.schedule))))
-            if start or self._draws_of(run, range(min(length, len(run)))) != fitted:
-                self._response = compute_chunk(self._residuals, self._dit, fitted, self._progress, None).response
+        if start < len(run):
+            self._fitted = fitted_response(self._residuals, self._dit, self._progress)
         while start < len(run):
             end = min((start // length + 1) * length, len(run))
             yield self._chunk(run, range(start, end))
@@ -99,9 +96,8 @@ class ChunkedSource:
             residuals = replace(self._residuals, folder=folder)
             require_disk_space(residuals, self._dit, draws)
             writer = CacheWriter(folder, residuals.identity)
-            part = compute_chunk(residuals, self._dit, draws, self._progress, self._response)
-            self._response = part.response
-            writer.write(records_of(residuals, part.computed, part.response))
+            computed = compute_chunk(residuals, self._dit, draws, self._progress, self._fitted)
+            writer.write(records_of(residuals, computed, self._fitted))
             writer.finish()
             with removed_if_damaged(lambda: True), open_set(residuals, run, micro_batches) as opened:
                 yield opened

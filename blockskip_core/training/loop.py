@@ -159,6 +159,8 @@ class _Loop:
 
     def run(self, residuals: OpenResiduals, micro_batches: range, place: Place) -> None:
         """Train on some micro-batches of a stretch."""
+        if residuals.problem and residuals.problem not in self.result.problems:
+            self.result.problems.append(residuals.problem)
         with self.running(residuals, place) as step_micro_batch:
             if self.paused:
                 self.started, self.paused = time.perf_counter(), False
@@ -200,7 +202,7 @@ class _Loop:
             # Set explicitly, because hosts run nodes under no_grad or inference_mode.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            model.set_response(residuals.response)
+            model.set_response(residuals.response, lambda draw: self.schedule[draw].sigma)
             denoise = stack.enter_context(place(model.modules))
             if residuals.reference is not None and self.result.self_check is None:
                 self.result.self_check = check_against_full_model(

@@ -55,7 +55,7 @@ def test_every_stand_in_trains_and_starts_from_the_full_model(small: SimpleNames
     arms = bench("quality_arms")
     few = bench("quality_world").Settings(steps=4, draws=8)
     with torch.no_grad():
-        for stand_in in ("cached", "on the fly", "refreshed", "diagonal", "linear", "linear, refreshed"):
+        for stand_in in ("cached", "on the fly", "refreshed", "diagonal", "linear", "linear, refreshed", "new linear"):
             arm = arms.Arm("one", "", choice="preset", ratio=0.5, stand_in=stand_in, changes={"refreshes": 1})
             _, costs = small.quality.train(small.world, arm, "pip", 0, few)
             assert math.isfinite(costs["loss"])

@@ -9,7 +9,7 @@ Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model wid
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -183,12 +183,12 @@ def reference_denoise(
     *,
     selection: BlockSelection | None = None,
     lora: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
-    response: Tensor | None = None,
+    response: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The clean estimate by plain autograd: no in-place writes, the LoRA merged, the base model's spans inserted.
 
     ``lora`` maps a layer's name to (A, B, scale) and only acts in the kept blocks; the front's output and the back's
-    image residual are those of the model without it. ``response`` is the back span's linear response to its input.
+    image residual are those of the model without it. ``response`` is what the back span adds for a change of its input.
     """
     net, lora = dit.net, lora or {}
     text = torch.cat([dit.captions[caption] for caption in captions])
@@ -230,7 +230,7 @@ def reference_denoise(
     if back:
         moved = img - before_back.detach()
         img = img + (base_img - before_back).detach()
-        img = img if response is None else img + moved @ response
+        img = img if response is None else img + response(moved)
     velocity = linear("head", img).mT.unflatten(2, noisy.shape[2:])
     return noisy - sigmas.view(-1, 1, 1, 1) * velocity
 

@@ -147,10 +147,17 @@ def test_ways_to_spend_or_save_memory_change_nothing_of_the_result(bench, settin
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
 
 
-def test_a_linear_answer_fitted_on_other_draws_is_another_cache(bench):
-    folders = {bench.precompute(back_residual="linear", chunk_size=size)[0].folder for size in (2, 4)}
-    assert len(folders) == 2
-    assert len({bench.precompute(chunk_size=size)[0].folder for size in (2, 4)}) == 1
+@pytest.mark.parametrize("back_residual", ["constant", "linear"])
+def test_the_chunk_size_does_not_change_what_is_stored(bench, back_residual):
+    asked = {"back_residual": back_residual}
+    assert len({bench.precompute(chunk_size=size, **asked)[0].folder for size in (2, 4)}) == 1
+
+
+def test_a_linear_answer_without_last_blocks_to_skip_is_a_constant(bench):
+    front = bench.select(front=2, back=0)[0]
+    assert (
+        len({bench.precompute(selection=front, back_residual=kind)[0].folder for kind in ("constant", "linear")}) == 1
+    )
 
 
 @pytest.mark.parametrize("file_format", ["diffusers", "peft", "kohya"])

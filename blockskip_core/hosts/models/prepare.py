@@ -14,7 +14,7 @@ from ...data.patch_sampling import PatchConfig, PatchOrder
 from ...data.remarks import Labels
 from ...data.schedule import TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
-from ...residuals.back_response import BackResidual
+from ...residuals.back_response import BackResidual, how_fitted
 from ...residuals.cache import CacheIdentity
 from ...residuals.cached_set import stored_latents, write_cache
 from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
@@ -163,8 +163,7 @@ def _identity(
     settings: ResidualSettings,
 ) -> CacheIdentity:
     """Return everything that determines the residuals' values."""
-    # A linear response is fitted on the first chunk, so the chunk size affects what is stored.
-    linear = settings.back_residual == "linear"
+    linear = settings.back_residual == "linear" and selection.back > 0
     return CacheIdentity(
         model=model_identity(dit.patcher),
         schedule=schedule.fingerprint,
@@ -174,7 +173,7 @@ def _identity(
         dtype=str(dit.dtype),
         host=host_identity(),
         residual_format=settings.residual_format,
-        back_residual=f"linear, {settings.chunk_size} draws" if linear else "constant",  # an exact back has none
+        back_residual=how_fitted(len(schedule)) if linear else "constant",  # an exact back has none
     )
 
 

@@ -17,6 +17,7 @@ from blockskip_pack.blockskip_core.accounting.phase_counts import (
 )
 from blockskip_pack.blockskip_core.accounting.weightless import weightless_copy
 from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+from blockskip_pack.blockskip_core.blocks.linear_response import LinearResponse
 from blockskip_pack.blockskip_core.model import linear_names
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
@@ -90,11 +91,11 @@ def test_between_steps_there_are_weights_lora_moments_and_what_is_replayed():
     assert count.peak > count.between + count.saved
 
 
-def test_a_linear_answer_adds_its_matrix():
+def test_a_linear_answer_adds_its_maps():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
-    matrix = torch.zeros(WIDTH, WIDTH)
-    more = counted(dit, spans, response=matrix).between - counted(dit, spans).between
-    assert more == matrix.nbytes
+    response = LinearResponse.zeros(3, WIDTH, 2, torch.float32)
+    more = counted(dit, spans, response=response).between - counted(dit, spans).between
+    assert more == 3 * (2 * 2 + 1) * WIDTH * 4 + 8  # and the band of the row
 
 
 def test_precomputing_holds_one_block():

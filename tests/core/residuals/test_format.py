@@ -118,4 +118,3 @@ def test_the_bytes_of_a_shape_are_those_of_its_tensors():
     assert ResidualShape(front=False, back=True, **sizes).num_bytes(2) == 2 * 6 * 4 * 2
     assert ResidualShape(front=True, back=True, **sizes).num_bytes(3) == 3 * (6 + 5 + 6) * 4 * 2
     assert ResidualShape(front=True, back=True, form="int8", **sizes).num_bytes(3) == 3 * (6 + 5 + 6) * (4 + 4)
-    assert [ResidualShape(front=True, back=back, **sizes).response_bytes() for back in (True, False)] == [32, 0]

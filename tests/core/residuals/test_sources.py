@@ -379,7 +379,7 @@ def stop_in_chunk(number):
     """A progress callback that stops within a chunk of the five-block model."""
 
     def progress(phase, done, total):
-        if done == 5 * number + 2:
+        if phase == "precomputing residuals" and done == 5 * number + 2:
             raise Stopped
 
     return progress
