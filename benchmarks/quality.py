@@ -77,6 +77,8 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     return with_lora(), {
         "front": selection.front,
         "back": selection.back,
+        "tail": selection.tail,
+        "frozen": selection.frozen,
         "loss": statistics.fmean(result.losses[-50:]),
         "saved_bytes": result.saved_bytes,
         "block_bytes": sum(block.num_bytes for block in kept),
@@ -108,6 +110,13 @@ def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -
 
 def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
     """Return the arm's block selection."""
+    selection = _chosen(bench, arm, subject, settings)
+    return selection.with_exact_back() if arm.stand_in == "exact" else selection
+
+
+def _chosen(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
+    """Return the blocks that the arm skips or, with an exact back, freezes."""
+    from blockskip_pack.blockskip_core.selection.cost_and_influence import affordable_selection
     from blockskip_pack.blockskip_core.selection.presets import preset_selection
     from blockskip_pack.blockskip_core.selection.selection import BlockSelection, num_skipped
 
@@ -115,13 +124,17 @@ def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
     count = num_skipped(arm.ratio, blocks)
     if arm.choice == "preset":
         return preset_selection(arm.ratio, blocks, "flux")
+    if arm.choice in ("front, by bytes", "cost and influence"):
+        known = None if arm.choice == "front, by bytes" else influence(bench, blocks, None, settings)
+        return affordable_selection(arm.ratio, "flux", bench.block_bytes, known)
     spans = {"none": (0, 0), "first only": (count, 0), "last only": (0, count)}
     if arm.choice in spans:
         front, back = spans[arm.choice]
     else:
         about = subject if arm.choice == "measured on a trained model" else None
         front, back = influence(bench, blocks, about, settings).select(count)
-    return BlockSelection(front=front, back=back, num_blocks=blocks, family="flux")
+    tail = int(arm.choice == "measured, before the last block")
+    return BlockSelection(front=front, back=back, tail=tail, num_blocks=blocks, family="flux")
 
 
 def influence(bench: Bench, num_blocks: int, subject: str | None, settings: Settings) -> Any:
@@ -241,7 +254,7 @@ def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: l
 
     def training(arm: Arm) -> tuple:
         selection = choose(bench, arm, subject, settings)
-        return arm.views, arm.stand_in, tuple(arm.changes.items()), selection.front, selection.back
+        return arm.views, arm.stand_in, tuple(arm.changes.items()), selection
 
     if name == "base":
         return None

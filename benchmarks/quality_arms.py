@@ -8,7 +8,10 @@ from typing import Literal
 FULL, SMALL = 256, 128  # the world's full picture size, and the smaller training size
 
 Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
-Choice = Literal["none", "measured", "measured on a trained model", "preset", "first only", "last only"]
+Choice = Literal[
+    "none", "measured", "measured on a trained model", "preset", "first only", "last only",
+    "measured, before the last block", "front, by bytes", "cost and influence",
+]  # fmt: skip
 StandIn = Literal[
     "cached",
     "on the fly",
@@ -18,6 +21,7 @@ StandIn = Literal[
     "linear",
     "linear, refreshed",
     "new linear",
+    "exact",
     "int8",
     "fp8",
 ]
@@ -32,7 +36,7 @@ class Arm:
         part: The section of the table.
         source: Where it is in the paper; empty for our own arms.
         views: Pictures at full size, resized to the small size, or dynamic patches in an order.
-        choice, ratio: How first and last blocks are chosen, and the share that is skipped.
+        choice, ratio: How skipped blocks are chosen, and their share: of the number of blocks, or of their bytes.
         stand_in: What replaces the skipped blocks.
         changes: What differs from the common settings: rank, learning_rate, draws, refreshes.
     """
@@ -50,6 +54,7 @@ class Arm:
 BASELINE = "LoRA, all blocks, full size"
 HALF = {"choice": "measured", "ratio": 0.5}
 DEEP = "beyond the paper, 50 % skipped, patches"
+WHERE = "other places, 50 % skipped, patches"
 
 ARMS: tuple[Arm, ...] = (
     Arm(BASELINE, "upper bound", "Table 1", views="full"),
@@ -87,6 +92,17 @@ ARMS: tuple[Arm, ...] = (
     Arm("residuals in fp8", DEEP, **HALF, stand_in="fp8"),
     Arm("rank x 2", DEEP, **HALF, changes={"rank": 2}),
     Arm("learning rate x 2", DEEP, **HALF, changes={"learning_rate": 2}),
+    Arm("exact back", WHERE, **HALF, stand_in="exact"),
+    Arm("span before the last block", WHERE, choice="measured, before the last block", ratio=0.5),
+    Arm(
+        "span before the last block, new linear",
+        WHERE,
+        choice="measured, before the last block",
+        ratio=0.5,
+        stand_in="new linear",
+    ),
+    Arm("front only, half of the bytes", WHERE, choice="front, by bytes", ratio=0.5),
+    Arm("cost and influence, half of the bytes", WHERE, choice="cost and influence", ratio=0.5),
 )
 
 

@@ -35,6 +35,13 @@ CLAIMS = (  # claim, the arm that should be better, the one that should be worse
     ("a linear response per noise band beats a constant", "new linear", "skip 50%, patches"),
     ("it beats one matrix for all noise levels", "new linear", "linear response"),
     ("refreshing beats a linear response alone", "linear response, refreshed 4 times", "linear response"),
+    ("an exact back (frozen blocks run) beats the cached one", "exact back", "skip 50%, patches"),
+    ("skipping in front of the last block beats skipping the last", "span before the last block", "skip 50%, patches"),
+    ("there too a linear response per band beats a constant", "span before the last block, new linear",
+     "span before the last block"),
+    ("the front, by bytes, beats the paper's FLUX choice, scaled", "front only, half of the bytes",
+     "the paper's choice, scaled"),
+    ("cost and influence beats the measured choice", "cost and influence, half of the bytes", "skip 50%, patches"),
     ("more draws beat fewer", "skip 50%, patches", "a quarter of the draws"),
     ("residuals in int8 against exact ones", "residuals in int8", "skip 50%, patches"),
     ("residuals in fp8 against exact ones", "residuals in fp8", "skip 50%, patches"),
@@ -102,7 +109,7 @@ def table(cells: Cells) -> list[str]:
             lines.append(f"| **{part}** | | | | | | | | | | |")
         mean, error = mean_and_error(values)
         small, spread = mean_and_error(list(all_recovered(cells, arm.name, "held_out_loss_small").values()))
-        spans = f"{own[0]['front']} + {own[0]['back']}"
+        spans = spans_of(own[0])
         lines.append(
             f"| {arm.name} | {arm.source} | {spans} | **{mean:.3f}** ± {error:.3f} | {small:.3f} ± {spread:.3f} | "
             f"{_shares(own)} | "
@@ -110,6 +117,13 @@ def table(cells: Cells) -> list[str]:
             f"{_least(own, 'step_seconds') / slowest:.2f} |"
         )
     return lines
+
+
+def spans_of(cell: Cell) -> str:
+    """Return which blocks were skipped: first + last, those that ran frozen, and those kept after a span."""
+    frozen = f" ({cell['frozen']} frozen)" if cell.get("frozen") else ""
+    tail = f", last {cell['tail']} kept" if cell.get("tail") else ""
+    return f"{cell['front']} + {cell['back']}{frozen}{tail}"
 
 
 def _difference(values: Iterable[float]) -> str:

@@ -158,7 +158,13 @@ def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, *
         return FoldedSource()
     if stand_in == "nothing":
         return Nothing(**parts)
-    named = {"cached": "constant", "refreshed": "constant", "linear, refreshed": "linear", "new linear": "banded"}
+    named = {
+        "cached": "constant",
+        "refreshed": "constant",
+        "linear, refreshed": "linear",
+        "new linear": "banded",
+        "exact": "constant",
+    }
     kind = named.get(stand_in, stand_in)
     if "refreshed" in stand_in:
         return Refreshed(**parts, kind=kind, current=current, times=times)

@@ -97,6 +97,13 @@ class Bench:
 
         return len(HostedDit(self.model).blocks)
 
+    @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Weight bytes of each block."""
+        from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+        return HostedDit(self.model).block_bytes
+
     def encoded(self, subject: str, photos: list[Tensor], schedule: Any) -> Tensor:
         """Return clean latents of all draws, shape (draws, C, h, w); every crop is encoded once."""
         from blockskip_pack.blockskip_core.data.crops import TrainingCrops

@@ -39,6 +39,20 @@ class TokenStreams:
         """Return the tensors that exist, by name."""
         return {"img": self.img} if self.txt is None else {"img": self.img, "txt": self.txt}
 
+    def minus(self, other: TokenStreams) -> TokenStreams:
+        """Return the difference of the tokens that both have."""
+        txt = None if self.txt is None or other.txt is None else self.txt - other.txt
+        return TokenStreams(self.img - other.img, txt)
+
+    def plus(self, other: TokenStreams) -> TokenStreams:
+        """Return the sum of the tokens that both have."""
+        txt = None if self.txt is None or other.txt is None else self.txt + other.txt
+        return TokenStreams(self.img + other.img, txt)
+
+    def without_text(self) -> TokenStreams:
+        """Return the image tokens alone."""
+        return TokenStreams(self.img)
+
     def rows(self) -> list[TokenStreams]:
         """Return one stream per row of the batch, on the CPU, each with its own memory; the batch axis stays."""
         texts = [None] * len(self.img) if self.txt is None else self.txt.split(1)

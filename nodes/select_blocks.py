@@ -11,9 +11,10 @@ from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.patches import for_training
-from ..blockskip_core.hosts.sampling.measured_blocks import text_influence
+from ..blockskip_core.hosts.sampling.measured_blocks import stored_influence, text_influence
 from ..blockskip_core.hosts.sampling.probe_pictures import ProbeConfig
 from ..blockskip_core.reporting import pictures
+from ..blockskip_core.selection.cost_and_influence import TAILS, affordable_selection
 from ..blockskip_core.selection.presets import preset_selection
 from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
 from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
@@ -23,7 +24,8 @@ from .page.live_chart import announcer
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket
 
-MEASURED, PRESET, MANUAL = METHODS = ("attention mask", "preset", "manual")
+MEASURED, PRESET, MANUAL, AFFORDABLE = METHODS = ("attention mask", "preset", "manual", "cost and influence")
+BY_METHOD = -1  # of `tail`
 
 
 class SelectBlocks(io.ComfyNode):
@@ -80,13 +82,14 @@ def _choice_inputs() -> list[io.Input]:
         io.Combo.Input(
             "method", options=list(METHODS), default=MEASURED,
             tooltip="attention mask: measure on this model (samples many small pictures once and keeps the results). "
-            "preset: the paper's choice for FLUX.1, scaled for other models; instant. manual: `front` and `back` "
-            "below.",
+            "preset: the paper's choice for FLUX.1, scaled for other models; instant. manual: `front`, `back` and "
+            "`tail` below. cost and influence: skip that share of the bytes, at the front if possible because it "
+            "is exact there; uses what attention mask has measured with the same settings, samples nothing.",
         ),
         io.Float.Input(
             "skip_ratio", default=0.5, min=0.0, max=MAX_SKIP_RATIO, step=0.05,
-            tooltip="Share of the blocks to skip. 0.3 is close to full quality; 0.5 saves the most memory of the "
-            "ratios that the paper tested. Ignored by `manual`.",
+            tooltip="Share of the blocks to skip; for cost and influence, share of their bytes. 0.3 is close to full "
+            "quality; 0.5 saves the most memory of the ratios that the paper tested. Ignored by `manual`.",
         ),
         io.Int.Input(
             "front", default=19, min=0, max=1000,
@@ -136,6 +139,11 @@ def _probe_inputs() -> list[io.Input]:
             tooltip="Also measure a sliding window of a quarter of the blocks, for the heatmap. This takes about half "
             "as long again and does not change the choice.",
         ),
+        io.Int.Input(
+            "tail", default=BY_METHOD, min=BY_METHOD, max=1000, optional=True, advanced=True,
+            tooltip="Last blocks to keep and train after skipped ones. -1: by method, 1 to 3 for cost and influence "
+            "and 0 for manual. 0 for `back_residual` exact. Ignored by attention mask and preset, as in the paper.",
+        ),
     ]  # fmt: skip
 
 
@@ -153,6 +161,11 @@ class Choice:
     probe_seeds: int = 1
     seed: int = 0
     window_profile: bool = True
+    tail: int = BY_METHOD
+
+    def __post_init__(self) -> None:
+        if self.tail < BY_METHOD:
+            raise InvalidInputError(f"tail must be at least {BY_METHOD}, got {self.tail}.")
 
     @property
     def probe(self) -> ProbeConfig:
@@ -190,10 +203,14 @@ def choose_blocks(model: Any, choice: Choice, progress: NodeProgress, **plugged:
     if choice.method == MEASURED:
         influence = _measured(model, dit, choice, progress, **plugged)
         selection = measured_selection(influence, choice.skip_ratio, dit.family, dit.block_bytes)
+    elif choice.method == AFFORDABLE:
+        influence = stored_influence(model, probe=choice.probe, **plugged)
+        tails = TAILS if choice.tail == BY_METHOD else (choice.tail,)
+        selection = affordable_selection(choice.skip_ratio, dit.family, dit.block_bytes, influence, tails=tails)
     else:
         selection = _without_measuring(dit, choice)
     report = selection.describe()
-    if influence is not None:
+    if choice.method == MEASURED and influence is not None:
         if plugged["vae"] is None or plugged["clip_vision"] is None:
             report += "\nConnect `vae` and `clip_vision` to compare pictures as in the paper."
         report += "\n\nFor other budgets, as far as measured:\n" + selection_table(influence, dit.block_bytes)
@@ -222,9 +239,10 @@ def _without_measuring(dit: HostedDit, choice: Choice) -> BlockSelection:
         return BlockSelection(
             front=choice.front,
             back=choice.back,
+            tail=max(0, choice.tail),
             num_blocks=len(dit.blocks),
             family=dit.family,
             block_bytes=dit.block_bytes,
             note="Chosen by hand.",
         )
-    raise InvalidInputError(f"method must be attention mask, preset or manual, got {choice.method!r}.")
+    raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {choice.method!r}.")

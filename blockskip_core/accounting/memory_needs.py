@@ -145,7 +145,7 @@ def memory_needs(
     """
     once = once or CountedOnce()
     selection, shape = plan.selection, plan.latent_shape
-    spans = (tuple(shape), selection.front, selection.back, selection.frozen, plan.caption)
+    spans = (tuple(shape), selection.front, selection.back, selection.frozen, selection.tail, plan.caption)
     passing = not plan.on_the_fly
     tokens = token_shapes(dit, shape, block=max(0, selection.front - 1), caption=plan.caption)
     residual = residual_of_zeros(tokens, selection)
@@ -199,6 +199,7 @@ def _disk(plan: RunPlan, tokens: TokenStreams) -> int:
     shape = ResidualShape(
         front=plan.selection.front > 0,
         back=plan.selection.back > 0,
+        back_has_text=plan.selection.back_has_text,
         img_tokens=tokens.img.shape[1],
         txt_tokens=0 if tokens.txt is None else tokens.txt.shape[1],
         width=tokens.img.shape[2],
@@ -216,8 +217,10 @@ def _host_precompute(plan: RunPlan, tokens: TokenStreams, counted: PhaseCount) -
     stream, img = _bytes(tokens.tensors().values()), tokens.img
     per_draw = stream + stream * (plan.selection.front > 0)  # on its way through the blocks, and as the front's output
     if plan.selection.back:  # summed in float32 at least, then stored in the stream's dtype while the sum still exists
-        summed = img.numel() * max(4, img.itemsize)
-        per_draw += summed + img.nbytes + math.prod(plan.latent_shape) * 4
+        text = tokens.txt if plan.selection.back_has_text else None
+        numbers = img.numel() + (0 if text is None else text.numel())
+        per_draw += numbers * (max(4, img.itemsize) + img.itemsize)
+        per_draw += 0 if plan.selection.tail else math.prod(plan.latent_shape) * 4  # outputs, if all draws pass the end
         per_draw += img.nbytes * plan.linear
     fitting = fit_bytes(img.shape[2]) if plan.linear and plan.selection.back else 0
     return counted.host + (plan.chunk - 1) * per_draw + fitting

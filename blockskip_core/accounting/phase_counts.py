@@ -124,7 +124,12 @@ def token_shapes(dit: SkippableDit, latent_shape: Sequence[int], *, block: int =
 
 def residual_of_zeros(tokens: TokenStreams, selection: BlockSelection) -> Residual:
     """Return one draw's residual in the form in which it is replayed, for tokens of these shapes."""
-    return Residual(tokens if selection.front else None, tokens.img.clone() if selection.back else None)
+    text = tokens.txt if selection.back_has_text else None
+    return Residual(
+        tokens if selection.front else None,
+        tokens.img.clone() if selection.back else None,
+        None if text is None else text.clone(),
+    )
 
 
 def count_training(

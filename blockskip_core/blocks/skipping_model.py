@@ -62,7 +62,7 @@ class SkippingModel:
             return replayed
         keeps: Kept = "front" if isinstance(replayed, ReplayFront) else "nothing"
         if index in self._selection.back_span:
-            keeps = "back"
+            keeps = "back with text" if self._selection.back_has_text else "back"
         return FoldedBlock(self._dit.module(block.name), block.io, self._fold, replayed, keeps=keeps)
 
     def linears(self) -> dict[str, nn.Module]:
@@ -112,6 +112,7 @@ class SkippingModel:
         device = self._dit.device
         self._replay.front = None if stored.front is None else stored.front.map(lambda x: x.to(device))
         self._replay.back = None if stored.back is None else stored.back.to(device)
+        self._replay.back_txt = None if stored.back_txt is None else stored.back_txt.to(device)
         if self._replay.response is not None:
             assert self._sigma is not None, "it is set with the response"
             self._replay.bands = self._replay.response.bands([self._sigma(draw) for draw in batch]).to(device)

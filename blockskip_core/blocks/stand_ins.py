@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..model import BlockIO, TokenStreams
@@ -28,7 +28,7 @@ from .replay import Replay
 from .saved_bytes import SavedBytes
 from .weight_sharing import weight_sharing_copy
 
-Kept = Literal["front", "back", "nothing"]
+Kept = Literal["front", "back", "back with text", "nothing"]
 
 
 class PassThrough(nn.Module):
@@ -62,7 +62,10 @@ class ReplayFront(_Replaying):
 
 
 class AddResidual(_Replaying):
-    """Adds ``replay.back`` to the image tokens; text tokens pass unchanged, because no head reads them."""
+    """Adds ``replay.back`` to the image tokens, and ``replay.back_txt`` to the text tokens if it is set.
+
+    Otherwise text tokens pass unchanged, because no head reads them.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         entering = self.io.entering(args, kwargs)
@@ -71,7 +74,10 @@ class AddResidual(_Replaying):
         if self.replay.response is not None:
             assert self.replay.bands is not None, "a response depends on the noise level"
             img = img + self.replay.response.added(entering.img, self.replay.bands)
-        return self.io.result(TokenStreams(img, entering.txt), args, kwargs)
+        txt = entering.txt
+        if txt is not None and self.replay.back_txt is not None:
+            txt = txt + self.replay.back_txt.to(txt)
+        return self.io.result(TokenStreams(img, txt), args, kwargs)
 
 
 class _StandIn(nn.Module):
@@ -167,12 +173,12 @@ class Fold:
     Attributes:
         recording: Whether this is the recording pass.
         front: Output of the front span in the recording pass.
-        back: Sum of the image residuals of the back span in the recording pass.
+        back: Sum of the residuals of the back span in the recording pass, of image and text tokens.
     """
 
     recording: bool = False
     front: TokenStreams | None = None
-    back: Tensor | None = None
+    back: TokenStreams | None = None
     replay: Replay = field(default_factory=Replay)
 
     def start_recording(self) -> None:
@@ -182,7 +188,9 @@ class Fold:
     def start_replay(self) -> None:
         """Begin the training pass."""
         self.recording = False
-        self.replay.front, self.replay.back = self.front, self.back
+        self.replay.front = self.front
+        self.replay.back = self.back.img if self.back else None
+        self.replay.back_txt = self.back.txt if self.back else None
 
 
 class FoldedBlock(_StandIn):
@@ -193,8 +201,8 @@ class FoldedBlock(_StandIn):
         io: How the block takes and returns tokens.
         fold: State of the two passes.
         replayed: The weightless stand-in of the training pass.
-        keeps: What the recording pass keeps of this block: its output ("front"), its image residual ("back"), or
-            nothing.
+        keeps: What the recording pass keeps of this block: its output ("front"), its residual ("back", of image tokens alone
+            or "back with text"), or nothing.
     """
 
     def __init__(
@@ -217,9 +225,10 @@ class FoldedBlock(_StandIn):
             return self.replayed(*args, **kwargs)
         result = self.run(*args, **kwargs)
         leaving = self.io.leaving(result, args, kwargs)
-        if self.keeps == "back":
-            added = leaving.img - self.io.entering(args, kwargs).img
-            self.fold.back = added if self.fold.back is None else self.fold.back + added
+        if self.keeps in ("back", "back with text"):
+            added = leaving.minus(self.io.entering(args, kwargs))
+            added = added if self.keeps == "back with text" else added.without_text()
+            self.fold.back = added if self.fold.back is None else self.fold.back.plus(added)
         elif self.keeps == "front":
             self.fold.front = leaving.map(torch.clone)
         return result

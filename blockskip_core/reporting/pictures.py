@@ -110,7 +110,8 @@ def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict:
 
 
 def _bytes_line(selection: BlockSelection) -> str:
-    counts = f"first {selection.front}, last {selection.back} of {selection.num_blocks} skipped"
+    back = f"{selection.back} before the last {selection.tail}" if selection.tail else f"last {selection.back}"
+    counts = f"first {selection.front}, {back} of {selection.num_blocks} skipped"
     if not selection.block_bytes:
         return counts
     return (

@@ -32,7 +32,7 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
         else:
             at_front = index < selection.front
             top, height, kind = 14, 24, "front" if at_front else "back"
-            what = f"skipped at the {kind}"
+            what = "skipped near the end" if selection.tail and not at_front else f"skipped at the {kind}"
         size = f", {format_bytes(selection.block_bytes[index])}" if selection.block_bytes else ""
         rect = element(
             "rect",
@@ -48,7 +48,9 @@ def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
         x, y = index * cell, 67 + 18 * (number % 2)  # in two rows, because a kind may be narrow
         shapes.append(element("line", x1=place(x), y1=50, x2=place(x), y2=y, class_="axis"))
         shapes.append(element("text", _kind(names[index]), x=place(x + 3), y=y, class_="label"))
-    counts = f"{selection.front} skipped, {len(selection.kept)} trained, {selection.back} skipped"
+    between = len(selection.kept) - selection.tail
+    counts = f"{selection.front} skipped, {between} trained, {selection.back} skipped"
+    counts += f", {selection.tail} trained" if selection.tail else ""
     return _drawing(f"Blocks in order: {counts}", 90, shapes)
 
 

@@ -216,12 +216,12 @@ def _blocks(report: RunReport) -> list[Markup]:
         for kind, what, count in (
             ("front", "skipped at the front", selection.front),
             ("kept", "trained", len(selection.kept)),
-            ("back", "skipped at the back", selection.back),
+            ("back", "skipped near the end" if selection.tail else "skipped at the back", selection.back),
         )
     ]
     rows = {
         "Model family": report.family,
-        "Skipped": f"the first {selection.front} and the last {selection.back} of {selection.num_blocks}",
+        "Skipped": selection.skipped_words,
         "Chosen by": selection.method,
     }
     if selection.block_bytes:

@@ -5,10 +5,11 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
     front.img, front.txt   tokens leaving the front span; exact, because no adapter comes before them
     back                   what the back span adds to the image tokens, as the sum of its blocks' differences; with a
                            response, minus the linear part
+    back.txt               what it adds to the text tokens, if kept blocks follow
     latent                 the clean latent of the draw's crop
     reference              the full model's clean estimate, for the first draw of a chunk
     *.scale                scales of tensors that are stored in eight bits (``format``)
-    response               the back span's linear response to its input (``back_response``), with the very first draw
+    response.*             the back span's linear response to its input (``back_response``), with the first draw
 
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest does
 not match, or a tensor that does not match its checksum, is never used. Shards are written first, each under a temporary

@@ -102,6 +102,7 @@ def with_response(computed: Precomputed, schedule: TrainingSchedule, response: L
         draw: Residual(
             residual.front,
             constant_part(_back(computed, draw), computed.entering[draw], response, schedule[draw].sigma),
+            residual.back_txt,
         )
         for draw, residual in computed.residuals.items()
     }

@@ -31,6 +31,7 @@ class ResidualShape:
 
     Attributes:
         front, back: Whether a front and a back span are skipped.
+        back_has_text: Whether the back's residual has text tokens too.
         img_tokens: N.
         txt_tokens: L, 0 for families whose text is not part of the stream.
         width: D.
@@ -45,10 +46,12 @@ class ResidualShape:
     width: int
     itemsize: int
     form: ResidualFormat = "exact"
+    back_has_text: bool = False
 
     def num_bytes(self, draws: int = 1) -> int:
         """Return the bytes of ``draws`` draws: exact, apart from file headers and latents."""
         tokens = (self.img_tokens + self.txt_tokens) * self.front + self.img_tokens * self.back
+        tokens += self.txt_tokens * self.back_has_text
         return draws * tokens * (self.width * self.itemsize if self.form == "exact" else self.width + SCALE_BYTES)
 
 

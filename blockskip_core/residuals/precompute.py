@@ -10,7 +10,7 @@ A run is one block, or as many as the caller has room for: a block's input and o
 fewer passes through the rest of the model.
 
 The tokens leaving block n - 1 are the front's stored output. The additions of all blocks in the back span to the image
-tokens are summed; storing the sum of differences rather than last minus first avoids counting twice what a host adds
+tokens are summed, and those to the text tokens too if kept blocks follow that read them; storing the sum of differences rather than last minus first avoids counting twice what a host adds
 between blocks (control residuals). The output of the last block, run this way, is the full model's own output; for the
 chunk's first draw it is kept, so that training can check itself against the full model without loading it.
 """
@@ -86,10 +86,10 @@ def precompute_residuals(
     draws = list(dict.fromkeys(draws))
     stream = _BlockStream(dit, schedule, latents, batch_size)
     kept = _Kept(selection, keep_entering)
-    # Without a back span only the reference has to go beyond the front.
-    cut = 0 if selection.back else selection.front
+    # Beyond the last skipped block only the reference has to go.
+    cut = selection.back_span.stop if selection.back else selection.front
     for span in _runs_that_fit([block.num_bytes for block in dit.blocks], room, cut):
-        passing = draws if selection.back or span.stop <= selection.front else draws[:1]
+        passing = draws if span.stop <= cut else draws[:1]
         passed, reported = 0, span.start
         with closing(stream.through(span, kept.wanted & set(span), passing)) as batches:
             for batch, seen in batches:
@@ -127,12 +127,13 @@ class _Kept:
 
     def __init__(self, selection: BlockSelection, keep_entering: bool) -> None:
         self._last_of_front = selection.front - 1
+        self._with_text = selection.back_has_text
         self._back_span = selection.back_span
         self._first_of_back = selection.back_span.start if keep_entering and selection.back else None
         self.wanted = {self._last_of_front, *self._back_span}
         self.entering: dict[int, Tensor] = {}
         self._front: dict[int, TokenStreams] = {}
-        self._back: dict[int, Tensor] = {}
+        self._back: dict[int, TokenStreams] = {}
         self._dtype: torch.dtype | None = None
 
     def take(self, index: int, batch: Sequence[int], recording: Recording) -> None:
@@ -143,13 +144,23 @@ class _Kept:
         if index == self._first_of_back:
             self.entering.update(zip(batch, _rows(recording.entering.img), strict=True))
         if index in self._back_span:
-            for draw, added in zip(batch, _rows(_difference(recording.leaving, recording.entering)), strict=True):
-                self._back[draw] = self._back[draw] + added if draw in self._back else added
+            for draw, added in zip(batch, self._added(recording).rows(), strict=True):
+                self._back[draw] = self._back[draw].plus(added) if draw in self._back else added
 
     def residual(self, draw: int) -> Residual:
         """Return the residual of a draw, in the dtype of the streams."""
         back = self._back.get(draw)
-        return Residual(self._front.get(draw), None if back is None else back.to(self._dtype))
+        if back is None:
+            return Residual(self._front.get(draw), None)
+        back = back.map(lambda x: x.to(self._dtype))
+        return Residual(self._front.get(draw), back.img, back.txt)
+
+    def _added(self, recording: Recording) -> TokenStreams:
+        """Return what a block adds to the tokens, in a dtype wide enough for summing over many blocks."""
+        seen = (recording.leaving, recording.entering)
+        dtype = torch.promote_types(recording.leaving.img.dtype, torch.float32)
+        leaving, entering = ((x if self._with_text else x.without_text()).map(lambda x: x.to(dtype)) for x in seen)
+        return leaving.minus(entering)
 
 
 class _BlockStream:
@@ -212,12 +223,6 @@ class _BlockStream:
 def _rows(tensor: Tensor) -> list[Tensor]:
     """Return the rows of a batch, on the CPU, each with its own memory; the batch axis stays."""
     return [plain_copy(row) for row in tensor.split(1)]
-
-
-def _difference(leaving: TokenStreams, entering: TokenStreams) -> Tensor:
-    """Return what a block adds to the image tokens, in a dtype wide enough for summing over many blocks."""
-    dtype = torch.promote_types(leaving.img.dtype, torch.float32)
-    return leaving.img.to(dtype) - entering.img.to(dtype)
 
 
 def _require_finite(residuals: dict[int, Residual], reference: Reference) -> None:

@@ -69,7 +69,7 @@ class ResidualSet:
             )
         if self.back_residual == "exact" and self.selection.back:
             raise InvalidInputError(
-                f"An exact back freezes the last blocks, but this selection skips {self.selection.back} of them."
+                f"An exact back freezes its blocks, but this selection skips {self.selection.back} of them."
             )
         if self.identity.residual_format not in RESIDUAL_FORMATS:
             raise InvalidInputError(
@@ -88,6 +88,7 @@ def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[in
         return ResidualShape(
             front=residuals.selection.front > 0,
             back=residuals.selection.back > 0,
+            back_has_text=residuals.selection.back_has_text,
             img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
             txt_tokens=txt_tokens,
             width=dit.width,

@@ -1,4 +1,4 @@
-"""Which blocks to skip: the first n and the last m (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2).
+"""Which blocks to skip: the first n, and a span near the end (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.2).
 
 The paper replaces both spans by what they computed before training. At the front that is exact, in value and gradient,
 because the output of a front block does not depend on the LoRA after it. At the back neither is exact: the input of the
@@ -6,6 +6,15 @@ last blocks changes with the LoRA, and the gradient passes as if they were not t
 instead of skipped, which is not in the paper: they have no adapters but run forward and backward, which equals training
 the whole model with a LoRA on the middle blocks. This takes memory and time; to save memory, their weights can be
 quantised and their activations recomputed.
+
+Nor does the paper leave the end of the model in place: here a few last blocks, the *tail*, may stay and be trained, so that
+the skipped span lies in front of them. From the first block to the last:
+
+    front    skipped, exact
+    middle   trained
+    frozen   run without adapters, exact
+    back     skipped, exact at the start of the training only; the paper's last m
+    tail     trained
 """
 
 from __future__ import annotations
@@ -22,7 +31,7 @@ from ..units import format_bytes
 MAX_SKIP_RATIO = 0.9
 
 
-SelectionMethod = Literal["attention mask", "preset", "manual"]
+SelectionMethod = Literal["attention mask", "preset", "manual", "cost and influence"]
 
 
 def num_skipped(skip_ratio: float, num_blocks: int) -> int:
@@ -43,11 +52,12 @@ def num_skipped(skip_ratio: float, num_blocks: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSelection:
-    """The blocks that are replaced by stored residuals: the first ``front`` and the last ``back`` of ``num_blocks``.
+    """The blocks that are replaced by stored residuals: the first ``front``, and ``back`` in front of the tail.
 
     Attributes:
         front, back: The paper's n and m.
-        frozen: How many of the last kept blocks run without adapters.
+        frozen: How many of the blocks before the skipped back run without adapters.
+        tail: How many of the last blocks are trained after the back; 0 in the paper.
         num_blocks: Number of blocks in the model.
         family: Name of the model family.
         method: How it was chosen.
@@ -66,35 +76,57 @@ class BlockSelection:
     block_bytes: tuple[int, ...] = field(default=(), compare=False)
     note: str = field(default="", compare=False)
     frozen: int = 0
+    tail: int = 0
 
     def __post_init__(self) -> None:
         if self.front < 0 or self.back < 0:
             raise InvalidInputError(f"front and back must not be negative, got {self.front} and {self.back}.")
         if self.frozen < 0:
             raise InvalidInputError(f"frozen must not be negative, got {self.frozen}.")
+        if self.tail < 0:
+            raise InvalidInputError(f"tail must not be negative, got {self.tail}.")
         if self.front + self.back + self.frozen >= self.num_blocks:
             raise InvalidInputError(
                 f"Skipping the first {self.front} and the last {self.back + self.frozen} of {self.num_blocks} blocks "
                 f"leaves none to train. Lower front or back so that together they are at most {self.num_blocks - 1}."
             )
+        if self.front + self.back + self.frozen + self.tail >= self.num_blocks:
+            raise InvalidInputError(
+                f"Skipping the first {self.front} blocks and {self.back + self.frozen} in front of the last {self.tail} "
+                f"of {self.num_blocks} leaves none to train between them. Keep fewer last blocks, or skip fewer."
+            )
 
     @property
-    def kept(self) -> range:
+    def kept(self) -> tuple[int, ...]:
         """Indices of the blocks that run in training."""
-        return range(self.front, self.num_blocks - self.back)
+        return (*self.middle, *self.frozen_span, *self.tail_span)
 
     @property
-    def adapted(self) -> range:
+    def adapted(self) -> tuple[int, ...]:
         """Indices of the blocks that get adapters."""
-        return range(self.front, self.num_blocks - self.back - self.frozen)
+        return (*self.middle, *self.tail_span)
+
+    @property
+    def middle(self) -> range:
+        """Indices of the trained blocks after the front."""
+        return range(self.front, self.num_blocks - self.tail - self.back - self.frozen)
 
     @property
     def frozen_span(self) -> range:
         """Indices of the blocks that run without adapters."""
-        return range(self.adapted.stop, self.kept.stop)
+        return range(self.middle.stop, self.back_span.start)
+
+    @property
+    def tail_span(self) -> range:
+        """Indices of the trained blocks after the back."""
+        return range(self.num_blocks - self.tail, self.num_blocks)
 
     def with_exact_back(self) -> BlockSelection:
-        """Return the selection with its last blocks frozen instead of skipped, so that nothing is approximated."""
+        """Return the selection with its back frozen instead of skipped, so that nothing is approximated.
+
+        A tail stays trained. What the frozen blocks pass on to it, and the gradient that it sends through them, are
+        those of the whole model.
+        """
         return replace(self, back=0, frozen=self.frozen + self.back)
 
     @property
@@ -104,13 +136,19 @@ class BlockSelection:
 
     @property
     def back_span(self) -> range:
-        """Indices of the last, skipped blocks."""
-        return range(self.num_blocks - self.back, self.num_blocks)
+        """Indices of the skipped blocks in front of the tail."""
+        return range(self.num_blocks - self.tail - self.back, self.num_blocks - self.tail)
+
+    @property
+    def back_has_text(self) -> bool:
+        """Whether a kept block reads the text tokens that leave the back; no head does."""
+        return self.back > 0 and self.tail > 0
 
     @property
     def fingerprint(self) -> str:
         """Content hash of what determines the residuals, 32 hexadecimal digits; frozen blocks have no residuals."""
-        content = json.dumps([self.front, self.back, self.num_blocks, self.family])
+        place = [self.tail] if self.back_has_text else []  # nothing is added for the paper's form, so that caches stay
+        content = json.dumps([self.front, self.back, self.num_blocks, self.family, *place])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def require_for(self, num_blocks: int, family: str) -> None:
@@ -131,15 +169,19 @@ class BlockSelection:
         """Weight bytes of the skipped blocks."""
         return sum(self.block_bytes) - self.kept_bytes
 
+    @property
+    def skipped_words(self) -> str:
+        """Which blocks are skipped, in words."""
+        back = f"{self.back} in front of the last {self.tail}" if self.back_has_text else f"the last {self.back}"
+        return f"the first {self.front} and {back} of {self.num_blocks}"
+
     def describe(self) -> str:
         """Return the selection in blocks and bytes, several lines."""
         skipped = self.front + self.back
-        lines = [
-            f"Skip the first {self.front} and the last {self.back} of {self.num_blocks} blocks "
-            f"({skipped / self.num_blocks:.0%}); train {len(self.adapted)}.",
-        ]
+        lines = [f"Skip {self.skipped_words} blocks ({skipped / self.num_blocks:.0%}); train {len(self.adapted)}."]
         if self.frozen:
-            lines.append(f"The last {self.frozen} also run in training, without adapters.")
+            where = f"{self.frozen} in front of the last {self.tail}" if self.tail else f"The last {self.frozen}"
+            lines.append(f"{where} also run in training, without adapters.")
         if self.block_bytes:
             total = sum(self.block_bytes)
             lines.append(

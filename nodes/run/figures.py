@@ -17,13 +17,14 @@ from .versions import software_versions, version_of
 
 IN_METADATA = (
     "trained_with", "base_model", "base_model_identity", "base_model_version", "architecture", "file_format", "loads_in",
-    "rank", "alpha", "targets", "skipped_first", "skipped_last", "frozen_last", "blocks", "selection_method", "patch_min",
+    "rank", "alpha", "targets", "skipped_first", "skipped_last", "frozen_last", "kept_last", "blocks", "selection_method",
+    "patch_min",
     "patch_max", "patch_order", "timesteps", "residuals", "back_residual",
     "residual_format", "steps", "steps_planned", "batch_size", "accumulation", "learning_rate", "quantize_kept", "seed",
     "draws_seed", "peft_version",
 )  # fmt: skip
 ON_NODE = (
-    "file", "summary_file", "quantize_kept", "blocks", "skipped_first", "skipped_last", "frozen_last", "kept_blocks",
+    "file", "summary_file", "quantize_kept", "blocks", "skipped_first", "skipped_last", "frozen_last", "kept_last", "kept_blocks",
     "kept_parameters",
     "kept_weights_bytes", "all_parameters", "all_weights_bytes", "saved_for_backward_bytes", "lora_parameters",
     "peak_memory_bytes", "peak_memory_of", "seconds_per_step", "steps", "loss_of_first_tenth", "loss_of_last_tenth",
@@ -122,6 +123,7 @@ def _model_facts(run: PreparedRun) -> dict[str, Any]:
         "skipped_first": selection.front,
         "skipped_last": selection.back,
         "frozen_last": selection.frozen,
+        "kept_last": selection.tail,
         "selection_method": selection.method,
         "kept_blocks": len(kept),
         "kept_parameters": sum(block.num_parameters for block in kept),

@@ -149,6 +149,7 @@ def _identity(
             "scale": adapters.scale,
             "quantize_kept": request.quantize_kept,
             **({"quantize_frozen": request.quantize_frozen} if residuals.selection.frozen else {}),
+            **({"kept last": residuals.selection.tail} if residuals.selection.tail else {}),
             "targets": request.targets,
             "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
             "made by": f"BlockSkip {VERSION}",

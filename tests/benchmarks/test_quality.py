@@ -62,6 +62,27 @@ def test_every_stand_in_trains_and_starts_from_the_full_model(small: SimpleNames
             assert (costs["front"], costs["back"]) == (4, 2)
 
 
+def test_the_places_of_the_skipped_blocks_train_too(small: SimpleNamespace, bench, monkeypatch) -> None:
+    import torch
+    from blockskip_pack.blockskip_core.selection.text_influence import TextInfluence
+
+    arms, few = bench("quality_arms"), bench("quality_world").Settings(steps=4, draws=8)
+    front = {n: 10.0 * n for n in range(12)}
+    back = {n: 0.0 if n == 0 else 9.0 + 0.001 * n for n in range(12)}
+    monkeypatch.setattr(small.quality, "influence", lambda *_: TextInfluence(12, front=front, back=back))
+    spans = {}
+    with torch.no_grad():
+        for name in (arm.name for arm in arms.ARMS if arm.part == arms.WHERE):
+            _, costs = small.quality.train(small.world, arms.arm_named(name), "pip", 0, few)
+            assert math.isfinite(costs["loss"])
+            spans[name] = bench("quality_report").spans_of(costs)
+    assert spans["span before the last block"] == spans["span before the last block, new linear"]
+    assert spans["span before the last block"].endswith(", last 1 kept")
+    assert spans["front only, half of the bytes"].endswith(" + 0")
+    assert "frozen)" in spans["exact back"]
+    assert "kept" in spans["cost and influence, half of the bytes"]
+
+
 def rows_in(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "quality_cells.jsonl").read_text().splitlines()]
 

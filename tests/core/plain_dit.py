@@ -218,19 +218,21 @@ def reference_denoise(
 
     img, txt, vec = net.embed(noisy, sigmas, text)
     back = selection.back if selection else 0
-    base_img, base_txt, before_back = img, txt, None
+    last = len(dit.blocks) - (selection.tail if selection else 0)  # the first block after the skipped back
+    base_img, base_txt, before_back = img, txt, (img, txt)
     for index, info in enumerate(dit.blocks):
-        if back and index == len(dit.blocks) - back:
-            before_back = base_img
+        if index == last - back:
+            before_back = base_img, base_txt
         base_img, base_txt = _without(lora, block, info.name, base_img, base_txt, vec)
         if selection is not None and index < selection.front:
             img, txt = base_img, base_txt
-        elif index < len(dit.blocks) - back:
+        elif index < last - back or index >= last:
             img, txt = block(info.name, img, txt, vec)
-    if back:
-        moved = img - before_back.detach()
-        img = img + (base_img - before_back).detach()
-        img = img if response is None else img + response(moved)
+        elif index == last - 1:
+            moved = img - before_back[0].detach()
+            img = img + (base_img - before_back[0]).detach()
+            img = img if response is None else img + response(moved)
+            txt = txt + (base_txt - before_back[1]).detach()
     velocity = linear("head", img).mT.unflatten(2, noisy.shape[2:])
     return noisy - sigmas.view(-1, 1, 1, 1) * velocity
 
@@ -263,9 +265,9 @@ def latents(count: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(count, *LATENT_SHAPE, generator=torch.Generator().manual_seed(5), dtype=dtype)
 
 
-def selection(front: int, back: int, num_blocks: int = 5) -> BlockSelection:
+def selection(front: int, back: int, num_blocks: int = 5, tail: int = 0) -> BlockSelection:
     """A selection for the model of the default size."""
-    return BlockSelection(front=front, back=back, num_blocks=num_blocks, family="plain")
+    return BlockSelection(front=front, back=back, num_blocks=num_blocks, family="plain", tail=tail)
 
 
 def lora_for(

@@ -90,9 +90,9 @@ class TinyFamily:
         """All (front, back)."""
         return [(n, m) for n in range(self.num_blocks) for m in range(self.num_blocks - n)]
 
-    def chosen(self, front: int, back: int):
+    def chosen(self, front: int, back: int, tail: int = 0):
         """A selection."""
-        return selection(front, back, self.num_blocks)
+        return selection(front, back, self.num_blocks, tail)
 
     def captions(self, lengths: Sequence[int] = (5,), seed: int = 1, **settings: Any) -> list[list]:
         """Single conditionings with these numbers of text tokens."""

@@ -57,7 +57,7 @@ CONTRACT = {
         """
             model MODEL
             positive CONDITIONING
-            method COMBO = attention mask {attention mask | preset | manual}
+            method COMBO = attention mask {attention mask | preset | manual | cost and influence}
             skip_ratio FLOAT = 0.5 [0.0, 0.9] step 0.05
             front INT = 19 [0, 1000]
             back INT = 10 [0, 1000]
@@ -70,6 +70,7 @@ CONTRACT = {
             probe_seeds INT? = 1 [1, 64]
             seed INT? = 0 [0, 18446744073709551615] control
             window_profile BOOLEAN? = True
+            tail INT? = -1 [-1, 1000]
         """,
         [("selection", "BLOCKSKIP_SELECTION"), ("heatmap", "IMAGE"), ("report", "STRING")],
     ),

@@ -68,7 +68,9 @@ def test_select_refuses_a_ratio_out_of_range(bench, ratio):
         ({"probe_steps": 0}, "steps must be at least 1, got 0"),
         ({"probe_seeds": 0}, "num_seeds must be at least 1, got 0"),
         ({"probe_size": 100}, "multiple of 16 px, got 100"),
-        ({"method": "guess"}, "attention mask, preset or manual, got 'guess'"),
+        ({"tail": -2}, "tail must be at least -1, got -2"),
+        ({"method": "manual", "front": 2, "back": 1, "tail": 3}, "none to train between them"),
+        ({"method": "guess"}, "one of attention mask, preset, manual, cost and influence, got 'guess'"),
     ],
     ids=str,
 )

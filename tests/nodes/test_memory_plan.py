@@ -52,9 +52,11 @@ def test_a_card_that_is_too_small_is_told_what_to_change(plan):
 @pytest.mark.parametrize("residual_format", ["exact", "int8"])
 @pytest.mark.parametrize("back_residual", ["constant", "linear"])
 @pytest.mark.parametrize("storage", ["disk", "chunked"])
-def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, back_residual, storage):
+@pytest.mark.parametrize("spans", [{}, {"front": 1, "back": 2, "tail": 1}], ids=["ends", "span"])
+def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, back_residual, storage, spans):
     settings = {"residual_format": residual_format, "back_residual": back_residual, "chunk_size": 4, "storage": storage}
-    residuals = bench.precompute(draws=6, patch_min=32, patch_max=48, **settings)[0]
+    selection = bench.select(**spans)[0]
+    residuals = bench.precompute(draws=6, patch_min=32, patch_max=48, selection=selection, **settings)[0]
     planned = planned_run(bench, nodes, residuals.selection, **settings)
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
     from blockskip_pack.blockskip_core.residuals.residual_set import residual_bytes

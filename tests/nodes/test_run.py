@@ -36,6 +36,9 @@ def assert_same_weights(one, other):
         )
 
 
+BEFORE_AND_AFTER = {"double_blocks.1", "single_blocks.0", "single_blocks.3"}
+
+
 def assert_picture(image):
     assert image.ndim == 4
     assert image.shape[0] == 1
@@ -106,6 +109,37 @@ def test_with_an_exact_back_the_last_blocks_run_without_adapters(bench, storage)
     assert "frozen last: 1" in bench.apply(lora=trained[0]).args[1]
     after = weights(bench.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("back_residual", ["constant", "linear", "exact"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_span_in_front_of_last_blocks_that_are_trained(bench, storage, back_residual):
+    selection, heatmap, report = bench.select(front=1, back=2, tail=1).args
+    assert "Skip the first 1 and 2 in front of the last 1 of 6 blocks (50%); train 3." in report
+    assert_picture(heatmap)
+    settings = {"storage": storage, "back_residual": back_residual, "chunk_size": 4}
+    residuals = bench.precompute(selection=selection, **settings)[0]
+    trained = bench.train(residuals=residuals, quantize_frozen="off")
+    figures = trained.ui["blockskip"][0]
+    assert (figures["skipped_first"], figures["kept_last"]) == (1, 1)
+    assert (figures["skipped_last"], figures["frozen_last"]) == ((0, 2) if back_residual == "exact" else (2, 0))
+    assert {".".join(name.split(".")[1:3]) for name in trained[0]} == BEFORE_AND_AFTER
+    assert storage == "on the fly" or figures["self_check"] < 1e-4
+    assert "kept last: 1" in bench.apply(lora=trained[0]).args[1]
+
+
+def test_cost_and_influence_reads_what_was_measured_and_samples_nothing(bench, nodes, monkeypatch):
+    probe = {"probe_size": 32, "probe_steps": 1, "window_profile": False}
+    first, _, report = bench.select(method="cost and influence", skip_ratio=0.4, **probe).args
+    assert (first.front, first.back) == (2, 0)
+    assert "No measurement is stored for this model and these probe settings, so front first." in report
+    bench.select(method="attention mask", skip_ratio=0.6, **probe)
+    monkeypatch.setattr(nodes.select_blocks, "text_influence", None)
+    chosen, heatmap, report = bench.select(method="cost and influence", skip_ratio=0.4, **probe).args
+    assert "Predicted loss of influence" in report
+    assert chosen.skipped_bytes >= 0.4 * sum(chosen.block_bytes)
+    assert chosen.tail in ((1, 2, 3) if chosen.back else (0,))
+    assert_picture(heatmap)
 
 
 def test_the_residuals_of_an_exact_back_are_those_of_its_front(bench):

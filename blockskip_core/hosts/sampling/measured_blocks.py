@@ -53,12 +53,10 @@ def text_influence(
         InvalidInputError: If a conditioning does not fit the model, or the model makes no usable picture.
         StorageError: If the disk cannot be written.
     """
-    prompts = flatten_conditionings(positive)
-    away = flatten_conditionings(negative)[0] if negative else None
+    prompts, away = _texts(positive, negative)
     metric = picture_metric(vae, clip_vision)
     pictures = ProbePictures(patcher, prompts, away, probe, metric)
-    read = [*prompts, *([away] if away and probe.cfg != 1.0 else [])]
-    file = probe_file(_key(patcher, read, probe, metric, vae, clip_vision))
+    file = _file(patcher, positive, negative, probe, vae, clip_vision)
 
     def keep(influence: TextInfluence) -> None:
         write_atomically(file, lambda path: path.write_text(influence.to_json(), encoding="utf-8"))
@@ -70,6 +68,37 @@ def text_influence(
         remove_leftovers(file.parent, lambda name: name.startswith(file.name), min_age_s=0)
         before = _remembered(file) or TextInfluence(num_blocks, metric.name, num_pictures=pictures.count)
         return measure(before, pictures, budget, with_window=with_window, keep=keep, progress=progress)
+
+
+def stored_influence(
+    patcher: Any,
+    positive: Sequence[Any],
+    negative: Sequence[Any] | None,
+    probe: ProbeConfig,
+    *,
+    vae: Any = None,
+    clip_vision: Any = None,
+) -> TextInfluence | None:
+    """Return what :func:`text_influence` has measured with these arguments so far, or None; nothing is sampled."""
+    return _remembered(_file(patcher, positive, negative, probe, vae, clip_vision))
+
+
+def _texts(positive: Sequence[Any], negative: Sequence[Any] | None) -> tuple[list[list], list | None]:
+    return flatten_conditionings(positive), flatten_conditionings(negative)[0] if negative else None
+
+
+def _file(
+    patcher: Any,
+    positive: Sequence[Any],
+    negative: Sequence[Any] | None,
+    probe: ProbeConfig,
+    vae: Any,
+    clip_vision: Any,
+) -> Path:
+    """Return where a measurement is kept."""
+    prompts, away = _texts(positive, negative)
+    read = [*prompts, *([away] if away and probe.cfg != 1.0 else [])]
+    return probe_file(_key(patcher, read, probe, picture_metric(vae, clip_vision), vae, clip_vision))
 
 
 def _remembered(file: Path) -> TextInfluence | None:

@@ -38,6 +38,16 @@ def test_needs_are_the_counts_of_their_phases():
     assert memory_needs(dit, plan(dit, selection(0, 0))).precomputing is None
 
 
+def test_needs_of_a_span_before_a_tail():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 2, tail=1)
+    needs = memory_needs(dit, plan(dit, spans, draws=9, chunk=2, stored=9))
+    assert needs.training == counted(dit, spans)
+    one = 4 * WIDTH * 2 * (TOKENS + TEXT_LENGTHS[0])  # image and text, after the front and over the back
+    assert (needs.replayed, needs.disk) == (one, 9 * one)
+    weights = StoredWeights(blocks=[10**index for index in range(5)], others=0)
+    assert memory_needs(dit, plan(dit, spans), weights).training.weights == 10**1 + 10**4
+
+
 def test_needs_of_training_on_the_fly():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
     needs = memory_needs(dit, plan(dit, spans, on_the_fly=True, linear=True))
@@ -65,15 +75,16 @@ def test_stored_weights_take_the_place_of_those_of_the_tensors():
     assert packed.selecting.weights == sum(quarter.blocks) + 100
 
 
-@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize(("front", "back", "tail"), [(1, 1, 0), (2, 0, 0), (0, 2, 0), (1, 2, 1)])
 @pytest.mark.parametrize("linear", [False, True])
-def test_host_memory_of_a_chunk_is_at_most_what_is_said(front, back, linear):
-    dit, spans, draws = Weightless(dtype=torch.float32), selection(front, back), 12
+def test_host_memory_of_a_chunk_is_at_most_what_is_said(front, back, tail, linear):
+    dit, spans, draws = Weightless(dtype=torch.float32), selection(front, back, tail=tail), 12
     needs = memory_needs(dit, plan(dit, spans, linear=linear, draws=draws, chunk=draws))
     host = count_precompute(dit, LATENT_SHAPE, spans, draws=draws, keep_entering=linear).host
     host += draws * 4 * latents(1)[0].numel()
     host += fit_bytes(WIDTH) if linear and back else 0
-    assert 0.8 * needs.host <= host <= needs.host
+    # In float32 sums need no copy in the streams' dtype, which is counted, and with a tail there are more of them.
+    assert (0.75 if tail else 0.8) * needs.host <= host <= needs.host
 
 
 def test_counting_leaves_the_model_alone():

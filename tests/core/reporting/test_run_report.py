@@ -229,6 +229,14 @@ def test_what_was_trained_is_said():
     assert (found["Residuals"], found["Stored as"]) == ("chunked", "int8")
 
 
+def test_a_span_in_front_of_trained_blocks_is_said():
+    report = replace(made([0.5] * 4), selection=replace(SELECTION, front=1, tail=1))
+    page = report_page(report)
+    assert rows(page)["Skipped"] == "the first 1 and 1 in front of the last 1 of 6"
+    assert "Blocks in order: 1 skipped, 3 trained, 1 skipped, 1 trained" in page
+    assert "skipped near the end (1)" in page
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

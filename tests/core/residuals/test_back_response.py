@@ -212,18 +212,19 @@ def test_with_nothing_learned_it_is_the_full_model(spans):
     torch.testing.assert_close(ours, full, rtol=0, atol=1e-12)
 
 
-def test_output_and_gradients_are_those_of_the_written_out_formula():
+@pytest.mark.parametrize("spans", [SPANS, selection(0, 2, tail=1), selection(1, 1, tail=2)], ids=str)
+def test_output_and_gradients_are_those_of_the_written_out_formula(spans):
     dit = PlainDit()
-    computed, response = precomputed(dit)
-    adapters = lora_for(dit, SPANS, zero=False)
-    ours, (noisy, clean, sigmas) = denoised(dit, SPANS, computed, response, adapters)
+    computed, response = precomputed(dit, spans)
+    adapters = lora_for(dit, spans, zero=False)
+    ours, (noisy, clean, sigmas) = denoised(dit, spans, computed, response, adapters)
     velocity_loss(ours, clean, sigmas).sum().backward()
     leaves = lora_tensors(adapters)
     bands = response.bands([schedule()[draw].sigma for draw in (0, 2)])
     assert bands.tolist() == [0, 1]
     written_out = torch.stack([dense(response, band) for band in bands])
     wanted = reference_denoise(
-        dit, noisy, sigmas, [0, 0], selection=SPANS, lora=leaves, response=lambda moved: moved @ written_out
+        dit, noisy, sigmas, [0, 0], selection=spans, lora=leaves, response=lambda moved: moved @ written_out
     )
     velocity_loss(wanted, clean, sigmas).sum().backward()
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)

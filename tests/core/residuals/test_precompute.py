@@ -59,6 +59,28 @@ def test_front_middle_and_back_together_are_the_full_model(front, back):
         torch.testing.assert_close(skipping, full, atol=1e-14, rtol=0.0)  # row by row and batched round differently
 
 
+@pytest.mark.parametrize(
+    ("front", "back", "tail"), [(n, m, k) for n, m in SPANS for k in range(1, 4) if m and n + m + k < 5]
+)
+def test_a_span_before_a_tail_is_replayed_exactly_in_image_and_text(front, back, tail):
+    dit, plan, clean, chosen = PlainDit(), schedule(), latents(), selection(front, back, tail=tail)
+    computed = precompute_residuals(dit, plan, clean, chosen, range(4))
+    full = full_model(dit, plan, clean, range(4))
+    torch.testing.assert_close(replayed(dit, chosen, computed.residuals, plan, clean, range(4)), full, **EXACT)
+    torch.testing.assert_close(computed.reference.denoised, full[:1], **EXACT)
+    without = {draw: dataclasses.replace(one, back_txt=None) for draw, one in computed.residuals.items()}
+    assert not torch.allclose(replayed(dit, chosen, without, plan, clean, range(4)), full, atol=1e-4)
+
+
+def test_draws_pass_the_tail_only_for_the_reference(monkeypatch):
+    passes = []
+    run = RecordingBlock.forward
+    monkeypatch.setattr(RecordingBlock, "forward", lambda self, *a, **k: passes.append(1) or run(self, *a, **k))
+    dit, plan, clean = PlainDit(), schedule(), latents()
+    precompute_residuals(dit, plan, clean, selection(1, 1, tail=2), range(4))
+    assert len(passes) == 3 * 4 + 1  # three blocks for four draws, one of the tail; the last pass records nothing
+
+
 @pytest.mark.parametrize(("double", "single"), [(0, 4), (4, 0), (1, 1)])
 def test_models_of_one_kind_of_block_are_served(double, single):
     dit, plan, clean = PlainDit(double, single), schedule(), latents()

@@ -79,6 +79,47 @@ def test_an_exact_back_runs_and_has_no_adapters():
     assert "The last 3 also run in training, without adapters." in chosen.describe()
 
 
+def test_a_tail_follows_the_skipped_back():
+    for front, back, tail in itertools.product(range(4), range(4), range(4)):
+        if front + back + tail >= 8:
+            continue
+        chosen = BlockSelection(front=front, back=back, num_blocks=8, tail=tail)
+        parts = [*chosen.front_span, *chosen.middle, *chosen.back_span, *chosen.tail_span]
+        assert parts == list(range(8))
+        assert list(chosen.kept) == list(chosen.adapted) == [*chosen.middle, *chosen.tail_span]
+        frozen = chosen.with_exact_back()
+        assert list(frozen.frozen_span) == list(chosen.back_span)
+        assert list(frozen.adapted) == list(chosen.adapted)
+        assert list(frozen.kept) == list(range(front, 8))
+
+
+def test_a_tail_is_part_of_the_fingerprint_only_where_it_changes_residuals():
+    settings = {"front": 1, "num_blocks": 9, "family": "flux"}
+    prints = {BlockSelection(back=3, tail=tail, **settings).fingerprint for tail in range(3)}
+    assert len(prints) == 3
+    front_alone = BlockSelection(back=0, **settings)
+    assert BlockSelection(back=0, tail=2, **settings).fingerprint == front_alone.fingerprint
+    assert BlockSelection(back=3, tail=2, **settings).with_exact_back().fingerprint == front_alone.fingerprint
+
+
+def test_the_fingerprint_of_the_papers_form_is_that_of_earlier_versions():
+    """Stored residuals are found by it."""
+    chosen = BlockSelection(front=19, back=10, num_blocks=57, family="flux")
+    assert chosen.fingerprint == "49ec27c0ed22866646c041c5695de2c9"
+
+
+def test_a_tail_is_described():
+    chosen = BlockSelection(front=2, back=3, num_blocks=10, tail=2)
+    assert "Skip the first 2 and 3 in front of the last 2 of 10 blocks (50%); train 5." in chosen.describe()
+    assert "3 in front of the last 2 also run in training, without adapters." in chosen.with_exact_back().describe()
+
+
+@pytest.mark.parametrize(("front", "back", "tail"), [(2, 2, 1), (0, 1, 4), (0, 0, -1), (0, 0, 5)])
+def test_a_tail_that_leaves_no_block_before_the_back_is_refused(front, back, tail):
+    with pytest.raises(InvalidInputError, match="none to train between them|tail must not be negative"):
+        BlockSelection(front=front, back=back, num_blocks=5, tail=tail)
+
+
 def test_frozen_blocks_have_no_residuals_so_they_do_not_decide_them():
     front_only = BlockSelection(front=2, back=0, num_blocks=10)
     assert BlockSelection(front=2, back=3, num_blocks=10).with_exact_back().fingerprint == front_only.fingerprint

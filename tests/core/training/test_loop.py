@@ -24,6 +24,7 @@ from ..plain_dit import (
 
 NUM_BLOCKS = 5
 SPANS = [(n, m) for n in range(NUM_BLOCKS) for m in range(NUM_BLOCKS - n)]
+SPANS_BEFORE_A_TAIL = [(n, m, k) for n in range(3) for m in range(1, 4) for k in range(1, 4) if n + m + k < NUM_BLOCKS]
 EXACT = {"atol": 1e-10, "rtol": 0.0}  # float64 rounding with another order of operations
 
 
@@ -53,9 +54,9 @@ def assert_same_gradients(got, expected, **tolerance):
         torch.testing.assert_close(actual, gradient, **(tolerance or EXACT), msg=lambda text, key=key: f"{key}: {text}")
 
 
-def trained(front, back, *, zero=False, dit=None, plan=None, clean=None, source=None, **settings):
+def trained(front, back, tail=0, *, zero=False, dit=None, plan=None, clean=None, source=None, **settings):
     """Train one run and return (dit, selection, adapters before the run, result, gradients)."""
-    dit, plan, chosen = dit or PlainDit(), plan or schedule(), selection(front, back)
+    dit, plan, chosen = dit or PlainDit(), plan or schedule(), selection(front, back, tail=tail)
     clean = latents(len(plan)) if clean is None else clean
     source = source or MemorySource(dit, chosen, plan, clean)
     result, gradients = train(dit, chosen, source, lora_for(dit, chosen, zero=zero), plan=plan, clean=clean, **settings)
@@ -104,6 +105,53 @@ def test_an_exact_back_is_what_the_papers_constant_is_not():
     _, _, _, _, got = trained(1, 2, dit=dit, plan=plan, clean=clean, batch_size=2)
     with pytest.raises(AssertionError):
         assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(("front", "back", "tail"), SPANS_BEFORE_A_TAIL)
+def test_with_a_tail_loss_and_gradients_are_those_of_plain_autograd(front, back, tail, checkpointing):
+    """Image and text residuals of the span are constants, and the gradient passes them as if they were not there."""
+    plan, clean = schedule(), latents()
+    dit, chosen, adapters, result, got = trained(
+        front, back, tail, plan=plan, clean=clean, batch_size=2, checkpointing=checkpointing
+    )
+    assert {name.rpartition(".")[0] for name in adapters.names} == {dit.blocks[i].name for i in chosen.adapted}
+    loss, expected = reference_gradients(dit, chosen, adapters, plan, clean, [0, 1])
+    assert result.losses == [pytest.approx(loss, abs=1e-12)]
+    assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize(("front", "back", "tail"), SPANS_BEFORE_A_TAIL)
+def test_with_nothing_learned_the_tails_own_gradient_is_that_of_the_whole_model(front, back, tail):
+    """With B = 0 the tail sees the whole model's tokens, and nothing skipped lies between it and the loss."""
+    plan, clean = schedule(), latents()
+    dit, chosen, adapters, _, got = trained(front, back, tail, zero=True, plan=plan, clean=clean, batch_size=2)
+    _, expected = reference_gradients(dit, None, adapters, plan, clean, [0, 1])
+    last = tuple(dit.blocks[index].name + "." for index in chosen.tail_span)
+    own = {key: gradient for key, gradient in expected.items() if key.startswith(last)}
+    assert any(gradient.any() for gradient in own.values())
+    assert_same_gradients(got, own)
+
+
+@pytest.mark.parametrize("source", [None, FoldedSource()], ids=["cached", "folded"])
+@pytest.mark.parametrize(("front", "back", "tail"), SPANS_BEFORE_A_TAIL)
+def test_an_exact_back_before_a_tail_gives_the_gradients_of_the_whole_model(front, back, tail, source):
+    plan, clean, dit = schedule(), latents(), PlainDit()
+    chosen = selection(front, back, tail=tail).with_exact_back()
+    adapters = lora_for(dit, chosen, zero=False)
+    loss, expected = reference_gradients(dit, None, adapters, plan, clean, [0, 1])
+    source = source or MemorySource(dit, chosen, plan, clean)
+    result, got = train(dit, chosen, source, adapters, plan=plan, clean=clean, batch_size=2)
+    assert result.losses == [pytest.approx(loss, abs=1e-12)]
+    assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize(("front", "back", "tail"), SPANS_BEFORE_A_TAIL)
+def test_with_a_tail_the_folded_form_is_the_cached_form_while_nothing_is_learned(front, back, tail):
+    _, _, _, cached, expected = trained(front, back, tail, zero=True, batch_size=2)
+    _, _, _, folded, got = trained(front, back, tail, zero=True, batch_size=2, source=FoldedSource())
+    assert folded.losses == [pytest.approx(cached.losses[0], abs=1e-12)]
+    assert_same_gradients(got, expected)
 
 
 @pytest.mark.parametrize(("front", "back"), SPANS)

@@ -46,9 +46,10 @@ def said(trained):
     return trained.ui["blockskip"][0]
 
 
+@pytest.mark.parametrize("spans", [{}, {"front": 1, "back": 2, "tail": 1}], ids=["ends", "span"])
 @pytest.mark.parametrize("storage", ["disk", "chunked", "on the fly"])
-def test_queueing_again_after_cancel_goes_on_to_the_same_lora(bench, nodes, monkeypatch, storage):
-    residuals = bench.precompute(storage=storage)[0]
+def test_queueing_again_after_cancel_goes_on_to_the_same_lora(bench, nodes, monkeypatch, storage, spans):
+    residuals = bench.precompute(selection=bench.select(**spans)[0], storage=storage)[0]
     expected = uninterrupted(bench, residuals)
     with cancelled_after(nodes, monkeypatch, 2):
         bench.train(residuals=residuals, steps=STEPS, resume=True)
