@@ -157,7 +157,11 @@ class FittedResponse:
 
 
 def fit_response(
-    sigmas: Sequence[float], pairs: Pairs, rank: int = RANK, ridges: Sequence[float] = RIDGES
+    sigmas: Sequence[float],
+    pairs: Pairs,
+    rank: int = RANK,
+    ridges: Sequence[float] = RIDGES,
+    before_each: Callable[[], None] = lambda: None,
 ) -> FittedResponse:
     """Fit the map of each band, and check it on draws that it has not seen.
 
@@ -166,9 +170,10 @@ def fit_response(
         pairs: Provides tokens and what is added to them; called band by band, so that only one band's are needed.
         rank: r.
         ridges: Penalties to choose from, in units of the mean variance of h.
+        before_each: Called before every regression, which may take seconds; may raise to interrupt.
     """
     bands = noise_bands(sigmas)
-    fitted = [_fit_band(band, pairs, rank, ridges) for band in bands]
+    fitted = [_fit_band(band, pairs, rank, ridges, before_each) for band in bands]
     errors = torch.tensor([error for _, error in fitted], dtype=torch.float64)
     maps = [one for one, _ in fitted if one is not None]
     if not maps or not (errors < 1.0).any():
@@ -180,7 +185,7 @@ def fit_response(
 
 
 def _fit_band(
-    band: NoiseBand, pairs: Pairs, rank: int, ridges: Sequence[float]
+    band: NoiseBand, pairs: Pairs, rank: int, ridges: Sequence[float], before_each: Callable[[], None]
 ) -> tuple[DiagonalLowRank | None, float]:
     """Return a band's best map in the tokens' dtype, on the CPU, and its error on the band's held-out draws."""
     if not (band.fitted and band.held_out):
@@ -194,6 +199,7 @@ def _fit_band(
         moments.add(h, d)
     held_out, best, least = list(seen), None, torch.inf
     for ridge in ridges:
+        before_each()
         found = diagonal_low_rank_regression(moments, rank, ridge)
         stored = DiagonalLowRank(*(x.to(dtype) for x in (found.diagonal, found.down, found.up)))
         error = held_out_error(_in_float64(stored).added, moments, held_out)

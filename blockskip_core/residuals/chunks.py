@@ -55,7 +55,7 @@ def fitted_response(residuals: ResidualSet, dit: SkippableDit, progress: PhasePr
         return None
     sigmas = [draw.sigma for draw in residuals.schedule]
     every = sum(len(band.fitted) + len(band.held_out) for band in noise_bands(sigmas))
-    passed = 0
+    passed, blocks = 0, len(dit.blocks)
 
     def pairs(draws: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal passed
@@ -68,7 +68,7 @@ def fitted_response(residuals: ResidualSet, dit: SkippableDit, progress: PhasePr
             passed += len(part)
             yield from ((computed.entering[draw], _back(computed, draw)) for draw in part)
 
-    fitted = fit_response(sigmas, pairs)
+    fitted = fit_response(sigmas, pairs, before_each=lambda: progress(FITTING, passed * blocks, every * blocks))
     if fitted.problem():
         logger.warning("BlockSkip: %s", fitted.problem())
     else:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 100
-ENOUGH = 1e-4  # stop when a round lowers the loss by a smaller share
+ENOUGH = 1e-3  # stop when a round lowers the loss by a smaller share
 _EMPTY = 1e-30  # keeps an input without variance solvable
 
 

@@ -14,6 +14,7 @@ from blockskip_pack.blockskip_core.residuals.back_response import (
     MAX_BANDS,
     MAX_DRAWS,
     RANK,
+    RIDGES,
     FittedResponse,
     constant_part,
     fit_response,
@@ -337,6 +338,7 @@ def test_progress_of_the_fit_rises_to_its_total(tmp_path):
     fitting = [(done, total) for phase, done, total in seen if phase == "fitting the linear back residual"]
     assert [done for done, _ in fitting] == sorted(done for done, _ in fitting)
     assert fitting[-1][0] == fitting[-1][1]
+    assert fitting.count(fitting[-1]) == 1 + len(RIDGES), "again before every regression, so that it can be cancelled"
 
 
 def test_how_it_is_fitted_does_not_depend_on_the_chunk_and_is_named():

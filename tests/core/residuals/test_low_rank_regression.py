@@ -91,7 +91,7 @@ def test_no_small_step_lowers_its_loss():
     loss = (targets - centred @ answer).square().sum() + penalty * answer.square().sum()
     steps = torch.autograd.grad(loss, parts)
     for part, step in zip((found.diagonal, found.down, found.up), steps, strict=True):
-        assert (step.norm() * part.norm()).item() < 0.02 * loss.item()
+        assert (step.norm() * part.norm()).item() < 0.05 * loss.item()
 
 
 def test_it_is_the_same_every_time_and_leaves_the_global_generator_alone():
