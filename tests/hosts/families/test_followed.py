@@ -51,12 +51,12 @@ def whole(tiny, dit, clean):
 def test_front_middle_and_back_together_are_the_whole_model(tiny, dit):
     clean, count = tiny.clean_latents(), len(dit.blocks)
     full = whole(tiny, dit, clean)
-    for front, back in ((1, 0), (count - 1, 0), (0, 1), (1, count - 2), (0, count - 1)):
-        spans = selection(front, back, count)
+    for front, back, tail in ((1, 0, 0), (count - 1, 0, 0), (0, 1, 0), (1, count - 2, 0), (0, count - 1, 0), (1, 1, 1)):
+        spans = selection(front, back, count, tail)
         computed = precompute_residuals(dit, PLAN, clean, spans, [0])
         skipping = replayed(dit, spans, computed.residuals, clean, [0])
         if back:
-            torch.testing.assert_close(skipping, full, atol=1e-5, rtol=0.0, msg=f"{front}, {back}")
+            torch.testing.assert_close(skipping, full, atol=1e-5, rtol=0.0, msg=f"{front}, {back}, {tail}")
         else:
             assert torch.equal(skipping, full), (front, back)
         assert torch.equal(computed.reference.denoised, full)
