@@ -41,7 +41,7 @@ def low_vram(card: Any, patcher: Any) -> Iterator[Any]:
     """Leave room for half of the MODEL in addition to what ComfyUI keeps free."""
     import comfy.model_management as management
 
-    room = patcher.model_size() + management.minimum_inference_memory()
+    room = 0.5 * patcher.model_size() + management.minimum_inference_memory()
     with card.memory.limited_to(int(card.memory.settled() + room)), _loads(may_be_forced=False) as shares:
         yield patcher
     assert any(0.01 < share < 0.99 for share in shares), shares

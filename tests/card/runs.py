@@ -133,7 +133,8 @@ class Runs:
 
         self.held.append(self.run_node(getattr(self.nodes, node), **inputs))
         if comfy.memory_management.aimdo_enabled:
-            assert not comfy.model_management.STREAM_AIMDO_CAST_BUFFERS
+            if node in ("PrecomputeResiduals", "TrainLora"):  # others run the host's own loader and sampler
+                assert not comfy.model_management.STREAM_AIMDO_CAST_BUFFERS
             comfy.model_management.reset_cast_buffers()  # as the executor does after each node
         return self.held[-1]
 
