@@ -10,15 +10,15 @@ PHASES = ("precompute", "resident", "streamed")
 Row = dict[str, Any]
 
 CONVENTIONS = """\
-`python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management on a
-card whose tensors have shapes but no data; *paged* with its dynamic VRAM, the default on NVIDIA cards, in pages of 32
-MiB that fill the free memory and give way when anything else needs it, so that their peak says little. Bytes are those of all tensors alive on the card at the same time, each with its exact size. A real allocator's
-rounding and fragmentation, kernels' workspaces and the CUDA context are not included. Quantised weights are unpacked by
-torch's own operations here, with up to two copies of a layer's weight in fp8 and int8 and six in 4-bit; a card's kernels
-make one. **Counted**: Memory Plan's count
-before the run. An eighth and 0.5 GiB of each card belong to other programs, as in Memory Plan's presets. Batch 1, crops
-of 256 px, rank 16, AdamW, 512 text tokens, half of the blocks skipped (preset). If a card has room for all activations,
-larger ones were not run. GiB unless stated otherwise."""
+`python dev.py benchmark card`. **Emulated**: the pack's nodes ran at full size with ComfyUI's own model management on
+a card whose tensors have shapes but no data; *paged* with its dynamic VRAM, the default on NVIDIA cards, in pages of
+32 MiB that fill the free memory and give way when anything else needs it, so that their peak says little. Bytes are
+those of all tensors alive on the card at the same time, each with its exact size. A real allocator's rounding and
+fragmentation, kernels' workspaces and the CUDA context are not included. Quantised weights are unpacked by torch's
+own operations here, with up to two copies of a layer's weight in fp8 and int8 and six in 4-bit; a card's kernels make
+one. **Counted**: Memory Plan's count before the run. An eighth and 0.5 GiB of each card belong to other programs, as
+in Memory Plan's presets. Batch 1, crops of 256 px, rank 16, AdamW, 512 text tokens, half of the blocks skipped
+(preset). If a card has room for all activations, larger ones were not run. GiB unless stated otherwise."""
 
 
 def text(rows: Sequence[Row]) -> str:

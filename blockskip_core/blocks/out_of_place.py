@@ -44,7 +44,8 @@ def replace_kernels(replacements: Mapping[Any, Callable[..., Any]]) -> None:
 class OutOfPlace(TorchFunctionMode):
     """Context in which in-place addition, subtraction and multiplication of tensors return new tensors.
 
-    The same holds for functions that are called with ``inplace=True``. Kernels without a backward are replaced too, see :func:`replace_kernels`.
+    The same holds for functions that are called with ``inplace=True``. Kernels without a backward are replaced too, see
+    :func:`replace_kernels`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .streams import DEVICE
 
@@ -40,7 +40,7 @@ COMPOSITE = frozenset({  # no kernel under either key, but must not be decompose
 
 def register(card: Card) -> None:
     """Register kernels under the dispatch key CUDA for the rest of the process."""
-    card.registered = torch.library.Library("aten", "IMPL")  # kept, because deleting it would unregister the kernels
+    card.registered = library.Library("aten", "IMPL")  # kept, because deleting it would unregister the kernels
     by_hand = _by_hand(card)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about every kernel that is replaced

@@ -10,17 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .sampled_families import SAMPLED_ONLY
-from .tiny_families import TinyFamily, tiny_model
-
-
-def _built(supported: str, config: dict[str, Any], **settings: Any):
-    """A MODEL; the test is skipped if ComfyUI is older than the family."""
-    import comfy.supported_models
-
-    if not hasattr(comfy.supported_models, supported):
-        pytest.skip(f"this ComfyUI has no {supported}")
-    return tiny_model(supported, config, **settings)
+from .sampled_families import SAMPLED_ONLY, built, unmasked, with_length
+from .tiny_families import TinyFamily
 
 
 def _family(name: str, supported: str, config: dict[str, Any], **of: Any) -> TinyFamily:
@@ -30,17 +21,9 @@ def _family(name: str, supported: str, config: dict[str, Any], **of: Any) -> Tin
         family=supported.lower(),
         blocks=(),
         layers=frozenset(),
-        build=partial(_built, supported, config),
+        build=partial(built, supported, config),
         **settled,
     )
-
-
-def _with_mask(generator: torch.Generator) -> dict[str, Any]:
-    return {"pooled_output": None, "attention_mask": torch.ones(1, 5, dtype=torch.long)}
-
-
-def _masked(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
-    return {"c_crossattn": text, "num_tokens": text.shape[1]}
 
 
 def _pooled(generator: torch.Generator) -> dict[str, Any]:
@@ -78,7 +61,7 @@ def _small_anima(config: dict[str, Any], **settings: Any):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anima, "LLMAdapter", partial(anima.LLMAdapter, **_ADAPTER))
-        return _built("Anima", config, **settings)
+        return built("Anima", config, **settings)
 
 
 _JOINT = {"num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2}
@@ -100,7 +83,7 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "image_model": "boogu", "hidden_size": 48, "num_layers": 6, "num_double_stream_layers": 3, "num_refiner_layers": 1,
         "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (4, 4, 4),
         "axes_lens": (300, 64, 64), "instruction_feat_dim": 20,
-    }, settings=_with_mask, extra=_masked, lengths=(5, 5, 5)),
+    }, settings=unmasked, extra=with_length, lengths=(5, 5, 5)),
     _family("hunyuan_video", "HunyuanVideo", {
         **_HUNYUAN, "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 16,
         "guidance_embed": True, "axes_dim": [4, 6, 6],
@@ -128,7 +111,7 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "image_model": "omnigen2", "axes_dim_rope": [4, 4, 4], "axes_lens": [64, 64, 64], "hidden_size": 48,
         "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 8,
         "num_refiner_layers": 1, "patch_size": 2, "text_feat_dim": 20, "timestep_scale": 1000.0,
-    }, settings=_with_mask, extra=_masked, lengths=(5, 5, 5)),
+    }, settings=unmasked, extra=with_length, lengths=(5, 5, 5)),
     _family("ernie", "ErnieImage", {
         "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 4, "ffn_hidden_size": 48,
         "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
@@ -148,4 +131,4 @@ def without_gradient() -> TinyFamily:
         "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
         "num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
         "positional_embedding_max_pos": [20, 2048, 2048],
-    }, latent_shape=(128, 3, 5), frames=True, settings=_with_mask)  # fmt: skip
+    }, latent_shape=(128, 3, 5), frames=True, settings=unmasked)  # fmt: skip

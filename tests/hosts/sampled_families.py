@@ -13,7 +13,7 @@ from torch import Tensor
 from .tiny_families import FAMILIES, TinyFamily, tiny_model
 
 
-def _built(supported: str, config: dict[str, Any], **settings: Any):
+def built(supported: str, config: dict[str, Any], **settings: Any):
     """A MODEL; the test is skipped if ComfyUI is older than the family."""
     import comfy.supported_models
 
@@ -41,11 +41,13 @@ def _with_guidance(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
     return {"c_crossattn": text, "guidance": torch.full((len(rows),), 6.0)}
 
 
-def _unmasked(generator: torch.Generator) -> dict[str, Any]:
+def unmasked(generator: torch.Generator) -> dict[str, Any]:
+    """Settings with a mask that hides nothing of a text of five tokens."""
     return {"pooled_output": None, "attention_mask": torch.ones(1, 5, dtype=torch.long)}
 
 
-def _with_length(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+def with_length(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+    """Arguments with the number of text tokens."""
     return {"c_crossattn": text, "num_tokens": text.shape[1]}
 
 
@@ -53,7 +55,7 @@ SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     TinyFamily(
         name="hidream", family="hidream", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20, settings=_llama,
         extra=_with_llama,
-        build=partial(_built, "HiDream", {
+        build=partial(built, "HiDream", {
             "image_model": "hidream", "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4], "caption_channels": [20, 20],
             "max_resolution": [128, 128], "in_channels": 16, "out_channels": 16, "llama_layers": [0, 1, 2, 3],
             "num_attention_heads": 2, "num_routed_experts": 2, "num_activated_experts": 1, "num_layers": 2,
@@ -62,7 +64,7 @@ SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     ),
     TinyFamily(
         name="krea2", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=60, frames=True,
-        build=partial(_built, "Krea2", {
+        build=partial(built, "Krea2", {
             "image_model": "krea2", "features": 64, "tdim": 16, "txtdim": 20, "heads": 4, "kvheads": 2, "multiplier": 2,
             "layers": 3, "patch": 2, "channels": 16, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2,
         }),
@@ -70,7 +72,7 @@ SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     TinyFamily(
         name="hunyuan_image", family="", blocks=(), layers=frozenset(), latent_shape=(64, 6, 10), text_width=20,
         extra=_with_guidance,
-        build=partial(_built, "HunyuanImage21", {
+        build=partial(built, "HunyuanImage21", {
             "image_model": "hunyuan_video", "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "vec_in_dim": None,
             "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
             "depth_single_blocks": 2, "axes_dim": [8, 8], "theta": 256, "qkv_bias": True, "guidance_embed": False,
@@ -80,8 +82,8 @@ SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     ),
     TinyFamily(
         name="omnigen2", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20,
-        extra=_with_length, settings=_unmasked,
-        build=partial(_built, "Omnigen2", {
+        extra=with_length, settings=unmasked,
+        build=partial(built, "Omnigen2", {
             "image_model": "omnigen2", "axes_dim_rope": [4, 4, 4], "axes_lens": [64, 64, 64], "hidden_size": 48,
             "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 3,
             "num_refiner_layers": 1, "patch_size": 2, "text_feat_dim": 20, "timestep_scale": 1000.0,
@@ -89,14 +91,14 @@ SAMPLED_ONLY: tuple[TinyFamily, ...] = (
     ),
     TinyFamily(
         name="ernie", family="", blocks=(), layers=frozenset(), latent_shape=(128, 6, 10), text_width=20,
-        build=partial(_built, "ErnieImage", {
+        build=partial(built, "ErnieImage", {
             "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 3, "ffn_hidden_size": 48,
             "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
         }),
     ),
     TinyFamily(
         name="ovis", family="", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=20,
-        build=partial(_built, "Flux", {
+        build=partial(built, "Flux", {
             "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": None,
             "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
             "depth_single_blocks": 3, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True, "guidance_embed": False,
