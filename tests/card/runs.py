@@ -95,7 +95,9 @@ class Runs:
             settings: Widgets of Precompute Residuals and of the trainer that differ from the defaults here.
         """
         self.start_over()
-        residuals = self.precompute(family, model, **{name: settings.pop(name) for name in DRAWS.keys() & settings})
+        residuals = self.precompute(
+            family, model, **{name: settings.pop(name) for name in (DRAWS.keys() | {"tail"}) & settings.keys()}
+        )
         if sample_every:
             vae, positive = PictureVae(model.model.latent_format, family.frames), family.captions((5,))[0]
             settings["samples"] = self.call(
@@ -103,10 +105,10 @@ class Runs:
             )[0]
         return self.train_on(model, residuals, **settings)
 
-    def precompute(self, family: TinyFamily, model: Any, **settings: Any) -> Any:
-        """Select and precompute; return the residuals."""
+    def precompute(self, family: TinyFamily, model: Any, *, tail: int = 0, **settings: Any) -> Any:
+        """Select, keeping ``tail`` blocks after the skipped ones, and precompute; return the residuals."""
         positive, vae = family.captions((5,))[0], FamilyVae(model.model.latent_format, family.frames)
-        selection = self.call("SelectBlocks", model=model, positive=positive, **SKIPPING)[0]
+        selection = self.call("SelectBlocks", model=model, positive=positive, tail=tail, **SKIPPING)[0]
         return self.call(
             "PrecomputeResiduals", model=model, vae=vae, images=self.pictures, positive=positive, selection=selection,
             **{**DRAWS, **settings},

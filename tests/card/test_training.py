@@ -94,6 +94,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("mode", ["resident", "streamed", "few_pages"])
+@pytest.mark.parametrize("storage", ["disk", "on the fly"])
+def test_a_span_before_trained_last_blocks(compare, storage, mode):
+    compare(FLUX, mode, storage, tail=1)
+
+
 @pytest.mark.parametrize("mode", ["resident", "low_vram", "few_pages"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_every_way_to_spend_or_save_memory(compare, settings, mode):
