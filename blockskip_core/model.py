@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,29 @@ class BlockIO(Protocol):
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Return ``streams`` in the form in which the block would return them."""
+        ...
+
+
+@dataclass(frozen=True)
+class CopiedCall:
+    """A call of a block whose tokens have memory of their own.
+
+    Attributes:
+        args, kwargs: The call's arguments, with copies in the places of the tokens.
+        tokens: The copies.
+    """
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    tokens: Sequence[Tensor]
+
+
+@runtime_checkable
+class OverwritingIO(Protocol):
+    """A :class:`BlockIO` of blocks that may overwrite the tokens that they are given."""
+
+    def copied(self, args: tuple, kwargs: Mapping[str, Any]) -> CopiedCall | None:
+        """Return the call with its tokens copied; None if the block does not overwrite them."""
         ...
 
 

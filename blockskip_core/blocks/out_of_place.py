@@ -5,8 +5,9 @@ backward raises, and under checkpointing or any saved-tensor hook nothing is det
 (measured on the host's own blocks: by up to 10 %). Inside :class:`OutOfPlace`, Python's ``+=`` and ``*=`` on tensors
 create a new tensor instead. The values are bit-identical, and the input tensor is not changed.
 
-A bare ``x.add_(y)`` whose result is not bound to a name would lose its effect here; the tests check for that by running
-every supported family's blocks with and without this mode.
+A bare ``x.add_(y)`` whose result is not bound to a name would lose its effect here. Blocks that do this to their tokens run
+on copies of them and inside :class:`~.reading_copies.ReadingCopies`, which keeps the effect. The tests run every supported
+family's blocks with and without these modes.
 
 Cloning the inputs of the norm layers would work too, but this needs no knowledge of the family, and it also leaves the
 caller's tensor intact, which checkpointing needs anyway.
@@ -41,6 +42,11 @@ def replace_kernels(replacements: Mapping[Any, Callable[..., Any]]) -> None:
     _WITH_BACKWARD.update(replacements)
 
 
+def with_backward(function: Any) -> Any:
+    """Return what runs in the place of a function: itself, unless it is a kernel that has no backward."""
+    return _WITH_BACKWARD.get(function, function)
+
+
 class OutOfPlace(TorchFunctionMode):
     """Context in which in-place addition, subtraction and multiplication of tensors return new tensors.
 
@@ -49,8 +55,9 @@ class OutOfPlace(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        other: Any = _OUT_OF_PLACE.get(func) or _WITH_BACKWARD.get(func, func)
+        other: Any = _OUT_OF_PLACE.get(func) or with_backward(func)
         kwargs = kwargs or {}
         if kwargs.get("inplace"):  # torch.nn.functional.silu and its like
             kwargs = {**kwargs, "inplace": False}
         return other(*args, **kwargs)
+

@@ -42,7 +42,7 @@ class SkippingModel:
         self.modules: dict[str, nn.Module] = {}
         for index, block in enumerate(dit.blocks):
             if index in selection.kept:
-                self.modules[block.name] = TrainedBlock(dit.module(block.name), checkpointed=checkpointed)
+                self.modules[block.name] = TrainedBlock(dit.module(block.name), block.io, checkpointed=checkpointed)
             else:
                 self.modules[block.name] = self._skipped(index)
         for name in dit.frozen_stem:

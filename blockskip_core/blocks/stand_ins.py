@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..model import BlockIO, TokenStreams
+from ..model import BlockIO, OverwritingIO, TokenStreams
 from .out_of_place import OutOfPlace
+from .reading_copies import ReadingCopies
 from .replay import Replay
 from .saved_bytes import SavedBytes
 from .weight_sharing import weight_sharing_copy
@@ -83,8 +84,9 @@ class AddResidual(_Replaying):
 class _StandIn(nn.Module):
     """A module with the parameters, buffers and children of a weight-sharing copy, under the same names."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, io: BlockIO | None) -> None:
         super().__init__()
+        self.io = io
         twin = weight_sharing_copy(block)
         self._parameters, self._buffers, self._modules = twin._parameters, twin._buffers, twin._modules
         self.__dict__["twin"] = twin  # not registered: a child would push every name one level down
@@ -99,8 +101,12 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["twin"], name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        with OutOfPlace():
-            return self.twin(*args, **kwargs)
+        copied = self.io.copied(args, kwargs) if isinstance(self.io, OverwritingIO) else None
+        if copied is None:
+            with OutOfPlace():
+                return self.twin(*args, **kwargs)
+        with ReadingCopies(copied.tokens):
+            return self.twin(*copied.args, **copied.kwargs)
 
 
 @dataclass
@@ -114,9 +120,10 @@ class Recording:
 class RecordingBlock(_StandIn):
     """Runs the block and keeps its input and output tokens in ``recording``."""
 
+    io: BlockIO
+
     def __init__(self, block: nn.Module, io: BlockIO, recording: Recording) -> None:
-        super().__init__(block)
-        self.io = io
+        super().__init__(block, io)
         self.recording = recording
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,10 +134,15 @@ class RecordingBlock(_StandIn):
 
 
 class TrainedBlock(_StandIn):
-    """Runs the block out of place, with its activations recomputed in backward if ``checkpointed``.
+    """Runs the block so that nothing that backward reads is overwritten, and recomputes its activations if ``checkpointed``.
 
-    Recomputation enters the out-of-place mode again inside the checkpointed function and starts from the input tensors,
-    which nothing has overwritten. ``transformer_options`` is copied because the host writes into it between blocks.
+    Recomputation enters the same mode again inside the checkpointed function and starts from the input tensors, which
+    nothing has overwritten. ``transformer_options`` is copied because the host writes into it between blocks.
+
+    Args:
+        block: The real block, or another module that a gradient passes through.
+        io: How the block takes and returns tokens; None for other modules.
+        checkpointed: Whether activations are recomputed.
 
     Attributes:
         checkpointed: Whether activations are recomputed.
@@ -139,8 +151,8 @@ class TrainedBlock(_StandIn):
         activation_bytes: Bytes that the block would keep if it were not checkpointed.
     """
 
-    def __init__(self, block: nn.Module, *, checkpointed: bool) -> None:
-        super().__init__(block)
+    def __init__(self, block: nn.Module, io: BlockIO | None = None, *, checkpointed: bool) -> None:
+        super().__init__(block, io)
         self.checkpointed = checkpointed
         self.saved: SavedBytes | None = None
         self.counting = False
@@ -205,6 +217,8 @@ class FoldedBlock(_StandIn):
             or "back with text"), or nothing.
     """
 
+    io: BlockIO
+
     def __init__(
         self,
         block: nn.Module,
@@ -214,8 +228,7 @@ class FoldedBlock(_StandIn):
         *,
         keeps: Kept,
     ) -> None:
-        super().__init__(block)
-        self.io = io
+        super().__init__(block, io)
         self.fold = fold
         self.__dict__["replayed"] = replayed
         self.keeps = keeps

@@ -39,6 +39,10 @@ def _with_guidance(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
     return {**given, **_with_vector(text, rows)} if rows[0]["pooled_output"] is not None else given
 
 
+def _with_frames(text: Tensor, rows: Sequence[dict]) -> dict[str, Any]:
+    return {"c_crossattn": text, "attention_mask": torch.cat([row["attention_mask"] for row in rows]), "frame_rate": 25}
+
+
 def _t5_ids(generator: torch.Generator) -> dict[str, Any]:
     return {
         "pooled_output": None, "t5xxl_ids": torch.randint(0, 100, (7,), generator=generator), "t5xxl_weights": torch.ones(7)
@@ -117,18 +121,23 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
     }, latent_shape=(128, 3, 5)),
     _BY_NAME["hidream"],
+    _family("ltxv", "LTXV", {
+        "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
+        "num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
+        "positional_embedding_max_pos": [20, 2048, 2048],
+    }, latent_shape=(128, 3, 5), frames=True, settings=unmasked, extra=_with_frames, lengths=(5, 5, 5)),
+    _family("ltx2", "LTXAV", {
+        "image_model": "ltxav", "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 64,
+        "audio_cross_attention_dim": 32, "attention_head_dim": 32, "audio_attention_head_dim": 16,
+        "num_attention_heads": 2, "audio_num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
+        "positional_embedding_max_pos": [20, 2048, 2048], "audio_positional_embedding_max_pos": [20],
+        "connector_attention_head_dim": 32, "connector_num_attention_heads": 2, "connector_num_layers": 1,
+        "audio_connector_attention_head_dim": 16, "audio_connector_num_attention_heads": 2,
+        "caption_proj_before_connector": True, "apply_gated_attention": True, "cross_attention_adaln": True,
+    }, latent_shape=(128, 3, 5), frames=True),
 )  # fmt: skip
 
 
 def family(name: str) -> TinyFamily:
     """Return a family by its name."""
     return next(one for one in FOLLOWED if one.name == name)
-
-
-def without_gradient() -> TinyFamily:
-    """Return LTX-Video, whose blocks add to a tensor in place that a norm has saved."""
-    return _family("ltxv", "LTXV", {
-        "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
-        "num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
-        "positional_embedding_max_pos": [20, 2048, 2048],
-    }, latent_shape=(128, 3, 5), frames=True, settings=unmasked)  # fmt: skip

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.lora import LoraTargets
-from ...model import BlockInfo, TokenStreams
+from ...model import BlockInfo, CopiedCall, TokenStreams
 from .base import FamilyAdapter, block_info
 from .block_lists import block_lists
 
 Joined = Literal["", "image first", "text first"]
-Key = int | str
+Key = tuple[int | str] | tuple[int | str, int]
+"""An argument, by its index or name, and for an entry of a tuple or list the index within."""
 
 ATTENTION, MLP = re.compile(r"attn|attention"), re.compile(r"mlp|ff|feed_?forward|experts?")
 MODULATION = re.compile(r"mod|ada|norm|emb|scale|shift|gate_logits|time")
@@ -31,7 +32,7 @@ class TokenPlace:
     """Where one tensor of tokens is in a block's call and in its result.
 
     Attributes:
-        key: Index of the positional argument, or name of the keyword argument.
+        key: The argument, or the entry of an argument.
         result: Index in the result; None if the result is the tensor.
         batch: Index of the batch axis. The last axis is the width; all others count tokens.
     """
@@ -42,7 +43,9 @@ class TokenPlace:
 
     def entering(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the tensor of a call."""
-        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+        argument, *within = self.key
+        value = args[argument] if isinstance(argument, int) else kwargs[argument]
+        return value[within[0]] if within else value
 
     def leaving(self, result: Any) -> Tensor:
         """Return the tensor in a result."""
@@ -67,14 +70,25 @@ class ListLayout:
         txt: The text tokens, if they are a tensor of their own.
         joined: The order of image and text in ``img``; empty if it holds no text.
         container: Class and number of entries of a result that is not a tensor.
+        passed: Tensors without tokens, such as the sound of a picture, which are returned as they came.
         text_outputs: Linear layers of a block that change only its text tokens.
+        unused: Linear layers of a block that change nothing.
+        overwrites: Whether a block overwrites the tokens that it is given, so that it runs on copies.
     """
 
     img: TokenPlace
     txt: TokenPlace | None
     joined: Joined
     container: tuple[type, int] | None
+    passed: tuple[TokenPlace, ...] = ()
     text_outputs: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    overwrites: bool = False
+
+    @property
+    def places(self) -> tuple[TokenPlace, ...]:
+        """All tensors that the blocks take and return."""
+        return (self.img, *(() if self.txt is None else (self.txt,)), *self.passed)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,23 @@ class ModelLayout:
     width: int
     patch_size: int
     more_text: int | None
+
+
+def copied_call(layout: ListLayout, args: tuple, kwargs: Mapping[str, Any]) -> CopiedCall:
+    """Return a call of a block with its tokens copied."""
+    positional, named = list(args), dict(kwargs)
+    copies: list[Tensor] = []
+    for place in layout.places:
+        argument, *within = place.key
+        target: Any = positional if isinstance(argument, int) else named
+        copies.append(place.entering(args, kwargs).clone())
+        if within:
+            entries = list(target[argument])
+            entries[within[0]] = copies[-1]
+            target[argument] = type(target[argument])(entries)
+        else:
+            target[argument] = copies[-1]
+    return CopiedCall(tuple(positional), named, copies)
 
 
 class FollowedBlockIO:
@@ -130,10 +161,16 @@ class FollowedBlockIO:
             return img
         kind, length = self.layout.container
         entries: list[Tensor | None] = [None] * length
-        for stands_at, tokens_there in ((place, img), (text, self._text(streams, args, kwargs))):
+        returned = [(place, img), (text, self._text(streams, args, kwargs))]
+        returned += [(passed, passed.entering(args, kwargs)) for passed in self.layout.passed]
+        for stands_at, tokens_there in returned:
             if stands_at is not None and stands_at.result is not None:
                 entries[stands_at.result] = tokens_there
         return kind(entries)
+
+    def copied(self, args: tuple, kwargs: Mapping[str, Any]) -> CopiedCall | None:
+        """Return the call with its tokens copied; None if the blocks do not overwrite them."""
+        return copied_call(self.layout, args, kwargs) if self.layout.overwrites else None
 
     def _text(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         text = self.layout.txt
@@ -227,18 +264,23 @@ class FollowedAdapter(FamilyAdapter):
 
         A layer with none of them counts as both, as do the layers of FLUX's single blocks, unless it computes a modulation.
         """
-        within = name.removeprefix(next(f"{path}." for path in self.found.lists if name.startswith(f"{path}.")))
-        attention, mlp = bool(ATTENTION.search(within)), bool(MLP.search(within))
+        layout, layer = self._layer(name)
+        if layer in layout.unused:
+            return False
+        attention, mlp = bool(ATTENTION.search(layer)), bool(MLP.search(layer))
         if not attention and not mlp:
-            attention = mlp = not MODULATION.search(within)
+            attention = mlp = not MODULATION.search(layer)
         wanted = {"attention and mlp": attention or mlp, "attention": attention, "mlp": mlp}
         return wanted.get(targets, True)
 
     def is_text_output(self, name: str) -> bool:
-        for path, layout in self.found.lists.items():
-            if name.startswith(f"{path}."):
-                return name.removeprefix(f"{path}.").partition(".")[2] in layout.text_outputs
-        return False
+        layout, layer = self._layer(name)
+        return layer in layout.text_outputs
+
+    def _layer(self, name: str) -> tuple[ListLayout, str]:
+        """Return the layout of a layer's list, and the layer's path within its block."""
+        path = next(path for path in self.found.lists if name.startswith(f"{path}."))
+        return self.found.lists[path], name.removeprefix(f"{path}.").partition(".")[2]
 
 
 class _LaterBlockIO:
@@ -255,3 +297,6 @@ class _LaterBlockIO:
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         return self._adapter.block_io(self._name).result(streams, args, kwargs)
+
+    def copied(self, args: tuple, kwargs: Mapping[str, Any]) -> CopiedCall | None:
+        return self._adapter.block_io(self._name).copied(args, kwargs)

@@ -149,8 +149,9 @@ def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torc
     """
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     encoded = comfy.samplers.encode_model_conds(
-        model.extra_conds, converted, latent, device, "positive", latent_image=latent, denoise_mask=None, seed=0
-    )
+        model.extra_conds, converted, latent, device, "positive", latent_image=latent, denoise_mask=None, seed=0,
+        latent_shapes=[latent.shape],
+    )  # fmt: skip
     arguments = encoded[0]["model_conds"]
     return {name: _plain(value.process_cond(batch_size=1, area=None).cond) for name, value in arguments.items()}
 

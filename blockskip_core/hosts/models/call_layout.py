@@ -25,6 +25,17 @@ def are_tokens(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
 
 
+def tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Key, Tensor]:
+    """Return what may be tokens among the arguments of a call, and among the entries of tuples and lists."""
+    found: dict[Key, Tensor] = {}
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if are_tokens(value):
+            found[(name,)] = value
+        elif type(value) in (tuple, list):
+            found.update({(name, index): entry for index, entry in enumerate(value) if are_tokens(entry)})
+    return found
+
+
 @dataclass(frozen=True)
 class CallLayout:
     """What one call of a block shows.
@@ -47,8 +58,7 @@ def layout_of_call(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, 
     Raises:
         UnsupportedModelError: If they cannot be told.
     """
-    positional: dict[Key, Any] = dict(enumerate(args))
-    given = {key: value for key, value in (*positional.items(), *kwargs.items()) if are_tokens(value)}
+    given = tensors_given(args, kwargs)
     returned, container = _entries(result, block)
     places: list[tuple[TokenPlace, Tensor]] = []
     for key, tensor in returned.items():
@@ -61,6 +71,8 @@ def layout_of_call(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, 
             )
         match = min(alike, key=lambda k: (given[k] - tensor).norm().item())  # blocks add to their tokens
         places.append((TokenPlace(match, key, _batch_axis(tensor, block)), given[match]))
+    passed = tuple(place for place, tensor in places if not tensor.numel())
+    places = [(place, tensor) for place, tensor in places if tensor.numel()]
     kinds = [_kind(place, tensor) for place, tensor in places]
     images = [index for index, kind in enumerate(kinds) if kind != "text"]
     if len(images) != 1 or len(places) > 2:
@@ -75,7 +87,7 @@ def layout_of_call(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, 
     if kinds[images[0]] == "both":
         joined = _order_of_rows(differ, block)
     num_img, num_txt = int(differ.sum()), int((~differ).sum()) + sum(len(_differing(*place)) for place in others)
-    layout = ListLayout(img, others[0][0] if others else None, joined, container)
+    layout = ListLayout(img, others[0][0] if others else None, joined, container, passed)
     return CallLayout(layout, num_img, num_txt if joined or others else None, tokens.shape[-1])
 
 

@@ -10,7 +10,7 @@ after the blocks. Whether all this is enough is checked by ``replay_check``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
+from ...blocks.reading_copies import ReadingCopies
 from ...blocks.stand_ins import PassThrough, TrainedBlock
 from ...errors import UnsupportedModelError
 from ...model import Denoiser, is_linear
 from ..families.block_lists import block_lists
 from ..families.followed import ATTENTION, FollowedBlockIO, ListLayout, ModelLayout
 from .adapted_dit import AdaptedDit
-from .call_layout import ROWS, CallLayout, are_tokens, layout_of_call
+from .call_layout import ROWS, ROUNDING, CallLayout, layout_of_call, tensors_given
 
 
 def follow(dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> ModelLayout:
@@ -83,31 +84,59 @@ class _Unreached(nn.Module):
         )
 
 
-class _Watched(TrainedBlock):
-    """A real block that keeps what it is given and what it returns, with the graph between them, and ends the pass."""
+class _NotDifferentiable(Exception):
+    """The block cannot be trained in the way that was tried; the message says why."""
 
-    def __init__(self, block: nn.Module) -> None:
+
+class _Watched(TrainedBlock):
+    """A real block that keeps what it is given and what it returns, with the graph between them, and ends the pass.
+
+    Args:
+        block: The block.
+        overwrites: Whether it may overwrite what it is given; otherwise it runs out of place.
+
+    Attributes:
+        args, kwargs: The arguments of the call; what may be tokens has a graph of its own.
+        plain: What the block returns if nothing is changed about how it runs.
+        result: What it returns, with its graph.
+    """
+
+    def __init__(self, block: nn.Module, overwrites: bool) -> None:
         super().__init__(block, checkpointed=False)
+        self._overwrites = overwrites
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
+        self.plain: Any = None
         self.result: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.args = tuple(_own(value) for value in args)
-        self.kwargs = {name: _own(value) for name, value in kwargs.items()}
+        self.args, self.kwargs = _with_tensors(args, kwargs, lambda x: x.detach().clone().requires_grad_())
+        given, named = _with_tensors(self.args, self.kwargs, lambda x: x.detach().clone())
+        with torch.no_grad():
+            self.plain = self.twin(*given, **named)
         with torch.enable_grad():
-            self.result = self.run(*map(_given, self.args), **{name: _given(x) for name, x in self.kwargs.items()})
+            # copies, because a leaf must not be overwritten
+            given, named = _with_tensors(self.args, self.kwargs, torch.clone)
+            if self._overwrites:
+                with ReadingCopies(list(tensors_given(given, named).values())):
+                    self.result = self.twin(*given, **named)
+            else:
+                self.result = self.run(*given, **named)
         raise _Reached
 
 
-def _own(value: Any) -> Any:
-    """Return a copy of a tensor of numbers that a block may write into, with its own graph."""
-    return value.detach().clone().requires_grad_() if are_tokens(value) else value
+def _with_tensors(
+    args: tuple, kwargs: Mapping[str, Any], function: Callable[[Tensor], Tensor]
+) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of a call with ``function`` applied to what may be tokens."""
+    changed = {key: function(tensor) for key, tensor in tensors_given(args, kwargs).items()}
 
+    def of(name: int | str, value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(changed.get((name, index), entry) for index, entry in enumerate(value))
+        return changed.get((name,), value)
 
-def _given(value: Any) -> Any:
-    """Return what is handed to the block: not the leaf itself, which must not be overwritten."""
-    return value.clone() if are_tokens(value) else value
+    return tuple(of(index, value) for index, value in enumerate(args)), {name: of(name, x) for name, x in kwargs.items()}
 
 
 class _Calls:
@@ -131,7 +160,26 @@ class _Calls:
     def layout_of(self, name: str, known: Mapping[str, ListLayout]) -> ListLayout:
         """Return the layout of a list; those before it are known."""
         block = f"{name}.0"
-        watched = _Watched(self.dit.module(block))
+        try:
+            found = self._tried(block, known, overwrites=False)
+        except _NotDifferentiable:
+            try:
+                found = self._tried(block, known, overwrites=True)
+            except _NotDifferentiable as problem:
+                raise UnsupportedModelError(
+                    f"No gradient passes through the blocks of this model ({problem}), so it cannot be trained. Choose "
+                    "another model."
+                ) from problem
+        self.first = self.first or found
+        return found.layout
+
+    def _tried(self, block: str, known: Mapping[str, ListLayout], *, overwrites: bool) -> CallLayout:
+        """Return what a call of a list's first block shows.
+
+        Raises:
+            _NotDifferentiable: If the block cannot be trained in this way.
+        """
+        watched = _Watched(self.dit.module(block), overwrites)
         modules = {**self._passing(known), **self._absent([other for other in self.lists if other not in known])}
         modules[block] = watched
         linears = {path: layer for path, layer in watched.named_modules() if is_linear(layer)}
@@ -142,12 +190,19 @@ class _Calls:
                 try:
                     self._call(denoise)
                 except _Reached:
-                    found = layout_of_call(watched.args, watched.kwargs, watched.result, block)
-                    text_outputs = _without_effect(adapters, found, watched)
+                    found = layout_of_call(watched.args, watched.kwargs, watched.plain, block)
+                    _require_same(found, watched)
+                    without = _without_effect(adapters, found, watched)
                 else:
                     raise UnsupportedModelError(f"The block {block} was never called, so it cannot be skipped.")
-        self.first = self.first or found
-        return replace(found.layout, text_outputs=text_outputs)
+        has_text = found.num_txt is not None
+        layout = replace(
+            found.layout,
+            text_outputs=without if has_text else frozenset(),
+            unused=frozenset() if has_text else without,
+            overwrites=overwrites,
+        )
+        return replace(found, layout=layout)
 
     def order(self, layouts: Mapping[str, ListLayout]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the modules before the first block, and the others that run."""
@@ -241,11 +296,25 @@ def _small_lora(linears: Mapping[str, nn.Linear]) -> LoraAdapters:
     return LoraAdapters(shapes, LoraSettings(rank=1, alpha=1), seed=0)
 
 
+def _require_same(found: CallLayout, watched: _Watched) -> None:
+    """Check that a block returns with a graph what it returns without.
+
+    Raises:
+        _NotDifferentiable: If not.
+    """
+    for place in found.layout.places:
+        plain, result = place.leaving(watched.plain), place.leaving(watched.result).detach()
+        added = plain - place.entering(watched.args, watched.kwargs).detach()
+        if not (result - plain).norm() <= ROUNDING * added.norm():
+            raise _NotDifferentiable("a block computes something else if nothing that its gradient needs is overwritten")
+
+
 def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched) -> frozenset[str]:
     """Return the linear layers that do not change the image tokens.
 
     Raises:
-        UnsupportedModelError: If a gradient cannot pass through the block.
+        _NotDifferentiable: If a gradient cannot pass through the block.
+        UnsupportedModelError: If none passes through its attention.
     """
     place = found.layout.img
     img = place.as_tokens(place.leaving(watched.result))
@@ -258,14 +327,9 @@ def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched
         with torch.enable_grad():
             entering, *gradients = torch.autograd.grad((img * weights).sum(), wanted, allow_unused=True)
     except (RuntimeError, NotImplementedError) as problem:
-        raise UnsupportedModelError(
-            f"No gradient passes through the blocks of this model ({problem}), so it cannot be trained. Choose another "
-            "model."
-        ) from problem
+        raise _NotDifferentiable(str(problem)) from problem
     if entering is None:
-        raise UnsupportedModelError(
-            "No gradient passes through the blocks of this model, so it cannot be trained. Choose another model."
-        )
+        raise _NotDifferentiable("its tokens do not depend on those before it")
     names = zip(adapters.names, gradients, strict=True)
     without = frozenset(name for name, gradient in names if gradient is None or not gradient.any())
     attention = {name for name in adapters.names if ATTENTION.search(name)}

@@ -12,7 +12,7 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from torch import nn
 
 from ...core.plain_dit import MemorySource, train
-from ..followed_families import FOLLOWED, family, without_gradient
+from ..followed_families import FOLLOWED, family
 from ..tiny_families import PLAN, TinyFamily, replayed, selection
 from ..tiny_flux import assert_same_weights, weights
 
@@ -39,13 +39,20 @@ def dit(patcher, tiny):
     return tiny.hosted(patcher)
 
 
+PREPARED = ("anima", "ltx2")  # ComfyUI prepares their texts before sampling
+OTHER_KERNEL = ("ltxv", "ltx2")  # ComfyUI rotates queries and keys by another kernel while they are trained
+
+
 def whole(tiny, dit, clean):
-    """The whole model's clean estimate: as ComfyUI samples, or where its text is prepared differently then, as we run it."""
-    if tiny.name != "anima":
+    """The whole model's clean estimate: as ComfyUI samples, or as we run it where ComfyUI does something else."""
+    if tiny.name not in (*PREPARED, *OTHER_KERNEL):
         return tiny.full_forward(dit, clean, [0])
     noisy, _, sigmas = noisy_batch(PLAN, clean, [0])
     with torch.no_grad(), dit.running({}) as denoise:
-        return denoise(noisy, sigmas, [PLAN[0].caption])
+        ours = denoise(noisy, sigmas, [PLAN[0].caption])
+    if tiny.name not in PREPARED:
+        torch.testing.assert_close(ours, tiny.full_forward(dit, clean, [0]), atol=2e-6, rtol=0.0)
+    return ours
 
 
 def test_front_middle_and_back_together_are_the_whole_model(tiny, dit):
@@ -153,10 +160,42 @@ def test_a_run_can_be_counted_before_it_starts(tiny, dit):
 # --- refused -----------------------------------------------------------------------------------------------------
 
 
-def test_a_block_that_overwrites_what_its_gradient_needs_is_refused(comfyui):
-    tiny = without_gradient()
+def changed_blocks(patcher, monkeypatch, change):
+    """Have the blocks of a model return what ``change`` makes of what they return."""
+    kind = type(patcher.model.diffusion_model.transformer_blocks[0])
+    plain = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: change(*plain(self, *args, **kwargs)))
+
+
+def test_a_block_that_overwrites_what_its_gradient_needs_is_refused(comfyui, monkeypatch):
+    def overwriting(text, image):
+        kept = image.sin()
+        used = kept.square()
+        kept.add_(1.0)
+        return text, used + kept
+
+    tiny = family("mage_flow")
+    patcher = tiny.build()
+    changed_blocks(patcher, monkeypatch, overwriting)
     with pytest.raises(UnsupportedModelError, match="No gradient passes through the blocks of this model .*inplace"):
-        tiny.hosted(tiny.build())
+        tiny.hosted(patcher)
+
+
+def test_blocks_that_overwrite_their_tokens_run_on_copies(comfyui, dit, tiny):
+    layouts = dit.adapter.found.lists.values()
+    assert all(layout.overwrites == (tiny.name in ("ltxv", "ltx2")) for layout in layouts)
+
+
+def test_sound_is_passed_on_and_gets_no_lora(comfyui):
+    tiny = family("ltx2")
+    dit = tiny.hosted(tiny.build())
+    names = list(tiny.lora(dit, selection(1, 1, len(dit.blocks))).names)
+    assert names and not [name for name in names if "audio" in name]
+    [layout] = dit.adapter.found.lists.values()
+    assert {name.partition(".")[0] for name in layout.unused} == {
+        "audio_attn1", "audio_attn2", "audio_ff", "audio_to_video_attn", "video_to_audio_attn"
+    }  # fmt: skip
+    assert [place.key for place in layout.places] == [(0, 0), (0, 1)]
 
 
 @pytest.mark.parametrize("change", ["noise", "sound"])
