@@ -7,7 +7,9 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.inputs.training_folder import LoadedFolder, folder_identity, load_training_folder
+from . import widgets
 from .inputs import checked
 from .page.progress import NodeProgress
 from .types import TrainingFilesSocket
@@ -33,6 +35,14 @@ class LoadTrainingFolder(io.ComfyNode):
                     tooltip="A folder in ComfyUI's `input` folder, with pictures and a `.txt` of the same name for "
                     "each. R refreshes the list.",
                 ),
+                widgets.frames(
+                    "1: load pictures. More: load the folder's videos as clips of this many pictures, at their own frame "
+                    "rate; set the same on Precompute Residuals."
+                ),
+                io.Int.Input(
+                    "clips_per_video", default=1, min=1, max=1000, optional=True, advanced=True,
+                    tooltip="How many clips to load from the beginning of each video; a shorter video gives fewer.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -56,19 +66,26 @@ class LoadTrainingFolder(io.ComfyNode):
         return folder_identity(folder) if isinstance(folder, str) else ""
 
     @classmethod
-    def execute(cls, folder: Any) -> io.NodeOutput:
+    def execute(cls, folder: Any, frames: Any = 1, clips_per_video: Any = 1) -> io.NodeOutput:
         progress = NodeProgress(cls.hidden.unique_id)
-        loaded = loaded_folder(checked(cls, folder=folder)["folder"], progress)
+        asked = checked(cls, folder=folder, frames=frames, clips_per_video=clips_per_video)
+        loaded = loaded_folder(asked["folder"], progress, asked["frames"], asked["clips_per_video"])
         return io.NodeOutput(loaded.images, loaded.texts, loaded.files)
 
 
-def loaded_folder(folder: str, progress: NodeProgress) -> LoadedFolder:
+def loaded_folder(folder: str, progress: NodeProgress, frames: int = 1, clips: int = 1) -> LoadedFolder:
     """Return the folder's content, and show on the node anything odd about it.
 
     Raises:
         InvalidInputError: If the folder cannot be used.
     """
-    loaded = load_training_folder(folder, lambda done, total: progress("loading pictures", done, total))
+    for name, number in (("frames", frames), ("clips_per_video", clips)):
+        if number < 1:
+            raise InvalidInputError(f"`{name}` must be at least 1, got {number}.")
+    what = "pictures" if frames == 1 else "videos"
+    loaded = load_training_folder(
+        folder, lambda done, total: progress(f"loading {what}", done, total), frames=frames, clips=clips
+    )
     captions = sum(map(bool, loaded.texts)) or "none"
-    progress.say("\n".join([*loaded.remarks, f"Pictures: {len(loaded.images)}; captions: {captions}"]))
+    progress.say("\n".join([*loaded.remarks, f"{what.capitalize()}: {len(loaded.images)}; captions: {captions}"]))
     return loaded

@@ -24,7 +24,7 @@ from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.inputs.frames import latent_shape
+from ..blockskip_core.hosts.inputs.frames import latent_frames, latent_shape
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
@@ -135,6 +135,7 @@ def _other_inputs() -> list[io.Input]:
             "and does not change the result.",
         ),
         widgets.quantize_frozen(AT_TRAINER),
+        widgets.frames(AT_PRECOMPUTE),
     ]  # fmt: skip
 
 
@@ -163,6 +164,7 @@ class PlanRequest:
     preset: str = OFF
     use_spare: bool = True
     quantize_frozen: str = default_for_frozen_blocks()
+    frames: int = 1
 
     def __post_init__(self) -> None:
         choices = {
@@ -244,7 +246,8 @@ class Plan:
         progress: NodeProgress,
     ) -> None:
         require_available(request.quantize_kept, model.load_device)
-        dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min))
+        frames = latent_frames(model.model, request.frames)
+        dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min, frames))
         selection.require_for(len(dit.blocks), dit.family)
         if request.back_residual == "exact":
             require_available(request.quantize_frozen, model.load_device)

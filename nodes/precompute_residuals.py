@@ -149,6 +149,18 @@ def _detail_inputs() -> list[io.Input]:
             "files", optional=True,
             tooltip="From Load Training Folder: messages then name a picture by its file, and missing captions are noticed.",
         ),
+        widgets.frames(
+            "1: train on single pictures. More: every IMAGE batch is a film, and is cut into clips of this many pictures. "
+            "Wan and HunyuanVideo need a multiple of 4 plus 1, LTX a multiple of 8 plus 1."
+        ),
+        io.Float.Input(
+            "noise_from", default=0.0, min=0.0, max=1.0, step=0.001, optional=True, advanced=True,
+            tooltip="Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875.",
+        ),
+        io.Float.Input(
+            "noise_to", default=1.0, min=0.0, max=1.0, step=0.001, optional=True, advanced=True,
+            tooltip="Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875.",
+        ),
     ]  # fmt: skip
 
 
@@ -177,7 +189,7 @@ def precompute(
     """
     advice = "Lower `patch_min`, or unload whatever else uses the device, and queue again: finished parts are kept."
     with out_of_memory_explained("Precomputing", advice):
-        material = checked_material(images, positive, files)
+        material = checked_material(images, positive, files, settings.frames)
         residuals, crops = prepare_residuals(
             model, vae, material.pictures, material.captions, selection, settings, progress, material.pictures.labels
         )
@@ -192,7 +204,8 @@ def contact_sheet(crops: TrainingCrops, schedule: TrainingSchedule, blank: Colle
     shown = [by_noise[place] for place in pictures.evenly(len(by_noise))]
     labels = [f"t {schedule[index].sigma:.2f} · {schedule[index].side} px" for index in shown]
     marked = [place for place, index in enumerate(shown) if schedule[index].picture in blank]
-    return pictures.contact_sheet(crops.taken(shown), labels, marked)
+    stills = [crop[0] if crop.ndim == 4 else crop for crop in crops.taken(shown)]  # of a clip, its first picture
+    return pictures.contact_sheet(stills, labels, marked)
 
 
 def size_note(sizes: Sequence[tuple[int, int]], schedule: TrainingSchedule) -> str:

@@ -50,6 +50,11 @@ def draws(tooltip: str) -> io.Int.Input:
     return io.Int.Input("draws", default=400, min=1, max=1_000_000, tooltip=tooltip)
 
 
+def frames(tooltip: str) -> io.Int.Input:
+    """The number of pictures of a clip."""
+    return io.Int.Input("frames", default=1, min=1, max=1001, optional=True, advanced=True, tooltip=tooltip)
+
+
 def storage(tooltip: str) -> io.Combo.Input:
     """Where residuals are kept."""
     return io.Combo.Input("storage", options=list(STORAGES), default="disk", tooltip=tooltip)

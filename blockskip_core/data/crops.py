@@ -12,13 +12,13 @@ from .schedule import TrainingSchedule
 
 
 class TrainingCrops(OnAccess):
-    """The crop of every draw at training size, each (patch_min, patch_min, 3), created on access.
+    """The crop of every draw at training size, created on access: (patch_min, patch_min, 3), with a first axis for clips.
 
     Only one picture at a time is held at its reference size, because all of them could take as much memory as the
     pictures themselves. So take many crops in the order of :meth:`by_picture`.
 
     Args:
-        pictures: Each (H, W, C), range [0, 1], in the order of the sizes that the schedule was made for.
+        pictures: Each (H, W, C) or (F, H, W, C), range [0, 1], in the order of the sizes that the schedule was made for.
         schedule: The draws.
     """
 
@@ -50,6 +50,6 @@ class TrainingCrops(OnAccess):
         if self._held is None or self._held[0] != picture:
             self._held = None  # free it before the next one is created
             given = self._pictures[picture]
-            height, width = reference_size(given.shape[0], given.shape[1], self._schedule.patches)
+            height, width = reference_size(*given.shape[-3:-1], self._schedule.patches)
             self._held = (picture, resize(given, height, width))
         return self._held[1]

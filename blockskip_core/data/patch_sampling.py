@@ -5,7 +5,7 @@ one. Every crop is resized to the same small side, so that the token count never
 
     f(s_min, s_max, t) = s_min + (t / T) * (s_max - s_min)
 
-Axis legend: ``H W`` rows and columns in pixels, ``C`` colour channels.
+Axis legend: ``F`` frames of a clip, ``H W`` rows and columns in pixels, ``C`` colour channels.
 """
 
 from __future__ import annotations
@@ -113,23 +113,28 @@ def reference_size(height: int, width: int, config: PatchConfig) -> tuple[int, i
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
-    """Return ``picture`` resized with antialiasing, shape (H, W, C) -> (height, width, C), range kept in [0, 1]."""
-    if picture.shape[:2] == (height, width):
+    """Return ``picture`` resized with antialiasing, shape (..., H, W, C) -> (..., height, width, C), kept in [0, 1]."""
+    *frames, rows, columns, _ = picture.shape
+    if (rows, columns) == (height, width):
         return picture
-    planes = picture.movedim(-1, 0).unsqueeze(0)  # (1, C, H, W)
+    planes = picture.movedim(-1, -3)  # (..., C, H, W)
+    if not frames:
+        planes = planes.unsqueeze(0)
     resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
-    return resized.squeeze(0).movedim(0, -1).clamp(0.0, 1.0)
+    if not frames:
+        resized = resized.squeeze(0)
+    return resized.movedim(-3, -1).clamp(0.0, 1.0)
 
 
 def crop_and_resize(reference: Tensor, *, top: int, left: int, side: int, patch_min: int) -> Tensor:
     """Return the square at (top, left), resized with antialiasing to ``patch_min``.
 
     Args:
-        reference: Picture at its reference size, shape (H, W, C), range [0, 1].
+        reference: Picture at its reference size, shape (H, W, C), range [0, 1], or clip, shape (F, H, W, C).
         top, left, side: The square in pixels, inside the picture.
         patch_min: Side of the result in pixels.
 
     Returns:
-        Shape (patch_min, patch_min, C), range [0, 1].
+        Shape (patch_min, patch_min, C) or (F, patch_min, patch_min, C), range [0, 1].
     """
-    return resize(reference[top : top + side, left : left + side], patch_min, patch_min)
+    return resize(reference[..., top : top + side, left : left + side, :], patch_min, patch_min)

@@ -21,22 +21,23 @@ class Labels:
     Args:
         count: Number of pictures.
         names: Their file names; empty if unknown.
+        kind: What they are called.
 
     Raises:
         InvalidInputError: If there is not one name for each.
     """
 
-    def __init__(self, count: int, names: Sequence[str] = ()) -> None:
+    def __init__(self, count: int, names: Sequence[str] = (), kind: str = "Picture") -> None:
         if names and len(names) != count:
             raise InvalidInputError(
                 f"`files` describes {len(names)} pictures, and {count} came in. Connect `files` and `images` of the "
                 "same Load Training Folder."
             )
-        self._count, self._names = count, names
+        self._count, self._names, self._kind = count, names, kind
 
     def full(self, index: int) -> str:
         """Return a picture's name for the beginning of a sentence: "Picture 3 of 12 (cat.png)"."""
-        return f"Picture {index + 1} of {self._count}" + (f" ({self._names[index]})" if self._names else "")
+        return f"{self._kind} {index + 1} of {self._count}" + (f" ({self._names[index]})" if self._names else "")
 
     def short(self, index: int) -> str:
         """Return a picture's name for a list: "cat.png" or "number 3"."""
@@ -53,7 +54,7 @@ class Labels:
 
     def counted(self, pictures: Sequence[int]) -> str:
         """Return "1 of 12 pictures is" or "3 of 12 pictures are"."""
-        return f"{len(pictures)} of {self._count} pictures {'is' if len(pictures) == 1 else 'are'}"
+        return f"{len(pictures)} of {self._count} {self._kind.lower()}s {'is' if len(pictures) == 1 else 'are'}"
 
 
 def on_size(sizes: Sequence[tuple[int, int]], patch_min: int, labels: Labels) -> str | None:
@@ -72,6 +73,13 @@ def on_size(sizes: Sequence[tuple[int, int]], patch_min: int, labels: Labels) ->
         f"{labels.counted(small)} smaller than the patch of {patch_min} px: {labels.listed(small, measured)}. "
         f"Use pictures whose shorter side has at least {patch_min} px, or lower patch_min."
     )
+
+
+def on_unused(pictures: int, clips: int, frames: int) -> str | None:
+    """Return how many pictures at the ends of films are in no clip, or None if all are."""
+    if not pictures:
+        return None
+    return f"{clips} clips of {frames} pictures; {pictures} pictures at the ends of the films are not used"
 
 
 def on_blank(colours: dict[int, str], labels: Labels) -> str | None:

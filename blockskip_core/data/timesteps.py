@@ -18,6 +18,7 @@ from ..errors import InvalidInputError
 
 TimestepDistribution = Literal["model", "uniform", "logit-normal", "shifted"]
 TIMESTEP_DISTRIBUTIONS: tuple[str, ...] = get_args(TimestepDistribution)
+MOST_DRAWN_AGAIN = 1000  # times that noise levels outside the wanted range are replaced by others
 SMALLEST_SIGMA = 1e-3  # a velocity is a difference divided by sigma: below this, it is only rounding error
 
 
@@ -27,7 +28,11 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def sigma_sampler(
-    distribution: TimestepDistribution, *, model_sigma: Callable[[float], float] = lambda time: time, shift: float = 3.0
+    distribution: TimestepDistribution,
+    *,
+    model_sigma: Callable[[float], float] = lambda time: time,
+    shift: float = 3.0,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Return a function ``(count, generator) -> sigmas`` of shape (count,) in [SMALLEST_SIGMA, 1].
 
@@ -36,9 +41,12 @@ def sigma_sampler(
             deviation 1) or "shifted" (uniform through ``shift``).
         model_sigma: The model's map from uniform time in [0, 1] (1 = pure noise) to sigma; by default the identity.
         shift: Used by "shifted" only.
+        within: Lowest and highest sigma: the distribution is cut off there. For models whose experts share the noise
+            levels, such as Wan 2.2.
 
     Raises:
-        InvalidInputError: If the name is not known or the shift is not positive.
+        InvalidInputError: If the name is not known, the shift is not positive, or the range is empty; by the returned
+            function, if the distribution has next to nothing within the range.
     """
     if distribution not in TIMESTEP_DISTRIBUTIONS:
         raise InvalidInputError(
@@ -47,7 +55,26 @@ def sigma_sampler(
     if not 0.0 < shift < math.inf:
         raise InvalidInputError(f"The timestep shift must be positive, got {shift}.")
 
+    low, high = within
+    if not 0.0 <= low < high <= 1.0:
+        raise InvalidInputError(
+            f"noise_from and noise_to must be a range within 0 to 1, got {low:g} to {high:g}. Leave them at 0 and 1 to train "
+            "on all noise levels."
+        )
+
     def sample(count: int, generator: torch.Generator) -> Tensor:
+        sigmas = draw(count, generator)
+        for _ in range(MOST_DRAWN_AGAIN):
+            outside = (sigmas < low) | (sigmas > high)
+            if not outside.any():
+                return sigmas
+            sigmas[outside] = draw(int(outside.sum()), generator)
+        raise InvalidInputError(
+            f"Hardly any noise level of the distribution {distribution!r} is within {low:g} to {high:g}. Widen the range of "
+            "noise_from and noise_to, or choose other `timesteps`."
+        )
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
         from diffusers.training_utils import compute_density_for_timestep_sampling  # slow to import: only when needed
 
         scheme = "logit_normal" if distribution == "logit-normal" else "none"

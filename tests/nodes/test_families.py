@@ -9,7 +9,7 @@ import torch
 
 from ..hosts.followed_families import family
 from ..hosts.tiny_families import FAMILIES
-from .conftest import PATCHES, TRAINING
+from .conftest import PATCHES, TRAINING, Listed
 
 MEASURE = {"method": "attention mask", "skip_ratio": 0.5, "front": 0, "back": 0}
 PROBE = {"probe_size": 64, "probe_steps": 1, "window_profile": False}
@@ -28,7 +28,9 @@ class FamilyVae:
     def encode(self, pixels):
         cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), self._format.spacial_downscale_ratio)
         cells = cells[:, torch.arange(self._format.latent_channels) % 3]
-        return cells[:, :, None] if self._frames else cells
+        if not self._frames:
+            return cells
+        return cells[:: self._format.temporal_downscale_ratio].movedim(0, 1)[None]  # one clip, as the host's video VAEs
 
 
 def assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection):
@@ -75,6 +77,56 @@ def test_the_nodes_on_families_without_a_file(nodes, run_node, pictures, folders
     ).args
     assert selection.family == tiny.family
     assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection)
+
+
+@pytest.mark.parametrize("name", ["wan21", "ltx2"])
+def test_the_nodes_on_clips(nodes, run_node, folders, name):
+    tiny = next((one for one in FAMILIES if one.name == name), None) or family(name)
+    model, positive = tiny.build(), tiny.captions((5,))[0]
+    per_frame = model.model.latent_format.temporal_downscale_ratio
+    length = 2 * per_frame + 1
+    films = Listed([torch.rand(length + 4, 72, 96, 3), torch.rand(2 * length, 64, 64, 3)])
+    selection, _, _ = run_node(
+        nodes.SelectBlocks, model=model, positive=positive, **{**MEASURE, "method": "preset"}, **PROBE
+    ).args
+    patches = {**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 4}
+    vae = FamilyVae(model.model.latent_format, frames=True)
+    residuals, sheet = run_node(
+        nodes.PrecomputeResiduals, model=model, vae=vae, images=films, positive=Listed([positive, positive]), selection=selection,
+        frames=length, noise_from=0.25, noise_to=0.75, **patches,
+    ).args  # fmt: skip
+    assert residuals.latents.shape[1] == 3 * model.model.latent_format.latent_channels
+    assert {draw.picture for draw in residuals.schedule} == {0, 1, 2}  # three clips
+    assert all(0.25 <= draw.sigma <= 0.75 for draw in residuals.schedule)
+    assert sheet.shape[0] == 1
+    trained = run_node(nodes.TrainLora, model=model, residuals=residuals, **TRAINING)
+    assert trained.ui["blockskip"][0]["self_check"] < 1e-5
+    plan = {
+        "patch_min": 32, "draws": 4, "storage": "disk", "rank": 4, "batch_size": 1, "checkpointing": True,
+        "quantize_kept": "off", "activation_budget": 0.0, "card_memory": 0.0,
+    }  # fmt: skip
+    peaks = []
+    for frames in (1, length):
+        report, *_ = run_node(
+            nodes.MemoryPlan, model=model, positive=positive, selection=selection, frames=frames, **plan
+        ).args
+        peaks.append(report)
+    assert peaks[0] != peaks[1]
+    with pytest.raises(Exception, match=f"`frames` must be a multiple of {per_frame} plus 1"):
+        run_node(nodes.MemoryPlan, model=model, positive=positive, selection=selection, frames=length + 1, **plan)
+
+
+def test_clips_of_a_model_that_makes_pictures_are_refused(nodes, run_node, folders):
+    tiny = next(one for one in FAMILIES if one.name == "flux")
+    model, positive = tiny.build(), tiny.captions((5,))[0]
+    settings = {**MEASURE, "method": "preset"}
+    selection, *_ = run_node(nodes.SelectBlocks, model=model, positive=positive, **settings, **PROBE).args
+    with pytest.raises(Exception, match="`frames` is 5, but this model makes pictures"):
+        run_node(
+            nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model.latent_format, False),
+            images=torch.rand(5, 64, 64, 3), positive=positive, selection=selection, frames=5,
+            **{**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 4},
+        )  # fmt: skip
 
 
 def test_hiding_the_text_is_refused_where_no_file_says_how(nodes, run_node):

@@ -85,7 +85,7 @@ class FamilyAdapter(ABC):
         patch = self.patch_size
         return -(-rows // patch) * -(-columns // patch)
 
-    def prepare_call(self, rows: int, columns: int) -> None:  # noqa: B027  most families' calls say it themselves
+    def prepare_call(self, frames: int, rows: int, columns: int) -> None:  # noqa: B027  most calls say it themselves
         """Note the size of the latents of the next call."""
 
     def text_tokens(self, text_length: int) -> int:

@@ -213,8 +213,8 @@ class FollowedAdapter(FamilyAdapter):
         """Return whether the model has lists of blocks."""
         return bool(block_lists(diffusion_model))
 
-    def prepare_call(self, rows: int, columns: int) -> None:
-        self._num_img = self.image_tokens(rows, columns)
+    def prepare_call(self, frames: int, rows: int, columns: int) -> None:
+        self._num_img = frames * self.image_tokens(rows, columns)
 
     def block_io(self, name: str) -> FollowedBlockIO:
         """Return the IO of a list's blocks for the current call."""

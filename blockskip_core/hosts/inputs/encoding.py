@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError
-from .frames import has_frames, without_frame
+from .frames import has_frames, without_frames
 
 
 def crop_multiple(vae: Any, patch_size: int) -> int:
@@ -23,17 +23,19 @@ def encode_crops(
     crops: Sequence[Tensor],
     progress: Callable[[int, int], None] | None = None,
     *,
+    frames: int = 1,
     order: Sequence[int] = (),
 ) -> Tensor:
-    """Return the crops' latents in the model's own scale, shape (num_draws, C, H, W), float32 on the CPU.
+    """Return the crops' latents in the model's own scale, shape (num_draws, C * F, H, W), float32 on the CPU.
 
     The host's ``process_latent_in`` is applied here, once; nothing after this may apply it again.
 
     Args:
         vae: The VAE.
         model: The host's model that it belongs to.
-        crops: Each (side, side, 3) in [0, 1].
+        crops: Each (side, side, 3) in [0, 1], or a clip of these with a first axis.
         progress: Called with (crops done, total); may raise to interrupt.
+        frames: Number of latent frames of each crop.
         order: The order in which to read all crops; empty for their own order. The latents are in the crops' order.
 
     Raises:
@@ -41,9 +43,10 @@ def encode_crops(
     """
     latents: dict[int, Tensor] = {}
     for index in order or range(len(crops)):
-        latent = vae.encode(crops[index].unsqueeze(0))
-        _require_fitting(latent, model)
-        latents[index] = without_frame(model, model.process_latent_in(latent)).float().cpu()
+        crop = crops[index]
+        latent = vae.encode(crop if crop.ndim == 4 else crop.unsqueeze(0))
+        _require_fitting(latent, model, frames)
+        latents[index] = without_frames(model, model.process_latent_in(latent)).float().cpu()
         if progress:
             progress(len(latents), len(crops))
     stacked = torch.cat([latents[index] for index in range(len(crops))])
@@ -52,16 +55,18 @@ def encode_crops(
     return stacked
 
 
-def _require_fitting(latent: Tensor, model: Any) -> None:
+def _require_fitting(latent: Tensor, model: Any, frames: int) -> None:
     """Refuse latents of another VAE before they are scaled: broadcasting could hide the mismatch."""
-    channels, frames = model.latent_format.latent_channels, has_frames(model)
+    channels = model.latent_format.latent_channels
     if latent.shape[1] != channels:
         raise InvalidInputError(
             f"The model works on latents of {channels} channels, this VAE makes {latent.shape[1]}. "
             "Load the VAE that belongs to the model."
         )
-    if latent.ndim != (5 if frames else 4) or (frames and latent.shape[2] != 1):
+    expected = f"{frames} frame{'s' if frames > 1 else ''}" if has_frames(model) else "no axis of frames"
+    fits = latent.ndim == 5 and latent.shape[2] == frames if has_frames(model) else latent.ndim == 4
+    if not fits:
         raise InvalidInputError(
-            f"The model works on latents with {'one frame' if frames else 'no axis of frames'}, this VAE makes latents "
-            f"of shape {tuple(latent.shape)}. Load the VAE that belongs to the model."
+            f"The model works on latents with {expected}, this VAE makes latents of shape {tuple(latent.shape)}. "
+            "Load the VAE that belongs to the model."
         )

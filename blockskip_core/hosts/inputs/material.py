@@ -9,6 +9,7 @@ from typing import Any
 from ...data import remarks
 from ...data.picture_checks import likeness, only_colour
 from ...errors import InvalidInputError
+from .clips import Clips
 from .conditioning import flatten_conditionings, same_texts
 from .pictures import Pictures
 
@@ -28,49 +29,69 @@ class TrainingFile:
 
 @dataclass(frozen=True)
 class Material:
-    """Pictures and captions that can be trained on.
+    """Pictures or clips that can be trained on, with their captions.
 
     Attributes:
-        pictures: The pictures.
-        captions: Single conditionings: one for all pictures, or one for each.
+        pictures: The pictures, or the clips.
+        captions: Single conditionings: one for all, or one for each.
         blank: Blank pictures, each with its colour.
         remarks: Anything odd, in sentences.
     """
 
-    pictures: Pictures
+    pictures: Pictures | Clips
     captions: list[list]
     blank: Mapping[int, str]
     remarks: list[str]
 
 
-def checked_material(images: Sequence[Any], positive: Sequence[Any], files: Sequence[Any] | None) -> Material:
+def checked_material(
+    images: Sequence[Any], positive: Sequence[Any], files: Sequence[Any] | None, frames: int = 1
+) -> Material:
     """Return the checked inputs, with remarks on them.
+
+    Args:
+        images: IMAGEs.
+        positive: CONDITIONINGs.
+        files: What Load Training Folder says about the pictures.
+        frames: Number of pictures of a clip; with 1, every picture is trained on by itself.
 
     Raises:
         InvalidInputError: If a picture or caption cannot be used; the message names it.
     """
     described = _require_files(files or ())
-    pictures = Pictures(images, [file.name for file in described])
-    captions = flatten_conditionings(positive)
-    colours = {index: only_colour(picture) for index, picture in enumerate(pictures)}
+    names, captions = [file.name for file in described], flatten_conditionings(positive)
+    pictures: Pictures | Clips
+    if frames > 1:
+        pictures = Clips(images, frames, names)
+        captions = pictures.captions_for_each(captions)
+        described = [described[film] for film in pictures.films] if len(described) == len(images) else []
+    else:
+        pictures = Pictures(images, names)
+    colours = {index: only_colour(pictures.still(index)) for index in range(len(pictures))}
     blank = {index: colour for index, colour in colours.items() if colour}
     found = [
         remarks.on_blank(blank, pictures.labels),
         remarks.on_transparent(pictures.transparent, pictures.labels),
         _on_captions(captions, pictures, described),
+        remarks.on_unused(pictures.unused, len(pictures), frames) if isinstance(pictures, Clips) else None,
     ]
     return Material(pictures, captions, blank, [sentence for sentence in found if sentence])
 
 
-def _on_captions(captions: Sequence[list], pictures: Pictures, files: Sequence[TrainingFile]) -> str | None:
-    """Return a remark on captions without words or, if there is one caption per picture, on missing or equal ones."""
+def _on_captions(captions: Sequence[list], pictures: Pictures | Clips, files: Sequence[TrainingFile]) -> str | None:
+    """Return a remark on captions without words or, if there is one caption per picture, on missing or equal ones.
+
+    Clips of one film share its caption, so equal captions are not odd for clips.
+    """
     zeroed = sum(not embedding.any() for [[embedding, _]] in captions)
     if zeroed:
         return remarks.on_zeroed_captions(zeroed, len(captions))
     if len(captions) != len(pictures) or len(captions) == 1:
         return None
     empty = remarks.on_empty_captions([file.caption for file in files], pictures.labels)
-    return empty or remarks.on_equal_captions(same_texts(captions), [likeness(picture) for picture in pictures])
+    if empty or isinstance(pictures, Clips):
+        return empty
+    return remarks.on_equal_captions(same_texts(captions), [likeness(picture) for picture in pictures])
 
 
 def _require_files(files: Sequence[Any]) -> list[TrainingFile]:

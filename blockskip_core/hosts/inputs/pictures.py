@@ -53,6 +53,14 @@ class Pictures(OnAccess):
         picture = self._given[index][..., :3]
         return picture if self._as_given[index] else picture.to("cpu", torch.float32).clamp(0.0, 1.0)
 
+    def is_view(self, index: int) -> bool:
+        """Return whether a picture is used as it was given."""
+        return self._as_given[index]
+
+    def still(self, index: int) -> Tensor:
+        """Return the picture itself; see ``Clips.still``."""
+        return self.one(index)
+
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of each in pixels."""

@@ -1,10 +1,10 @@
-"""Reads a folder of pictures and captions inside ComfyUI's input folder."""
+"""Reads a folder of pictures or videos, with their captions, inside ComfyUI's input folder."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from ...data import remarks
 from ...data.caption_text import CaptionText, caption_text
 from ...data.picture_checks import only_colour
 from ...errors import InvalidInputError
+from . import film_files
+from .film_files import read_film
 from .material import TrainingFile
 from .picture_files import SUFFIXES, read_picture
 
@@ -31,7 +33,7 @@ class LoadedFolder:
     """The content of a folder; each list has one element per picture, or several if a picture counts several times.
 
     Attributes:
-        images: IMAGEs of one picture each.
+        images: IMAGEs of one picture each, or of one film each.
         texts: Captions; "" if there is none.
         files: The same with the files' names.
         remarks: Anything odd, in sentences.
@@ -43,23 +45,26 @@ class LoadedFolder:
     remarks: list[str]
 
 
-def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> LoadedFolder:
+def load_training_folder(
+    folder: str, progress: Callable[[int, int], None], *, frames: int = 1, clips: int = 1
+) -> LoadedFolder:
     """Read the pictures of a folder and its sub-folders, in the order of their names, and their captions.
 
     Args:
         folder: A folder inside ComfyUI's input folder, named as in ComfyUI's lists.
         progress: Called with (pictures read, total); may raise to interrupt.
+        frames: Number of pictures of a clip. With more than one, videos are read instead of pictures.
+        clips: Number of clips to read from the beginning of every video.
 
     Raises:
-        InvalidInputError: If there is no such folder, it contains no pictures, or one of its files cannot be read.
+        InvalidInputError: If there is no such folder, it contains nothing to read, or one of its files cannot be read.
     """
     root = _folder(folder)
-    found = _pictures(root)
+    found = _files(root, SUFFIXES if frames == 1 else film_files.SUFFIXES)
     if not found:
-        raise InvalidInputError(
-            f"There are no pictures in the folder {folder!r}: none of its files ends with {', '.join(SUFFIXES)}."
-        )
-    loaded = [_Picture.read(path, root) for path in _announced(list(found), progress)]
+        raise InvalidInputError(_nothing_found(folder, root, frames))
+    read = frames * clips if frames > 1 else None
+    loaded = [_Picture.read(path, root, read) for path in _announced(list(found), progress)]
     counted = [picture for picture in loaded for _ in range(found[picture.path])]
     return LoadedFolder(
         images=[picture.image for picture in counted],
@@ -69,11 +74,22 @@ def load_training_folder(folder: str, progress: Callable[[int, int], None]) -> L
     )
 
 
+def _nothing_found(folder: str, root: Path, frames: int) -> str:
+    wanted, other = ("pictures", "videos") if frames == 1 else ("videos", "pictures")
+    suffixes = {"pictures": SUFFIXES, "videos": film_files.SUFFIXES}
+    advice = ""
+    if _files(root, suffixes[other]):
+        advice = f" It has {other}: set `frames` to {'more than 1 to read them as clips' if frames == 1 else '1'}."
+    return (
+        f"There are no {wanted} in the folder {folder!r}: none of its files ends with {', '.join(suffixes[wanted])}.{advice}"
+    )
+
+
 def folder_identity(folder: str) -> str:
-    """Return a key that changes when a picture or caption is added, removed or written, or the error on reading."""
+    """Return a key that changes when a picture, video or caption is added, removed or written, or the error on reading."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        for path in _pictures(_folder(folder)):
+        for path in _files(_folder(folder), (*SUFFIXES, *film_files.SUFFIXES)):
             for file in [path, *_captions_of(path)]:
                 stamp = file.stat()
                 digest.update(f"{file} {stamp.st_size} {stamp.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
@@ -84,7 +100,7 @@ def folder_identity(folder: str) -> str:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture with its caption; ``name`` is readable."""
+    """A picture or film with its caption; ``name`` is readable."""
 
     path: Path
     name: str
@@ -93,10 +109,11 @@ class _Picture:
     transparent: bool
 
     @classmethod
-    def read(cls, path: Path, root: Path) -> _Picture:
+    def read(cls, path: Path, root: Path, pictures: int | None) -> _Picture:
+        """Read a picture, or the first ``pictures`` of a film."""
         name = _shown(path, root)
         _require_inside(path, name)
-        image, transparent = read_picture(path, name)
+        image, transparent = read_picture(path, name) if pictures is None else (read_film(path, name, pictures), False)
         return cls(path, name, image, _caption(path, root), transparent)
 
 
@@ -129,9 +146,9 @@ def _folder(folder: str) -> Path:
     )
 
 
-def _pictures(root: Path) -> dict[Path, int]:
-    """Return every picture of the folder and its direct sub-folders, sorted, and how often it counts."""
-    found = dict.fromkeys(_of_suffix(root), 1)
+def _files(root: Path, suffixes: Sequence[str]) -> dict[Path, int]:
+    """Return every file with one of these suffixes in the folder and its direct sub-folders, and how often it counts."""
+    found = dict.fromkeys(_of_suffix(root, suffixes), 1)
     for inner in sorted((path for path in _listed(root) if path.is_dir()), key=_order):
         named = _REPEATED.match(inner.name)
         times = int(named[1]) if named else 1
@@ -140,13 +157,13 @@ def _pictures(root: Path) -> dict[Path, int]:
                 f"The folder {inner.name!r} asks for its pictures {times} times, but at most {MOST_REPEATS} are "
                 "possible."
             )
-        found |= {path: times for path in _of_suffix(inner) if times}
+        found |= {path: times for path in _of_suffix(inner, suffixes) if times}
     return found
 
 
-def _of_suffix(folder: Path) -> list[Path]:
-    pictures = [path for path in _listed(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    return sorted((path for path in pictures if not path.name.startswith(".")), key=_order)
+def _of_suffix(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    files = [path for path in _listed(folder) if path.suffix.lower() in suffixes and path.is_file()]
+    return sorted((path for path in files if not path.name.startswith(".")), key=_order)
 
 
 def _listed(folder: Path) -> list[Path]:

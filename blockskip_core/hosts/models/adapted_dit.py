@@ -20,7 +20,7 @@ from ...selection.selection import BlockSelection
 from ..families.base import TEXT_TOKENS
 from ..families.registry import adapter_for
 from ..inputs.conditioning import join_arguments
-from ..inputs.frames import with_frame, without_frame
+from ..inputs.frames import frames_in, with_frames, without_frames
 
 
 class AdaptedDit(ABC):
@@ -31,6 +31,7 @@ class AdaptedDit(ABC):
 
     Attributes:
         adapter: The family's adapter.
+        frames: Number of latent frames of a training example; 1 for pictures.
         known_error: 0, because weights that are used unchanged do not change the output.
 
     Raises:
@@ -38,6 +39,7 @@ class AdaptedDit(ABC):
     """
 
     known_error: float = 0.0
+    frames: int = 1
 
     def __init__(self, patcher: Any) -> None:
         self.adapter = adapter_for(patcher)
@@ -111,8 +113,8 @@ class AdaptedDit(ABC):
         return self.adapter.text_tokens(self.text_length(caption))
 
     def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent, including the host's padding."""
-        return self.adapter.image_tokens(rows, columns)
+        """Return the number of image tokens of a training example's latent, including the host's padding."""
+        return self.frames * self.adapter.image_tokens(rows, columns)
 
     def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Linear]:
         """Return the linear layers that get an adapter, by their native names.
@@ -157,9 +159,9 @@ class AdaptedDit(ABC):
             joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, **_options_of_a_sampler(sigmas, captions)}
             call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
-            latents = with_frame(model, noisy)
-            self.adapter.prepare_call(*noisy.shape[-2:])
-            return without_frame(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
+            latents = with_frames(model, noisy)
+            self.adapter.prepare_call(frames_in(model, noisy.shape[1]), *noisy.shape[-2:])
+            return without_frames(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
 
         return denoise
 

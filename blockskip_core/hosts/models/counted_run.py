@@ -65,7 +65,7 @@ class CountedRun:
         model = self.dit.patcher.model
         stored = self._draws if settings.storage == "disk" else self._chunk
         plan = RunPlan(
-            latent_shape=latent_shape(model, settings.patch_min),
+            latent_shape=latent_shape(model, settings.patch_min, self.dit.frames),
             probe_shape=latent_shape(model, self._probe_size),
             selection=self.selection,
             lora=self.lora,

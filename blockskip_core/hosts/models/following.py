@@ -53,16 +53,16 @@ def follow(dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> Mod
         stem=stem,
         head=others,
         width=first.width,
-        patch_size=_patch_size(first.num_img, latent_shape),
+        patch_size=_patch_size(first.num_img, dit.frames, latent_shape),
         more_text=None if first.num_txt is None else first.num_txt - dit.text_length(0),
     )
 
 
-def _patch_size(num_tokens: int, latent_shape: Sequence[int]) -> int:
-    """Return the side of a token in latent cells."""
+def _patch_size(num_tokens: int, frames: int, latent_shape: Sequence[int]) -> int:
+    """Return the side of a token in latent cells; a token is of one latent frame."""
     *_, rows, columns = latent_shape
     for side in range(1, min(rows, columns) + 1):
-        if math.ceil(rows / side) * math.ceil(columns / side) == num_tokens:
+        if frames * math.ceil(rows / side) * math.ceil(columns / side) == num_tokens:
             return side
     raise UnsupportedModelError(
         f"This model has {num_tokens} image tokens for a latent of {columns} x {rows}, expected one for every square of "

@@ -25,7 +25,7 @@ from ...errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter, ModelLayout
 from ..inputs.conditioning import model_arguments
-from ..inputs.frames import with_frame
+from ..inputs.frames import frames_in, with_frames
 from . import kernels  # noqa: F401  replaces the host's kernels that have no backward
 from .adapted_dit import AdaptedDit
 from .following import follow
@@ -60,6 +60,7 @@ class HostedDit(AdaptedDit):
         self.adapter.require_texts(captions)
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
+        self.frames = frames_in(self.patcher.model, latent_shape[0]) if latent_shape else 1
         self._reserved = False
         if isinstance(self.adapter, FollowedAdapter) and captions:
             self.adapter.layout = self._followed()
@@ -129,7 +130,7 @@ class HostedDit(AdaptedDit):
         """The model's arguments besides latent and sigma, for each caption, on the CPU."""
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
-            latent = with_frame(model, torch.zeros(1, *self._latent_shape))
+            latent = with_frames(model, torch.zeros(1, *self._latent_shape))
             return [model_arguments(model, caption, latent, cpu) for caption in self._captions]
 
     @contextmanager

@@ -22,7 +22,7 @@ from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, requi
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
 from ..inputs.encoding import crop_multiple, encode_crops
-from ..inputs.frames import latent_shape
+from ..inputs.frames import latent_frames, latent_shape
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
 from .patches import for_training
@@ -42,6 +42,8 @@ class ResidualSettings:
         chunk_size: Number of examples that go through the model's blocks together.
         back_residual: What replaces the last blocks.
         residual_format: How residuals are rounded.
+        frames: Number of pictures of a clip; 1 for pictures.
+        noise_from, noise_to: Noise levels are drawn from within this range.
     """
 
     draws: int
@@ -55,6 +57,9 @@ class ResidualSettings:
     chunk_size: int = 64
     back_residual: BackResidual = "constant"
     residual_format: ResidualFormat = "exact"
+    frames: int = 1
+    noise_from: float = 0.0
+    noise_to: float = 1.0
 
     def as_read(self) -> ResidualSettings:
         """Return the settings, with those that this storage ignores at their defaults, so that runs are found again."""
@@ -82,7 +87,7 @@ def prepare_residuals(
     Args:
         model: The MODEL.
         vae: The VAE that belongs to it.
-        pictures: Each (H, W, 3) in [0, 1].
+        pictures: Each (H, W, 3) in [0, 1]; with ``frames``, clips of these with a first axis.
         captions: Single conditionings, each ``[[tensor, settings]]``: one for all pictures or one for each.
         selection: Blocks to be skipped.
         settings: How examples are drawn and stored.
@@ -94,7 +99,8 @@ def prepare_residuals(
         StorageError: If the disk cannot be written.
     """
     settings, model = settings.as_read(), for_training(model)
-    bare = HostedDit(model, captions, latent_shape(model.model, settings.patch_min))
+    shape = latent_shape(model.model, settings.patch_min, latent_frames(model.model, settings.frames))
+    bare = HostedDit(model, captions, shape)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":
         selection = selection.with_exact_back()
@@ -104,7 +110,7 @@ def prepare_residuals(
     identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
     residuals = ResidualSet(
         schedule=schedule,
-        latents=torch.empty(len(schedule), *latent_shape(model.model, settings.patch_min), device="meta"),  # not yet
+        latents=torch.empty(len(schedule), *shape, device="meta"),  # not yet
         selection=selection,
         captions=captions,
         identity=identity,
@@ -114,7 +120,7 @@ def prepare_residuals(
         family=bare.family,
         back_residual=settings.back_residual,
     )
-    residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, progress))
+    residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, bare.frames, progress))
     if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
         # Another process may have been faster. Its device may round differently, so its cache needs its latents.
         stored = stored_latents(residuals, progress)
@@ -136,7 +142,7 @@ def _schedule(
 ) -> TrainingSchedule:
     sampling = model.get_model_object("model_sampling")
     return draw_schedule(
-        [(picture.shape[0], picture.shape[1]) for picture in pictures],
+        [(picture.shape[-3], picture.shape[-2]) for picture in pictures],
         num_captions=num_captions,
         num_draws=settings.draws,
         patches=PatchConfig(
@@ -146,6 +152,7 @@ def _schedule(
             settings.timesteps,
             model_sigma=lambda time: float(sampling.percent_to_sigma(1.0 - time)),
             shift=settings.timestep_shift,
+            within=(settings.noise_from, settings.noise_to),
         ),
         seed=settings.seed,
         timesteps=settings.timesteps,
@@ -177,7 +184,9 @@ def _identity(
     )
 
 
-def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, progress: PhaseProgress) -> Tensor:
+def _latents(
+    model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, frames: int, progress: PhaseProgress
+) -> Tensor:
     """Return the latents of all crops, from a finished cache or encoded now, if there is space for the residuals."""
     if residuals.storage == "disk":
         stored = stored_latents(residuals, progress)
@@ -186,5 +195,5 @@ def _latents(model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet,
     require_room(residuals, _dit(model, residuals))  # before spending an hour on encoding
     order = crops.by_picture(range(len(crops)))
     return encode_crops(
-        vae, model.model, crops, lambda done, total: progress("encoding crops", done, total), order=order
+        vae, model.model, crops, lambda done, total: progress("encoding crops", done, total), frames=frames, order=order
     )

@@ -23,7 +23,7 @@ from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter
 from ..families.published_sizes import published_model
 from ..inputs.conditioning import model_arguments
-from ..inputs.frames import with_frame
+from ..inputs.frames import frames_in, with_frames
 from .adapted_dit import AdaptedDit
 from .hosted_dit import HostedDit
 
@@ -57,6 +57,7 @@ class WeightlessDit(AdaptedDit):
         _compute_as(model, dit.patcher)
         model.current_patcher = None
         twin = cls(model, dit.arguments, dit.patcher.load_device)
+        twin.frames = dit.frames
         if isinstance(twin.adapter, FollowedAdapter) and isinstance(dit.adapter, FollowedAdapter):
             twin.adapter.layout = dit.adapter.layout
         return twin
@@ -76,8 +77,10 @@ class WeightlessDit(AdaptedDit):
         cast_to = torch.bfloat16 if dtype.itemsize < 2 else None
         model = published_model(name, dtype, cast_to)
         with torch.inference_mode(False), torch.no_grad():
-            latent = with_frame(model, torch.zeros(1, *latent_shape))
-            return cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))], torch.device("cuda"))
+            latent = with_frames(model, torch.zeros(1, *latent_shape))
+            dit = cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))], torch.device("cuda"))
+        dit.frames = frames_in(model, latent_shape[0])
+        return dit
 
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import InvalidInputError
 from ...ralu.noise_matching import seeded_noise
 from ...ralu.regions import choose_regions, edge_scores, gradient_scores, masked_tokens
-from ..inputs.frames import with_frame
+from ..inputs.frames import with_frames
 
 REGIONS = ("edges", "latent gradient", "edges (as published)")
 
@@ -85,7 +85,7 @@ class RegionChoice:
 
     @staticmethod
     def _decoded(vae: Any, model: Any, clean: Tensor) -> Tensor:
-        latent = model.process_latent_out(with_frame(model, clean).float())
+        latent = model.process_latent_out(with_frames(model, clean).float())
         pictures = vae.decode(latent.to(comfy.model_management.intermediate_device()))
         return pictures.reshape(-1, *pictures.shape[-3:]).float().cpu()  # a video's frames are a batch
 

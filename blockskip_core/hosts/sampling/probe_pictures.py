@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import InvalidInputError
 from ..families.capabilities import MasksText, require
 from ..families.registry import adapter_for
-from ..inputs.frames import latent_shape, with_frame
+from ..inputs.frames import latent_shape, with_frames
 
 _WRAPPER = "blockskip_text_mask"
 
@@ -90,7 +90,7 @@ class MaskedSampler:
                 self._masking.text_masking_wrapper(masked),
             )
         model = self._patcher.model
-        empty = with_frame(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
+        empty = with_frames(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
         return comfy.sample.sample(
             patcher,
             comfy.sample.prepare_noise(empty, seed),

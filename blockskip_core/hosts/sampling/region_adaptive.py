@@ -26,7 +26,7 @@ from ...ralu.overlay import refined_overlay
 from ...ralu.timestep_matching import MAX_STAGES, StagePlan
 from ...ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 from ..inputs.conditioning import require_sampleable
-from ..inputs.frames import with_frame, without_frame
+from ..inputs.frames import with_frames, without_frames
 from ..models.patches import require_sampled_in_stages
 from .early_regions import RegionChoice
 from .token_strips import TokenStrips
@@ -280,7 +280,7 @@ class _Run:
 
     def _sample(self, number: int, noise: Tensor) -> Tensor:
         """Run one stage as a sampling run of the host, and return its result."""
-        start = None if number == 0 else with_frame(self._model, self._latent)
+        start = None if number == 0 else with_frames(self._model, self._latent)
         euler = EulerFrom(start)
         positive, negative, cfg = self._conditionings
         result = comfy.sample.sample_custom(
@@ -296,7 +296,7 @@ class _Run:
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=self._seed,
         )
-        self._latent, self._clean = (without_frame(self._model, x) for x in (euler.state, euler.clean))
+        self._latent, self._clean = (without_frames(self._model, x) for x in (euler.state, euler.clean))
         return result
 
     def _callback(self, number: int) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from ...errors import InvalidInputError, UnsupportedModelError
 from ...ralu.token_grid import MixedGrid, strip_of, tokens_of_strip
 from ..families.registry import adapter_for
 from ..families.sampled_families import positions_of
-from ..inputs.frames import with_frame, without_frame
+from ..inputs.frames import with_frames, without_frames
 
 _WRAPPER = "blockskip_token_strips"
 _PICTURES = (
@@ -83,12 +83,12 @@ class TokenStrips:
         if self.grid is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         grid = self.grid = self.grid.to(x.device)
-        latent = without_frame(self._model, x)
-        strip = with_frame(self._model, strip_of(grid.pick(latent, self.patch)))
+        latent = without_frames(self._model, x)
+        strip = with_frames(self._model, strip_of(grid.pick(latent, self.patch)))
         with self._positions.placed(grid.places(len(latent)), options):
             answer = executor(strip, t, c_concat, c_crossattn, control, options, **kwargs)
-        tokens = tokens_of_strip(without_frame(self._model, answer), self.patch)
-        return with_frame(self._model, grid.spread(tokens))
+        tokens = tokens_of_strip(without_frames(self._model, answer), self.patch)
+        return with_frames(self._model, grid.spread(tokens))
 
     def _require_own_model(self, executor: Any) -> None:
         """Refuse a copy of the model, which would silently use the wrong token positions.

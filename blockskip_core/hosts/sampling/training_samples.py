@@ -28,7 +28,7 @@ from ...errors import InvalidInputError
 from ...model import Denoiser
 from ...selection.selection import BlockSelection
 from ..inputs.conditioning import flatten_conditionings
-from ..inputs.frames import with_frame, without_frame
+from ..inputs.frames import with_frames, without_frames
 from ..models.hosted_dit import HostedDit
 from ..models.residency import evict_others, unload
 
@@ -174,8 +174,8 @@ class TrainingSampler:
         sigmas = comfy.samplers.calculate_sigmas(sampling, request.scheduler, request.steps).to(self._dit.device)
         empty = torch.zeros(1, *self._shape)
         generator = torch.Generator().manual_seed(request.seed)  # the host's own function seeds all generators
-        noise = comfy.sample.prepare_noise_inner(with_frame(model, empty), generator)
-        noise = without_frame(model, noise).to(self._dit.device)
+        noise = comfy.sample.prepare_noise_inner(with_frames(model, empty), generator)
+        noise = without_frames(model, noise).to(self._dit.device)
         whole = self._starts_at_pure_noise(sampling, sigmas)
         start = sampling.noise_scaling(sigmas[0], noise, empty.to(noise), whole)
         num_prompts = len(request.positive)
@@ -201,7 +201,7 @@ class TrainingSampler:
 
     def _decoded(self, latent: Tensor) -> Tensor:
         model = self._dit.patcher.model
-        picture = self.request.vae.decode(model.process_latent_out(with_frame(model, latent)))
+        picture = self.request.vae.decode(model.process_latent_out(with_frames(model, latent)))
         picture = picture[0, 0] if picture.ndim == 5 else picture[0]
         return picture[..., :3].float().cpu().clamp(0.0, 1.0)
 

@@ -80,3 +80,29 @@ def test_unknown_names_and_shifts_are_refused():
     for shift in (0.0, -1.0):
         with pytest.raises(InvalidInputError, match="shift must be positive"):
             sigma_sampler("shifted", model_sigma=lambda t: t, shift=shift)
+
+
+@pytest.mark.parametrize("within", [(0.0, 0.3), (0.6, 0.875), (0.875, 1.0)])
+def test_a_range_cuts_the_distribution_off(within):
+    low, high = within
+    sigmas = sigma_sampler("uniform", within=within)(20_000, torch.Generator().manual_seed(0))
+    assert float(sigmas.min()) >= low and float(sigmas.max()) <= high
+    uniform = (sigmas - low) / (high - low)
+    assert abs(float(uniform.mean()) - 0.5) < 0.01 and abs(float(uniform.var()) - 1 / 12) < 0.002
+
+
+def test_the_whole_range_draws_what_it_always_drew():
+    plain = sigma_sampler("logit-normal")(50, torch.Generator().manual_seed(3))
+    assert torch.equal(sigma_sampler("logit-normal", within=(0.0, 1.0))(50, torch.Generator().manual_seed(3)), plain)
+
+
+@pytest.mark.parametrize("within", [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
+def test_ranges_that_are_none_are_refused(within):
+    with pytest.raises(InvalidInputError, match="noise_from and noise_to must be a range within 0 to 1"):
+        sigma_sampler("uniform", within=within)
+
+
+def test_a_range_without_noise_levels_is_refused():
+    almost_none = sigma_sampler("model", model_sigma=lambda time: 0.5, within=(0.6, 0.7))
+    with pytest.raises(InvalidInputError, match="Hardly any noise level of the distribution 'model' is within 0.6 to 0.7"):
+        almost_none(2, torch.Generator().manual_seed(0))

@@ -1,0 +1,84 @@
+"""Cuts the host's IMAGE batches into clips of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.on_access import OnAccess
+from ...data.remarks import Labels
+from ...errors import InvalidInputError
+from .pictures import Pictures
+
+
+class Clips(OnAccess):
+    """Clips of equal length, each (frames, H, W, 3), float32 in [0, 1] on the CPU.
+
+    Every IMAGE is a film. It is cut into as many clips as it has room for, one after the other from its beginning; the
+    pictures that remain at its end are not used. As with single pictures, clips are views of the input where possible.
+
+    Args:
+        images: IMAGEs, one film each.
+        frames: Number of pictures of a clip.
+        names: The films' file names; empty if unknown.
+
+    Attributes:
+        labels: The clips' names.
+        films: Index of each clip's film.
+        unused: Number of pictures that are in no clip.
+        transparent: Clips with transparent parts.
+
+    Raises:
+        InvalidInputError: If a film is shorter than a clip, or cannot be used.
+    """
+
+    def __init__(self, images: Sequence[Any], frames: int, names: Sequence[str] = ()) -> None:
+        self._pictures = Pictures(images)
+        films = Labels(len(images), names if len(names) == len(images) else (), "Film")
+        self._frames, self._clips = frames, list[Tensor]()
+        self._starts, self.films = list[int](), list[int]()
+        first = 0
+        for number, film in enumerate(images):
+            if len(film) < frames:
+                raise InvalidInputError(
+                    f"{films.full(number)} has {len(film)} pictures, and `frames` asks for clips of {frames}. Connect one "
+                    "film in each IMAGE batch, for example from Get Video Components, or lower `frames`."
+                )
+            for start in range(0, len(film) - frames + 1, frames):
+                self._clips.append(film[start : start + frames])
+                self._starts.append(first + start)
+                self.films.append(number)
+            first += len(film)
+        self.unused = first - frames * len(self._clips)
+        self.labels = Labels(len(self._clips), [films.short(film) for film in self.films] if names else (), "Clip")
+        see_through = set(self._pictures.transparent)
+        self.transparent = [
+            index for index, start in enumerate(self._starts) if see_through & set(range(start, start + frames))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def one(self, index: int) -> Tensor:
+        """Return a clip, converted if it must be."""
+        start = self._starts[index]
+        if all(self._pictures.is_view(start + number) for number in range(self._frames)):
+            return self._clips[index][..., :3]
+        return torch.stack([self._pictures[start + number] for number in range(self._frames)])
+
+    def still(self, index: int) -> Tensor:
+        """Return a clip's first picture, for a quick look at it."""
+        return self._pictures[self._starts[index]]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each in pixels."""
+        return [(clip.shape[1], clip.shape[2]) for clip in self._clips]
+
+    def captions_for_each(self, captions: list[list]) -> list[list]:
+        """Return one caption per clip if there is one per film; one caption for all stays as it is."""
+        films = self.films[-1] + 1
+        return [captions[film] for film in self.films] if len(captions) == films > 1 else captions
