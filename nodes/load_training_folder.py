@@ -1,4 +1,4 @@
-"""Load Training Folder: loads pictures and their captions, whichever program wrote them."""
+"""Load Training Folder: loads pictures or videos with their captions, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LoadTrainingFolder(io.ComfyNode):
             display_name="Load Training Folder",
             category="BlockSkip/training",
             description=(
-                "Loads pictures and their captions from a folder in ComfyUI's input folder. Reads text files in any "
+                "Loads pictures or videos and their captions from a folder in ComfyUI's input folder. Reads text files in any "
                 "common encoding, rotates photos upright, keeps 16-bit grey, puts transparent pictures on white, "
                 "reports missing captions, and names a file that cannot be read."
             ),

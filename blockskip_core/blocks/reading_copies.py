@@ -7,7 +7,7 @@ Instead they run on copies of their tokens, and whatever else reads these is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .out_of_place import with_backward
 
-_OPERATORS = {
+_OPERATORS: Mapping[Any, Callable[..., Tensor]] = {
     torch.Tensor.__iadd__: torch.add,
     torch.Tensor.__imul__: torch.mul,
     torch.Tensor.__isub__: torch.sub,
@@ -53,7 +53,7 @@ class ReadingCopies(TorchFunctionMode):
         if kwargs.get("inplace"):  # torch.nn.functional.silu and its like
             kwargs = {**kwargs, "inplace": False}
         if func in _OPERATORS:
-            return (func if self._is_guarded(args[0]) else _OPERATORS[func])(*args, **kwargs)
+            return func(*args, **kwargs) if self._is_guarded(args[0]) else _OPERATORS[func](*args, **kwargs)
         name = getattr(func, "__name__", "")
         if _overwrites(name):
             return func(args[0], *self._copied(args[1:])[0], **kwargs)

@@ -50,6 +50,6 @@ class TrainingCrops(OnAccess):
         if self._held is None or self._held[0] != picture:
             self._held = None  # free it before the next one is created
             given = self._pictures[picture]
-            height, width = reference_size(*given.shape[-3:-1], self._schedule.patches)
+            height, width = reference_size(given.shape[-3], given.shape[-2], self._schedule.patches)
             self._held = (picture, resize(given, height, width))
         return self._held[1]

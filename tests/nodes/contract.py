@@ -96,6 +96,7 @@ CONTRACT = {
             preset COMBO? = off {off | 6 GB | 8 GB | 12 GB | 16 GB | 24 GB}
             use_spare BOOLEAN? = True
             quantize_frozen COMBO? = 4-bit {host's}
+            frames INT? = 1 [1, 1001]
         """,
         [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY")],
     ),
@@ -119,6 +120,9 @@ CONTRACT = {
             residual_format COMBO? = exact {exact | int8 | fp8}
             memory_settings BLOCKSKIP_MEMORY?
             files BLOCKSKIP_FILES?
+            frames INT? = 1 [1, 1001]
+            noise_from FLOAT? = 0.0 [0.0, 1.0] step 0.001
+            noise_to FLOAT? = 1.0 [0.0, 1.0] step 0.001
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -208,6 +212,8 @@ CONTRACT = {
     "BlockSkip_LoadTrainingFolder": Contract(
         """
             folder COMBO = None {host's}
+            frames INT? = 1 [1, 1001]
+            clips_per_video INT? = 1 [1, 1000]
         """,
         [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,

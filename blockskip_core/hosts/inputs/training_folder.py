@@ -75,13 +75,16 @@ def load_training_folder(
 
 
 def _nothing_found(folder: str, root: Path, frames: int) -> str:
-    wanted, other = ("pictures", "videos") if frames == 1 else ("videos", "pictures")
-    suffixes = {"pictures": SUFFIXES, "videos": film_files.SUFFIXES}
-    advice = ""
-    if _files(root, suffixes[other]):
-        advice = f" It has {other}: set `frames` to {'more than 1 to read them as clips' if frames == 1 else '1'}."
+    if frames == 1:
+        advice = " It has videos: set `frames` to more than 1 to read them as clips."
+        return (
+            f"There are no pictures in the folder {folder!r}: none of its files ends with {', '.join(SUFFIXES)}."
+            f"{advice if _files(root, film_files.SUFFIXES) else ''}"
+        )
+    advice = " It has pictures: set `frames` to 1 to read them."
     return (
-        f"There are no {wanted} in the folder {folder!r}: none of its files ends with {', '.join(suffixes[wanted])}.{advice}"
+        f"There are no videos in the folder {folder!r}: none of its files ends with {', '.join(film_files.SUFFIXES)}."
+        f"{advice if _files(root, SUFFIXES) else ''}"
     )
 
 

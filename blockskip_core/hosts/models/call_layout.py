@@ -28,7 +28,8 @@ def are_tokens(value: Any) -> bool:
 def tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Key, Tensor]:
     """Return what may be tokens among the arguments of a call, and among the entries of tuples and lists."""
     found: dict[Key, Tensor] = {}
-    for name, value in (*enumerate(args), *kwargs.items()):
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for name, value in named:
         if are_tokens(value):
             found[(name,)] = value
         elif type(value) in (tuple, list):
