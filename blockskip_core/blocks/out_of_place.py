@@ -60,4 +60,3 @@ class OutOfPlace(TorchFunctionMode):
         if kwargs.get("inplace"):  # torch.nn.functional.silu and its like
             kwargs = {**kwargs, "inplace": False}
         return other(*args, **kwargs)
-

@@ -66,17 +66,20 @@ def plain_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def write(path: Any, stored: StoredAs, tensors: dict[str, torch.Tensor]) -> None:
+def write(
+    path: Any, stored: StoredAs, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a file in a format; a quantised format applies to the linear layers of the blocks."""
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     if stored.algorithm is None:
-        save_file({name: tensor.to(stored.dtype).contiguous() for name, tensor in tensors.items()}, path)
+        plain = {name: tensor.to(stored.dtype).contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, metadata=metadata)
         return
     written, layers = {}, {}
     generator = torch.Generator().manual_seed(9)
     for name, tensor in tensors.items():
-        if "_blocks." not in name or tensor.dim() != 2:
+        if "_blocks." not in name or not name.endswith(".weight") or tensor.dim() != 2:
             written[name] = tensor.clone()
             continue
         layout = QUANT_ALGOS[stored.algorithm]["comfy_tensor_layout"]
@@ -86,7 +89,7 @@ def write(path: Any, stored: StoredAs, tensors: dict[str, torch.Tensor]) -> None
         if stored.smoothed:
             written[f"{layer}.pre_quant_scale"] = 0.5 + torch.rand(tensor.shape[1], generator=generator)
         layers[layer] = {"format": stored.algorithm, **stored.conf}
-    save_file(written, path, metadata={"_quantization_metadata": json.dumps({"layers": layers})})
+    save_file(written, path, metadata={**(metadata or {}), "_quantization_metadata": json.dumps({"layers": layers})})
 
 
 def load(path: Any, stored: StoredAs) -> Any:
@@ -98,14 +101,20 @@ def load(path: Any, stored: StoredAs) -> Any:
         return comfy.sd.load_diffusion_model(str(path), model_options=options)
 
 
-def stored_flux(folder: Any, name: str, seed: int = 0) -> Any:
-    """A MODEL that was stored in a format."""
+def known_format(name: str) -> StoredAs:
+    """The format of this name; the test is skipped if the host does not have it."""
     from comfy.quant_ops import QUANT_ALGOS
 
     stored = FORMATS[name]
     known = QUANT_ALGOS.get(stored.algorithm)
     if stored.algorithm and (known is None or (stored.smoothed and "pre_quant_scale" not in known["parameters"])):
         pytest.skip("this ComfyUI does not have the format")
+    return stored
+
+
+def stored_flux(folder: Any, name: str, seed: int = 0) -> Any:
+    """A MODEL that was stored in a format."""
+    known_format(name)
     path = folder / "model.safetensors"
     write(path, FORMATS[name], plain_tensors(seed))
     return load(path, FORMATS[name])

@@ -39,7 +39,8 @@ def test_a_videos_first_pictures_are_one_image(load, folder, said):  # noqa: F81
     images, texts, files = load(frames=5)
     assert [tuple(image.shape) for image in images] == [(3, 48, 64, 3), (5, 48, 64, 3)]
     torch.testing.assert_close(images[1].mean(dim=(1, 2, 3)), torch.tensor(colours[:5]), atol=0.03, rtol=0.0)
-    assert texts == ["", "a dog walks"] and [file.name for file in files] == ["short.MOV", "walk.mp4"]
+    assert texts == ["", "a dog walks"]
+    assert [file.name for file in files] == ["short.MOV", "walk.mp4"]
     assert said[0].splitlines()[-1] == "Videos: 2; captions: 1"
 
 

@@ -26,7 +26,7 @@ from ...model import Denoiser, is_linear
 from ..families.block_lists import block_lists
 from ..families.followed import ATTENTION, FollowedBlockIO, ListLayout, ModelLayout
 from .adapted_dit import AdaptedDit
-from .call_layout import ROWS, ROUNDING, CallLayout, layout_of_call, tensors_given
+from .call_layout import ROUNDING, ROWS, CallLayout, layout_of_call, tensors_given
 
 
 def follow(dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> ModelLayout:
@@ -136,7 +136,9 @@ def _with_tensors(
             return type(value)(changed.get((name, index), entry) for index, entry in enumerate(value))
         return changed.get((name,), value)
 
-    return tuple(of(index, value) for index, value in enumerate(args)), {name: of(name, x) for name, x in kwargs.items()}
+    return tuple(of(index, value) for index, value in enumerate(args)), {
+        name: of(name, x) for name, x in kwargs.items()
+    }
 
 
 class _Calls:
@@ -306,7 +308,9 @@ def _require_same(found: CallLayout, watched: _Watched) -> None:
         plain, result = place.leaving(watched.plain), place.leaving(watched.result).detach()
         added = plain - place.entering(watched.args, watched.kwargs).detach()
         if not (result - plain).norm() <= ROUNDING * added.norm():
-            raise _NotDifferentiable("a block computes something else if nothing that its gradient needs is overwritten")
+            raise _NotDifferentiable(
+                "a block computes something else if nothing that its gradient needs is overwritten"
+            )
 
 
 def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched) -> frozenset[str]:

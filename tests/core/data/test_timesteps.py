@@ -86,9 +86,11 @@ def test_unknown_names_and_shifts_are_refused():
 def test_a_range_cuts_the_distribution_off(within):
     low, high = within
     sigmas = sigma_sampler("uniform", within=within)(20_000, torch.Generator().manual_seed(0))
-    assert float(sigmas.min()) >= low and float(sigmas.max()) <= high
+    assert float(sigmas.min()) >= low
+    assert float(sigmas.max()) <= high
     uniform = (sigmas - low) / (high - low)
-    assert abs(float(uniform.mean()) - 0.5) < 0.01 and abs(float(uniform.var()) - 1 / 12) < 0.002
+    assert abs(float(uniform.mean()) - 0.5) < 0.01
+    assert abs(float(uniform.var()) - 1 / 12) < 0.002
 
 
 def test_the_whole_range_draws_what_it_always_drew():
@@ -104,5 +106,7 @@ def test_ranges_that_are_none_are_refused(within):
 
 def test_a_range_without_noise_levels_is_refused():
     almost_none = sigma_sampler("model", model_sigma=lambda time: 0.5, within=(0.6, 0.7))
-    with pytest.raises(InvalidInputError, match="Hardly any noise level of the distribution 'model' is within 0.6 to 0.7"):
+    with pytest.raises(
+        InvalidInputError, match="Hardly any noise level of the distribution 'model' is within 0.6 to 0.7"
+    ):
         almost_none(2, torch.Generator().manual_seed(0))

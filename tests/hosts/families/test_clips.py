@@ -21,7 +21,9 @@ def clips_of(tiny: TinyFamily) -> TinyFamily:
     return replace(tiny, latent_shape=(FRAMES * channels, rows, columns))
 
 
-VIDEO = [one for one in FAMILIES if one.name in ("wan21", "wan22")] + [family(n) for n in ("hunyuan_video", "ltxv", "ltx2")]
+VIDEO = [one for one in FAMILIES if one.name in ("wan21", "wan22")] + [
+    family(n) for n in ("hunyuan_video", "ltxv", "ltx2")
+]
 
 
 @pytest.fixture(params=VIDEO, ids=lambda tiny: tiny.name, scope="module")

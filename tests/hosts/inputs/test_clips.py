@@ -15,7 +15,10 @@ def film(length, height=6, width=8, seed=0):
 
 def video_model(channels=4, per_frame=4, dimensions=3):
     form = SimpleNamespace(
-        latent_channels=channels, latent_dimensions=dimensions, spacial_downscale_ratio=8, temporal_downscale_ratio=per_frame
+        latent_channels=channels,
+        latent_dimensions=dimensions,
+        spacial_downscale_ratio=8,
+        temporal_downscale_ratio=per_frame,
     )
     return SimpleNamespace(latent_format=form)
 
