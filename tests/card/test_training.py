@@ -68,7 +68,7 @@ def test_where_all_weights_fit(compare, family):
 
 
 @pytest.mark.parametrize("mode", ["resident", "streamed", "few_pages"])
-@pytest.mark.parametrize("name", ["krea2", "hunyuan_video"])
+@pytest.mark.parametrize("name", ["krea2", "hunyuan_video", "ltx2"])
 def test_models_without_a_file(compare, name, mode):
     """Their layout is found on the card, with the weights wherever the host has them."""
     compare(followed(name), mode)

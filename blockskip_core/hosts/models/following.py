@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...blocks.reading_copies import ReadingCopies
@@ -84,10 +85,6 @@ class _Unreached(nn.Module):
         )
 
 
-class _NotDifferentiable(Exception):
-    """The block cannot be trained in the way that was tried; the message says why."""
-
-
 class _Watched(TrainedBlock):
     """A real block that keeps what it is given and what it returns, with the graph between them, and ends the pass.
 
@@ -99,6 +96,7 @@ class _Watched(TrainedBlock):
         args, kwargs: The arguments of the call; what may be tokens has a graph of its own.
         plain: What the block returns if nothing is changed about how it runs.
         result: What it returns, with its graph.
+        spoiled: Whether it has overwritten a tensor that its gradient needs.
     """
 
     def __init__(self, block: nn.Module, overwrites: bool) -> None:
@@ -108,21 +106,33 @@ class _Watched(TrainedBlock):
         self.kwargs: dict[str, Any] = {}
         self.plain: Any = None
         self.result: Any = None
+        self.spoiled = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.args, self.kwargs = _with_tensors(args, kwargs, lambda x: x.detach().clone().requires_grad_())
         given, named = _with_tensors(self.args, self.kwargs, lambda x: x.detach().clone())
         with torch.no_grad():
             self.plain = self.twin(*given, **named)
-        with torch.enable_grad():
-            # copies, because a leaf must not be overwritten
-            given, named = _with_tensors(self.args, self.kwargs, torch.clone)
-            if self._overwrites:
-                with ReadingCopies(list(tensors_given(given, named).values())):
-                    self.result = self.twin(*given, **named)
-            else:
-                self.result = self.run(*given, **named)
+        saved: list[tuple[Tensor, int]] = []
+
+        def save(tensor: Tensor) -> Tensor:
+            alias = tensor.detach()  # an operation that keeps its own output would hold itself for ever
+            saved.append((alias, alias._version))
+            return alias
+
+        # Autograd would notice by itself, but a backward that fails keeps its tensors on the device.
+        with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
+            self._run_with_graph()
+        self.spoiled = any(tensor._version != version for tensor, version in saved)
         raise _Reached
+
+    def _run_with_graph(self) -> None:
+        given, named = _with_tensors(self.args, self.kwargs, torch.clone)  # because a leaf must not be overwritten
+        if self._overwrites:
+            with ReadingCopies(list(tensors_given(given, named).values())):
+                self.result = self.twin(*given, **named)
+        else:
+            self.result = self.run(*given, **named)
 
 
 def _with_tensors(
@@ -162,24 +172,21 @@ class _Calls:
     def layout_of(self, name: str, known: Mapping[str, ListLayout]) -> ListLayout:
         """Return the layout of a list; those before it are known."""
         block = f"{name}.0"
-        try:
-            found = self._tried(block, known, overwrites=False)
-        except _NotDifferentiable:
-            try:
-                found = self._tried(block, known, overwrites=True)
-            except _NotDifferentiable as problem:
-                raise UnsupportedModelError(
-                    f"No gradient passes through the blocks of this model ({problem}), so it cannot be trained. Choose "
-                    "another model."
-                ) from problem
+        found = self._tried(block, known, overwrites=False)
+        if isinstance(found, str):
+            found = self._tried(block, known, overwrites=True)
+        if isinstance(found, str):
+            raise UnsupportedModelError(
+                f"No gradient passes through the blocks of this model ({found}), so it cannot be trained. Choose another "
+                "model."
+            )
         self.first = self.first or found
         return found.layout
 
-    def _tried(self, block: str, known: Mapping[str, ListLayout], *, overwrites: bool) -> CallLayout:
-        """Return what a call of a list's first block shows.
+    def _tried(self, block: str, known: Mapping[str, ListLayout], *, overwrites: bool) -> CallLayout | str:
+        """Return what a call of a list's first block shows, or why the block cannot be trained in this way.
 
-        Raises:
-            _NotDifferentiable: If the block cannot be trained in this way.
+        The reason is no exception: its traceback would keep what the call has put on the device.
         """
         watched = _Watched(self.dit.module(block), overwrites)
         modules = {**self._passing(known), **self._absent([other for other in self.lists if other not in known])}
@@ -193,10 +200,11 @@ class _Calls:
                     self._call(denoise)
                 except _Reached:
                     found = layout_of_call(watched.args, watched.kwargs, watched.plain, block)
-                    _require_same(found, watched)
                     without = _without_effect(adapters, found, watched)
                 else:
                     raise UnsupportedModelError(f"The block {block} was never called, so it cannot be skipped.")
+        if isinstance(without, str):
+            return without
         has_text = found.num_txt is not None
         layout = replace(
             found.layout,
@@ -298,28 +306,26 @@ def _small_lora(linears: Mapping[str, nn.Linear]) -> LoraAdapters:
     return LoraAdapters(shapes, LoraSettings(rank=1, alpha=1), seed=0)
 
 
-def _require_same(found: CallLayout, watched: _Watched) -> None:
-    """Check that a block returns with a graph what it returns without.
-
-    Raises:
-        _NotDifferentiable: If not.
-    """
+def _is_same(found: CallLayout, watched: _Watched) -> bool:
+    """Return whether a block returns with a graph what it returns without."""
     for place in found.layout.places:
         plain, result = place.leaving(watched.plain), place.leaving(watched.result).detach()
         added = plain - place.entering(watched.args, watched.kwargs).detach()
         if not (result - plain).norm() <= ROUNDING * added.norm():
-            raise _NotDifferentiable(
-                "a block computes something else if nothing that its gradient needs is overwritten"
-            )
+            return False
+    return True
 
 
-def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched) -> frozenset[str]:
-    """Return the linear layers that do not change the image tokens.
+def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched) -> frozenset[str] | str:
+    """Return the linear layers that do not change the image tokens, or why no gradient can pass through the block.
 
     Raises:
-        _NotDifferentiable: If a gradient cannot pass through the block.
         UnsupportedModelError: If none passes through its attention.
     """
+    if watched.spoiled:
+        return "a block overwrites a tensor that its gradient needs"
+    if not _is_same(found, watched):
+        return "a block computes something else if nothing that its gradient needs is overwritten"
     place = found.layout.img
     img = place.as_tokens(place.leaving(watched.result))
     if found.layout.joined:
@@ -331,9 +337,9 @@ def _without_effect(adapters: LoraAdapters, found: CallLayout, watched: _Watched
         with torch.enable_grad():
             entering, *gradients = torch.autograd.grad((img * weights).sum(), wanted, allow_unused=True)
     except (RuntimeError, NotImplementedError) as problem:
-        raise _NotDifferentiable(str(problem)) from problem
+        return str(problem)
     if entering is None:
-        raise _NotDifferentiable("its tokens do not depend on those before it")
+        return "its tokens do not depend on those before it"
     names = zip(adapters.names, gradients, strict=True)
     without = frozenset(name for name, gradient in names if gradient is None or not gradient.any())
     attention = {name for name in adapters.names if ATTENTION.search(name)}
