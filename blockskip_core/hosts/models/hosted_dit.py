@@ -31,7 +31,15 @@ from .adapted_dit import AdaptedDit
 from .following import follow
 from .patches import for_training
 from .replay_check import require_replay
-from .residency import MODEL_PREFIX, drop_cast_buffers, evict_others, keep_what_autograd_saves, unload, whole_model
+from .residency import (
+    MODEL_PREFIX,
+    drop_cast_buffers,
+    end_prefetching,
+    evict_others,
+    keep_what_autograd_saves,
+    unload,
+    whole_model,
+)
 
 _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
 
@@ -186,6 +194,7 @@ class HostedDit(AdaptedDit):
         finally:
             comfy.model_management.in_training = was_training
             clone.cleanup()
+            end_prefetching()
             put_back()
             unload(clone)
             drop_cast_buffers()

@@ -127,6 +127,19 @@ def drop_cast_buffers() -> None:
         management.reset_cast_buffers()
 
 
+def end_prefetching() -> None:
+    """Let go of the modules of forward passes that have not reached their end.
+
+    With dynamic VRAM the host lists the blocks of every pass, to fetch each one's pages while the one before it runs, and
+    clears the list after a node. Until then it would keep our blocks, and what they hold, on the device.
+    """
+    try:
+        import comfy.model_prefetch as prefetch
+    except ImportError:  # older hosts, and those without dynamic VRAM, fetch nothing ahead
+        return
+    prefetch.cleanup_prefetch_queues()
+
+
 def _paged_cast_buffers() -> dict[Any, Any]:
     """Return the buffers of dynamic VRAM, which not every version of the host has."""
     return getattr(comfy.model_management, "STREAM_AIMDO_CAST_BUFFERS", {})

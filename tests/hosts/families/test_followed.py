@@ -177,7 +177,9 @@ def test_a_block_that_overwrites_what_its_gradient_needs_is_refused(comfyui, mon
     tiny = family("mage_flow")
     patcher = tiny.build()
     changed_blocks(patcher, monkeypatch, overwriting)
-    with pytest.raises(UnsupportedModelError, match="No gradient passes .* \\(a block overwrites a tensor that its gradient needs\\)"):
+    with pytest.raises(
+        UnsupportedModelError, match="No gradient passes .* \\(a block overwrites a tensor that its gradient needs\\)"
+    ):
         tiny.hosted(patcher)
 
 
