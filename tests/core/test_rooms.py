@@ -24,6 +24,7 @@ TABLE = {
     "blocks": "selection model",
     "residuals": "errors units files locks selection data model blocks",
     "training": "errors files locks selection data adapters model blocks residuals",
+    "zoodip": "errors training",
     "torch_dit": "adapters model",
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
