@@ -38,6 +38,7 @@ TABLE = {
     "hosts/files",
     "hosts/sampling": "errors files locks selection adapters ralu model blocks hosts/families hosts/inputs hosts/files "
     "hosts/models",
+    "hosts/words": "errors data zoodip hosts/inputs hosts/models",
     "nodes/types": "",
     "nodes/plan_text": "units accounting",
     "nodes/inputs": "errors selection residuals accounting",
