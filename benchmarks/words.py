@@ -17,13 +17,15 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import command_line
 import torch
 from quality_world import Bench
 from torch import Tensor
-from words_arms import ARMS, WordArm
+from words_arms import ARMS, DEFAULTS, WordArm
+from words_formats import FORMATS, in_format, signal
 from words_report import write_report
 
 logger = logging.getLogger("words")
@@ -183,6 +185,22 @@ def measure(subject: Subject, arm: WordArm | None, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _measure_formats(bench: Bench, file: Path, done: list[dict[str, Any]]) -> None:
+    """Measure what is missing of the formats: the check of the perturbation, and one run with the defaults."""
+    known = {row.get("format") for row in done}
+    for name in FORMATS:
+        if name in known:
+            continue
+        subject = Subject(in_format(bench, name), "toby")
+        agreement = signal(subject)
+        rows = [measure(subject, None, 0), measure(subject, DEFAULTS, 0)] if max(agreement.values()) >= 0.7 else []
+        losses = {row["arm"]: row["loss"] for row in rows}
+        row = {"group": "formats", "format": name, "agreement": agreement, "losses": losses}
+        command_line.add_row(file, row)
+        done.append(row)
+        logger.info("%s", row)
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__, "where rows and table go")
@@ -200,7 +218,7 @@ def main() -> None:
 
     file = options.results / FILE
     done = command_line.rows_in(file)
-    known = {(row["subject"], row["arm"], row["seed"]) for row in done}
+    known = {(row["subject"], row["arm"], row["seed"]) for row in done if "arm" in row}
     bench = None if options.report else Bench(host.ASSETS, options.results)
     cells = [(None, 0), *((arm, seed) for seed in options.seeds for arm in ARMS if options.only in arm.name)]
     subjects = {name: Subject(bench, name) for name in options.subjects} if bench else {}
@@ -211,6 +229,8 @@ def main() -> None:
         command_line.add_row(file, row)
         done.append(row)
         logger.info("%s", row)
+    if bench:
+        _measure_formats(bench, file, done)
     write_report(options.results / "words.md", done)
 
 

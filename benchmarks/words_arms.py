@@ -46,21 +46,19 @@ def _ours(name: str, group: str = "ablations", **changes: Any) -> WordArm:
     return WordArm(name, group, changes)
 
 
+DEFAULTS = WordArm("defaults", "defaults")
 ARMS = (
     _gradient("gradient, batch 4, step .1", 4, 0.1),
     _gradient("gradient, batch 4, step .2", 4, 0.2),
-    _gradient("gradient, batch 4, step .2, levels .62 to .89", 4, 0.2, lowest=0.62, highest=0.89),
     _paper("the paper's"),
     _paper("the paper's, tau 16", subspace_every=16),
     _paper("the paper's without subspace", subspace_every=0),
     _paper("the paper's without partial levels", lowest=0.0, highest=1.0),
     _paper("the paper's without either", lowest=0.0, highest=1.0, subspace_every=0),
-    _paper("the paper's without either, cosine", lowest=0.0, highest=1.0, subspace_every=0, schedule="cosine"),
-    _ours("defaults", "defaults"),
+    DEFAULTS,
     WordArm("defaults, twice the passes", "defaults", forwards=2 * FORWARDS),
     _ours("central, 4 directions", estimator="central", directions=4),
     _ours("forward difference, 8 directions", estimator="forward difference"),
-    _ours("2 directions, step .2", directions=2, step_size=0.2),
     _ours("4 directions, step .3", directions=4, step_size=0.3),
     _ours("step .2", step_size=0.2),
     _ours("step .8", step_size=0.8),

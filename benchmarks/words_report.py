@@ -45,8 +45,25 @@ def gains(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
     }
 
 
+def formats(rows: Sequence[Row]) -> list[str]:
+    """Return the table of weight formats: agreement of slopes, and the share of fp32's gain with the defaults."""
+    own = [row for row in rows if row["group"] == "formats"]
+    plain = next((row["losses"] for row in own if row["format"] == "fp32"), None)
+    if plain is None:
+        return []
+    whole = plain["start"] - plain["defaults"]
+    head = ["format", *(f"slopes agree at {mu}" for mu in own[0]["agreement"]), "held-out gain, of fp32's"]
+    lines = ["## Weight formats (toby, seed 0, defaults)", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in own:
+        gain = (row["losses"]["start"] - row["losses"]["defaults"]) / whole if row["losses"] else None
+        cells = [row["format"], *(f"{value:.2f}" for value in row["agreement"].values())]
+        lines.append(f"| {' | '.join([*cells, 'refused' if gain is None else f'{gain:.2f}'])} |")
+    return [*lines, ""]
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """Return the table, group by group."""
+    rows = [row for row in rows if row["group"] in GROUPS]
     found, subjects = gains(rows), sorted({row["subject"] for row in rows})
     head = ["arm", "forward passes", *(f"gain, {subject}" for subject in subjects), "gain", "cosine", "recognised", "s"]
     lines: list[str] = []
@@ -78,6 +95,6 @@ def write_report(path: Path, rows: Sequence[Row]) -> None:
         "# Words learned from forward passes", "", command_line.about(), "",
         "Gain: share of what the best gradient arm gains in held-out loss over the word at the start; one number per seed, and "
         "the mean. Cosine and recognised: four sampled pictures each, seen by the world's reader. s: of a shared machine.", "",
-        *table(rows),
+        *table(rows), *formats(rows),
     ]  # fmt: skip
     path.write_text("\n".join(text), encoding="utf-8")

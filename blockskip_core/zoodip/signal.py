@@ -24,7 +24,7 @@ FACTORS = (0.5, 1.0, 2.0)
 PAIRS = 24
 """Number of (example, direction) pairs. Correlations of pure noise have a standard deviation of 1/sqrt(23), about 0.2."""
 ENOUGH = 0.9
-LEAST = 0.5
+LEAST = 0.7
 
 Losses = Callable[[Tensor, Example], Tensor]
 """(words of shape (K, numbers), example) -> losses of shape (K,)"""
@@ -87,20 +87,36 @@ def measure_signal(
     Raises:
         TrainingError: If none follows the loss, or a loss is not finite.
     """
-    sizes_tried = [perturbation * factor for factor in FACTORS]
-    rows = []
+    tried = [perturbation * factor for factor in FACTORS]
+    slopes = measured_slopes(losses, word, sizes, tried, examples, seed, progress)
+    found = dict(zip(tried, agreements(slopes).tolist(), strict=True))
+    return Signal(_chosen(found, perturbation), found, 2 * slopes.numel())
+
+
+def measured_slopes(
+    losses: Losses,
+    word: Tensor,
+    sizes: Tensor,
+    perturbations: Sequence[float],
+    examples: Sequence[Example],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Return central differences along one direction for each example, shape (perturbations, examples), float64.
+
+    Arguments and errors as in :func:`measure_signal`.
+    """
+    columns = []
     for number, example in enumerate(examples):
         direction = sizes * torch.randn(len(word), generator=generator_of("signal", seed, number))
-        steps = torch.stack([mu * direction for mu in sizes_tried])
+        steps = torch.stack([mu * direction for mu in perturbations])
         values = losses(torch.cat([word + steps, word - steps]), example).double().cpu()
         require_finite(values, "before the first step")
         above, below = values.chunk(2)
-        rows.append((above - below) / (2.0 * torch.tensor(sizes_tried, dtype=torch.float64)))
+        columns.append((above - below) / (2.0 * torch.tensor(perturbations, dtype=torch.float64)))
         if progress:
             progress(number + 1, len(examples))
-    found = dict(zip(sizes_tried, agreements(torch.stack(rows, 1)).tolist(), strict=True))
-    passes = 2 * len(sizes_tried) * len(examples)
-    return Signal(_chosen(found, perturbation), found, passes)
+    return torch.stack(columns, 1)
 
 
 def _chosen(agreement: dict[float, float], wanted: float) -> float:

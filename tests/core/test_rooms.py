@@ -45,8 +45,10 @@ TABLE = {
     "nodes/page": "reporting",
     "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
     "hosts/families hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
+    "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words nodes/page "
+    "nodes/run",
     "nodes": "errors selection data adapters ralu residuals training accounting reporting hosts/inputs hosts/files "
-    "hosts/models hosts/sampling nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run",
+    "hosts/models hosts/sampling hosts/words nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run nodes/words",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}
 MODULES = [path for folder in (CORE, "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import comfy.sd1_clip
+import folder_paths
 import torch
 from torch import Tensor
 
@@ -81,6 +82,23 @@ def accepting_embeddings(clip: Any, directories: Sequence[str], *, before: Seque
     return clone
 
 
+def taking_embedding_files(clip: Any) -> Any:
+    """Return a CLIP itself if it takes embedding files, otherwise a clone that finds those of the host's folders.
+
+    Raises:
+        UnsupportedModelError: If it has no encoder whose words can be replaced.
+    """
+    _require_tokenizers(clip)
+    return clip if takes_embeddings(clip) else accepting_embeddings(clip, folder_paths.get_folder_paths("embeddings"))
+
+
+def _require_tokenizers(clip: Any) -> None:
+    if not tokenizers_of(clip):
+        raise UnsupportedModelError(
+            f"The text encoder must be one whose tokens embedding files can replace, got a {type(clip.tokenizer).__name__}."
+        )
+
+
 def _with_dictionaries(tokenize: Any, *arguments: Any, **options: Any) -> list[list[tuple[Any, ...]]]:
     """Tokenise, and return vectors as dictionaries."""
     rows = tokenize(*arguments, **options)
@@ -106,14 +124,10 @@ def known_word(clip: Any, word: str) -> tuple[list[WordPart], dict[str, Tensor]]
         InvalidInputError: If the word has no token or too many.
         UnsupportedModelError: If the CLIP has no encoder whose words can be replaced.
     """
-    tokenizers = tokenizers_of(clip)
-    if not tokenizers:
-        raise UnsupportedModelError(
-            f"A word can only be learned for text encoders that take embedding files, got a {type(clip.tokenizer).__name__}."
-        )
+    _require_tokenizers(clip)
     clip.load_model()
     parts, vectors = [], {}
-    for name, tokenizer in tokenizers.items():
+    for name, tokenizer in tokenizers_of(clip).items():
         key, lookup = tokenizer.embedding_key, encoder_of(clip, name).transformer.get_input_embeddings()
         ids = _ids(tokenizer, word)
         if not 1 <= len(ids) <= MOST_VECTORS:

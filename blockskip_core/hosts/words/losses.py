@@ -72,6 +72,11 @@ class WordLosses:
         self._clip = captions.clip
         self._residency = residency
 
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self._patcher.load_device
+
     @contextmanager
     def loaded(self, rows: int) -> Iterator[None]:
         """Load both models for the duration of a ``with`` block; afterwards the host may do with them what it likes.
