@@ -74,7 +74,10 @@ def start_server() -> Callable[..., Any]:
     return watched
 
 
-PACK_NAMES = re.compile(r"block[_-]?skip|ApplyLora|TrainLora|TrainWord|AcceptEmbeddings|SelectBlocks|Precompute|MemoryPlan|RALU", re.IGNORECASE)
+PACK_NAMES = re.compile(
+    r"block[_-]?skip|ApplyLora|TrainLora|TrainWord|AcceptEmbeddings|SelectBlocks|Precompute|MemoryPlan|RALU",
+    re.IGNORECASE,
+)
 ANSWERS = re.compile(  # refused prompts and exceptions in nodes, which tests check in the response itself
     r"!!! Exception during processing !!!|Traceback \(most recent call last\)|"
     r"Failed to validate prompt|\* \(prompt\):|\* \w+ [\w:]+:|  - |invalid prompt"
