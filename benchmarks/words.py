@@ -1,6 +1,6 @@
 """Can a word be learned from forward passes? Zeroth-order against gradient textual inversion on the demo's small world.
 
-    python dev.py benchmark words                 # about three quarters of an hour on one core
+    python dev.py benchmark words                 # about two hours on one core of a busy machine
     python dev.py benchmark words -- --report     # only rewrite the table
 
 Every arm gets the same number of forward passes, through the same code as the node: ``hosts/words``, ``zoodip``. Gradient
@@ -30,6 +30,7 @@ from words_report import write_report
 
 logger = logging.getLogger("words")
 FILE = "words.jsonl"
+PARTS = ("arms", "formats")
 SIDE = 128
 PICTURES = 6
 HELD_OUT = 5
@@ -206,7 +207,8 @@ def parse() -> argparse.Namespace:
     parser = command_line.parser(__doc__, "where rows and table go")
     parser.add_argument("--subjects", nargs="+", default=["toby", "pip"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--only", default="", help="only arms with this text in their name")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="only these arms")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     return parser.parse_args()
 
 
@@ -220,8 +222,11 @@ def main() -> None:
     done = command_line.rows_in(file)
     known = {(row["subject"], row["arm"], row["seed"]) for row in done if "arm" in row}
     bench = None if options.report else Bench(host.ASSETS, options.results)
-    cells = [(None, 0), *((arm, seed) for seed in options.seeds for arm in ARMS if options.only in arm.name)]
-    subjects = {name: Subject(bench, name) for name in options.subjects} if bench else {}
+    cells = [
+        (None, 0),
+        *((arm, seed) for seed in options.seeds for arm in ARMS if not options.only or arm.name in options.only),
+    ]
+    subjects = {name: Subject(bench, name) for name in options.subjects} if bench and "arms" in options.parts else {}
     for (arm, seed), name in itertools.product(cells, subjects):
         if (name, arm.name if arm else "start", seed) in known:
             continue
@@ -229,7 +234,7 @@ def main() -> None:
         command_line.add_row(file, row)
         done.append(row)
         logger.info("%s", row)
-    if bench:
+    if bench and "formats" in options.parts:
         _measure_formats(bench, file, done)
     write_report(options.results / "words.md", done)
 

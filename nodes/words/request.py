@@ -54,6 +54,9 @@ class WordRequest:
             raise InvalidInputError(f"estimator must be one of {', '.join(ESTIMATOR_CHOICES)}, got {self.estimator!r}.")
         if self.residency not in RESIDENCIES:
             raise InvalidInputError(f"residency must be one of {', '.join(RESIDENCIES)}, got {self.residency!r}.")
+        for name in ("captions", "like_word"):
+            if any("\ud800" <= char <= "\udfff" for char in getattr(self, name)):  # no tokenizer takes these
+                raise InvalidInputError(f"{name} contains half of a character. Type it again.")
         if not self.guidance >= 0.0:
             raise InvalidInputError(f"guidance must not be negative, got {self.guidance}.")
         if not self.caption_lines:

@@ -71,6 +71,7 @@ class WordLosses:
         self._sampling = self._patcher.get_model_object("model_sampling")
         self._clip = captions.clip
         self._residency = residency
+        self._together, self._needed = True, 0
 
     @property
     def device(self) -> torch.device:

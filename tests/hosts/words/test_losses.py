@@ -163,6 +163,19 @@ def test_in_turns_gives_the_same_numbers(clip_of, model_of, monkeypatch):
     assert calls == [1] * 12, "three prompts and one model in each of three steps"
 
 
+@pytest.mark.parametrize(("devices", "total", "together"), [
+    (("cuda", "cuda"), 2**40, True), (("cuda", "cuda"), 2**20, False), (("cuda", "cpu"), 2**20, True),
+    (("cpu", "cpu"), 2**20, True),
+])  # fmt: skip
+def test_both_models_stay_loaded_if_they_fit(bench, monkeypatch, devices, total, together):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: total)
+    losses = bench.losses
+    losses._patcher.load_device, losses._clip.patcher.load_device = map(torch.device, devices)
+    assert losses._fit_together(2**20) == together
+
+
 def test_what_belongs_to_sampling_is_left_out(bench, caplog):
     from blockskip_pack.blockskip_core.hosts.words.losses import as_called
 
