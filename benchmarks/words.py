@@ -24,7 +24,7 @@ import command_line
 import torch
 from quality_world import Bench
 from torch import Tensor
-from words_arms import ARMS, DEFAULTS, WordArm
+from words_arms import ARMS, WordArm
 from words_formats import FORMATS, in_format, signal
 from words_report import write_report
 
@@ -187,16 +187,13 @@ def measure(subject: Subject, arm: WordArm | None, seed: int) -> dict[str, Any]:
 
 
 def _measure_formats(bench: Bench, file: Path, done: list[dict[str, Any]]) -> None:
-    """Measure what is missing of the formats: the check of the perturbation, and one run with the defaults."""
+    """Measure what is missing of the formats: the check of the perturbation."""
     known = {row.get("format") for row in done}
     for name in FORMATS:
         if name in known:
             continue
-        subject = Subject(in_format(bench, name), "toby")
-        agreement = signal(subject)
-        rows = [measure(subject, None, 0), measure(subject, DEFAULTS, 0)] if max(agreement.values()) >= 0.7 else []
-        losses = {row["arm"]: row["loss"] for row in rows}
-        row = {"group": "formats", "format": name, "agreement": agreement, "losses": losses}
+        agreement = signal(Subject(in_format(bench, name), "toby"))
+        row = {"group": "formats", "format": name, "agreement": agreement}
         command_line.add_row(file, row)
         done.append(row)
         logger.info("%s", row)

@@ -46,7 +46,6 @@ def _ours(name: str, group: str = "ablations", **changes: Any) -> WordArm:
     return WordArm(name, group, changes)
 
 
-DEFAULTS = WordArm("defaults", "defaults")
 ARMS = (
     _gradient("gradient, batch 4, step .1", 4, 0.1),
     _gradient("gradient, batch 4, step .2", 4, 0.2),
@@ -55,7 +54,7 @@ ARMS = (
     _paper("the paper's without subspace", subspace_every=0),
     _paper("the paper's without partial levels", lowest=0.0, highest=1.0),
     _paper("the paper's without either", lowest=0.0, highest=1.0, subspace_every=0),
-    DEFAULTS,
+    _ours("defaults", "defaults"),
     WordArm("defaults, twice the passes", "defaults", forwards=2 * FORWARDS),
     _ours("central, 4 directions", estimator="central", directions=4),
     _ours("forward difference, 8 directions", estimator="forward difference"),

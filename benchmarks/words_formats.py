@@ -1,4 +1,4 @@
-"""Words and weight formats: does the loss of the world's model still follow the word, and is it learned?
+"""Words and weight formats: does the loss of the world's model still follow the word?
 
 Part of the benchmark ``words``. The model's file is written anew in each of ComfyUI's formats, by the tests' writer.
 """

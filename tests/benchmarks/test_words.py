@@ -35,13 +35,15 @@ def test_the_table_has_a_line_for_each_arm_and_a_number_for_each_seed(bench) -> 
 
 
 def test_the_table_of_formats_says_what_is_refused(bench) -> None:
+    measured = {"fp32": (0.9, 0.99, 0.8), "int8": (0.3, 0.8, 0.85), "w4a4": (0.1, 0.2, 0.6)}
     rows = [
-        {"group": "formats", "format": "fp32", "agreement": {"0.2": 0.99}, "losses": {"start": 0.4, "defaults": 0.2}},
-        {"group": "formats", "format": "int8", "agreement": {"0.2": 0.9}, "losses": {"start": 0.5, "defaults": 0.35}},
-        {"group": "formats", "format": "w4a4", "agreement": {"0.2": 0.1}, "losses": {}},
+        {"group": "formats", "format": name, "agreement": dict(zip(("0.1", "0.2", "0.4"), values, strict=True))}
+        for name, values in measured.items()
     ]
     lines = bench("words_report").formats(rows)
-    assert lines[4:7] == ["| fp32 | 0.99 | 1.00 |", "| int8 | 0.90 | 0.75 |", "| w4a4 | 0.10 | refused |"]
+    assert lines[4:7] == [
+        "| fp32 | 0.90 | 0.99 | 0.80 | 0.2 |", "| int8 | 0.30 | 0.80 | 0.85 | 0.4 |", "| w4a4 | 0.10 | 0.20 | 0.60 | refused |",
+    ]  # fmt: skip
 
 
 def test_every_arm_is_valid_and_takes_about_the_same_number_of_forward_passes(bench) -> None:
