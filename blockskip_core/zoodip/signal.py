@@ -125,6 +125,6 @@ def _chosen(agreement: dict[float, float], wanted: float) -> float:
         measured = ", ".join(f"{value:.2f} at {mu:.3g}" for mu, value in agreement.items())
         raise TrainingError(
             f"The model's loss does not follow small changes of the word: slopes agree only {measured}, and at least "
-            f"{LEAST:g} is needed. Load the weights in another format; 4-bit weights with 4-bit inputs give no signal."
+            f"{LEAST:g} is needed. Load the weights in another format; with 4-bit weights and 4-bit inputs it moves in jumps."
         )
     return wanted if agreement[wanted] >= ENOUGH else best
