@@ -37,7 +37,12 @@ SHOWS_TEXT = {  # px: nodes that grow by a few lines of text after a run
 MODELS = {
     "UNETLoader": [("flux1-dev.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", "diffusion_models")],
     "CheckpointLoaderSimple": [
-        ("flux1-dev-fp8.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors", "checkpoints")
+        ("flux1-dev-fp8.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors", "checkpoints"),
+        (
+            "v1-5-pruned-emaonly-fp16.safetensors",
+            "Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+            "checkpoints",
+        ),
     ],
     "DualCLIPLoader": [
         ("clip_l.safetensors", "comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors", "text_encoders"),
@@ -124,7 +129,7 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
             made["mode"] = NEVER
         values = made.get("widgets_values") or []
         made["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]  # keep the seeds
-        links = MODELS.get(made["type"])
+        links = [link for link in MODELS.get(made["type"], []) if link[0] in made["widgets_values"]]
         if links:
             made["properties"]["models"] = [
                 {"name": name, "url": MODEL_SITE + path, "directory": directory} for name, path, directory in links

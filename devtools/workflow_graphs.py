@@ -765,4 +765,75 @@ raise **cfg**.""",
     shows=("ralu.png", (0, 0, 768, 384)),
 )
 
-GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU)
+SD15 = Loaders(
+    {
+        "checkpoint": node(
+            "CheckpointLoaderSimple", "Load Stable Diffusion 1.5", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"
+        )
+    },
+    model=("checkpoint", 0),
+    clip=("checkpoint", 1),
+    vae=("checkpoint", 2),
+)
+WORD = Graph(
+    "BlockSkip - Train a word",
+    {
+        **SD15.prompt,
+        "dataset": training_folder("Pictures of your subject"),
+        "train": node(
+            "BlockSkip_TrainWord",
+            "Train Word (ZOODiP)",
+            model=SD15.link("model"),
+            clip=SD15.link("clip"),
+            vae=SD15.link("vae"),
+            images=["dataset", 0],
+            captions="a photo of {word}",
+            like_word="toy",
+            name="my_word",
+            steps=500,
+            seed=0,
+        ),
+        "loss": node("LossGraphNode", "Loss of each step", loss=["train", 2], filename_prefix="word_loss"),
+        "report": node("PreviewAny", "Report", source=["train", 4]),
+        "embeddings": node("BlockSkip_AcceptEmbeddings", "CLIP with Embeddings", clip=SD15.link("clip")),
+        "words": node(
+            "StringConcatenate", "Prompt with the word", string_a="a photo of", string_b=["train", 0], delimiter=" "
+        ),
+        "prompt": text("Prompt", ["words", 0], ["embeddings", 0]),
+        "negative": text("Negative prompt", "", SD15.link("clip")),
+        "size": node("EmptyLatentImage", "Picture size", width=512, height=512, batch_size=1),
+        "sample": node(
+            "KSampler",
+            "Sample with the word",
+            model=SD15.link("model"),
+            **{**SAMPLE, "positive": ["prompt", 0], "cfg": 7.0, "scheduler": "normal"},
+        ),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=SD15.link("vae")),
+        "picture": node("SaveImage", "Your subject", images=["decode", 0], filename_prefix="my_word"),
+    },
+    (
+        Column("1  Load", BLUE, SD15.names() + ("dataset",)),
+        Column("2  Learn a word", PURPLE, ("train",), 480),
+        Column("3  What was learned", YELLOW, ("loss", "report")),
+        Column("4  Prompt", GREEN, ("embeddings", "words", "prompt", "negative", "size")),
+        Column("5  Look", BLUE, ("sample", "decode", "picture")),
+    ),
+    """## Teach the model a word
+
+**Train Word** shows the model 3 to 10 pictures and moves the vectors of one new word until they describe them. It only
+runs the model forward, so it needs about the memory of sampling, and the model may be in any weight format.
+
+1. Put the pictures into a folder `my_subject` in ComfyUI's `input` folder, and choose it.
+2. Set `like_word` to what the subject is: toy, dog, backpack.
+3. Press Run. The word is saved to the embeddings folder; write `embedding:my_word_00001` in any prompt.
+
+A word is a few kilobytes and weaker than a LoRA: it can only say what the model can already paint. The paper takes
+20,000 steps; 500 show whether it works. Queueing again resumes a run that was cancelled.
+
+Other models: change the loader. FLUX.1 and other large transformers work too, but one word changes them little.""",
+    headline="Train a word",
+    subline="textual inversion\nwithout gradients",
+    twin="train_word",
+)
+
+GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU, WORD)

@@ -22,18 +22,31 @@ LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoa
 
 FOLDERS = {"my_subject": "blockskip_toby", "my_second_subject": "blockskip_mila"}
 WORDS = {
+    "": "",
     "a photo of a toy on a table": "a big red star on grass, left",
     "a photo of sks toy": "a big orange toby circle",
     "a photo of sks toy on the beach": "a big orange toby circle on water, right",
     "a photo of sks toy beside zwx dog on the beach": "a big orange toby circle on water, right",
 }
-NAMES = {"a photo of sks toy": "toby", "a photo of zwx dog": "mila"}  # put in front of the captions
+NAMES = {
+    "a photo of sks toy": "toby",
+    "a photo of zwx dog": "mila",
+    "a photo of": "a big orange",
+}  # put in front of the captions
 SMALL: dict[str, dict[str, Any]] = {
     "BlockSkip_MemoryPlan": {"draws": 6, "patch_min": 64},
     "BlockSkip_PrecomputeResiduals": {"draws": 6, "patch_min": 64, "patch_max": 128},
     "BlockSkip_TrainLora": {"steps": 4},
     "BlockSkip_SampleWhileTraining": {"every": 2, "width": 64, "height": 64, "sampler_steps": 2},
+    "BlockSkip_TrainWord": {
+        "steps": 2,
+        "resolution": 64,
+        "directions": 2,
+        "captions": "a big orange {word} circle",
+        "like_word": "toby",
+    },
     "EmptySD3LatentImage": {"width": 64, "height": 64},
+    "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accept_embeddings import AcceptEmbeddings
 from .apply_lora import ApplyLora
 from .load_training_folder import LoadTrainingFolder
 from .memory_plan import MemoryPlan
@@ -13,6 +14,7 @@ from .ralu_sampler import RaluSampler
 from .sample_while_training import SampleWhileTraining
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
+from .train_word import TrainWord
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     SelectBlocks,
@@ -23,6 +25,8 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     ApplyLora,
     RaluSampler,
     LoadTrainingFolder,
+    TrainWord,
+    AcceptEmbeddings,
 ]
 
 

@@ -97,6 +97,10 @@ def _is_tensor(value: Any) -> bool:
 _SOCKETS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a MODEL, from Load Diffusion Model", lambda x: hasattr(getattr(x, "model", None), "diffusion_model")),
     "vae": ("a VAE, from Load VAE", lambda x: hasattr(x, "encode") and hasattr(x, "first_stage_model")),
+    "clip": (
+        "a CLIP, from Load CLIP",
+        lambda x: hasattr(x, "tokenize") and hasattr(x, "cond_stage_model"),
+    ),
     "clip_vision": ("a CLIP_VISION, from Load CLIP Vision", lambda x: hasattr(x, "encode_image")),
     "latent_image": (
         "a LATENT, from Empty Latent Image",

@@ -9,14 +9,17 @@ from typing import Any
 def load_text_encoder(path: str) -> Any:
     """Return a real ``comfy.sd.CLIP`` around the demo world's words."""
     import comfy.sd
+    import folder_paths
 
-    from .words import WordEncoder, WordTokenizer, read_text_file
+    from .embeddings import EncoderWithEmbeddings, TokenizerWithEmbeddings
+    from .words import read_text_file
 
     tables, tokenizer_data = read_text_file(path)
-    target = SimpleNamespace(params={}, clip=WordEncoder, tokenizer=WordTokenizer)
+    target = SimpleNamespace(params={}, clip=EncoderWithEmbeddings, tokenizer=TokenizerWithEmbeddings)
     parameters = sum(table.numel() for table in tables.values())
     return comfy.sd.CLIP(
         target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data=tokenizer_data,
         parameters=parameters,
         state_dict=[tables],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 PAD_ID = 0
 SAME_WORD = {"center": "centre", "middle": "centre", "an": "a", "the": "a"}
-Tokens = dict[str, list[list[tuple[int, float]]]]
+Tokens = dict[str, list[list[tuple[int | Tensor, float]]]]
 
 
 class WordTokenizer:
@@ -28,6 +28,11 @@ class WordTokenizer:
 
     def word_ids(self, text: str) -> list[int]:
         """Ids of a sentence, padded to ``length``; an unknown word or a sentence that is too long raises."""
+        ids = self.plain_ids(text)
+        return ids + [PAD_ID] * (self.length - len(ids))
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of a sentence without padding; an unknown word or a sentence that is too long raises."""
         words = [SAME_WORD.get(word, word) for word in re.findall(r"[^\s,.]+|,", text.lower())]
         for word in words:
             if self.ids.get(word, PAD_ID) == PAD_ID:
@@ -39,7 +44,7 @@ class WordTokenizer:
             raise ValueError(
                 f"The demo world reads at most {self.length} words and commas, not {len(words)}."
             )
-        return [self.ids[word] for word in words] + [PAD_ID] * (self.length - len(words))
+        return [self.ids[word] for word in words]
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: object) -> Tokens:
         """Ids with weight 1, in the form that ComfyUI passes to the encoder."""
@@ -76,14 +81,24 @@ class WordEncoder(nn.Module):
     def encode_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids ``[B, L]`` to context ``[B, L, C]`` and pooled ``[B, P]``; padding adds only its position."""
         said = (ids != PAD_ID).unsqueeze(-1).float()
-        words = self.word_vectors.float()[ids] * said
+        return self._encode_vectors(self.word_vectors.float()[ids] * said)
+
+    def _encode_vectors(self, words: Tensor) -> tuple[Tensor, Tensor]:
         return words + self.place_vectors.float(), words.sum(dim=1) @ self.projection.float()
 
     def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return context and pooled on the CPU; called by ``comfy.sd.CLIP``."""
-        ids = torch.tensor([[token for token, *_ in row] for row in tokens["words"]])
-        context, pooled = self.encode_ids(ids.to(self.word_vectors.device))
+        vectors = torch.stack(
+            [torch.stack([self._vector(token) for token, *_ in row]) for row in tokens["words"]]
+        )
+        context, pooled = self._encode_vectors(vectors)
         return context.cpu(), pooled.cpu()
+
+    def _vector(self, token: int | Tensor) -> Tensor:
+        """The vector of a word, of padding, or of an embedding file."""
+        if isinstance(token, Tensor):
+            return token.to(self.word_vectors.device, torch.float32)
+        return self.word_vectors[token].float() * (token != PAD_ID)
 
 
 def read_text_file(path: Path | str) -> tuple[dict[str, Tensor], dict]:
@@ -105,4 +120,5 @@ def read_text_file(path: Path | str) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(
             f"{name} is not a text file of the BlockSkip demo world: choose blockskip_world_text.safetensors."
         )
-    return tables, {"words": json.loads(metadata["words"]), "length": tables["place_vectors"].shape[0]}
+    length, width = tables["place_vectors"].shape
+    return tables, {"words": json.loads(metadata["words"]), "length": length, "width": width}

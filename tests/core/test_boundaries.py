@@ -68,7 +68,7 @@ def test_the_core_knows_no_host(path):
 
 NAMES_OF_NODES = (
     "Select Blocks", "Precompute Residuals", "Dynamic Patch Trainer", "Memory Plan", "Sample While Training",
-    "Apply BlockSkip LoRA", "RALU Sampler", "queue", "Queue",
+    "Apply BlockSkip LoRA", "RALU Sampler", "Train Word", "CLIP with Embeddings", "queue", "Queue",
 )  # fmt: skip
 
 

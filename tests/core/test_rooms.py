@@ -24,6 +24,7 @@ TABLE = {
     "blocks": "selection model",
     "residuals": "errors units files locks selection data model blocks",
     "training": "errors files locks selection data adapters model blocks residuals",
+    "zoodip": "errors training",
     "torch_dit": "adapters model",
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
@@ -37,14 +38,17 @@ TABLE = {
     "hosts/files",
     "hosts/sampling": "errors files locks selection adapters ralu model blocks hosts/families hosts/inputs hosts/files "
     "hosts/models",
+    "hosts/words": "errors data zoodip hosts/inputs hosts/models",
     "nodes/types": "",
     "nodes/plan_text": "units accounting",
     "nodes/inputs": "errors selection residuals accounting",
     "nodes/page": "reporting",
     "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
     "hosts/families hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
+    "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words nodes/page "
+    "nodes/run",
     "nodes": "errors selection data adapters ralu residuals training accounting reporting hosts/inputs hosts/files "
-    "hosts/models hosts/sampling nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run",
+    "hosts/models hosts/sampling hosts/words nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run nodes/words",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}
 MODULES = [path for folder in (CORE, "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -74,7 +74,10 @@ def start_server() -> Callable[..., Any]:
     return watched
 
 
-PACK_NAMES = re.compile(r"block[_-]?skip|ApplyLora|TrainLora|SelectBlocks|Precompute|MemoryPlan|RALU", re.IGNORECASE)
+PACK_NAMES = re.compile(
+    r"block[_-]?skip|ApplyLora|TrainLora|TrainWord|AcceptEmbeddings|SelectBlocks|Precompute|MemoryPlan|RALU",
+    re.IGNORECASE,
+)
 ANSWERS = re.compile(  # refused prompts and exceptions in nodes, which tests check in the response itself
     r"!!! Exception during processing !!!|Traceback \(most recent call last\)|"
     r"Failed to validate prompt|\* \(prompt\):|\* \w+ [\w:]+:|  - |invalid prompt"
@@ -99,7 +102,7 @@ def complaints(server: Any) -> list[str]:
 
 # The files that the shipped workflows name: empty ones, so that the frontend finds every choice. Nothing loads them.
 NAMED_MODELS = {
-    "checkpoints": ["flux1-dev-fp8.safetensors"],
+    "checkpoints": ["flux1-dev-fp8.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"],
     "diffusion_models": ["flux1-dev.safetensors"],
     "text_encoders": ["clip_l.safetensors", "t5xxl_fp16.safetensors"],
     "vae": ["ae.safetensors"],

@@ -17,6 +17,8 @@ HEADLINE_NODES = (
     "BlockSkip_TrainLora",
     "BlockSkip_ApplyLora",
     "BlockSkip_RALUSampler",
+    "BlockSkip_TrainWord",
+    "BlockSkip_AcceptEmbeddings",
 )
 TEMPLATES = sorted(ROOT.glob("workflows/*.json"))
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from .conftest import ROOT, WORKFLOWS, browser_or_skip, load_devtool
-from .test_workflows import output_of, pixels, succeed
+from .test_workflows import output_of, part_of, pixels, succeed
 
 SHIPPED = sorted(ROOT.glob("workflows/*.json"))
 
@@ -138,9 +138,27 @@ def test_resume_goes_on_with_the_run_of_the_training_workflow(
     assert (further["resumed_at"], further["steps"], further["problems"]) == (0, 4, [])
 
 
+def test_a_word_is_learned_saved_and_sampled_with(client: Any, load_workflow: Callable[..., Any]) -> None:
+    prompt = load_workflow("train_word", {"Train Word (ZOODiP)": {"name": "live/word", "seed": 75}})
+    result = succeed(client, prompt)
+    report = output_of(result, prompt, "Report")["text"][0]
+    word = report.split()[1]
+    assert word.startswith("embedding:live/word_0000")
+    chart = output_of(result, prompt, "Train Word (ZOODiP)")["blockskip_chart"][0]
+    assert (chart["step"], chart["status"], len(chart["points"])) == (2, "done", 2)
+    learned = pixels(client.view(output_of(result, prompt, "Your subject")["images"][0]))
+    typed = load_workflow("train_word", {"Prompt": {"text": f"a big orange {word}"}})
+    part = part_of(typed, "Your subject")
+    assert not any(node["class_type"] == "BlockSkip_TrainWord" for node in part.values())
+    again = pixels(client.view(output_of(succeed(client, part), typed, "Your subject")["images"][0]))
+    assert (learned == again).all(), "a prompt with the file is what the run ended with"
+
+
 def test_the_twins_run_on_the_oldest_supported_comfyui(older: Any, load_workflow: Callable[..., Any]) -> None:
     client = load_devtool("comfy_client").ComfyClient(older.url)
     for twin in ("my_first_lora", "several_subjects"):
         prompt = load_workflow(twin)
         summary = output_of(succeed(client, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]
         assert summary["steps"] == 4
+    prompt = load_workflow("train_word")
+    assert output_of(succeed(client, prompt), prompt, "Report")["text"][0].startswith("Write embedding:my_word_")

@@ -218,4 +218,35 @@ CONTRACT = {
         [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,
     ),
+    "BlockSkip_TrainWord": Contract(
+        """
+            model MODEL
+            clip CLIP
+            vae VAE
+            images IMAGE
+            captions STRING = a photo of {word}
+            like_word STRING = object
+            name STRING = my_word
+            steps INT = 500 [1, 1000000]
+            seed INT = 0 [0, 18446744073709551615] control
+            resolution INT? = 512 [64, 4096] step 16
+            estimator COMBO? = leave-one-out {leave-one-out | forward difference | central | paper}
+            directions INT? = 8 [1, 64]
+            step_size FLOAT? = 0.4 [0.001, 10.0] step 0.01 round 0.001
+            perturbation FLOAT? = 0.2 [0.0001, 10.0] step 0.01 round 0.0001
+            check_perturbation BOOLEAN? = True
+            noise_from FLOAT? = 0.0 [0.0, 1.0] step 0.01
+            noise_to FLOAT? = 1.0 [0.0, 1.0] step 0.01
+            fixed_examples INT? = 0 [0, 100000]
+            subspace_every INT? = 0 [0, 100000]
+            subspace_share FLOAT? = 0.001 [1e-06, 0.999] step 0.001 round 1e-06
+            mirror BOOLEAN? = False
+            guidance FLOAT? = 1.0 [0.0, 100.0] step 0.1
+            residency COMBO? = auto {auto | together | in turns}
+            save_every INT? = 100 [0, 1000000]
+            resume BOOLEAN? = True
+        """,
+        [("word", "STRING"), ("clip", "CLIP"), ("loss_map", "LOSS_MAP"), ("steps", "INT"), ("report", "STRING")],
+    ),
+    "BlockSkip_AcceptEmbeddings": Contract("clip CLIP", [("clip", "CLIP")], takes_lists=False),
 }

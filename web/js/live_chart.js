@@ -1,4 +1,4 @@
-// Puts a chart on Dynamic Patch Trainer and keeps it up to date.
+// Puts a chart on Dynamic Patch Trainer and on Train Word, and keeps it up to date.
 //
 // It uses events during a run, the server's memory on a new page, and the node's output for a run from the cache.
 // The server's side is nodes/page/live_chart.py.
@@ -7,7 +7,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { LossChart, MIN_HEIGHT, extended, readRun } from "./loss_chart.js";
 
-const TRAINER = "BlockSkip_TrainLora";
+const TRAINERS = ["BlockSkip_TrainLora", "BlockSkip_TrainWord"];
 const EVENT = "blockskip.train";
 const ROUTE = "/blockskip/last_run";
 const DEEPEST = 32; // subgraphs in subgraphs
@@ -147,7 +147,7 @@ const extension = {
     }
   },
   nodeCreated(node) {
-    if (node.comfyClass === TRAINER) addChart(node);
+    if (TRAINERS.includes(node.comfyClass)) addChart(node);
   },
   afterConfigureGraph: refreshAll,
   onNodeOutputsUpdated(outputs) {

@@ -1,0 +1,240 @@
+"""Can a word be learned from forward passes? Zeroth-order against gradient textual inversion on the demo's small world.
+
+    python dev.py benchmark words                 # about two hours on one core of a busy machine
+    python dev.py benchmark words -- --report     # only rewrite the table
+
+Every arm gets the same number of forward passes, through the same code as the node: ``hosts/words``, ``zoodip``. Gradient
+arms take a backward pass for each forward pass in addition, which is not counted. What is measured is the held-out loss:
+pictures of the subject on grounds that are not in the training pictures, five noise levels. "Gain" is the share of what
+the best gradient arm gains over the word at the start, mean over seeds. Rows are lines of ``results/words.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import command_line
+import torch
+from quality_world import Bench
+from torch import Tensor
+from words_arms import ARMS, WordArm
+from words_formats import FORMATS, in_format, signal
+from words_report import write_report
+
+logger = logging.getLogger("words")
+FILE = "words.jsonl"
+PARTS = ("arms", "formats")
+SIDE = 128
+PICTURES = 6
+HELD_OUT = 5
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SAMPLED = 4
+"""Pictures sampled with the learned word for the likeness."""
+
+
+class Subject:
+    """One subject: its loss on training and on held-out pictures, as functions of the word."""
+
+    def __init__(self, bench: Bench, name: str) -> None:
+        from blockskip_pack.blockskip_core.hosts.words.encoders import known_word
+        from blockskip_pack.blockskip_core.zoodip.word import WordLayout
+
+        self.bench, self.name = bench, name
+        parts, vectors = known_word(bench.clip, name)
+        self.layout = WordLayout(parts)
+        self.first = self.layout.join(vectors)
+        self.losses = self._losses(bench.world.subject_scenes(name, PICTURES, seed=0))
+        self.held_out_scenes = bench.held_out(name, HELD_OUT)
+        self.held_out = self._losses(self.held_out_scenes)
+
+    def _losses(self, scenes: list) -> Any:
+        from blockskip_pack.blockskip_core.hosts.words.captions import WordCaptions
+        from blockskip_pack.blockskip_core.hosts.words.latents import square_latents
+        from blockskip_pack.blockskip_core.hosts.words.losses import WordLosses
+
+        bench = self.bench
+        texts = [bench.world.caption(scene).replace(self.name, "{word}") for scene in scenes]
+        captions = WordCaptions(bench.clip, texts, self.layout.parts)
+        drawn = [bench._drawn(scene, SIDE) for scene in scenes]
+        latents = square_latents(bench.vae, bench.model.model, drawn, SIDE, False, lambda done, total: None)
+        return WordLosses(bench.model, captions, self.layout, latents, len(scenes))
+
+    @torch.no_grad()
+    def held_out_loss(self, word: Tensor) -> float:
+        """Return the mean loss over all held-out pictures and levels, one fixed noise each."""
+        from blockskip_pack.blockskip_core.zoodip.examples import Example
+
+        grid = [(i, level) for level in LEVELS for i in range(HELD_OUT)]
+        with self.held_out.loaded(1):
+            found = [self.held_out(word[None], Example(i, False, level, 1000 + n)) for n, (i, level) in enumerate(grid)]
+        return torch.cat(found).mean().item()
+
+    @torch.no_grad()
+    def likeness(self, word: Tensor) -> dict[str, float]:
+        """Return how the world's reader sees sampled pictures: cosine with drawn ones, share recognised."""
+        import comfy.sample
+
+        bench, empty = self.bench, torch.zeros(1, 16, SIDE // 8, SIDE // 8)
+        pictures = []
+        for number in range(SAMPLED):
+            with self.held_out.loaded(1):
+                positive = self.held_out.conditioning(word, number)
+            latent = comfy.sample.sample(
+                bench.model, comfy.sample.prepare_noise(empty, number), 12, 4.0, "euler", "simple", positive,
+                bench.conditioning(""), empty, seed=number, disable_pbar=True,
+            )  # fmt: skip
+            pictures.append(bench.vae.decode(latent)[0].clamp(0, 1))
+        sampled = torch.stack(pictures).permute(0, 3, 1, 2)
+        drawn = torch.stack([bench._drawn(s, SIDE) for s in self.held_out_scenes[:SAMPLED]]).permute(0, 3, 1, 2)
+        answers = bench.reading.read(bench.reader, sampled)
+        cosine = bench.reading.similarity(bench.reader, sampled, drawn).mean().item()
+        return {"cosine": cosine, "recognised": sum(a["subject"] == self.name for a in answers) / SAMPLED}
+
+
+def learn(subject: Subject, arm: WordArm, seed: int) -> Tensor:
+    """Return the word that an arm learns."""
+    from blockskip_pack.blockskip_core.zoodip.examples import ExampleSchedule
+    from blockskip_pack.blockskip_core.zoodip.settings import WordSettings
+    from blockskip_pack.blockskip_core.zoodip.training import WordResult, WordTraining
+
+    steps = arm.forwards // WordSettings(steps=1, **arm.settings).passes_per_step
+    settings = WordSettings(steps=steps, seed=seed, **arm.settings)
+    examples = ExampleSchedule(
+        seed, PICTURES, lowest=settings.lowest, highest=settings.highest, pool=settings.pool, mirror=settings.mirror
+    )
+    result = WordResult()
+    training = WordTraining(subject.losses, subject.layout, subject.first, examples, settings, result=result)
+    with subject.losses.loaded(settings.passes_per_step):
+        training.run()
+    assert result.forwards <= arm.forwards
+    return training.word
+
+
+def learn_by_gradient(
+    subject: Subject, seed: int, forwards: int, batch: int, step_size: float, lowest: float = 0.0, highest: float = 1.0
+) -> Tensor:
+    """Return the word of gradient textual inversion: Adam, a cosine step size, ``batch`` examples per step."""
+    from blockskip_pack.blockskip_core.zoodip.examples import ExampleSchedule
+
+    examples = ExampleSchedule(seed, PICTURES, lowest=lowest, highest=highest)
+    word = (subject.first / subject.layout.sizes).clone().requires_grad_()
+    optimizer = torch.optim.Adam([word], lr=step_size)
+    steps = forwards // batch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        drawn = [examples[step * batch + row] for row in range(batch)]
+        optimizer.zero_grad()
+        _loss(subject, word * subject.layout.sizes, drawn).backward()
+        optimizer.step()
+        schedule.step()
+    return word.detach() * subject.layout.sizes
+
+
+def _loss(subject: Subject, word: Tensor, examples: list) -> Tensor:
+    """Return the mean loss of a word with its graph; the same error as in ``hosts/words/losses.py``."""
+    losses, encoder, model = subject.losses, subject.bench.clip.cond_stage_model, subject.bench.model.model
+    tokens = [losses._captions.tokens(e.picture, subject.layout.split(word))["words"][0] for e in examples]
+    context, pooled = encoder._encode_vectors(
+        torch.stack([torch.stack([encoder._vector(t) for t, _ in row]) for row in tokens])
+    )
+    clean = torch.cat([losses._latents[e.picture : e.picture + 1] for e in examples])
+    noise = torch.cat([e.noise((1, *clean.shape[1:])) for e in examples])
+    sigma = torch.tensor([max(e.level, 1e-3) for e in examples])
+    mix = sigma.view(-1, 1, 1, 1)
+    denoised = model.apply_model((1 - mix) * clean + mix * noise, sigma, c_crossattn=context, y=pooled)
+    return ((clean - denoised) / mix).square().mean()
+
+
+@contextmanager
+def _differentiable(bench: Bench) -> Iterator[None]:
+    """Make the world's model differentiable for the duration of a ``with`` block."""
+    import comfy.model_management
+    import world_dit
+
+    model = bench.model.model.diffusion_model
+    try:
+        model.requires_grad_(False)
+        world_dit.prepare_for_training(model)
+        yield
+    finally:
+        comfy.model_management.in_training = False
+        for block in (*model.double_blocks, *model.single_blocks):
+            del block.forward  # the class's own again
+
+
+def measure(subject: Subject, arm: WordArm | None, seed: int) -> dict[str, Any]:
+    """Return the row of an arm; without one, that of the word at the start."""
+    started, word = time.perf_counter(), subject.first
+    if arm is not None and arm.gradient:
+        with _differentiable(subject.bench):
+            word = learn_by_gradient(subject, seed, arm.forwards, **arm.settings)
+    elif arm is not None:
+        word = learn(subject, arm, seed)
+    seconds = time.perf_counter() - started
+    moved = ((word - subject.first) / subject.layout.sizes).square().mean().sqrt().item()
+    return {
+        "subject": subject.name, "arm": arm.name if arm else "start", "group": arm.group if arm else "start", "seed": seed,
+        "forwards": arm.forwards if arm else 0, "loss": subject.held_out_loss(word), "seconds": round(seconds, 1),
+        "moved": round(moved, 3), **subject.likeness(word),
+    }  # fmt: skip
+
+
+def _measure_formats(bench: Bench, file: Path, done: list[dict[str, Any]]) -> None:
+    """Measure what is missing of the formats: the check of the perturbation."""
+    known = {row.get("format") for row in done}
+    for name in FORMATS:
+        if name in known:
+            continue
+        agreement = signal(Subject(in_format(bench, name), "toby"))
+        row = {"group": "formats", "format": name, "agreement": agreement}
+        command_line.add_row(file, row)
+        done.append(row)
+        logger.info("%s", row)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_line.parser(__doc__, "where rows and table go")
+    parser.add_argument("--subjects", nargs="+", default=["toby", "pip"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="only these arms")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is missing, then write the table."""
+    options = parse()
+    command_line.begin(options, logger)
+    import host
+
+    file = options.results / FILE
+    done = command_line.rows_in(file)
+    known = {(row["subject"], row["arm"], row["seed"]) for row in done if "arm" in row}
+    bench = None if options.report else Bench(host.ASSETS, options.results)
+    cells = [
+        (None, 0),
+        *((arm, seed) for seed in options.seeds for arm in ARMS if not options.only or arm.name in options.only),
+    ]
+    subjects = {name: Subject(bench, name) for name in options.subjects} if bench and "arms" in options.parts else {}
+    for (arm, seed), name in itertools.product(cells, subjects):
+        if (name, arm.name if arm else "start", seed) in known:
+            continue
+        row = measure(subjects[name], arm, seed)
+        command_line.add_row(file, row)
+        done.append(row)
+        logger.info("%s", row)
+    if bench and "formats" in options.parts:
+        _measure_formats(bench, file, done)
+    write_report(options.results / "words.md", done)
+
+
+if __name__ == "__main__":
+    main()

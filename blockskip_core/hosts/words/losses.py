@@ -1,0 +1,177 @@
+"""The loss of several words on one example: their prompts encoded one by one, then one batch through the model.
+
+Both models belong to the user's graph and are run as loaded, in any weight format: nothing is differentiated, no weight
+is changed. What other nodes put around sampling (caches, guidance, compilation) is left out, because it would treat
+the rows of one step as steps of one picture; LoRAs, hooks and functions inside the model's blocks are followed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...errors import InvalidInputError, UnsupportedModelError
+from ...zoodip.examples import Example
+from ...zoodip.word import WordLayout
+from ..inputs.frames import with_frame
+from ..models.residency import drop_cast_buffers, evict_others
+from .captions import WordCaptions
+from .noise_levels import output_error, sigma_of
+
+logger = logging.getLogger(__name__)
+
+Residency = Literal["auto", "together", "in turns"]
+RESIDENCIES: tuple[str, ...] = get_args(Residency)
+FOLLOWED_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
+"""Keys of ``transformer_options`` that act inside the model's blocks."""
+
+
+class WordLosses:
+    """Evaluates words; call it inside :meth:`loaded`.
+
+    Args:
+        model: The MODEL; left unchanged.
+        captions: The captions: one for all pictures, or one for each.
+        layout: The word's shape.
+        latents: Clean latents in the model's own scale, shape (pictures, C, H, W), on the CPU; if ``mirrored`` examples
+            occur, the mirrored ones follow all others.
+        pictures: Number of pictures.
+        guidance: Distilled guidance of models that take it (FLUX.1-dev); other models ignore it.
+        residency: "together" keeps text encoder and model loaded; "in turns" unloads one for the other in every step,
+            which is slow and needs only memory for the larger one; "auto" decides by the device's memory.
+
+    Attributes:
+        forwards: Rows that have gone through the model.
+
+    Raises:
+        InvalidInputError: If the residency is not known, or captions and pictures do not go together.
+    """
+
+    def __init__(
+        self, model: Any, captions: WordCaptions, layout: WordLayout, latents: Tensor, pictures: int, *,
+        guidance: float = 1.0, residency: Residency = "auto",
+    ) -> None:  # fmt: skip
+        if residency not in RESIDENCIES:
+            raise InvalidInputError(f"residency must be one of {', '.join(RESIDENCIES)}, got {residency!r}.")
+        if len(captions) not in (1, pictures):
+            raise InvalidInputError(
+                f"There must be one caption for all pictures or one for each of {pictures}, got {len(captions)}."
+            )
+        self.forwards = 0
+        self._patcher, self._captions, self._layout = as_called(model), captions, layout
+        self._latents, self._pictures, self._guidance = latents, pictures, guidance
+        self._sampling = self._patcher.get_model_object("model_sampling")
+        self._clip = captions.clip
+        self._residency = residency
+        self._together, self._needed = True, 0
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self._patcher.load_device
+
+    @contextmanager
+    def loaded(self, rows: int) -> Iterator[None]:
+        """Load both models for the duration of a ``with`` block; afterwards the host may do with them what it likes.
+
+        Args:
+            rows: Largest number of words evaluated in one call.
+        """
+        needed = int(self._patcher.memory_required([rows, *self._model_latent(0).shape[1:]]))
+        self._together = self._fit_together(needed) if self._residency == "auto" else self._residency == "together"
+        try:
+            self._needed = needed
+            if self._together:
+                patchers = [self._clip.patcher, self._patcher]
+                comfy.model_management.load_models_gpu(patchers, memory_required=needed)
+                # The host asks for 1 GiB of room at each load_model, and may unload the model for it, in every step.
+                self._clip.load_model = lambda tokens={}: self._clip.patcher  # on our own clone
+            self._patcher.pre_run()
+            yield
+        finally:
+            vars(self._clip).pop("load_model", None)
+            self._patcher.cleanup()
+            drop_cast_buffers()
+
+    def _fit_together(self, needed: int) -> bool:
+        management, device = comfy.model_management, self._patcher.load_device
+        if self._clip.patcher.load_device != device or device.type == "cpu" or self._patcher.is_dynamic():
+            return True
+        weights = self._patcher.model_size() + self._clip.patcher.model_size()
+        return weights + needed + management.extra_reserved_memory() < management.get_total_memory(device)
+
+    def __call__(self, words: Tensor, example: Example) -> Tensor:
+        """Return the losses of words on an example, shape (words,), float32 on the CPU.
+
+        Args:
+            words: Shape (words, layout.numbers), float32.
+            example: Picture, noise level and noise.
+        """
+        conditionings = self._encoded(words, example.picture if len(self._captions) > 1 else 0)
+        if not self._together:
+            evict_others(self._patcher)
+            comfy.model_management.load_models_gpu([self._patcher], memory_required=self._needed)
+        device = self._patcher.load_device
+        clean = self._model_latent(example.picture + self._pictures * example.mirrored).to(device)
+        sigma = torch.tensor([sigma_of(self._sampling, example.level)], device=device)
+        noisy = self._sampling.noise_scaling(sigma, example.noise(clean.shape).to(device), clean)
+        prepared = [self._prepared(conditioning, noisy, clean) for conditioning in conditionings]
+        self.forwards += len(words)
+        options = {**self._patcher.model_options, "transformer_options": dict(self._options)}
+        denoised = comfy.samplers.calc_cond_batch(self._patcher.model, prepared, noisy, sigma, options)
+        return torch.stack([output_error(self._sampling, sigma, clean, each) for each in denoised]).cpu()
+
+    def conditioning(self, word: Tensor, caption: int) -> list:
+        """Return the CONDITIONING of a caption with a word, as from CLIP Text Encode."""
+        return self._encoded(word[None], caption)[0]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return self._patcher.model_options["transformer_options"]
+
+    def _model_latent(self, index: int) -> Tensor:
+        return with_frame(self._patcher.model, self._latents[index : index + 1])
+
+    def _encoded(self, words: Tensor, caption: int) -> list[list]:
+        if not self._together:
+            evict_others(self._clip.patcher)
+        tokens = [self._captions.tokens(caption, self._layout.split(word)) for word in words]
+        return [self._clip.encode_from_tokens_scheduled(each, add_dict={"guidance": self._guidance}) for each in tokens]
+
+    def _prepared(self, conditioning: Sequence[Any], noisy: Tensor, clean: Tensor) -> list[dict[str, Any]]:
+        """Return a conditioning with the model's own arguments, as the host's samplers make them."""
+        return comfy.samplers.encode_model_conds(
+            self._patcher.model.extra_conds, comfy.sampler_helpers.convert_cond(conditioning), noisy, noisy.device,
+            "positive", latent_image=clean, denoise_mask=None, seed=0,
+        )  # fmt: skip
+
+
+def as_called(patcher: Any) -> Any:
+    """Return a clone of a MODEL without what belongs to sampling; the log names what is left out.
+
+    Raises:
+        UnsupportedModelError: If the MODEL has a ControlNet or another model in its blocks.
+    """
+    options = patcher.model_options["transformer_options"]
+    inside = [each for kind in options.get("patches", {}).values() for each in kind]
+    if any(hasattr(each, "models") for each in inside):
+        raise UnsupportedModelError(
+            "A word cannot be learned with another model in the MODEL's blocks. Connect it without."
+        )
+    clone = patcher.clone()
+    kept = {key: options[key] for key in FOLLOWED_OPTIONS if key in options}
+    left_out = sorted({*patcher.model_options, *options} - {"transformer_options", *kept})
+    if left_out:
+        logger.warning(
+            "BlockSkip: left out of learning a word, because it belongs to sampling: %s", ", ".join(left_out)
+        )
+    clone.model_options = {"transformer_options": kept}
+    return clone

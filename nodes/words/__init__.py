@@ -1,0 +1,1 @@
+"""One run that learns a word, behind Train Word."""

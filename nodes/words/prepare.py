@@ -1,0 +1,117 @@
+"""Prepare a run that learns a word: check everything, encode the pictures, set up the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ...blockskip_core.errors import InvalidInputError
+from ...blockskip_core.hosts.files.embedding_files import EmbeddingName
+from ...blockskip_core.hosts.files.folders import run_folder
+from ...blockskip_core.hosts.inputs.pictures import Pictures
+from ...blockskip_core.hosts.models.identity import conditionings_identity, model_identity, tensors_identity
+from ...blockskip_core.hosts.words.captions import WordCaptions
+from ...blockskip_core.hosts.words.encoders import known_word
+from ...blockskip_core.hosts.words.latents import square_latents
+from ...blockskip_core.hosts.words.losses import WordLosses
+from ...blockskip_core.hosts.words.noise_levels import is_flow
+from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ...blockskip_core.version import VERSION
+from ...blockskip_core.zoodip.settings import WordSettings
+from ...blockskip_core.zoodip.signal import PAIRS, Signal, measure_signal
+from ...blockskip_core.zoodip.word import WordLayout
+from ..page.progress import NodeProgress
+from .request import WordRequest
+
+KEPT_STATES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedWord:
+    """A run that can start.
+
+    Attributes:
+        request: The request.
+        name: Where the word will be saved.
+        layout: The word's shape.
+        first: The word at the start, shape (layout.numbers,).
+        losses: The loss of words on an example.
+        settings: The settings, with the perturbation asked for.
+        num_pictures: Number of pictures.
+        identity: What the run is, apart from its perturbation.
+    """
+
+    request: WordRequest
+    name: EmbeddingName
+    layout: WordLayout
+    first: Tensor
+    losses: WordLosses
+    settings: WordSettings
+    num_pictures: int
+    identity: RunIdentity
+
+    def measured(self, progress: NodeProgress) -> tuple[WordSettings, Signal | None]:
+        """Return the settings with a perturbation that the model's loss follows, and what was measured.
+
+        Raises:
+            TrainingError: If the loss follows none.
+        """
+        if not self.request.check_perturbation:
+            return self.settings, None
+        signal = measure_signal(
+            self.losses, self.first, self.layout.sizes, self.settings.perturbation,
+            self.request.examples(self.settings, self.num_pictures).spread(PAIRS), self.settings.seed,
+            lambda done, total: progress("perturbations checked", done, total),
+        )  # fmt: skip
+        return replace(self.settings, perturbation=signal.perturbation), signal
+
+    def checkpoints(self, settings: WordSettings) -> Checkpoints:
+        """Return the training states of the run with these settings; those of old runs are removed."""
+        values = asdict(settings)
+        if settings.schedule == "constant":  # otherwise the step size depends on the length of the run
+            del values["steps"]
+        identity = RunIdentity({**self.identity.parts, **values})
+        folder = run_folder(identity.key)
+        remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
+        request = self.request
+        return Checkpoints(folder, identity, every=request.save_every, keep=KEPT_STATES, resume=request.resume)
+
+
+def prepare(
+    model: Any, clip: Any, vae: Any, images: Sequence[Any], request: WordRequest, progress: NodeProgress
+) -> PreparedWord:
+    """Check a request against its inputs, and set up what the run needs.
+
+    Raises:
+        BlockSkipError: If inputs do not fit together, or the word's file cannot be written.
+    """
+    name, pictures = EmbeddingName(request.name), Pictures(images)
+    if len(request.caption_lines) not in (1, len(pictures)):
+        raise InvalidInputError(
+            f"captions needs one line for all pictures, or one line for each of the {len(pictures)} pictures, got "
+            f"{len(request.caption_lines)} lines."
+        )
+    parts, vectors = known_word(clip, request.like_word)
+    captions, layout = WordCaptions(clip, request.caption_lines, parts), WordLayout(parts)
+    identity = model_identity(model)
+    settings = request.settings(is_flow=is_flow(model.get_model_object("model_sampling")))
+    latents = square_latents(
+        vae, model.model, pictures, request.resolution, settings.mirror,
+        lambda done, total: progress("pictures encoded", done, total),
+    )  # fmt: skip
+    losses = WordLosses(
+        model, captions, layout, latents, len(pictures), guidance=request.guidance, residency=request.residency
+    )
+    first = layout.join(vectors)
+    texts = [captions.clip.encode_from_tokens_scheduled(captions.tokens(i, vectors)) for i in range(len(captions))]
+    return PreparedWord(
+        request=request, name=name, layout=layout, first=first, losses=losses, settings=settings,
+        num_pictures=len(pictures),
+        identity=RunIdentity({
+            "kind": "word", "model": identity, "texts": conditionings_identity(texts), "latents": tensors_identity([latents]),
+            "first": tensors_identity([first]), "guidance": request.guidance, "made by": f"BlockSkip {VERSION}",
+        }),
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""The work of Train Word: check the perturbation, learn, save however it ends, report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ...blockskip_core.errors import TrainingError
+from ...blockskip_core.hosts.models.out_of_memory import OutOfMemoryError, out_of_memory_explained
+from ...blockskip_core.training.observer import TrainingObserver
+from ...blockskip_core.zoodip.settings import WordSettings
+from ...blockskip_core.zoodip.signal import Signal
+from ...blockskip_core.zoodip.training import WordResult, WordTraining
+from ..page.live_chart import LiveChart
+from ..page.progress import NodeProgress
+from .display import WordDisplay
+from .prepare import PreparedWord, prepare
+from .report import report, summary_line
+from .request import WordRequest
+
+logger = logging.getLogger(__name__)
+
+ADVICE = "Lower `directions` or `resolution`, or set `residency` to in turns."
+
+
+@dataclass(frozen=True)
+class TrainedWord:
+    """The outputs of Train Word.
+
+    Attributes:
+        word: What to write in a prompt.
+        losses: The mean loss of each step.
+        steps: Steps done.
+        report: What was done, as text.
+    """
+
+    word: str
+    losses: list[float]
+    steps: int
+    report: str
+
+
+def train_word(
+    model: Any, clip: Any, vae: Any, images: Any, request: WordRequest, progress: NodeProgress, chart: LiveChart
+) -> TrainedWord:
+    """Learn a word as requested, and save it.
+
+    Raises:
+        BlockSkipError: If the run cannot start or continue; the message names the file with the word so far. Any other
+            exception, including Cancel, is passed on after the word so far has been saved.
+    """
+    with out_of_memory_explained("Learning the word", ADVICE):
+        run = prepare(model, clip, vae, images, request, progress)
+        with run.losses.loaded(run.settings.passes_per_step):
+            settings, signal = run.measured(progress)
+            return _learned(run, settings, signal, progress, chart)
+
+
+def _learned(
+    run: PreparedWord, settings: WordSettings, signal: Signal | None, progress: NodeProgress, chart: LiveChart
+) -> TrainedWord:
+    result, checkpoints = WordResult(), run.checkpoints(settings)
+    examples = run.request.examples(settings, run.num_pictures)
+    display = WordDisplay(settings, result, progress, chart, run.losses.device)
+
+    def wait_for_another(step: int) -> None:
+        progress("waiting for another process that learns the same word", min(step, settings.steps), settings.steps)
+
+    training = WordTraining(
+        run.losses, run.layout, run.first, examples, settings, result=result, checkpoints=checkpoints
+    )
+    with checkpoints.to_itself(wait_for_another):
+        training.resume()
+        display.earlier()
+        word = _saved_however_it_ends(run, settings, training, result, display)
+    progress.say(summary_line(word, settings, result))
+    text = report(run, settings, signal, training, result, word, display.peak)
+    return TrainedWord(word, result.losses, result.steps, text)
+
+
+def _saved_however_it_ends(
+    run: PreparedWord, settings: WordSettings, training: WordTraining, result: WordResult, display: TrainingObserver
+) -> str:
+    """Make the remaining steps and save the word; return what to write in a prompt."""
+
+    def save() -> str:
+        about = {**run.request.about(settings), "steps": result.steps}
+        return run.name.save(run.layout.split(training.word), about)
+
+    try:
+        training.run([display])
+    except (TrainingError, OutOfMemoryError) as error:
+        if not result.steps:
+            raise
+        raise type(error)(f"{error} The word so far is saved as {save()}.") from None
+    except BaseException:  # including Cancel at any moment
+        if result.steps:
+            logger.info("BlockSkip: the word after %d steps is saved as %s", result.steps, save())
+        raise
+    return save()

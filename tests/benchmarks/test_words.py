@@ -1,0 +1,57 @@
+"""The benchmark of words: gains, the tables, and that its arms are comparable."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def row(group, arm, subject, seed, loss):
+    return {
+        "group": group, "arm": arm, "subject": subject, "seed": seed, "loss": loss, "forwards": 1440, "seconds": 1.0,
+        "cosine": 0.5, "recognised": 0.25,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("start", "start", "toby", 0, 0.4), row("start", "start", "pip", 0, 0.6),
+    row("gradient", "better", "toby", 0, 0.3), row("gradient", "better", "toby", 1, 0.1), row("gradient", "better", "pip", 0, 0.4),
+    row("gradient", "worse", "toby", 0, 0.15), row("gradient", "worse", "pip", 0, 0.55),
+    row("defaults", "defaults", "toby", 0, 0.3), row("defaults", "defaults", "toby", 1, 0.2), row("defaults", "defaults", "pip", 0, 0.4),
+]  # fmt: skip
+
+
+def test_gain_is_the_share_of_the_best_gradient_arms_mean(bench) -> None:
+    found = bench("words_report").gains(ROWS)
+    assert found["toby", "start", 0] == 0.0
+    assert found["pip", "better", 0] == pytest.approx(1.0)
+    assert found["toby", "defaults", 0] == pytest.approx(0.5)
+    assert found["toby", "defaults", 1] == pytest.approx(1.0)
+
+
+def test_the_table_has_a_line_for_each_arm_and_a_number_for_each_seed(bench) -> None:
+    lines = bench("words_report").table(ROWS)
+    assert "| defaults | 1,440 | 1.00 | 0.50 1.00 | **0.83** | 0.50 | 0.25 | 1 |" in lines
+    assert sum(line.startswith("## ") for line in lines) == 3
+
+
+def test_the_table_of_formats_says_what_is_refused(bench) -> None:
+    measured = {"fp32": (0.9, 0.99, 0.8), "int8": (0.3, 0.8, 0.85), "w4a4": (0.1, 0.2, 0.6)}
+    rows = [
+        {"group": "formats", "format": name, "agreement": dict(zip(("0.1", "0.2", "0.4"), values, strict=True))}
+        for name, values in measured.items()
+    ]
+    lines = bench("words_report").formats(rows)
+    assert lines[4:7] == [
+        "| fp32 | 0.90 | 0.99 | 0.80 | 0.2 |", "| int8 | 0.30 | 0.80 | 0.85 | 0.4 |", "| w4a4 | 0.10 | 0.20 | 0.60 | refused |",
+    ]  # fmt: skip
+
+
+def test_every_arm_is_valid_and_takes_about_the_same_number_of_forward_passes(bench) -> None:
+    from blockskip_pack.blockskip_core.zoodip.settings import WordSettings
+
+    arms = bench("words_arms")
+    assert len({arm.name for arm in arms.ARMS}) == len(arms.ARMS)
+    for arm in arms.ARMS:
+        if not arm.gradient:
+            passes = WordSettings(steps=1, **arm.settings).passes_per_step
+            assert arm.forwards - passes < arm.forwards // passes * passes <= arm.forwards

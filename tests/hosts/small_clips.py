@@ -1,0 +1,91 @@
+"""Small CLIPs and a small U-Net of ComfyUI's own classes, with random weights and its own tokenizers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+WIDTH = 16  # of every encoder: what tiny_flux takes
+SMALL_CLIP = {"num_hidden_layers": 3, "hidden_size": WIDTH, "intermediate_size": 32, "num_attention_heads": 2}
+SMALL_T5 = {"num_layers": 1, "d_model": WIDTH, "d_ff": 32, "d_kv": 8, "num_heads": 2}
+SMALL_QWEN = {
+    "num_hidden_layers": 3, "hidden_size": WIDTH, "intermediate_size": 32, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+OPTIONS = {
+    "clip_l_model_config": SMALL_CLIP, "clip_g_model_config": SMALL_CLIP, "t5xxl_model_config": SMALL_T5,
+    "qwen25_7b_model_config": SMALL_QWEN, "qwen3_4b_model_config": SMALL_QWEN,
+}  # fmt: skip
+UNET = {
+    "use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
+    "adm_in_channels": None, "in_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "num_heads": 4,
+    "transformer_depth": [1, 1], "channel_mult": [1, 2], "transformer_depth_middle": 1, "num_head_channels": -1,
+    "use_linear_in_transformer": False, "context_dim": WIDTH, "transformer_depth_output": [1, 1, 1, 1],
+    "use_temporal_attention": False, "use_temporal_resblock": False,
+}  # fmt: skip
+
+
+def _classes(family: str) -> tuple[Any, Any]:
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import comfy.text_encoders.flux
+    import comfy.text_encoders.qwen_image
+    import comfy.text_encoders.sd3_clip
+    import comfy.text_encoders.z_image
+
+    encoders = comfy.text_encoders
+    return {
+        "SD1.5": lambda: (comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer),
+        "SDXL": lambda: (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
+        "SD3.5": lambda: (encoders.sd3_clip.sd3_clip(True, True, False), encoders.sd3_clip.SD3Tokenizer),
+        "FLUX.1": lambda: (encoders.flux.flux_clip(torch.float32), encoders.flux.FluxTokenizer),
+        "Z-Image": lambda: (encoders.z_image.te(torch.float32), encoders.z_image.ZImageTokenizer),
+        "Qwen-Image": lambda: (encoders.qwen_image.te(torch.float32), encoders.qwen_image.QwenImageTokenizer),
+    }[family]()
+
+
+# SD3.5 without T5, as many load it; with it, ComfyUI joins both at T5's full width.
+FAMILIES = ("SD1.5", "SDXL", "SD3.5", "FLUX.1", "Z-Image", "Qwen-Image")
+
+
+@lru_cache(maxsize=len(FAMILIES))
+@torch.inference_mode()
+def small_clip(family: str, embeddings: str) -> Any:
+    """Return a CLIP of a family with random weights, WIDTH numbers a token; the same one for all tests of a session."""
+    import comfy.sd
+
+    encoder, tokenizer = _classes(family)
+    clip = comfy.sd.CLIP(
+        SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), embedding_directory=[embeddings],
+        model_options={**OPTIONS, "dtype": torch.float32}, disable_dynamic=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in clip.cond_stage_model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator) * (
+            0.05 if "embed" in name or "shared" in name else 0.2
+        )
+        parameter.copy_(values + (parameter.ndim == 1 and name.endswith("weight")))
+    return clip
+
+
+@torch.inference_mode()
+def small_unet(prediction: str = "EPS", context: int = WIDTH) -> Any:
+    """Return a MODEL around a random U-Net like SD1.5's, for latents (B, 4, 8, 8)."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    supported = comfy.supported_models.SD15({**UNET, "context_dim": context})
+    supported.custom_operations = None
+    supported.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(supported, model_type=comfy.model_base.ModelType[prediction], device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.diffusion_model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator) * max(1, parameter[0].numel()) ** -0.5
+        parameter.copy_(1.0 + 0.1 * values if parameter.ndim == 1 and name.endswith("weight") else values)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))

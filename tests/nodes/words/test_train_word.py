@@ -1,0 +1,228 @@
+"""Train Word and CLIP with Embeddings as called by ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+def saved(words, number=1):
+    return load_file(words.folder / f"my_dog_{number:05}.safetensors")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def cancelled_after(nodes, monkeypatch, step):
+    """Cancel as a user would when this step is shown."""
+    import comfy.model_management
+
+    show = nodes.train_word.NodeProgress.__call__
+
+    def cancelling(self, phase, done, total, detail=""):
+        if phase == "training step" and done == step:
+            raise comfy.model_management.InterruptProcessingException
+        show(self, phase, done, total, detail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes.train_word.NodeProgress, "__call__", cancelling)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            yield
+
+
+def test_a_run_gives_a_file_that_prompts_can_name(words):
+    word, clip, loss_map, steps, report = words.train().args
+    assert word == "embedding:my_dog_00001"
+    assert words.files() == ["my_dog_00001.safetensors"]
+    assert clip is words.clip, "its tokenizers take embedding files anyway"
+    assert len(loss_map["loss"]) == steps == 4
+    assert "Write embedding:my_dog_00001 in a prompt." in report
+    assert "clip_l 1 x 16, t5xxl 1 x 16" in report
+    assert "4 steps with 3 forward passes each, 0 of them by an earlier run." in report
+    vectors = saved(words)
+    assert {key: tuple(tensor.shape) for key, tensor in vectors.items()} == {"clip_l": (1, 16), "t5xxl": (1, 16)}
+    with safe_open(words.folder / "my_dog_00001.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["blockskip_word"])
+    assert (about["steps"], about["like_word"], about["perturbation"]) == (4, "dog", 0.2)
+
+
+def test_a_prompt_with_the_word_is_read_by_core_as_it_was_trained(words, nodes):
+    """CLIPTextEncode of ComfyUI finds the file; the conditioning differs from that of the word at the start."""
+    words.train()
+    tokens = words.clip.tokenize("a embedding:my_dog_00001 in the sea")
+    found = [token for token, _ in tokens["l"][0] if isinstance(token, torch.Tensor)]
+    assert len(found) == 1
+    assert torch.equal(found[0], saved(words)["clip_l"][0])
+    with torch.inference_mode():
+        learned = words.clip.encode_from_tokens_scheduled(tokens)[0][0]
+        plain = words.clip.encode_from_tokens_scheduled(words.clip.tokenize("a dog in the sea"))[0][0]
+    assert not torch.equal(learned, plain)
+
+
+def test_one_seed_gives_one_word_and_every_run_another_file(words):
+    for seed in (3, 3, 4):
+        words.train(seed=seed, resume=False)
+    assert_same(saved(words, 1), saved(words, 2))
+    assert not torch.equal(saved(words, 1)["clip_l"], saved(words, 3)["clip_l"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"estimator": "central", "subspace_every": 2, "subspace_share": 0.5, "mirror": True, "fixed_examples": 3}],
+)
+def test_queueing_again_after_cancel_goes_on_to_the_same_word(words, nodes, monkeypatch, settings):
+    expected = words.train(**settings, resume=False)
+    for path in words.folders.output.glob("blockskip/runs/*/*"):
+        path.unlink()
+    with cancelled_after(nodes, monkeypatch, 2):
+        words.train(**settings)
+    assert words.files() == ["my_dog_00001.safetensors", "my_dog_00002.safetensors"], "the word so far"
+    done = words.train(**settings)
+    assert_same(saved(words, 3), saved(words, 1))
+    assert not torch.equal(saved(words, 2)["clip_l"], saved(words, 1)["clip_l"])
+    assert done[2] == expected[2]
+    assert "2 of them by an earlier run" in done[4]
+
+
+def test_cancel_before_the_first_step_leaves_nothing(words, monkeypatch):
+    import comfy.model_management
+
+    def cancel():
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        words.train()
+    assert words.files() == []
+    assert words.folders.files() == []
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_model_and_clip_are_as_before(words, tiny, nodes, monkeypatch, step):
+    before = tiny.weights(words.model), tiny.weights(words.clip.patcher)
+    seen = dict(vars(words.clip)), dict(vars(words.clip.tokenizer)), dict(words.model.model_options)
+    if step is None:
+        words.train()
+    else:
+        with cancelled_after(nodes, monkeypatch, step):
+            words.train()
+    tiny.assert_same_weights(words.model, before[0])
+    tiny.assert_same_weights(words.clip.patcher, before[1])
+    assert (dict(vars(words.clip)), dict(vars(words.clip.tokenizer)), dict(words.model.model_options)) == seen
+    assert words.model.model.current_patcher is None
+    assert list(words.folders.temp.rglob("*")) == []
+
+
+def test_the_perturbation_is_checked_and_the_report_says_so(words):
+    report = words.train(check_perturbation=True)[4]
+    measured = re.search(r"slopes agree ([\d.]+) at 0.1, ([\d.]+) at 0.2, ([\d.]+) at 0.4", report)
+    assert min(map(float, measured.groups())) > 0.95
+    assert "(144 forward passes)" in report
+
+
+def test_the_paper_is_one_choice(words):
+    report = words.train(estimator="paper", directions=9, noise_from=0.1)[4]
+    assert "4 steps with 3 forward passes each" in report
+    assert "Perturbation 0.0719, step size 0.36" in report
+
+
+def test_one_caption_for_each_picture_and_several_vectors(words):
+    words.train(captions="a {word} on grass\n\nthe {word}, left\n{word} in the sea", like_word="a friendly dog")
+    assert saved(words)["clip_l"].shape == (3, 16)
+
+
+def test_the_chart_gets_every_step(words):
+    run = words.train().ui["blockskip_chart"][0]
+    assert (run["step"], run["steps"], run["status"]) == (4, 4, "done")
+    assert len(run["points"]) == 4
+
+
+def refused(words, match, **changes):
+    with pytest.raises(ValueError, match=match) as error:
+        words.train(**changes)
+    assert words.files() == []
+    assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"captions": ""}, "captions is empty. Write one line"),
+        ({"captions": "a photo"}, "Every caption needs {word} where the new word is, got 'a photo'"),
+        ({"captions": "a {word}\na {word}"}, "one line for each of the 3 pictures, got 2 lines"),
+        ({"captions": "a{word}"}, "clip_l finds 0 of 1 vectors of the word in the caption 'a{word}'"),
+        ({"like_word": " "}, "like_word must be a word or a few of 1 to 32 tokens"),
+        ({"name": "my dog"}, "The name 'my dog' has ' ' in it, at which a prompt ends a word's name"),
+        ({"name": "../dog"}, "must stay inside"),
+        ({"name": "x" * 300}, "cannot be written"),
+        ({"steps": 0}, "at least one step, got 0"),
+        ({"directions": 1}, "leave-one-out needs 2 to 4096 directions, got 1"),
+        ({"estimator": "newton"}, "estimator must be one of leave-one-out, forward difference, central, paper"),
+        ({"step_size": float("nan")}, "step_size must be a positive number, got nan"),
+        ({"perturbation": 0.0}, "perturbation must be a positive number, got 0.0"),
+        ({"noise_from": 0.5, "noise_to": 0.5}, "Noise levels need 0 <= lowest < highest <= 1, got 0.5 and 0.5"),
+        ({"fixed_examples": -1}, "no negative pool"),
+        ({"subspace_every": 1}, "between decompositions"),
+        ({"guidance": -1.0}, "guidance must not be negative"),
+        ({"residency": "half"}, "residency must be one of auto, together, in turns"),
+        ({"resolution": 40}, "resolution must be a multiple of 16 px for this VAE, got 40"),
+        ({"save_every": -1}, "save_every must not be negative"),
+        ({"clip": None}, "`clip` must be a CLIP, from Load CLIP, got a NoneType"),
+        ({"vae": 3}, "`vae` must be a VAE"),
+        ({"images": torch.zeros(0, 8, 8, 3)}, "No pictures came in"),
+        ({"captions": 7}, "`captions` must be a text, got a int"),
+    ],
+)  # fmt: skip
+def test_it_refuses_in_one_sentence(words, changes, match):
+    refused(words, match, **changes)
+
+
+def test_a_loss_that_is_not_finite_later_keeps_what_was_learned(words, nodes, monkeypatch):
+    module = nodes.words.prepare.WordLosses
+    evaluate = module.__call__
+    calls = []
+
+    def breaking(self, rows, example):
+        calls.append(len(rows))
+        return evaluate(self, rows, example) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(module, "__call__", breaking)
+    with pytest.raises(
+        ValueError, match=r"The loss of step 3 is not finite.* saved as embedding:my_dog_00001\."
+    ) as error:
+        words.train()
+    assert type(error.value).__name__ == "TrainingError"
+    assert words.files() == ["my_dog_00001.safetensors"]
+
+
+def test_running_out_of_memory_is_one_sentence(words, nodes, monkeypatch):
+    def full(self, rows, example):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nodes.words.prepare.WordLosses, "__call__", full)
+    with pytest.raises(ValueError, match="Learning the word ran out of memory .* Lower `directions` or `resolution`"):
+        words.train()
+
+
+def test_clip_with_embeddings_passes_on_what_takes_them(words, nodes, run_node, small):
+    assert run_node(nodes.AcceptEmbeddings, clip=words.clip)[0] is words.clip
+    qwen = small.small_clip("Qwen-Image", str(words.folder))
+    taking = run_node(nodes.AcceptEmbeddings, clip=qwen)[0]
+    assert taking is not qwen
+    assert taking.tokenizer.qwen25_7b.embedding_directory == [str(words.folder)]
+    assert qwen.tokenizer.qwen25_7b.embedding_directory is None
+
+
+@pytest.mark.parametrize("clip", [None, 3])
+def test_clip_with_embeddings_refuses_other_things(nodes, run_node, clip):
+    with pytest.raises(ValueError, match="`clip` must be a CLIP, from Load CLIP"):
+        run_node(nodes.AcceptEmbeddings, clip=clip)
