@@ -20,6 +20,7 @@ TABLE = {
     "data": "errors",
     "adapters": "errors",
     "ralu": "errors",
+    "ddit": "errors",
     "model": "selection",
     "blocks": "selection model",
     "residuals": "errors units files locks selection data model blocks",
