@@ -34,7 +34,7 @@ TABLE = {
     "hosts/families": "errors selection adapters ralu model accounting",
     "hosts/inputs": "errors data",
     "hosts/files": "errors files locks adapters",
-    "hosts/models": "errors selection data adapters model blocks residuals accounting hosts/families hosts/inputs "
+    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",
     "hosts/sampling": "errors files locks selection adapters ralu model blocks hosts/families hosts/inputs hosts/files "
     "hosts/models",
