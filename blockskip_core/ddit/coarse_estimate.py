@@ -10,6 +10,7 @@ embedded tokens, are the caller's to put in place: a host knows where (``hosts/m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,16 +37,14 @@ class CoarseAdapter:
     statistics: PatchStatistics | None = None
     patches: PatchAdapter | None = None
 
-    def to(self, device: torch.device) -> CoarseAdapter:
-        """Return the adapter with its tensors on a device; trained parameters stay the same objects."""
-        if self.patches is not None:
-            for parameter in self.patches.parameters():
-                parameter.data = parameter.data.to(device)
-        if self.statistics is None:
-            return self
-        mean, directions, variances = self.statistics.mean, self.statistics.directions, self.statistics.variances
-        moved = PatchStatistics(mean.to(device), directions.to(device), variances.to(device))
-        return CoarseAdapter(self.resizing, moved, self.patches)
+    def on(self, device: torch.device) -> CoarseAdapter:
+        """Return an adapter with copies of its tensors on a device, or these if they are there."""
+        statistics, patches = self.statistics, self.patches
+        if statistics is not None:
+            statistics = PatchStatistics(*(tensor.to(device) for tensor in vars(statistics).values()))
+        if patches is not None and patches.bias.device != device:
+            patches = copy.deepcopy(patches).to(device)
+        return CoarseAdapter(self.resizing, statistics, patches)
 
 
 # (reduced latent, its noise levels, what is added to embedded tokens or None) -> (clean estimate of the reduced latent,

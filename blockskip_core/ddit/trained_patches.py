@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import PatchAdapterError
@@ -56,6 +57,11 @@ class TrainedScale:
     fallback: ErrorTable
     steps: int = 0
 
+    def on(self, device: torch.device) -> TrainedScale:
+        """Return the adapter with copies of its tensors on a device, or these if they are there."""
+        lora = {layer: (down.to(device), up.to(device)) for layer, (down, up) in self.lora.items()}
+        return replace(self, coarse=self.coarse.on(device), lora=lora)
+
 
 @dataclass(frozen=True)
 class TrainedPatches:
@@ -70,6 +76,10 @@ class TrainedPatches:
     base: ModelShape
     scales: Mapping[int, TrainedScale]
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> TrainedPatches:
+        """Return the adapters with copies of their tensors on a device, or these if they are there."""
+        return replace(self, scales={scale: trained.on(device) for scale, trained in self.scales.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by their names in a file."""

@@ -36,7 +36,7 @@ TABLE = {
     "hosts/files": "errors files locks adapters",
     "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",
-    "hosts/sampling": "errors files locks selection adapters ralu model blocks hosts/families hosts/inputs hosts/files "
+    "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks hosts/families hosts/inputs hosts/files "
     "hosts/models",
     "nodes/types": "",
     "nodes/plan_text": "units accounting",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...ddit.coarse_estimate import CoarseAdapter, coarse_estimate
 from ...ddit.trained_patches import ModelShape
+from ...errors import InvalidInputError
 from ...ralu.token_grid import TokenPlaces
 from ..families.capabilities import EmbedsPatches, require
 from ..families.patch_layers import PatchLayers, added_to
@@ -44,6 +45,10 @@ class CoarseForward:
         self._layers: PatchLayers = adapter.patch_layers()
         self._positions, self._patch = positions_of(patcher)
 
+    def prepare(self, patcher: Any) -> None:
+        """Put what the positions need onto a clone of the MODEL, before it is loaded."""
+        self._positions.prepare(patcher)
+
     def __call__(
         self,
         denoise: Denoise,
@@ -52,6 +57,7 @@ class CoarseForward:
         adapter: CoarseAdapter,
         lora: Lora,
         options: Mapping[str, Any],
+        remembered: dict[Any, Tensor] | None = None,
     ) -> Tensor:
         """Return the clean estimate of a full-size latent, (B, C, H, W).
 
@@ -60,18 +66,29 @@ class CoarseForward:
             latent, sigma, adapter: See ``ddit.coarse_estimate``.
             lora: Layer -> (A, B), added during the call; empty if the caller adds it.
             options: transformer_options of the call.
+            remembered: Tokens that entered the de-embedding in earlier calls, by call. They are used again where another
+                node's cache answers in the model's place, as that reuses its output.
 
         Raises:
-            InvalidInputError: If the latent is not cut into whole coarse patches.
+            InvalidInputError: If the latent is not cut into whole coarse patches, or a cache answers a first call.
         """
         height, width = latent.shape[-2:]
         rows, columns = adapter.resizing.places(height, width)
         places = TokenPlaces(rows, columns, (height // self._patch, width // self._patch))
+        memory = {} if remembered is None else remembered
 
         def call(reduced: Tensor, matched: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+            of_the_call = (tuple(options.get("uuids", ())), reduced.shape)
             with self._hooked(added, rows.shape[1], lora) as leaving, self._positions.placed(places, options):
                 clean = denoise(reduced.to(latent.dtype), matched.to(sigma))
-            return clean, leaving[-1]
+            if leaving:
+                memory[of_the_call] = leaving[-1]
+            if of_the_call not in memory:
+                raise InvalidInputError(
+                    "Another node answered the first coarse call in the model's place, so its tokens are not known. "
+                    "Remove that node, or set the mode to off."
+                )
+            return clean, memory[of_the_call]
 
         return coarse_estimate(latent, sigma, adapter, call)
 

@@ -27,7 +27,7 @@ def prepared(family):
 
     patcher = family.build()
     coarse = CoarseForward(patcher)
-    coarse._positions.prepare(patcher)
+    coarse.prepare(patcher)
     return patcher, coarse, positions_of(patcher)[1]
 
 
