@@ -25,6 +25,7 @@ TABLE = {
     "blocks": "selection model",
     "residuals": "errors units files locks selection data model blocks",
     "training": "errors files locks selection data adapters model blocks residuals",
+    "distillation": "errors data training",
     "torch_dit": "adapters model",
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",

@@ -22,6 +22,7 @@ from ..families.capabilities import EmbedsPatches, require
 from ..families.patch_layers import PatchLayers, added_to
 from ..families.registry import adapter_for
 from ..families.sampled_families import positions_of
+from ..families.token_positions import TablePositions
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 # (latent, noise levels (B,)) -> clean estimate, both (B, C, h, w)
@@ -32,8 +33,7 @@ class CoarseForward:
     """Coarse calls of one MODEL.
 
     Args:
-        patcher: The MODEL. While its modules are replaced, as in a training, create this anew: hooks go on the modules
-            that it has now.
+        patcher: The MODEL.
 
     Raises:
         UnsupportedModelError: If the family is not known, or its patches or positions cannot be changed.
@@ -41,9 +41,17 @@ class CoarseForward:
 
     def __init__(self, patcher: Any) -> None:
         adapter = require(adapter_for(patcher), EmbedsPatches, "Sample it without dynamic patches.")
+        self._patcher = patcher
         self._tree: nn.Module = patcher.model.diffusion_model
-        self._layers: PatchLayers = adapter.patch_layers()
+        self.layers: PatchLayers = adapter.patch_layers()
         self._positions, self._patch = positions_of(patcher)
+
+    def renewed(self) -> CoarseForward:
+        """Return coarse calls on the modules that the MODEL has now: loading it may have replaced them."""
+        new = CoarseForward(self._patcher)
+        if isinstance(self._positions, TablePositions):  # the patch that `prepare` has put on the MODEL asks these
+            new._positions = self._positions
+        return new
 
     def prepare(self, patcher: Any) -> None:
         """Put what the positions need onto a clone of the MODEL, before it is loaded."""
@@ -101,11 +109,11 @@ class CoarseForward:
             return output if added is None else added_to(output, added)
 
         def entering_the_end(module: nn.Module, args: tuple) -> None:
-            leaving.append(self._layers.image_tokens(args[0], number))
+            leaving.append(self.layers.image_tokens(args[0], number))
 
         with ExitStack() as hooks:
-            embedding = self._tree.get_submodule(self._layers.embedding)
-            deembedding = self._tree.get_submodule(self._layers.deembedding)
+            embedding = self._tree.get_submodule(self.layers.embedding)
+            deembedding = self._tree.get_submodule(self.layers.deembedding)
             hooks.callback(embedding.register_forward_hook(embedded).remove)
             hooks.callback(deembedding.register_forward_pre_hook(entering_the_end).remove)
             for name, (down, up) in lora.items():

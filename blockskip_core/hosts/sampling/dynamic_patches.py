@@ -80,7 +80,8 @@ class DynamicPatches:
         self._model = patcher.model
         self._run: _Run | None = None
         self.patcher = patcher.clone()
-        CoarseForward(self.patcher).prepare(self.patcher)
+        self._coarse = CoarseForward(self.patcher)
+        self._coarse.prepare(self.patcher)
         self.patcher.add_wrapper_with_key(_WRAPPERS.OUTER_SAMPLE, _KEY, self._around_the_run)
         self.patcher.add_wrapper_with_key(_WRAPPERS.PREDICT_NOISE, _KEY, self._around_a_prediction)
         self.patcher.add_wrapper_with_key(_WRAPPERS.APPLY_MODEL, _KEY, self._around_the_model)
@@ -157,7 +158,7 @@ class DynamicPatches:
             )
 
         trained = run.trained.scales[run.scale]
-        clean = CoarseForward(self.patcher)(
+        clean = self._coarse.renewed()(
             denoise, without_frame(self._model, x), t, trained.coarse, trained.lora, options, run.remembered
         )
         return with_frame(self._model, clean)

@@ -140,7 +140,7 @@ def test_the_de_embedding_sees_the_tokens_of_the_image_in_order(family):
     """The tokens that enter it, sent through the model's own de-embedding, are the model's output."""
     patcher, coarse, patch = prepared(family)
     resizing, x = PatchResizing(patch, 2), latent(family, patch, batch=1)
-    seen, layer = [], patcher.model.diffusion_model.get_submodule(coarse._layers.deembedding)
+    seen, layer = [], patcher.model.diffusion_model.get_submodule(coarse.layers.deembedding)
     handle = layer.register_forward_hook(lambda _, args, output: seen.append(output))
     try:
         with torch.inference_mode(), coarse._hooked(None, 6, {}) as leaving:
