@@ -115,7 +115,8 @@ class CoarseForward:
             embedding = self._tree.get_submodule(self.layers.embedding)
             deembedding = self._tree.get_submodule(self.layers.deembedding)
             hooks.callback(embedding.register_forward_hook(embedded).remove)
-            hooks.callback(deembedding.register_forward_pre_hook(entering_the_end).remove)
+            # In front of other hooks: those of a training detach the layer's input.
+            hooks.callback(deembedding.register_forward_pre_hook(entering_the_end, prepend=True).remove)
             for name, (down, up) in lora.items():
                 layer = self._tree.get_submodule(name)
                 hooks.callback(layer.register_forward_hook(_low_rank(down, up)).remove)
