@@ -34,10 +34,10 @@ TABLE = {
     "hosts": "",
     "hosts/families": "errors selection adapters ralu model accounting",
     "hosts/inputs": "errors data",
-    "hosts/files": "errors files locks adapters",
+    "hosts/files": "errors files locks adapters ddit",
     "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",
-    "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks hosts/families hosts/inputs hosts/files "
+    "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",
     "nodes/types": "",
     "nodes/plan_text": "units accounting",

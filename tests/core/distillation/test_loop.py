@@ -159,6 +159,14 @@ def test_examples_depend_on_their_number_and_the_seed_only():
     assert len({first.caption_of(number) for number in range(400)}) == 7
 
 
+def test_every_fifth_example_has_the_negative_caption():
+    latents = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    plain, found = (Examples(latents, [0, 0, 1, 1, 2, 2], lambda u: u, 3, negative) for negative in (None, 9))
+    assert [number for number in range(20) if found.caption_of(number) == 9] == [0, 5, 10, 15]
+    assert found.batch([4, 5]).captions == [plain.caption_of(4), 9]
+    assert torch.equal(found.batch([4, 5]).noisy, plain.batch([4, 5]).noisy)
+
+
 def test_whole_prompts_are_held_out():
     found = examples()
     captions = [k // 2 for k in range(18)]
