@@ -11,7 +11,10 @@ coarse_estimate    one coarse call of a model, assembled from these
 third_difference   how fast the clean estimate changes: the paper's criterion, and one that no number of steps changes
 scheduler          the paper's decision, with a minimum and a maximum length of a coarse run
 error_table        an adapter's error by noise level, as measured after its training
+operations         operations of a step by its number of tokens
 windows            schedules without a decision while sampling: given windows, or the best within an error budget
+plans              how the patch size of every step of a run is chosen
+trained_patches    the adapters of one model, and their tensors by name in files
 
 Noise levels (sigmas) are those of flow matching: latent = (1 - sigma) clean + sigma noise; the velocity is noise - clean.
 Axis legend: ``B`` batch, ``C`` channels, ``H`` and ``W`` latent cells, ``p`` side of the model's own patch in cells, ``s``

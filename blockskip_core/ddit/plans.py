@@ -5,7 +5,7 @@ A plan is made before sampling and knows nothing of a run; :meth:`PatchPlan.begi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,8 +31,12 @@ class PatchChoice(Protocol):
 class PatchPlan(Protocol):
     """A way of choosing patch sizes."""
 
-    def begin(self, sigmas: Sequence[float]) -> PatchChoice:
-        """Return the choice of a run with these noise levels, one more than steps.
+    def begin(self, sigmas: Sequence[float], tokens: int) -> PatchChoice:
+        """Return the choice of a run.
+
+        Args:
+            sigmas: Its noise levels, one more than steps.
+            tokens: Image tokens of a step with the model's own patches.
 
         Raises:
             InvalidInputError: If the plan does not fit the run.
@@ -69,7 +73,7 @@ class TypedWindows:
     text: str
     known: Sequence[int]
 
-    def begin(self, sigmas: Sequence[float]) -> FixedScales:
+    def begin(self, sigmas: Sequence[float], tokens: int) -> FixedScales:
         return FixedScales(scales_in_windows(self.text, len(sigmas) - 1, self.known))
 
 
@@ -80,19 +84,20 @@ class ErrorBudget:
     Attributes:
         budget: See ``error_table.spent``.
         tables: Scale -> error.
-        operations: Scale -> operations of a step, also of scale 1.
+        operations: Image tokens of a step with the model's own patches -> scale -> operations, also of scale 1.
         first_own, last_own: Steps of the model's own size at the start and at the end.
     """
 
     budget: float
     tables: Mapping[int, ErrorTable]
-    operations: Mapping[int, float]
+    operations: Callable[[int], Mapping[int, float]]
     first_own: int = 1
     last_own: int = 1
 
-    def begin(self, sigmas: Sequence[float]) -> FixedScales:
+    def begin(self, sigmas: Sequence[float], tokens: int) -> FixedScales:
+        operations = self.operations(tokens)
         found = scales_within_budget(
-            sigmas, self.tables, self.operations, self.budget, first_own=self.first_own, last_own=self.last_own
+            sigmas, self.tables, operations, self.budget, first_own=self.first_own, last_own=self.last_own
         )
         return FixedScales(found)
 
@@ -109,5 +114,5 @@ class DecidedWhileSampling:
     settings: SchedulerSettings
     sides: Mapping[int, int]
 
-    def begin(self, sigmas: Sequence[float]) -> DynamicScheduler:
+    def begin(self, sigmas: Sequence[float], tokens: int) -> DynamicScheduler:
         return DynamicScheduler(self.settings, self.sides, len(sigmas) - 1)

@@ -13,6 +13,7 @@ from ..errors import PatchAdapterError
 from .coarse_estimate import CoarseAdapter
 from .connection import PatchStatistics
 from .error_table import ErrorTable
+from .operations import StepOperations
 from .patch_adapter import PatchAdapter
 from .patch_resizing import PatchResizing, ResizeKind
 
@@ -57,6 +58,12 @@ class TrainedScale:
     fallback: ErrorTable
     steps: int = 0
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        patches = [] if self.coarse.patches is None else list(self.coarse.patches.parameters())
+        return sum(x.numel() for x in (*patches, *(x for pair in self.lora.values() for x in pair)))
+
     def on(self, device: torch.device) -> TrainedScale:
         """Return the adapter with copies of its tensors on a device, or these if they are there."""
         lora = {layer: (down.to(device), up.to(device)) for layer, (down, up) in self.lora.items()}
@@ -70,12 +77,19 @@ class TrainedPatches:
     Attributes:
         base: The model.
         scales: Scale -> adapter.
+        operations: Of a call of the model, by its number of tokens.
         notes: What else is known about the training, as JSON; shown to users.
     """
 
     base: ModelShape
     scales: Mapping[int, TrainedScale]
+    operations: StepOperations
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def operations_of(self, tokens: int) -> dict[int, float]:
+        """Return the operations of a step, by scale, for a picture of so many of the model's own tokens."""
+        coarse = {s: self.operations.coarse(tokens, s, entry.num_parameters) for s, entry in self.scales.items()}
+        return {1: self.operations.own(tokens), **coarse}
 
     def on(self, device: torch.device) -> TrainedPatches:
         """Return the adapters with copies of their tensors on a device, or these if they are there."""
@@ -108,7 +122,8 @@ class TrainedPatches:
             }
             for scale, trained in self.scales.items()
         }
-        return {"version": FILE_VERSION, **vars(self.base), "scales": scales, "notes": dict(self.notes)}
+        about = {"version": FILE_VERSION, **vars(self.base), "scales": scales}
+        return {**about, "operations": vars(self.operations), "notes": dict(self.notes)}
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> TrainedPatches:
@@ -124,7 +139,7 @@ class TrainedPatches:
         try:
             base = ModelShape(**{name: about[name] for name in ("family", "identity", "patch", "channels", "width")})
             scales = {int(scale): _scale(tensors, int(scale), base, entry) for scale, entry in about["scales"].items()}
-            return TrainedPatches(base, scales, about["notes"])
+            return TrainedPatches(base, scales, StepOperations(**about["operations"]), about["notes"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise PatchAdapterError(
                 f"The patch adapters are damaged ({type(error).__name__}: {error}). Train or download them again."

@@ -95,7 +95,9 @@ class DynamicPatches:
         if len(levels) < 2:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         size = self._size(noise)
-        trained, choice = self._trained.on(self.patcher.load_device), self._plan.begin(levels)
+        patch = self._trained.base.patch
+        choice = self._plan.begin(levels, size[0] // patch * (size[1] // patch))
+        trained = self._trained.on(self.patcher.load_device)
         self._run = _Run(trained, choice, RunRecord(levels, size), self._on_step)
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

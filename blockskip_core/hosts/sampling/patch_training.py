@@ -27,6 +27,7 @@ from ..files.folders import run_folder
 from ..inputs.conditioning import flatten_conditionings
 from ..models.coarse_distillation import TrainedParts, distilling
 from ..models.coarse_forward import shape_of
+from ..models.counted_calls import counted_operations
 from ..models.hosted_dit import HostedDit
 from ..models.identity import conditionings_identity, host_identity, model_identity, module_identity
 from ..models.patches import for_training
@@ -100,7 +101,7 @@ def train_patches(
     run = _PatchTraining(patcher, positive, negative, request)
     latents = run.latents(progress)
     scales = {scale: run.trained(scale, latents, progress, seen) for scale in request.scales}
-    return TrainedPatches(run.base, scales, run.notes)
+    return TrainedPatches(run.base, scales, run.operations, run.notes)
 
 
 class _PatchTraining:
@@ -123,9 +124,10 @@ class _PatchTraining:
         self._identity = {
             "model": identity, "captions": conditionings_identity([*prompts, *against]), "host": host_identity(),
         }  # fmt: skip
+        self.operations = counted_operations(self._dit)
         self.notes = {
             "prompts": len(prompts), "width": request.latents.width, "height": request.latents.height,
-            "rank": request.lora.rank, "targets": request.lora.targets, "text_tokens": self._dit.text_length(0),
+            "rank": request.lora.rank, "targets": request.lora.targets,
         }  # fmt: skip
 
     def latents(self, progress: Progress) -> Tensor:

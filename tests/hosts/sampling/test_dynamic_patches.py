@@ -9,6 +9,7 @@ import torch
 from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter
 from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
 from blockskip_pack.blockskip_core.ddit.error_table import ErrorTable
+from blockskip_pack.blockskip_core.ddit.operations import StepOperations
 from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
 from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
 from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, TypedWindows
@@ -50,7 +51,7 @@ def adapters(patcher, family=FLUX, scales=(2,), seed=0, lora=True):
                 torch.randn(2, 192, generator=generator) * 0.1, torch.randn(64, 2, generator=generator) * 0.1
             )  # fmt: skip
         made[scale] = TrainedScale(CoarseAdapter(resizing, statistics, patches), layers, TABLE, TABLE)
-    return TrainedPatches(base, made)
+    return TrainedPatches(base, made, StepOperations(0.0, 100.0, 1.0, 5))
 
 
 def empty(family=FLUX, batch=1, patch=2, scale=4):
@@ -195,8 +196,8 @@ def test_decisions_while_sampling_see_latents_and_estimates_after_guidance():
             seen.append(clean.clone())
 
     class Plan:
-        def begin(self, sigmas):
-            assert len(sigmas) == 7
+        def begin(self, sigmas, tokens):
+            assert (len(sigmas), tokens) == (7, 96)
             return Choice()
 
     sampled(DynamicPatches(patcher, adapters(patcher), Plan()).patcher, cfg=4.0)
