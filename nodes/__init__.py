@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_lora import ApplyLora
+from .dynamic_patches import DynamicPatchesNode
+from .load_patch_adapters import LoadPatchAdapters
 from .load_training_folder import LoadTrainingFolder
 from .memory_plan import MemoryPlan
 from .page.live_chart import add_route
@@ -13,6 +15,7 @@ from .ralu_sampler import RaluSampler
 from .sample_while_training import SampleWhileTraining
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
+from .train_patch_adapters import TrainPatchAdapters
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     SelectBlocks,
@@ -23,6 +26,9 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     ApplyLora,
     RaluSampler,
     LoadTrainingFolder,
+    TrainPatchAdapters,
+    LoadPatchAdapters,
+    DynamicPatchesNode,
 ]
 
 

@@ -30,7 +30,7 @@ TABLE = {
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
     "accounting": "errors units selection data adapters model blocks residuals training",
-    "reporting": "units files selection data training",
+    "reporting": "units files selection data ddit training",
     "hosts": "",
     "hosts/families": "errors selection adapters ralu model accounting",
     "hosts/inputs": "errors data",
@@ -41,11 +41,11 @@ TABLE = {
     "hosts/models",
     "nodes/types": "",
     "nodes/plan_text": "units accounting",
-    "nodes/inputs": "errors selection residuals accounting",
+    "nodes/inputs": "errors selection ddit residuals accounting",
     "nodes/page": "reporting",
     "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
     "hosts/families hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
-    "nodes": "errors selection data adapters ralu residuals training accounting reporting hosts/inputs hosts/files "
+    "nodes": "errors selection data adapters ralu ddit residuals training distillation accounting reporting hosts/inputs hosts/files "
     "hosts/models hosts/sampling nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}
