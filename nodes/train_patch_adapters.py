@@ -101,17 +101,17 @@ def _what_inputs() -> list[io.Input]:
 def _training_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
-            "steps", default=1000, min=1, max=widgets.MOST_STEPS,
+            "max_steps", default=1000, min=1, max=widgets.MOST_STEPS,
             tooltip="Training steps for each size, at most: it stops when the held-out error no longer falls.",
         ),
         io.Float.Input(
-            "learning_rate", default=3e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
+            "peak_learning_rate", default=3e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
             tooltip="AdamW's. It rises over the first steps and falls to 0 along a cosine.",
         ),
         widgets.batch_size("Examples per step. Each also needs one forward of the whole model, as the teacher."),
         widgets.seed("Seeds pictures, noise and initial values."),
         io.String.Input(
-            "output_name", default="loras/patch_adapters", tooltip="Where to save, below ComfyUI's output folder."
+            "adapters_name", default="loras/patch_adapters", tooltip="Where to save, below ComfyUI's output folder."
         ),
     ]  # fmt: skip
 
@@ -143,10 +143,10 @@ def _picture_inputs() -> list[io.Input]:
 def _advanced_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
-            "rank", default=32, min=1, max=1024, optional=True, advanced=True, tooltip="Of the LoRA that acts in coarse steps."
+            "lora_rank", default=32, min=1, max=1024, optional=True, advanced=True, tooltip="Of the LoRA that acts in coarse steps."
         ),
         io.Combo.Input(
-            "targets", options=["mlp", "attention and mlp", "attention", "all linear"], default="mlp", optional=True,
+            "lora_targets", options=["mlp", "attention and mlp", "attention", "all linear"], default="mlp", optional=True,
             advanced=True, tooltip="Which layers get a LoRA. The paper uses the feed-forward layers (mlp).",
         ),
         io.Combo.Input(
@@ -167,7 +167,7 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="Measurements without an improvement after which it stops. 0: never.",
         ),
         io.Int.Input(
-            "save_every", default=50, min=0, max=100_000, optional=True, advanced=True,
+            "save_every", default=100, min=0, max=widgets.MOST_STEPS, optional=True, advanced=True,
             tooltip="Training steps between two saved states. 0: only when it ends or is cancelled.",
         ),
         io.Boolean.Input(
@@ -184,22 +184,22 @@ class TrainPatchesRequest:
     patch_sizes: str
     width: int
     height: int
-    steps: int
-    learning_rate: float
+    max_steps: int
+    peak_learning_rate: float
     batch_size: int
     seed: int
-    output_name: str
+    adapters_name: str
     pictures_per_prompt: int = 2
     sampler_steps: int = 20
     cfg: float = 1.0
     scheduler: str = "simple"
-    rank: int = 32
-    targets: LoraTargets = "mlp"
+    lora_rank: int = 32
+    lora_targets: LoraTargets = "mlp"
     resize: ResizeKind = "nearest"
     checkpointing: bool = True
     validate_every: int = 50
     patience: int = 4
-    save_every: int = 50
+    save_every: int = 100
     resume: bool = True
 
     @property
@@ -218,10 +218,10 @@ class TrainPatchesRequest:
                 scheduler=self.scheduler, cfg=self.cfg, seed=self.seed,
             ),
             settings=DistillationSettings(
-                steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, seed=self.seed,
+                steps=self.max_steps, batch_size=self.batch_size, learning_rate=self.peak_learning_rate, seed=self.seed,
                 validate_every=self.validate_every, patience=self.patience,
             ),
-            lora=LoraSettings(rank=self.rank, alpha=float(self.rank), targets=self.targets),
+            lora=LoraSettings(rank=self.lora_rank, alpha=float(self.lora_rank), targets=self.lora_targets),
             resize=self.resize, checkpointing=self.checkpointing, save_every=self.save_every, resume=self.resume,
         )  # fmt: skip
 
@@ -234,7 +234,7 @@ class TrainPatchesRequest:
             OutOfMemoryError: If the training does not fit on the device.
         """
         training = self.training
-        path = output_path(self.output_name)
+        path = output_path(self.adapters_name)
         require_writable(path)
         with (
             ReservedName(path) as name,

@@ -39,6 +39,8 @@ def requests(nodes):
         nodes.SampleWhileTraining: SampleRequest,
         nodes.TrainLora: nodes.run.request.RunRequest,
         nodes.RaluSampler: nodes.ralu_sampler.RaluRequest,
+        nodes.TrainPatchAdapters: nodes.train_patch_adapters.TrainPatchesRequest,
+        nodes.DynamicPatchesNode: nodes.dynamic_patches.DynamicPatchesRequest,
     }
 
 

@@ -10,9 +10,9 @@ import torch
 from .conftest import Listed
 
 TRAINING = {
-    "patch_sizes": "2x", "width": 64, "height": 96, "steps": 4, "learning_rate": 1e-2, "batch_size": 2, "seed": 3,
-    "output_name": "loras/patch_adapters", "pictures_per_prompt": 1, "sampler_steps": 2, "validate_every": 2,
-    "save_every": 1, "rank": 2,
+    "patch_sizes": "2x", "width": 64, "height": 96, "max_steps": 4, "peak_learning_rate": 1e-2, "batch_size": 2, "seed": 3,
+    "adapters_name": "loras/patch_adapters", "pictures_per_prompt": 1, "sampler_steps": 2, "validate_every": 2,
+    "save_every": 1, "lora_rank": 2,
 }  # fmt: skip
 SIGMAS = torch.linspace(1, 0, 9)
 LATENT = {"samples": torch.zeros(1, 4, 8, 12)}
@@ -78,7 +78,7 @@ def test_a_training_saves_a_file_that_is_loaded_again(nodes, train, folders, run
 
 def test_two_sizes_and_a_negative(train, tiny):
     adapters, _, report = train(
-        patch_sizes="2x and 4x", negative=Listed(tiny.captions((5,))), cfg=2.0, steps=1, height=64
+        patch_sizes="2x and 4x", negative=Listed(tiny.captions((5,))), cfg=2.0, max_steps=1, height=64
     )
     assert set(adapters.scales) == {2, 4}
     assert "4x: " in report
@@ -147,7 +147,7 @@ def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prom
         (lambda: train(width=72), "width and height must be multiples of 32 px"),
         (lambda: train(cfg=2.0), "but no negative came in"),
         (lambda: train(patch_sizes="3x"), "patch_sizes must be one of"),
-        (lambda: train(output_name="../x"), "must stay inside ComfyUI's output folder"),
+        (lambda: train(adapters_name="../x"), "must stay inside ComfyUI's output folder"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="none"), "No file was chosen"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="other.safetensors"), "There is no 'other.safetensors'"),
     ]
