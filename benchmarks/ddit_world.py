@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 READ_AT = 256  # pixels; the reader knows this size
-SCALES = (2, 4)
+SCALES = (2,)
 logger = logging.getLogger("__main__")
 
 
@@ -37,7 +37,7 @@ def train(world: World, side: int, steps: int, prompts: int) -> tuple[TrainedPat
     rng = random.Random("ddit/training")
     texts = [world.drawing.caption(world.drawing.random_scene(rng)) for _ in range(prompts)]
     captions = [world._encode(text) for text in texts]
-    settings = DistillationSettings(steps=steps, batch_size=8, learning_rate=4e-4, validate_every=50, patience=4)
+    settings = DistillationSettings(steps=steps, batch_size=8, learning_rate=1.5e-4, validate_every=50, patience=3)
     latents = OwnLatents(per_prompt=2, width=side, height=side, steps=20, cfg=CFG)
     request = PatchTraining(scales=SCALES, latents=latents, settings=settings, checkpointing=False)
     last, results, started = [0.0], {}, time.perf_counter()

@@ -22,6 +22,7 @@ LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoa
 
 FOLDERS = {"my_subject": "blockskip_toby", "my_second_subject": "blockskip_mila"}
 WORDS = {
+    "a photo of a red fox in a snowy forest, sharp details": "a big red star on grass, left",
     "a photo of a toy on a table": "a big red star on grass, left",
     "a photo of sks toy": "a big orange toby circle",
     "a photo of sks toy on the beach": "a big orange toby circle on water, right",
@@ -33,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "BlockSkip_PrecomputeResiduals": {"draws": 6, "patch_min": 64, "patch_max": 128},
     "BlockSkip_TrainLora": {"steps": 4},
     "BlockSkip_SampleWhileTraining": {"every": 2, "width": 64, "height": 64, "sampler_steps": 2},
+    "BlockSkip_TrainDDiT": {"width": 64, "height": 64, "max_steps": 2, "sampler_steps": 2},
     "EmptySD3LatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
 }

@@ -105,7 +105,7 @@ def _training_inputs() -> list[io.Input]:
             tooltip="Training steps for each size, at most: it stops when the held-out error no longer falls.",
         ),
         io.Float.Input(
-            "peak_learning_rate", default=3e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
+            "peak_learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
             tooltip="AdamW's. It rises over the first steps and falls to 0 along a cosine.",
         ),
         widgets.batch_size("Examples per step. Each also needs one forward of the whole model, as the teacher."),

@@ -28,7 +28,7 @@ class DistillationSettings:
 
     steps: int
     batch_size: int = 4
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup_steps: int = 20
     seed: int = 0
     validate_every: int = 50
