@@ -20,7 +20,9 @@ def test_the_adapters_parameters_are_those_of_the_layers(bench):
 
 
 def test_the_committed_counts_give_the_papers_ratio(bench):
-    rows = {row["what"]: row for row in bench("ddit").rows_in(RESULTS / "ddit.jsonl") if row["part"] == "operations"}
+    rows = {
+        row["what"]: row for row in bench("command_line").rows_in(RESULTS / "ddit.jsonl") if row["part"] == "operations"
+    }
     own = rows["a step with the model's own patches"]["operations"]
     for scale in (2, 4):
         steps = rows[f"coarse steps of 50 for 1/2.18, all {scale}x"]["steps"]
@@ -29,6 +31,6 @@ def test_the_committed_counts_give_the_papers_ratio(bench):
 
 
 def test_the_committed_report_is_that_of_the_committed_rows(bench, tmp_path):
-    report, rows = bench("ddit_report"), bench("ddit").rows_in(RESULTS / "ddit.jsonl")
+    report, rows = bench("ddit_report"), bench("command_line").rows_in(RESULTS / "ddit.jsonl")
     report.write(rows, tmp_path)
     assert (tmp_path / "ddit.md").read_text("utf-8") == (RESULTS / "ddit.md").read_text("utf-8")
