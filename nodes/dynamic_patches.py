@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..blockskip_core.ddit.operations import share_saved
 from ..blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, FixedScales, PatchPlan, TypedWindows
@@ -159,7 +160,7 @@ class DynamicPatchesRequest:
             )
         trained, plan = patch_adapters, self.plan(patch_adapters)
         changed = DynamicPatches(model, trained, plan, lambda record: show(progress, trained, record)).patcher
-        return (changed, *planned(plan, trained, None if sigmas is None else sigmas.tolist()))
+        return (changed, *planned(plan, trained, levels_of(sigmas)))
 
     def plan(self, trained: TrainedPatches) -> PatchPlan:
         """Return how patch sizes are chosen.
@@ -182,6 +183,22 @@ class DynamicPatchesRequest:
         return ErrorBudget(self.error_budget, tables, trained.operations_of, self.first_own, self.last_own)
 
 
+def levels_of(sigmas: Tensor | None) -> list[float] | None:
+    """Return noise levels as numbers; None if there are none.
+
+    Raises:
+        InvalidInputError: If they do not fall in a row.
+    """
+    if sigmas is None:
+        return None
+    values = sigmas.tolist() if sigmas.ndim == 1 and sigmas.is_floating_point() else []
+    if len(values) < 2 or not all(a > b for a, b in zip(values, values[1:], strict=False)):  # False for NaN too
+        raise InvalidInputError(
+            f"`sigmas` must be falling noise levels, got a tensor of shape {tuple(sigmas.shape)}. Connect a scheduler node."
+        )
+    return values
+
+
 def planned(plan: PatchPlan, trained: TrainedPatches, sigmas: Sequence[float] | None) -> tuple[Sequence[int], str]:
     """Return the scale of every step, if it is known before sampling, and a report.
 
@@ -193,7 +210,7 @@ def planned(plan: PatchPlan, trained: TrainedPatches, sigmas: Sequence[float] | 
     costs = (
         f"Operations of a coarse step, of one with the model's own patches, counted for {tokens} image tokens: {sizes}."
     )
-    if sigmas is None or len(sigmas) < 2:
+    if sigmas is None:
         return [], f"The steps are chosen when sampling begins; connect `sigmas` to see them here.\n{costs}"
     choice = plan.begin(sigmas, tokens)
     if not isinstance(choice, FixedScales):

@@ -63,12 +63,14 @@ def scales_within_budget(
         last_own: And at the end.
 
     Raises:
-        InvalidInputError: If the budget is not between 0 and 1.
+        InvalidInputError: If the budget is not between 0 and 1, or the noise levels do not change.
     """
     if not 0.0 <= budget <= 1.0:
         raise InvalidInputError(f"The error budget must be between 0 and 1, got {budget}.")
     steps = len(sigmas) - 1
     total = sum(abs(a - b) for a, b in zip(sigmas, sigmas[1:], strict=False))
+    if not total > 0.0:
+        raise InvalidInputError(f"Noise levels must fall from step to step, got {list(sigmas)[:3]} and so on.")
     # best[u]: most operations saved with at most u units, and the choices that do it
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (_GRAINS + 1)
     for step in range(steps):

@@ -72,3 +72,5 @@ def test_where_errors_are_small_steps_are_coarse_first():
 def test_a_budget_out_of_range_is_refused():
     with pytest.raises(InvalidInputError, match="between 0 and 1, got 1.5"):
         scales_within_budget([1.0, 0.0], TABLES, OPERATIONS, 1.5)
+    with pytest.raises(InvalidInputError, match="Noise levels must fall"):
+        scales_within_budget([1.0, 1.0], TABLES, OPERATIONS, 0.5)
