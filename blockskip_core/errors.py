@@ -7,6 +7,7 @@
     +-- CheckpointError         a training state that belongs to another run
     +-- StorageError            a file that cannot be written
     +-- LoraFileError           a LoRA that does not fit the model or cannot be read
+    +-- PatchAdapterError       patch adapters that do not fit the model or cannot be read
     +-- TrainingError           training cannot continue (a loss that is not finite, a failed self-check)
     +-- OutOfMemoryError        a device ran out of memory; defined in hosts, because it also derives from theirs
 
@@ -40,6 +41,10 @@ class StorageError(BlockSkipError):
 
 class LoraFileError(BlockSkipError):
     """A LoRA that does not fit the model, or a file that cannot be read."""
+
+
+class PatchAdapterError(BlockSkipError):
+    """Patch adapters that do not fit the model, or a file that cannot be read."""
 
 
 class TrainingError(BlockSkipError):

@@ -836,4 +836,66 @@ Other models: change the loader. FLUX.1 and other large transformers work too, b
     twin="train_word",
 )
 
-GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU, WORD)
+DDIT = Graph(
+    "BlockSkip - Dynamic patches (DDiT)",
+    {
+        **THREE_FILES.prompt,
+        "texts": node("BlockSkip_LoadTrainingFolder", "Prompts: the texts of a folder", folder="my_subject"),
+        "prompts": text("Encode the prompts", ["texts", 1], ["clip", 0]),
+        "guidance": node("FluxGuidance", "Guidance of the prompts", conditioning=["prompts", 0], guidance=3.5),
+        "teach": node(
+            "BlockSkip_TrainDDiT",
+            "Train Patch Adapters (DDiT)",
+            model=["model", 0],
+            positive=["guidance", 0],
+            patch_sizes="2x",
+            width=512,
+            height=512,
+            max_steps=1000,
+            peak_learning_rate=1e-4,
+            batch_size=1,
+            seed=0,
+            adapters_name="loras/patch_adapters",
+            sampler_steps=20,
+        ),
+        "errors": node("PreviewImage", "Errors by noise level", images=["teach", 1]),
+        "prompt": text("Prompt", "a photo of a red fox in a snowy forest, sharp details", ["clip", 0]),
+        "guided": node("FluxGuidance", "Guidance", conditioning=["prompt", 0], guidance=3.5),
+        "negative": node("ConditioningZeroOut", "No negative prompt", conditioning=["prompt", 0]),
+        "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
+        "patches": node(
+            "BlockSkip_DDiT",
+            "Dynamic Patches (DDiT)",
+            model=["model", 0],
+            mode="windows",
+            error_budget=0.1,
+            patch_adapters=["teach", 0],
+        ),
+        "report": node("PreviewAny", "What is planned", source=["patches", 2]),
+        "sample": node("KSampler", "Sample with dynamic patches", model=["patches", 0], **SAMPLE),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=["vae", 0]),
+        "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="dynamic_patches"),
+    },
+    (
+        Column("1  Load", BLUE, THREE_FILES.names()),
+        Column("2  Prompts to train on", GREEN, ("texts", "prompts", "guidance")),
+        Column("3  Train", PURPLE, ("teach", "errors"), 480),
+        Column("4  Prompt", GREEN, ("prompt", "guided", "negative", "size")),
+        Column("5  Use", YELLOW, ("patches", "report", "sample", "decode", "picture"), 480),
+    ),
+    """## Dynamic patches (DDiT)
+
+**On our small test model fewer plain steps are better than this at equal operations.** Try it on your model, and compare.
+
+**Train Patch Adapters (DDiT)** teaches the model to make some steps with larger patches, on a quarter of the tokens. It
+samples its own training pictures from the texts of a folder in ComfyUI's input folder, 30 or more. It is saved to
+output/loras: later replace it by **Load Patch Adapters**.
+
+**Dynamic Patches (DDiT)** goes between the model and any sampler that adds no noise. With *windows* the adapters' own
+errors decide which steps are coarse, within **error_budget**.""",
+    headline="Dynamic patches",
+    subline="larger patches in some steps\nadapters trained on your model",
+    twin="dynamic_patches",
+)
+
+GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU, DDIT, WORD)

@@ -23,6 +23,7 @@ LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoa
 FOLDERS = {"my_subject": "blockskip_toby", "my_second_subject": "blockskip_mila"}
 WORDS = {
     "": "",
+    "a photo of a red fox in a snowy forest, sharp details": "a big red star on grass, left",
     "a photo of a toy on a table": "a big red star on grass, left",
     "a photo of sks toy": "a big orange toby circle",
     "a photo of sks toy on the beach": "a big orange toby circle on water, right",
@@ -45,6 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "captions": "a big orange {word} circle",
         "like_word": "toby",
     },
+    "BlockSkip_TrainDDiT": {"width": 64, "height": 64, "max_steps": 2, "sampler_steps": 2},
     "EmptySD3LatentImage": {"width": 64, "height": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},

@@ -6,6 +6,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .accept_embeddings import AcceptEmbeddings
 from .apply_lora import ApplyLora
+from .dynamic_patches import DynamicPatchesNode
+from .load_patch_adapters import LoadPatchAdapters
 from .load_training_folder import LoadTrainingFolder
 from .memory_plan import MemoryPlan
 from .page.live_chart import add_route
@@ -15,6 +17,7 @@ from .sample_while_training import SampleWhileTraining
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
 from .train_word import TrainWord
+from .train_patch_adapters import TrainPatchAdapters
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     SelectBlocks,
@@ -27,6 +30,9 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     LoadTrainingFolder,
     TrainWord,
     AcceptEmbeddings,
+    TrainPatchAdapters,
+    LoadPatchAdapters,
+    DynamicPatchesNode,
 ]
 
 

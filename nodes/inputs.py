@@ -15,6 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..blockskip_core.accounting.plan import MemorySettings
+from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
@@ -109,6 +110,11 @@ _SOCKETS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "mask": ("a MASK", _is_tensor),
     "selection": ("a selection, from Select Blocks", lambda x: isinstance(x, BlockSelection)),
     "residuals": ("residuals, from Precompute Residuals", lambda x: isinstance(x, ResidualSet)),
+    "patch_adapters": (
+        "patch adapters, from Load Patch Adapters or Train Patch Adapters (DDiT)",
+        lambda x: isinstance(x, TrainedPatches),
+    ),
+    "sigmas": ("SIGMAS, from a scheduler node", _is_tensor),
     "lora": ("a LoRA, from Dynamic Patch Trainer", lambda x: isinstance(x, Mapping)),
     "start_from": ("a LoRA, from Dynamic Patch Trainer", lambda x: isinstance(x, Mapping)),
 }

@@ -11,3 +11,4 @@ TrainingFilesSocket = io.Custom("BLOCKSKIP_FILES")  # blockskip_core.hosts.input
 SamplesSocket = io.Custom("BLOCKSKIP_SAMPLES")  # blockskip_core.hosts.sampling.training_samples.SampleRequest
 LoraModelSocket = io.Custom("LORA_MODEL")  # core's: a flat dict of tensors
 LossMapSocket = io.Custom("LOSS_MAP")  # core's: {"loss": [float, ...]}
+PatchAdaptersSocket = io.Custom("BLOCKSKIP_PATCH_ADAPTERS")  # blockskip_core.ddit.trained_patches.TrainedPatches

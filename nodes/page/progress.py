@@ -58,6 +58,10 @@ class NodeProgress:
         logger.info("BlockSkip: %s", text)
         self._show(text, last=True)
 
+    def note(self, text: str, *, last: bool) -> None:
+        """Show a line under the node without logging it; lines in quick succession are left out, but not the last."""
+        self._show(text, last=last)
+
     def _show(self, text: str, *, last: bool) -> None:
         now = time.monotonic()
         server = getattr(PromptServer, "instance", None)

@@ -20,34 +20,36 @@ TABLE = {
     "data": "errors",
     "adapters": "errors",
     "ralu": "errors",
+    "ddit": "errors",
     "model": "selection",
     "blocks": "selection model",
     "residuals": "errors units files locks selection data model blocks",
     "training": "errors files locks selection data adapters model blocks residuals",
     "zoodip": "errors training",
+    "distillation": "errors data training",
     "torch_dit": "adapters model",
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
     "accounting": "errors units selection data adapters model blocks residuals training",
-    "reporting": "units files selection data training",
+    "reporting": "units files selection data ddit training",
     "hosts": "",
     "hosts/families": "errors selection adapters ralu model accounting",
     "hosts/inputs": "errors data",
-    "hosts/files": "errors files locks adapters",
-    "hosts/models": "errors selection data adapters model blocks residuals accounting hosts/families hosts/inputs "
+    "hosts/files": "errors files locks adapters ddit",
+    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",
-    "hosts/sampling": "errors files locks selection adapters ralu model blocks hosts/families hosts/inputs hosts/files "
+    "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",
     "hosts/words": "errors data zoodip hosts/inputs hosts/models",
     "nodes/types": "",
     "nodes/plan_text": "units accounting",
-    "nodes/inputs": "errors selection residuals accounting",
+    "nodes/inputs": "errors selection ddit residuals accounting",
     "nodes/page": "reporting",
     "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
     "hosts/families hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
     "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words nodes/page "
     "nodes/run",
-    "nodes": "errors selection data adapters ralu residuals training accounting reporting hosts/inputs hosts/files "
+    "nodes": "errors selection data adapters ralu ddit residuals training distillation accounting reporting hosts/inputs hosts/files "
     "hosts/models hosts/sampling hosts/words nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run nodes/words",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}

@@ -24,6 +24,7 @@ HOST_DECIDES = (
     "start_file",
     "lora_name",
     "folder",
+    "file",
 )  # choices that depend on version and files
 
 
@@ -41,7 +42,7 @@ def line(entry: Any) -> str:
     kind = entry.get_io_type()
     parts = [entry.id, kind + ("?" if entry.optional else "")]
     if kind in WIDGETS:
-        parts.append(f"= {entry.default}")
+        parts.append(f"= {entry.default}".rstrip())
     if kind in ("INT", "FLOAT"):
         parts.append(f"[{entry.min}, {entry.max}]")
         parts += [f"{name} {getattr(entry, name)}" for name in ("step", "round") if getattr(entry, name, None)]
@@ -249,4 +250,58 @@ CONTRACT = {
         [("word", "STRING"), ("clip", "CLIP"), ("loss_map", "LOSS_MAP"), ("steps", "INT"), ("report", "STRING")],
     ),
     "BlockSkip_AcceptEmbeddings": Contract("clip CLIP", [("clip", "CLIP")], takes_lists=False),
+    "BlockSkip_TrainDDiT": Contract(
+        """
+            model MODEL
+            positive CONDITIONING
+            patch_sizes COMBO = 2x {2x | 4x | 2x and 4x}
+            width INT = 512 [16, 4096] step 16
+            height INT = 512 [16, 4096] step 16
+            max_steps INT = 1000 [1, 1000000]
+            peak_learning_rate FLOAT = 0.0001 [1e-07, 1.0] step 1e-05 round 1e-07
+            batch_size INT = 1 [1, 256]
+            seed INT = 0 [0, 18446744073709551615] control
+            adapters_name STRING = loras/patch_adapters
+            negative CONDITIONING?
+            pictures_per_prompt INT? = 2 [1, 64]
+            sampler_steps INT? = 20 [1, 1000]
+            cfg FLOAT? = 1.0 [0.0, 100.0] step 0.1
+            scheduler COMBO? = simple {host's}
+            lora_rank INT? = 32 [1, 1024]
+            lora_targets COMBO? = mlp {mlp | attention and mlp | attention | all linear}
+            resize COMBO? = nearest {nearest | bilinear}
+            checkpointing BOOLEAN? = True
+            validate_every INT? = 50 [1, 100000]
+            patience INT? = 4 [0, 1000]
+            save_every INT? = 100 [0, 1000000]
+            resume BOOLEAN? = True
+        """,
+        [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("errors", "IMAGE"), ("report", "STRING")],
+    ),
+    "BlockSkip_LoadPatchAdapters": Contract(
+        """
+            file COMBO = none {host's}
+        """,
+        [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("info", "STRING")],
+        takes_lists=False,
+    ),
+    "BlockSkip_DDiT": Contract(
+        """
+            model MODEL
+            mode COMBO = windows {windows | auto | off}
+            error_budget FLOAT = 0.1 [0.0, 1.0] step 0.005 round 0.0001
+            patch_adapters BLOCKSKIP_PATCH_ADAPTERS?
+            sigmas SIGMAS?
+            windows STRING? =
+            tau FLOAT? = 0.001 [1e-06, 1000.0] step 0.0001 round 1e-06
+            percentile FLOAT? = 0.4 [0.0, 1.0] step 0.01
+            criterion COMBO? = third difference {third difference | third difference (as published)}
+            hold INT? = 3 [0, 1000]
+            longest_run INT? = 6 [0, 1000]
+            first_own INT? = 1 [0, 1000]
+            last_own INT? = 1 [0, 1000]
+        """,
+        [("model", "MODEL"), ("patches", "IMAGE"), ("report", "STRING")],
+        takes_lists=False,
+    ),
 }

@@ -41,6 +41,8 @@ def requests(nodes):
         nodes.TrainLora: nodes.run.request.RunRequest,
         nodes.RaluSampler: nodes.ralu_sampler.RaluRequest,
         nodes.TrainWord: nodes.words.request.WordRequest,
+        nodes.TrainPatchAdapters: nodes.train_patch_adapters.TrainPatchesRequest,
+        nodes.DynamicPatchesNode: nodes.dynamic_patches.DynamicPatchesRequest,
     }
 
 

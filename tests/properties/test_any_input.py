@@ -60,12 +60,18 @@ def world(nodes, core, tiny, run_node, tmp_path_factory):
             positive=[found.caption], selection=found.selection,
         )[0]  # fmt: skip
         found.lora = dict(call(found, nodes.TrainLora, **TRAIN, model=model, residuals=found.residuals)[0])
+        prompts = tiny.captions((5, 5))
+        found.patch_adapters = call(found, nodes.TrainPatchAdapters, **TRAIN_PATCHES, model=model, positive=prompts)[0]
         found.before = state_of(found)
         yield found
 
 
 SELECT = {"method": "manual", "skip_ratio": 0.5, "front": 2, "back": 1}
 PRECOMPUTE = {"draws": 2, "patch_min": 32, "patch_max": 32, "storage": "on the fly", "seed": 3}
+TRAIN_PATCHES = {
+    "patch_sizes": "2x", "width": 64, "height": 64, "max_steps": 1, "peak_learning_rate": 1e-3, "batch_size": 1, "seed": 0,
+    "adapters_name": "loras/patches", "pictures_per_prompt": 1, "sampler_steps": 1, "lora_rank": 2,
+}  # fmt: skip
 TRAIN = {"steps": 1, "learning_rate": 1e-3, "rank": 2, "seed": 5}
 
 
@@ -272,6 +278,47 @@ def test_ralu_sampler(world, data):
         **strategies.widgets(node, usual),
     }
     holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(30)
+@given(data=st.data())
+def test_train_patch_adapters(world, data):
+    node = world.nodes.TrainPatchAdapters
+    usual = {
+        "patch_sizes": st.just("2x"), "width": st.just(64), "height": st.just(64), "max_steps": st.just(1),
+        "pictures_per_prompt": st.just(1), "sampler_steps": st.just(1), "adapters_name": st.just("loras/patches"),
+        "batch_size": st.just(1), "cfg": st.just(1.0), "lora_rank": st.just(2), "scheduler": st.just("simple"),
+        "peak_learning_rate": st.just(1e-3),
+    }  # fmt: skip
+    inputs = {
+        "model": strategies.socket(world.model),
+        "positive": strategies.conditionings(WIDTH),
+        "negative": strategies.conditionings(WIDTH, optional=True),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(120)
+@given(data=st.data())
+def test_dynamic_patches(world, data):
+    node = world.nodes.DynamicPatchesNode
+    usual = {"windows": st.sampled_from(["", "2-3: 2", "1: 2, 4: 2"]), "error_budget": st.floats(0.0, 1.0)}
+    inputs = {
+        "model": strategies.socket(world.model),
+        "patch_adapters": strategies.socket(world.patch_adapters, optional=True),
+        "sigmas": strategies.Input(
+            st.just(torch.linspace(1, 0, 6)), strategies.odd_tensors() | strategies.STRANGERS, optional=True
+        ),
+        **strategies.widgets(node, usual),
+    }
+    holds(world, node, **strategies.drawn(data, inputs))
+
+
+@examples(60)
+@given(name=strategies.NAMES)
+def test_load_patch_adapters(world, name):
+    holds(world, world.nodes.LoadPatchAdapters, file=name)
 
 
 @examples(100)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ...errors import UnsupportedModelError
 from .base import FamilyAdapter
+from .patch_layers import PatchLayers
 from .token_positions import TokenPositions
 
 
@@ -31,7 +32,15 @@ class PlacesTokens(ABC):
         """Return how image tokens get their positions."""
 
 
-Capability = TypeVar("Capability", MasksText, PlacesTokens)
+class EmbedsPatches(ABC):
+    """The layers that take patches in and give them back are known, so patches of another size can be used (DDiT)."""
+
+    @abstractmethod
+    def patch_layers(self) -> PatchLayers:
+        """Return where patches enter the model and leave it."""
+
+
+Capability = TypeVar("Capability", MasksText, PlacesTokens, EmbedsPatches)
 
 
 def require(adapter: FamilyAdapter, capability: type[Capability], advice: str) -> Capability:
@@ -46,6 +55,10 @@ def require(adapter: FamilyAdapter, capability: type[Capability], advice: str) -
         UnsupportedModelError: If the family lacks it.
     """
     if not isinstance(adapter, capability):
-        lacking = {MasksText: "hiding the text from blocks", PlacesTokens: "tokens of two sizes"}[capability]
+        lacking = {
+            MasksText: "hiding the text from blocks",
+            PlacesTokens: "tokens of two sizes",
+            EmbedsPatches: "patches of another size",
+        }[capability]
         raise UnsupportedModelError(f"{adapter.title} models are not supported for {lacking}. {advice}")
     return adapter

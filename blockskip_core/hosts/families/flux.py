@@ -15,7 +15,8 @@ import comfy.ldm.flux.model
 
 from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, JoinedBlockIO, block_info
-from .capabilities import MasksText, PlacesTokens
+from .capabilities import EmbedsPatches, MasksText, PlacesTokens
+from .patch_layers import PatchLayers
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
@@ -33,7 +34,7 @@ class DoubleBlockIO:
         return streams.img, streams.txt
 
 
-class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens):
+class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     """FLUX.1 (dev and schnell)."""
 
     family = "flux"
@@ -69,6 +70,9 @@ class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens):
 
     def token_positions(self) -> TokenPositions:
         return RotaryPositions(self._model.pe_embedder, last_tokens, stretched=self.reads_rope_options)
+
+    def patch_layers(self) -> PatchLayers:
+        return PatchLayers("img_in", "final_layer.linear")
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         offsets = {"double": 0, "single": len(self._model.double_blocks)}

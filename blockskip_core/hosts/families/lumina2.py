@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.lumina.model
+from torch import Tensor
 
 from ...model import BlockInfo
 from .base import TEXT_TOKENS, FamilyAdapter, JoinedBlockIO, block_info
-from .capabilities import MasksText, PlacesTokens
+from .capabilities import EmbedsPatches, MasksText, PlacesTokens
+from .patch_layers import PatchLayers
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, first_tokens_of_image
 
 
-class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
+class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     """Z-Image and Lumina 2, text to image."""
 
     family = "lumina2"
@@ -74,6 +76,14 @@ class Lumina2Adapter(FamilyAdapter, MasksText, PlacesTokens):
 
     def token_positions(self) -> TokenPositions:
         return RotaryPositions(self._model.rope_embedder, first_tokens_of_image, stretched=True)
+
+    def patch_layers(self) -> PatchLayers:
+        def image_tokens(tokens: Tensor, number: int) -> Tensor:
+            first = tokens.shape[1] - self._padded(number)  # text first, and the padding of the image last
+            return tokens[:, first : first + number]
+
+        refiners = tuple(f"noise_refiner.{index}" for index in range(len(self._model.noise_refiner)))
+        return PatchLayers("x_embedder", "final_layer.linear", image_tokens, refiners)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         def masked(options: Mapping[str, Any]) -> bool:

@@ -12,7 +12,8 @@ import comfy.ldm.qwen_image.model
 
 from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
-from .capabilities import MasksText, PlacesTokens
+from .capabilities import EmbedsPatches, MasksText, PlacesTokens
+from .patch_layers import PatchLayers
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, centred_tokens
 
@@ -31,7 +32,7 @@ class QwenBlockIO:
         return streams.txt, streams.img
 
 
-class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens):
+class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     """Qwen-Image, text to image."""
 
     family = "qwen_image"
@@ -63,6 +64,9 @@ class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens):
 
     def token_positions(self) -> TokenPositions:
         return RotaryPositions(self._model.pe_embedder, centred_tokens, stretched=False)
+
+    def patch_layers(self) -> PatchLayers:
+        return PatchLayers("img_in", "proj_out")
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         def masked(options: Mapping[str, Any]) -> bool:

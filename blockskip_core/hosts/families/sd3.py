@@ -17,7 +17,8 @@ from ...errors import UnsupportedModelError
 from ...model import BlockInfo, TokenStreams
 from ...selection.masked_attention import attend_without_text
 from .base import FamilyAdapter, block_info
-from .capabilities import MasksText, PlacesTokens
+from .capabilities import EmbedsPatches, MasksText, PlacesTokens
+from .patch_layers import PatchLayers
 from .text_masking import mask_by_block, wrap_options
 from .token_positions import TablePositions, TokenPositions
 
@@ -37,7 +38,7 @@ class JointBlockIO:
         return streams.txt, streams.img
 
 
-class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
+class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     """SD3.5 (Large and Medium), and SD3, which has the same class."""
 
     family = "sd3"
@@ -68,6 +69,9 @@ class Sd3Adapter(FamilyAdapter, MasksText, PlacesTokens):
                 "sizes cannot be placed. Load SD3 or SD3.5."
             )
         return TablePositions("diffusion_model.cropped_pos_embed", self.patch_size, side)
+
+    def patch_layers(self) -> PatchLayers:
+        return PatchLayers("x_embedder", "final_layer.linear")
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         return wrap_options(lambda options, _: mask_by_block(options, blocks, _joint_attention_masked))

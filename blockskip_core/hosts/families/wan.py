@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
-from .capabilities import MasksText, PlacesTokens
+from .capabilities import EmbedsPatches, MasksText, PlacesTokens
+from .patch_layers import PatchLayers
 from .text_masking import mask_by_block, without_cross_attention, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
@@ -32,7 +33,7 @@ class WanBlockIO:
         return streams.img
 
 
-class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
+class WanAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     """Wan 2.1 and 2.2, text to video."""
 
     family = "wan"
@@ -73,6 +74,9 @@ class WanAdapter(FamilyAdapter, MasksText, PlacesTokens):
 
     def token_positions(self) -> TokenPositions:
         return RotaryPositions(self._model.rope_embedder, last_tokens, stretched=True)
+
+    def patch_layers(self) -> PatchLayers:
+        return PatchLayers("patch_embedding", "head.head")
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallReturnsNothing()))

@@ -22,5 +22,10 @@ def probe_file(key: str) -> Path:
     return _root() / "probes" / f"{key}.json"
 
 
+def latents_file(key: str) -> Path:
+    """Return the file of latents that a model sampled to be trained on; ``key`` is a content hash."""
+    return _root() / "latents" / f"{key}.safetensors"
+
+
 def _root() -> Path:
     return Path(folder_paths.get_output_directory()) / "blockskip"

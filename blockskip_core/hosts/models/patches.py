@@ -100,6 +100,18 @@ def require_sampled_in_stages(patcher: Any) -> None:
     _refuse(patcher, "Region-adaptive sampling", lambda kind: kind.ralu)
 
 
+def require_coarse_steps(patcher: Any) -> None:
+    """Check that sampling with coarse patches can follow all changes to a MODEL: as in stages, but nothing compiled.
+
+    Raises:
+        UnsupportedModelError: If not.
+    """
+    # Hooks inside a compiled module do not run.
+    _refuse(
+        patcher, "Sampling with dynamic patches", lambda kind: "refused" if kind.found is _compilation else kind.ralu
+    )
+
+
 def _refuse(patcher: Any, who: str, verdict: Callable[[PatchKind], Verdict]) -> None:
     for kind in PATCH_KINDS:
         if verdict(kind) != "refused":

@@ -6,7 +6,7 @@ the model works on a strip of tokens and gets their positions. Everything else i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.patcher_extension
@@ -78,7 +78,7 @@ class TokenStrips:
         **kwargs: Any,
     ) -> Tensor:
         self._require_own_model(executor)
-        _only_text(c_concat, control, kwargs)
+        require_only_text("Region-adaptive sampling takes", "Use KSampler for these.", c_concat, control, kwargs)
         options = transformer_options or {}
         if self.grid is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -104,8 +104,13 @@ class TokenStrips:
             )
 
 
-def _only_text(c_concat: Any, control: Any, kwargs: dict[str, Any]) -> None:
+def require_only_text(who: str, instead: str, c_concat: Any, control: Any, kwargs: Mapping[str, Any]) -> None:
     """Refuse inputs with their own size, which would have to be cut into the same tokens.
+
+    Args:
+        who: What takes text only, at the start of the message.
+        instead: What to do, one sentence.
+        c_concat, control, kwargs: Of a call of the model.
 
     Raises:
         InvalidInputError: Naming the inputs that were found.
@@ -114,6 +119,4 @@ def _only_text(c_concat: Any, control: Any, kwargs: dict[str, Any]) -> None:
     found += ["a ControlNet"] if control is not None else []
     found += ["a picture besides the latent (inpainting or image to video)"] if c_concat is not None else []
     if found:
-        raise InvalidInputError(
-            f"Region-adaptive sampling takes text conditionings only, got {', '.join(found)}. Use KSampler for these."
-        )
+        raise InvalidInputError(f"{who} text conditionings only, got {', '.join(found)}. {instead}")

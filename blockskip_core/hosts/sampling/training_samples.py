@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.k_diffusion.sampling
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import torch
 from torch import Tensor, nn
@@ -28,9 +26,10 @@ from ...errors import InvalidInputError
 from ...model import Denoiser
 from ...selection.selection import BlockSelection
 from ..inputs.conditioning import flatten_conditionings
-from ..inputs.frames import with_frames, without_frames
+from ..inputs.frames import with_frames
 from ..models.hosted_dit import HostedDit
 from ..models.residency import evict_others, unload
+from .plain_euler import euler_latent
 
 logger = logging.getLogger(__name__)
 
@@ -169,35 +168,20 @@ class TrainingSampler:
         return max(activations, int(free - weights))
 
     def _latent(self, denoise: Denoiser, prompt: int, on_step: Callable[[int, int], None]) -> Tensor:
-        request, model = self.request, self._dit.patcher.model
-        sampling = self._dit.patcher.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, request.scheduler, request.steps).to(self._dit.device)
-        empty = torch.zeros(1, *self._shape)
-        generator = torch.Generator().manual_seed(request.seed)  # the host's own function seeds all generators
-        noise = comfy.sample.prepare_noise_inner(with_frames(model, empty), generator)
-        noise = without_frames(model, noise).to(self._dit.device)
-        whole = self._starts_at_pure_noise(sampling, sigmas)
-        start = sampling.noise_scaling(sigmas[0], noise, empty.to(noise), whole)
+        request = self.request
         num_prompts = len(request.positive)
-
-        def guided(noisy: Tensor, sigma: Tensor) -> Tensor:
-            towards = denoise(noisy, sigma, [prompt])
-            if request.cfg == 1.0:
-                return towards
-            away = denoise(noisy, sigma, [num_prompts])
-            return away + (towards - away) * request.cfg
-
-        def report(state: dict[str, Any]) -> None:
-            on_step(prompt * request.steps + state["i"] + 1, num_prompts * request.steps)
-
-        latent = comfy.k_diffusion.sampling.sample_euler(guided, start, sigmas, callback=report, disable=True)
-        return sampling.inverse_noise_scaling(sigmas[-1], latent).cpu()
-
-    @staticmethod
-    def _starts_at_pure_noise(sampling: Any, sigmas: Tensor) -> bool:
-        """Return whether sampling starts at pure noise, by the host's rule."""
-        largest = float(sampling.sigma_max)
-        return bool(abs(float(sigmas[0]) - largest) <= 1e-5 * largest or float(sigmas[0]) > largest)
+        return euler_latent(
+            self._dit,
+            denoise,
+            self._shape,
+            prompt=prompt,
+            against=num_prompts,
+            cfg=request.cfg,
+            scheduler=request.scheduler,
+            steps=request.steps,
+            seed=request.seed,
+            on_step=lambda done: on_step(prompt * request.steps + done, num_prompts * request.steps),
+        )
 
     def _decoded(self, latent: Tensor) -> Tensor:
         model = self._dit.patcher.model

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...errors import InvalidInputError, UnsupportedModelError
 from ...zoodip.examples import Example
 from ...zoodip.word import WordLayout
-from ..inputs.frames import with_frame
+from ..inputs.frames import with_frames
 from ..models.residency import drop_cast_buffers, evict_others
 from .captions import WordCaptions
 from .noise_levels import output_error, sigma_of
@@ -138,7 +138,7 @@ class WordLosses:
         return self._patcher.model_options["transformer_options"]
 
     def _model_latent(self, index: int) -> Tensor:
-        return with_frame(self._patcher.model, self._latents[index : index + 1])
+        return with_frames(self._patcher.model, self._latents[index : index + 1])
 
     def _encoded(self, words: Tensor, caption: int) -> list[list]:
         if not self._together:

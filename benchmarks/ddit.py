@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Dynamic Patches (DDiT): operations counted for FLUX.1-dev, and pictures of the demo's world at equal operations.
+
+Adapters are trained on the demo's model first, and kept beside the results with ``--keep``. Rows go to
+``results/ddit.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import command_line
+from command_line import rows_in
+from quality_world import ROOT
+
+logger = logging.getLogger(__name__)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_line.parser(__doc__, "where rows and table go")
+    parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
+    parser.add_argument("--parts", nargs="+", default=["operations", "pictures"])
+    parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels")
+    parser.add_argument("--train-steps", type=int, default=300, help="training steps")
+    parser.add_argument("--train-prompts", type=int, default=24, help="prompts of the training")
+    parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[5, 8, 12], help="operations, in plain steps")
+    parser.add_argument("--keep", type=Path, help="file to keep the adapters in, and to read them from")
+    return parser.parse_args()
+
+
+def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    """Replace a part's rows."""
+    kept = [row for row in rows_in(file) if row["part"] != part]
+    new = [{"part": part, **row, "about": command_line.about()} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
+
+
+def main() -> None:
+    """Count, train and sample, then write the report."""
+    options = parse()
+    command_line.begin(options, logger)
+    import ddit_operations
+    import ddit_report
+
+    file = options.results / "ddit.jsonl"
+    if "operations" in options.parts and not options.report:
+        add(file, "operations", ddit_operations.rows())
+    if "pictures" in options.parts and not options.report:
+        import ddit_world
+        from ralu_pictures import World
+
+        world = World(options.assets, options.prompts)
+        if options.keep and options.keep.is_file():
+            trained = ddit_world.load(options.keep)
+        else:
+            trained, rows = ddit_world.train(world, options.side, options.train_steps, options.train_prompts)
+            add(file, f"training, {options.side} px", rows)
+            if options.keep:
+                ddit_world.save(trained, options.keep)
+        add(file, f"pictures, {options.side} px", ddit_world.rows(world, trained, options.side, options.budgets))
+    ddit_report.write(rows_in(file), options.results)
+
+
+if __name__ == "__main__":
+    main()

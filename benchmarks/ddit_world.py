@@ -1,0 +1,196 @@
+"""Dynamic patches on the demo's world: adapters trained on its model, and pictures at equal operations."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan
+from blockskip_pack.blockskip_core.ddit.scheduler import SchedulerSettings
+from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
+from blockskip_pack.blockskip_core.ddit.windows import scales_within_budget
+from blockskip_pack.blockskip_core.distillation.loop import DistillationResult
+from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
+from blockskip_pack.blockskip_core.files import open_tensors, write_atomically
+from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches, RunRecord
+from blockskip_pack.blockskip_core.hosts.sampling.own_latents import OwnLatents
+from blockskip_pack.blockskip_core.hosts.sampling.patch_training import PatchTraining, train_patches
+from ralu_pictures import ASKED, BATCH, CELL, CFG, PATCH, SEED, World
+from safetensors.torch import save_file
+from torch import Tensor
+
+READ_AT = 256  # pixels; the reader knows this size
+SCALES = (2,)
+logger = logging.getLogger("__main__")
+
+
+def train(world: World, side: int, steps: int, prompts: int) -> tuple[TrainedPatches, list[dict[str, Any]]]:
+    """Train adapters on the model's own latents; also return the rows of the report."""
+    rng = random.Random("ddit/training")
+    texts = [world.drawing.caption(world.drawing.random_scene(rng)) for _ in range(prompts)]
+    captions = [world._encode(text) for text in texts]
+    settings = DistillationSettings(steps=steps, batch_size=8, learning_rate=1.5e-4, validate_every=50, patience=3)
+    latents = OwnLatents(per_prompt=2, width=side, height=side, steps=20, cfg=CFG)
+    request = PatchTraining(scales=SCALES, latents=latents, settings=settings, checkpointing=False)
+    last, results, started = [0.0], {}, time.perf_counter()
+
+    def progress(phase: str, done: int, total: int, detail: str) -> None:
+        if time.perf_counter() - last[0] > 30.0:
+            last[0] = time.perf_counter()
+            logger.info("%s %d of %d %s", phase, done, total, detail)
+
+    def seen(scale: int, result: DistillationResult) -> None:
+        results[scale] = result
+
+    trained = train_patches(world.model, captions, [world._encode("")], request, progress, seen)
+    seconds = round(time.perf_counter() - started)
+    rows = [
+        {
+            "side": side, "scale": scale, "steps": result.steps, "best_step": result.best_step,
+            "untrained": result.untrained, "start": result.measured[0][1], "trained": result.best_errors,
+            "measured": [(step, sum(errors) / len(errors)) for step, errors in result.measured],
+            "prompts": prompts, "latents": 2 * prompts, "seconds": seconds,
+        }
+        for scale, result in results.items()
+    ]  # fmt: skip
+    return trained, rows
+
+
+def save(trained: TrainedPatches, path: Path) -> None:
+    """Keep adapters for the next run of the benchmark."""
+    import json
+
+    about = {"about": json.dumps(trained.description())}
+    write_atomically(path, lambda temporary: save_file(trained.tensors(), temporary, metadata=about))
+
+
+def load(path: Path) -> TrainedPatches:
+    """Read adapters that :func:`save` has written."""
+    import json
+
+    with open_tensors(path) as file:
+        return TrainedPatches.read(
+            {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
+        )
+
+
+@dataclass
+class Arm:
+    """One way of sampling.
+
+    Attributes:
+        name: Readable name.
+        steps: Steps of the sampler.
+        plan: Which steps are coarse; None for plain sampling.
+        scales: Of every step of the last run.
+    """
+
+    name: str
+    steps: int
+    plan: PatchPlan | None = None
+    scales: list[int] = field(default_factory=list)
+
+    def sample(self, world: World, trained: TrainedPatches, noise: Tensor, positive: list, negative: list) -> Tensor:
+        """Return latents."""
+        model = world.model
+        if self.plan is not None:
+            model = DynamicPatches(model, trained, self.plan, self._note).patcher
+        return comfy.sample.sample(
+            model, noise, self.steps, CFG, "euler", "simple", positive, negative, torch.zeros_like(noise), seed=SEED,
+            disable_pbar=True,
+        )  # fmt: skip
+
+    def _note(self, record: RunRecord) -> None:
+        self.scales = list(record.scales)
+
+
+def sigmas_of(world: World, steps: int) -> list[float]:
+    """Return the noise levels of a run."""
+    sampling = world.model.get_model_object("model_sampling")
+    return comfy.samplers.calculate_sigmas(sampling, "simple", steps).tolist()
+
+
+def arms(world: World, trained: TrainedPatches, operations: dict[int, float], budgets: Sequence[int]) -> list[Arm]:
+    """Return plain sampling at every budget, schedules by error at the same operations, and decisions while sampling."""
+    found = [Arm("plain", 50)]
+    tables = {scale: entry.errors for scale, entry in trained.scales.items()}
+    for budget in budgets:
+        found.append(Arm("plain", budget))
+        for steps in (round(1.5 * budget), 2 * budget):
+            within = budget_at(sigmas_of(world, steps), tables, operations, budget)
+            found.append(
+                Arm(
+                    f"by error, {budget} plain steps of work",
+                    steps,
+                    ErrorBudget(within, tables, lambda tokens: operations),
+                )
+            )
+    sides = {scale: entry.coarse.resizing.side for scale, entry in trained.scales.items()}
+    for steps in (20, 50):
+        for criterion in ("third difference", "third difference (as published)"):
+            plan = DecidedWhileSampling(SchedulerSettings(criterion=criterion), sides)
+            found.append(Arm(f"{criterion}, tau 0.001", steps, plan))
+    return found
+
+
+def budget_at(sigmas: Sequence[float], tables: dict, operations: dict[int, float], plain_steps: float) -> float:
+    """Return the least error budget whose schedule costs no more than so many plain steps."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = 0.5 * (low + high)
+        scales = scales_within_budget(sigmas, tables, operations, middle)
+        if sum(operations[scale] for scale in scales) <= plain_steps * operations[1]:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def pictures_of(world: World, trained: TrainedPatches, arm: Arm, side: int) -> Tensor:
+    """Return pictures of all prompts at the side that the reader knows, (B, 3, H, W)."""
+    made = []
+    for start in range(0, len(world.scenes), BATCH):
+        scenes = world.scenes[start : start + BATCH]
+        positive, negative = world.conditionings(scenes)
+        empty = torch.zeros(len(scenes), 16, side // CELL, side // CELL)
+        noise = comfy.sample.prepare_noise(empty, SEED + start)
+        latent = arm.sample(world, trained, noise, positive, negative)
+        pictures = world.vae.decode(latent).permute(0, 3, 1, 2).clamp(0, 1).float()
+        made.append(torch.nn.functional.interpolate(pictures, size=(READ_AT, READ_AT), mode="area"))
+    return torch.cat(made)
+
+
+def rows(world: World, trained: TrainedPatches, side: int, budgets: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a row per arm: operations in plain steps, likeness to the prompt, and right answers of the reader."""
+    tokens = (side // (CELL * PATCH)) ** 2
+    operations = {scale: float(world.operations(tokens // scale**2)) for scale in (1, *SCALES)}
+    drawn, reference, found = world.drawn(), None, []
+    for arm in arms(world, trained, operations, budgets):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            pictures = pictures_of(world, trained, arm, side)
+            likeness = world.reading.similarity(world.reader, pictures, drawn)
+            answers = world.reading.read(world.reader, pictures)
+        reference = pictures if reference is None else reference
+        scales = arm.scales or [1] * arm.steps
+        right = [
+            sum(a[name] == getattr(s, name) for a, s in zip(answers, world.scenes, strict=True)) / len(answers)
+            for name in ASKED
+        ]
+        found.append({
+            "side": side, "name": arm.name, "steps": arm.steps, "scales": "".join(map(str, scales)),
+            "plain_steps": round(sum(operations[scale] for scale in scales) / operations[1], 2),
+            "likeness": likeness.mean().item(), "likeness_error": (likeness.std() / len(likeness) ** 0.5).item(),
+            "right": sum(right) / len(right), "from_50": (pictures - reference).square().mean().sqrt().item(),
+            "prompts": len(drawn), "seconds": round(time.perf_counter() - started, 1),
+        })  # fmt: skip
+        logger.info("%s", found[-1])
+    return found

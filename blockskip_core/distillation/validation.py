@@ -1,0 +1,51 @@
+"""The error of coarse calls by noise level, on held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .distilled import Distilled
+from .examples import LEVELS, Batch
+
+Call = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+
+class HeldOut:
+    """Held-out examples and the teacher's answers to them, computed once.
+
+    Args:
+        model: The running model.
+        batches: Of one noise level each.
+    """
+
+    def __init__(self, model: Distilled, batches: Sequence[Batch]) -> None:
+        self._model = model
+        self._batches = batches
+        with torch.no_grad():
+            self._taught = [self._answer(model.teacher, batch) for batch in batches]
+
+    def errors(self, call: Call) -> tuple[float, ...]:
+        """Return the relative error of a call's velocity at every noise level of ``LEVELS``.
+
+        The root of the mean square of the difference from the teacher's velocity, relative to that of the velocity.
+        """
+        differences, sizes = dict.fromkeys(LEVELS, 0.0), dict.fromkeys(LEVELS, 0.0)
+        with torch.no_grad(), self._model.attached():
+            for batch, taught in zip(self._batches, self._taught, strict=True):
+                level = _nearest(float(batch.sigmas[0]))
+                answer = self._answer(call, batch)
+                sigma = batch.sigmas[:, None, None, None]
+                differences[level] += ((answer - taught) / sigma).double().square().sum().item()
+                sizes[level] += ((batch.noisy - taught) / sigma).double().square().sum().item()
+        return tuple((differences[level] / sizes[level]) ** 0.5 if sizes[level] else 0.0 for level in LEVELS)
+
+    def _answer(self, call: Call, batch: Batch) -> Tensor:
+        device = self._model.device
+        return call(batch.noisy.to(device), batch.sigmas.to(device), batch.captions).float().cpu()
+
+
+def _nearest(sigma: float) -> float:
+    return min(LEVELS, key=lambda level: abs(level - sigma))

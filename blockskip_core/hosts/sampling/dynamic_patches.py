@@ -1,0 +1,256 @@
+"""A MODEL whose samplers may use coarse patches: wrappers around the host's own sampling, and nothing else.
+
+Three wrappers on a clone. Around the whole run, one checks sampler and size, moves the adapters to the device and begins
+the plan. Around every prediction, one decides the patch size, once for both passes of guidance, and takes the clean
+estimate after guidance. Around the model, one replaces a coarse step's call (``models.coarse_forward``); a step with the
+model's own patches passes through all three untouched.
+
+Source: DDiT (arXiv 2602.16968). The decision presumes a trajectory without added noise, so samplers that add noise are
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+from torch import Tensor
+
+from ...ddit.plans import PatchChoice, PatchPlan
+from ...ddit.trained_patches import TrainedPatches
+from ...errors import InvalidInputError, PatchAdapterError
+from ..inputs.frames import with_frames, without_frames
+from ..models.coarse_forward import CoarseForward, shape_of
+from ..models.identity import module_identity
+from ..models.patches import require_coarse_steps
+from ..models.residency import unload
+from .token_strips import require_only_text
+
+_KEY = "blockskip_dynamic_patches"
+_WRAPPERS = comfy.patcher_extension.WrappersMP
+WITHOUT_NOISE = (  # samplers of the host whose steps follow its noise levels and add no noise
+    "euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep",
+    "gradient_estimation", "unipc", "unipc_bh2",
+)  # fmt: skip
+_ADDED_NOISE = ("s_churn", "eta")
+_SAME_LEVEL = 1e-4  # some samplers compute their noise levels anew
+
+
+@dataclass
+class RunRecord:
+    """What a run did.
+
+    Attributes:
+        scales: s of every step so far, one entry per noise level of the sampler.
+        sigmas: Noise levels of the run, one more than steps.
+        size: Rows and columns of the latent in cells.
+    """
+
+    sigmas: Sequence[float]
+    size: tuple[int, int]
+    scales: list[int] = field(default_factory=list)
+
+
+class DynamicPatches:
+    """A clone of a MODEL that samples with the patch sizes of a plan.
+
+    Attributes:
+        patcher: The clone; sample from this one.
+
+    Args:
+        patcher: The MODEL; left unchanged.
+        trained: Its adapters.
+        plan: Which steps are coarse.
+        on_step: Called after every decision with the run so far; may raise to interrupt.
+
+    Raises:
+        UnsupportedModelError: If the family is not known, or the MODEL has a change that this cannot follow.
+        PatchAdapterError: If the adapters were trained for another model.
+    """
+
+    def __init__(
+        self, patcher: Any, trained: TrainedPatches, plan: PatchPlan, on_step: Callable[[RunRecord], None] | None = None
+    ) -> None:
+        require_coarse_steps(patcher)
+        require_fitting(patcher, trained)
+        self._trained, self._plan, self._on_step = trained, plan, on_step
+        self._model = patcher.model
+        self._run: _Run | None = None
+        self.patcher = patcher.clone()
+        self._coarse = CoarseForward(self.patcher)
+        self._coarse.prepare(self.patcher)
+        self.patcher.add_wrapper_with_key(_WRAPPERS.OUTER_SAMPLE, _KEY, self._around_the_run)
+        self.patcher.add_wrapper_with_key(_WRAPPERS.PREDICT_NOISE, _KEY, self._around_a_prediction)
+        self.patcher.add_wrapper_with_key(_WRAPPERS.APPLY_MODEL, _KEY, self._around_the_model)
+
+    def _around_the_run(
+        self, executor: Callable[..., Tensor], noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        require_deterministic(sampler)
+        levels = [float(sigma) for sigma in sigmas]
+        if len(levels) < 2:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        size = self._size(noise)
+        patch = self._trained.base.patch
+        choice = self._plan.begin(levels, size[0] // patch * (size[1] // patch))
+        trained = self._trained.on(self.patcher.load_device)
+        self._run = _Run(trained, choice, RunRecord(levels, size), self._on_step)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            self._run = None
+
+    def _size(self, noise: Tensor) -> tuple[int, int]:
+        """Return rows and columns of the latent.
+
+        Raises:
+            InvalidInputError: If it is a video's, or not cut into whole patches of every size.
+        """
+        if noise.is_nested or noise.ndim not in (4, 5) or (noise.ndim == 5 and noise.shape[2] != 1):
+            raise InvalidInputError(
+                f"Dynamic patches make single pictures, got a latent of shape {tuple(noise.shape)}. Set its length to 1."
+            )
+        cells = self._model.latent_format.spacial_downscale_ratio
+        side = max(self._trained.scales) * self._trained.base.patch * cells
+        height, width = (length * cells for length in noise.shape[-2:])
+        if height % side or width % side:
+            raise InvalidInputError(
+                f"Expected a width and a height that are multiples of {side} px, because the largest patches of these "
+                f"adapters are that large, got {width} x {height}."
+            )
+        return noise.shape[-2], noise.shape[-1]
+
+    def _around_a_prediction(
+        self, executor: Callable[..., Tensor], x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        run, sigma = self._run, float(timestep.flatten()[0])
+        if run is None:
+            return executor(x, timestep, *args, **kwargs)
+        run.decide(sigma, without_frames(self._model, x))
+        clean = executor(x, timestep, *args, **kwargs)
+        run.choice.made(sigma, without_frames(self._model, clean))
+        return clean
+
+    def _around_the_model(
+        self,
+        executor: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = transformer_options or {}
+        run = self._run
+        if run is None or run.scale == 1:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        self._require_own_model(executor)
+        require_only_text("Coarse steps take", "Remove these, or set the mode to off.", c_concat, control, kwargs)
+
+        def denoise(reduced: Tensor, level: Tensor) -> Tensor:
+            latent = with_frames(self._model, reduced)
+            return without_frames(
+                self._model, executor(latent, level, c_concat, c_crossattn, control, options, **kwargs)
+            )
+
+        trained = run.trained.scales[run.scale]
+        clean = self._coarse.renewed()(
+            denoise, without_frames(self._model, x), t, trained.coarse, trained.lora, options, run.remembered
+        )
+        return with_frames(self._model, clean)
+
+    def _require_own_model(self, executor: Any) -> None:
+        """Refuse a copy of the model, on which the hooks would not be.
+
+        Raises:
+            InvalidInputError: If the host samples one.
+        """
+        if getattr(executor, "class_obj", self._model) is not self._model:
+            raise InvalidInputError(
+                "Dynamic patches change the calls of one model, but ComfyUI samples from a copy of it: a prompt carries "
+                "hooks (its own LoRA), or several GPUs share the work. Remove these."
+            )
+
+
+class _Run:
+    """One run of a sampler.
+
+    Attributes:
+        trained: The adapters, on the device.
+        choice: Chooses the patch sizes.
+        scale: s of the present step.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedPatches,
+        choice: PatchChoice,
+        record: RunRecord,
+        on_step: Callable[[RunRecord], None] | None,
+    ) -> None:
+        self.trained, self.choice, self.scale = trained, choice, 1
+        self._record, self._on_step = record, on_step
+        self._step = -1
+        self.remembered: dict[Any, Tensor] = {}
+
+    def decide(self, sigma: float, latent: Tensor) -> None:
+        """Choose the patch size when the sampler comes to its next noise level.
+
+        A sampler that calls the model several times between two noise levels uses one size for these calls.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        levels = self._record.sigmas
+        step = max((k for k, level in enumerate(levels[:-1]) if level >= sigma * (1.0 - _SAME_LEVEL)), default=0)
+        if step == self._step:
+            return
+        for passed in range(self._step + 1, step + 1):  # one that a sampler steps over counts as the one before
+            self.scale = self.choice.decide(passed, sigma, latent)
+            self._record.scales.append(self.scale)
+        self._step = step
+        if self._on_step is not None:
+            self._on_step(self._record)
+
+
+def require_fitting(patcher: Any, trained: TrainedPatches) -> None:
+    """Check that adapters belong to a MODEL; LoRAs and other patches on it do not matter.
+
+    Raises:
+        UnsupportedModelError: If the family is not known.
+        PatchAdapterError: If they were trained for another model.
+    """
+    unload(patcher)  # a loaded model may have its patches in its weights
+    own = shape_of(patcher, module_identity(patcher.model.diffusion_model))
+    if own.family != trained.base.family or (own.width, own.channels) != (trained.base.width, trained.base.channels):
+        raise PatchAdapterError(
+            f"These patch adapters were trained for a {trained.base.family} model with tokens of width "
+            f"{trained.base.width}, got a {own.family} model of width {own.width}. Load the model that they belong to."
+        )
+    if own.identity != trained.base.identity:
+        raise PatchAdapterError(
+            f"These patch adapters were trained for other weights of a {own.family} model. Load the file that they were "
+            "trained with, in the same weight type, or train adapters for this one."
+        )
+
+
+def require_deterministic(sampler: Any) -> None:
+    """Check that a sampler adds no noise and steps through the noise levels that it is given.
+
+    Raises:
+        InvalidInputError: If not, or if it is not one of those that are known to do so.
+    """
+    function = getattr(sampler, "sampler_function", sampler)
+    name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_")
+    options: Mapping[str, Any] = getattr(sampler, "extra_options", {})
+    noisy = [key for key in _ADDED_NOISE if options.get(key)]
+    if name not in WITHOUT_NOISE or noisy:
+        what = f"{name} with {', '.join(noisy)}" if noisy else name
+        raise InvalidInputError(
+            f"Dynamic patches need a sampler that adds no noise ({', '.join(WITHOUT_NOISE)}), got {what}. Choose one of "
+            "these, such as euler."
+        )

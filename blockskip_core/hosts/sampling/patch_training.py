@@ -1,0 +1,221 @@
+"""Train patch adapters on a loaded MODEL: its own latents, then one distillation per patch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...adapters.lora import LoraSettings
+from ...ddit.coarse_estimate import CoarseAdapter
+from ...ddit.connection import PatchStatistics
+from ...ddit.error_table import ErrorTable
+from ...ddit.patch_adapter import PatchAdapter
+from ...ddit.patch_resizing import PatchResizing, ResizeKind
+from ...ddit.trained_patches import ModelShape, TrainedPatches, TrainedScale
+from ...distillation.examples import LEVELS, Examples
+from ...distillation.loop import DistillationResult, distill
+from ...distillation.settings import DistillationSettings
+from ...errors import InvalidInputError
+from ...model import WeightPlacement
+from ...training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ..files.folders import run_folder
+from ..inputs.conditioning import flatten_conditionings
+from ..models.coarse_distillation import TrainedParts, distilling
+from ..models.coarse_forward import shape_of
+from ..models.counted_calls import counted_operations
+from ..models.hosted_dit import HostedDit
+from ..models.identity import conditionings_identity, host_identity, model_identity, module_identity
+from ..models.patches import for_training
+from .own_latents import OwnLatents, own_latents
+
+_VERSION = 1
+_SCHEDULE = 100  # steps of the schedule through which training spreads over noise levels
+_KEPT_STATES = 2
+
+# (phase, parts done, all parts, one line of detail); may raise to interrupt
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTraining:
+    """What to train, and how.
+
+    Attributes:
+        scales: Patch sizes as multiples of the model's own, each at least 2.
+        latents: What to train on.
+        settings: Of each distillation.
+        lora: Of the blocks; the paper trains feed-forward layers at rank 32.
+        resize: How patches are reduced; see ``ddit.patch_resizing``.
+        checkpointing: Recompute activations in backward.
+        weights: Where the host keeps the weights.
+        save_every: Steps between two saved states.
+        resume: Whether to continue an interrupted training.
+
+    Raises:
+        InvalidInputError: If the scales cannot be used.
+    """
+
+    scales: tuple[int, ...]
+    latents: OwnLatents
+    settings: DistillationSettings
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=32, alpha=32.0, targets="mlp"))
+    resize: ResizeKind = "nearest"
+    checkpointing: bool = True
+    weights: WeightPlacement = "as fits"
+    save_every: int = 50
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) < 2 or len(set(self.scales)) != len(self.scales):
+            raise InvalidInputError(f"Patch sizes must be different multiples of at least 2, got {self.scales}.")
+
+
+def train_patches(
+    patcher: Any,
+    positive: Sequence[Any],
+    negative: Sequence[Any] | None,
+    request: PatchTraining,
+    progress: Progress,
+    seen: Callable[[int, DistillationResult], None] = lambda scale, result: None,
+) -> TrainedPatches:
+    """Return adapters for a MODEL, which is left unchanged.
+
+    Args:
+        patcher: The MODEL; what belongs to sampling only is left out.
+        positive: CONDITIONINGs, at least two.
+        negative: One CONDITIONING, for models that are sampled with guidance.
+        request: See :class:`PatchTraining`.
+        progress: Told of every sampler and training step.
+        seen: Called with scale and result after every training step.
+
+    Raises:
+        InvalidInputError: If the prompts or the size cannot be used.
+        UnsupportedModelError: If the family is not known, or the MODEL has a change that training cannot follow.
+        TrainingError: If a loss is not finite.
+    """
+    run = _PatchTraining(patcher, positive, negative, request)
+    latents = run.latents(progress)
+    scales = {scale: run.trained(scale, latents, progress, seen) for scale in request.scales}
+    return TrainedPatches(run.base, scales, run.operations, run.notes)
+
+
+class _PatchTraining:
+    def __init__(
+        self, patcher: Any, positive: Sequence[Any], negative: Sequence[Any] | None, request: PatchTraining
+    ) -> None:
+        prompts = flatten_conditionings(positive)
+        against = flatten_conditionings(negative)[:1] if negative else []
+        if request.latents.cfg != 1.0 and not against:
+            raise InvalidInputError(
+                f"cfg is {request.latents.cfg}, but no negative came in. Connect `negative`, or set `cfg` to 1."
+            )
+        self._request, self._num_prompts = request, len(prompts)
+        self._negative = len(prompts) if against else None
+        own = for_training(patcher).clone()
+        identity = model_identity(own)
+        self.base: ModelShape = shape_of(own, module_identity(own.model.diffusion_model))
+        self._shape = _latent_shape(own, self.base, request)
+        self._dit = HostedDit(own, [*prompts, *against], self._shape)
+        self._identity = {
+            "model": identity, "captions": conditionings_identity([*prompts, *against]), "host": host_identity(),
+        }  # fmt: skip
+        self.operations = counted_operations(self._dit)
+        self.notes = {
+            "prompts": len(prompts), "width": request.latents.width, "height": request.latents.height,
+            "rank": request.lora.rank, "targets": request.lora.targets,
+        }  # fmt: skip
+
+    def latents(self, progress: Progress) -> Tensor:
+        """Return the latents to train on."""
+        return own_latents(
+            self._dit,
+            self._request.latents,
+            self._shape,
+            self._num_prompts,
+            "".join(self._identity.values()),
+            lambda done, total: progress("sampling latents, step", done, total, ""),
+        )
+
+    def trained(
+        self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None]
+    ) -> TrainedScale:
+        """Train the adapter of one patch size."""
+        request, result = self._request, DistillationResult()
+        captions = [number // request.latents.per_prompt for number in range(len(latents))]
+        examples = Examples(latents, captions, self._level(), request.settings.seed, self._negative)
+        resizing = PatchResizing(self.base.patch, scale, request.resize)
+        statistics = PatchStatistics.of(latents[examples.trained], resizing)
+        numbers = self.base.channels * resizing.side**2
+        with torch.inference_mode(False):
+            patches = PatchAdapter(numbers, self.base.width, seed=request.settings.seed)
+            coarse = CoarseAdapter(resizing, statistics, patches)
+            parts = TrainedParts(self._dit, coarse, request.lora, request.settings.seed)
+        checkpoints = self._checkpoints(scale)
+
+        def on_step(now: DistillationResult) -> None:
+            seen(scale, now)
+            progress(f"training patches of {scale}x, step", now.steps, request.settings.steps, _detail(now))
+
+        with (
+            checkpoints.to_itself(lambda step: progress("waiting for another process, step", step, step + 1, "")),
+            distilling(self._dit, parts, checkpointing=request.checkpointing, weights=request.weights) as model,
+        ):
+            distill(model, examples, request.settings, result=result, checkpoints=checkpoints, on_step=on_step)
+        errors, untrained = ErrorTable(LEVELS, result.best_errors), ErrorTable(LEVELS, result.untrained)
+        patches.requires_grad_(False)
+        return TrainedScale(coarse, parts.low_rank(), errors, untrained, result.best_step)
+
+    def _level(self) -> Callable[[float], float]:
+        """Return the map from uniform numbers to noise levels: through the sampler's own schedule."""
+        sampling = self._dit.patcher.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, self._request.latents.scheduler, _SCHEDULE).tolist()
+
+        def level(uniform: float) -> float:
+            place = uniform * _SCHEDULE
+            first = min(int(place), _SCHEDULE - 1)
+            return sigmas[first] + (place - first) * (sigmas[first + 1] - sigmas[first])
+
+        return level
+
+    def _checkpoints(self, scale: int) -> Checkpoints:
+        request = self._request
+        # The number of steps sets the learning rate of every step, so it belongs to the identity of a run.
+        parts: Mapping[str, Any] = {
+            "kind": "patch adapters", "version": _VERSION, **self._identity, "scale": scale, "resize": request.resize,
+            "latents": asdict(request.latents), "settings": asdict(request.settings), "lora": asdict(request.lora),
+            "checkpointing": request.checkpointing,
+        }  # fmt: skip
+        identity = RunIdentity(parts)
+        folder = run_folder(identity.key)
+        remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key)
+        return Checkpoints(folder, identity, every=request.save_every, keep=_KEPT_STATES, resume=request.resume)
+
+
+def _latent_shape(patcher: Any, base: ModelShape, request: PatchTraining) -> tuple[int, int, int]:
+    """Return (C, H, W) of the latents.
+
+    Raises:
+        InvalidInputError: If they are not cut into whole patches of every size.
+    """
+    cells = patcher.model.latent_format.spacial_downscale_ratio
+    side = cells * base.patch * max(request.scales)
+    width, height = request.latents.width, request.latents.height
+    if width % side or height % side or not width or not height:
+        raise InvalidInputError(
+            f"width and height must be multiples of {side} px for these patch sizes, got {width} x {height}."
+        )
+    return base.channels, height // cells, width // cells
+
+
+def _detail(result: DistillationResult) -> str:
+    parts = [f"loss {result.losses[-1]:.4f}"] if result.losses else []
+    if result.measured:
+        step, errors = result.measured[-1]
+        untrained = sum(result.untrained) / len(result.untrained)
+        parts.append(f"held-out error {sum(errors) / len(errors):.3f} at step {step} (untrained {untrained:.3f})")
+    return " · ".join(parts)

@@ -1,0 +1,36 @@
+"""The DDiT benchmark: its counts against closed forms, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+def test_the_adapters_parameters_are_those_of_the_layers(bench):
+    """LoRA on four layers of a double block and two of a single one, written out for FLUX.1-dev."""
+    counted = bench("ddit_operations")
+    double = 19 * 32 * 2 * ((3072 + 12288) + (12288 + 3072))
+    single = 38 * 32 * ((3072 + 9216 + 12288) + (3072 + 12288 + 3072))
+    for scale, numbers in ((2, 256), (4, 1024)):
+        ends = numbers * 3072 * 2 + 3072 + numbers + 256 * (numbers + 2) + 256 + 256 * numbers
+        assert counted.adapter_parameters(scale) == double + single + ends
+
+
+def test_the_committed_counts_give_the_papers_ratio(bench):
+    rows = {
+        row["what"]: row for row in bench("command_line").rows_in(RESULTS / "ddit.jsonl") if row["part"] == "operations"
+    }
+    own = rows["a step with the model's own patches"]["operations"]
+    for scale in (2, 4):
+        steps = rows[f"coarse steps of 50 for 1/2.18, all {scale}x"]["steps"]
+        coarse = rows[f"a step with patches of {scale}x"]["operations"]
+        assert 50 * own / (steps * coarse + (50 - steps) * own) == pytest.approx(2.18)
+
+
+def test_the_committed_report_is_that_of_the_committed_rows(bench, tmp_path):
+    report, rows = bench("ddit_report"), bench("command_line").rows_in(RESULTS / "ddit.jsonl")
+    report.write(rows, tmp_path)
+    assert (tmp_path / "ddit.md").read_text("utf-8") == (RESULTS / "ddit.md").read_text("utf-8")

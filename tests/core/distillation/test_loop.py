@@ -1,0 +1,209 @@
+"""The distillation on a model in a few lines: it learns, resumes bit for bit, stops by itself, and keeps the best."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.distillation import loop as module
+from blockskip_pack.blockskip_core.distillation.examples import LEVELS, SMALLEST_SIGMA, Examples
+from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
+from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
+from blockskip_pack.blockskip_core.distillation.validation import HeldOut
+from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
+from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity
+from torch import nn
+
+SETTINGS = {"steps": 12, "batch_size": 3, "learning_rate": 0.05, "warmup_steps": 2, "validate_every": 4, "seed": 7}
+
+
+class Tiny:
+    """The teacher halves a latent by a caption's factor; the student has to find the factor."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.weight, self.bias = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(()))
+        self.inside = False
+        self.taught = 0
+
+    def teacher(self, noisy, sigmas, captions):
+        assert not torch.is_grad_enabled()
+        self.taught += len(noisy)
+        return noisy * (0.5 + 0.1 * torch.tensor(captions) % 3)[:, None, None, None]
+
+    def student(self, noisy, sigmas, captions):
+        assert self.inside
+        return noisy * (self.weight[torch.tensor(captions) % 3] + self.bias)[:, None, None, None]
+
+    def untrained(self, noisy, sigmas, captions):
+        return noisy * 0.0
+
+    def attached(self):
+        outer = self
+
+        class Inside:
+            def __enter__(self):
+                outer.inside = True
+
+            def __exit__(self, *_):
+                outer.inside = False
+
+        return Inside()
+
+    def text_length(self, caption):
+        return 3 + caption % 2
+
+    def parameters(self):
+        return [self.weight, self.bias]
+
+    def state_dict(self):
+        return {"weight": self.weight.detach().clone(), "bias": self.bias.detach().clone()}
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            self.weight.copy_(state["weight"])
+            self.bias.copy_(state["bias"])
+
+
+def examples(seed=7, prompts=9):
+    latents = torch.randn(2 * prompts, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    return Examples(latents, [k // 2 for k in range(2 * prompts)], lambda u: u, seed)
+
+
+def run(folder=None, cut_after=None, **settings):
+    model, result = Tiny(), DistillationResult()
+    identity = RunIdentity({"who": "me"})
+    checkpoints = folder and Checkpoints(folder / "run", identity, every=5, keep=2)
+
+    def on_step(now):
+        if now.steps == cut_after:
+            raise KeyboardInterrupt
+
+    try:
+        distill(
+            model, examples(), DistillationSettings(**{**SETTINGS, **settings}), result=result, checkpoints=checkpoints,
+            on_step=on_step,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        pass
+    return model.state_dict(), result
+
+
+def test_the_held_out_error_falls():
+    _, result = run(steps=60, validate_every=20)
+    means = [sum(errors) / len(errors) for _, errors in result.measured]
+    assert [step for step, _ in result.measured] == [0, 20, 40, 60]
+    assert means[-1] < 0.5 * means[0]
+    assert result.measured[0][1] == result.untrained  # this student begins with zeros
+    assert len(result.losses) == 60
+    assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.parametrize("cut_after", [1, 4, 7, 12])
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, cut_after):
+    expected, whole = run()
+    run(tmp_path, cut_after)
+    found, resumed = run(tmp_path)
+    assert resumed.resumed_at == cut_after
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (resumed.losses, resumed.measured, resumed.best_step) == (whole.losses, whole.measured, whole.best_step)
+    assert resumed.untrained == whole.untrained
+
+
+def test_it_stops_when_the_error_no_longer_falls_and_keeps_the_best(tmp_path):
+    """With this rate the first steps overshoot for good."""
+    found, result = run(
+        tmp_path, learning_rate=50.0, warmup_steps=0, steps=400, validate_every=1, patience=3, max_grad_norm=1e9
+    )
+    assert result.stopped_early
+    assert result.steps == result.best_step + 3 < 400
+    assert result.best_errors == min((errors for _, errors in result.measured), key=sum)
+    held = HeldOut(model := Tiny(), examples().held_out_batches(module.HELD_OUT_LATENTS))
+    model.load_state_dict(found)
+    assert held.errors(model.student) == pytest.approx(result.best_errors)
+    again, resumed = run(
+        tmp_path, learning_rate=50.0, warmup_steps=0, steps=400, validate_every=1, patience=3, max_grad_norm=1e9
+    )
+    assert (resumed.steps, resumed.stopped_early) == (result.steps, True)
+    assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+def test_no_patience_means_all_steps():
+    _, result = run(learning_rate=50.0, patience=0, validate_every=1)
+    assert result.steps == 12
+    assert not result.stopped_early
+
+
+def test_the_first_step_is_adam_s_on_the_mean_square_of_the_velocity():
+    found, _ = run(steps=1, validate_every=1, warmup_steps=0)
+    model = Tiny()
+    batch = examples().batch(range(3))
+    model.inside = True
+    with torch.no_grad():
+        taught = model.teacher(batch.noisy, batch.sigmas, batch.captions)
+    sigma = batch.sigmas[:, None, None, None]
+    error = (batch.noisy - model.student(batch.noisy, batch.sigmas, batch.captions)) / sigma
+    target = (batch.noisy - taught) / sigma
+    (error - target).square().mean().backward()
+    for name, tensor in (("weight", model.weight), ("bias", model.bias)):
+        torch.testing.assert_close(found[name], -0.05 * tensor.grad.sign(), rtol=1e-3, atol=1e-6)
+
+
+def test_examples_depend_on_their_number_and_the_seed_only():
+    first, again, other = examples(), examples(), examples(seed=8)
+    assert torch.equal(first.batch([3, 5]).noisy, again.batch([1, 3, 5]).noisy[1:])
+    assert not torch.equal(first.batch([3]).noisy, other.batch([3]).noisy)
+    sigmas = first.batch(range(400)).sigmas
+    assert SMALLEST_SIGMA <= float(sigmas.min()) + 1e-6 < 0.1
+    assert float(sigmas.max()) > 0.9
+    assert len({first.caption_of(number) for number in range(400)}) == 7
+
+
+def test_every_fifth_example_has_the_negative_caption():
+    latents = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    plain, found = (Examples(latents, [0, 0, 1, 1, 2, 2], lambda u: u, 3, negative) for negative in (None, 9))
+    assert [number for number in range(20) if found.caption_of(number) == 9] == [0, 5, 10, 15]
+    assert found.batch([4, 5]).captions == [plain.caption_of(4), 9]
+    assert torch.equal(found.batch([4, 5]).noisy, plain.batch([4, 5]).noisy)
+
+
+def test_whole_prompts_are_held_out():
+    found = examples()
+    captions = [k // 2 for k in range(18)]
+    assert {captions[k] for k in found.held_out} == {0, 8}
+    assert {captions[k] for k in found.trained} == set(range(1, 8))
+    batches = found.held_out_batches(3)
+    assert [round(float(batch.sigmas[0]), 3) for batch in batches] == [level for level in LEVELS for _ in range(3)]
+    with pytest.raises(InvalidInputError, match="At least 2 prompts are needed, .* got 1"):
+        Examples(torch.zeros(3, 1, 4, 4), [0, 0, 0], lambda u: u, 0)
+
+
+def test_the_error_is_relative_to_the_velocity():
+    model = Tiny()
+    held = HeldOut(model, examples().held_out_batches(2))
+    model.inside = True
+    assert held.errors(lambda noisy, sigmas, captions: model.teacher(noisy, sigmas, captions)) == (0.0,) * len(LEVELS)
+    assert held.errors(lambda noisy, sigmas, captions: noisy) == pytest.approx((1.0,) * len(LEVELS))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_applied(monkeypatch):
+    monkeypatch.setattr(Tiny, "teacher", lambda self, noisy, sigmas, captions: noisy * torch.nan)
+    with pytest.raises(TrainingError, match="The loss is not finite in step 1"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"steps": 0}, "steps must be at least 1"), ({"learning_rate": 0.0}, "must be positive and finite"),
+     ({"patience": -1}, "must not be negative"), ({"seed": -1}, "seed must be between 0")],
+)  # fmt: skip
+def test_settings_that_are_refused(setting, message):
+    with pytest.raises(InvalidInputError, match=message):
+        DistillationSettings(**{**SETTINGS, **setting})
+
+
+def test_the_rate_rises_and_falls():
+    settings = DistillationSettings(steps=100, learning_rate=1.0, warmup_steps=9)
+    assert settings.rate_after(0) == pytest.approx(0.1)
+    assert settings.rate_after(50) == pytest.approx(0.5)
+    assert settings.rate_after(99) < 0.001

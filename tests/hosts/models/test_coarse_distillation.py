@@ -1,0 +1,180 @@
+"""A model that teaches its own coarse calls, on every family: teacher, student, gradients, and what is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter
+from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
+from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
+from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
+from blockskip_pack.blockskip_core.distillation.examples import Examples
+from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
+from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
+
+from ..tiny_families import FAMILIES, FLUX
+from ..tiny_flux import assert_same_weights, weights
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def opened(family, *, seed=0, moved=False, rank=2):
+    """A model, its parts for patches of twice the side, and clean latents."""
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import TrainedParts
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+    patcher = family.build()
+    patch = 1 if family.latent_shape[1] < 6 else 2
+    shape = (family.latent_shape[0], 4 * patch, 6 * patch)
+    dit = HostedDit(patcher.clone(), family.captions((5, 5, 5)), shape)
+    clean = torch.randn(6, *shape, generator=torch.Generator().manual_seed(5))
+    resizing = PatchResizing(patch, 2)
+    patches = PatchAdapter(shape[0] * resizing.side**2, dit.width, seed=seed)
+    coarse = CoarseAdapter(resizing, PatchStatistics.of(clean, resizing), patches)
+    parts = TrainedParts(dit, coarse, LoraSettings(rank=rank, alpha=float(rank), targets="mlp"), seed)
+    if moved:
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for tensor in parts.parameters():
+                tensor += torch.randn(tensor.shape, generator=generator) * 0.05
+    return patcher, dit, parts, clean
+
+
+def tensors(clean):
+    noise = torch.randn(clean[:2].shape, generator=torch.Generator().manual_seed(9))
+    return 0.4 * clean[:2] + 0.6 * noise, torch.full((2,), 0.6)
+
+
+@each_family
+def test_the_teacher_is_the_plain_model_and_the_student_is_what_sampling_calls(family):
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+    from blockskip_pack.blockskip_core.hosts.models.coarse_forward import CoarseForward
+
+    patcher, dit, parts, clean = opened(family, moved=True)
+    noisy, sigmas = tensors(clean)
+    prompts = family.captions((5, 5, 5))[:2]
+    with distilling(dit, parts) as model, torch.no_grad():
+        taught = model.teacher(noisy, sigmas, [0, 1])
+        with model.attached():
+            learnt = model.student(noisy, sigmas, [0, 1])
+    plain = family.plain_forward(patcher, noisy, sigmas, prompts)
+    torch.testing.assert_close(taught, plain, rtol=1e-4, atol=1e-5)
+    fresh = family.build()
+    coarse = CoarseForward(fresh)
+    coarse.prepare(fresh)
+    with torch.inference_mode():
+        expected = coarse(
+            lambda x, t: family.plain_forward(fresh, x, t, prompts), noisy, sigmas, parts.coarse, parts.low_rank(), {}
+        )
+    torch.testing.assert_close(learnt, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(learnt, taught, atol=1e-2)
+
+
+@each_family
+def test_gradients_of_every_trained_tensor_against_differences(family):
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    _, dit, parts, clean = opened(family, moved=True)
+    noisy, sigmas = tensors(clean)
+
+    def loss(model):
+        with model.attached():
+            found = model.student(noisy, sigmas, [0, 1]).double().square().mean()
+            if torch.is_grad_enabled():
+                found.backward()
+        return found.item()
+
+    with distilling(dit, parts) as model:
+        with torch.enable_grad():
+            loss(model)
+        without = [
+            name for name, tensor in parts.patches.named_parameters() if tensor.grad is None or not tensor.grad.any()
+        ]
+        assert without == []
+        assert [n for n in parts.lora.names if parts.lora.up(n).grad is None or not parts.lora.up(n).grad.any()] == []
+        # Along the gradient of all tensors together the loss changes by its squared norm times the step.
+        parameters = parts.parameters()
+        gradients = [tensor.grad.clone() for tensor in parameters]
+        square = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        step = 2e-3 / square**0.5
+        with torch.no_grad():
+            values = []
+            for sign in (1.0, -2.0):
+                for tensor, gradient in zip(parameters, gradients, strict=True):
+                    tensor += sign * step * gradient
+                values.append(loss(model))
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(square, rel=0.02)
+
+
+def test_checkpointing_changes_no_gradient():
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    found = []
+    for checkpointing in (True, False):
+        _, dit, parts, clean = opened(FLUX, moved=True)
+        noisy, sigmas = tensors(clean)
+        with distilling(dit, parts, checkpointing=checkpointing) as model, torch.enable_grad(), model.attached():
+            model.student(noisy, sigmas, [0, 1]).square().mean().backward()
+        found.append([tensor.grad for tensor in parts.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@each_family
+def test_a_training_lowers_the_held_out_error_and_leaves_the_model_as_it_was(family):
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    patcher, dit, parts, clean = opened(family)
+    before, result = weights(patcher), DistillationResult()
+    settings = DistillationSettings(steps=20, batch_size=2, learning_rate=4e-3, warmup_steps=2, validate_every=10)
+    examples = Examples(clean, [0, 0, 1, 1, 2, 2], lambda u: u, 0)
+    with distilling(dit, parts) as model:
+        distill(model, examples, settings, result=result)
+    means = [sum(errors) / len(errors) for _, errors in result.measured]
+    assert means[-1] < means[0] < sum(result.untrained) / len(result.untrained)
+    assert_same_weights(patcher, before)
+    assert not patcher.object_patches
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in patcher.model.diffusion_model.modules())
+    assert all(tensor.device.type == "cpu" for tensor in parts.parameters())
+
+
+def test_own_latents_are_the_hosts_euler_and_are_kept(tmp_path, monkeypatch):
+    import folder_paths
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.hosts.sampling.own_latents import OwnLatents, own_latents
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    patcher, shape = FLUX.build(), (4, 8, 8)
+    prompts, negative = FLUX.captions((5, 3), seed=2), FLUX.captions((4,), seed=3)
+    request = OwnLatents(per_prompt=2, width=64, height=64, steps=3, cfg=2.5, seed=11)
+    counted = []
+
+    def made(identity="a", request=request):
+        dit = HostedDit(patcher.clone(), [*prompts, *negative], shape)
+        return own_latents(dit, request, shape, 2, identity, lambda done, total: counted.append((done, total)))
+
+    found = made()
+    assert found.shape == (4, *shape)
+    assert (counted[0], counted[-1], len(counted)) == ((1, 12), (12, 12), 12)
+    import comfy.sample
+    import comfy.samplers
+
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 3)
+    for number in range(4):
+        with torch.inference_mode():
+            noise = comfy.sample.prepare_noise(torch.zeros(1, *shape), 11 + number)
+            expected = comfy.sample.sample_custom(
+                patcher, noise, 2.5, comfy.samplers.sampler_object("euler"), sigmas, prompts[number // 2], negative[0],
+                torch.zeros(1, *shape), disable_pbar=True, seed=0,
+            )  # fmt: skip
+        own = patcher.model.process_latent_in(expected)
+        torch.testing.assert_close(found[number : number + 1], own, rtol=1e-4, atol=1e-4)
+    counted.clear()
+    assert torch.equal(made(), found)
+    assert counted == []
+    made("b")
+    assert len(counted) == 12
+    for path in (tmp_path / "blockskip" / "latents").iterdir():
+        path.write_bytes(b"damaged")
+    assert torch.equal(made(), found)

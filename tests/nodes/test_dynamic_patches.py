@@ -1,0 +1,163 @@
+"""Train, load and use patch adapters as ComfyUI calls the nodes; what they say, refuse and leave behind."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from .conftest import Listed
+
+TRAINING = {
+    "patch_sizes": "2x", "width": 64, "height": 96, "max_steps": 4, "peak_learning_rate": 1e-2, "batch_size": 2, "seed": 3,
+    "adapters_name": "loras/patch_adapters", "pictures_per_prompt": 1, "sampler_steps": 2, "validate_every": 2,
+    "save_every": 1, "lora_rank": 2,
+}  # fmt: skip
+SIGMAS = torch.linspace(1, 0, 9)
+LATENT = {"samples": torch.zeros(1, 4, 8, 12)}
+
+
+@pytest.fixture
+def prompts(tiny):
+    """Three prompts, as a list."""
+    return Listed(tiny.captions((5, 5, 4), seed=8))
+
+
+@pytest.fixture
+def train(nodes, model, prompts, run_node, folders):
+    """Train; every call takes the inputs that differ from the defaults."""
+
+    def run(**changes):
+        return run_node(nodes.TrainPatchAdapters, **{"model": model, "positive": prompts, **TRAINING, **changes}).args
+
+    return run
+
+
+@pytest.fixture
+def trained(train):
+    return train()[0]
+
+
+@pytest.fixture
+def use(nodes, model, run_node):
+    def run(adapters, **changes):
+        given = {"model": model, "mode": "windows", "error_budget": 0.1, "patch_adapters": adapters, **changes}
+        return run_node(nodes.DynamicPatchesNode, **given).args
+
+    return run
+
+
+def sampled(model, prompt, steps=8, cfg=1.0):
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    with torch.inference_mode():
+        euler = comfy.samplers.sampler_object("euler")
+        return SamplerCustom.execute(
+            model, True, 7, cfg, prompt, prompt, euler, torch.linspace(1, 0, steps + 1), LATENT
+        ).args[0]["samples"]  # fmt: skip
+
+
+def test_a_training_saves_a_file_that_is_loaded_again(nodes, train, folders, run_node, model):
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    adapters, errors, report = train()
+    assert report.startswith("Saved patch_adapters_00001_.safetensors in loras.")
+    assert "2x: " in report
+    assert "on held-out prompts" in report
+    assert errors.shape == (1, 300, 640, 3)
+    assert (folders.loras / "patch_adapters_00001_.safetensors").is_file()
+    loaded, info = run_node(nodes.LoadPatchAdapters, file="patch_adapters_00001_.safetensors").args
+    assert info == "\n".join(report.splitlines()[1:])
+    assert all(torch.equal(loaded.tensors()[name], tensor) for name, tensor in adapters.tensors().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    kept = [name for name in folders.files() if "blockskip" in name]
+    assert sum("latents" in name for name in kept) == 1
+    assert any("runs" in name for name in kept)
+
+
+def test_two_sizes_and_a_negative(train, tiny):
+    adapters, _, report = train(
+        patch_sizes="2x and 4x", negative=Listed(tiny.captions((5,))), cfg=2.0, max_steps=1, height=64
+    )
+    assert set(adapters.scales) == {2, 4}
+    assert "4x: " in report
+
+
+def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, monkeypatch):
+    import comfy.model_management
+    from blockskip_pack.nodes.page import progress
+
+    whole = train(resume=False)[0].tensors()
+    seen = []
+
+    def cancel(self, phase, done, total, detail=""):
+        seen.append((phase, done))
+        if phase.startswith("training") and done == 3:
+            raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.NodeProgress, "__call__", cancel)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            train(seed=4)
+    resumed = train(seed=4)[0].tensors()
+    again = train(seed=4, resume=False)[0].tensors()
+    assert all(torch.equal(resumed[name], again[name]) for name in again)
+    assert not all(torch.equal(whole[name], again[name]) for name in again)
+
+
+def test_windows_off_and_budget(trained, use, model, prompt):
+    plain = sampled(model, prompt)
+    changed, strip, report = use(trained, windows="2-4: 2", sigmas=SIGMAS)
+    assert report.startswith("3 of 8 steps coarse: ")
+    assert "Patch of every step: 1 2 2 2 1 1 1 1." in report
+    assert strip.ndim == 4
+    assert not torch.equal(sampled(changed, prompt), plain)
+    off, _, report = use(None, mode="off")
+    assert off is model
+    assert report == "Off: the plain model."
+    assert torch.equal(sampled(use(trained, error_budget=0.0)[0], prompt), plain)
+    assert re.match(r"[3-6] of 8 steps coarse", use(trained, error_budget=1.0, sigmas=SIGMAS)[2])
+    assert "connect `sigmas` to see them here" in use(trained)[2]
+    assert torch.equal(sampled(model, prompt), plain)
+
+
+def test_auto_is_shown_under_the_node(trained, use, prompt, monkeypatch):
+    from blockskip_pack.nodes.page import progress
+
+    said = []
+    monkeypatch.setattr(progress.NodeProgress, "say", lambda self, text: said.append(text))
+    changed, _, report = use(trained, mode="auto", tau=1000.0, first_own=0, sigmas=SIGMAS)
+    assert "decided while sampling" in report
+    sampled(changed, prompt)
+    assert re.fullmatch(r"3 of 8 steps coarse: \d+% of the operations saved\. 1 1 1 1 2 2 2 1", said[-1])
+
+
+def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prompt, folders, tiny):
+    from blockskip_pack.blockskip_core.errors import BlockSkipError
+
+    cases = [
+        (lambda: use(None), "No patch adapters came in"),
+        (lambda: use(trained, mode="fast"), "mode must be one of windows, auto, off"),
+        (lambda: use(trained, error_budget=2.0), "error_budget must be between 0 and 1"),
+        (lambda: use(trained, mode="auto", tau=0.0), "tau must be positive"),
+        (lambda: use("no"), "must be patch adapters, from Load Patch Adapters"),
+        (lambda: use(trained, model=tiny.tiny_flux(seed=5)), "trained for other weights of a flux model"),
+        (lambda: train(positive=Listed([prompt])), "At least 2 prompts are needed"),
+        (lambda: train(width=72), "width and height must be multiples of 32 px"),
+        (lambda: train(cfg=2.0), "but no negative came in"),
+        (lambda: train(patch_sizes="3x"), "patch_sizes must be one of"),
+        (lambda: train(adapters_name="../x"), "must stay inside ComfyUI's output folder"),
+        (lambda: run_node(nodes.LoadPatchAdapters, file="none"), "No file was chosen"),
+        (lambda: run_node(nodes.LoadPatchAdapters, file="other.safetensors"), "There is no 'other.safetensors'"),
+    ]
+    for call, message in cases:
+        with pytest.raises(BlockSkipError, match=re.escape(message)):
+            call()
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, folders.loras / "lora.safetensors")
+    (folders.loras / "broken.safetensors").write_bytes(b"1234")
+    for file, message in (("lora", "holds no patch adapters"), ("broken", "cannot be read. It may be damaged")):
+        with pytest.raises(BlockSkipError, match=message):
+            run_node(nodes.LoadPatchAdapters, file=f"{file}.safetensors")
