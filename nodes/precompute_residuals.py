@@ -153,14 +153,8 @@ def _detail_inputs() -> list[io.Input]:
             "1: train on single pictures. More: every IMAGE batch is a film, and is cut into clips of this many pictures. "
             "Wan and HunyuanVideo need a multiple of 4 plus 1, LTX a multiple of 8 plus 1."
         ),
-        io.Float.Input(
-            "noise_from", default=0.0, min=0.0, max=1.0, step=0.001, optional=True, advanced=True,
-            tooltip="Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875.",
-        ),
-        io.Float.Input(
-            "noise_to", default=1.0, min=0.0, max=1.0, step=0.001, optional=True, advanced=True,
-            tooltip="Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875.",
-        ),
+        widgets.noise_from("Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875."),
+        widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),
     ]  # fmt: skip
 
 

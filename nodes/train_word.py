@@ -118,14 +118,8 @@ def _estimator_inputs() -> list[io.Input]:
 
 def _example_inputs() -> list[io.Input]:
     return [
-        io.Float.Input(
-            "noise_from", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-            tooltip="Lowest noise level, as a share of the model's training time: 0 is clean.",
-        ),
-        io.Float.Input(
-            "noise_to", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-            tooltip="Highest noise level: 1 is noise. The paper uses 0.5 to 0.9 for SD1.5.",
-        ),
+        widgets.noise_from("Lowest noise level, as a share of the model's training time: 0 is clean."),
+        widgets.noise_to("Highest noise level: 1 is noise. The paper uses 0.5 to 0.9 for SD1.5."),
         io.Int.Input(
             "fixed_examples", default=0, min=0, max=100_000, optional=True, advanced=True,
             tooltip="Number of fixed (picture, noise level, noise), used in turn. 0: new ones in every step.",

@@ -55,6 +55,22 @@ def frames(tooltip: str) -> io.Int.Input:
     return io.Int.Input("frames", default=1, min=1, max=1001, optional=True, advanced=True, tooltip=tooltip)
 
 
+def noise_from(tooltip: str) -> io.Float.Input:
+    """The lowest noise level."""
+    return _noise_level("noise_from", 0.0, tooltip)
+
+
+def noise_to(tooltip: str) -> io.Float.Input:
+    """The highest noise level."""
+    return _noise_level("noise_to", 1.0, tooltip)
+
+
+def _noise_level(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.001, optional=True, advanced=True, tooltip=tooltip
+    )  # fmt: skip
+
+
 def storage(tooltip: str) -> io.Combo.Input:
     """Where residuals are kept."""
     return io.Combo.Input("storage", options=list(STORAGES), default="disk", tooltip=tooltip)
