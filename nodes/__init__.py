@@ -16,8 +16,8 @@ from .ralu_sampler import RaluSampler
 from .sample_while_training import SampleWhileTraining
 from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
-from .train_word import TrainWord
 from .train_patch_adapters import TrainPatchAdapters
+from .train_word import TrainWord
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     SelectBlocks,
