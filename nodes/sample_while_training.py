@@ -7,9 +7,9 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..blockskip_core.hosts.sampling.training_samples import sample_request
+from ..blockskip_core.hosts.sampling.training_samples import require_guidance, sample_request
 from . import widgets
-from .inputs import checked, connected
+from .inputs import NOT_CONNECTED, checked, connected, refusal, single
 from .types import SamplesSocket
 
 
@@ -33,6 +33,12 @@ class SampleWhileTraining(io.ComfyNode):
                 SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, cfg: Any, negative: Any = NOT_CONNECTED) -> bool | str:
+        """Refuse guidance without a negative prompt when the graph is queued."""
+        scale = single(cfg, "cfg")
+        return True if scale is None else refusal(lambda: require_guidance(scale, negative is not NOT_CONNECTED))
 
     @classmethod
     def execute(

@@ -8,11 +8,12 @@ from comfy_api.latest import io
 
 from ..blockskip_core.adapters.lora_formats import LoraFileFormat
 from ..blockskip_core.data.flow_matching import LossWeighting
-from ..blockskip_core.hosts.files.lora_files import file_identity
+from ..blockskip_core.hosts.files.lora_files import EXAMPLE_NAME, file_identity
+from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS
 from . import widgets
-from .inputs import NO_FILE, checked, connected, connected_if_any, single
+from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .run.request import KEPT_WEIGHTS, RunRequest
@@ -53,6 +54,12 @@ class TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, output_name: Any = None) -> bool | str:
+        """Refuse a name that cannot be saved when the graph is queued, not after precomputing."""
+        name = single(output_name, "output_name")
+        return True if name is None else refusal(lambda: name_below(name, EXAMPLE_NAME))
+
+    @classmethod
     def fingerprint_inputs(cls, start_file: Any = (NO_FILE,), **_others: Any) -> str:
         """Run again when the file to start from has changed; ComfyUI only sees its name."""
         return file_identity(start_file[0])
@@ -65,7 +72,8 @@ class TrainLora(io.ComfyNode):
         plugged = {**connected_if_any(start_from=start_from), "samples": single(samples, "samples")}
         with LiveChart(cls.hidden) as chart:
             request = RunRequest(**plugged, **checked(cls, **settings))
-            trained = run_training(model, residuals, request, NodeProgress(cls.hidden.unique_id, chart.phase), chart)
+            progress = NodeProgress(cls.hidden.unique_id, chart.phase, has_text=False)
+            trained = run_training(model, residuals, request, progress, chart)
         return io.NodeOutput(trained.lora, trained.loss_map, trained.steps, ui={**trained.ui, **chart.output()})
 
 
