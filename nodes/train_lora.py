@@ -134,7 +134,7 @@ def _step_inputs() -> list[io.Input]:
         widgets.checkpointing(
             "Recompute activations instead of keeping them: much less memory, but each step takes one more forward "
             "pass.",
-            optional=True,
+            optional=True, advanced=True,
         ),
         io.Combo.Input(
             "loss_weighting", options=list(get_args(LossWeighting)), default="none", optional=True, advanced=True,

@@ -83,7 +83,7 @@ export class LossChart {
     this.strip.show(run?.samples ?? []);
     this.figures.textContent = run ? figures(run) : say("chart.empty");
     this.summary.textContent = say("chart.summary");
-    this.summary.hidden = !run?.summary || Boolean(note);
+    this.summary.style.display = run?.summary && !note ? "" : "none";
     this.canvas.setAttribute("aria-label", say("chart.label", { count: run?.points.length ?? 0 }));
     Object.assign(this.element.dataset, { points: run?.points.length ?? 0, status: run?.status ?? "none", run: run?.run ?? "" });
     this.drawCurve();
@@ -95,7 +95,7 @@ export class LossChart {
     const message = failure?.message || (note || !run ? "" : ending(run));
     this.head.textContent = failure ? say("chart.failed", { node: failure.title }) : note || (run ? headline(run) : say("chart.none"));
     this.message.replaceChildren(message);
-    this.message.hidden = !message;
+    this.message.style.display = message ? "" : "none";
     this.message.style.color = failure || run?.status === "failed" ? "#e0674a" : "";
     if (failure) {
       this.help.textContent = say("error.help");

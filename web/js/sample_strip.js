@@ -19,7 +19,6 @@ export class SampleStrip {
     const wanted = JSON.stringify(samples);
     if (wanted === this.shown) return;
     this.shown = wanted;
-    this.element.hidden = !samples.length;
     this.element.style.display = samples.length ? "flex" : "none";
     this.element.replaceChildren(...samples.map((sample) => this.thumbnail(sample, samples)));
     this.element.scrollLeft = this.element.scrollWidth; // the newest
