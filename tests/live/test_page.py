@@ -43,6 +43,18 @@ def test_errors_are_told_in_our_words(server: Any, prompt: Path, renderer: str) 
     check("check_errors.mjs", server, str(prompt), *RENDERERS[renderer])
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_nodes_show_few_inputs(server: Any, renderer: str) -> None:
+    """Advanced ones are folded away, those set by another node are grey; see the top of check_settings.mjs."""
+    check("check_settings.mjs", server, *RENDERERS[renderer])
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_memory_plan_shows_two_bars(server: Any, renderer: str) -> None:
+    """As set and as run, at the node's own width; see the top of check_plan.mjs."""
+    check("check_plan.mjs", server, str(WORKFLOWS / "train_12_gb.api.json"), *RENDERERS[renderer])
+
+
 def in_node(script: str, *modules: str) -> Any:
     """Run a script in node with the page's modules as arguments, and return the JSON that it prints."""
     if not shutil.which("node"):

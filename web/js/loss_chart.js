@@ -2,7 +2,7 @@
 
 import { FONT, plot } from "./loss_plot.js";
 import { SampleStrip } from "./sample_strip.js";
-import { say, work } from "./words.js";
+import { bytes, say, work } from "./words.js";
 
 const PHASES = [
   "starting", "preparing", "selecting", "precomputing", "sampling", "training", "done", "cancelled", "failed", "lost",
@@ -175,7 +175,6 @@ function figures({ points, secondsPerStep, memoryNow, memoryPeak, memoryOf }) {
 }
 
 const known = (value, told) => (value === null || value === undefined ? "" : told(value));
-const bytes = (x) => (x < 2 ** 30 ? `${(x / 2 ** 20).toFixed(0)} MiB` : `${(x / 2 ** 30).toFixed(2)} GiB`);
 
 function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));

@@ -43,7 +43,7 @@ function users(plan, kind) {
 function grey(widget, from) {
   if (!widget) return;
   if (!names.has(widget)) names.set(widget, widget.label);
-  const label = from ? say("planned.from", { name: names.get(widget) ?? widget.name, node: from.title }) : names.get(widget);
+  const label = from ? say("planned.from", { name: names.get(widget) ?? widget.name, node: from.constructor.title ?? from.title }) : names.get(widget);
   if (widget.label !== label) widget.label = label;
   if (Boolean(widget.disabled) !== Boolean(from)) widget.disabled = Boolean(from);
 }

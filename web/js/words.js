@@ -11,6 +11,18 @@ const ENGLISH = {
   "settings.more": "More settings",
   "settings.fewer": "Fewer settings",
   "planned.from": "{name} (from {node})",
+  "plan.empty": "Queue to see whether the run will fit. Nothing is loaded.",
+  "plan.fits": "Needs {needed} as set, you have {available}: fits.",
+  "plan.needs": "Needs {needed} as set, you have {available}.",
+  "plan.runs": "This run uses {changes}: {needed}, fits.",
+  "plan.would": "With `settings` connected the run uses {changes}: {needed}, fits.",
+  "plan.set": "as set",
+  "plan.run": "as run",
+  "plan.available": "{available} available ({place})",
+  "plan.skipped": "not run",
+  "plan.choosing blocks": "choosing blocks",
+  "plan.precomputing": "precomputing",
+  "plan.training": "training",
   "help.close": "Close",
   "help.missing": "The help page could not be loaded.",
   "chart.none": "No run yet",
@@ -60,6 +72,18 @@ const CHINESE = {
   "settings.more": "更多设置",
   "settings.fewer": "收起设置",
   "planned.from": "{name}（来自 {node}）",
+  "plan.empty": "运行后即可看到这次训练是否放得下。不会加载任何东西。",
+  "plan.fits": "按当前设置需要 {needed}，可用 {available}：放得下。",
+  "plan.needs": "按当前设置需要 {needed}，可用 {available}。",
+  "plan.runs": "这次训练使用 {changes}：需要 {needed}，放得下。",
+  "plan.would": "连接 `settings` 后，训练使用 {changes}：需要 {needed}，放得下。",
+  "plan.set": "按设置",
+  "plan.run": "实际",
+  "plan.available": "可用 {available}（{place}）",
+  "plan.skipped": "不运行",
+  "plan.choosing blocks": "选择块",
+  "plan.precomputing": "预计算",
+  "plan.training": "训练",
   "help.close": "关闭",
   "help.missing": "无法加载帮助页面。",
   "chart.none": "尚未运行",
@@ -117,6 +141,11 @@ let spoken = "en";
 /** Use the language of a locale such as "zh" or "zh-TW"; others than Chinese get English. */
 export function speak(locale) {
   spoken = /^zh\b/.test(locale ?? "") ? "zh" : "en";
+}
+
+/** Bytes in a readable unit. */
+export function bytes(count) {
+  return count < 2 ** 30 ? `${(count / 2 ** 20).toFixed(count < 2 ** 24 ? 1 : 0)} MiB` : `${(count / 2 ** 30).toFixed(1)} GiB`;
 }
 
 /** A part of the work in the current language. */
