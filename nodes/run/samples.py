@@ -86,13 +86,6 @@ class RunSamples(TrainingObserver):
             self._chart.sample(step, prompt, path.name, subfolder)
 
 
-def in_history(outcome: RunOutcome) -> dict[str, Any]:
-    """Return the pictures as an entry of the node's ``ui``, for the host's list of jobs; the chart shows them."""
-    places = [(sample.path.name, _below_output(sample.path)) for sample in outcome.samples]
-    shown = [{"filename": name, "subfolder": folder, "type": "output"} for name, folder in places if folder is not None]
-    return {"images": shown} if shown else {}
-
-
 def _below_output(path: Path) -> str | None:
     """Return the file's folder below the output folder, or None for a place that the host serves no pictures from."""
     folder = os.path.relpath(path.parent, folder_paths.get_output_directory())

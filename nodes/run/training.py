@@ -36,7 +36,7 @@ from .outcome import RunOutcome
 from .peak_memory import PeakMemory
 from .prepare import PreparedRun, prepare
 from .request import RunRequest
-from .samples import RunSamples, in_history
+from .samples import RunSamples
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run_training(
         LoraModel(tensors, metadata(run, outcome)),
         {"loss": outcome.result.losses},
         outcome.result.steps,
-        {"blockskip": [on_node(run, outcome)], **in_history(outcome)},
+        {"blockskip": [on_node(run, outcome)]},
     )
 
 

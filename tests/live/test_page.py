@@ -55,6 +55,17 @@ def test_memory_plan_shows_two_bars(server: Any, renderer: str) -> None:
     check("check_plan.mjs", server, str(WORKFLOWS / "train_12_gb.api.json"), *RENDERERS[renderer])
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_samples_and_summary_are_in_the_chart(
+    server: Any, devtool: Any, tmp_path: Path, renderer: str
+) -> None:
+    """A strip, a large view with a slider, the summary, and a node that keeps its size; see check_samples.mjs."""
+    whole = devtool("comfy_client").load_prompt(WORKFLOWS / "train_12_gb.api.json")
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps(part_of(whole, "Dynamic Patch Trainer")), encoding="utf-8")
+    check("check_samples.mjs", server, str(file), *RENDERERS[renderer])
+
+
 def in_node(script: str, *modules: str) -> Any:
     """Run a script in node with the page's modules as arguments, and return the JSON that it prints."""
     if not shutil.which("node"):

@@ -1,38 +1,21 @@
 // Shows a node's help page over the workflow, at the message that led there.
 
 import { app } from "../../../scripts/app.js";
+import { openDialog } from "./dialog.js";
 import { say } from "./words.js";
 
 const PAGES = new URL("../docs/", import.meta.url);
 
 /** Open the help page of a node class, scrolled to the row about `message` if there is one. */
 export async function openHelp(type, message = "") {
-  const dialog = frame();
-  const text = dialog.querySelector(".blockskip-help-text");
-  document.body.append(dialog);
-  dialog.showModal();
+  const text = document.createElement("div");
+  text.className = "blockskip-help-text comfy-markdown-content";
+  text.style.cssText = "padding:0 12px 12px;overflow-wrap:anywhere";
+  const dialog = openDialog("blockskip-help", text, { style: "width:min(860px,92vw);max-height:88vh;overflow:auto" });
   text.innerHTML = await page(type); // the frontend's own renderer removes scripts
   const row = rowAbout(text, message);
   row?.setAttribute("style", "outline:2px solid #e0674a;outline-offset:2px");
   row?.scrollIntoView({ block: "center" });
-  return dialog;
-}
-
-function frame() {
-  const dialog = document.createElement("dialog");
-  dialog.className = "blockskip-help";
-  dialog.style.cssText =
-    "width:min(860px,92vw);max-height:88vh;padding:0;border-radius:8px;border:1px solid var(--border-color,#4e4e4e);" +
-    "background:var(--comfy-menu-bg,#222);color:var(--input-text,#ddd);font:14px/1.5 system-ui,sans-serif;margin:auto";
-  const close = document.createElement("button");
-  close.textContent = say("help.close");
-  close.style.cssText = "position:sticky;top:8px;float:right;margin:8px;padding:4px 12px;cursor:pointer";
-  close.onclick = () => dialog.close();
-  const text = document.createElement("div");
-  text.className = "blockskip-help-text comfy-markdown-content";
-  text.style.cssText = "padding:8px 24px 24px;overflow-wrap:anywhere";
-  dialog.append(close, text);
-  dialog.onclose = () => dialog.remove();
   return dialog;
 }
 

@@ -92,7 +92,6 @@ function addChart(node) {
     openSummary: ({ run }) => window.open(api.apiURL(`${SUMMARY}?${new URLSearchParams({ run })}`), "_blank", "noopener"),
     openHelp: ({ type, message }) => openHelp(type, message),
   });
-  node.hideOutputImages = true; // the chart shows them
   charts.set(node, chart);
   shown.add(new WeakRef(chart));
   const widget = node.addDOMWidget("loss_chart", "blockskip_chart", chart.element, {

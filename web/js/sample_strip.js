@@ -1,5 +1,6 @@
 // The pictures sampled during a training, as a strip of small ones; a click compares one with the first of its prompt.
 
+import { openDialog } from "./dialog.js";
 import { say } from "./words.js";
 
 const SIDE = 56; // px of the small pictures
@@ -46,25 +47,13 @@ function picture(source, style) {
 /** Open a large view of a sample with a slider that uncovers the first sample of the same prompt. */
 function compare(sample, samples, address) {
   const row = samples.filter(({ prompt }) => prompt === sample.prompt);
-  const dialog = document.createElement("dialog");
-  dialog.className = "blockskip-compare";
-  dialog.style.cssText =
-    "padding:12px;border:1px solid var(--border-color,#4e4e4e);border-radius:8px;margin:auto;max-width:94vw;" +
-    "background:var(--comfy-menu-bg,#222);color:var(--input-text,#ddd);font:13px/1.5 system-ui,sans-serif";
   const view = new ComparedPictures(row, row.indexOf(sample), address);
-  const close = document.createElement("button");
-  close.textContent = say("help.close");
-  close.onclick = () => dialog.close();
-  dialog.append(view.element, close);
-  dialog.onkeydown = ({ key, target }) => {
+  const onKey = ({ key, target }) => {
     if (target.type === "range") return; // its own keys
     if (key === "ArrowRight") view.move(1);
     if (key === "ArrowLeft") view.move(-1);
   };
-  dialog.onclose = () => dialog.remove();
-  document.body.append(dialog);
-  dialog.showModal();
-  close.focus();
+  openDialog("blockskip-compare", view.element, { style: "max-width:94vw", onKey });
 }
 
 class ComparedPictures {
@@ -78,10 +67,10 @@ class ComparedPictures {
     stage.append(this.after, this.before);
     this.slider = document.createElement("input");
     Object.assign(this.slider, { type: "range", min: 0, max: 100, value: 50, title: say("samples.slider") });
-    this.slider.style.cssText = "display:block;width:100%;margin:8px 0";
+    this.slider.style.cssText = "display:block;width:100%;margin:8px 0 0";
     this.slider.oninput = () => this.uncover();
     this.caption = document.createElement("div");
-    this.element.append(stage, this.slider, this.caption);
+    this.element.append(this.caption, stage, this.slider);
     this.move(0);
   }
 
