@@ -13,7 +13,6 @@
 Every message is one or two sentences: what was expected, what was received, what to do.
 """
 
-
 PUBLIC_NAME = "BlockSkip"
 
 

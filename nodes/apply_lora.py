@@ -28,7 +28,15 @@ class ApplyLora(io.ComfyNode):
                 "Applies a LoRA to a model, straight from the trainer or from a file, and shows what it was trained "
                 "on. Sampling uses the whole model: nothing is skipped. Any LoRA that ComfyUI can load works."
             ),
-            search_aliases=["blockskip", "load lora", "lora loader", "lora info", "lora metadata"],
+            search_aliases=[
+                "blockskip",
+                "load lora",
+                "lora loader",
+                "lora info",
+                "lora metadata",
+                "flux lora",
+                "character lora",
+            ],
             is_experimental=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to apply the LoRA to."),

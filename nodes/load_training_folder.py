@@ -25,7 +25,7 @@ class LoadTrainingFolder(io.ComfyNode):
                 "common encoding, rotates photos upright, keeps 16-bit grey, puts transparent pictures on white, "
                 "reports missing captions, and names a file that cannot be read."
             ),
-            search_aliases=["blockskip", "load folder", "dataset", "captions", "training images"],
+            search_aliases=["blockskip", "load folder", "dataset", "captions", "training images", "lora training", "lora dataset"],
             is_experimental=True,
             inputs=[
                 io.Combo.Input(

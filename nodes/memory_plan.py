@@ -54,14 +54,17 @@ class MemoryPlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_MemoryPlan",
-            display_name="Memory Plan",
+            display_name="Will It Fit? (Memory Plan)",
             category="BlockSkip/training",
             description=(
                 "Tells before a run starts how much GPU memory, host memory and disk space it will need, whether that "
                 "fits, and the smallest change that makes it fit. The run's own code is counted on tensors that have "
                 "shapes but no data, so nothing is loaded. Set the widgets as on the other nodes."
             ),
-            search_aliases=["blockskip", "vram", "out of memory", "oom", "memory estimate", "will it fit"],
+            search_aliases=[
+                "blockskip", "vram", "low vram", "out of memory", "oom", "memory estimate", "will it fit", "6gb", "8gb", "8 GB",
+                "12gb", "12 GB", "16gb", "24gb",
+            ],
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,

@@ -26,14 +26,23 @@ class RaluSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_RALUSampler",
-            display_name="RALU Sampler",
+            display_name="Fast Sampler (RALU Sampler)",
             category="BlockSkip/sampling",
             description=(
                 "Replaces KSampler and needs a fraction of its operations: it samples at half the side first, then "
                 "brings the regions with edges to full resolution, then the rest (RALU). Nothing is trained. For FLUX, "
                 "Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5 and others; the help page has the list."
             ),
-            search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
+            search_aliases=[
+                "blockskip",
+                "ralu",
+                "fast sampler",
+                "faster",
+                "faster flux",
+                "speed up flux",
+                "region adaptive",
+                "upsampling",
+            ],
             is_experimental=True,
             inputs=[*_sampling_inputs(), *_method_inputs(), *_region_inputs(), *_custom_inputs()],
             outputs=[
@@ -51,7 +60,9 @@ class RaluSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, preset: Any, custom_steps: Any = "5, 6, 7", custom_ends: Any = "0.3, 0.45, 1") -> bool | str:
+    def validate_inputs(
+        cls, preset: Any, custom_steps: Any = "5, 6, 7", custom_ends: Any = "0.3, 0.45, 1"
+    ) -> bool | str:
         """Refuse numbers that form no plan when the graph is queued."""
         if None in (preset, custom_steps, custom_ends):  # linked inputs are known only when the node runs
             return True

@@ -25,7 +25,7 @@ class SampleWhileTraining(io.ComfyNode):
                 "see when it is good enough. They appear on the trainer's node, beside the LoRA's file and in the "
                 "summary. Sampling does not change the training."
             ),
-            search_aliases=["blockskip", "preview", "sample", "validation", "training preview"],
+            search_aliases=["blockskip", "preview", "sample", "validation", "training preview", "lora training"],
             is_input_list=True,
             is_experimental=True,
             inputs=[*_schedule_inputs(), *_sampler_inputs()],

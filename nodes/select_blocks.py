@@ -40,7 +40,17 @@ class SelectBlocks(io.ComfyNode):
                 "and the last few, found by hiding the text from the picture in those blocks and measuring how much "
                 "the picture changes. Skipped blocks take no GPU memory and no time during training."
             ),
-            search_aliases=["blockskip", "dit-blockskip", "skip layers", "block selection", "low vram lora"],
+            search_aliases=[
+                "blockskip",
+                "dit-blockskip",
+                "skip layers",
+                "block selection",
+                "low vram",
+                "low vram lora",
+                "lora training",
+                "8gb",
+                "12gb",
+            ],
             is_input_list=True,
             is_experimental=True,
             inputs=[*_choice_inputs(), *_probe_model_inputs(), *_probe_inputs()],

@@ -26,14 +26,17 @@ class TrainLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_TrainLora",
-            display_name="Dynamic Patch Trainer",
+            display_name="Train LoRA (Dynamic Patch Trainer)",
             category="BlockSkip/training",
             description=(
                 "Trains a LoRA with most of the model left out (DiT-BlockSkip). Only the blocks in the middle are "
                 "loaded and run; Precompute Residuals supplies what the others would contribute. The model that you "
                 "loaded is not changed or copied. The LoRA is saved to output/loras."
             ),
-            search_aliases=["blockskip", "dit-blockskip", "train lora", "lora trainer", "dreambooth", "finetune"],
+            search_aliases=[
+                "blockskip", "dit-blockskip", "train lora", "lora training", "lora trainer", "train flux", "flux lora", "character lora",
+                "dreambooth", "finetune", "low vram", "8gb", "8 GB", "12gb", "12 GB", "faster training",
+            ],
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,

@@ -16,7 +16,9 @@ TOO_MUCH = (178, 24, 43)
 Peaks = Mapping[str, int]
 
 
-def memory_bars(as_set: Peaks, as_run: Peaks | None, skipped: Collection[str], available: int, verdict: str) -> Image.Image:
+def memory_bars(
+    as_set: Peaks, as_run: Peaks | None, skipped: Collection[str], available: int, verdict: str
+) -> Image.Image:
     """Return a bar chart of peaks against the available memory.
 
     Args:

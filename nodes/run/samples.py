@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 from comfy.model_management import InterruptProcessingException

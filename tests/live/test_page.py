@@ -56,9 +56,7 @@ def test_memory_plan_shows_two_bars(server: Any, renderer: str) -> None:
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
-def test_samples_and_summary_are_in_the_chart(
-    server: Any, devtool: Any, tmp_path: Path, renderer: str
-) -> None:
+def test_samples_and_summary_are_in_the_chart(server: Any, devtool: Any, tmp_path: Path, renderer: str) -> None:
     """A strip, a large view with a slider, the summary, and a node that keeps its size; see check_samples.mjs."""
     whole = devtool("comfy_client").load_prompt(WORKFLOWS / "train_12_gb.api.json")
     file = tmp_path / "prompt.json"

@@ -53,8 +53,10 @@ def test_the_verdict_says_what_the_run_will_use(report):
 
 def test_the_verdict_says_that_spare_memory_is_used(report):
     run = replace(BIG, config=replace(BIG.config, checkpointing=True))
-    assert report(run, price(run), 99 * GIB, "a card", (BIG, price(BIG))).splitlines()[0].endswith(
-        ": fits. With `settings` connected, this run uses checkpointing off: 34.00 GiB, fits and is faster."
+    assert (
+        report(run, price(run), 99 * GIB, "a card", (BIG, price(BIG)))
+        .splitlines()[0]
+        .endswith(": fits. With `settings` connected, this run uses checkpointing off: 34.00 GiB, fits and is faster.")
     )
 
 

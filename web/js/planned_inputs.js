@@ -20,6 +20,8 @@ const READ_BY_PLAN = {
   [PRECOMPUTE]: ["draws", "chunk_size", "back_residual", "residual_format"],
 };
 
+const SHORT = { [PLAN]: "Memory Plan", [TRAINER]: "Dynamic Patch Trainer", [PRECOMPUTE]: "Precompute Residuals" };
+
 const names = new WeakMap(); // widget -> its label without our addition
 let waiting = null;
 
@@ -43,7 +45,7 @@ function users(plan, kind) {
 function grey(widget, from) {
   if (!widget) return;
   if (!names.has(widget)) names.set(widget, widget.label);
-  const label = from ? say("planned.from", { name: names.get(widget) ?? widget.name, node: from.constructor.title ?? from.title }) : names.get(widget);
+  const label = from ? say("planned.from", { name: names.get(widget) ?? widget.name, node: SHORT[from.comfyClass] ?? from.title }) : names.get(widget);
   if (widget.label !== label) widget.label = label;
   if (Boolean(widget.disabled) !== Boolean(from)) widget.disabled = Boolean(from);
 }

@@ -21,7 +21,6 @@ from ...files import open_tensors, remove_leftovers, unique_token, write_atomica
 from ...locks import Lock, remove_stale_locks, try_lock
 from .names import name_below
 
-
 EXAMPLE_NAME = "loras/my_lora"
 """A valid name, for messages."""
 
