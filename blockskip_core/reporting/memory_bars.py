@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping
 from PIL import Image, ImageDraw
 
 from ..units import format_bytes
-from .pictures import BACKGROUND, FAINT, INK, KEPT, drawing_font
+from .pictures import BACKGROUND, FAINT, INK, KEPT, TOO_MUCH, drawing_font
 
 WIDTH = 420  # px, about the width of a node
 LEFT, RIGHT, BAR, GAP = 118, 72, 18, 8  # px
-TOO_MUCH = (178, 24, 43)
 Peaks = Mapping[str, int]
 
 

@@ -20,6 +20,7 @@ from ..units import format_bytes
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
 FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # distinguishable in grey too
 MAX_CROPS = 64
+TOO_MUCH = (178, 24, 43)
 PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
 
 

@@ -91,7 +91,7 @@ def test_how_a_run_ended_is_told(live, events):
 
 
 def test_an_error_is_told_in_its_first_line(live, events):
-    with pytest.raises(ValueError), live.LiveChart(hidden()):
+    with pytest.raises(ValueError, match="Lower"), live.LiveChart(hidden()):
         raise ValueError("Lower `rank`.\nThe rest is for the log.")
     assert events[-1]["message"] == "Lower `rank`."
 
