@@ -7,6 +7,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..blockskip_core.hosts.inputs.folder_variants import with_mirrored, with_trigger
 from ..blockskip_core.hosts.inputs.training_folder import LoadedFolder, folder_identity, load_training_folder
 from .inputs import checked
 from .page.progress import NodeProgress
@@ -33,6 +34,15 @@ class LoadTrainingFolder(io.ComfyNode):
                     tooltip="A folder in ComfyUI's `input` folder, with pictures and a `.txt` of the same name for "
                     "each. R refreshes the list.",
                 ),
+                io.String.Input(
+                    "trigger_word", default="", optional=True,
+                    tooltip="Put in front of every caption that does not contain it: the name of your subject, e.g. `sks toy`. "
+                    "Empty: captions stay as they are.",
+                ),
+                io.Boolean.Input(
+                    "flip", default=False, optional=True, advanced=True,
+                    tooltip="Also use every picture mirrored left to right. Not for subjects with writing or a side that matters.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -56,19 +66,21 @@ class LoadTrainingFolder(io.ComfyNode):
         return folder_identity(folder) if isinstance(folder, str) else ""
 
     @classmethod
-    def execute(cls, folder: Any) -> io.NodeOutput:
-        progress = NodeProgress(cls.hidden.unique_id)
-        loaded = loaded_folder(checked(cls, folder=folder)["folder"], progress)
+    def execute(cls, folder: Any, trigger_word: Any = "", flip: Any = False) -> io.NodeOutput:
+        asked = checked(cls, folder=folder, trigger_word=trigger_word, flip=flip)
+        loaded = loaded_folder(**asked, progress=NodeProgress(cls.hidden.unique_id))
         return io.NodeOutput(loaded.images, loaded.texts, loaded.files)
 
 
-def loaded_folder(folder: str, progress: NodeProgress) -> LoadedFolder:
-    """Return the folder's content, and show on the node anything odd about it.
+def loaded_folder(folder: str, trigger_word: str, flip: bool, progress: NodeProgress) -> LoadedFolder:
+    """Return the folder's content as asked for, and show on the node anything odd about it.
 
     Raises:
         InvalidInputError: If the folder cannot be used.
     """
     loaded = load_training_folder(folder, lambda done, total: progress("loading pictures", done, total))
+    loaded = with_trigger(loaded, trigger_word)
+    loaded = with_mirrored(loaded) if flip else loaded
     captions = sum(map(bool, loaded.texts)) or "none"
     progress.say("\n".join([*loaded.remarks, f"Pictures: {len(loaded.images)}; captions: {captions}"]))
     return loaded

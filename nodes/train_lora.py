@@ -237,4 +237,8 @@ def _other_inputs() -> list[io.Input]:
             "Only used if the residuals were made with `back_residual` exact: the format of the last blocks' weights "
             "for this run. They have no adapters, so they can be coarser than the others."
         ),
+        io.Boolean.Input(
+            "loss_table", default=False, optional=True, advanced=True,
+            tooltip="Also write the loss of every step beside the LoRA, as a .csv for spreadsheets.",
+        ),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def check(tool: str, server: Any, *arguments: str) -> None:
     pictures = os.environ.get("BLOCKSKIP_SCREENSHOTS")
     more = ["--screenshots", pictures] if pictures else []
     command = ["node", str(ROOT / "devtools" / tool), server.url, *arguments, *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log_tail(20)}"
 
 
@@ -62,6 +62,20 @@ def test_samples_and_summary_are_in_the_chart(server: Any, devtool: Any, tmp_pat
     file = tmp_path / "prompt.json"
     file.write_text(json.dumps(part_of(whole, "Dynamic Patch Trainer")), encoding="utf-8")
     check("check_samples.mjs", server, str(file), *RENDERERS[renderer])
+
+
+RUN = {"BlockSkip 1 - My first LoRA": "my_first_lora", "BlockSkip 2 - Train 12 GB": "train_12_gb"}
+"""Template -> its twin, run to see the layout during and after a run."""
+DEMO = ROOT / "demo" / "blockskip_demo_nodes" / "workflows"
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_no_node_of_a_template_lies_on_another(server: Any, tmp_path: Path, renderer: str) -> None:
+    """When it is opened, while it runs, and after it; see the top of check_layout.mjs."""
+    for template, twin in RUN.items():
+        shutil.copy(WORKFLOWS / f"{twin}.api.json", tmp_path / f"{template}.json")
+    files = [*sorted((ROOT / "workflows").glob("*.json")), *sorted(DEMO.glob("*.json"))]
+    check("check_layout.mjs", server, *map(str, files), "--twins", str(tmp_path), *RENDERERS[renderer])
 
 
 def in_node(script: str, *modules: str) -> Any:

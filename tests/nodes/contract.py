@@ -41,7 +41,7 @@ def line(entry: Any) -> str:
     kind = entry.get_io_type()
     parts = [entry.id, kind + ("?" if entry.optional else "")]
     if kind in WIDGETS:
-        parts.append(f"= {entry.default}")
+        parts.append(f"= {entry.default}".rstrip())
     if kind in ("INT", "FLOAT"):
         parts.append(f"[{entry.min}, {entry.max}]")
         parts += [f"{name} {getattr(entry, name)}" for name in ("step", "round") if getattr(entry, name, None)]
@@ -172,6 +172,7 @@ CONTRACT = {
             memory_settings BLOCKSKIP_MEMORY?
             check_memory BOOLEAN? = True
             quantize_frozen COMBO? = 4-bit {host's}
+            loss_table BOOLEAN? = False
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),
@@ -208,6 +209,8 @@ CONTRACT = {
     "BlockSkip_LoadTrainingFolder": Contract(
         """
             folder COMBO = None {host's}
+            trigger_word STRING? =
+            flip BOOLEAN? = False
         """,
         [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,
