@@ -32,6 +32,7 @@ SHOWS_TEXT = {  # px: nodes that grow by a few lines of text after a run
     "BlockSkip_LoadTrainingFolder": 60,
     "BlockSkip_PrecomputeResiduals": 90,
 }
+CURVE = 90  # px more for the chart than it must have
 TALLER = 40  # px that a node of ours is taller with Nodes 2.0
 
 MODELS = {
@@ -153,6 +154,8 @@ def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], lef
 
 def _height(made: dict[str, Any]) -> int:
     by_kind = {"PreviewImage": 300, "SaveImage": 420, "PreviewAny": 260, "LossGraphNode": 300}
+    if made["type"] == "BlockSkip_TrainLora":
+        return int(made["size"][1]) + CURVE
     return 130 if made["type"] == "CLIPTextEncode" else max(by_kind.get(made["type"], 0), int(made["size"][1]))
 
 
