@@ -40,7 +40,7 @@ function rendered(markdown) {
 /** The row of the table whose quoted message fits; an ellipsis in it replaces a value. */
 export function rowAbout(text, message) {
   const fits = (row) => {
-    const quoted = /“(.+?)”/.exec(row.cells?.[0]?.textContent ?? "")?.[1];
+    const quoted = (row.cells?.[0]?.textContent ?? "").match(/“(.+?)”/)?.[1];
     return quoted && quotes(quoted, message);
   };
   return [...text.querySelectorAll("tr")].find(fits) ?? null;
