@@ -14,9 +14,21 @@
 Every message is one or two sentences: what was expected, what was received, what to do.
 """
 
+PUBLIC_NAME = "BlockSkip"
+
 
 class BlockSkipError(ValueError):
-    """Base class of everything that this package raises on purpose."""
+    """Base class of everything that this package raises on purpose.
+
+    A host shows the full name of an exception to users. Ours is "BlockSkip.InvalidInputError", without the module's
+    path, which would be the path of the folder in which the pack is installed.
+    """
+
+    __module__ = PUBLIC_NAME
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__module__ = PUBLIC_NAME
 
 
 class InvalidInputError(BlockSkipError):

@@ -98,6 +98,7 @@ def show(options: argparse.Namespace) -> None:
         say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
         if options.keep:
             say(f"ComfyUI is running at {server.url} (press Ctrl-C to stop it)")
+            say("To train in the page: Templates, Extensions, blockskip_demo_nodes, BlockSkip 0 - Try it without a GPU")
             keep(server)
 
 

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from workflow_demo import DEMO
 from workflow_graphs import GRAPHS, Column, Graph
 from workflow_stand_ins import twin_of
 from workflow_thumbnails import draw
@@ -29,10 +30,10 @@ NOTE_WIDTH, LINE, LETTER = 460, 16, 5.9  # px: a note's width, and the size of i
 NEVER = 2  # the mode of a muted node
 SHOWS_TEXT = {  # px: nodes that grow by a few lines of text after a run
     "BlockSkip_LoadTrainingFolder": 60,
-    "BlockSkip_MemoryPlan": 90,
     "BlockSkip_PrecomputeResiduals": 90,
-    "BlockSkip_TrainLora": 90,
 }
+CURVE = 90  # px more for the chart than it must have
+TALLER = 40  # px that a node of ours is taller with Nodes 2.0
 
 MODELS = {
     "UNETLoader": [("flux1-dev.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", "diffusion_models")],
@@ -130,7 +131,7 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
         values = made.get("widgets_values") or []
         made["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]  # keep the seeds
         links = [link for link in MODELS.get(made["type"], []) if link[0] in made["widgets_values"]]
-        if links:
+        if links and graph.folder == "workflows":
             made["properties"]["models"] = [
                 {"name": name, "url": MODEL_SITE + path, "directory": directory} for name, path, directory in links
             ]
@@ -152,12 +153,14 @@ def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], lef
         made = by_name[name]
         height = _height(made)
         made["pos"], made["size"] = [left, top], [column.width, height]
-        top += height + GAP + TITLE + SHOWS_TEXT.get(made["type"], 0)
+        top += height + GAP + TITLE + SHOWS_TEXT.get(made["type"], 0) + TALLER * made["type"].startswith("BlockSkip_")
     return top - TITLE
 
 
 def _height(made: dict[str, Any]) -> int:
     by_kind = {"PreviewImage": 300, "SaveImage": 420, "PreviewAny": 260, "LossGraphNode": 300}
+    if made["type"] == "BlockSkip_TrainLora":
+        return int(made["size"][1]) + CURVE
     return 130 if made["type"] == "CLIPTextEncode" else max(by_kind.get(made["type"], 0), int(made["size"][1]))
 
 
@@ -203,7 +206,8 @@ def write(server: str, graph: Graph) -> None:
     """Write a workflow, its thumbnail and its twin."""
     with tempfile.TemporaryDirectory() as folder:
         workflow = arrange(convert(server, graph, Path(folder)), graph)
-    target = ROOT / "workflows" / f"{graph.name}.json"
+    target = ROOT / graph.folder / f"{graph.name}.json"
+    target.parent.mkdir(exist_ok=True)
     if target.exists():  # keep the id, so that it remains the same workflow for users who have it open
         workflow["id"] = json.loads(target.read_text(encoding="utf-8"))["id"]
     target.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
@@ -224,7 +228,7 @@ def main() -> None:
     parser.add_argument("server")
     parser.add_argument("--only", default="", metavar="WORDS")
     options = parser.parse_args()
-    for graph in GRAPHS:
+    for graph in (*GRAPHS, DEMO):
         if options.only in graph.name:
             write(options.server, graph)
 

@@ -5,8 +5,9 @@ A graph is an API prompt whose nodes have names instead of numbers. ``make_workf
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
@@ -39,6 +40,8 @@ class Graph:
         shows: A picture of the help pages and the part of it for the thumbnail; None for the graph itself.
         twin: Name of the same graph with the demo's small models in ``tests/workflows``; "" if that is hand-written.
         muted: Nodes that do not run until the user unmutes them.
+        badge: A few letters that fill the thumbnail's lower part instead of the graph, e.g. the size of a card.
+        folder: Where the file is written. Only those in ``workflows`` are shipped and link to models.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Graph:
     shows: tuple[str, tuple[int, int, int, int]] | None = None
     twin: str = ""
     muted: frozenset[str] = field(default=frozenset())
+    badge: str = ""
+    folder: str = "workflows"
 
 
 def node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
@@ -224,28 +229,33 @@ def trained(loaders: Loaders, **settings: Any) -> Prompt:
     }
 
 
+def sample_request(loaders: Loaders, side: int) -> dict[str, Any]:
+    """Sample While Training."""
+    return node(
+        "BlockSkip_SampleWhileTraining",
+        "Sample While Training",
+        positive=["guided", 0],
+        vae=loaders.link("vae"),
+        every=100,
+        at_start=True,
+        width=side,
+        height=side,
+        sampler_steps=20,
+        cfg=1.0,
+        scheduler="simple",
+        seed=0,
+    )
+
+
 def watched(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
     """Train, sample the prompt during training, and plot the loss."""
     return {
-        "samples": node(
-            "BlockSkip_SampleWhileTraining",
-            "Sample While Training",
-            positive=["guided", 0],
-            vae=loaders.link("vae"),
-            every=100,
-            at_start=True,
-            width=side,
-            height=side,
-            sampler_steps=20,
-            cfg=1.0,
-            scheduler="simple",
-            seed=0,
-        ),
+        "samples": sample_request(loaders, side),
         **trained(loaders, samples=["samples", 0], **settings),
     }
 
 
-def planned(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
+def memory_plan(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
     """Check before the run whether it fits a card, and adjust the following nodes so that it does."""
     return {
         "plan": node(
@@ -265,7 +275,6 @@ def planned(loaders: Loaders, preset: str, *, draws: int = 500) -> Prompt:
             card_memory=0.0,
             preset=preset,
         ),
-        "planned": node("PreviewImage", "The plan", images=["plan", 2]),
     }
 
 
@@ -276,7 +285,7 @@ PRACTICE = """Guidance 1 for training and 3.5 for sampling is common practice fo
 specify it. FLUX.1-dev has its own licence: read it before you use the results commercially."""
 
 TRAIN = Graph(
-    "BlockSkip - Train FLUX.1 LoRA",
+    "BlockSkip 8 - Train FLUX.1 LoRA (paper)",
     {
         **THREE_FILES.prompt,
         **dataset(),
@@ -313,110 +322,61 @@ Short of disk? Set **storage** to *chunked*.""",
 )
 
 FIRST = Graph(
-    "BlockSkip - My first LoRA",
+    "BlockSkip 1 - My first LoRA",
     {
         **ONE_FP8_FILE.prompt,
         "images": training_folder("Pictures of your subject"),
         **captions(ONE_FP8_FILE, "a photo of sks toy", "One caption for all pictures"),
-        **select(ONE_FP8_FILE, 0.5),
-        **planned(ONE_FP8_FILE, "off", draws=200),
-        **prepared(ONE_FP8_FILE, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
-        **watched(
+        "select": node(
+            "BlockSkip_SelectBlocks",
+            "Select Blocks (attention mask)",
+            model=ONE_FP8_FILE.link("model"),
+            positive=["guidance", 0],
+            method="preset",
+            skip_ratio=0.5,
+            front=19,
+            back=10,
+        ),
+        **memory_plan(ONE_FP8_FILE, "off", draws=200),
+        "residuals": residuals(ONE_FP8_FILE, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
+        "prompt": text("Prompt of the samples", "a photo of sks toy on the beach", ONE_FP8_FILE.link("clip")),
+        "guided": node("FluxGuidance", "Guidance while sampling", conditioning=["prompt", 0], guidance=3.5),
+        "samples": sample_request(ONE_FP8_FILE, 512),
+        "train": trainer(
             ONE_FP8_FILE,
             steps=400,
             learning_rate=4e-4,
             accumulation=1,
             output_name="loras/my_first_lora",
+            samples=["samples", 0],
             **FROM_PLAN,
         ),
-        **sampled(ONE_FP8_FILE, filename="my_first_lora", side=512),
     },
     (
-        Column(
-            "1  Load",
-            BLUE,
-            (*ONE_FP8_FILE.names(), "images"),
-            note="""**The model and your pictures.**
-
-Does ComfyUI say that the model is missing? Press *View details*, then *Download* (17 GB, including text encoders and
-VAE), and put the file into `models/checkpoints`. Or choose a FLUX.1 checkpoint that you already have.
-
-Make a folder `my_subject` inside ComfyUI's `input` folder. Put 4 to 20 pictures of *one* thing into it: your toy, your
-dog, your mug. 512 px or more, sharp, from several sides. Press **R**, then choose the folder.""",
-        ),
-        Column(
-            "2  Name it",
-            YELLOW,
-            ("captions", "guidance"),
-            note="""**What is in the pictures.**
-
-*sks* is a word without a meaning: it will become the name of your subject. The word after it says what kind of thing it
-is. Write *a photo of sks dog* for a dog.""",
-        ),
-        Column(
-            "3  Choose blocks",
-            GREEN,
-            ("probe", "select", "heatmap"),
-            note="""**Which half of the model is skipped.**
-
-FLUX.1 has 57 blocks in a row. *preset* skips the first 19 and the last 10, as the paper does. There is nothing to
-change here.""",
-        ),
-        Column(
-            "4  Will it fit?",
-            BLUE,
-            ("plan", "planned"),
-            note="""**Before anything runs.**
-
-Calculates the memory that the run needs and says whether your card has enough. If not, it makes the smallest change
-that helps and tells you which. **Prepare** and **Train** take these settings from here.""",
-        ),
-        Column(
-            "5  Prepare",
-            YELLOW,
-            ("residuals", "patches"),
-            note="""**What training will see.**
-
-200 crops of your pictures: large ones with much noise, small ones with little. What the skipped blocks compute for each
-is calculated now and kept on disk: about 0.9 GiB.""",
-        ),
-        Column(
-            "6  Train",
-            PURPLE,
-            ("train", "loss"),
-            note="""**Training.**
-
-400 steps. Every 100 steps, the trainer shows a picture of the prompt in step 7: is it your subject yet? Watch the
-chart: the blue line should fall. **Cancel** whenever you like: the LoRA so far is saved, and queueing again continues.
-The LoRA goes to `output/loras`.""",
-        ),
-        Column(
-            "7  Try it",
-            BLUE,
-            ("apply", "prompt", "guided", "negative", "size", "samples"),
-            note="""**A new picture.**
-
-The prompt must contain the words of your caption: *sks toy*. Too weak? Set `strength_model` to 1.2. Too much like
-the training pictures? 0.8.""",
-        ),
-        Column("8  Look", BLUE, ("sample", "decode", "picture")),
+        Column("1  Your pictures", BLUE, (*ONE_FP8_FILE.names(), "images", "captions", "guidance"), 340),
+        Column("2  Will it fit?", GREEN, ("select", "plan"), 340),
+        Column("3  Prepare", YELLOW, ("residuals", "prompt", "guided"), 340),
+        Column("4  Train", PURPLE, ("samples", "train"), 420),
     ),
     f"""## My first LoRA
 
-Teach FLUX.1 one thing that you own. Read the notes from left to right, follow them, then press **Run**.
+Teach FLUX.1 one thing that you own.
 
-You need about 17 GB of disk for the model, and a graphics card with 8 GB or more (**Memory Plan** in step 4 says
-whether yours is large enough).
+1. Is the model missing? Press *View details*, then *Download* (17 GB, with text encoders and VAE; it belongs into
+   `models/checkpoints`).
+2. Make a folder `my_subject` inside ComfyUI's `input` folder, with 4 to 20 pictures of *one* thing: your toy, your dog.
+   512 px or more, from several sides. Press **R**, then choose the folder.
+3. *sks* will be its name. For a dog write *a photo of sks dog*, here and in the prompt of the samples.
+4. Press **Run**. **Memory Plan** says whether your card is large enough (8 GB or more), and makes it fit.
+5. Watch the chart: every 100 steps it shows a picture of the prompt. **Cancel** whenever you like: the LoRA so far is
+   saved, and **Run** continues. It goes to `output/loras`; use it with *BlockSkip 4 - Apply and compare*.
 
-The settings are small, so that you soon see that everything works. For a better likeness continue with *BlockSkip -
-Train 8 GB*, *12 GB* or *24 GB*: more crops, more steps, a caption for each picture.
-
-Nobody has measured on a GPU yet how long this takes, or how good the result is, with FLUX.1. Tell us.
-
-{PRACTICE}""",
+For a better likeness: *BlockSkip 2 - Train 8 GB*, *12 GB* or *24 GB*. Nobody has measured on a GPU yet how long this
+takes, or how good the result is. {PRACTICE}""",
     headline="My first LoRA",
-    subline="notes at every step\none caption for all pictures",
+    subline="start here: 11 nodes\none caption for all pictures",
     twin="my_first_lora",
+    badge="1",
 )
 
 
@@ -438,13 +398,13 @@ def card(
         summary, why: A short and a long description of the settings.
     """
     return Graph(
-        f"BlockSkip - Train {size} GB",
+        f"BlockSkip 2 - Train {size} GB",
         {
             **loaders.prompt,
             **dataset(),
             **captions(loaders, ["dataset", 1]),
             **select(loaders, skip_ratio),
-            **planned(loaders, f"{size} GB"),
+            **memory_plan(loaders, f"{size} GB"),
             **prepared(loaders, ["dataset", 0], ["dataset", 2], **FROM_PLAN),
             **watched(loaders, **FROM_PLAN),
             **sampled(loaders),
@@ -452,7 +412,7 @@ def card(
         (
             Column("1  Load", BLUE, (*loaders.names(), "dataset")),
             Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
-            Column("3  Will it fit?", BLUE, ("captions", "guidance", "plan", "planned")),
+            Column("3  Will it fit?", BLUE, ("captions", "guidance", "plan")),
             Column("4  Prepare", YELLOW, ("residuals", "patches")),
             Column("5  Train", PURPLE, ("train", "loss")),
             Column("6  Try it", BLUE, TRY.nodes),
@@ -477,6 +437,34 @@ after it take them from there.
         headline=f"Train on {size} GB",
         subline=f"{summary}\n{counted:g} GiB counted",
         twin=f"train_{size}_gb",
+        badge=f"{size} GB",
+    )
+
+
+def resumed(graph: Graph, size: int) -> Graph:
+    """The same run with more steps: it continues where the first one ended."""
+    name = f"BlockSkip 3 - Resume {size} GB"
+    prompt = {**graph.prompt, "train": json.loads(json.dumps(graph.prompt["train"]))}
+    prompt["train"]["inputs"]["steps"] = 1000
+    prompt["train"]["_meta"]["title"] = "Continue: more steps"
+    return replace(
+        graph,
+        name=name,
+        prompt=prompt,
+        note=f"""## Continue a run on a card with {size} GB
+
+This is *{graph.name}* with one change: `steps` is 1000 instead of 500. So the run is found and continues after its last
+step, also after Cancel or a crash. The result is the same LoRA as from 1000 steps at once.
+
+All other settings, the pictures and the captions must be those of the run. Did you change any there? Change the same
+here; or raise `steps` in your own copy, which is simpler.
+
+The states of the three newest runs are kept in `output/blockskip/runs`. To train a LoRA file further, open *BlockSkip 8
+- Train further (paper)*.""",
+        headline=f"Resume on {size} GB",
+        subline="the same run, more steps\nafter Cancel or a crash too",
+        twin=f"resume_{size}_gb",
+        badge=f"+ {size} GB",
     )
 
 
@@ -510,8 +498,10 @@ CARD_24 = card(
     why="""The model in bf16, as published (this also needs about 24 GB of RAM), and 30 % of the blocks skipped.""",
 )
 
+RESUME_8, RESUME_12, RESUME_24 = resumed(CARD_8, 8), resumed(CARD_12, 12), resumed(CARD_24, 24)
+
 RESUME = Graph(
-    "BlockSkip - Resume",
+    "BlockSkip 8 - Train further (paper)",
     {
         **THREE_FILES.prompt,
         **dataset(),
@@ -543,7 +533,7 @@ RESUME = Graph(
             ("train", "loss"),
             note="""**The same run, longer.**
 
-Only `steps` is higher than in *BlockSkip - Train FLUX.1 LoRA*. So the run is found and continues after
+Only `steps` is higher than in *BlockSkip 8 - Train FLUX.1 LoRA (paper)*. So the run is found and continues after
 its last step.""",
         ),
         TRY,
@@ -571,7 +561,7 @@ learning rate keeps more of what the LoRA has learned.""",
 
 **A. More steps.** A run continues where it stopped: after Cancel, after a crash, or because `steps` is higher now.
 You need not switch anything on; `resume` is on by default. All other settings and the pictures must be the same as in
-the run. Here they are those of *BlockSkip - Train FLUX.1 LoRA*, with 1000 steps instead of 500. The result is the
+the run. Here they are those of *BlockSkip 8 - Train FLUX.1 LoRA (paper)*, with 1000 steps instead of 500. The result is the
 same LoRA as from 1000 steps at once (with `lr_schedule` constant or constant_with_warmup).
 
 The states of the three newest runs are kept in `output/blockskip/runs`.
@@ -586,7 +576,7 @@ muted, because they need your file. The optimiser starts from scratch.""",
 )
 
 SEVERAL = Graph(
-    "BlockSkip - Several subjects",
+    "BlockSkip 5 - Several subjects",
     {
         **ONE_FP8_FILE.prompt,
         "first": training_folder("Pictures of the first subject"),
@@ -660,16 +650,16 @@ A dataset in sub-folders works as well: one **Load Training Folder** reads `my_s
 )
 
 SELECT_BLOCKS = Graph(
-    "BlockSkip - Select blocks",
+    "BlockSkip 7 - Select blocks",
     {
-        **THREE_FILES.prompt,
+        **ONE_FP8_FILE.prompt,
         "vision": node("CLIPVisionLoader", "Load a vision encoder", clip_name="clip_vision_h.safetensors"),
-        **select(THREE_FILES, 0.5, "attention mask", vae=["vae", 0], clip_vision=["vision", 0]),
+        **select(ONE_FP8_FILE, 0.5, "attention mask", vae=ONE_FP8_FILE.link("vae"), clip_vision=["vision", 0]),
         "heatmap": node("PreviewImage", "Effect of the text, by block", images=["select", 1]),
         "report": node("PreviewAny", "Report", source=["select", 2]),
     },
     (
-        Column("1  Load", BLUE, (*THREE_FILES.names(), "vision")),
+        Column("1  Load", BLUE, (*ONE_FP8_FILE.names(), "vision")),
         Column("2  Measure", GREEN, ("probe", "select")),
         Column("3  Look", YELLOW, ("heatmap", "report"), 640),
     ),
@@ -688,21 +678,23 @@ the node. Its encoder is DINO; Load CLIP Vision reads CLIP-ViT and DINOv2. Witho
 )
 
 APPLY = Graph(
-    "BlockSkip - Apply and compare",
+    "BlockSkip 4 - Apply and compare",
     {
-        **THREE_FILES.prompt,
-        **picture(THREE_FILES),
-        "apply": node("BlockSkip_ApplyLora", "Apply BlockSkip LoRA", model=["model", 0], strength_model=1.0),
+        **ONE_FP8_FILE.prompt,
+        **picture(ONE_FP8_FILE),
+        "apply": node(
+            "BlockSkip_ApplyLora", "Apply BlockSkip LoRA", model=ONE_FP8_FILE.link("model"), strength_model=1.0
+        ),
         "info": node("PreviewAny", "About this LoRA", source=["apply", 1]),
-        "sample before": node("KSampler", "Sample the plain model", model=["model", 0], **SAMPLE),
-        "decode before": node("VAEDecode", "Decode", samples=["sample before", 0], vae=["vae", 0]),
+        "sample before": node("KSampler", "Sample the plain model", model=ONE_FP8_FILE.link("model"), **SAMPLE),
+        "decode before": node("VAEDecode", "Decode", samples=["sample before", 0], vae=ONE_FP8_FILE.link("vae")),
         "before": node("SaveImage", "Before: the plain model", images=["decode before", 0], filename_prefix="before"),
         "sample after": node("KSampler", "Sample with the LoRA", model=["apply", 0], **SAMPLE),
-        "decode after": node("VAEDecode", "Decode", samples=["sample after", 0], vae=["vae", 0]),
+        "decode after": node("VAEDecode", "Decode", samples=["sample after", 0], vae=ONE_FP8_FILE.link("vae")),
         "after": node("SaveImage", "After: with the LoRA", images=["decode after", 0], filename_prefix="after"),
     },
     (
-        Column("1  Load", BLUE, THREE_FILES.names()),
+        Column("1  Load", BLUE, ONE_FP8_FILE.names()),
         Column("2  Apply", PURPLE, ("apply", "info")),
         Column("3  Prompt", GREEN, ("prompt", "guided", "negative", "size")),
         Column("4  Before", YELLOW, ("sample before", "decode before", "before")),
@@ -720,16 +712,16 @@ Nothing is skipped here: sampling uses the whole model, so the LoRA also works i
 )
 
 RALU = Graph(
-    "BlockSkip - Fast sampling (RALU)",
+    "BlockSkip 6 - Fast sampling (RALU)",
     {
-        **THREE_FILES.prompt,
-        "prompt": text("Prompt", "a photo of a red fox in a snowy forest, sharp details", ["clip", 0]),
+        **ONE_FP8_FILE.prompt,
+        "prompt": text("Prompt", "a photo of a red fox in a snowy forest, sharp details", ONE_FP8_FILE.link("clip")),
         "guided": node("FluxGuidance", "Guidance", conditioning=["prompt", 0], guidance=3.5),
         "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
         "sample": node(
             "BlockSkip_RALUSampler",
             "RALU Sampler",
-            model=["model", 0],
+            model=ONE_FP8_FILE.link("model"),
             positive=["guided", 0],
             latent_image=["size", 0],
             seed=0,
@@ -737,15 +729,15 @@ RALU = Graph(
             preset="FLUX 5x",
             upsample_ratio=0.2,
             regions="edges",
-            vae=["vae", 0],
+            vae=ONE_FP8_FILE.link("vae"),
         ),
         "early": node("PreviewImage", "Regions refined early", images=["sample", 1]),
         "report": node("PreviewAny", "Stages", source=["sample", 2]),
-        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=["vae", 0]),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=ONE_FP8_FILE.link("vae")),
         "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="ralu"),
     },
     (
-        Column("1  Load", BLUE, THREE_FILES.names()),
+        Column("1  Load", BLUE, ONE_FP8_FILE.names()),
         Column("2  Prompt", GREEN, ("prompt", "guided", "size")),
         Column("3  Sample in three stages", PURPLE, ("sample", "report")),
         Column("4  Look", BLUE, ("decode", "picture", "early"), 480),
@@ -756,7 +748,7 @@ RALU = Graph(
 resolution, then the rest. FLUX 5x takes 15 steps, most of them on fewer tokens: by our count, 1 / 5.4 of the
 operations of 50 plain steps. FLUX 7x takes 1 / 7.3 and is rougher; FLUX 4x takes 1 / 4.4.
 
-Width and height must be multiples of 32 px. A LoRA goes between **Load FLUX.1-dev** and the sampler.
+Width and height must be multiples of 32 px. A LoRA goes between the loader and the sampler.
 
 For SD3.5 load its model, text encoders and VAE, set **preset** to *SD3 2x* or *SD3 3x*, connect a negative prompt, and
 raise **cfg**.""",
@@ -776,7 +768,7 @@ SD15 = Loaders(
     vae=("checkpoint", 2),
 )
 WORD = Graph(
-    "BlockSkip - Train a word",
+    "BlockSkip 9 - Train a word",
     {
         **SD15.prompt,
         "dataset": training_folder("Pictures of your subject"),
@@ -837,7 +829,7 @@ Other models: change the loader. FLUX.1 and other large transformers work too, b
 )
 
 DDIT = Graph(
-    "BlockSkip - Dynamic patches (DDiT)",
+    "BlockSkip 6 - Dynamic patches (DDiT)",
     {
         **THREE_FILES.prompt,
         "texts": node("BlockSkip_LoadTrainingFolder", "Prompts: the texts of a folder", folder="my_subject"),
@@ -898,4 +890,8 @@ errors decide which steps are coarse, within **error_budget**.""",
     twin="dynamic_patches",
 )
 
-GRAPHS = (FIRST, CARD_8, CARD_12, CARD_24, TRAIN, RESUME, SEVERAL, SELECT_BLOCKS, APPLY, RALU, DDIT, WORD)
+GRAPHS = (
+    FIRST, CARD_8, CARD_12, CARD_24, RESUME_8, RESUME_12, RESUME_24, APPLY, SEVERAL, RALU, DDIT, SELECT_BLOCKS, TRAIN, RESUME,
+    WORD,
+)  # fmt: skip
+"""The shipped workflows, in the order of use, which their names show."""

@@ -14,6 +14,10 @@ PICTURES = Path(__file__).resolve().parents[1] / "web" / "docs" / "img"
 SIDE, MARGIN, LOWER = 720, 40, 330  # px; LOWER: the top of the graph or other picture
 GROUND, HEAD, SAID = (24, 27, 33), (240, 242, 246), (176, 182, 194)
 FRONT, TRAINED, BACK = (240, 150, 60), (64, 142, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
+ACCENTS = {  # a colour for each badge; a card and its Resume have the same hue
+    "CPU": (92, 98, 112), "1": (196, 74, 110), "8 GB": (46, 125, 90), "12 GB": (38, 98, 168), "24 GB": (120, 74, 170),
+    "+ 8 GB": (30, 84, 60), "+ 12 GB": (26, 66, 114), "+ 24 GB": (80, 50, 114),
+}  # fmt: skip
 FLUX_BLOCKS, SKIPPED = 57, {0.5: (19, 10), 0.3: (7, 10)}  # first and last: the paper's choice
 
 
@@ -27,6 +31,9 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     blocks = graph.prompt.get("select", {}).get("inputs", {})
     if blocks.get("method") == "preset":
         _draw_blocks(pen, *SKIPPED[blocks["skip_ratio"]])
+    if graph.badge:
+        _draw_badge(pen, graph.badge)
+        return image
     shown = Image.open(PICTURES / graph.shows[0]).crop(graph.shows[1]) if graph.shows else Image.open(screenshot)
     shown = shown.convert("RGB")
     width, height = SIDE - 2 * MARGIN, SIDE - LOWER - MARGIN
@@ -34,6 +41,17 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
     image.paste(shown, ((SIDE - shown.width) // 2, LOWER + (height - shown.height) // 2))
     return image
+
+
+def _draw_badge(pen: ImageDraw.ImageDraw, badge: str) -> None:
+    """Fill the lower part with a coloured field and a few large letters."""
+    colour = ACCENTS[badge]
+    pen.rounded_rectangle((MARGIN, LOWER, SIDE - MARGIN, SIDE - MARGIN), 28, fill=colour)
+    size = 220
+    while pen.textlength(badge, ImageFont.load_default(size)) > SIDE - 4 * MARGIN:
+        size -= 4
+    middle = (SIDE // 2, (LOWER + SIDE - MARGIN) // 2)
+    pen.text(middle, badge, fill=HEAD, font=ImageFont.load_default(size), anchor="mm")
 
 
 def _write(pen: ImageDraw.ImageDraw, words: str, top: int, size: int, colour: tuple[int, int, int]) -> None:

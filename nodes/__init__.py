@@ -10,7 +10,7 @@ from .dynamic_patches import DynamicPatchesNode
 from .load_patch_adapters import LoadPatchAdapters
 from .load_training_folder import LoadTrainingFolder
 from .memory_plan import MemoryPlan
-from .page.live_chart import add_route
+from .page.live_chart import add_routes
 from .precompute_residuals import PrecomputeResiduals
 from .ralu_sampler import RaluSampler
 from .sample_while_training import SampleWhileTraining
@@ -40,8 +40,8 @@ class BlockSkipExtension(ComfyExtension):
     """The extension that ComfyUI loads the nodes from."""
 
     async def on_load(self) -> None:
-        """Serve the latest runs to the chart on the trainer's node."""
-        add_route()
+        """Serve the latest runs and their summaries to the chart on the trainer's node."""
+        add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from ..blockskip_core.adapters.lora_metadata import describe
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.files.applied_lora import apply_lora
-from ..blockskip_core.hosts.files.lora_files import file_identity, load_lora_file
+from ..blockskip_core.hosts.files.lora_files import file_identity, load_lora_file, require_lora_file
 from . import widgets
-from .inputs import NO_FILE, checked, connected
+from .inputs import NO_FILE, NOT_CONNECTED, checked, connected, refusal
 from .types import LoraModelSocket
 
 
@@ -28,7 +28,15 @@ class ApplyLora(io.ComfyNode):
                 "Applies a LoRA to a model, straight from the trainer or from a file, and shows what it was trained "
                 "on. Sampling uses the whole model: nothing is skipped. Any LoRA that ComfyUI can load works."
             ),
-            search_aliases=["blockskip", "load lora", "lora loader", "lora info", "lora metadata"],
+            search_aliases=[
+                "blockskip",
+                "load lora",
+                "lora loader",
+                "lora info",
+                "lora metadata",
+                "flux lora",
+                "character lora",
+            ],
             is_experimental=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to apply the LoRA to."),
@@ -52,6 +60,13 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name: Any = NO_FILE, lora: Any = NOT_CONNECTED) -> bool | str:
+        """Refuse a graph without a LoRA, or with a file that is gone, when it is queued."""
+        if lora_name is None or lora is not NOT_CONNECTED:  # a linked input is None at that time
+            return True
+        return refusal(lambda: require_lora(lora_name))
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name: Any = NO_FILE, **_others: Any) -> str:
         """Run again when the chosen file has changed; ComfyUI compares its name but not its content."""
         return file_identity(lora_name)
@@ -73,10 +88,16 @@ def applied(model: Any, lora: Mapping[str, Any] | None, *, strength_model: float
     if not math.isfinite(strength_model):
         raise InvalidInputError(f"strength_model must be a finite number, got {strength_model}.")
     if lora is None:
-        if lora_name == NO_FILE:
-            raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
+        require_lora(lora_name)
         lora = load_lora_file(lora_name)
     lora = connected(lora=lora)["lora"]
     patched, num_patched, passed_over = apply_lora(model, lora, strength_model)
     info = describe(getattr(lora, "metadata", {}), len(lora), num_patched, passed_over)
     return model if strength_model == 0.0 else patched, info
+
+
+def require_lora(lora_name: str) -> None:
+    """Raise an error unless a LoRA file is chosen and there."""
+    if lora_name == NO_FILE:
+        raise InvalidInputError("No LoRA was given. Connect `lora` from the trainer, or choose `lora_name`.")
+    require_lora_file(lora_name)

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ..blockskip_core.accounting.plan import MemorySettings
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
-from ..blockskip_core.errors import InvalidInputError
+from ..blockskip_core.errors import BlockSkipError, InvalidInputError
 from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 
 NO_FILE = "none"
 """The entry in a list of files that means no file."""
+
+NOT_CONNECTED = object()
+"""Default of an optional input in ``validate_inputs``, where a linked input is None or a list of None."""
 
 
 def single(value: Any, name: str = "") -> Any:
@@ -138,6 +141,19 @@ def connected_if_any(**values: Any) -> dict[str, Any]:
     """Like :func:`connected`, for optional inputs, which are None if not connected."""
     found = singles(**values)
     return {name: None if value is None else connected(**{name: value})[name] for name, value in found.items()}
+
+
+def refusal(check: Callable[[], object]) -> bool | str:
+    """Return what ``validate_inputs`` returns: the sentence that a check of widgets raises, or True.
+
+    The host then refuses the graph when it is queued. It marks every input that ``validate_inputs`` names, so a node
+    names only those that the check is about; naming one also turns off the host's own check of its range or choices.
+    """
+    try:
+        check()
+    except BlockSkipError as error:
+        return str(error)
+    return True
 
 
 def require_memory_settings(value: Any) -> None:

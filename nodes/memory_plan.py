@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..blockskip_core.accounting.memory_needs import MemoryNeeds
 from ..blockskip_core.accounting.plan import (
     CARDS,
+    PHASES,
     MemorySettings,
     changes_that_fit,
     fits,
@@ -28,7 +29,8 @@ from ..blockskip_core.hosts.inputs.frames import latent_frames, latent_shape
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
-from ..blockskip_core.reporting.pictures import as_image, memory_bars
+from ..blockskip_core.reporting.memory_bars import memory_bars
+from ..blockskip_core.reporting.pictures import as_image
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ..blockskip_core.residuals.residual_set import STORAGES, Storage
@@ -37,7 +39,7 @@ from ..blockskip_core.training.config import TrainingConfig
 from . import widgets
 from .inputs import checked, connected
 from .page.progress import NodeProgress
-from .plan_text import Found, report
+from .plan_text import AsRun, Found, advice, report
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30
@@ -52,14 +54,17 @@ class MemoryPlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_MemoryPlan",
-            display_name="Memory Plan",
+            display_name="Will It Fit? (Memory Plan)",
             category="BlockSkip/training",
             description=(
                 "Tells before a run starts how much GPU memory, host memory and disk space it will need, whether that "
                 "fits, and the smallest change that makes it fit. The run's own code is counted on tensors that have "
                 "shapes but no data, so nothing is loaded. Set the widgets as on the other nodes."
             ),
-            search_aliases=["blockskip", "vram", "out of memory", "oom", "memory estimate", "will it fit"],
+            search_aliases=[
+                "blockskip", "vram", "low vram", "out of memory", "oom", "memory estimate", "will it fit", "6gb", "8gb", "8 GB",
+                "12gb", "12 GB", "16gb", "24gb",
+            ],
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
@@ -83,12 +88,10 @@ class MemoryPlan(io.ComfyNode):
     def execute(cls, model: Any, positive: Any, selection: Any, **settings: Any) -> io.NodeOutput:
         model, selection = connected(model=model, selection=selection).values()
         request = PlanRequest(**checked(cls, **settings))
-        progress = NodeProgress(cls.hidden.unique_id)
+        progress = NodeProgress(cls.hidden.unique_id, has_text=False)
         plan = Plan(model, flatten_conditionings(positive), selection, request, progress)
-        progress.say(plan.verdict)
-        return io.NodeOutput(
-            plan.text, plan.fits, as_image(plan.chart()), plan.settings_that_fit, ui={"text": [plan.text]}
-        )
+        shown = {"text": [plan.text], "blockskip_plan": [plan.on_node()]}
+        return io.NodeOutput(plan.text, plan.fits, as_image(plan.chart()), plan.settings_that_fit, ui=shown)
 
 
 def _required_inputs() -> list[io.Input]:
@@ -279,7 +282,7 @@ class Plan:
 
     def _text(self) -> str:
         text = report(
-            self.settings, self.needs, self._available, self._place, self.found, draws=self._request.draws,
+            self.settings, self.needs, self._available, self._place, self.as_run, draws=self._request.draws,
             speed=self._speed(),
         )  # fmt: skip
         return f"{text}\n\nOn the output `settings`: {self.settings_that_fit.describe()}"
@@ -299,9 +302,37 @@ class Plan:
             settings = with_spare_used(settings, self._available, self.count)
         return settings
 
+    @property
+    def as_run(self) -> AsRun:
+        """The settings on the node's output and what the run needs with them; None if nothing fits."""
+        if not (self.fits or self.found):
+            return None
+        return self.settings_that_fit, self.count(self.settings_that_fit)
+
+    @property
+    def _skipped(self) -> list[str]:
+        """The phases that this run does not have."""
+        return [] if self.settings.measured else [PHASES[0]]
+
     def chart(self) -> Any:
         """Return a picture of each phase's peak against the available memory."""
-        return memory_bars(phase_peaks(self.needs), self.needs.training.weights, self._available, self.verdict)
+        run = self.as_run
+        peaks = phase_peaks(run[1]) if run and run[1] != self.needs else None
+        return memory_bars(phase_peaks(self.needs), peaks, self._skipped, self._available, self.verdict)
+
+    def on_node(self) -> dict[str, Any]:
+        """Return the plan's numbers, in bytes, for the bars on the node."""
+        run = self.as_run
+        return {
+            "available": self._available,
+            "place": self._place,
+            "fits": self.fits,
+            "as_set": {"peak": peak_of(self.settings, self.needs), "phases": phase_peaks(self.needs)},
+            "as_run": run and {"peak": peak_of(*run), "phases": phase_peaks(run[1])},
+            "changes": self.settings.changes_to(self.settings_that_fit),
+            "skipped": self._skipped,
+            "advice": "" if run else advice(None),
+        }
 
     def _speed(self) -> float | None:
         """Return the operations per second of this device, or None if the plan is for another card."""

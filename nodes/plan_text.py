@@ -7,6 +7,7 @@ from ..blockskip_core.accounting.plan import MARGIN, PHASES, Change, MemorySetti
 from ..blockskip_core.units import format_bytes
 
 Found = tuple[list[Change], MemoryNeeds] | None  # result of changes_that_fit
+AsRun = tuple[MemorySettings, MemoryNeeds] | None  # the settings handed on, and what the run needs with them
 
 
 def advice(found: Found) -> str:
@@ -21,7 +22,7 @@ def report(
     needs: MemoryNeeds,
     available: int,
     place: str,
-    found: Found,
+    run: AsRun,
     *,
     draws: int = 1,
     speed: float | None = None,
@@ -32,11 +33,11 @@ def report(
         settings, needs: The run and what it needs.
         available: Bytes of the device that it may use.
         place: The device's name.
-        found: The result of :func:`changes_that_fit`, if the run does not fit.
+        run: The settings that the node hands on, and what the run needs with them; None if no settings fit.
         draws: Number of training examples, all of which are precomputed.
         speed: Operations per second of the device, see ``throughput``; None for a card that is not in this machine.
     """
-    lines = [_verdict(settings, needs, available, place, found), ""]
+    lines = [verdict(settings, needs, available, place, run), ""]
     for phase, peak in phase_peaks(needs).items():
         note = ""
         if phase == "training":
@@ -70,19 +71,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100.0 else f"{seconds / 60:,.0f} min"
 
 
-def _verdict(
-    settings: MemorySettings,
-    needs: MemoryNeeds,
-    available: int,
-    place: str,
-    found: Found,
-) -> str:
+def verdict(settings: MemorySettings, needs: MemoryNeeds, available: int, place: str, run: AsRun) -> str:
+    """Return the plan in a sentence or two: what is needed as set, what there is, and what the run needs."""
     peak = peak_of(settings, needs)
-    has = f"{format_bytes(available)} available ({place})"
-    if fits(peak, available):
-        return f"It fits: {format_bytes(peak)} needed, {has}."
-    if found is None:
-        then = "Or set `kept_weights` to streamed, which is slow."
-    else:
-        then = f"It then needs {format_bytes(peak_of(settings, found[1]))}."
-    return f"It does not fit: {format_bytes(peak)} needed, {has}. {advice(found)} {then}"
+    needed = f"Needs {format_bytes(peak)} as set, you have {format_bytes(available)} ({place})"
+    if run is None:
+        return f"{needed}. {advice(None)} Or set `kept_weights` to streamed, which is slow."
+    enough, changes = fits(peak, available), settings.changes_to(run[0])
+    if not changes:
+        return f"{needed}: fits."
+    uses = f"With `settings` connected, this run uses {', '.join(changes)}: {format_bytes(peak_of(*run))}, fits"
+    return f"{needed}: fits. {uses} and is faster." if enough else f"{needed}. {uses}."

@@ -32,14 +32,22 @@ class PrecomputeResiduals(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_PrecomputeResiduals",
-            display_name="Precompute Residuals",
+            display_name="Prepare Training (Precompute Residuals)",
             category="BlockSkip/training",
             description=(
                 "Prepares all training examples (crops, noise levels, noise) and computes what the skipped blocks "
                 "would have contributed to each, so that training needs only the blocks in the middle. Crops are large "
                 "at high noise and small at low noise, all resized to the same small side."
             ),
-            search_aliases=["blockskip", "dynamic patch", "residual cache", "cache latents", "make dataset"],
+            search_aliases=[
+                "blockskip",
+                "dynamic patch",
+                "residual cache",
+                "cache latents",
+                "make dataset",
+                "lora training",
+                "low vram",
+            ],
             is_input_list=True,
             is_experimental=True,
             inputs=[*_training_inputs(), *_example_inputs(), *_detail_inputs()],

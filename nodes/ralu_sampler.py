@@ -13,9 +13,9 @@ from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling.early_regions import REGIONS, RegionChoice
 from ..blockskip_core.hosts.sampling.region_adaptive import RegionAdaptiveSampler, Sampled, empty_latent
-from ..blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
+from ..blockskip_core.ralu.timestep_matching import DEFAULT_SHIFT, PRESETS, StagePlan, solved_plan
 from . import widgets
-from .inputs import checked, connected, connected_if_any
+from .inputs import checked, connected, connected_if_any, refusal
 from .page.progress import NodeProgress
 
 CUSTOM = "custom"
@@ -26,14 +26,23 @@ class RaluSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_RALUSampler",
-            display_name="RALU Sampler",
+            display_name="Fast Sampler (RALU Sampler)",
             category="BlockSkip/sampling",
             description=(
                 "Replaces KSampler and needs a fraction of its operations: it samples at half the side first, then "
                 "brings the regions with edges to full resolution, then the rest (RALU). Nothing is trained. For FLUX, "
                 "Qwen-Image, Z-Image, Wan at one frame, Chroma, SD3.5 and others; the help page has the list."
             ),
-            search_aliases=["blockskip", "ralu", "fast sampler", "speed up flux", "region adaptive", "upsampling"],
+            search_aliases=[
+                "blockskip",
+                "ralu",
+                "fast sampler",
+                "faster",
+                "faster flux",
+                "speed up flux",
+                "region adaptive",
+                "upsampling",
+            ],
             is_experimental=True,
             inputs=[*_sampling_inputs(), *_method_inputs(), *_region_inputs(), *_custom_inputs()],
             outputs=[
@@ -49,6 +58,15 @@ class RaluSampler(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls, preset: Any, custom_steps: Any = "5, 6, 7", custom_ends: Any = "0.3, 0.45, 1"
+    ) -> bool | str:
+        """Refuse numbers that form no plan when the graph is queued."""
+        if None in (preset, custom_steps, custom_ends):  # linked inputs are known only when the node runs
+            return True
+        return refusal(lambda: stage_plan(preset, custom_steps, custom_ends))
 
     @classmethod
     def execute(
@@ -159,15 +177,7 @@ class RaluRequest:
         Raises:
             InvalidInputError: If the preset is not known, or the custom numbers do not form a plan.
         """
-        if self.preset == CUSTOM:
-            steps, ends = (
-                _numbers("custom_steps", self.custom_steps, int),
-                _numbers("custom_ends", self.custom_ends, float),
-            )
-            return solved_plan(steps, ends, self.custom_shift)
-        if self.preset not in PRESETS:
-            raise InvalidInputError(f"preset must be one of {', '.join(PRESETS)} or {CUSTOM}, got {self.preset!r}.")
-        return PRESETS[self.preset]
+        return stage_plan(self.preset, self.custom_steps, self.custom_ends, self.custom_shift)
 
     def sample(
         self, model: Any, latent_image: Mapping[str, Any], positive: Any, negative: Any, *, vae: Any, mask: Any
@@ -207,6 +217,20 @@ class RaluRequest:
             for number, sigmas in enumerate(plan.sigmas, start=1)
         ]
         return "\n".join(lines)
+
+
+def stage_plan(preset: str, custom_steps: str, custom_ends: str, custom_shift: float = DEFAULT_SHIFT) -> StagePlan:
+    """Return the plan of a preset, or the one solved for the custom numbers.
+
+    Raises:
+        InvalidInputError: If the preset is not known, or the custom numbers do not form a plan.
+    """
+    if preset == CUSTOM:
+        steps, ends = _numbers("custom_steps", custom_steps, int), _numbers("custom_ends", custom_ends, float)
+        return solved_plan(steps, ends, custom_shift)
+    if preset not in PRESETS:
+        raise InvalidInputError(f"preset must be one of {', '.join(PRESETS)} or {CUSTOM}, got {preset!r}.")
+    return PRESETS[preset]
 
 
 def _numbers(name: str, text: str, kind: type[Any]) -> tuple[Any, ...]:

@@ -7,9 +7,9 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..blockskip_core.hosts.sampling.training_samples import sample_request
+from ..blockskip_core.hosts.sampling.training_samples import require_guidance, sample_request
 from . import widgets
-from .inputs import checked, connected
+from .inputs import NOT_CONNECTED, checked, connected, refusal, single
 from .types import SamplesSocket
 
 
@@ -25,7 +25,7 @@ class SampleWhileTraining(io.ComfyNode):
                 "see when it is good enough. They appear on the trainer's node, beside the LoRA's file and in the "
                 "summary. Sampling does not change the training."
             ),
-            search_aliases=["blockskip", "preview", "sample", "validation", "training preview"],
+            search_aliases=["blockskip", "preview", "sample", "validation", "training preview", "lora training"],
             is_input_list=True,
             is_experimental=True,
             inputs=[*_schedule_inputs(), *_sampler_inputs()],
@@ -33,6 +33,12 @@ class SampleWhileTraining(io.ComfyNode):
                 SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, cfg: Any, negative: Any = NOT_CONNECTED) -> bool | str:
+        """Refuse guidance without a negative prompt when the graph is queued."""
+        scale = single(cfg, "cfg")
+        return True if scale is None else refusal(lambda: require_guidance(scale, negative is not NOT_CONNECTED))
 
     @classmethod
     def execute(

@@ -19,7 +19,7 @@ from ..blockskip_core.selection.presets import preset_selection
 from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
 from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
 from . import widgets
-from .inputs import checked, connected, connected_if_any
+from .inputs import checked, connected, connected_if_any, refusal, single
 from .page.live_chart import announcer
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket
@@ -40,7 +40,17 @@ class SelectBlocks(io.ComfyNode):
                 "and the last few, found by hiding the text from the picture in those blocks and measuring how much "
                 "the picture changes. Skipped blocks take no GPU memory and no time during training."
             ),
-            search_aliases=["blockskip", "dit-blockskip", "skip layers", "block selection", "low vram lora"],
+            search_aliases=[
+                "blockskip",
+                "dit-blockskip",
+                "skip layers",
+                "block selection",
+                "low vram",
+                "low vram lora",
+                "lora training",
+                "8gb",
+                "12gb",
+            ],
             is_input_list=True,
             is_experimental=True,
             inputs=[*_choice_inputs(), *_probe_model_inputs(), *_probe_inputs()],
@@ -55,6 +65,12 @@ class SelectBlocks(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
+
+    @classmethod
+    def validate_inputs(cls, probe_size: Any = None) -> bool | str:
+        """Refuse a size that no probe picture can have when the graph is queued."""
+        size = single(probe_size, "probe_size")
+        return True if size is None else refusal(lambda: ProbeConfig(size=size))
 
     @classmethod
     def execute(

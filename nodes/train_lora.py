@@ -8,11 +8,12 @@ from comfy_api.latest import io
 
 from ..blockskip_core.adapters.lora_formats import LoraFileFormat
 from ..blockskip_core.data.flow_matching import LossWeighting
-from ..blockskip_core.hosts.files.lora_files import file_identity
+from ..blockskip_core.hosts.files.lora_files import EXAMPLE_NAME, file_identity
+from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS
 from . import widgets
-from .inputs import NO_FILE, checked, connected, connected_if_any, single
+from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .run.request import KEPT_WEIGHTS, RunRequest
@@ -25,14 +26,17 @@ class TrainLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlockSkip_TrainLora",
-            display_name="Dynamic Patch Trainer",
+            display_name="Train LoRA (Dynamic Patch Trainer)",
             category="BlockSkip/training",
             description=(
                 "Trains a LoRA with most of the model left out (DiT-BlockSkip). Only the blocks in the middle are "
                 "loaded and run; Precompute Residuals supplies what the others would contribute. The model that you "
                 "loaded is not changed or copied. The LoRA is saved to output/loras."
             ),
-            search_aliases=["blockskip", "dit-blockskip", "train lora", "lora trainer", "dreambooth", "finetune"],
+            search_aliases=[
+                "blockskip", "dit-blockskip", "train lora", "lora training", "lora trainer", "train flux", "flux lora", "character lora",
+                "dreambooth", "finetune", "low vram", "8gb", "8 GB", "12gb", "12 GB", "faster training",
+            ],
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
@@ -53,6 +57,12 @@ class TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, output_name: Any = None) -> bool | str:
+        """Refuse a name that cannot be saved when the graph is queued, not after precomputing."""
+        name = single(output_name, "output_name")
+        return True if name is None else refusal(lambda: name_below(name, EXAMPLE_NAME))
+
+    @classmethod
     def fingerprint_inputs(cls, start_file: Any = (NO_FILE,), **_others: Any) -> str:
         """Run again when the file to start from has changed; ComfyUI only sees its name."""
         return file_identity(start_file[0])
@@ -65,7 +75,8 @@ class TrainLora(io.ComfyNode):
         plugged = {**connected_if_any(start_from=start_from), "samples": single(samples, "samples")}
         with LiveChart(cls.hidden) as chart:
             request = RunRequest(**plugged, **checked(cls, **settings))
-            trained = run_training(model, residuals, request, NodeProgress(cls.hidden.unique_id, chart.phase), chart)
+            progress = NodeProgress(cls.hidden.unique_id, chart.phase, has_text=False)
+            trained = run_training(model, residuals, request, progress, chart)
         return io.NodeOutput(trained.lora, trained.loss_map, trained.steps, ui={**trained.ui, **chart.output()})
 
 
@@ -126,7 +137,7 @@ def _step_inputs() -> list[io.Input]:
         widgets.checkpointing(
             "Recompute activations instead of keeping them: much less memory, but each step takes one more forward "
             "pass.",
-            optional=True,
+            optional=True, advanced=True,
         ),
         io.Combo.Input(
             "loss_weighting", options=list(get_args(LossWeighting)), default="none", optional=True, advanced=True,
@@ -225,5 +236,9 @@ def _other_inputs() -> list[io.Input]:
         widgets.quantize_frozen(
             "Only used if the residuals were made with `back_residual` exact: the format of the last blocks' weights "
             "for this run. They have no adapters, so they can be coarser than the others."
+        ),
+        io.Boolean.Input(
+            "loss_table", default=False, optional=True, advanced=True,
+            tooltip="Also write the loss of every step beside the LoRA, as a .csv for spreadsheets.",
         ),
     ]  # fmt: skip

@@ -50,19 +50,26 @@ class MemorySettings:
 
     def describe(self) -> str:
         """Return the settings as one readable line."""
+        return ", ".join(self._parts()) + "."
+
+    def changes_to(self, other: MemorySettings) -> list[str]:
+        """Return what another object sets differently, in readable form, e.g. "quantize_kept int8"."""
+        return [part for part in other._parts() if part not in self._parts()]
+
+    def _parts(self) -> list[str]:
         config = self.config
-        kept = f"activation_budget {config.activation_budget / 2**30:g}" if config.checkpointing else ""
+        budget = config.activation_budget / 2**30
         parts = [
             f"patch_min {self.patch_min}",
             f"storage {self.storage}",
             f"batch_size {config.batch_size}",
             f"accumulation times {config.accumulation}" if config.accumulation > 1 else "",
             f"checkpointing {'on' if config.checkpointing else 'off'}",
-            kept,
+            f"activation_budget {budget:g}" if config.checkpointing and budget else "",
             f"quantize_kept {self.quantize_kept}",
             f"quantize_frozen {self.quantize_frozen}" if self.frozen else "",
         ]
-        return ", ".join(part for part in parts if part) + "."
+        return [part for part in parts if part]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The host already has Pillow, and a plotting library is not worth a dependency fo
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def contact_sheet(
         top = gap + place // columns * (cell + line + gap)
         picture = as_picture(crop)
         sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
-        draw.text((left + 2, top + cell + 4), label, fill=TOO_MUCH if place in marked else INK, font=_font(13))
+        draw.text((left + 2, top + cell + 4), label, fill=TOO_MUCH if place in marked else INK, font=drawing_font(13))
         if place in marked:
             draw.rectangle((left, top, left + cell - 1, top + cell - 1), outline=TOO_MUCH, width=4)
             draw.line((left, top, left + cell - 1, top + cell - 1), fill=TOO_MUCH, width=4)
@@ -75,37 +75,13 @@ def selection_heatmap(
     height = 150 + 54 * len(rows) + 70
     picture = Image.new("RGB", (left + width + 40, height), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=_font(18))
-    draw.text((20, 40), _bytes_line(selection), fill=INK, font=_font(14))
+    draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=drawing_font(18))
+    draw.text((20, 40), _bytes_line(selection), fill=INK, font=drawing_font(14))
     _draw_blocks(draw, selection, block_names, left, 72, cell)
     for number, (label, values) in enumerate(rows):
         _draw_profile(draw, label, values, (left, 142 + 54 * number), cell)
     note = textwrap.fill(selection.note, max(60, (left + width) // 8))
-    draw.multiline_text((20, height - 42), note, fill=INK, font=_font(13))
-    return picture
-
-
-def memory_bars(peaks: Mapping[str, int], weights: int, available: int, verdict: str) -> Image.Image:
-    """Return a bar chart of every phase's peak bytes against the available ones, with the training's weights marked."""
-    left, width, row = 200, 560, 46
-    lines = textwrap.wrap(verdict, 100)
-    top = 24 + 20 * len(lines)
-    picture = Image.new("RGB", (left + width + 120, top + row * len(peaks) + 40), BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    draw.multiline_text((20, 12), "\n".join(lines), fill=INK, font=_font(15))
-    longest = max([available, *peaks.values()])
-    for number, (phase, peak) in enumerate(peaks.items()):
-        y = top + row * number
-        end = left + width * peak // longest
-        draw.text((20, y + 8), phase, fill=INK, font=_font(14))
-        draw.rectangle((left, y, end, y + 30), fill=KEPT if peak <= available else TOO_MUCH)
-        if phase == "training":
-            draw.rectangle((left, y + 22, left + width * weights // longest, y + 30), fill=FRONT)
-        draw.text((end + 8, y + 8), format_bytes(peak), fill=INK, font=_font(14))
-    line = left + width * available // longest
-    bottom = top + row * len(peaks)
-    draw.line((line, top - 6, line, bottom), fill=INK, width=2)
-    draw.text((max(left, line - 150), bottom + 4), f"{format_bytes(available)} available", fill=INK, font=_font(13))
+    draw.multiline_text((20, height - 42), note, fill=INK, font=drawing_font(13))
     return picture
 
 
@@ -137,14 +113,14 @@ def _profiles(influence: TextInfluence | None) -> list[tuple[str, dict[int, floa
 def _draw_blocks(
     draw: ImageDraw.ImageDraw, selection: BlockSelection, names: Sequence[str], left: int, top: int, cell: int
 ) -> None:
-    draw.text((20, top + 10), f"{selection.family} blocks", fill=INK, font=_font(14))
+    draw.text((20, top + 10), f"{selection.family} blocks", fill=INK, font=drawing_font(14))
     for index in range(selection.num_blocks):
         colour = KEPT if index in selection.kept else FRONT if index < selection.front else BACK
         x = left + index * cell
         draw.rectangle((x + 1, top, x + cell - 2, top + 34), fill=colour)
         if index == 0 or names[index].split(".")[0] != names[index - 1].split(".")[0]:
             draw.line((x, top - 4, x, top + 42), fill=INK, width=2)
-            draw.text((x + 4, top + 38), names[index].split(".")[0].replace("_", " "), fill=INK, font=_font(12))
+            draw.text((x + 4, top + 38), names[index].split(".")[0].replace("_", " "), fill=INK, font=drawing_font(12))
 
 
 def _draw_profile(
@@ -152,8 +128,8 @@ def _draw_profile(
 ) -> None:
     left, top = corner
     highest = max([*values.values(), 1e-12])
-    draw.text((20, top + 6), label, fill=INK, font=_font(14))
-    draw.text((20, top + 24), f"largest distance {highest:.3g}", fill=INK, font=_font(11))
+    draw.text((20, top + 6), label, fill=INK, font=drawing_font(14))
+    draw.text((20, top + 24), f"largest distance {highest:.3g}", fill=INK, font=drawing_font(11))
     for index, value in values.items():
         share = min(1.0, max(0.0, value / highest))
         colour = tuple(int(c) for c in PROFILE_LOW + share * (PROFILE_HIGH - PROFILE_LOW))
@@ -161,5 +137,5 @@ def _draw_profile(
         draw.rectangle((x + 1, top, x + cell - 2, top + 40), fill=colour, outline=FAINT)
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def drawing_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .loss_curve import LossCurve, LossPoint, finite, smoothing_span
@@ -21,16 +22,22 @@ class RunRecord:
     Args:
         node: The node's id in the prompt.
         workflow: The id of its workflow, or None if the prompt does not specify it.
+
+    Attributes:
+        summary: The summary's file, once it is written. It is not part of what is sent.
     """
 
     def __init__(self, node: str, workflow: str | None) -> None:
         self.run = uuid.uuid4().hex
         self.node, self.workflow = node, workflow
         self.started = time.time()
+        self.summary: Path | None = None
         self._lock = threading.Lock()
         self._curve: LossCurve | None = None
         self._figures: dict[str, Any] = {"status": "running", "phase": "starting", "detail": ""}
         self._unsent: list[LossPoint] = []
+        self._samples: list[dict[str, Any]] = []
+        self._samples_sent = 0
 
     def note(self, **figures: Any) -> None:
         """Record the latest figures; numbers that are not finite become None."""
@@ -51,20 +58,28 @@ class RunRecord:
             self._unsent.append(self._curve_for(steps).add(step, loss, learning_rate))
             self._figures.update(step=step, steps=steps)
 
+    def add_sample(self, step: int, prompt: int, file: str, subfolder: str) -> None:
+        """Record a picture sampled after ``step`` steps: the number of its prompt, and its file."""
+        with self._lock:
+            self._samples.append({"step": step, "prompt": prompt, "file": file, "subfolder": subfolder})
+
     def news(self) -> dict[str, Any]:
         """Return the figures and the points since the last call; ``first`` is the number of points before them.
 
-        After a long gap only the newest points are returned, which shows in ``first``.
+        After a long gap only the newest points are returned, which shows in ``first``. The samples, all of them, are
+        only there if there are new ones.
         """
         with self._lock:
             points, self._unsent = self._unsent[-MAX_POINTS_AT_ONCE:], []
-            return {**self._head(), "first": self._count() - len(points), "points": points}
+            more = {"samples": list(self._samples)} if len(self._samples) > self._samples_sent else {}
+            self._samples_sent = len(self._samples)
+            return {**self._head(), **more, "first": self._count() - len(points), "points": points}
 
     def snapshot(self, max_points: int | None = None) -> dict[str, Any]:
         """Return everything, with the curve thinned; ``count`` is the number of points before thinning."""
         with self._lock:
             points = self._curve.points(max_points) if self._curve else []
-            return {**self._head(), "count": self._count(), "points": points}
+            return {**self._head(), "samples": list(self._samples), "count": self._count(), "points": points}
 
     def _curve_for(self, steps: int) -> LossCurve:
         self._curve = self._curve or LossCurve(smoothing_span(steps))
@@ -101,6 +116,11 @@ class RunHistory:
         with self._lock:
             found = [self._runs.get((workflow, node)), self._runs.get((None, node))]
         return max((run for run in found if run), key=lambda run: run.started, default=None)
+
+    def run(self, run: str) -> RunRecord | None:
+        """Return the run with an id, if it is still kept."""
+        with self._lock:
+            return next((record for record in self._runs.values() if record.run == run), None)
 
 
 def _plain(value: Any) -> Any:

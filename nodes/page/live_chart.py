@@ -1,4 +1,4 @@
-"""Feed the chart on the trainer's node: events during a run, and a route for pages that are opened later.
+"""Feed the chart on the trainer's node: events during a run, and routes for pages opened later and for summaries.
 
 The page's side is ``web/js/live_chart.js``. Events go to every open page, which uses those of its own workflow.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,10 +18,17 @@ from ...blockskip_core.reporting.run_history import RunHistory
 
 EVENT = "blockskip.train"
 ROUTE = "/blockskip/last_run"
+SUMMARY_ROUTE = "/blockskip/summary"
+SUMMARY_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    "X-Content-Type-Options": "nosniff",
+}
 SECONDS_BETWEEN_EVENTS = 0.25
 POINTS_IN_OUTPUT = 500
 """Maximum number of points in the node's output, which the host keeps in its history."""
 LONGEST_ID = 200
+LONGEST_MESSAGE = 1000
 NO_ID = "00000000-0000-0000-0000-000000000000"
 """The page's id for a graph that did not come from a workflow file; each reload gives such a graph another id."""
 TRAINER = "BlockSkip_TrainLora"
@@ -48,15 +56,35 @@ class LiveChart:
     ) -> None:
         cancelled = kind is not None and issubclass(kind, InterruptProcessingException)
         status = "done" if kind is None else "cancelled" if cancelled else "failed"
-        self._record.note(status=status, phase=status, detail="", seconds_left=None)
+        if status == "failed":
+            self._record.note(message=str(error).split("\n")[0][:LONGEST_MESSAGE])
+        self._record.note(status=status, phase=status, detail="", done=None, total=None, seconds_left=None)
         self._send(now=True)
+
+    def sample(self, step: int, prompt: int, file: str, subfolder: str) -> None:
+        """Show a picture sampled after ``step`` steps, a file below the host's output folder."""
+        self._record.add_sample(step, prompt, file, subfolder)
+        self._send(now=True)
+
+    def saved(self, lora: Path | None, summary: Path | None, *, resumes: bool, problems: Sequence[str]) -> None:
+        """Record what a run has saved at its end, also if it ends early.
+
+        Args:
+            lora: The LoRA's file, or None if it could not be saved.
+            summary: The summary's file, which the page can then open by the run's id.
+            resumes: Whether queueing the same graph again resumes the run.
+            problems: Sentences on what went wrong without ending the run.
+        """
+        self._record.summary = summary
+        message = " ".join(problems)[:LONGEST_MESSAGE]
+        self._record.note(saved_as=lora and lora.name, summary=summary is not None, resumes=resumes, message=message)
 
     def phase(self, phase: str, done: int, total: int) -> None:
         """Show what the node is doing apart from training steps, which are shown by :meth:`step`."""
         if phase == "training step":
             return
         word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
-        self._record.note(phase=word, detail=f"{phase}: {done} of {total}")
+        self._record.note(phase=word, detail=phase, done=done, total=total)
         self._send()
 
     def earlier(self, losses: Sequence[float], steps: int) -> None:
@@ -71,7 +99,7 @@ class LiveChart:
             figures: seconds_per_step, seconds_left (s); memory_now, memory_peak (bytes), memory_of.
         """
         self._record.add_step(step, steps, loss, learning_rate)
-        self._record.note(phase="training", detail="", **figures)
+        self._record.note(phase="training", detail="", done=None, total=None, **figures)
         self._send()
 
     def output(self) -> dict[str, Any]:
@@ -96,7 +124,8 @@ def announcer(hidden: Any, phase: str) -> Callable[[str, int, int], None]:
             return
         last_sent = time.monotonic()
         for trainer in trainers:
-            send({"node": trainer, "workflow": workflow, "phase": phase, "detail": f"{what}: {done} of {total}"})
+            progress = {"phase": phase, "detail": what, "done": done, "total": total}
+            send({"node": trainer, "workflow": workflow, **progress})
 
     return announce
 
@@ -140,8 +169,24 @@ async def last_run(request: Any) -> Any:
     return web.json_response({"run": record and record.snapshot()}, headers={"Cache-Control": "no-store"})
 
 
-def add_route() -> None:
-    """Add the route for the latest runs, once: the host does not start if a route is registered twice."""
+async def summary(request: Any) -> Any:
+    """Answer ``GET ?run=ID`` with the summary that this run has written, or 404.
+
+    The path comes from the run's record, never from the request. The summary needs no script and no network, and gets
+    neither.
+    """
+    record = HISTORY.run(request.query.get("run", ""))
+    if record is None or record.summary is None or not record.summary.is_file():
+        return web.json_response({"error": "This run has no summary, or ComfyUI was restarted since."}, status=404)
+    return web.FileResponse(record.summary, headers=SUMMARY_HEADERS)
+
+
+def add_routes() -> None:
+    """Add the routes for the latest runs, once: the host does not start if a route is registered twice."""
     server = getattr(PromptServer, "instance", None)
-    if server is not None and not any(getattr(route, "path", None) == ROUTE for route in server.routes):
-        server.routes.get(ROUTE)(last_run)
+    if server is None:
+        return
+    known = {getattr(route, "path", None) for route in server.routes}
+    for path, handler in ((ROUTE, last_run), (SUMMARY_ROUTE, summary)):
+        if path not in known:
+            server.routes.get(path)(handler)

@@ -24,10 +24,13 @@ class NodeProgress:
     Args:
         node_id: The running node.
         tell: Also called for every part, before the node is updated, with (phase, parts done, total).
+        has_text: Whether to show a line of text under the node. False for a node whose chart says the same.
     """
 
-    def __init__(self, node_id: str | None, tell: Callable[[str, int, int], None] | None = None) -> None:
-        self._node_id = node_id
+    def __init__(
+        self, node_id: str | None, tell: Callable[[str, int, int], None] | None = None, *, has_text: bool = True
+    ) -> None:
+        self._node_id = node_id if has_text else None
         self._tell = tell
         self._bar: comfy.utils.ProgressBar | None = None
         self._done = self._total = 0

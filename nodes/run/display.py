@@ -22,6 +22,7 @@ class RunChart(TrainingObserver):
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome, chart: LiveChart) -> None:
         self._config, self._outcome, self._chart = run.request.config, outcome, chart
+        self._resumes = run.request.resume
 
     def on_step(self, step: StepReport) -> None:
         """Show a step, and before the first one the steps of the interrupted run."""
@@ -46,6 +47,12 @@ class RunChart(TrainingObserver):
         self._outcome.memory.sample()
         if self._outcome.result.resumed_at == self._outcome.result.steps:
             self._show_earlier()
+
+    def saved(self) -> None:
+        """Show what the run has saved, also if it ends early."""
+        outcome = self._outcome
+        path, summary = outcome.path if outcome.saved else None, outcome.summary_path
+        self._chart.saved(path, summary, resumes=self._resumes, problems=outcome.problems)
 
     def _show_earlier(self) -> None:
         size, losses = self._config.accumulation, self._outcome.result.losses

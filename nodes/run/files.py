@@ -8,6 +8,7 @@ from pathlib import Path
 from ...blockskip_core.adapters.lora_formats import to_file_tensors
 from ...blockskip_core.errors import StorageError
 from ...blockskip_core.hosts.files.lora_files import save_lora
+from ...blockskip_core.reporting.loss_table import write_loss_table
 from ...blockskip_core.reporting.run_report import write_report
 from ...blockskip_core.training.observer import TrainingObserver
 from ...blockskip_core.training.result import StepReport
@@ -82,6 +83,19 @@ class RunFiles(TrainingObserver):
             self._note(error, str(error))
         else:
             self._outcome.summary_path = path
+        self._save_loss_table()
+
+    def _save_loss_table(self) -> None:
+        """Write the loss of every step beside the LoRA, if it is asked for."""
+        request, result = self._run.request, self._outcome.result
+        if not request.loss_table:
+            return
+        try:
+            write_loss_table(
+                result.losses, request.config.accumulation, request.steps, self._outcome.path.with_suffix(".csv")
+            )
+        except StorageError as error:
+            self._note(error, str(error))
 
     def _note(self, error: Exception, problem: str) -> None:
         logger.error("BlockSkip: %s", error)

@@ -65,6 +65,7 @@ class RunRequest:
     check_memory: bool = True
     memory_settings: MemorySettings | None = None
     quantize_frozen: str = default_for_frozen_blocks()
+    loss_table: bool = False
 
     def __post_init__(self) -> None:
         self.config, self.lora  # noqa: B018 - each checks its part

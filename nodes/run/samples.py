@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 from comfy.model_management import InterruptProcessingException
@@ -16,6 +15,7 @@ from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
 from ...blockskip_core.reporting.pictures import as_picture
 from ...blockskip_core.reporting.run_report import sample_of
 from ...blockskip_core.training.observer import TrainingObserver
+from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
 from .outcome import RunOutcome, Sample
 from .prepare import PreparedRun
@@ -30,6 +30,7 @@ class RunSamples(TrainingObserver):
         run: The run; pictures are saved beside its LoRA.
         outcome: Receives the pictures, and a sentence if sampling fails; then the training continues without sampling.
         progress: The node's progress.
+        chart: Shows the pictures.
         sampler: Makes the pictures.
         training_peak: Counted bytes that the training needs on the device.
     """
@@ -39,11 +40,12 @@ class RunSamples(TrainingObserver):
         run: PreparedRun,
         outcome: RunOutcome,
         progress: NodeProgress,
+        chart: LiveChart,
         sampler: TrainingSampler,
         *,
         training_peak: int,
     ) -> None:
-        self._run, self._outcome, self._progress = run, outcome, progress
+        self._run, self._outcome, self._progress, self._chart = run, outcome, progress, chart
         self._sampler, self._training_peak = sampler, training_peak
         self._failed = False
 
@@ -78,19 +80,14 @@ class RunSamples(TrainingObserver):
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
         label = f"step {step:,}" + (f", prompt {prompt}" if len(self._sampler.request.positive) > 1 else "")
         self._outcome.samples.append(Sample(step, prompt, path, sample_of(picture, label)))
-        self._progress.show(picture)
+        subfolder = _below_output(path)
+        if subfolder is not None:
+            self._chart.sample(step, prompt, path.name, subfolder)
 
 
-def shown_on_node(outcome: RunOutcome) -> dict[str, Any]:
-    """Return the pictures as an entry of the node's ``ui``, which shows them."""
-    if not outcome.samples:
-        return {}
-    folder = os.path.relpath(outcome.samples[0].path.parent, folder_paths.get_output_directory())
-    if folder.split(os.sep)[0] == os.pardir:  # outside, through a link, where the host shows no pictures
-        return {}
-    subfolder = "" if folder == os.curdir else Path(folder).as_posix()
-    return {
-        "images": [
-            {"filename": sample.path.name, "subfolder": subfolder, "type": "output"} for sample in outcome.samples
-        ]
-    }
+def _below_output(path: Path) -> str | None:
+    """Return the file's folder below the output folder, or None for a place that the host serves no pictures from."""
+    folder = os.path.relpath(path.parent, folder_paths.get_output_directory())
+    if folder.split(os.sep)[0] == os.pardir:  # outside, through a link
+        return None
+    return "" if folder == os.curdir else Path(folder).as_posix()

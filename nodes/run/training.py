@@ -36,7 +36,7 @@ from .outcome import RunOutcome
 from .peak_memory import PeakMemory
 from .prepare import PreparedRun, prepare
 from .request import RunRequest
-from .samples import RunSamples, shown_on_node
+from .samples import RunSamples
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run_training(
         LoraModel(tensors, metadata(run, outcome)),
         {"loss": outcome.result.losses},
         outcome.result.steps,
-        {"blockskip": [on_node(run, outcome)], **shown_on_node(outcome)},
+        {"blockskip": [on_node(run, outcome)]},
     )
 
 
@@ -95,7 +95,7 @@ class _Training:
         self._observers: list[TrainingObserver] = [self._chart, self._files, ProgressLine(run, outcome, progress)]
         if run.sampler is not None:
             peak = self._memory_check.training_peak
-            self._observers.append(RunSamples(run, outcome, progress, run.sampler, training_peak=peak))
+            self._observers.append(RunSamples(run, outcome, progress, chart, run.sampler, training_peak=peak))
 
     def train(self) -> None:
         """Train, and save the LoRA however the run ends, if it has learned anything.
@@ -112,12 +112,12 @@ class _Training:
         except (TrainingError, OutOfMemoryError) as error:
             if not result.steps:
                 raise
-            self._files.save_early()
+            self._save_early()
             saved = f"The LoRA so far is saved as {self._outcome.path.name}."
             raise type(error)(f"{error} {saved}") from None
         except BaseException:  # including Cancel at any moment
             if result.steps:
-                self._files.save_early()
+                self._save_early()
             raise
         finally:
             self._chart.run_ended()
@@ -127,6 +127,11 @@ class _Training:
                 "not have this problem."
             )
         self._files.save_finished()
+        self._chart.saved()
+
+    def _save_early(self) -> None:
+        self._files.save_early()
+        self._chart.saved()
 
     def _train(self) -> None:
         placement = self._memory_check.placement()

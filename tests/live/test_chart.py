@@ -104,7 +104,7 @@ def test_odd_data_is_no_run_or_left_out() -> None:
     """How the page handles data that our server never sends."""
     if not shutil.which("node"):
         pytest.skip("needs node")
-    script = ROOT / "web" / "js" / "loss_chart.js"
+    script = ROOT / "web" / "js" / "run_data.js"
     command = ["node", "--no-warnings", "--input-type=module", "-e", ODD_DATA, script.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     odd, run, length = json.loads(done.stdout)

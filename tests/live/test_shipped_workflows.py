@@ -26,7 +26,7 @@ SHIPPED = sorted(ROOT.glob("workflows/*.json"))
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
     """``devtools/make_workflows.py``, which imports modules in its folder."""
-    for name in ("workflow_graphs", "workflow_stand_ins", "workflow_thumbnails"):
+    for name in ("workflow_graphs", "workflow_demo", "workflow_stand_ins", "workflow_thumbnails"):
         sys.modules[name] = load_devtool(name)
     return load_devtool("make_workflows")
 
@@ -93,9 +93,20 @@ def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..
     summary = output_of(result, prompt, "Dynamic Patch Trainer")["blockskip"][0]
     assert (summary["steps"], summary["problems"]) == (4, [])
     assert summary["self_check"] < 1e-4
-    assert output_of(result, prompt, "Memory Plan: will it fit?")["text"][0].startswith("It fits")
-    for title in ("Which blocks are skipped", "The plan", "What training will see", "Plot Loss Graph", "Your subject"):
+    assert output_of(result, prompt, "Memory Plan: will it fit?")["blockskip_plan"][0]["fits"] is True
+    assert output_of(result, prompt, "Dynamic Patch Trainer")["blockskip_chart"][0]["samples"]
+    titles = {node["_meta"]["title"] for node in prompt.values()}
+    for title in titles & {"Which blocks are skipped", "What training will see", "Plot Loss Graph", "Your subject"}:
         assert output_of(result, prompt, title)["images"], title
+
+
+def test_a_cards_resume_template_continues_its_run(client: Any, load_workflow: Callable[..., Any]) -> None:
+    seed = {"seed": 75}
+    first = load_workflow("train_12_gb", {"Dynamic Patch Trainer": seed})
+    assert output_of(succeed(client, first), first, "Dynamic Patch Trainer")["blockskip"][0]["steps"] == 4
+    prompt = load_workflow("resume_12_gb", {"Continue: more steps": {**seed, "steps": 6}})
+    more = output_of(succeed(client, prompt), prompt, "Continue: more steps")["blockskip"][0]
+    assert (more["resumed_at"], more["steps"]) == (4, 6)
 
 
 def test_several_subjects_keep_their_captions(client: Any, load_workflow: Callable[..., Any]) -> None:
@@ -127,7 +138,7 @@ def test_several_subjects_keep_their_captions(client: Any, load_workflow: Callab
 def test_resume_goes_on_with_the_run_of_the_training_workflow(
     client: Any, load_workflow: Callable[..., Any], graphs: dict[str, Any], maker: ModuleType
 ) -> None:
-    first = maker.twin_of(maker.numbered(graphs["BlockSkip - Train FLUX.1 LoRA"]))
+    first = maker.twin_of(maker.numbered(graphs["BlockSkip 8 - Train FLUX.1 LoRA (paper)"]))
     done = output_of(succeed(client, first), first, "Dynamic Patch Trainer")["blockskip"][0]
     longer = {"Continue: more steps": {"steps": 6}, "Train a LoRA file further": {"start_file": done["file"]}}
     prompt = load_workflow("resume", longer)

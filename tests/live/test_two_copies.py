@@ -78,7 +78,7 @@ def test_a_workflow_runs(client: Any, load_workflow: Callable[..., Any]) -> None
 
 def test_the_frontend_opens_a_workflow_without_a_complaint(crowded: Any) -> None:
     browser_or_skip()
-    template = ROOT / "workflows" / "BlockSkip - My first LoRA.json"
+    template = ROOT / "workflows" / "BlockSkip 1 - My first LoRA.json"
     command = ["node", str(ROOT / "devtools" / "check_workflow.mjs"), crowded.url, str(template)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

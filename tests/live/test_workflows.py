@@ -23,10 +23,10 @@ SMALL = {
     "Sample after": {"steps": 2},
 }
 TWINS = {
-    "train_lora": "BlockSkip - Train FLUX.1 LoRA",
-    "select_blocks": "BlockSkip - Select blocks",
-    "apply_lora": "BlockSkip - Apply and compare",
-    "ralu_sampler": "BlockSkip - Fast sampling (RALU)",
+    "train_lora": "BlockSkip 8 - Train FLUX.1 LoRA (paper)",
+    "select_blocks": "BlockSkip 7 - Select blocks",
+    "apply_lora": "BlockSkip 4 - Apply and compare",
+    "ralu_sampler": "BlockSkip 6 - Fast sampling (RALU)",
 }
 
 

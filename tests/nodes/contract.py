@@ -177,6 +177,7 @@ CONTRACT = {
             memory_settings BLOCKSKIP_MEMORY?
             check_memory BOOLEAN? = True
             quantize_frozen COMBO? = 4-bit {host's}
+            loss_table BOOLEAN? = False
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),
@@ -215,6 +216,8 @@ CONTRACT = {
             folder COMBO = None {host's}
             frames INT? = 1 [1, 1001]
             clips_per_video INT? = 1 [1, 1000]
+            trigger_word STRING? =
+            flip BOOLEAN? = False
         """,
         [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,

@@ -319,3 +319,12 @@ def test_cores_loader_makes_grey_of_sixteen_bits_white_and_that_is_said(folder, 
     images = LoadImageDataSetFromFolderNode.execute("toy").args[0]
     residuals = bench.precompute(images=type(bench.pictures)(images))[0]
     assert residuals.remarks[0].startswith("1 of 1 pictures is all of one colour, or almost: number 1 (white).")
+
+
+def test_the_trigger_word_and_mirrored_copies_through_the_node(nodes, run_node, folder, said):
+    values = photo(folder / "a.png")
+    images, texts, files = run_node(nodes.LoadTrainingFolder, folder="toy", trigger_word="sks toy", flip=True).args
+    assert texts == ["sks toy", "sks toy"]
+    assert [file.name for file in files] == ["a.png", "a.png (mirrored)"]
+    assert torch.equal(images[1][0], values.flip(1))
+    assert said[-1].endswith("Pictures: 2; captions: 2")

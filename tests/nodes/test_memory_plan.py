@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ def planned_run(bench, nodes, selection, **changes):
 def test_a_small_run_fits_this_machine(plan):
     text, enough, chart, _ = plan().args
     assert enough is True
-    assert text.startswith("It fits: ")
+    assert ": fits." in text.splitlines()[0]
     assert {line.split(":")[0] for line in text.splitlines()} >= {
         "choosing blocks", "precomputing", "training", "host memory besides the model", "disk", "work",
     }  # fmt: skip
@@ -45,8 +46,21 @@ def test_a_small_run_fits_this_machine(plan):
 def test_a_card_that_is_too_small_is_told_what_to_change(plan):
     text, enough, *_ = plan(card_memory=0.0009, checkpointing=False, patch_min=64).args
     assert enough is False
-    assert text.startswith("It does not fit: ")
-    assert "It fits if you" in text or "No change of settings makes it fit" in text
+    assert "this run uses" in text or "No change of settings makes it fit" in text
+
+
+def test_the_node_shows_the_plan_as_set_and_as_run(plan, bench):
+    ui = plan(card_memory=0.0009, checkpointing=False, patch_min=64, batch_size=2).ui
+    shown = json.loads(json.dumps(ui["blockskip_plan"][0], allow_nan=False))
+    assert shown["fits"] is False
+    assert shown["skipped"] == ["choosing blocks"]  # the blocks were chosen by hand
+    assert shown["as_set"]["peak"] == max(shown["as_set"]["phases"][name] for name in ("precomputing", "training"))
+    assert shown["as_set"]["peak"] > shown["available"]
+    if shown["as_run"]:
+        assert shown["as_run"]["peak"] <= shown["available"]
+        assert shown["changes"]
+    else:
+        assert shown["advice"].startswith("No change of settings")
 
 
 @pytest.mark.parametrize("residual_format", ["exact", "int8"])
@@ -141,19 +155,19 @@ def test_settings_that_fit_are_handed_on_unchanged_but_for_what_is_left(plan):
 
 def test_settings_that_do_not_fit_are_handed_on_with_the_change_that_helps(plan, nodes):
     wasteful = {"checkpointing": False, "patch_min": 64, "batch_size": 4, "use_spare": False}
-    needed = plan(**wasteful).args[0].split("It fits: ")[1].split(" needed")[0]
+    needed = plan(**wasteful).args[0].split("Needs ")[1].split(" as set")[0]
     number, unit = needed.split()
     gib = float(number) * {"KiB": 2.0**-20, "MiB": 2.0**-10, "GiB": 1.0}[unit]
     text, enough, _, settings = plan(card_memory=gib * 0.9, **wasteful).args
     assert not enough
-    assert "It fits if you" in text
+    assert "this run uses" in text
     assert settings.config.checkpointing or settings.config.batch_size == 1 or settings.patch_min < 64
     assert f"On the output `settings`: {settings.describe()}" in text
 
 
 def test_a_preset_is_a_card_with_room_for_the_desktop(plan):
     text = plan(preset="8 GB", card_memory=99.0).args[0]
-    assert "6.50 GiB available (a card with 8 GB)." in text
+    assert "you have 6.50 GiB (a card with 8 GB): fits." in text
     assert "How long that takes on another card is not known." in text
     with pytest.raises(ValueError, match="preset must be off or one of 6 GB, 8 GB, 12 GB, 16 GB, 24 GB, got '7 GB'"):
         plan(preset="7 GB")

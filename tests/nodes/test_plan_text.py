@@ -22,8 +22,8 @@ def advice(nodes):
 
 def test_the_report_says_all(report):
     whole = needs(8 * GIB, selecting=22 * GIB, precomputing=GIB, weights=7 * GIB, host=GIB // 2, disk=2 * GIB)
-    text = report(BIG, whole, 10 * GIB, "a card", None)
-    assert text.startswith("It fits: 8.00 GiB needed, 10.00 GiB available (a card).")
+    text = report(BIG, whole, 10 * GIB, "a card", (BIG, whole))
+    assert text.startswith("Needs 8.00 GiB as set, you have 10.00 GiB (a card): fits.\n")
     for line in (
         "choosing blocks: 22.00 GiB on the device, only with method attention mask",
         "precomputing: 1.00 GiB on the device",
@@ -36,13 +36,31 @@ def test_the_report_says_all(report):
     assert "disk: no residuals" in report(BIG, needs(1), 10 * GIB, "a card", None)
 
 
-def test_the_verdict_names_the_change_or_says_that_there_is_none(report):
-    found = changes_that_fit(BIG, 8 * GIB, price)
-    text = report(BIG, price(BIG), 8 * GIB, "a card", found).splitlines()[0]
-    assert text.startswith(
-        "It does not fit: 34.00 GiB needed, 8.00 GiB available (a card). It fits if you switch `check"
+def applied(settings, found):
+    """The settings with the changes that were found, and what they need, as the node hands them on."""
+    for change in found[0]:
+        settings = change.apply(settings)
+    return settings, found[1]
+
+
+def test_the_verdict_says_what_the_run_will_use(report):
+    run = applied(BIG, changes_that_fit(BIG, 8 * GIB, price))
+    assert report(BIG, price(BIG), 8 * GIB, "a card", run).splitlines()[0] == (
+        "Needs 34.00 GiB as set, you have 8.00 GiB (a card). With `settings` connected, this run uses patch_min 256, "
+        "storage chunked, batch_size 1, accumulation times 8, checkpointing on, quantize_kept int8: 7.00 GiB, fits."
     )
-    assert text.endswith("and set `quantize_kept` to int8. It then needs 7.00 GiB.")
+
+
+def test_the_verdict_says_that_spare_memory_is_used(report):
+    run = replace(BIG, config=replace(BIG.config, checkpointing=True))
+    assert (
+        report(run, price(run), 99 * GIB, "a card", (BIG, price(BIG)))
+        .splitlines()[0]
+        .endswith(": fits. With `settings` connected, this run uses checkpointing off: 34.00 GiB, fits and is faster.")
+    )
+
+
+def test_the_verdict_says_if_nothing_helps(report):
     none = report(BIG, price(BIG), GIB, "a card", None)
     assert "No change of settings makes it fit. Skip more blocks" in none
     assert "Or set `kept_weights` to streamed" in none

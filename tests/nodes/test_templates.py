@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,33 @@ def nodes_of(path):
 
 
 def test_there_are_some_and_no_other_folder_hides_them():
-    assert len(WORKFLOWS) >= 9
+    assert len(WORKFLOWS) >= 13
     assert not [name for name in ELSEWHERE if (ROOT / name).exists()]
+
+
+@each_workflow
+def test_names_are_numbered_in_the_order_of_use(path):
+    assert re.match(r"BlockSkip \d - \w", path.stem)
+
+
+def test_the_first_one_is_small(nodes):
+    first = next(path for path in WORKFLOWS if path.stem.startswith("BlockSkip 1"))
+    assert len(nodes_of(first)) <= 12
+
+
+@each_workflow
+def test_models_come_in_one_file_but_for_24_gb_and_the_papers_setting(path):
+    loaders = [node["type"] for node in nodes_of(path) if node["type"] in LOADS_A_MODEL - {"CLIPVisionLoader"}]
+    assert len(loaders) == (3 if "24 GB" in path.stem or "(paper)" in path.stem else 1)
+
+
+def test_thumbnails_look_different():
+    small = {
+        path.stem: Image.open(path.with_suffix(".jpg")).convert("RGB").resize((16, 16)).tobytes() for path in WORKFLOWS
+    }
+    for one, other in itertools.combinations(small, 2):
+        apart = sum(abs(a - b) for a, b in zip(small[one], small[other], strict=True)) / len(small[one])
+        assert apart > 3, (one, other, apart)
 
 
 @each_workflow

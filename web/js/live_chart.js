@@ -5,43 +5,25 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { LossChart, MIN_HEIGHT, extended, readRun } from "./loss_chart.js";
+import { allNodes, nodeOfExecution, nodeOfLocator, root } from "./graph_nodes.js";
+import { openHelp } from "./help_page.js";
+import { LossChart, MIN_HEIGHT, ending, progress } from "./loss_chart.js";
+import { onFailure, toast } from "./notices.js";
+import { extended, readRun } from "./run_data.js";
+import { say, speak } from "./words.js";
 
 const TRAINERS = ["BlockSkip_TrainLora", "BlockSkip_TrainWord"];
 const EVENT = "blockskip.train";
 const ROUTE = "/blockskip/last_run";
-const DEEPEST = 32; // subgraphs in subgraphs
+const SUMMARY = "/blockskip/summary";
 
 const charts = new WeakMap(); // node -> its chart
 const shown = new Set(); // weak references to all charts, for changes of the theme
 let refreshing = null;
 
-const root = () => app.rootGraph ?? app.graph;
-
-/** The node with an execution id such as "5", or "2:1" for node 1 inside subgraph node 2. */
-function nodeOfExecution(id) {
-  let [graph, node] = [root(), null];
-  for (const part of String(id).split(":").slice(0, DEEPEST)) {
-    node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
-    graph = node?.subgraph;
-  }
-  return node;
-}
-
-/** The node with an output's key: "5", or "<id of the subgraph's definition>:1". */
-function nodeOfLocator(key) {
-  const [definition, id] = key.includes(":") ? key.split(":") : [null, key];
-  const graph = definition === null ? root() : root()?.subgraphs?.get(definition);
-  return graph?.getNodeById(Number(id)) ?? graph?.getNodeById(id);
-}
-
-/** Every trainer of the open workflow with its execution id. */
-function* trainers(graph = root(), prefix = "", depth = 0) {
-  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
-    const id = `${prefix}${node.id}`;
-    if (charts.has(node)) yield [id, charts.get(node)];
-    if (node.subgraph && depth < DEEPEST) yield* trainers(node.subgraph, `${id}:`, depth + 1);
-  }
+/** Every trainer's chart in the open workflow with the node's execution id. */
+function* trainers() {
+  for (const [id, node] of allNodes()) if (charts.has(node)) yield [id, charts.get(node)];
 }
 
 /** Show a run read from memory or an output, unless the chart has a newer run or more of this one. */
@@ -93,18 +75,23 @@ function onEvent({ detail }) {
   if (!chart) return;
   const news = readRun(detail);
   if (!news) {
-    const words = [detail.phase, detail.detail].filter((word) => typeof word === "string");
-    chart.announce(words.join(" · ").slice(0, 200));
+    const words = [detail.phase, detail.detail].map((word) => String(word ?? "").slice(0, 200));
+    chart.announce(progress(words[0], Number(detail.done), Number(detail.total), words[1]));
     return;
   }
   chart.announce("");
+  if (news.status === "cancelled" && chart.run?.status === "running") toast("info", say("cancel.title"), ending(news));
   if (chart.run?.run === news.run && chart.run.count === news.first) chart.show(extended(chart.run, news));
   else if (news.first === 0) chart.show(news);
   else fetchRun(String(detail.node), chart); // points were missed
 }
 
 function addChart(node) {
-  const chart = new LossChart();
+  const chart = new LossChart({
+    address: ({ file, subfolder }) => api.apiURL(`/view?${new URLSearchParams({ filename: file, subfolder, type: "output" })}`),
+    openSummary: ({ run }) => window.open(api.apiURL(`${SUMMARY}?${new URLSearchParams({ run })}`), "_blank", "noopener"),
+    openHelp: ({ type, message }) => openHelp(type, message),
+  });
   charts.set(node, chart);
   shown.add(new WeakRef(chart));
   const widget = node.addDOMWidget("loss_chart", "blockskip_chart", chart.element, {
@@ -136,6 +123,10 @@ function redrawAll() {
 const extension = {
   name: "BlockSkip.LiveChart",
   setup() {
+    speak(app.extensionManager.setting?.get("Comfy.Locale"));
+    onFailure((failure) => {
+      for (const [, chart] of trainers()) chart.fail(failure);
+    });
     api.addEventListener(EVENT, onEvent);
     api.addEventListener("reconnected", refreshAll);
     api.addEventListener("status", ({ detail }) => {

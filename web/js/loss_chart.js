@@ -1,75 +1,23 @@
-// A chart of a training run: losses and learning rate on a canvas, the figures as text. Independent of ComfyUI.
+// The element on the trainer's node: what runs, the curve, samples, figures and files. Independent of ComfyUI.
 
-const LIMIT = 4000; // points; beyond that neighbours are merged
-const COLOURS = { smoothed: "#4a8fe7", rate: "#e08a2e" }; // readable on light and dark backgrounds
-const FONT = "11px system-ui, sans-serif";
-const MARGIN = { left: 46, right: 10, top: 16, bottom: 18 };
-const PHASES = {
-  starting: "Starting",
-  preparing: "Preparing",
-  selecting: "Selecting blocks",
-  precomputing: "Precomputing",
-  sampling: "Sampling",
-  training: "Training",
-  done: "Done",
-  cancelled: "Cancelled",
-  failed: "Stopped by an error",
-  lost: "The server stopped",
-};
+import { FONT, plot } from "./loss_plot.js";
+import { SampleStrip } from "./sample_strip.js";
+import { bytes, say, work } from "./words.js";
 
-export const MIN_HEIGHT = 190;
+const PHASES = [
+  "starting", "preparing", "selecting", "precomputing", "sampling", "training", "done", "cancelled", "failed", "lost",
+];
 
-const number = (value) => (typeof value === "number" && Number.isFinite(value) ? value : null);
-const text = (value) => (typeof value === "string" ? value.slice(0, 200) : "");
-const count = (value) => Math.max(0, Math.trunc(number(value) ?? 0));
+export const MIN_HEIGHT = 250;
 
-/** A run as sent by the server, or null if it is not a run. Unknown fields are dropped, invalid values become null. */
-export function readRun(data) {
-  if (!data || typeof data !== "object" || !text(data.run)) return null;
-  const points = readPoints(data.points);
-  return {
-    run: text(data.run),
-    node: text(data.node),
-    workflow: text(data.workflow) || null,
-    started: number(data.started) ?? 0,
-    status: text(data.status) || "running",
-    phase: text(data.phase),
-    detail: text(data.detail),
-    step: number(data.step),
-    steps: number(data.steps),
-    secondsPerStep: number(data.seconds_per_step),
-    secondsLeft: number(data.seconds_left),
-    memoryNow: number(data.memory_now),
-    memoryPeak: number(data.memory_peak),
-    memoryOf: text(data.memory_of),
-    count: data.count === undefined ? count(data.first) + points.length : count(data.count),
-    first: count(data.first),
-    points,
-  };
-}
-
-/** `[step, loss, smoothed, learning rate]` for every point that has a step; unknown values are null. */
-function readPoints(points) {
-  if (!Array.isArray(points)) return [];
-  const rows = points.filter((point) => Array.isArray(point) && number(point[0]) !== null);
-  return rows.map(([step, loss, smoothed, rate]) => [step, number(loss), number(smoothed), number(rate)]);
-}
-
-/** The run with the points of `news` appended. */
-export function extended(run, news) {
-  let points = [...run.points, ...news.points];
-  if (points.length > LIMIT) {
-    const last = points.at(-1);
-    points = points.filter((_, index) => index % 2 === 0);
-    if (points.at(-1) !== last) points.push(last);
-  }
-  return { ...news, points };
-}
-
-/** An element that draws runs. */
+/**
+ * An element that draws runs.
+ *
+ * `address(sample)` is the URL of a sample's picture; `openSummary(run)` and `openHelp(failure)` open a page.
+ */
 export class LossChart {
-  constructor() {
-    this.run = null;
+  constructor({ address = () => "", openSummary = () => {}, openHelp = () => {} } = {}) {
+    this.run = this.failure = null;
     this.note = "";
     this.element = make("div", {
       className: "blockskip-chart",
@@ -78,26 +26,46 @@ export class LossChart {
         "flex-direction:column;overflow:hidden;pointer-events:none;border-radius:4px;font:11px/1.35 system-ui,sans-serif;" +
         "color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#4e4e4e)",
     });
-    this.head = make("div", { style: "font-weight:600;white-space:nowrap;overflow:hidden;text-overflow:ellipsis" });
-    const room = make("div", { style: "position:relative;flex:1 1 90px;min-height:90px" });
+    this.head = make("div", { className: "blockskip-head", style: "font-weight:600;overflow-wrap:anywhere;flex:none" });
+    this.message = make("div", {
+      className: "blockskip-message",
+      style: "flex:none;max-height:5.4em;overflow:auto;pointer-events:auto;overflow-wrap:anywhere;user-select:text",
+    });
+    const room = make("div", { style: "position:relative;flex:1 1 70px;min-height:60px" });
     this.canvas = make("canvas", { style: "position:absolute;inset:0;width:100%;height:100%" });
     this.canvas.setAttribute("role", "img");
-    this.figures = make("div", { style: "white-space:pre-line;min-height:2.7em;color:var(--descrip-text,#999)" });
+    this.strip = new SampleStrip(address);
+    this.figures = make("div", {
+      className: "blockskip-figures",
+      style: "white-space:pre-line;flex:none;color:var(--descrip-text,#999)",
+    });
+    this.summary = link(() => openSummary(this.run));
+    this.summary.className = "blockskip-summary";
+    this.help = link(() => openHelp(this.failure));
     room.append(this.canvas);
-    this.element.append(this.head, room, this.figures);
+    this.element.append(this.head, this.message, room, this.strip.element, this.figures, this.summary);
     new ResizeObserver(() => this.redraw()).observe(room);
     this.redraw();
   }
 
   /** Show a run, or null for no run. */
   show(run) {
+    if (run?.status === "running") this.failure = null;
     this.run = run;
     this.redraw();
   }
 
   /** Show what a node before the trainer is doing; an empty text shows the run again. */
   announce(note) {
+    if (note) this.failure = null;
     this.note = note;
+    this.redraw();
+  }
+
+  /** Show that a node could not run, until something runs again: {title, type, message}. */
+  fail(failure) {
+    this.note = "";
+    this.failure = failure;
     this.redraw();
   }
 
@@ -111,10 +79,31 @@ export class LossChart {
 
   draw() {
     const { run, note } = this;
-    this.head.textContent = note || (run ? headline(run) : "No run yet");
-    this.figures.textContent = run ? figures(run) : "Loss, learning rate and memory appear here during training.";
-    this.canvas.setAttribute("aria-label", `Loss of ${run?.points.length ?? 0} training steps`);
+    this.tell();
+    this.strip.show(run?.samples ?? []);
+    this.figures.textContent = run ? figures(run) : say("chart.empty");
+    this.summary.textContent = say("chart.summary");
+    this.summary.style.display = run?.summary && !note ? "" : "none";
+    this.canvas.setAttribute("aria-label", say("chart.label", { count: run?.points.length ?? 0 }));
     Object.assign(this.element.dataset, { points: run?.points.length ?? 0, status: run?.status ?? "none", run: run?.run ?? "" });
+    this.drawCurve();
+  }
+
+  /** The headline, and below it the sentence about an end that was not planned. */
+  tell() {
+    const { run, note, failure } = this;
+    const message = failure?.message || (note || !run ? "" : ending(run));
+    this.head.textContent = failure ? say("chart.failed", { node: failure.title }) : note || (run ? headline(run) : say("chart.none"));
+    this.message.replaceChildren(message);
+    this.message.style.display = message ? "" : "none";
+    this.message.style.color = failure || run?.status === "failed" ? "#e0674a" : "";
+    if (failure) {
+      this.help.textContent = say("error.help");
+      this.message.append(" ", this.help);
+    }
+  }
+
+  drawCurve() {
     const { clientWidth: width, clientHeight: height } = this.canvas;
     if (!width || !height) return; // not on the page
     // On ComfyUI's canvas the element is also scaled with the zoom.
@@ -127,7 +116,7 @@ export class LossChart {
     pen.font = FONT;
     const ink = getComputedStyle(this.element).color;
     const pale = getComputedStyle(this.figures).color;
-    if (run?.points.length) plot(pen, run, { width, height, ink, pale });
+    if (this.run?.points.length) plot(pen, this.run, { width, height, ink, pale });
   }
 }
 
@@ -138,102 +127,58 @@ function make(tag, { className = "", style }) {
   return element;
 }
 
-function headline({ phase, detail, step, steps, secondsLeft }) {
-  const parts = [PHASES[phase] ?? phase];
-  if (detail) parts.push(detail);
-  if (steps) parts.push(`step ${step ?? 0} of ${steps}`);
-  if (secondsLeft !== null && phase === "training") parts.push(`${duration(secondsLeft)} left`);
+function link(open) {
+  const button = make("button", {
+    style: "all:unset;pointer-events:auto;cursor:pointer;text-decoration:underline;align-self:flex-start;flex:none",
+  });
+  button.onclick = open;
+  return button;
+}
+
+/** A phase with its progress: "Precomputing 8 of 12", or with the part of it, "Precomputing · encoding crops 8 of 12". */
+export function progress(phase, done, total, detail = "") {
+  const name = PHASES.includes(phase) ? say(`phase.${phase}`) : phase;
+  const parts = detail && !detail.startsWith(phase) ? [name, work(detail)] : [name];
+  return total ? say("chart.progress", { phase: parts.join(" · "), done, total }) : parts.join(" · ");
+}
+
+function headline({ phase, detail, done, total, step, steps, secondsLeft }) {
+  const parts = [phase === "training" ? say("phase.training") : progress(phase, done, total, detail)];
+  if (steps && phase !== "precomputing") parts.push(say("chart.step", { step: step ?? 0, steps }));
+  if (secondsLeft !== null && phase === "training") parts.push(say("chart.left", { time: duration(secondsLeft) }));
   return parts.filter(Boolean).join(" · ");
+}
+
+/** What to know about a run that has ended. */
+export function ending({ status, step, steps, savedAs, resumes, message }) {
+  if (status === "failed") return message;
+  if (status === "done") return [savedAs && say("done.saved", { file: savedAs }), message].filter(Boolean).join(" ");
+  if (status !== "cancelled") return "";
+  if (!savedAs) return say("cancel.nothing");
+  return say(resumes ? "cancel.resumes" : "cancel.saved", { step, steps, file: savedAs });
 }
 
 function figures({ points, secondsPerStep, memoryNow, memoryPeak, memoryOf }) {
   const [, loss, smoothed, rate] = points.at(-1) ?? [];
   const first = [
-    known(loss, (x) => `loss ${x.toFixed(4)}`),
-    known(smoothed, (x) => `smoothed ${x.toFixed(4)}`),
-    known(rate, (x) => `lr ${x.toExponential(2)}`),
-    known(secondsPerStep, (x) => `${x.toPrecision(3)} s/it`),
+    known(loss, (x) => say("figure.loss", { x: x.toFixed(4) })),
+    known(smoothed, (x) => say("figure.smoothed", { x: x.toFixed(4) })),
+    known(rate, (x) => say("figure.rate", { x: x.toExponential(2) })),
+    known(secondsPerStep, (x) => say("figure.pace", { x: x.toPrecision(3) })),
   ];
   const second = [
-    known(memoryNow, (x) => `memory ${bytes(x)} now`),
-    known(memoryPeak, (x) => `peak ${bytes(x)}`),
+    known(memoryNow, (x) => say("figure.memory", { x: bytes(x) })),
+    known(memoryPeak, (x) => say("figure.peak", { x: bytes(x) })),
     memoryNow === null ? "" : memoryOf,
   ];
   return [first, second].map((parts) => parts.filter(Boolean).join(" · ")).join("\n");
 }
 
-const known = (value, say) => (value === null || value === undefined ? "" : say(value));
-const bytes = (x) => (x < 2 ** 30 ? `${(x / 2 ** 20).toFixed(0)} MiB` : `${(x / 2 ** 30).toFixed(2)} GiB`);
+const known = (value, told) => (value === null || value === undefined ? "" : told(value));
 
 function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-}
-
-/** Draw axes, both losses, the learning rate and a legend. */
-function plot(pen, { points, steps }, { width, height, ink, pale }) {
-  const [left, right, top, bottom] = [MARGIN.left, width - MARGIN.right, MARGIN.top, height - MARGIN.bottom];
-  const end = Math.max(points.at(-1)[0], Math.min(steps ?? 0, points.at(-1)[0] * 4), 2);
-  const [low, high] = lossRange(points);
-  const highestRate = Math.max(...points.map(([, , , rate]) => rate ?? 0));
-  const x = (step) => left + ((step - 1) / (end - 1)) * (right - left);
-  const y = (loss) => Math.min(bottom, Math.max(top, bottom - ((loss - low) / (high - low)) * (bottom - top)));
-
-  pen.lineWidth = 1;
-  for (const share of [0, 0.5, 1]) {
-    const value = low + share * (high - low);
-    line(pen, [[left, y(value)], [right, y(value)]], pale, { alpha: 0.25 });
-    label(pen, value.toPrecision(3), left - 5, y(value) + 4, pale, "right");
-  }
-  label(pen, "1", left, height - 4, pale, "left");
-  label(pen, `step ${end}`, right, height - 4, pale, "right");
-
-  line(pen, points.filter((p) => p[1] !== null).map((p) => [x(p[0]), y(p[1])]), ink, { alpha: 0.4 });
-  if (highestRate > 0) {
-    const rates = points.filter((p) => p[3] !== null);
-    line(pen, rates.map((p) => [x(p[0]), bottom - (p[3] / highestRate) * (bottom - top) * 0.95]), COLOURS.rate, { dash: [4, 3] });
-  }
-  line(pen, points.filter((p) => p[2] !== null).map((p) => [x(p[0]), y(p[2])]), COLOURS.smoothed, { thick: 2 });
-
-  let edge = left;
-  for (const [name, colour] of [["loss", ink], ["smoothed", COLOURS.smoothed], ["learning rate", COLOURS.rate]]) {
-    label(pen, name, edge, 10, colour, "left", name === "loss" ? 0.6 : 1);
-    edge += pen.measureText(name).width + 12;
-  }
-}
-
-/** The range of the vertical axis: all smoothed losses, and the raw ones but for the highest two in a hundred. */
-function lossRange(points) {
-  const raw = points.map((p) => p[1]).filter((v) => v !== null).sort((a, b) => a - b);
-  const smoothed = points.map((p) => p[2]).filter((v) => v !== null);
-  const kept = raw.slice(0, Math.max(2, Math.ceil(raw.length * 0.98)));
-  const all = [...kept, ...smoothed];
-  if (!all.length) return [0, 1];
-  const [low, high] = [Math.min(...all), Math.max(...all)];
-  const air = (high - low || Math.abs(high) || 1) * 0.05;
-  return [low - air, high + air];
-}
-
-function line(pen, places, colour, { alpha = 1, thick = 1, dash = [] } = {}) {
-  pen.save();
-  pen.globalAlpha = alpha;
-  pen.strokeStyle = pen.fillStyle = colour;
-  pen.lineWidth = thick;
-  pen.setLineDash(dash);
-  pen.beginPath();
-  places.forEach(([x, y], index) => (index ? pen.lineTo(x, y) : pen.moveTo(x, y)));
-  pen.stroke();
-  if (places.length === 1) pen.fillRect(places[0][0] - 1.5, places[0][1] - 1.5, 3, 3);
-  pen.restore();
-}
-
-function label(pen, words, x, y, colour, align, alpha = 1) {
-  pen.save();
-  pen.globalAlpha = alpha;
-  pen.fillStyle = colour;
-  pen.textAlign = align;
-  pen.fillText(words, x, y);
-  pen.restore();
+  if (whole < 60) return say("time.seconds", { s: whole });
+  if (whole < 3600) return say("time.minutes", { m: Math.floor(whole / 60), s: whole % 60 });
+  return say("time.hours", { h: Math.floor(whole / 3600), m: Math.floor((whole % 3600) / 60) });
 }

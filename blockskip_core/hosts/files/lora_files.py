@@ -21,6 +21,9 @@ from ...files import open_tensors, remove_leftovers, unique_token, write_atomica
 from ...locks import Lock, remove_stale_locks, try_lock
 from .names import name_below
 
+EXAMPLE_NAME = "loras/my_lora"
+"""A valid name, for messages."""
+
 
 class LoraModel(dict):
     """A LORA_MODEL of the host (name -> tensor) that also carries metadata."""
@@ -38,7 +41,7 @@ def output_path(prefix: str) -> Path:
         StorageError: If its folder cannot be created.
     """
     output = Path(folder_paths.get_output_directory())
-    typed = name_below(prefix, "loras/my_lora")
+    typed = name_below(prefix, EXAMPLE_NAME)
     _require_no_link_out(output, typed)
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(str(typed), str(output))
@@ -196,16 +199,26 @@ def _content_hash(path: Path, *stamp: int) -> str:
     return digest.hexdigest()
 
 
+def require_lora_file(name: str) -> Path:
+    """Return the path of a file in the loras folders.
+
+    Raises:
+        LoraFileError: If it is missing.
+    """
+    path = folder_paths.get_full_path("loras", name)
+    if path is None or name not in folder_paths.get_filename_list("loras"):
+        raise LoraFileError(f"There is no {name!r} in ComfyUI's loras folders. Refresh the list and choose again.")
+    return Path(path)
+
+
 def load_lora_file(name: str) -> LoraModel:
     """Read a file from the loras folders.
 
     Raises:
         LoraFileError: If it is missing or not a LoRA file.
     """
-    path = folder_paths.get_full_path("loras", name)
-    if path is None or name not in folder_paths.get_filename_list("loras"):
-        raise LoraFileError(f"There is no {name!r} in ComfyUI's loras folders. Refresh the list and choose again.")
-    if Path(path).suffix not in (".safetensors", ".sft"):
+    path = require_lora_file(name)
+    if path.suffix not in (".safetensors", ".sft"):
         raise LoraFileError(f"{name} is not a safetensors file; other formats can carry code and are not read.")
     try:
         with open_tensors(path) as file:

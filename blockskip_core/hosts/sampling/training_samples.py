@@ -78,8 +78,7 @@ class SampleRequest:
             side = getattr(self, name)
             if not 16 <= side <= 4096 or side % 16:
                 raise InvalidInputError(f"{name} must be a multiple of 16 from 16 to 4096 px, got {side}.")
-        if not 1.0 <= self.cfg <= 100.0:
-            raise InvalidInputError(f"cfg must be between 1 and 100, got {self.cfg}.")
+        require_guidance(self.cfg, self.negative is not None)
         if not 0.0 <= self.budget_bytes < float("inf"):
             raise InvalidInputError(f"memory_budget must not be negative, got {self.budget_bytes / 2**30}.")
         if self.scheduler not in comfy.samplers.SCHEDULER_NAMES:
@@ -88,14 +87,20 @@ class SampleRequest:
             )
         if len(self.positive) > MAX_PROMPTS:
             raise InvalidInputError(f"At most {MAX_PROMPTS} prompts are sampled, got {len(self.positive)}.")
-        if self.cfg > 1.0 and self.negative is None:
-            raise InvalidInputError("cfg above 1 needs a `negative`. Connect CLIP Text Encode with an empty text.")
 
     def is_due(self, step: int, last: int) -> bool:
         """Return whether pictures are due after ``step`` of ``last`` steps; 0 is before the first."""
         if step == 0:
             return self.at_start
         return step % self.every == 0 or step == last
+
+
+def require_guidance(cfg: float, has_negative: bool) -> None:
+    """Raise InvalidInputError for a guidance scale out of range, or above 1 without a negative prompt."""
+    if not 1.0 <= cfg <= 100.0:
+        raise InvalidInputError(f"cfg must be between 1 and 100, got {cfg}.")
+    if cfg > 1.0 and not has_negative:
+        raise InvalidInputError("cfg above 1 needs a `negative`. Connect CLIP Text Encode with an empty text.")
 
 
 def sample_request(positive: Sequence[Any], negative: Sequence[Any] | None, **settings: Any) -> SampleRequest:

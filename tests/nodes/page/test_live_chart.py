@@ -90,6 +90,50 @@ def test_how_a_run_ended_is_told(live, events):
         assert (events[-1]["status"], events[-1]["seconds_left"]) == (status, None)
 
 
+def test_an_error_is_told_in_its_first_line(live, events):
+    with pytest.raises(ValueError, match="Lower"), live.LiveChart(hidden()):
+        raise ValueError("Lower `rank`.\nThe rest is for the log.")
+    assert events[-1]["message"] == "Lower `rank`."
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_cancel_tells_where_the_run_stopped_and_what_was_saved(bench, events, monkeypatch, resume):
+    from comfy.model_management import InterruptProcessingException
+
+    display = importlib.import_module("blockskip_pack.nodes.run.display")
+
+    def cancel(self, step):
+        if step.step == 2:
+            raise InterruptProcessingException
+
+    monkeypatch.setattr(display.ProgressLine, "on_step", cancel)
+    with pytest.raises(InterruptProcessingException):
+        bench.train(steps=5, resume=resume)
+    last = events[-1]
+    assert (last["status"], last["step"], last["steps"], last["resumes"]) == ("cancelled", 2, 5, resume)
+    assert last["saved_as"] in {path.name for path in bench.folders.output.rglob("*.safetensors")}
+
+
+def ask_summary(live, run):
+    return asyncio.run(live.summary(SimpleNamespace(query={"run": run})))
+
+
+def test_the_summary_of_a_run_is_served_by_its_id_and_nothing_else_is(bench, events, live):
+    bench.train()
+    run = events[-1]["run"]
+    assert events[-1]["summary"] is True
+    answer = ask_summary(live, run)
+    assert answer.status == 200
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert answer._path.suffix == ".html"
+    assert answer._path.is_relative_to(bench.folders.output)
+    assert str(bench.folders.output) not in json.dumps(events)
+    for other in ("", "x", str(answer._path), "../" + run, run + "\0"):
+        assert ask_summary(live, other).status == 404
+    answer._path.unlink()
+    assert ask_summary(live, run).status == 404
+
+
 def test_no_more_than_four_events_a_second(live, events, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(live, "SECONDS_BETWEEN_EVENTS", 0.25)
@@ -104,10 +148,8 @@ def test_no_more_than_four_events_a_second(live, events, monkeypatch):
 
 def test_phases_before_the_trainer_reach_every_trainer_behind(live, events):
     live.announcer(hidden("2"), "selecting")("measuring blocks", 3, 10)
-    assert [(event["node"], event["phase"], event["detail"]) for event in events] == [
-        ("4:5", "selecting", "measuring blocks: 3 of 10"),
-        ("7", "selecting", "measuring blocks: 3 of 10"),
-    ]
+    told = [tuple(event[name] for name in ("node", "phase", "detail", "done", "total")) for event in events]
+    assert told == [("4:5", "selecting", "measuring blocks", 3, 10), ("7", "selecting", "measuring blocks", 3, 10)]
     assert all(event["workflow"] == "some-id" and "run" not in event for event in events)
 
 
@@ -140,14 +182,14 @@ def test_the_route_gives_the_last_run_and_nothing_else(live, events):
         assert ask(live, **query) is None
 
 
-def test_the_route_is_registered_once(live, monkeypatch):
+def test_the_routes_are_registered_once(live, monkeypatch):
     from aiohttp.web import RouteTableDef
 
     table = RouteTableDef()
     monkeypatch.setattr(live.PromptServer, "instance", SimpleNamespace(routes=table), raising=False)
-    live.add_route()
-    live.add_route()
-    assert [(route.method, route.path) for route in table] == [("GET", live.ROUTE)]
+    live.add_routes()
+    live.add_routes()
+    assert [(route.method, route.path) for route in table] == [("GET", live.ROUTE), ("GET", live.SUMMARY_ROUTE)]
 
 
 def test_events_go_to_every_page(live, monkeypatch):

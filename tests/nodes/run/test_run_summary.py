@@ -201,3 +201,18 @@ def test_a_lora_that_vanishes_at_once_is_reported(bench, nodes, monkeypatch):
     monkeypatch.setattr(nodes.run.files, "save_lora", vanishing)
     problems = bench.train(output_name="loras/toy").ui["blockskip"][0]["problems"]
     assert [problem for problem in problems if "toy_00001_.safetensors" in problem]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_loss_table_stands_beside_the_lora_if_asked_for(bench, wanted):
+    trained = bench.train(steps=3, accumulation=2, loss_table=wanted)
+    tables = list(bench.folders.loras.glob("*.csv"))
+    assert [table.stem for table in tables] == [
+        trained.ui["blockskip"][0]["file"].removesuffix(".safetensors")
+    ] * wanted
+    for table in tables:
+        losses = trained[1]["loss"]
+        lines = table.read_text(encoding="utf-8").splitlines()
+        assert [float(line.split(",")[1]) for line in lines[1:]] == [
+            (a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)
+        ]

@@ -42,11 +42,17 @@ def test_the_lora_is_bit_for_bit_the_one_without_samples(bench, sampling, storag
     ]  # fmt: skip
 
 
-def test_pictures_stand_beside_the_lora_and_on_the_node(bench, sampling):
+def in_chart(trained):
+    """The samples that the chart on the trainer's node shows."""
+    return trained.ui["blockskip_chart"][0]["samples"]
+
+
+def test_pictures_stand_beside_the_lora_and_in_the_chart(bench, sampling):
     trained = bench.train(samples=sampling(), steps=3)
-    shown = trained.ui["images"]
-    assert [entry["filename"] for entry in shown] == pictures(bench)
-    assert {(entry["subfolder"], entry["type"]) for entry in shown} == {("loras", "output")}
+    assert [sample["file"] for sample in in_chart(trained)] == pictures(bench)
+    assert {sample["subfolder"] for sample in in_chart(trained)} == {"loras"}
+    assert sorted({sample["step"] for sample in in_chart(trained)}) == [0, 2, 3]
+    assert "images" not in trained.ui  # the host would show them a second time, and make the node taller
     stem = said(trained)["file"].removesuffix(".safetensors")
     assert all(name.startswith(stem) for name in pictures(bench))
     with (
@@ -59,7 +65,7 @@ def test_pictures_stand_beside_the_lora_and_on_the_node(bench, sampling):
 
 
 def test_without_a_request_there_is_no_picture(bench):
-    assert "images" not in bench.train().ui
+    assert in_chart(bench.train()) == []
     assert not pictures(bench)
 
 
@@ -107,7 +113,7 @@ def test_cancel_while_sampling_keeps_what_was_learned(bench, nodes, sampling, mo
     trained = bench.train(residuals=residuals, steps=5, resume=True, samples=sampling())
     assert said(trained)["resumed_at"] == 2
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
-    steps = [entry["filename"].split("step")[1][:6] for entry in trained.ui["images"]]
+    steps = [sample["file"].split("step")[1][:6] for sample in in_chart(trained)]
     assert steps == ["000002", "000004", "000005"]  # the one that Cancel prevented, and those after it
 
 
@@ -129,7 +135,7 @@ def test_a_finished_run_is_sampled_again_when_it_is_queued_again(bench, sampling
     bench.train(residuals=residuals, resume=True)
     again = bench.train(residuals=residuals, resume=True, samples=sampling())
     assert said(again)["resumed_at"] == 3
-    assert [entry["filename"].split("step")[1] for entry in again.ui["images"]] == ["000003_1.png"]
+    assert [sample["file"].split("step")[1] for sample in in_chart(again)] == ["000003_1.png"]
 
 
 def test_the_time_of_samples_belongs_to_no_step(bench, nodes, sampling, monkeypatch):

@@ -1,0 +1,36 @@
+"""What trainers often do to a whole training folder: a trigger word in every caption, and mirrored copies of the pictures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from .material import TrainingFile
+from .training_folder import LoadedFolder
+
+
+def with_trigger(loaded: LoadedFolder, word: str) -> LoadedFolder:
+    """Return the folder with a trigger word in front of every caption that does not contain it as a whole word.
+
+    A picture without a caption gets the word alone. An empty word changes nothing.
+    """
+    word = " ".join(word.split())
+    if not word:
+        return loaded
+    whole = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    texts = [text if whole.search(text) else ", ".join(part for part in (word, text) if part) for text in loaded.texts]
+    files = [TrainingFile(file.name, text) for file, text in zip(loaded.files, texts, strict=True)]
+    return replace(loaded, texts=texts, files=files)
+
+
+def with_mirrored(loaded: LoadedFolder) -> LoadedFolder:
+    """Return the folder with a copy of every picture, mirrored left to right, after it; captions stay the same.
+
+    Images are (1, H, W, 3), or (F, H, W, 3) for films, so the width is dimension 2.
+    """
+    return replace(
+        loaded,
+        images=[each for image in loaded.images for each in (image, image.flip(2))],
+        texts=[text for text in loaded.texts for _ in range(2)],
+        files=[each for file in loaded.files for each in (file, replace(file, name=f"{file.name} (mirrored)"))],
+    )

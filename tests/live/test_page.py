@@ -1,0 +1,109 @@
+"""What users see in the real frontend, with both kinds of nodes: errors, refusals, Cancel, folded inputs, layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, WORKFLOWS, browser_or_skip
+from .test_workflows import SMALL, part_of
+
+RENDERERS = {"classic": [], "vue": ["--vue"]}
+
+
+@pytest.fixture(scope="module")
+def prompt(devtool: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training workflow up to the trainer, as a file."""
+    tools = devtool("comfy_client")
+    whole = tools.with_overrides(tools.load_prompt(WORKFLOWS / "train_lora.api.json"), SMALL)
+    file = tmp_path_factory.mktemp("prompt") / "prompt.json"
+    file.write_text(json.dumps(part_of(whole, "Train")), encoding="utf-8")
+    return file
+
+
+def check(tool: str, server: Any, *arguments: str) -> None:
+    """Run a tool of ``devtools`` against the server; its findings fail the test."""
+    browser_or_skip()
+    pictures = os.environ.get("BLOCKSKIP_SCREENSHOTS")
+    more = ["--screenshots", pictures] if pictures else []
+    command = ["node", str(ROOT / "devtools" / tool), server.url, *arguments, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log_tail(20)}"
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_errors_are_told_in_our_words(server: Any, prompt: Path, renderer: str) -> None:
+    """As a toast and on the chart: an exception, a refused widget, and Cancel; see the top of check_errors.mjs."""
+    check("check_errors.mjs", server, str(prompt), *RENDERERS[renderer])
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_nodes_show_few_inputs(server: Any, renderer: str) -> None:
+    """Advanced ones are folded away, those set by another node are grey; see the top of check_settings.mjs."""
+    check("check_settings.mjs", server, *RENDERERS[renderer])
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_memory_plan_shows_two_bars(server: Any, renderer: str) -> None:
+    """As set and as run, at the node's own width; see the top of check_plan.mjs."""
+    check("check_plan.mjs", server, str(WORKFLOWS / "train_12_gb.api.json"), *RENDERERS[renderer])
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_samples_and_summary_are_in_the_chart(server: Any, devtool: Any, tmp_path: Path, renderer: str) -> None:
+    """A strip, a large view with a slider, the summary, and a node that keeps its size; see check_samples.mjs."""
+    whole = devtool("comfy_client").load_prompt(WORKFLOWS / "train_12_gb.api.json")
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps(part_of(whole, "Dynamic Patch Trainer")), encoding="utf-8")
+    check("check_samples.mjs", server, str(file), *RENDERERS[renderer])
+
+
+RUN = {"BlockSkip 1 - My first LoRA": "my_first_lora", "BlockSkip 2 - Train 12 GB": "train_12_gb"}
+"""Template -> its twin, run to see the layout during and after a run."""
+DEMO = ROOT / "demo" / "blockskip_demo_nodes" / "workflows"
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_no_node_of_a_template_lies_on_another(server: Any, tmp_path: Path, renderer: str) -> None:
+    """When it is opened, while it runs, and after it; see the top of check_layout.mjs."""
+    for template, twin in RUN.items():
+        shutil.copy(WORKFLOWS / f"{twin}.api.json", tmp_path / f"{template}.json")
+    files = [*sorted((ROOT / "workflows").glob("*.json")), *sorted(DEMO.glob("*.json"))]
+    check("check_layout.mjs", server, *map(str, files), "--twins", str(tmp_path), *RENDERERS[renderer])
+
+
+def in_node(script: str, *modules: str) -> Any:
+    """Run a script in node with the page's modules as arguments, and return the JSON that it prints."""
+    if not shutil.which("node"):
+        pytest.skip("needs node")
+    files = [(ROOT / "web" / "js" / name).as_uri() for name in modules]
+    command = ["node", "--no-warnings", "--input-type=module", "-e", script, *files]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+
+
+SPOKEN = """
+const { LANGUAGES, say, speak, work } = await import(process.argv[1]);
+const gaps = (text) => [...text.matchAll(/\\{(\\w+)\\}/g)].map((gap) => gap[1]).sort().join();
+const shapes = Object.values(LANGUAGES).map((texts) => Object.fromEntries(Object.entries(texts).map(([k, v]) => [k, gaps(v)])));
+const told = [];
+for (const locale of ["en", "zh", "zh-TW", "fr", undefined]) {
+  speak(locale);
+  told.push([say("chart.progress", { phase: say("phase.precomputing"), done: 8, total: 12 }), work("encoding crops")]);
+}
+console.log(JSON.stringify({ shapes, told, chinese: Object.values(LANGUAGES.zh) }));
+"""
+
+
+def test_every_text_of_the_page_is_in_both_languages() -> None:
+    found = in_node(SPOKEN, "words.js")
+    english, chinese = found["shapes"]
+    assert english == chinese, "the same keys, with the same inserted values"
+    assert all(any("\u4e00" <= char <= "\u9fff" for char in text) for text in found["chinese"])
+    in_english, in_chinese = ["Precomputing 8 of 12", "encoding crops"], ["预计算 已完成 8 / 12", "编码裁剪图"]
+    assert found["told"] == [in_english, in_chinese, in_chinese, in_english, in_english]

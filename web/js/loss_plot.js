@@ -1,0 +1,80 @@
+// The curve of a training run on a canvas: losses and learning rate. Independent of ComfyUI.
+
+import { say } from "./words.js";
+
+const COLOURS = { smoothed: "#4a8fe7", rate: "#e08a2e" }; // readable on light and dark backgrounds
+const MARGIN = { left: 46, right: 10, top: 16, bottom: 18 };
+
+export const FONT = "11px system-ui, sans-serif";
+
+/** Draw axes, both losses, the learning rate and a legend. */
+export function plot(pen, { points, steps }, { width, height, ink, pale }) {
+  const [left, right, top, bottom] = [MARGIN.left, width - MARGIN.right, MARGIN.top, height - MARGIN.bottom];
+  const end = Math.max(points.at(-1)[0], Math.min(steps ?? 0, points.at(-1)[0] * 4), 2);
+  const [low, high] = lossRange(points);
+  const highestRate = Math.max(...points.map(([, , , rate]) => rate ?? 0));
+  const x = (step) => left + ((step - 1) / (end - 1)) * (right - left);
+  const y = (loss) => Math.min(bottom, Math.max(top, bottom - ((loss - low) / (high - low)) * (bottom - top)));
+
+  pen.lineWidth = 1;
+  for (const share of [0, 0.5, 1]) {
+    const value = low + share * (high - low);
+    line(pen, [[left, y(value)], [right, y(value)]], pale, { alpha: 0.25 });
+    label(pen, value.toPrecision(3), left - 5, y(value) + 4, pale, "right");
+  }
+  label(pen, "1", left, height - 4, pale, "left");
+  label(pen, say("plot.step", { step: end }), right, height - 4, pale, "right");
+
+  line(pen, points.filter((p) => p[1] !== null).map((p) => [x(p[0]), y(p[1])]), ink, { alpha: 0.4 });
+  if (highestRate > 0) {
+    const rates = points.filter((p) => p[3] !== null);
+    line(pen, rates.map((p) => [x(p[0]), bottom - (p[3] / highestRate) * (bottom - top) * 0.95]), COLOURS.rate, { dash: [4, 3] });
+  }
+  line(pen, points.filter((p) => p[2] !== null).map((p) => [x(p[0]), y(p[2])]), COLOURS.smoothed, { thick: 2 });
+
+  let edge = left;
+  for (const [name, colour] of curves(ink)) {
+    label(pen, name, edge, 10, colour, "left", colour === ink ? 0.6 : 1);
+    edge += pen.measureText(name).width + 12;
+  }
+}
+
+const curves = (ink) => [
+  [say("plot.loss"), ink],
+  [say("plot.smoothed"), COLOURS.smoothed],
+  [say("plot.rate"), COLOURS.rate],
+];
+
+/** The range of the vertical axis: all smoothed losses, and the raw ones but for the highest two in a hundred. */
+function lossRange(points) {
+  const raw = points.map((p) => p[1]).filter((v) => v !== null).sort((a, b) => a - b);
+  const smoothed = points.map((p) => p[2]).filter((v) => v !== null);
+  const kept = raw.slice(0, Math.max(2, Math.ceil(raw.length * 0.98)));
+  const all = [...kept, ...smoothed];
+  if (!all.length) return [0, 1];
+  const [low, high] = [Math.min(...all), Math.max(...all)];
+  const air = (high - low || Math.abs(high) || 1) * 0.05;
+  return [low - air, high + air];
+}
+
+function line(pen, places, colour, { alpha = 1, thick = 1, dash = [] } = {}) {
+  pen.save();
+  pen.globalAlpha = alpha;
+  pen.strokeStyle = pen.fillStyle = colour;
+  pen.lineWidth = thick;
+  pen.setLineDash(dash);
+  pen.beginPath();
+  places.forEach(([x, y], index) => (index ? pen.lineTo(x, y) : pen.moveTo(x, y)));
+  pen.stroke();
+  if (places.length === 1) pen.fillRect(places[0][0] - 1.5, places[0][1] - 1.5, 3, 3);
+  pen.restore();
+}
+
+function label(pen, words, x, y, colour, align, alpha = 1) {
+  pen.save();
+  pen.globalAlpha = alpha;
+  pen.fillStyle = colour;
+  pen.textAlign = align;
+  pen.fillText(words, x, y);
+  pen.restore();
+}

@@ -1,0 +1,145 @@
+// Shows a plan on Memory Plan's node: a sentence, a bar as set and a bar as run, and the phases.
+//
+// The numbers are those of the node's output; nodes/memory_plan.py counts them.
+
+import { app } from "../../../scripts/app.js";
+import { nodeOfLocator } from "./graph_nodes.js";
+import { bytes, say } from "./words.js";
+
+const PLAN = "BlockSkip_MemoryPlan";
+const OUTPUT = "blockskip_plan";
+const HEIGHT = 178;
+const COLOURS = { fits: "#4a8fe7", tooMuch: "#d0543a" };
+const HATCHED = "repeating-linear-gradient(45deg,#8886 0 3px,transparent 3px 7px)";
+
+const shown = new WeakMap(); // node -> what takes its output
+
+const number = (value) => (typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : null);
+
+/** A plan as sent by the server, or null if it is none. */
+export function readPlan(data) {
+  const available = number(data?.available);
+  const asSet = readPeaks(data?.as_set);
+  if (available === null || !asSet) return null;
+  const texts = (list) => (Array.isArray(list) ? list.filter((text) => typeof text === "string") : []);
+  return {
+    available,
+    asSet,
+    asRun: readPeaks(data.as_run),
+    fits: data.fits === true,
+    place: String(data.place ?? ""),
+    advice: String(data.advice ?? ""),
+    changes: texts(data.changes),
+    skipped: texts(data.skipped),
+  };
+}
+
+function readPeaks(data) {
+  const peak = number(data?.peak);
+  if (peak === null) return null;
+  return { peak, phases: Object.entries(data.phases ?? {}).filter(([, bytes]) => number(bytes) !== null) };
+}
+
+/** The plan in a sentence or two; `isConnected` is whether the run uses the plan's settings. */
+export function sentence(plan, isConnected) {
+  const values = { needed: bytes(plan.asSet.peak), available: bytes(plan.available) };
+  const first = say(plan.fits ? "plan.fits" : "plan.needs", values);
+  if (!plan.asRun) return `${first} ${plan.advice}`;
+  if (!plan.changes.length) return first;
+  const changes = { changes: plan.changes.join(", "), needed: bytes(plan.asRun.peak) };
+  return `${first} ${say(isConnected ? "plan.runs" : "plan.would", changes)}`;
+}
+
+function element(style, text = "") {
+  const made = document.createElement("div");
+  made.style.cssText = style;
+  made.textContent = text;
+  return made;
+}
+
+/** A row: a name, a bar and a number. A phase that is not run is hatched. */
+function row(name, peak, plan, longest, { thin = false, skipped = false } = {}) {
+  const line = element(`display:grid;grid-template-columns:92px 1fr;gap:6px;align-items:center;height:${thin ? 15 : 20}px;flex:none`);
+  line.className = skipped ? "blockskip-skipped" : "blockskip-bar";
+  const room = element("position:relative;height:100%;min-width:0");
+  const fill = skipped ? HATCHED : peak <= plan.available ? COLOURS.fits : COLOURS.tooMuch;
+  const width = `${(100 * peak) / longest}%`;
+  room.append(
+    element(`position:absolute;inset:${thin ? 3 : 2}px auto ${thin ? 3 : 2}px 0;width:${width};background:${fill};border-radius:2px`),
+    element(`position:absolute;inset:0 auto 0 ${(100 * plan.available) / longest}%;border-left:2px solid currentColor`),
+    element("position:absolute;inset:0 4px 0 4px;display:flex;align-items:center;text-shadow:0 0 3px #000;color:#fff",
+      skipped ? say("plan.skipped") : bytes(peak)),
+  );
+  line.append(element("overflow:hidden;text-overflow:ellipsis;white-space:nowrap", name), room);
+  return line;
+}
+
+function draw(box, plan, isConnected) {
+  box.dataset.fits = plan ? String(plan.fits) : "";
+  if (!plan) return box.replaceChildren(element("color:var(--descrip-text,#999)", say("plan.empty")));
+  const run = plan.asRun ?? plan.asSet;
+  const phases = run.phases.map(([phase, peak]) => [phase, peak, plan.skipped.includes(phase)]);
+  const longest = 1.04 * Math.max(1, plan.available, plan.asSet.peak, ...phases.map(([, peak, skipped]) => (skipped ? 0 : peak)));
+  const told = element("font-weight:600;flex:none;max-height:5.4em;overflow:auto", sentence(plan, isConnected));
+  told.className = "blockskip-verdict";
+  return box.replaceChildren(
+    told,
+    row(say("plan.set"), plan.asSet.peak, plan, longest),
+    ...(plan.asRun ? [row(say("plan.run"), plan.asRun.peak, plan, longest)] : []),
+    ...phases.map(([phase, peak, skipped]) => row(phaseName(phase), Math.min(peak, longest), plan, longest, { thin: true, skipped })),
+    element("color:var(--descrip-text,#999);flex:none", say("plan.available", { available: bytes(plan.available), place: plan.place })),
+  );
+}
+
+function phaseName(phase) {
+  return ["choosing blocks", "precomputing", "training"].includes(phase) ? say(`plan.${phase}`) : phase;
+}
+
+function addBars(node) {
+  const box = element(
+    `min-height:${HEIGHT}px;height:100%;width:100%;box-sizing:border-box;padding:6px 8px;display:flex;flex-direction:column;` +
+      "gap:2px;overflow:hidden;border-radius:4px;font:11px/1.35 system-ui,sans-serif;color:var(--input-text,#ddd);" +
+      "background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#4e4e4e)",
+  );
+  box.className = "blockskip-plan";
+  let plan = null;
+  const isConnected = () => (node.outputs?.find(({ name }) => name === "settings")?.links ?? []).length > 0;
+  const redraw = () => draw(box, plan, isConnected());
+  const widget = node.addDOMWidget("plan_bars", "blockskip_plan", box, {
+    serialize: false, // keeps it out of the prompt
+    hideOnZoom: false,
+    hideInPanel: true, // one element cannot be in the node and in the side panel
+    getMinHeight: () => HEIGHT,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // keeps it out of saved workflows, which identify values by position
+  const take = (output) => {
+    plan = readPlan(output?.[OUTPUT]?.[0]) ?? plan;
+    redraw();
+  };
+  shown.set(node, take);
+  const { onExecuted, onConnectionsChange } = node;
+  node.onExecuted = function (output) {
+    onExecuted?.apply(this, arguments);
+    take(output);
+  };
+  node.onConnectionsChange = function () {
+    onConnectionsChange?.apply(this, arguments);
+    setTimeout(redraw);
+  };
+  redraw();
+}
+
+const extension = {
+  name: "BlockSkip.PlanBars",
+  nodeCreated(node) {
+    if (node.comfyClass === PLAN) addBars(node);
+  },
+  onNodeOutputsUpdated(outputs) {
+    for (const [key, output] of Object.entries(outputs ?? {})) shown.get(nodeOfLocator(key) ?? {})?.(output);
+  },
+};
+
+// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
+if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
