@@ -8,6 +8,7 @@ import { api } from "../../../scripts/api.js";
 import { allNodes, nodeOfExecution, nodeOfLocator, root } from "./graph_nodes.js";
 import { openHelp } from "./help_page.js";
 import { LossChart, MIN_HEIGHT, ending, progress } from "./loss_chart.js";
+import "./more_settings.js"; // registered before this, so that its button is above the chart
 import { onFailure, toast } from "./notices.js";
 import { extended, readRun } from "./run_data.js";
 import { say, speak } from "./words.js";

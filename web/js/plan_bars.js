@@ -4,6 +4,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { nodeOfLocator } from "./graph_nodes.js";
+import "./more_settings.js"; // registered before this, so that its button is above the bars
 import { bytes, say } from "./words.js";
 
 const PLAN = "BlockSkip_MemoryPlan";
