@@ -127,7 +127,7 @@ def _example_inputs() -> list[io.Input]:
             tooltip="Highest noise level: 1 is noise. The paper uses 0.5 to 0.9 for SD1.5.",
         ),
         io.Int.Input(
-            "fixed_examples", default=0, min=0, max=100_000, optional=True, advanced=True,
+            "fixed_examples", default=256, min=0, max=100_000, optional=True, advanced=True,
             tooltip="Number of fixed (picture, noise level, noise), used in turn. 0: new ones in every step.",
         ),
         io.Int.Input(
