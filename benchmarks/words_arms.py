@@ -9,7 +9,7 @@ from typing import Any
 FORWARDS = 1440
 PAPER = {
     "estimator": "forward difference", "directions": 2, "perturbation": 0.072, "step_size": 0.36, "schedule": "constant",
-    "lowest": 0.62, "highest": 0.89, "subspace_every": 128, "mirror": False,
+    "lowest": 0.62, "highest": 0.89, "subspace_every": 128, "mirror": False, "pool": 0,
 }  # fmt: skip
 """The paper's settings in units of a word's numbers, with the noise levels that have its signal-to-noise ratios. Mirrored
 pictures are off in all arms: the world's captions say left and right."""
@@ -42,8 +42,8 @@ def _paper(name: str, **changes: Any) -> WordArm:
     return WordArm(name, "paper", {**PAPER, **changes})
 
 
-def _ours(name: str, group: str = "ablations", **changes: Any) -> WordArm:
-    return WordArm(name, group, changes)
+def _ablation(name: str, **changes: Any) -> WordArm:
+    return WordArm(name, "ablations", {"pool": 0, **changes})
 
 
 ARMS = (
@@ -54,17 +54,17 @@ ARMS = (
     _paper("the paper's without subspace", subspace_every=0),
     _paper("the paper's without partial levels", lowest=0.0, highest=1.0),
     _paper("the paper's without either", lowest=0.0, highest=1.0, subspace_every=0),
-    _ours("defaults", "defaults"),
-    WordArm("defaults, twice the passes", "defaults", forwards=2 * FORWARDS),
-    _ours("central, 4 directions", estimator="central", directions=4),
-    _ours("forward difference, 8 directions", estimator="forward difference"),
-    _ours("4 directions, step .3", directions=4, step_size=0.3),
-    _ours("step .2", step_size=0.2),
-    _ours("step .8", step_size=0.8),
-    _ours("constant step", schedule="constant"),
-    _ours("perturbation .05", perturbation=0.05),
-    _ours("perturbation .5", perturbation=0.5),
-    _ours("256 fixed examples", pool=256),
-    _ours("subspace, tau 16", subspace_every=16),
-    _ours("levels .62 to .89", lowest=0.62, highest=0.89),
+    WordArm("defaults", "defaults"),
+    _ablation("new examples in every step"),
+    WordArm("new examples in every step, twice the passes", "ablations", {"pool": 0}, forwards=2 * FORWARDS),
+    _ablation("central, 4 directions", estimator="central", directions=4),
+    _ablation("forward difference, 8 directions", estimator="forward difference"),
+    _ablation("4 directions, step .3", directions=4, step_size=0.3),
+    _ablation("step .2", step_size=0.2),
+    _ablation("step .8", step_size=0.8),
+    _ablation("constant step", schedule="constant"),
+    _ablation("perturbation .05", perturbation=0.05),
+    _ablation("perturbation .5", perturbation=0.5),
+    _ablation("subspace, tau 16", subspace_every=16),
+    _ablation("levels .62 to .89", lowest=0.62, highest=0.89),
 )  # fmt: skip

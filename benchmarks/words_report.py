@@ -15,7 +15,7 @@ GROUPS = {
     "gradient": "Gradient textual inversion, for comparison (a backward pass for each forward pass in addition)",
     "paper": "ZOODiP with the paper's settings, and without its parts",
     "defaults": "This package's defaults",
-    "ablations": "The defaults with one thing changed",
+    "ablations": "New examples in every step, and one more thing changed",
 }
 FIXED_FORWARDS = 1440
 

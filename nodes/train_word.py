@@ -121,7 +121,7 @@ def _example_inputs() -> list[io.Input]:
         widgets.noise_from("Lowest noise level, as a share of the model's training time: 0 is clean."),
         widgets.noise_to("Highest noise level: 1 is noise. The paper uses 0.5 to 0.9 for SD1.5."),
         io.Int.Input(
-            "fixed_examples", default=0, min=0, max=100_000, optional=True, advanced=True,
+            "fixed_examples", default=256, min=0, max=100_000, optional=True, advanced=True,
             tooltip="Number of fixed (picture, noise level, noise), used in turn. 0: new ones in every step.",
         ),
         io.Int.Input(

@@ -47,7 +47,7 @@ class WordSettings:
     schedule: StepSizeSchedule = "cosine"
     lowest: float = 0.0
     highest: float = 1.0
-    pool: int = 0
+    pool: int = 256
     mirror: bool = False
     subspace_every: int = 0
     subspace_share: float = 1e-3

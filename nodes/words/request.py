@@ -40,7 +40,7 @@ class WordRequest:
     check_perturbation: bool = True
     noise_from: float = 0.0
     noise_to: float = 1.0
-    fixed_examples: int = 0
+    fixed_examples: int = 256
     subspace_every: int = 0
     subspace_share: float = 1e-3
     mirror: bool = False

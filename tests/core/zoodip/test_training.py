@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_changes_the_word():
 
     chosen, losses = settings(), Broken()
     result = WordResult()
-    examples = ExampleSchedule(4, 2, lowest=0.0, highest=1.0)
+    examples = ExampleSchedule(4, 2, lowest=0.0, highest=1.0, pool=chosen.pool)
     training = WordTraining(losses, LAYOUT, FIRST, examples, chosen, result=result)
     with pytest.raises(TrainingError, match="The loss of step 4 is not finite"):
         training.run()
