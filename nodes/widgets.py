@@ -84,9 +84,12 @@ def chunk_size(tooltip: str) -> io.Int.Input:
 
 
 def back_residual(tooltip: str) -> io.Combo.Input:
-    """What replaces the last blocks."""
+    """What replaces the last blocks.
+
+    New nodes have the value that keeps the most likeness. Prompts saved without one keep what they had, "constant".
+    """
     return io.Combo.Input(
-        "back_residual", options=list(BACK_RESIDUALS), default="constant", optional=True, advanced=True, tooltip=tooltip
+        "back_residual", options=list(BACK_RESIDUALS), default="exact", optional=True, advanced=True, tooltip=tooltip
     )
 
 

@@ -90,7 +90,7 @@ CONTRACT = {
             activation_budget FLOAT = 0.0 [0.0, 1024.0] step 0.25
             card_memory FLOAT = 0.0 [0.0, 1024.0] step 0.5
             chunk_size INT? = 64 [1, 100000]
-            back_residual COMBO? = constant {constant | linear | exact}
+            back_residual COMBO? = exact {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             targets COMBO? = attention and mlp {attention and mlp | attention | mlp | all linear}
             probe_size INT? = 512 [64, 4096] step 16
@@ -117,7 +117,7 @@ CONTRACT = {
             timesteps COMBO? = model {model | uniform | logit-normal | shifted}
             timestep_shift FLOAT? = 3.0 [0.01, 100.0] step 0.01
             chunk_size INT? = 64 [1, 100000]
-            back_residual COMBO? = constant {constant | linear | exact}
+            back_residual COMBO? = exact {constant | linear | exact}
             residual_format COMBO? = exact {exact | int8 | fp8}
             memory_settings BLOCKSKIP_MEMORY?
             files BLOCKSKIP_FILES?
