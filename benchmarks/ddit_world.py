@@ -29,6 +29,7 @@ from torch import Tensor
 
 READ_AT = 256  # pixels; the reader knows this size
 SCALES = (2,)
+AUTO_STEPS = 20
 logger = logging.getLogger("__main__")
 
 
@@ -134,10 +135,9 @@ def arms(world: World, trained: TrainedPatches, operations: dict[int, float], bu
                 )
             )
     sides = {scale: entry.coarse.resizing.side for scale, entry in trained.scales.items()}
-    for steps in (20, 50):
-        for criterion in ("third difference", "third difference (as published)"):
-            plan = DecidedWhileSampling(SchedulerSettings(criterion=criterion), sides)
-            found.append(Arm(f"{criterion}, tau 0.001", steps, plan))
+    for criterion in ("third difference", "third difference (as published)"):
+        plan = DecidedWhileSampling(SchedulerSettings(criterion=criterion), sides)
+        found.append(Arm(f"{criterion}, tau 0.001", AUTO_STEPS, plan))
     return found
 
 
@@ -171,7 +171,7 @@ def pictures_of(world: World, trained: TrainedPatches, arm: Arm, side: int) -> T
 def rows(world: World, trained: TrainedPatches, side: int, budgets: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row per arm: operations in plain steps, likeness to the prompt, and right answers of the reader."""
     tokens = (side // (CELL * PATCH)) ** 2
-    operations = {scale: float(world.operations(tokens // scale**2)) for scale in (1, *SCALES)}
+    operations = trained.operations_of(tokens)
     drawn, reference, found = world.drawn(), None, []
     for arm in arms(world, trained, operations, budgets):
         started = time.perf_counter()
