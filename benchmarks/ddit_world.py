@@ -119,9 +119,11 @@ def sigmas_of(world: World, steps: int) -> list[float]:
     return comfy.samplers.calculate_sigmas(sampling, "simple", steps).tolist()
 
 
-def arms(world: World, trained: TrainedPatches, operations: dict[int, float], budgets: Sequence[int]) -> list[Arm]:
+def arms(
+    world: World, trained: TrainedPatches, operations: dict[int, float], budgets: Sequence[int], full_steps: int
+) -> list[Arm]:
     """Return plain sampling at every budget, schedules by error at the same operations, and decisions while sampling."""
-    found = [Arm("plain", 50)]
+    found = [Arm("plain", full_steps)]
     tables = {scale: entry.errors for scale, entry in trained.scales.items()}
     for budget in budgets:
         found.append(Arm("plain", budget))
@@ -168,12 +170,17 @@ def pictures_of(world: World, trained: TrainedPatches, arm: Arm, side: int) -> T
     return torch.cat(made)
 
 
-def rows(world: World, trained: TrainedPatches, side: int, budgets: Sequence[int]) -> list[dict[str, Any]]:
-    """Return a row per arm: operations in plain steps, likeness to the prompt, and right answers of the reader."""
+def rows(
+    world: World, trained: TrainedPatches, side: int, budgets: Sequence[int], full_steps: int
+) -> list[dict[str, Any]]:
+    """Return a row per arm: operations in plain steps, likeness to the prompt, and right answers of the reader.
+
+    The first arm, plain sampling with ``full_steps``, is what the others' pictures are compared with.
+    """
     tokens = (side // (CELL * PATCH)) ** 2
     operations = trained.operations_of(tokens)
     drawn, reference, found = world.drawn(), None, []
-    for arm in arms(world, trained, operations, budgets):
+    for arm in arms(world, trained, operations, budgets, full_steps):
         started = time.perf_counter()
         with torch.inference_mode():
             pictures = pictures_of(world, trained, arm, side)
@@ -189,7 +196,7 @@ def rows(world: World, trained: TrainedPatches, side: int, budgets: Sequence[int
             "side": side, "name": arm.name, "steps": arm.steps, "scales": "".join(map(str, scales)),
             "plain_steps": round(sum(operations[scale] for scale in scales) / operations[1], 2),
             "likeness": likeness.mean().item(), "likeness_error": (likeness.std() / len(likeness) ** 0.5).item(),
-            "right": sum(right) / len(right), "from_50": (pictures - reference).square().mean().sqrt().item(),
+            "right": sum(right) / len(right), "from_full": (pictures - reference).square().mean().sqrt().item(),
             "prompts": len(drawn), "seconds": round(time.perf_counter() - started, 1),
         })  # fmt: skip
         logger.info("%s", found[-1])
