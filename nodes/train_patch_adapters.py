@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
+from ..blockskip_core.ddit.error_table import ErrorTable
 from ..blockskip_core.ddit.patch_resizing import RESIZE_KINDS, ResizeKind
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.distillation.settings import DistillationSettings
@@ -75,7 +76,7 @@ class TrainPatchAdapters(io.ComfyNode):
 
 def chart(trained: TrainedPatches) -> Image.Image:
     """Return a chart of all sizes' errors, trained and without training."""
-    tables = {}
+    tables: dict[str, ErrorTable] = {}
     for scale, entry in trained.scales.items():
         tables |= {f"{scale}x, trained": entry.errors, f"{scale}x, without training": entry.fallback}
     return error_chart(tables)
