@@ -56,10 +56,11 @@ def pictures(rows: list[dict[str, Any]]) -> list[str]:
         "| Arm | Steps | Operations | Likeness | Right | Difference | Patches |", "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in sorted(rows, key=lambda row: (row["plain_steps"], row["name"] != "plain")):
+        difference = "" if row["from_full"] is None else f"{row['from_full']:.3f}"
         scales = "" if set(row["scales"]) == {"1"} else f"`{row['scales']}`"
         lines.append(
             f"| {row['name']} | {row['steps']} | {row['plain_steps']:.2f} | {row['likeness']:.3f} "
-            f"(± {row['likeness_error']:.3f}) | {row['right']:.3f} | {row['from_full']:.3f} | {scales} |"
+            f"(± {row['likeness_error']:.3f}) | {row['right']:.3f} | {difference} | {scales} |"
         )
     return lines
 

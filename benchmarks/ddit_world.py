@@ -13,7 +13,7 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import torch
-from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan
+from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan, TypedWindows
 from blockskip_pack.blockskip_core.ddit.scheduler import SchedulerSettings
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
 from blockskip_pack.blockskip_core.ddit.windows import scales_within_budget
@@ -30,6 +30,13 @@ from torch import Tensor
 READ_AT = 256  # pixels; the reader knows this size
 SCALES = (2,)
 AUTO_STEPS = 20
+WINDOW_STEPS = 12
+WINDOWS = {  # six coarse steps of twelve, about eight plain steps of work
+    "early window": "2-7: 2",
+    "middle window": "4-9: 2",
+    "late window": "6-11: 2",
+    "every other step": "2: 2, 4: 2, 6: 2, 8: 2, 10: 2, 11: 2",
+}
 logger = logging.getLogger("__main__")
 
 
@@ -136,6 +143,8 @@ def arms(
                     ErrorBudget(within, tables, lambda tokens: operations),
                 )
             )
+    for name, windows in WINDOWS.items():
+        found.append(Arm(name, WINDOW_STEPS, TypedWindows(windows, SCALES)))
     sides = {scale: entry.coarse.resizing.side for scale, entry in trained.scales.items()}
     for criterion in ("third difference", "third difference (as published)"):
         plan = DecidedWhileSampling(SchedulerSettings(criterion=criterion), sides)
