@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-prompts", type=int, default=24, help="prompts of the training")
     parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 8, 12], help="operations, in plain steps")
+    parser.add_argument("--full-steps", type=int, default=50, help="steps of plain sampling to compare pictures with")
     parser.add_argument("--keep", type=Path, help="file to keep the adapters in, and to read them from")
     return parser.parse_args()
 
@@ -63,7 +64,8 @@ def main() -> None:
             add(file, f"training, {options.side} px", rows)
             if options.keep:
                 ddit_world.save(trained, options.keep)
-        add(file, f"pictures, {options.side} px", ddit_world.rows(world, trained, options.side, options.budgets))
+        found = ddit_world.rows(world, trained, options.side, options.budgets, options.full_steps)
+        add(file, f"pictures, {options.side} px", found)
     ddit_report.write(rows_in(file), options.results)
 
 

@@ -51,14 +51,16 @@ def pictures(rows: list[dict[str, Any]]) -> list[str]:
     """Return all arms, sorted by operations."""
     lines = [
         "Operations are counted, in plain steps. Likeness to the prompt's drawing and right answers: by the demo's reader. "
-        "From 50: root mean square difference of pixels from plain 50 steps with the same seeds.", "",
-        "| Arm | Steps | Operations | Likeness | Right | From 50 | Patches |", "| --- | --- | --- | --- | --- | --- | --- |",
+        f"Difference: root mean square of pixels from plain {rows[0]['steps']} steps with the same seeds; "
+        f"{rows[0]['prompts']} prompts.", "",
+        "| Arm | Steps | Operations | Likeness | Right | Difference | Patches |", "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in sorted(rows, key=lambda row: (row["plain_steps"], row["name"] != "plain")):
+        difference = "" if row["from_full"] is None else f"{row['from_full']:.3f}"
         scales = "" if set(row["scales"]) == {"1"} else f"`{row['scales']}`"
         lines.append(
             f"| {row['name']} | {row['steps']} | {row['plain_steps']:.2f} | {row['likeness']:.3f} "
-            f"(± {row['likeness_error']:.3f}) | {row['right']:.3f} | {row['from_50']:.3f} | {scales} |"
+            f"(± {row['likeness_error']:.3f}) | {row['right']:.3f} | {difference} | {scales} |"
         )
     return lines
 

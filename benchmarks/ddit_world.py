@@ -13,7 +13,7 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import torch
-from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan
+from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan, TypedWindows
 from blockskip_pack.blockskip_core.ddit.scheduler import SchedulerSettings
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
 from blockskip_pack.blockskip_core.ddit.windows import scales_within_budget
@@ -29,6 +29,14 @@ from torch import Tensor
 
 READ_AT = 256  # pixels; the reader knows this size
 SCALES = (2,)
+AUTO_STEPS = 20
+WINDOW_STEPS = 12
+WINDOWS = {  # six coarse steps of twelve, about eight plain steps of work
+    "early window": "2-7: 2",
+    "middle window": "4-9: 2",
+    "late window": "6-11: 2",
+    "every other step": "2: 2, 4: 2, 6: 2, 8: 2, 10: 2, 11: 2",
+}
 logger = logging.getLogger("__main__")
 
 
@@ -118,9 +126,11 @@ def sigmas_of(world: World, steps: int) -> list[float]:
     return comfy.samplers.calculate_sigmas(sampling, "simple", steps).tolist()
 
 
-def arms(world: World, trained: TrainedPatches, operations: dict[int, float], budgets: Sequence[int]) -> list[Arm]:
+def arms(
+    world: World, trained: TrainedPatches, operations: dict[int, float], budgets: Sequence[int], full_steps: int
+) -> list[Arm]:
     """Return plain sampling at every budget, schedules by error at the same operations, and decisions while sampling."""
-    found = [Arm("plain", 50)]
+    found = [Arm("plain", full_steps)]
     tables = {scale: entry.errors for scale, entry in trained.scales.items()}
     for budget in budgets:
         found.append(Arm("plain", budget))
@@ -133,11 +143,12 @@ def arms(world: World, trained: TrainedPatches, operations: dict[int, float], bu
                     ErrorBudget(within, tables, lambda tokens: operations),
                 )
             )
+    for name, windows in WINDOWS.items():
+        found.append(Arm(name, WINDOW_STEPS, TypedWindows(windows, SCALES)))
     sides = {scale: entry.coarse.resizing.side for scale, entry in trained.scales.items()}
-    for steps in (20, 50):
-        for criterion in ("third difference", "third difference (as published)"):
-            plan = DecidedWhileSampling(SchedulerSettings(criterion=criterion), sides)
-            found.append(Arm(f"{criterion}, tau 0.001", steps, plan))
+    for criterion in ("third difference", "third difference (as published)"):
+        plan = DecidedWhileSampling(SchedulerSettings(criterion=criterion), sides)
+        found.append(Arm(f"{criterion}, tau 0.001", AUTO_STEPS, plan))
     return found
 
 
@@ -168,12 +179,17 @@ def pictures_of(world: World, trained: TrainedPatches, arm: Arm, side: int) -> T
     return torch.cat(made)
 
 
-def rows(world: World, trained: TrainedPatches, side: int, budgets: Sequence[int]) -> list[dict[str, Any]]:
-    """Return a row per arm: operations in plain steps, likeness to the prompt, and right answers of the reader."""
+def rows(
+    world: World, trained: TrainedPatches, side: int, budgets: Sequence[int], full_steps: int
+) -> list[dict[str, Any]]:
+    """Return a row per arm: operations in plain steps, likeness to the prompt, and right answers of the reader.
+
+    The first arm, plain sampling with ``full_steps``, is what the others' pictures are compared with.
+    """
     tokens = (side // (CELL * PATCH)) ** 2
-    operations = {scale: float(world.operations(tokens // scale**2)) for scale in (1, *SCALES)}
+    operations = trained.operations_of(tokens)
     drawn, reference, found = world.drawn(), None, []
-    for arm in arms(world, trained, operations, budgets):
+    for arm in arms(world, trained, operations, budgets, full_steps):
         started = time.perf_counter()
         with torch.inference_mode():
             pictures = pictures_of(world, trained, arm, side)
@@ -189,7 +205,7 @@ def rows(world: World, trained: TrainedPatches, side: int, budgets: Sequence[int
             "side": side, "name": arm.name, "steps": arm.steps, "scales": "".join(map(str, scales)),
             "plain_steps": round(sum(operations[scale] for scale in scales) / operations[1], 2),
             "likeness": likeness.mean().item(), "likeness_error": (likeness.std() / len(likeness) ** 0.5).item(),
-            "right": sum(right) / len(right), "from_50": (pictures - reference).square().mean().sqrt().item(),
+            "right": sum(right) / len(right), "from_full": (pictures - reference).square().mean().sqrt().item(),
             "prompts": len(drawn), "seconds": round(time.perf_counter() - started, 1),
         })  # fmt: skip
         logger.info("%s", found[-1])

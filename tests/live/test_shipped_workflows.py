@@ -109,6 +109,19 @@ def test_a_cards_resume_template_continues_its_run(client: Any, load_workflow: C
     assert (more["resumed_at"], more["steps"]) == (4, 6)
 
 
+def test_the_twin_of_dynamic_patches_trains_and_samples(client: Any, load_workflow: Callable[..., Any]) -> None:
+    windows = {"Dynamic Patches (DDiT)": {"windows": "1: 2"}}
+    prompt = load_workflow("dynamic_patches", windows)
+    result = succeed(client, prompt)
+    assert output_of(result, prompt, "Errors by noise level")["images"]
+    assert "Operations of a coarse step" in output_of(result, prompt, "What is planned")["text"][0]
+    coarse = pixels(client.view(output_of(result, prompt, "Picture")["images"][0]))
+    own = load_workflow("dynamic_patches", {"Dynamic Patches (DDiT)": {"mode": "off"}})
+    plain = pixels(client.view(output_of(succeed(client, own), own, "Picture")["images"][0]))
+    assert coarse.shape == plain.shape
+    assert (coarse != plain).any()
+
+
 def test_several_subjects_keep_their_captions(client: Any, load_workflow: Callable[..., Any]) -> None:
     prompt = load_workflow("several_subjects")
     titles = {node["_meta"]["title"]: key for key, node in prompt.items()}

@@ -53,11 +53,15 @@ def test_a_switch_that_shows_in_the_published_form_does_not_show_in_ours():
     assert scales == [1] * 4 + [2] * 25 + [1]
 
 
-def test_a_size_is_held_after_a_switch():
-    noise = iter(range(1000))
-    scales, _ = run(lambda sigma: picture(next(noise)) * (1.0 if sigma < 0.7 else 0.0), 40, hold=5, longest_run=0)
+@pytest.mark.parametrize("hold", [1, 2, 4])
+def test_a_size_is_held_after_a_switch(hold, monkeypatch):
+    """Whatever the criterion wants: here another size at every step."""
+    wanted = iter([1, 2] * 20)
+    monkeypatch.setattr(DynamicScheduler, "_wanted", lambda self: next(wanted))
+    scales, _ = run(lambda sigma: picture(), 30, hold=hold, longest_run=0, first_own=0, last_own=0)
     changes = [index for index, (a, b) in enumerate(zip(scales, scales[1:], strict=False)) if a != b]
-    assert all(b - a >= 5 for a, b in zip(changes, changes[1:], strict=False) if b < 38)
+    lengths = {b - a for a, b in zip(changes, changes[1:], strict=False)}
+    assert lengths == {hold + (hold + 1) % 2}  # an even number of steps later the size is wanted that is held
 
 
 def test_a_coarse_run_ends():
