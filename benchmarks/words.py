@@ -3,10 +3,11 @@
     python dev.py benchmark words                 # about two hours on one core of a busy machine
     python dev.py benchmark words -- --report     # only rewrite the table
 
-Every arm gets the same number of forward passes, through the same code as the node: ``hosts/words``, ``zoodip``. Gradient
-arms take a backward pass for each forward pass in addition, which is not counted. What is measured is the held-out loss:
-pictures of the subject on grounds that are not in the training pictures, five noise levels. "Gain" is the share of what
-the best gradient arm gains over the word at the start, mean over seeds. Rows are lines of ``results/words.jsonl``.
+Every arm gets the same number of forward passes, through the same code as the node: ``hosts/words``, ``zoodip``.
+Gradient arms take a backward pass for each forward pass in addition, which is not counted. What is measured is the
+held-out loss: pictures of the subject on grounds that are not in the training pictures, five noise levels. "Gain" is
+the share of what the best gradient arm gains over the word at the start, mean over seeds. Rows are lines of
+``results/words.jsonl``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class WordArm:
     Attributes:
         name: Its name in the table.
         group: The part of the table.
-        gradient: Whether gradients come from backward passes; then ``settings`` are batch, step_size, lowest and highest.
+        gradient: Whether gradients come from backward passes; then ``settings`` are batch, step_size, lowest and
+        highest.
         settings: Changes to the defaults of ``WordSettings``.
         forwards: Forward passes.
     """

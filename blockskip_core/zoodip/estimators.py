@@ -9,11 +9,11 @@ With directions e_1 .. e_n ~ N(0, I), a perturbation mu, and L the loss on one e
 Each has the expectation of the gradient, up to O(mu) for the first two and O(mu^2) for the last. Leave-one-out needs no
 pass at theta, and its baseline is independent of e_i, so it adds no bias.
 
-Sources: forward difference: ZOODiP (arXiv 2503.14868), Eq. 3. Leave-one-out: Kool et al., "Buy 4 REINFORCE samples, get a
-baseline for free" (2019). Central: Spall, IEEE Trans. Automatic Control 37(3), 1992, with normal directions.
+Sources: forward difference: ZOODiP (arXiv 2503.14868), Eq. 3. Leave-one-out: Kool et al., "Buy 4 REINFORCE samples,
+get a baseline for free" (2019). Central: Spall, IEEE Trans. Automatic Control 37(3), 1992, with normal directions.
 
-Difference from the paper: its code perturbs the half-precision word in place and takes the perturbation back afterwards,
-which drifts. Here every point is computed from one float32 word that the perturbation does not touch.
+Difference from the paper: its code perturbs the half-precision word in place and takes the perturbation back
+afterwards, which drifts. Here every point is computed from one float32 word that the perturbation does not touch.
 """
 
 from __future__ import annotations

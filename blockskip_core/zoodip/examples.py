@@ -1,12 +1,13 @@
 """Which picture, noise level and noise each step uses.
 
-Partial uniform timestep sampling (ZOODiP, arXiv 2503.14868): noise levels are uniform between two bounds instead of over
-all of them. Here bounds are shares of the model's training time, 0 clean and 1 noise; 0 and 1 are the plain uniform levels.
+Partial uniform timestep sampling (ZOODiP, arXiv 2503.14868): noise levels are uniform between two bounds instead of
+over all of them. Here bounds are shares of the model's training time, 0 clean and 1 noise; 0 and 1 are the plain
+uniform levels.
 
 Difference from the paper: with ``pool`` a fixed number of examples is drawn once, so that every stratum of noise levels
-and every picture occurs equally often, and each round uses all of them in a new order. Losses of different steps are then
-comparable, and less of an estimate's variance comes from the examples. With a pool of 0 every step draws a new one, as
-in the paper.
+and every picture occurs equally often, and each round uses all of them in a new order. Losses of different steps are
+then comparable, and less of an estimate's variance comes from the examples. With a pool of 0 every step draws a new
+one, as in the paper.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ CLIP_L_SIZE = 0.0139
 
 @dataclass(frozen=True, kw_only=True)
 class WordSettings:
-    """How a word is learned. Defaults are those that won in ``benchmarks/words.py``.
+    """How a word is learned. ``benchmarks/words.py`` compares the defaults with the paper's settings and others.
 
     Attributes:
         steps: Number of steps.
@@ -83,12 +83,13 @@ class WordSettings:
 def paper_settings(steps: int, seed: int, *, lowest: float = 0.5, highest: float = 0.9) -> WordSettings:
     """Return the settings of ZOODiP (arXiv 2503.14868) for SD1.5, in this package's units.
 
-    n = 2, mu = 1e-3, step size 5e-3 (constant), tau = 128, nu = 1e-3, t from 500 to 900 of 1000, 30,000 steps there; Adam
-    with the epsilon of its code, 1e-3. Its code has a step size of 1e-2.
+    n = 2, mu = 1e-3, step size 5e-3 (constant), tau = 128, nu = 1e-3, t from 500 to 900 of 1000, 30,000 steps there;
+    Adam with the epsilon of its code, 1e-3. Its code has a step size of 1e-2.
 
     Args:
         steps, seed: As in :class:`WordSettings`.
-        lowest, highest: The noise levels; for flow-matching models those with the same signal-to-noise ratio are .62, .89.
+        lowest, highest: The noise levels; for flow-matching models those with the same signal-to-noise ratio are .62,
+        .89.
     """
     return WordSettings(
         steps=steps, seed=seed, estimator="forward difference", directions=2, perturbation=1e-3 / CLIP_L_SIZE,

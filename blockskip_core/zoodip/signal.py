@@ -1,10 +1,11 @@
-"""How large a perturbation must be: the loss of a quantised model moves in jumps, and small differences are only rounding.
+"""How large a perturbation must be: a quantised model's loss moves in jumps, and small differences are only rounding.
 
-Slopes along the same directions are measured with several perturbations. Their rounding errors are independent, so if two
-perturbations agree, both follow the loss's slope; if rounding dominates one, it agrees with none. The agreement of a
-perturbation is the mean correlation of its slopes with those of the others.
+Slopes along the same directions are measured with several perturbations. Their rounding errors are independent, so if
+two perturbations agree, both follow the loss's slope; if rounding dominates one, it agrees with none. The agreement
+of a perturbation is the mean correlation of its slopes with those of the others.
 
-Difference from the paper: it finds by trial that models in 4 bits need a perturbation ten times as large (arXiv 2503.14868).
+Difference from the paper: it finds by trial that models in 4 bits need a perturbation ten times as large (arXiv
+2503.14868).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .examples import Example
 FACTORS = (0.5, 1.0, 2.0)
 """The perturbations compared, as multiples of the one asked for."""
 PAIRS = 24
-"""Number of (example, direction) pairs. Correlations of pure noise have a standard deviation of 1/sqrt(23), about 0.2."""
+"""Number of (example, direction) pairs; correlations of pure noise have a standard deviation of about 0.2."""
 ENOUGH = 0.9
 LEAST = 0.7
 

@@ -2,13 +2,13 @@
 
 Source: ZOODiP (arXiv 2503.14868), Eq. 4-8. The words after each of the last tau steps are standardised number by number
 (Eq. 4) and decomposed (Eq. 5). With i* the first component up to which more than 1 - nu of the variance is explained
-(Eq. 6), the components after i* (Eq. 7) are removed from the gradients of the next tau steps (Eq. 8). During the first tau
-steps nothing is removed.
+(Eq. 6), the components after i* (Eq. 7) are removed from the gradients of the next tau steps (Eq. 8). During the
+first tau steps nothing is removed.
 
 Only directions inside the span of tau words can be removed; all others stay.
 
-Difference from the paper: components without any variance are not removed. There is always one, because of the mean that
-Eq. 4 subtracts, and it is arbitrary: it is determined by rounding errors only.
+Difference from the paper: components without any variance are not removed. There is always one, because of the mean
+that Eq. 4 subtracts, and it is arbitrary: it is determined by rounding errors only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Embedding files: a learned word in ComfyUI's embeddings folder, to be used as ``embedding:NAME`` in any prompt.
 
 Each text encoder finds its vectors under its own key. A file is written completely or not at all, never over another
-one, and read back through the host's own reader. Every file gets a new number, because the host caches encoded prompts by
-their text: a prompt with the same name and other vectors would not be encoded again.
+one, and read back through the host's own reader. Every file gets a new number, because the host caches encoded
+prompts by their text: a prompt with the same name and other vectors would not be encoded again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class EmbeddingName:
         typed: The name, perhaps with folders, below the embeddings folder.
 
     Raises:
-        InvalidInputError: If it is not a name on every system, leads out of the folder, or cannot be written in a prompt.
+        InvalidInputError: If it is not a name on every system, leads out of the folder, or cannot be written in a
+        prompt.
         StorageError: If the folder cannot be written.
     """
 

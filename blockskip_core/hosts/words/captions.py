@@ -1,8 +1,9 @@
 """Captions as tokens, with the learned vectors in the place of the word.
 
-A caption is tokenised once, with ``embedding:`` and a stand-in file of the right widths, and then the stand-in's vectors are
-swapped. So blanks and templates are split exactly as in any later prompt with the finished file. Replacing the tokens of a
-known word instead would give other tokens with most tokenizers, because they join a word with the blank before it.
+A caption is tokenised once, with ``embedding:`` and a stand-in file of the right widths, and then the stand-in's
+vectors are swapped. So blanks and templates are split exactly as in any later prompt with the finished file.
+Replacing the tokens of a known word instead would give other tokens with most tokenizers, because they join a word
+with the blank before it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The text encoders in a CLIP: their tokenizers, the vectors of known words, and whether they take embedding files.
 
 The host's CLIP holds one or several pairs of a tokenizer and an encoder, such as CLIP-L and T5, under the same name. A
-tokenizer replaces ``embedding:NAME`` by the vectors of a file; those of some encoders (Qwen-Image, Wan) have that turned
-off, because their own code compares tokens with numbers. They take vectors as dictionaries, which the host's encoders
-pass on.
+tokenizer replaces ``embedding:NAME`` by the vectors of a file; those of some encoders (Qwen-Image, Wan) have that
+turned off, because their own code compares tokens with numbers. They take vectors as dictionaries, which the host's
+encoders pass on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def takes_embeddings(clip: Any) -> bool:
 
 
 def accepting_embeddings(clip: Any, directories: Sequence[str], *, before: Sequence[str] = ()) -> Any:
-    """Return a clone of a CLIP whose tokenizers all take ``embedding:NAME``; the CLIP's own tokenizers stay as they are.
+    """Return a clone of a CLIP whose tokenizers all take ``embedding:NAME``; the CLIP's own stay as they are.
 
     Args:
         clip: The CLIP.

@@ -7,8 +7,8 @@ The host turns a model's output into a clean estimate ``denoised``, a linear fun
     eps prediction   c = -sigma                          flow matching   c = -sigma
     v prediction     c = -sigma / sqrt(sigma^2 + 1)      clean picture   c = 1
 
-So the error of the output, on which the model was trained, is the error of the clean estimate divided by c. c is read from
-the host's own function rather than from the kind's name.
+So the error of the output, on which the model was trained, is the error of the clean estimate divided by c. c is read
+from the host's own function rather than from the kind's name.
 """
 
 from __future__ import annotations
