@@ -25,7 +25,9 @@ def test_a_row_for_every_finished_step(tmp_path, accumulation):
     points = [curve.add(step, loss) for step, loss in enumerate(means, 1)]
     assert [int(row[0]) for row in table] == [1, 2, 3, 4]
     assert [float(row[1]) for row in table] == means
-    assert [float(row[2]) for row in table] == pytest.approx([point[2] for point in points], rel=1e-5)  # the chart rounds
+    assert [float(row[2]) for row in table] == pytest.approx(
+        [point[2] for point in points], rel=1e-5
+    )  # the chart rounds
 
 
 def test_no_loss_is_a_table_without_rows(tmp_path):
