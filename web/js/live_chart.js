@@ -104,6 +104,7 @@ function addChart(node) {
     setValue: () => {},
   });
   widget.serialize = false; // keeps it out of saved workflows, which identify values by position
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   const before = node.onExecuted;
   node.onExecuted = function (output) {
     before?.apply(this, arguments);

@@ -115,6 +115,7 @@ function addBars(node) {
     setValue: () => {},
   });
   widget.serialize = false; // keeps it out of saved workflows, which identify values by position
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   const take = (output) => {
     plan = readPlan(output?.[OUTPUT]?.[0]) ?? plan;
     redraw();
