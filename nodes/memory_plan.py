@@ -160,7 +160,7 @@ class PlanRequest:
     activation_budget: float
     card_memory: float
     chunk_size: int = 64
-    back_residual: BackResidual = "constant"
+    back_residual: BackResidual = "exact"
     residual_format: ResidualFormat = "exact"
     targets: LoraTargets = "attention and mlp"
     probe_size: int = 512

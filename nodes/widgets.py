@@ -86,7 +86,7 @@ def chunk_size(tooltip: str) -> io.Int.Input:
 def back_residual(tooltip: str) -> io.Combo.Input:
     """What replaces the last blocks.
 
-    New nodes have the value that keeps the most likeness. Prompts saved without one keep what they had, "constant".
+    The default is what keeps the most likeness; the paper's is "constant".
     """
     return io.Combo.Input(
         "back_residual", options=list(BACK_RESIDUALS), default="exact", optional=True, advanced=True, tooltip=tooltip

@@ -14,7 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 MANUAL = {"method": "manual", "skip_ratio": 0.5, "front": 2, "back": 1}
-PATCHES = {"draws": 6, "patch_min": 32, "patch_max": 64, "storage": "disk", "seed": 3}
+PATCHES = {
+    "draws": 6, "patch_min": 32, "patch_max": 64, "storage": "disk", "seed": 3, "back_residual": "constant"
+}  # fmt: skip
 TRAINING = {"steps": 3, "learning_rate": 1e-2, "rank": 4, "seed": 5, "resume": False}
 
 

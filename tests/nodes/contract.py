@@ -214,10 +214,10 @@ CONTRACT = {
     "BlockSkip_LoadTrainingFolder": Contract(
         """
             folder COMBO = None {host's}
-            frames INT? = 1 [1, 1001]
-            clips_per_video INT? = 1 [1, 1000]
             trigger_word STRING? =
             flip BOOLEAN? = False
+            frames INT? = 1 [1, 1001]
+            clips_per_video INT? = 1 [1, 1000]
         """,
         [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
         takes_lists=False,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 PLAN = {
+    "back_residual": "constant",
     "patch_min": 32, "draws": 6, "storage": "disk", "rank": 4, "batch_size": 1, "checkpointing": True,
     "quantize_kept": "off", "activation_budget": 0.0, "card_memory": 0.0, "chunk_size": 4, "probe_size": 64,
 }  # fmt: skip

@@ -55,7 +55,7 @@ class ResidualSettings:
     timesteps: TimestepDistribution = "model"
     timestep_shift: float = 3.0
     chunk_size: int = 64
-    back_residual: BackResidual = "constant"
+    back_residual: BackResidual = "exact"
     residual_format: ResidualFormat = "exact"
     frames: int = 1
     noise_from: float = 0.0
