@@ -18,7 +18,7 @@ ACCENTS = {  # a colour for each badge; a card and its Resume have the same hue
     "CPU": (92, 98, 112), "1": (196, 74, 110), "8 GB": (46, 125, 90), "12 GB": (38, 98, 168), "24 GB": (120, 74, 170),
     "+ 8 GB": (30, 84, 60), "+ 12 GB": (26, 66, 114), "+ 24 GB": (80, 50, 114),
 }  # fmt: skip
-FLUX_BLOCKS, SKIPPED = 57, {0.5: (19, 10), 0.3: (7, 10)}  # first and last: the paper's choice
+FLUX_BLOCKS, SKIPPED = 57, {0.5: (19, 10), 0.4: (13, 10), 0.3: (7, 10)}  # first and last: the paper's choice
 
 
 def draw(graph: Graph, screenshot: Path) -> Image.Image:
