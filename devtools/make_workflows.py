@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_demo import DEMO
+from workflow_families import FAMILIES
 from workflow_graphs import GRAPHS, Column, Graph
 from workflow_stand_ins import twin_of
 from workflow_thumbnails import draw
@@ -35,35 +36,60 @@ SHOWS_TEXT = {  # px: nodes that grow by a few lines of text after a run
 CURVE = 90  # px more for the chart than it must have
 TALLER = 40  # px that a node of ours is taller with Nodes 2.0
 
+
+def _files(directory: str, *paths: str) -> list[tuple[str, str, str]]:
+    """Return (name, path, folder of ComfyUI) of files, by their paths on :data:`MODEL_SITE`."""
+    return [(path.rpartition("/")[2], path, directory) for path in paths]
+
+
+_COMFY = "Comfy-Org/{}/resolve/main/"
+_QWEN, _KREA, _Z_IMAGE, _WAN_22 = (
+    _COMFY.format(name) for name in ("Qwen-Image_ComfyUI", "Krea-2", "z_image_turbo", "Wan_2.2_ComfyUI_Repackaged")
+)
+_FLUX_TEXT = "comfyanonymous/flux_text_encoders/resolve/main/"
+_KLEIN = "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors"
+_WAN_21 = _COMFY.format("Wan_2.1_ComfyUI_repackaged") + "split_files/"
+_LTX_2 = "Lightricks/LTX-2/resolve/main/ltx-2-19b-dev-fp8.safetensors"
 MODELS = {
-    "UNETLoader": [("flux1-dev.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", "diffusion_models")],
-    "CheckpointLoaderSimple": [
-        ("flux1-dev-fp8.safetensors", "Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors", "checkpoints"),
-        (
-            "v1-5-pruned-emaonly-fp16.safetensors",
-            "Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
-            "checkpoints",
+    "UNETLoader": _files(
+        "diffusion_models",
+        f"{_COMFY.format('flux1-dev')}flux1-dev.safetensors",
+        f"{_Z_IMAGE}split_files/diffusion_models/z_image_turbo_bf16.safetensors",
+        f"{_QWEN}split_files/diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
+        f"{_KREA}diffusion_models/krea2_turbo_int8_convrot.safetensors",
+        _KLEIN,
+        f"{_WAN_22}split_files/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+    ),
+    "CheckpointLoaderSimple": _files(
+        "checkpoints",
+        f"{_COMFY.format('flux1-dev')}flux1-dev-fp8.safetensors",
+        f"{_COMFY.format('stable-diffusion-v1-5-archive')}v1-5-pruned-emaonly-fp16.safetensors",
+        _LTX_2,
+    ),
+    "DualCLIPLoader": _files("text_encoders", f"{_FLUX_TEXT}clip_l.safetensors", f"{_FLUX_TEXT}t5xxl_fp16.safetensors"),
+    "CLIPLoader": _files(
+        "text_encoders",
+        f"{_Z_IMAGE}split_files/text_encoders/qwen_3_4b.safetensors",
+        f"{_QWEN}split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        f"{_KREA}text_encoders/qwen3vl_4b_fp8_scaled.safetensors",
+        f"{_WAN_21}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+    "LTXAVTextEncoderLoader": [
+        *_files(
+            "text_encoders",
+            f"{_COMFY.format('ltx-2')}split_files/text_encoders/gemma_3_12B_it_fp4_mixed.safetensors",
         ),
+        *_files("checkpoints", _LTX_2),
     ],
-    "DualCLIPLoader": [
-        ("clip_l.safetensors", "comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors", "text_encoders"),
-        ("t5xxl_fp16.safetensors", "comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors", "text_encoders"),
-    ],
-    "VAELoader": [
-        (
-            "ae.safetensors",
-            "Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
-            "vae",
-        )
-    ],
-    "CLIPVisionLoader": [
-        (
-            "clip_vision_h.safetensors",
-            "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/clip_vision/clip_vision_h.safetensors",
-            "clip_vision",
-        )
-    ],
-}  # fmt: skip
+    "VAELoader": _files(
+        "vae",
+        f"{_COMFY.format('Lumina_Image_2.0_Repackaged')}split_files/vae/ae.safetensors",
+        f"{_QWEN}split_files/vae/qwen_image_vae.safetensors",
+        f"{_COMFY.format('flux2-dev')}split_files/vae/flux2-vae.safetensors",
+        f"{_WAN_22}split_files/vae/wan2.2_vae.safetensors",
+    ),
+    "CLIPVisionLoader": _files("clip_vision", f"{_WAN_21}clip_vision/clip_vision_h.safetensors"),
+}
 MODEL_SITE = "https://huggingface.co/"
 
 
@@ -228,7 +254,7 @@ def main() -> None:
     parser.add_argument("server")
     parser.add_argument("--only", default="", metavar="WORDS")
     options = parser.parse_args()
-    for graph in (*GRAPHS, DEMO):
+    for graph in (*GRAPHS, *FAMILIES, DEMO):
         if options.only in graph.name:
             write(options.server, graph)
 

@@ -17,6 +17,7 @@ LOADERS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "DualCLIPLoader": (("BlockSkipDemo_LoadTextEncoder", "text_file", "blockskip_world_text.safetensors"),),
     "VAELoader": (("VAELoader", "vae_name", "blockskip_world_vae.safetensors"),),
 }
+LOADERS["CLIPLoader"] = LOADERS["LTXAVTextEncoderLoader"] = LOADERS["DualCLIPLoader"]
 LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoader"] + LOADERS["VAELoader"]
 """Loader -> the replacement for each of its outputs: node, input, file."""
 

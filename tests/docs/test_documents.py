@@ -7,7 +7,7 @@ import re
 
 from .texts import messages, read, rows, section
 
-MOST_WORDS = 900
+MOST_WORDS = 970
 GIB = 2**30
 OF_OTHERS = ("Allocation on device",)  # a message of torch or ComfyUI
 KEPT_IN_MODELS = {

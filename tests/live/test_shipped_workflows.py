@@ -34,7 +34,7 @@ def maker() -> ModuleType:
 @pytest.fixture(scope="module")
 def graphs(maker: ModuleType) -> dict[str, Any]:
     """The graphs by name."""
-    return {graph.name: graph for graph in maker.GRAPHS}
+    return {graph.name: graph for graph in (*maker.GRAPHS, *maker.FAMILIES)}
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,12 @@ def test_the_twins_are_up_to_date(graphs: dict[str, Any], maker: ModuleType) -> 
 
 
 @pytest.mark.parametrize(
-    ("seed", "twin"), [(71, "my_first_lora"), (72, "train_8_gb"), (73, "train_12_gb"), (74, "train_24_gb")]
-)
+    ("seed", "twin"),
+    [
+        (71, "my_first_lora"), (72, "train_8_gb"), (73, "train_12_gb"), (74, "train_24_gb"), (76, "z_image_turbo"),
+        (77, "qwen_image"),
+    ],
+)  # fmt: skip
 def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..., Any], seed: int, twin: str) -> None:
     prompt = load_workflow(twin, {"Dynamic Patch Trainer": {"seed": seed}})  # or one would resume another's run
     result = succeed(client, prompt)
