@@ -87,13 +87,14 @@ async function checkNode(page, kind) {
 
 function state() {
   const [node] = window.app.rootGraph.nodes;
-  const drawn = node.widgets.filter((widget) => node.isWidgetVisible(widget));
+  const widgets = node.widgets ?? []; // a node may have none
+  const drawn = widgets.filter((widget) => node.isWidgetVisible(widget));
   return {
-    advanced: node.widgets.filter(({ options }) => options?.advanced).map(({ name }) => name),
+    advanced: widgets.filter(({ options }) => options?.advanced).map(({ name }) => name),
     visible: drawn.map(({ name }) => name),
     rows: drawn.map(({ name, y, computedHeight, element }) => [name, y, element ? null : computedHeight ?? 20]),
     values: node.serialize().widgets_values,
-    saved: node.widgets.filter(({ serialize }) => serialize !== false).length,
+    saved: widgets.filter(({ serialize }) => serialize !== false).length,
     height: node.size[1],
   };
 }

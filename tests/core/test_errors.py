@@ -10,7 +10,7 @@ def family():
 
 
 def test_their_full_names_start_with_the_packs_name():
-    assert len(family()) == 8
+    assert len(family()) == 9
     for kind in family():
         assert f"{kind.__module__}.{kind.__qualname__}" == f"BlockSkip.{kind.__name__}"
 

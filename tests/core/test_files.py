@@ -110,6 +110,7 @@ def test_every_error_is_a_value_error_of_one_family():
         "CacheError",
         "CheckpointError",
         "StorageError",
+        "PatchAdapterError",
         "LoraFileError",
         "TrainingError",
     }

@@ -16,7 +16,15 @@ from safetensors import safe_open
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = "blockskip_tests"
 LEFTOVERS = (".part", ".trial", ".lock")
-PATCHES = {"draws": 6, "patch_min": 32, "patch_max": 64, "storage": "disk", "seed": 3, "chunk_size": 2}
+PATCHES = {
+    "draws": 6,
+    "patch_min": 32,
+    "patch_max": 64,
+    "storage": "disk",
+    "seed": 3,
+    "chunk_size": 2,
+    "back_residual": "constant",
+}
 TRAINING = {
     "steps": 5,
     "learning_rate": 1e-2,

@@ -96,7 +96,7 @@ def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..
     result = succeed(client, prompt)
     summary = output_of(result, prompt, "Dynamic Patch Trainer")["blockskip"][0]
     assert (summary["steps"], summary["problems"]) == (4, [])
-    assert summary["self_check"] < 1e-4
+    assert summary["self_check"] < 0.1  # the last blocks are in 4-bit
     assert output_of(result, prompt, "Memory Plan: will it fit?")["blockskip_plan"][0]["fits"] is True
     assert output_of(result, prompt, "Dynamic Patch Trainer")["blockskip_chart"][0]["samples"]
     titles = {node["_meta"]["title"] for node in prompt.values()}
