@@ -30,7 +30,7 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     for place, line in enumerate(graph.subline.split("\n")):
         _write(pen, line, 134 + 46 * place, 38, SAID)
     blocks = graph.prompt.get("select", {}).get("inputs", {})
-    if blocks.get("method") == "preset":
+    if blocks.get("method") == "preset" and blocks["front"] == 19:  # FLUX.1's blocks
         _draw_blocks(pen, *SKIPPED[blocks["skip_ratio"]])
     if graph.badge:
         _draw_badge(pen, graph.badge)
