@@ -1,5 +1,4 @@
-"""Definitions of the shipped workflows for models other than FLUX.1: a first LoRA for each, on the files that ComfyUI's own
-templates use."""
+"""Definitions of the shipped workflows for models other than FLUX.1, on the files of ComfyUI's own templates."""
 
 from __future__ import annotations
 
