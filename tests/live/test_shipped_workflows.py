@@ -26,7 +26,7 @@ SHIPPED = sorted(ROOT.glob("workflows/*.json"))
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
     """``devtools/make_workflows.py``, which imports modules in its folder."""
-    for name in ("workflow_graphs", "workflow_demo", "workflow_stand_ins", "workflow_thumbnails"):
+    for name in ("workflow_graphs", "workflow_families", "workflow_demo", "workflow_stand_ins", "workflow_thumbnails"):
         sys.modules[name] = load_devtool(name)
     return load_devtool("make_workflows")
 
