@@ -9,37 +9,18 @@
 
 import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
-import { join } from "node:path";
-import { parseArgs } from "node:util";
 
-import { NotChecked, configure, launch, open } from "./browser.mjs";
+import { pageCheck } from "./page_check.mjs";
 
 const TOLD = { timeout: 20_000 };
-const problems = [];
-const { values: options, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { vue: { type: "boolean", default: false }, screenshots: { type: "string" } },
-});
+const frame = pageCheck("errors", { needs: "the server's address and an API-format prompt", least: 2 });
+const { problems, picture } = frame;
 
-async function main() {
-  const [address, file] = positionals;
-  if (!address || !file) throw new NotChecked("give the server's address and an API-format prompt");
-  const server = address.replace(/\/$/, "");
+async function main(page, [file]) {
   const prompt = JSON.parse(readFileSync(file, "utf8"));
-  await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
-  const browser = await launch();
-  try {
-    const page = await browser.newPage({ viewport: { width: 1500, height: 1000 } });
-    await open(page, server);
-    await whileRunning(page, prompt);
-    await whenQueued(page, prompt);
-    await cancelled(page, prompt);
-  } finally {
-    await browser.close();
-  }
-  problems.forEach((problem) => console.log(`problem: ${problem}`));
-  console.log(`errors: ${problems.length} problem(s)`);
-  return problems.length ? 1 : 0;
+  await whileRunning(page, prompt);
+  await whenQueued(page, prompt);
+  await cancelled(page, prompt);
 }
 
 /** A node raises an error: more blocks to skip than the model has. */
@@ -143,14 +124,4 @@ async function help(page, quoted) {
   if (await dialog.count()) problems.push("help: it stays open");
 }
 
-async function picture(page, name) {
-  if (!options.screenshots) return;
-  await page.screenshot({ path: join(options.screenshots, `${name}-${options.vue ? "vue" : "classic"}.png`) });
-}
-
-try {
-  process.exitCode = await main();
-} catch (error) {
-  console.error(error instanceof NotChecked ? `check_errors: ${error.message}` : error);
-  process.exitCode = error instanceof NotChecked ? 2 : 1;
-}
+await frame.run({ width: 1500, height: 1000 }, main, { listens: false });

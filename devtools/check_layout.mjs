@@ -9,33 +9,16 @@
 
 import { existsSync, readFileSync } from "node:fs";
 import { basename, join } from "node:path";
-import { parseArgs } from "node:util";
 
-import { NotChecked, configure, launch, open, settle } from "./browser.mjs";
+import { settle } from "./browser.mjs";
+import { pageCheck } from "./page_check.mjs";
 
 const LONGEST_RUN = 400_000; // ms
-const problems = [];
-const { values: options, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { vue: { type: "boolean", default: false }, twins: { type: "string" }, screenshots: { type: "string" } },
-});
+const frame = pageCheck("layout", { needs: "the server's address and workflows", least: 2, further: { twins: { type: "string" } } });
+const { options, problems, picture } = frame;
 
-async function main() {
-  const [address, ...files] = positionals;
-  if (!address || !files.length) throw new NotChecked("give the server's address and workflows");
-  const server = address.replace(/\/$/, "");
-  await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
-  const browser = await launch();
-  try {
-    const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
-    await open(page, server);
-    for (const file of files) await check(page, file);
-  } finally {
-    await browser.close();
-  }
-  problems.forEach((problem) => console.log(`problem: ${problem}`));
-  console.log(`layout: ${problems.length} problem(s)`);
-  return problems.length ? 1 : 0;
+async function main(page, files) {
+  for (const file of files) await check(page, file);
 }
 
 async function check(page, file) {
@@ -129,14 +112,4 @@ function overlaps(isVue) {
   return found;
 }
 
-async function picture(page, name) {
-  if (!options.screenshots) return;
-  await page.screenshot({ path: join(options.screenshots, `${name}-${options.vue ? "vue" : "classic"}.png`) });
-}
-
-try {
-  process.exitCode = await main();
-} catch (error) {
-  console.error(error instanceof NotChecked ? `check_layout: ${error.message}` : error);
-  process.exitCode = error instanceof NotChecked ? 2 : 1;
-}
+await frame.run({ width: 1600, height: 1000 }, main, { listens: false });

@@ -8,43 +8,23 @@
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
 import { readFileSync } from "node:fs";
-import { join } from "node:path";
-import { parseArgs } from "node:util";
 
-import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
+import { pageCheck } from "./page_check.mjs";
 
-const problems = [];
-const { values: options, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { vue: { type: "boolean", default: false }, screenshots: { type: "string" } },
-});
+const frame = pageCheck("plan", { needs: "the server's address and an API-format prompt", least: 2 });
+const { options, problems, picture } = frame;
 
-async function main() {
-  const [address, file] = positionals;
-  if (!address || !file) throw new NotChecked("give the server's address and an API-format prompt");
-  const server = address.replace(/\/$/, "");
-  await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
-  const browser = await launch();
-  try {
-    const page = await browser.newPage({ viewport: { width: 1200, height: 1000 } });
-    listen(page, { problems });
-    await open(page, server);
-    await page.evaluate((graph) => window.app.loadApiJson(graph, "plan"), JSON.parse(readFileSync(file, "utf8")));
-    await page.waitForTimeout(1_000);
-    const before = await page.evaluate(prepare);
-    await picture(page, "plan-before");
-    const id = await page.evaluate(() => window.plan.id);
-    await page.evaluate((node) => void window.app.queuePrompt(0, 1, [String(node)]), id);
-    await page.locator(".blockskip-verdict").waitFor({ timeout: 120_000 });
-    await page.waitForTimeout(1_000);
-    await picture(page, "plan-after");
-    check(await page.evaluate(look), before);
-  } finally {
-    await browser.close();
-  }
-  problems.forEach((problem) => console.log(`problem: ${problem}`));
-  console.log(`plan: ${problems.length} problem(s)`);
-  return problems.length ? 1 : 0;
+async function main(page, [file]) {
+  await page.evaluate((graph) => window.app.loadApiJson(graph, "plan"), JSON.parse(readFileSync(file, "utf8")));
+  await page.waitForTimeout(1_000);
+  const before = await page.evaluate(prepare);
+  await picture(page, "plan-before");
+  const id = await page.evaluate(() => window.plan.id);
+  await page.evaluate((node) => void window.app.queuePrompt(0, 1, [String(node)]), id);
+  await page.locator(".blockskip-verdict").waitFor({ timeout: 120_000 });
+  await page.waitForTimeout(1_000);
+  await picture(page, "plan-after");
+  check(await page.evaluate(look), before);
 }
 
 /** Bring the plan's node into view, at a size that users have, with a card that is too small. */
@@ -85,14 +65,4 @@ function check(seen, before) {
   if (!options.vue && seen.height !== before) problems.push(`the node grew from ${before} px to ${seen.height} px`);
 }
 
-async function picture(page, name) {
-  if (!options.screenshots) return;
-  await page.screenshot({ path: join(options.screenshots, `${name}-${options.vue ? "vue" : "classic"}.png`) });
-}
-
-try {
-  process.exitCode = await main();
-} catch (error) {
-  console.error(error instanceof NotChecked ? `check_plan: ${error.message}` : error);
-  process.exitCode = error instanceof NotChecked ? 2 : 1;
-}
+await frame.run({ width: 1200, height: 1000 }, main);

@@ -7,53 +7,32 @@
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
 import { readFileSync } from "node:fs";
-import { join } from "node:path";
-import { parseArgs } from "node:util";
 
-import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
+import { pageCheck } from "./page_check.mjs";
 
-const problems = [];
-const { values: options, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { vue: { type: "boolean", default: false }, screenshots: { type: "string" } },
-});
+const frame = pageCheck("samples", { needs: "the server's address and an API-format prompt", least: 2 });
+const { problems, picture } = frame;
 
-async function main() {
-  const [address, file] = positionals;
-  if (!address || !file) throw new NotChecked("give the server's address and an API-format prompt");
-  const server = address.replace(/\/$/, "");
+async function main(page, [file]) {
   const prompt = JSON.parse(readFileSync(file, "utf8"));
   const trainer = Object.values(prompt).find((node) => node.class_type === "BlockSkip_TrainLora");
   for (const node of Object.values(prompt)) { // nothing comes from an earlier run
     const isNew = ["BlockSkip_TrainLora", "BlockSkip_PrecomputeResiduals"].includes(node.class_type);
     if (isNew) node.inputs.seed = Math.floor(Math.random() * 1e9);
   }
-  await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
-  const browser = await launch();
-  try {
-    const context = await browser.newContext({ viewport: { width: 1200, height: 1000 } });
-    const page = await context.newPage();
-    listen(page, { problems });
-    await open(page, server);
-    await page.evaluate((graph) => window.app.loadApiJson(graph, "samples"), prompt);
-    await page.waitForTimeout(1_000);
-    const size = await page.evaluate(show);
-    const heads = await run(page);
-    await page.waitForTimeout(1_000);
-    await picture(page, "samples");
-    checkHeads(heads);
-    const after = await page.evaluate(() => [...window.trainer.size]);
-    if (JSON.stringify(after) !== JSON.stringify(size)) problems.push(`the node went from ${size} to ${after}`);
-    const shown = await page.evaluate(() => document.querySelectorAll(".image-preview img, .lg-node img:not(.blockskip-samples img)").length);
-    if (shown) problems.push(`the node shows ${shown} pictures outside the chart`);
-    await checkStrip(page, trainer.inputs.steps);
-    await checkSummary(context, page);
-  } finally {
-    await browser.close();
-  }
-  problems.forEach((problem) => console.log(`problem: ${problem}`));
-  console.log(`samples: ${problems.length} problem(s)`);
-  return problems.length ? 1 : 0;
+  await page.evaluate((graph) => window.app.loadApiJson(graph, "samples"), prompt);
+  await page.waitForTimeout(1_000);
+  const size = await page.evaluate(show);
+  const heads = await run(page);
+  await page.waitForTimeout(1_000);
+  await picture(page, "samples");
+  checkHeads(heads);
+  const after = await page.evaluate(() => [...window.trainer.size]);
+  if (JSON.stringify(after) !== JSON.stringify(size)) problems.push(`the node went from ${size} to ${after}`);
+  const shown = await page.evaluate(() => document.querySelectorAll(".image-preview img, .lg-node img:not(.blockskip-samples img)").length);
+  if (shown) problems.push(`the node shows ${shown} pictures outside the chart`);
+  await checkStrip(page, trainer.inputs.steps);
+  await checkSummary(page.context(), page);
 }
 
 /** Bring the trainer into view and return its size. */
@@ -135,14 +114,4 @@ async function checkSummary(context, page) {
   if (!pictures.length || pictures.includes(0)) problems.push(`the summary's pictures are ${pictures} px wide`);
 }
 
-async function picture(page, name) {
-  if (!options.screenshots) return;
-  await page.screenshot({ path: join(options.screenshots, `${name}-${options.vue ? "vue" : "classic"}.png`) });
-}
-
-try {
-  process.exitCode = await main();
-} catch (error) {
-  console.error(error instanceof NotChecked ? `check_samples: ${error.message}` : error);
-  process.exitCode = error instanceof NotChecked ? 2 : 1;
-}
+await frame.run({ width: 1200, height: 1000 }, main);

@@ -7,40 +7,19 @@
 // `settings` overrides: greyed, and named after it.
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
-import { join } from "node:path";
-import { parseArgs } from "node:util";
-
-import { NotChecked, configure, launch, listen, open } from "./browser.mjs";
+import { pageCheck } from "./page_check.mjs";
 
 const MOST_OF_TRAINER = 10;
-const problems = [];
-const { values: options, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { vue: { type: "boolean", default: false }, screenshots: { type: "string" } },
-});
+const frame = pageCheck("settings", { needs: "the server's address", least: 1 });
+const { options, problems, picture } = frame;
 
-async function main() {
-  const [address] = positionals;
-  if (!address) throw new NotChecked("give the server's address");
-  const server = address.replace(/\/$/, "");
-  await configure(server, { "Comfy.VueNodes.Enabled": options.vue });
-  const browser = await launch();
-  try {
-    const page = await browser.newPage({ viewport: { width: 1300, height: 1000 } });
-    listen(page, { problems });
-    await open(page, server);
-    const kinds = await page.evaluate(() =>
-      Object.keys(window.LiteGraph.registered_node_types).filter((type) => type.startsWith("BlockSkip_")),
-    );
-    if (kinds.length < 8) problems.push(`only ${kinds.length} nodes`);
-    for (const kind of kinds) await checkNode(page, kind);
-    await checkPlanned(page);
-  } finally {
-    await browser.close();
-  }
-  problems.forEach((problem) => console.log(`problem: ${problem}`));
-  console.log(`settings: ${problems.length} problem(s)`);
-  return problems.length ? 1 : 0;
+async function main(page) {
+  const kinds = await page.evaluate(() =>
+    Object.keys(window.LiteGraph.registered_node_types).filter((type) => type.startsWith("BlockSkip_")),
+  );
+  if (kinds.length < 8) problems.push(`only ${kinds.length} nodes`);
+  for (const kind of kinds) await checkNode(page, kind);
+  await checkPlanned(page);
 }
 
 async function checkNode(page, kind) {
@@ -195,14 +174,4 @@ function planned() {
   return { labels, rank: value("rank"), draws: value("draws") };
 }
 
-async function picture(page, name) {
-  if (!options.screenshots) return;
-  await page.screenshot({ path: join(options.screenshots, `${name}-${options.vue ? "vue" : "classic"}.png`) });
-}
-
-try {
-  process.exitCode = await main();
-} catch (error) {
-  console.error(error instanceof NotChecked ? `check_settings: ${error.message}` : error);
-  process.exitCode = error instanceof NotChecked ? 2 : 1;
-}
+await frame.run({ width: 1300, height: 1000 }, main);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from workflow_graphs import (
     BLUE,
@@ -14,6 +13,7 @@ from workflow_graphs import (
     Column,
     Graph,
     Loaders,
+    chosen,
     memory_plan,
     node,
     residuals,
@@ -90,7 +90,7 @@ class Family:
                 "images": training_folder("Pictures of your subject"),
                 # the keys that the shared parts link to
                 "guidance": text("One caption for all pictures", "a photo of sks toy", loaders.link("clip")),
-                "select": _select(loaders),
+                "select": chosen(loaders, ["guidance", 0], 0.5, front=1, back=1),
                 **memory_plan(loaders, "off", draws=200),
                 "residuals": residuals(loaders, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
                 "guided": text("Prompt of the samples", "a photo of sks toy on the beach", loaders.link("clip")),
@@ -132,19 +132,6 @@ please tell us how it went.""",
             twin=self.twin,
             badge=self.name.split()[0],
         )
-
-
-def _select(loaders: Loaders) -> dict[str, Any]:
-    return node(
-        "BlockSkip_SelectBlocks",
-        "Select Blocks (attention mask)",
-        model=loaders.link("model"),
-        positive=["guidance", 0],
-        method="preset",
-        skip_ratio=0.5,
-        front=1,
-        back=1,
-    )
 
 
 FAMILIES = tuple(

@@ -147,21 +147,34 @@ def sampled(loaders: Loaders, *, filename: str = "my_subject", title: str = "You
     }  # fmt: skip
 
 
+def chosen(
+    loaders: Loaders,
+    positive: Link,
+    skip_ratio: float,
+    method: str = "preset",
+    front: int = 19,
+    back: int = 10,
+    **more: Any,
+) -> dict[str, Any]:
+    """Select Blocks."""
+    return node(
+        "BlockSkip_SelectBlocks",
+        "Select Blocks (attention mask)",
+        model=loaders.link("model"),
+        positive=positive,
+        method=method,
+        skip_ratio=skip_ratio,
+        front=front,
+        back=back,
+        **more,
+    )
+
+
 def select(loaders: Loaders, skip_ratio: float, method: str = "preset", **more: Any) -> Prompt:
     """Choose the blocks and show them."""
     return {
         "probe": text("Probe prompt", "a photo of a toy on a table", loaders.link("clip")),
-        "select": node(
-            "BlockSkip_SelectBlocks",
-            "Select Blocks (attention mask)",
-            model=loaders.link("model"),
-            positive=["probe", 0],
-            method=method,
-            skip_ratio=skip_ratio,
-            front=19,
-            back=10,
-            **more,
-        ),
+        "select": chosen(loaders, ["probe", 0], skip_ratio, method, **more),
         "heatmap": node("PreviewImage", "Which blocks are skipped", images=["select", 1]),
     }
 
@@ -336,16 +349,7 @@ FIRST = Graph(
         **ONE_FP8_FILE.prompt,
         "images": training_folder("Pictures of your subject"),
         **captions(ONE_FP8_FILE, "a photo of sks toy", "One caption for all pictures"),
-        "select": node(
-            "BlockSkip_SelectBlocks",
-            "Select Blocks (attention mask)",
-            model=ONE_FP8_FILE.link("model"),
-            positive=["guidance", 0],
-            method="preset",
-            skip_ratio=0.5,
-            front=19,
-            back=10,
-        ),
+        "select": chosen(ONE_FP8_FILE, ["guidance", 0], 0.5),
         **memory_plan(ONE_FP8_FILE, "off", draws=200),
         "residuals": residuals(ONE_FP8_FILE, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
         "prompt": text("Prompt of the samples", "a photo of sks toy on the beach", ONE_FP8_FILE.link("clip")),

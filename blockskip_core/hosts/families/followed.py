@@ -111,21 +111,23 @@ class ModelLayout:
     more_text: int | None
 
 
+def with_tensors(args: tuple, kwargs: Mapping[str, Any], tensors: Mapping[Key, Tensor]) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of a call with some tensors, by their keys, in the places of those that are there."""
+
+    def of(name: int | str, value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(tensors.get((name, index), entry) for index, entry in enumerate(value))
+        return tensors.get((name,), value)
+
+    return tuple(of(index, value) for index, value in enumerate(args)), {
+        name: of(name, x) for name, x in kwargs.items()
+    }
+
+
 def copied_call(layout: ListLayout, args: tuple, kwargs: Mapping[str, Any]) -> CopiedCall:
     """Return a call of a block with its tokens copied."""
-    positional, named = list(args), dict(kwargs)
-    copies: list[Tensor] = []
-    for place in layout.places:
-        argument, *within = place.key
-        target: Any = positional if isinstance(argument, int) else named
-        copies.append(place.entering(args, kwargs).clone())
-        if within:
-            entries = list(target[argument])
-            entries[within[0]] = copies[-1]
-            target[argument] = type(target[argument])(entries)
-        else:
-            target[argument] = copies[-1]
-    return CopiedCall(tuple(positional), named, copies)
+    copies = {place.key: place.entering(args, kwargs).clone() for place in layout.places}
+    return CopiedCall(*with_tensors(args, kwargs, copies), list(copies.values()))
 
 
 class FollowedBlockIO:

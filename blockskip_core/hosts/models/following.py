@@ -25,7 +25,7 @@ from ...blocks.stand_ins import PassThrough, TrainedBlock
 from ...errors import UnsupportedModelError
 from ...model import Denoiser, is_linear
 from ..families.block_lists import block_lists
-from ..families.followed import ATTENTION, FollowedBlockIO, ListLayout, ModelLayout
+from ..families.followed import ATTENTION, FollowedBlockIO, ListLayout, ModelLayout, with_tensors
 from .adapted_dit import AdaptedDit
 from .call_layout import ROUNDING, ROWS, CallLayout, layout_of_call, tensors_given
 
@@ -140,15 +140,7 @@ def _with_tensors(
 ) -> tuple[tuple, dict[str, Any]]:
     """Return the arguments of a call with ``function`` applied to what may be tokens."""
     changed = {key: function(tensor) for key, tensor in tensors_given(args, kwargs).items()}
-
-    def of(name: int | str, value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(changed.get((name, index), entry) for index, entry in enumerate(value))
-        return changed.get((name,), value)
-
-    return tuple(of(index, value) for index, value in enumerate(args)), {
-        name: of(name, x) for name, x in kwargs.items()
-    }
+    return with_tensors(args, kwargs, changed)
 
 
 class _Calls:

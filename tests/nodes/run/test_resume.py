@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
 
+from ..trainings import assert_same, cancelled_after
+
 STEPS = 5
-
-
-@contextmanager
-def cancelled_after(nodes, monkeypatch, step):
-    """Cancel as a user would when this step is shown."""
-    import comfy.model_management
-
-    show = nodes.train_lora.NodeProgress.__call__
-
-    def cancelling(self, phase, done, total, detail=""):
-        if phase == "training step" and done == step:
-            raise comfy.model_management.InterruptProcessingException
-        show(self, phase, done, total, detail)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nodes.train_lora.NodeProgress, "__call__", cancelling)
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            yield
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def uninterrupted(bench, residuals):

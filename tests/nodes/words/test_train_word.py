@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..trainings import assert_same, cancelled_after
+
 
 def saved(words, number=1):
     return load_file(words.folder / f"my_dog_{number:05}.safetensors")
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@contextmanager
-def cancelled_after(nodes, monkeypatch, step):
-    """Cancel as a user would when this step is shown."""
-    import comfy.model_management
-
-    show = nodes.train_word.NodeProgress.__call__
-
-    def cancelling(self, phase, done, total, detail=""):
-        if phase == "training step" and done == step:
-            raise comfy.model_management.InterruptProcessingException
-        show(self, phase, done, total, detail)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nodes.train_word.NodeProgress, "__call__", cancelling)
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            yield
 
 
 def test_a_run_gives_a_file_that_prompts_can_name(words):

@@ -1,0 +1,33 @@
+"""What the tests of all trainings need: a user who cancels, and the comparison of two results."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@contextmanager
+def cancelled_after(nodes, monkeypatch, step):
+    """Cancel as a user would when this step is shown."""
+    import comfy.model_management
+
+    progress = nodes.page.progress.NodeProgress
+    show = progress.__call__
+
+    def cancelling(self, phase, done, total, detail=""):
+        if phase == "training step" and done == step:
+            raise comfy.model_management.InterruptProcessingException
+        show(self, phase, done, total, detail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "__call__", cancelling)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            yield
+
+
+def assert_same(a, b):
+    """Two results have the same tensors, bit for bit."""
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
