@@ -37,6 +37,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_host_lora
     from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
     from blockskip_pack.blockskip_core.training.config import TrainingConfig
     from blockskip_pack.blockskip_core.training.loop import train_lora
     from blockskip_pack.blockskip_core.training.result import TrainingResult
@@ -71,9 +72,12 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     parts = {"dit": dit, "schedule": schedule, "latents": latents, "selection": selection}
     source = source_for(arm.stand_in, current, round(arm.changes.get("refreshes", 0)), **parts)
     result, started = TrainingResult(), time.perf_counter()
-    train_lora(dit, schedule, latents, selection, source, adapters, config, result=result)
+    trained: Any = dit
+    if arm.stand_in == "exact, 4-bit":  # the residuals stay those of the model as loaded, as in the nodes
+        trained = QuantisedDit(dit, {dit.blocks[index].name: "4-bit" for index in selection.frozen_span})
+    train_lora(trained, schedule, latents, selection, source, adapters, config, result=result)
     seconds = time.perf_counter() - started
-    kept = list(dit.blocks) if arm.stand_in == "on the fly" else [dit.blocks[i] for i in selection.kept]
+    kept = list(trained.blocks) if arm.stand_in == "on the fly" else [trained.blocks[i] for i in selection.kept]
     return with_lora(), {
         "front": selection.front,
         "back": selection.back,
@@ -111,7 +115,7 @@ def draw(bench: Bench, arm: Arm, pictures: int, seed: int, settings: Settings) -
 def choose(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
     """Return the arm's block selection."""
     selection = _chosen(bench, arm, subject, settings)
-    return selection.with_exact_back() if arm.stand_in == "exact" else selection
+    return selection.with_exact_back() if arm.stand_in.startswith("exact") else selection
 
 
 def _chosen(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:

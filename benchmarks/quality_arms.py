@@ -22,6 +22,7 @@ StandIn = Literal[
     "linear, refreshed",
     "new linear",
     "exact",
+    "exact, 4-bit",
     "int8",
     "fp8",
 ]
@@ -55,6 +56,7 @@ BASELINE = "LoRA, all blocks, full size"
 HALF = {"choice": "measured", "ratio": 0.5}
 DEEP = "beyond the paper, 50 % skipped, patches"
 WHERE = "other places, 50 % skipped, patches"
+CARDS = "as the templates for cards: first blocks skipped, last blocks frozen"
 
 ARMS: tuple[Arm, ...] = (
     Arm(BASELINE, "upper bound", "Table 1", views="full"),
@@ -93,6 +95,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("rank x 2", DEEP, **HALF, changes={"rank": 2}),
     Arm("learning rate x 2", DEEP, **HALF, changes={"learning_rate": 2}),
     Arm("exact back", WHERE, **HALF, stand_in="exact"),
+    Arm("exact back, 4-bit", WHERE, **HALF, stand_in="exact, 4-bit"),
     Arm("span before the last block", WHERE, choice="measured, before the last block", ratio=0.5),
     Arm(
         "span before the last block, new linear",
@@ -103,6 +106,16 @@ ARMS: tuple[Arm, ...] = (
     ),
     Arm("front only, half of the bytes", WHERE, choice="front, by bytes", ratio=0.5),
     Arm("cost and influence, half of the bytes", WHERE, choice="cost and influence", ratio=0.5),
+    *(
+        Arm(f"first and last {ratio:.0%}{weights}, {views}", CARDS, "", view, "preset", ratio, stand_in)
+        for ratio, stand_in, weights in (
+            (0.5, "exact", ""),
+            (0.5, "exact, 4-bit", ", 4-bit"),
+            (0.3, "exact, 4-bit", ", 4-bit"),
+        )
+        for views, view in (("full size", "full"), ("patches", "low-to-high"))
+    ),
+    Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
 )
 
 

@@ -164,6 +164,7 @@ def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, *
         "linear, refreshed": "linear",
         "new linear": "banded",
         "exact": "constant",
+        "exact, 4-bit": "constant",
     }
     kind = named.get(stand_in, stand_in)
     if "refreshed" in stand_in:
