@@ -25,7 +25,8 @@ from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
-from ..blockskip_core.hosts.inputs.frames import latent_frames, latent_shape
+from ..blockskip_core.hosts.inputs.frames import latent_shape
+from ..blockskip_core.hosts.models.adapted_dit import frames_of_clip
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
@@ -249,8 +250,9 @@ class Plan:
         progress: NodeProgress,
     ) -> None:
         require_available(request.quantize_kept, model.load_device)
-        frames = latent_frames(model.model, request.frames)
+        frames = frames_of_clip(model, request.frames)
         dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min, frames))
+        dit.adapter.require_rows(request.batch_size)
         selection.require_for(len(dit.blocks), dit.family)
         if request.back_residual == "exact":
             require_available(request.quantize_frozen, model.load_device)

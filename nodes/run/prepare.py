@@ -87,6 +87,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     _require_same_model(model, residuals)
     selection = residuals.selection
     dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+    dit.adapter.require_rows(request.config.batch_size)
     trained_dit = _quantised(dit, residuals, request)
     adapters = _adapters(model, dit, residuals, request)
     first_values = adapters.state_dict()

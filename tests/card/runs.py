@@ -107,7 +107,7 @@ class Runs:
 
     def precompute(self, family: TinyFamily, model: Any, *, tail: int = 0, **settings: Any) -> Any:
         """Select, keeping ``tail`` blocks after the skipped ones, and precompute; return the residuals."""
-        positive, vae = family.captions((5,))[0], FamilyVae(model.model.latent_format, family.frames)
+        positive, vae = family.captions((5,))[0], FamilyVae(model.model, family.frames)
         selection = self.call("SelectBlocks", model=model, positive=positive, tail=tail, **SKIPPING)[0]
         return self.call(
             "PrecomputeResiduals", model=model, vae=vae, images=self.pictures, positive=positive, selection=selection,

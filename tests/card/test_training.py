@@ -10,6 +10,7 @@ import torch
 
 from ..hosts.followed_families import family as followed
 from ..hosts.tiny_families import FAMILIES, FLUX, TinyFamily
+from ..hosts.tiny_minimax import MINIMAX
 from .modes import MODES
 from .runs import Outcome, Runs, leaving_nothing, on_cpu
 
@@ -72,6 +73,11 @@ def test_where_all_weights_fit(compare, family):
 def test_models_without_a_file(compare, name, mode):
     """Their layout is found on the card, with the weights wherever the host has them."""
     compare(followed(name), mode)
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed", "few_pages"])
+def test_a_model_of_video_and_sound(compare, mode):
+    compare(MINIMAX, mode)
 
 
 @pytest.mark.parametrize(("family", "mode", "storage"), list(pairs()))

@@ -33,7 +33,7 @@ TABLE = {
     "accounting": "errors units selection data adapters model blocks residuals training",
     "reporting": "units files selection data ddit training",
     "hosts": "",
-    "hosts/families": "errors selection adapters ralu model accounting",
+    "hosts/families": "errors selection data adapters ralu model accounting",
     "hosts/inputs": "errors data",
     "hosts/files": "errors files locks adapters ddit",
     "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "

@@ -9,6 +9,7 @@ import torch
 
 from ..hosts.followed_families import family
 from ..hosts.tiny_families import FAMILIES
+from ..hosts.tiny_minimax import MINIMAX
 from .conftest import PATCHES, TRAINING, Listed
 
 MEASURE = {"method": "attention mask", "skip_ratio": 0.5, "front": 0, "back": 0}
@@ -18,16 +19,17 @@ PROBE = {"probe_size": 64, "probe_steps": 1, "window_profile": False}
 class FamilyVae:
     """Averages squares of pixels, with as many channels as the model needs, and with one frame if it needs frames."""
 
-    def __init__(self, latent_format, frames: bool) -> None:
+    def __init__(self, model, frames: bool) -> None:
         self.first_stage_model = torch.nn.Identity()
-        self._format, self._frames = latent_format, frames
+        self._format, self._frames = model.latent_format, frames
+        self._channels = getattr(model.diffusion_model, "latents_dim", model.latent_format.latent_channels)
 
     def spacial_compression_encode(self) -> int:
         return self._format.spacial_downscale_ratio
 
     def encode(self, pixels):
         cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), self._format.spacial_downscale_ratio)
-        cells = cells[:, torch.arange(self._format.latent_channels) % 3]
+        cells = cells[:, torch.arange(self._channels) % 3]
         if not self._frames:
             return cells
         return cells[:: self._format.temporal_downscale_ratio].movedim(0, 1)[None]  # one clip, as the host's video VAEs
@@ -39,11 +41,14 @@ def assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, 
     positive = tiny.captions((5,))[0]
     patches = {**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 3}
     residuals, _ = run_node(
-        nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model.latent_format, tiny.frames), images=pictures,
+        nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model, tiny.frames), images=pictures,
         positive=positive, selection=selection, **patches,
     ).args  # fmt: skip
     assert list(folders.output.glob("blockskip/residuals/*/manifest.json"))
 
+    if tiny is MINIMAX:
+        with pytest.raises(Exception, match="MiniMax H3 takes 1 example at a time, got 2. Set `batch_size` to 1"):
+            run_node(nodes.TrainLora, model=model, residuals=residuals, **{**TRAINING, "batch_size": 2})
     trained = run_node(nodes.TrainLora, model=model, residuals=residuals, **TRAINING)
     lora, loss_map, steps = trained.args
     assert steps == len(loss_map["loss"]) == TRAINING["steps"]
@@ -67,9 +72,10 @@ def test_the_four_nodes_in_a_row(nodes, run_node, pictures, folders, tiny):
     assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection)
 
 
-@pytest.mark.parametrize("name", ["krea2", "hunyuan_video", "hidream"])
-def test_the_nodes_on_families_without_a_file(nodes, run_node, pictures, folders, name):
-    tiny = family(name)
+@pytest.mark.parametrize(
+    "tiny", [*map(family, ("krea2", "hunyuan_video", "hidream")), MINIMAX], ids=lambda tiny: tiny.name
+)
+def test_the_nodes_on_families_whose_text_cannot_be_hidden(nodes, run_node, pictures, folders, tiny):
     model = tiny.build()
     settings = {**MEASURE, "method": "preset"}
     selection, _, _ = run_node(
@@ -90,7 +96,7 @@ def test_the_nodes_on_clips(nodes, run_node, folders, name):
         nodes.SelectBlocks, model=model, positive=positive, **{**MEASURE, "method": "preset"}, **PROBE
     ).args
     patches = {**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 4}
-    vae = FamilyVae(model.model.latent_format, frames=True)
+    vae = FamilyVae(model.model, frames=True)
     residuals, sheet = run_node(
         nodes.PrecomputeResiduals, model=model, vae=vae, images=films, positive=Listed([positive, positive]), selection=selection,
         frames=length, noise_from=0.25, noise_to=0.75, **patches,
@@ -123,7 +129,7 @@ def test_clips_of_a_model_that_makes_pictures_are_refused(nodes, run_node, folde
     selection, *_ = run_node(nodes.SelectBlocks, model=model, positive=positive, **settings, **PROBE).args
     with pytest.raises(Exception, match="`frames` is 5, but this model makes pictures"):
         run_node(
-            nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model.latent_format, False),
+            nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model, False),
             images=torch.rand(5, 64, 64, 3), positive=positive, selection=selection, frames=5,
             **{**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 4},
         )  # fmt: skip

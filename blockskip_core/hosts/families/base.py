@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...accounting.weight_formats import stored_bytes
 from ...adapters.lora import LoraTargets
 from ...adapters.lora_formats import LoraFileFormat
+from ...data.clip_lengths import ClipLengths
 from ...errors import InvalidInputError
 from ...model import BlockInfo, BlockIO, TokenStreams
 
@@ -37,6 +38,9 @@ class FamilyAdapter(ABC):
         base_model_version: The model's name in "ss_base_model_version".
         read_by_diffusers: Formats of our LoRA files that diffusers 0.42.1 loads.
         has_names_of_diffusers: Whether the host reads "transformer." and diffusers' names for this family's layers.
+        most_rows: The most examples that the model takes at once; None if any number.
+        clip_lengths: Lengths of its clips, if the host's format of its latents does not say them.
+        reads_noise_levels: Whether the model computes with noise levels as numbers, so that a pass without values needs some.
     """
 
     family: ClassVar[str]
@@ -52,6 +56,9 @@ class FamilyAdapter(ABC):
     base_model_version: str
     read_by_diffusers: frozenset[LoraFileFormat] = frozenset({"diffusers", "kohya"})
     has_names_of_diffusers: bool = True
+    most_rows: int | None = None
+    clip_lengths: ClassVar[ClipLengths | None] = None
+    reads_noise_levels: bool = False
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         self._model: Any = diffusion_model  # of the host's class, which is untyped
@@ -91,6 +98,31 @@ class FamilyAdapter(ABC):
     def text_tokens(self, text_length: int) -> int:
         """Return the number of text tokens in the stream for a text of this length."""
         return text_length
+
+    def sound_tokens(self, frames: int) -> int:
+        """Return the number of tokens of sound, which are in the stream with the text's, for a clip."""
+        return 0
+
+    def sound(self, frames: int, sigmas: Tensor) -> Tensor | None:
+        """Return the latents of sound that the model is given with a clip at a noise level; None if it takes none.
+
+        Args:
+            frames: Number of latent frames.
+            sigmas: Noise level of each row, shape (B,).
+        """
+        return None
+
+    def require_rows(self, rows: int) -> None:
+        """Check that the model takes so many examples at once.
+
+        Raises:
+            InvalidInputError: If not.
+        """
+        if self.most_rows is not None and rows > self.most_rows:
+            raise InvalidInputError(
+                f"{self.title} takes {self.most_rows} example at a time, got {rows}. Set `batch_size` to "
+                f"{self.most_rows}, and `accumulation` to {rows} for the same steps."
+            )
 
     def require_texts(self, conditionings: Sequence[list]) -> None:
         """Check that texts come from the text encoder of this family.

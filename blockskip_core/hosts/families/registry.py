@@ -16,6 +16,7 @@ from .base import FamilyAdapter
 from .flux import ChromaAdapter, Flux2Adapter, FluxAdapter
 from .followed import FollowedAdapter
 from .lumina2 import Lumina2Adapter
+from .minimax import MiniMaxAdapter
 from .qwen_image import QwenImageAdapter
 from .sd3 import Sd3Adapter
 from .wan import WanAdapter
@@ -28,6 +29,7 @@ ADAPTERS: tuple[type[FamilyAdapter], ...] = (
     WanAdapter,
     ChromaAdapter,
     Sd3Adapter,
+    MiniMaxAdapter,
 )
 CLASSES_WITH_A_FILE = (
     comfy.ldm.flux.model.Flux,

@@ -21,7 +21,8 @@ _OF_OTHER_MEDIA = (
     "control", "reference_latents", "reference_latents_text_embeds", "concat_latent_image", "concat_mask",
     "clip_vision_output", "clip_vision_outputs", "clip_vision_output_ref", "unclip_conditioning", "control_video",
     "vace_frames", "camera_conditions", "audio_embed", "ref_audio", "reference_motion", "face_video_pixels",
-    "pose_video_latent", "context_latents", "keyframe_idxs", "time_dim_concat", "time_dim_replace",
+    "pose_video_latent", "context_latents", "keyframe_idxs", "time_dim_concat", "time_dim_replace", "minimax_keyframes",
+    "minimax_refs",
 )  # fmt: skip
 _NOT_FOR_TRAINING = (*_OF_A_PART, *_OF_SAMPLING, *_OF_OTHER_MEDIA)
 _NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
@@ -136,7 +137,9 @@ def _require_text(number: int, entry: Any) -> tuple[Tensor, Mapping[str, Any]]:
     return embedding, settings
 
 
-def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torch.device) -> dict[str, Any]:
+def model_arguments(
+    model: Any, conditioning: list, latent: Tensor, device: torch.device, sound: Tensor | None = None
+) -> dict[str, Any]:
     """Return the arguments of ``model.apply_model`` for one conditioning, besides latent and sigma, batch axis 1.
 
     Args:
@@ -144,13 +147,14 @@ def model_arguments(model: Any, conditioning: list, latent: Tensor, device: torc
         conditioning: ``[[tensor, settings]]``.
         latent: Any latent with the shape that will be denoised, (1, C, H, W), in the model's own scale.
         device: Device for the arguments.
+        sound: Any latent of the sound that the model takes beside the picture, if it takes one.
 
     If called outside inference mode, it returns tensors that autograd may save, whatever mode the inputs were made in.
     """
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     encoded = comfy.samplers.encode_model_conds(
         model.extra_conds, converted, latent, device, "positive", latent_image=latent, denoise_mask=None, seed=0,
-        latent_shapes=[latent.shape],
+        latent_shapes=[latent.shape] if sound is None else [latent.shape, sound.shape],
     )  # fmt: skip
     arguments = encoded[0]["model_conds"]
     return {name: _plain(value.process_cond(batch_size=1, area=None).cond) for name, value in arguments.items()}

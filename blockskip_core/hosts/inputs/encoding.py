@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError
-from .frames import has_frames, without_frames
+from .frames import has_frames, latent_channels, without_frames
 
 
 def crop_multiple(vae: Any, patch_size: int) -> int:
@@ -57,7 +57,7 @@ def encode_crops(
 
 def _require_fitting(latent: Tensor, model: Any, frames: int) -> None:
     """Refuse latents of another VAE before they are scaled: broadcasting could hide the mismatch."""
-    channels = model.latent_format.latent_channels
+    channels = latent_channels(model)
     if latent.shape[1] != channels:
         raise InvalidInputError(
             f"The model works on latents of {channels} channels, this VAE makes {latent.shape[1]}. "

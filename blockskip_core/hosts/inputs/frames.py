@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...data.clip_lengths import ClipLengths
 from ...errors import InvalidInputError, UnsupportedModelError
 
 _CHANNELS, _FRAMES = 1, 2  # the axes
@@ -20,8 +21,13 @@ def has_frames(model: Any) -> bool:
     return model.latent_format.latent_dimensions == 3
 
 
-def latent_frames(model: Any, pictures: int) -> int:
+def latent_frames(model: Any, pictures: int, lengths: ClipLengths | None = None) -> int:
     """Return the number of latent frames of a clip of ``pictures`` pictures.
+
+    Args:
+        model: The host's model (a BaseModel).
+        pictures: Number of pictures.
+        lengths: Lengths of the model's clips, if its format of latents does not say them.
 
     Raises:
         InvalidInputError: If the model makes pictures, or its clips have other lengths.
@@ -33,35 +39,49 @@ def latent_frames(model: Any, pictures: int) -> int:
         raise InvalidInputError(f"`frames` must be at least 1, got {pictures}.")
     if not has_frames(model):
         raise InvalidInputError(f"`frames` is {pictures}, but this model makes pictures. Set it to 1.")
+    lengths = lengths or _lengths_by_format(model)
+    found = lengths.latent_frames(pictures)
+    if found is None:
+        fewer, more = lengths.near(pictures)
+        raise InvalidInputError(
+            f"`frames` must be a multiple of {lengths.step} plus {lengths.shortest} for this model, got {pictures}. "
+            f"Try {fewer} or {more}."
+        )
+    return found
+
+
+def _lengths_by_format(model: Any) -> ClipLengths:
     per_frame = getattr(model.latent_format, "temporal_downscale_ratio", None)
     if per_frame is None:
         raise UnsupportedModelError("This version of ComfyUI cannot train on clips. Update it, or set `frames` to 1.")
-    whole, rest = divmod(pictures - 1, per_frame)
-    if rest:
-        raise InvalidInputError(
-            f"`frames` must be a multiple of {per_frame} plus 1 for this model, got {pictures}. "
-            f"Try {whole * per_frame + 1} or {(whole + 1) * per_frame + 1}."
-        )
-    return whole + 1
+    return ClipLengths(shortest=1, shortest_latent=1, step=per_frame, step_latent=1)
+
+
+def latent_channels(model: Any) -> int:
+    """Return the number of channels of a latent frame.
+
+    Formats of video and sound together say the larger of both numbers; then the model itself knows the video's.
+    """
+    return getattr(model.diffusion_model, "latents_dim", model.latent_format.latent_channels)
 
 
 def latent_shape(model: Any, side: int, frames: int = 1) -> tuple[int, int, int]:
     """Return (C, H, W) of the latent of a square picture with ``side`` pixels, or of a clip of ``frames`` latent frames."""
     form = model.latent_format
     cells = max(1, side // form.spacial_downscale_ratio)
-    return (form.latent_channels * frames, cells, cells)
+    return (latent_channels(model) * frames, cells, cells)
 
 
 def frames_in(model: Any, channels: int) -> int:
     """Return the number of latent frames that latents of this package with so many channels hold."""
-    return channels // model.latent_format.latent_channels if has_frames(model) else 1
+    return channels // latent_channels(model) if has_frames(model) else 1
 
 
 def with_frames(model: Any, latents: Tensor) -> Tensor:
     """Return latents as the host's model takes them."""
     if not has_frames(model):
         return latents
-    return latents.unflatten(_CHANNELS, (model.latent_format.latent_channels, -1))
+    return latents.unflatten(_CHANNELS, (latent_channels(model), -1))
 
 
 def without_frames(model: Any, latents: Tensor) -> Tensor:

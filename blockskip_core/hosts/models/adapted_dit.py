@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,7 +21,7 @@ from ...selection.selection import BlockSelection
 from ..families.base import TEXT_TOKENS
 from ..families.registry import adapter_for
 from ..inputs.conditioning import join_arguments
-from ..inputs.frames import frames_in, with_frames, without_frames
+from ..inputs.frames import frames_in, latent_frames, with_frames, without_frames
 
 
 class AdaptedDit(ABC):
@@ -109,8 +110,8 @@ class AdaptedDit(ABC):
         return self.arguments[caption]["c_crossattn"].shape[1]
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens in the stream for a caption."""
-        return self.adapter.text_tokens(self.text_length(caption))
+        """Return the number of text tokens in the stream for a caption; tokens of sound are counted with them."""
+        return self.adapter.text_tokens(self.text_length(caption)) + self.adapter.sound_tokens(self.frames)
 
     def image_tokens(self, rows: int, columns: int) -> int:
         """Return the number of image tokens of a training example's latent, including the host's padding."""
@@ -155,15 +156,37 @@ class AdaptedDit(ABC):
         """
 
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
+            self.adapter.require_rows(len(captions))
             joined = join_arguments([self.arguments[caption] for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, **_options_of_a_sampler(sigmas, captions)}
-            call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            frames = frames_in(model, noisy.shape[1])
+            text = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            call_options[TEXT_TOKENS] = text + self.adapter.sound_tokens(frames)
+            self.adapter.prepare_call(frames, *noisy.shape[-2:])
             latents = with_frames(model, noisy)
-            self.adapter.prepare_call(frames_in(model, noisy.shape[1]), *noisy.shape[-2:])
-            return without_frames(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
+            call = partial(model.apply_model, transformer_options=call_options, **joined)
+            sound = self.adapter.sound(frames, sigmas)
+            denoised = call(latents, sigmas) if sound is None else _with_sound(call, latents, sound, sigmas)
+            return without_frames(model, denoised)
 
         return denoise
+
+
+def _with_sound(call: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sound: Tensor, sigmas: Tensor) -> Tensor:
+    """Return the clean estimate of a picture or clip from a model that denoises it together with a sound."""
+    packed, shapes = comfy.utils.pack_latents([latents, sound.to(latents)])
+    return comfy.utils.unpack_latents(call(packed, sigmas), shapes)[0]
+
+
+def frames_of_clip(patcher: Any, pictures: int) -> int:
+    """Return the number of latent frames of a clip of ``pictures`` pictures.
+
+    Raises:
+        InvalidInputError: If the model makes pictures, or its clips have other lengths.
+        UnsupportedModelError: If no adapter supports the model.
+    """
+    return latent_frames(patcher.model, pictures, adapter_for(patcher).clip_lengths)
 
 
 def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, Any]:

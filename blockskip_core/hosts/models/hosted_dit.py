@@ -139,7 +139,8 @@ class HostedDit(AdaptedDit):
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frames(model, torch.zeros(1, *self._latent_shape))
-            return [model_arguments(model, caption, latent, cpu) for caption in self._captions]
+            sound = self.adapter.sound(self.frames, torch.ones(1))
+            return [model_arguments(model, caption, latent, cpu, sound) for caption in self._captions]
 
     @contextmanager
     def running(

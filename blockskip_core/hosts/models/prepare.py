@@ -22,7 +22,8 @@ from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, requi
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
 from ..inputs.encoding import crop_multiple, encode_crops
-from ..inputs.frames import latent_frames, latent_shape
+from ..inputs.frames import latent_shape
+from .adapted_dit import frames_of_clip
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
 from .patches import for_training
@@ -99,7 +100,7 @@ def prepare_residuals(
         StorageError: If the disk cannot be written.
     """
     settings, model = settings.as_read(), for_training(model)
-    shape = latent_shape(model.model, settings.patch_min, latent_frames(model.model, settings.frames))
+    shape = latent_shape(model.model, settings.patch_min, frames_of_clip(model, settings.frames))
     bare = HostedDit(model, captions, shape)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":

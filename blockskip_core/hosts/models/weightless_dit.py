@@ -21,7 +21,9 @@ from ...accounting.fused_kernels import FusedAttention, has_fused_rms_norm, with
 from ...accounting.weightless import PACKED, replaced, weightless_copy
 from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter
+from ..families.minimax import with_some_noise_level
 from ..families.published_sizes import published_model
+from ..families.registry import adapter_for
 from ..inputs.conditioning import model_arguments
 from ..inputs.frames import frames_in, with_frames
 from .adapted_dit import AdaptedDit
@@ -45,6 +47,8 @@ class WeightlessDit(AdaptedDit):
         self.model = model
         super().__init__(SimpleNamespace(model=model))
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
+        if self.adapter.reads_noise_levels:  # the model is ours, so the hook is nobody else's
+            model.diffusion_model.register_forward_pre_hook(with_some_noise_level, with_kwargs=True)
         if has_fused_rms_norm(runs_on):
             for block in self.blocks:
                 with_fused_rms_norm(self.module(block.name))
@@ -78,8 +82,11 @@ class WeightlessDit(AdaptedDit):
         model = published_model(name, dtype, cast_to)
         with torch.inference_mode(False), torch.no_grad():
             latent = with_frames(model, torch.zeros(1, *latent_shape))
-            dit = cls(model, [model_arguments(model, caption, latent, torch.device("cpu"))], torch.device("cuda"))
-        dit.frames = frames_in(model, latent_shape[0])
+            frames = frames_in(model, latent_shape[0])
+            sound = adapter_for(SimpleNamespace(model=model)).sound(frames, torch.ones(1))
+            arguments = model_arguments(model, caption, latent, torch.device("cpu"), sound)
+            dit = cls(model, [arguments], torch.device("cuda"))
+        dit.frames = frames
         return dit
 
     @property

@@ -26,7 +26,7 @@ from ...errors import InvalidInputError
 from ...model import Denoiser
 from ...selection.selection import BlockSelection
 from ..inputs.conditioning import flatten_conditionings
-from ..inputs.frames import with_frames
+from ..inputs.frames import latent_channels, with_frames
 from ..models.hosted_dit import HostedDit
 from ..models.residency import evict_others, unload
 from .plain_euler import euler_latent
@@ -129,7 +129,7 @@ class TrainingSampler:
         self.request = request
         form, width, height = patcher.model.latent_format, request.width, request.height
         cell = form.spacial_downscale_ratio
-        self._shape = (form.latent_channels, height // cell, width // cell)
+        self._shape = (latent_channels(patcher.model), height // cell, width // cell)
         captions = [*request.positive, *([request.negative] if request.cfg > 1.0 and request.negative else [])]
         self._dit = HostedDit(patcher, captions, self._shape)
         multiple = cell * self._dit.adapter.patch_size
