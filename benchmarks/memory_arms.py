@@ -71,6 +71,7 @@ FAMILIES = (
     Published("Wan2.1-T2V-14B", 4096, halves=(10, 10)),
     Published("Wan2.1-T2V-1.3B", 4096, halves=(8, 7)),
     Published("Wan2.2-TI2V-5B", 4096, channels=48, cell=16, halves=(8, 7)),
+    Published("MiniMax-H3", 5376, channels=24, cell=16, halves=(13, 12)),  # the text as the model has refined it
     Published("FLUX.2-klein-4B", 7680, channels=128, cell=16, halves=(6, 6)),
     Published("FLUX.2-klein-9B", 12288, channels=128, cell=16, halves=(8, 8)),
     Published("Chroma", 4096, halves=(14, 14)),

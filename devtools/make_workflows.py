@@ -43,8 +43,9 @@ def _files(directory: str, *paths: str) -> list[tuple[str, str, str]]:
 
 
 _COMFY = "Comfy-Org/{}/resolve/main/"
-_QWEN, _KREA, _Z_IMAGE, _WAN_22 = (
-    _COMFY.format(name) for name in ("Qwen-Image_ComfyUI", "Krea-2", "z_image_turbo", "Wan_2.2_ComfyUI_Repackaged")
+_QWEN, _KREA, _Z_IMAGE, _WAN_22, _MINIMAX = (
+    _COMFY.format(name)
+    for name in ("Qwen-Image_ComfyUI", "Krea-2", "z_image_turbo", "Wan_2.2_ComfyUI_Repackaged", "MiniMax-H3")
 )
 _FLUX_TEXT = "comfyanonymous/flux_text_encoders/resolve/main/"
 _KLEIN = "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors"
@@ -59,6 +60,7 @@ MODELS = {
         f"{_KREA}diffusion_models/krea2_turbo_int8_convrot.safetensors",
         _KLEIN,
         f"{_WAN_22}split_files/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+        f"{_MINIMAX}diffusion_models/minimax_h3_fl2va_pruned_int8_convrot.safetensors",
     ),
     "CheckpointLoaderSimple": _files(
         "checkpoints",
@@ -73,6 +75,7 @@ MODELS = {
         f"{_QWEN}split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
         f"{_KREA}text_encoders/qwen3vl_4b_fp8_scaled.safetensors",
         f"{_WAN_21}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        f"{_MINIMAX}text_encoders/qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors",
     ),
     "LTXAVTextEncoderLoader": [
         *_files(
@@ -87,6 +90,7 @@ MODELS = {
         f"{_QWEN}split_files/vae/qwen_image_vae.safetensors",
         f"{_COMFY.format('flux2-dev')}split_files/vae/flux2-vae.safetensors",
         f"{_WAN_22}split_files/vae/wan2.2_vae.safetensors",
+        f"{_MINIMAX}vae/minimax_h3_video_vae_fp16.safetensors",
     ),
     "CLIPVisionLoader": _files("clip_vision", f"{_WAN_21}clip_vision/clip_vision_h.safetensors"),
 }

@@ -215,5 +215,21 @@ FAMILIES = tuple(
             "This trains on pictures, without sound. To train on clips, put videos into the folder and set `frames` (More settings) to "
             "17 on **Load Training Folder**, **Precompute Residuals** and **Memory Plan**.",
         ),
+        Family(
+            "MiniMax H3",
+            three_files(
+                "minimax_h3_fl2va_pruned_int8_convrot.safetensors",
+                "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors",
+                "minimax",
+                "minimax_h3_video_vae_fp16.safetensors",
+                "MiniMax H3",
+            ),  # fmt: skip
+            "minimax_h3",
+            20,
+            1.0,
+            "33 billion weights, in int8. This trains on pictures, with silence for their sound, one at a time (`batch_size` 1). To "
+            "train on clips, put videos into the folder and set `frames` (More settings) to 22 on **Load Training Folder**, "
+            "**Precompute Residuals** and **Memory Plan**.",
+        ),
     )
 )

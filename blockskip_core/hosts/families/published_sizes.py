@@ -91,6 +91,12 @@ _Z_IMAGE = {
     "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
 }  # fmt: skip
+_MINIMAX_H3 = {
+    "image_model": "minimax_h3", "num_layers": 50, "token_refiner_num_layers": 2, "hidden_size": 5376, "latents_dim": 24,
+    "audio_latents_dim": 32, "attention_head_dim": 128, "num_attention_heads": 56, "ffn_hidden_size": 14336,
+    "text_dim": 5120, "timestep_input_dim": 256, "time_embed_hidden_size": 5376, "time_embed_dim": 2688,
+    "rope_inv_freq_len": 16,
+}  # fmt: skip
 
 PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
     {
@@ -104,6 +110,7 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "Wan2.1-T2V-1.3B": _wan(1536, 8960, num_layers=30),
         "Wan2.1-T2V-14B": _wan(5120, 13824, num_layers=40),
         "Wan2.2-TI2V-5B": _wan(3072, 14336, num_layers=30, channels=48),
+        "MiniMax-H3": PublishedSize("MiniMaxH3", _MINIMAX_H3),
         "Chroma": PublishedSize("Chroma", _CHROMA),
         "SD3.5-Large": _sd35(38, 192, []),
         "SD3.5-Medium": _sd35(24, 384, list(range(13))),

@@ -14,15 +14,15 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from ...core.plain_dit import MemorySource, train
 from ..tiny_families import PLAN, TinyFamily, replayed, selection
 from ..tiny_flux import assert_same_weights, weights
-from ..tiny_minimax import MINIMAX
+from ..tiny_minimax import MINIMAX, MINIMAX_CURVES
 
 CLIP_FRAMES = 7  # latent frames of 22 pictures
 CLIP = replace(MINIMAX, name="clip", latent_shape=(CLIP_FRAMES * 24, 6, 10))
-SOUND = {"minimax": 2, "clip": 37}  # sound latents: 40 a second, 24 pictures a second
+SOUND = {"minimax": 2, "curves": 2, "clip": 37}  # sound latents: 40 a second, 24 pictures a second
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 
-@pytest.fixture(params=[MINIMAX, CLIP], ids=lambda tiny: tiny.name, scope="module")
+@pytest.fixture(params=[MINIMAX, MINIMAX_CURVES, CLIP], ids=lambda tiny: tiny.name, scope="module")
 def tiny(request) -> TinyFamily:
     return request.param
 

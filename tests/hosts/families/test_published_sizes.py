@@ -18,6 +18,7 @@ SIZES = {
     "Z-Image": (11.46, {"layers": 30}),
     "Wan2.1-T2V-1.3B": (2.64, {"blocks": 30}),
     "Wan2.1-T2V-14B": (26.61, {"blocks": 40}),
+    "MiniMax-H3": (61.73, {"blocks": 50}),
     "Chroma": (16.58, {"double_blocks": 19, "single_blocks": 38}),
     "SD3.5-Large": (15.01, {"joint_blocks": 38}),
     "SD3.5-Medium": (4.18, {"joint_blocks": 24}),
@@ -29,7 +30,7 @@ def test_sizes_are_those_of_the_published_files(name):
     from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
 
     model = published_model(name).diffusion_model
-    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert all(tensor.is_meta or tensor.numel() < 64 for tensor in model.state_dict().values())  # a buffer of MiniMax H3
     gib, lists = SIZES[name]
     assert sum(parameter.nbytes for parameter in model.parameters()) / 2**30 == pytest.approx(gib, abs=0.006)
     assert {key: len(getattr(model, key)) for key in lists} == lists
@@ -56,7 +57,7 @@ def test_every_published_model_has_an_adapter_that_lists_its_blocks():
         if name in SIZES:
             assert len(adapter.blocks()) == sum(SIZES[name][1].values())
             assert sum(block.num_bytes for block in adapter.blocks()) / 2**30 < SIZES[name][0]
-    assert sorted(set(families.values())) == ["chroma", "flux", "flux2", "lumina2", "qwen_image", "sd3", "wan"]
+    assert sorted(set(families.values())) == ["chroma", "flux", "flux2", "lumina2", "minimax", "qwen_image", "sd3", "wan"]
 
 
 def test_the_small_wan_2_2_has_five_thousand_million_parameters():
