@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .sampled_families import SAMPLED_ONLY, built, unmasked, with_length
+from .sampled_families import SAMPLED, SAMPLED_ONLY, built, unmasked, with_length
 from .tiny_families import TinyFamily
 
 
@@ -141,3 +142,11 @@ FOLLOWED: tuple[TinyFamily, ...] = (
 def family(name: str) -> TinyFamily:
     """Return a family by its name."""
     return next(one for one in FOLLOWED if one.name == name)
+
+
+PLACED = (
+    *SAMPLED,
+    *map(family, ("boogu", "lens", "mage_flow", "hunyuan_video", "auraflow")),
+    replace(family("kandinsky5"), frames=False),  # as it is sampled: its format has no axis of frames
+)
+"""All families whose tokens can be given positions."""

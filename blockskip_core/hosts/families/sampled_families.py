@@ -1,6 +1,6 @@
 """Token positions of every family that can be sampled with tokens of two sizes.
 
-These are the families that can be trained (``ADAPTERS``) and those listed here, which need nothing else. Classes are
+These are families with a file of their own (``ADAPTERS``) and those listed here, which need nothing else. Classes are
 given by name, because older hosts do not have all of them. Layouts as of ComfyUI 0.30.
 """
 
@@ -13,12 +13,20 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from .capabilities import PlacesTokens, require
 from .registry import ADAPTERS
-from .token_positions import RotaryPositions, TokenPositions, first_tokens, last_tokens
+from .token_positions import (
+    AddedTablePositions,
+    RotaryPositions,
+    TokenPositions,
+    first_tokens,
+    first_tokens_around_middle,
+    last_tokens,
+    last_tokens_around_middle,
+)
 
 
 @dataclass(frozen=True)
 class SampledFamily:
-    """A family that can be sampled but not trained.
+    """A family without a file of its own; for training most are followed.
 
     Attributes:
         title: Name shown to users.
@@ -75,6 +83,46 @@ SAMPLED_ONLY: tuple[SampledFamily, ...] = (
         title="Ernie-Image",
         of="comfy.ldm.ernie.model.ErnieImageModel",
         positions=lambda model: RotaryPositions(model.pos_embed, first_tokens, stretched=True),
+        patch=lambda model: model.patch_size,
+    ),
+    SampledFamily(
+        title="Boogu",
+        of="comfy.ldm.boogu.model.BooguTransformer2DModel",
+        positions=lambda model: RotaryPositions(model.rope_embedder.rope_embedder, last_tokens, stretched=False),
+        patch=lambda model: model.patch_size,
+    ),
+    SampledFamily(
+        title="Lens",
+        of="comfy.ldm.lens.model.LensTransformer2DModel",
+        positions=lambda model: RotaryPositions(model.pos_embed, first_tokens_around_middle, stretched=False),
+        patch=lambda model: 1,
+    ),
+    SampledFamily(
+        title="Mage-Flow",
+        of="comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",
+        positions=lambda model: RotaryPositions(model.pe_embedder, last_tokens_around_middle, stretched=False),
+        patch=lambda model: 1,
+    ),
+    SampledFamily(
+        title="Kandinsky 5 (picture)",
+        of="comfy.ldm.kandinsky5.model.Kandinsky5",
+        positions=lambda model: RotaryPositions(model.rope_embedder_3d, last_tokens, stretched=True),
+        patch=lambda model: model.patch_size[-1],
+        fits=lambda model: tuple(model.rope_scale_factor) == (1.0, 1.0, 1.0) and model.model_dim != 4096,
+    ),
+    SampledFamily(
+        title="HunyuanVideo",
+        of="comfy.ldm.hunyuan_video.model.HunyuanVideo",
+        positions=lambda model: RotaryPositions(model.pe_embedder, last_tokens, stretched=False),
+        patch=lambda model: model.patch_size[-1],
+        fits=lambda model: len(model.patch_size) == 3 and model.in_channels == model.out_channels,
+    ),
+    SampledFamily(
+        title="AuraFlow",
+        of="comfy.ldm.aura.mmdit.MMDiT",
+        positions=lambda model: AddedTablePositions(
+            "diffusion_model.apply_pos_embeds", model.patch_size, model.h_max, model.positional_encoding.shape[-1]
+        ),
         patch=lambda model: model.patch_size,
     ),
     SampledFamily(

@@ -8,6 +8,7 @@ Nothing else in the model is touched, and outside :meth:`TokenPositions.placed` 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,6 +107,26 @@ def centred_tokens(coordinates: Tensor, places: TokenPlaces) -> Tensor:
     return coordinates
 
 
+def last_tokens_around_middle(coordinates: Tensor, places: TokenPlaces) -> Tensor:
+    """Like :func:`last_tokens`, for coordinates counted from the picture's middle, the larger half of an odd side first."""
+    return last_tokens(coordinates, _around_middle(places))
+
+
+def first_tokens_around_middle(coordinates: Tensor, places: TokenPlaces) -> Tensor:
+    """Like :func:`last_tokens_around_middle`, for the image first and the text after it, beyond the picture's border."""
+    coordinates = first_tokens(coordinates, _around_middle(places))
+    num_img = places.rows.shape[1]
+    border = max(length // 2 for length in places.grid)
+    text = torch.arange(border, border + coordinates.shape[1] - num_img, device=coordinates.device)
+    coordinates[:, num_img:] = text[:, None].to(coordinates)
+    return coordinates
+
+
+def _around_middle(places: TokenPlaces) -> TokenPlaces:
+    height, width = (length - length // 2 for length in places.grid)
+    return TokenPlaces(places.rows - height, places.columns - width, places.grid)
+
+
 def first_tokens_of_image(coordinates: Tensor, places: TokenPlaces) -> Tensor:
     """Put the image tokens, the first ones of their call, at ``places``; leave the call for text unchanged.
 
@@ -164,6 +185,35 @@ class TablePositions(TokenPositions):
             for column, other in _neighbours(columns, width):
                 found += (share * other)[..., None] * table[row * width + column]
         return found
+
+
+class AddedTablePositions(TablePositions):
+    """Positions as in :class:`TablePositions`, of a method that adds the rows itself.
+
+    Args:
+        method: Path below the model of the method: ``method(tokens, H, W) -> tokens``.
+        patch: Side of a token in latent cells.
+        side: Side of the table in tokens.
+        width: Width of a token.
+    """
+
+    def __init__(self, method: str, patch: int, side: int, width: int) -> None:
+        super().__init__(method, patch, side)
+        self._width = width
+
+    def prepare(self, patcher: Any) -> None:
+        add = patcher.get_model_object(self._method)
+
+        def crop(hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
+            count = math.prod(length // self._patch for length in hw)
+            return add(torch.zeros(1, count, self._width, device=device), *hw)
+
+        def added(tokens: Tensor, height: int, width: int) -> Tensor:
+            if self._places is None:
+                return add(tokens, height, width)
+            return tokens + self._between(crop, self._places, tokens.device).to(tokens)
+
+        patcher.add_object_patch(self._method, added)
 
 
 def _neighbours(coordinates: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:

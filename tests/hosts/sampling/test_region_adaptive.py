@@ -12,7 +12,7 @@ from blockskip_pack.blockskip_core.ralu.regions import choose_regions, gradient_
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, StagePlan, solved_plan
 from blockskip_pack.blockskip_core.ralu.token_grid import MixedGrid, groups_of, latent_of_groups, upsampled
 
-from ..sampled_families import SAMPLED
+from ..followed_families import PLACED
 from ..tiny_families import FAMILIES, FLUX
 from ..tiny_flux import assert_same_weights, captions, tiny_flux, weights
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 
 PLAN = StagePlan((2, 3, 2), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.025)
 GRID = (2, 3)  # of coarse tokens
-each_family = pytest.mark.parametrize("family", SAMPLED, ids=lambda family: family.name)
+each_family = pytest.mark.parametrize("family", PLACED, ids=lambda family: family.name)
 
 
 def empty(family=FLUX, batch=1, patch=2):

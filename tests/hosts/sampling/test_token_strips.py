@@ -15,7 +15,7 @@ from blockskip_pack.blockskip_core.ralu.token_grid import (
     upsampled,
 )
 
-from ..sampled_families import SAMPLED
+from ..followed_families import PLACED
 from ..tiny_flux import assert_same_weights, captions, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
@@ -24,7 +24,7 @@ ROWS, COLUMNS = 4, 6  # of fine tokens
 SIGMA = 0.6
 # Families that cut latents into tokens by a convolution, whose rounding depends on the shape of the picture.
 CONVOLVED = {"sd35", "wan21", "wan22", "hunyuan_image", "ernie"}
-each_family = pytest.mark.parametrize("family", SAMPLED, ids=lambda family: family.name)
+each_family = pytest.mark.parametrize("family", PLACED, ids=lambda family: family.name)
 
 
 def adapted(patcher):
