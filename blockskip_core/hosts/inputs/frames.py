@@ -62,7 +62,8 @@ def latent_channels(model: Any) -> int:
 
     Formats of video and sound together say the larger of both numbers; then the model itself knows the video's.
     """
-    return getattr(model.diffusion_model, "latents_dim", model.latent_format.latent_channels)
+    own = getattr(model, "diffusion_model", None)
+    return getattr(own, "latents_dim", model.latent_format.latent_channels)
 
 
 def latent_shape(model: Any, side: int, frames: int = 1) -> tuple[int, int, int]:
