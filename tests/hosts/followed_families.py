@@ -112,6 +112,10 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "image_model": "krea2", "features": 64, "tdim": 16, "txtdim": 20, "heads": 4, "kvheads": 2, "multiplier": 2,
         "layers": 5, "patch": 2, "channels": 16, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2,
     }, text_width=60, frames=True),
+    _family("qwen_image21", "QwenImage21", {  # in ComfyUI from 0.37 on
+        "image_model": "qwen_image_2.1", "num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2,
+        "context_in_dim": 20, "axes_dims_rope": (4, 6, 6),
+    }, latent_shape=(64, 3, 5)),
     _family("omnigen2", "Omnigen2", {
         "image_model": "omnigen2", "axes_dim_rope": [4, 4, 4], "axes_lens": [64, 64, 64], "hidden_size": 48,
         "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 8,
