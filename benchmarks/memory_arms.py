@@ -32,6 +32,7 @@ from blockskip_pack.blockskip_core.hosts.models.weightless_dit import Weightless
 from blockskip_pack.blockskip_core.selection.presets import PAPER_FLUX_SELECTIONS
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
+from memory_followed import followed_dits, is_followed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +73,9 @@ FAMILIES = (
     Published("Wan2.1-T2V-1.3B", 4096, halves=(8, 7)),
     Published("Wan2.2-TI2V-5B", 4096, channels=48, cell=16, halves=(8, 7)),
     Published("MiniMax-H3", 5376, channels=24, cell=16, halves=(13, 12)),  # the text as the model has refined it
+    Published("Krea-2", 30720, halves=(7, 7)),
+    Published("LTX-2", 3840, channels=128, cell=32, halves=(12, 12)),
+    Published("HunyuanVideo", 4096, halves=(20, 10)),
     Published("FLUX.2-klein-4B", 7680, channels=128, cell=16, halves=(6, 6)),
     Published("FLUX.2-klein-9B", 12288, channels=128, cell=16, halves=(8, 8)),
     Published("Chroma", 4096, halves=(14, 14)),
@@ -113,10 +117,12 @@ class Subject:
         self.published = published
         text = torch.zeros(1, TEXT_TOKENS, published.text_width)
         caption = [[text, {"pooled_output": torch.zeros(1, 2048 if "SD3" in published.name else 768), "guidance": 3.5}]]
-        self._forms = {
-            dtype: WeightlessDit.published(published.name, caption, self.latent_shape(256), dtype)
-            for dtype in (torch.bfloat16, torch.float8_e4m3fn)
-        }
+        shape, dtypes = self.latent_shape(256), (torch.bfloat16, torch.float8_e4m3fn)
+        if is_followed(published.name):
+            dits = followed_dits(published.name, caption, shape, dtypes)
+        else:
+            dits = [WeightlessDit.published(published.name, caption, shape, dtype) for dtype in dtypes]
+        self._forms = dict(zip(dtypes, dits, strict=True))
 
     @property
     def dit(self) -> WeightlessDit:

@@ -97,6 +97,17 @@ _MINIMAX_H3 = {
     "text_dim": 5120, "timestep_input_dim": 256, "time_embed_hidden_size": 5376, "time_embed_dim": 2688,
     "rope_inv_freq_len": 16,
 }  # fmt: skip
+_HUNYUAN_VIDEO = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 768,
+    "axes_dim": [16, 56, 56], "meanflow": False, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
+    "num_heads": 24, "depth": 20, "depth_single_blocks": 40, "theta": 256, "qkv_bias": True, "byt5": False,
+    "guidance_embed": True, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
+_KREA_2 = {
+    "image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48, "kvheads": 12,
+    "txtlayers": 12, "txtdim": 2560,
+}  # fmt: skip
+_LTX_2 = {"image_model": "ltxav", "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
 
 PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
     {
@@ -110,6 +121,9 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "Wan2.1-T2V-1.3B": _wan(1536, 8960, num_layers=30),
         "Wan2.1-T2V-14B": _wan(5120, 13824, num_layers=40),
         "Wan2.2-TI2V-5B": _wan(3072, 14336, num_layers=30, channels=48),
+        "Krea-2": PublishedSize("Krea2", _KREA_2),
+        "LTX-2": PublishedSize("LTXAV", _LTX_2),
+        "HunyuanVideo": PublishedSize("HunyuanVideo", _HUNYUAN_VIDEO),
         "MiniMax-H3": PublishedSize("MiniMaxH3", _MINIMAX_H3),
         "Chroma": PublishedSize("Chroma", _CHROMA),
         "SD3.5-Large": _sd35(38, 192, []),

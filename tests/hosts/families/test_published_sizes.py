@@ -18,6 +18,9 @@ SIZES = {
     "Z-Image": (11.46, {"layers": 30}),
     "Wan2.1-T2V-1.3B": (2.64, {"blocks": 30}),
     "Wan2.1-T2V-14B": (26.61, {"blocks": 40}),
+    "Krea-2": (23.88, {"blocks": 28}),
+    "LTX-2": (36.48, {"transformer_blocks": 48}),
+    "HunyuanVideo": (23.88, {"double_blocks": 20, "single_blocks": 40}),
     "MiniMax-H3": (61.73, {"blocks": 50}),
     "Chroma": (16.58, {"double_blocks": 19, "single_blocks": 38}),
     "SD3.5-Large": (15.01, {"joint_blocks": 38}),
@@ -57,7 +60,10 @@ def test_every_published_model_has_an_adapter_that_lists_its_blocks():
         if name in SIZES:
             assert len(adapter.blocks()) == sum(SIZES[name][1].values())
             assert sum(block.num_bytes for block in adapter.blocks()) / 2**30 < SIZES[name][0]
-    assert sorted(set(families.values())) == ["chroma", "flux", "flux2", "lumina2", "minimax", "qwen_image", "sd3", "wan"]
+    followed = ["hunyuanvideo", "krea2", "ltxav"]
+    assert sorted(set(families.values())) == sorted(
+        ["chroma", "flux", "flux2", "lumina2", "minimax", "qwen_image", "sd3", "wan", *followed]
+    )
 
 
 def test_the_small_wan_2_2_has_five_thousand_million_parameters():

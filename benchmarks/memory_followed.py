@@ -1,0 +1,72 @@
+"""How the blocks of a published model take their tokens, for models that have no file and are followed.
+
+A model without values cannot be followed. So a few blocks of each list are made at full width on the CPU, with random values,
+and followed there; the layout does not depend on the number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from blockskip_pack.blockskip_core.hosts.families import published_sizes
+from blockskip_pack.blockskip_core.hosts.families.followed import FollowedAdapter
+from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
+from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+
+DEPTHS = ("layers", "num_layers", "depth", "depth_single_blocks")  # the lists' lengths in a configuration
+BLOCKS = 4  # with fewer, lists that only prepare the text would be taken for blocks
+SPREAD = 0.02  # standard deviation of the weights
+SMALL = 4  # cells per side of the latents with which a model is followed
+
+
+def is_followed(name: str) -> bool:
+    """Return whether a published model is of a kind without a file."""
+    model = published_sizes.published_model(name)
+    return isinstance(adapter_for(SimpleNamespace(model=model)), FollowedAdapter)
+
+
+def followed_dits(
+    name: str, caption: list, latent_shape: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> list[WeightlessDit]:
+    """Return a published model without weights in several dtypes, ready to be counted.
+
+    Args:
+        name: A key of ``published_sizes.PUBLISHED_SIZES``.
+        caption: A conditioning, ``[[tensor, settings]]``.
+        latent_shape: (C, H, W).
+        dtypes: Of the weights; the host casts those of eight bits to bfloat16 for every use.
+    """
+    shallow = _shallow(name)
+    adapter = HostedDit(shallow, [caption], (latent_shape[0], SMALL, SMALL)).adapter
+    assert isinstance(adapter, FollowedAdapter)
+    arguments = HostedDit(shallow, [caption], latent_shape).arguments
+    dits = []
+    for dtype in dtypes:
+        model = published_sizes.published_model(name, dtype, torch.bfloat16 if dtype.itemsize < 2 else None)
+        dits.append(WeightlessDit(model, arguments, torch.device("cuda")))
+        dits[-1].adapter.layout = adapter.found  # type: ignore[attr-defined]
+    return dits
+
+
+@torch.inference_mode()
+def _shallow(name: str) -> Any:
+    """Return a MODEL with few blocks of full width."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    size = published_sizes.PUBLISHED_SIZES[name]
+    fewer = {key: BLOCKS for key in DEPTHS if key in size.config}
+    size = replace(size, config={**size.config, **fewer})
+    described = getattr(comfy.supported_models, size.supported)(dict(size.config))
+    described.custom_operations = None
+    described.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    model = described.get_model({}, "", device=cpu)
+    for tensor in model.diffusion_model.state_dict().values():
+        tensor.normal_(0.0, SPREAD)
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
