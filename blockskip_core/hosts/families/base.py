@@ -19,6 +19,7 @@ from ...model import BlockInfo, BlockIO, TokenStreams
 TEXT_TOKENS = (
     "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families whose calls do not say
 )
+REFERENCE_TOKENS = "blockskip_reference_tokens"  # in transformer_options: tokens of a call's reference pictures, if any
 
 
 class FamilyAdapter(ABC):
@@ -37,6 +38,7 @@ class FamilyAdapter(ABC):
         base_model_version: The model's name in "ss_base_model_version".
         read_by_diffusers: Formats of our LoRA files that diffusers 0.42.1 loads.
         has_names_of_diffusers: Whether the host reads "transformer." and diffusers' names for this family's layers.
+        takes_references: Whether its models look at reference pictures, whose tokens follow the picture's.
     """
 
     family: ClassVar[str]
@@ -52,6 +54,7 @@ class FamilyAdapter(ABC):
     base_model_version: str
     read_by_diffusers: frozenset[LoraFileFormat] = frozenset({"diffusers", "kohya"})
     has_names_of_diffusers: bool = True
+    takes_references: bool = False
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         self._model: Any = diffusion_model  # of the host's class, which is untyped
@@ -84,6 +87,11 @@ class FamilyAdapter(ABC):
         """Return the number of image tokens of a latent; the host pads to whole patches."""
         patch = self.patch_size
         return -(-rows // patch) * -(-columns // patch)
+
+    def reference_tokens(self, latents: Sequence[Tensor]) -> int:
+        """Return the number of tokens of reference latents, each (B, C, H, W) or (B, C, frames, H, W)."""
+        frames = [1 if latent.ndim == 4 else latent.shape[2] for latent in latents]
+        return sum(n * self.image_tokens(*latent.shape[-2:]) for n, latent in zip(frames, latents, strict=True))
 
     def prepare_call(self, frames: int, rows: int, columns: int) -> None:  # noqa: B027  most calls say it themselves
         """Note the size of the latents of the next call."""

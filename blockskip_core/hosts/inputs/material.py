@@ -8,10 +8,12 @@ from typing import Any
 
 from ...data import remarks
 from ...data.picture_checks import likeness, only_colour
+from ...data.reference_pictures import ReferenceSettings
 from ...errors import InvalidInputError
 from .clips import Clips
 from .conditioning import flatten_conditionings, same_texts
 from .pictures import Pictures
+from .references import References, given_references
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,23 @@ class Material:
         captions: Single conditionings: one for all, or one for each.
         blank: Blank pictures, each with its colour.
         remarks: Anything odd, in sentences.
+        references: What an edit model sees beside the captions, if it is not in them already.
     """
 
     pictures: Pictures | Clips
     captions: list[list]
     blank: Mapping[int, str]
     remarks: list[str]
+    references: References | None = None
 
 
 def checked_material(
-    images: Sequence[Any], positive: Sequence[Any], files: Sequence[Any] | None, frames: int = 1
+    images: Sequence[Any],
+    positive: Sequence[Any],
+    files: Sequence[Any] | None,
+    frames: int = 1,
+    references: Sequence[Any] | None = None,
+    shown: ReferenceSettings | None = None,
 ) -> Material:
     """Return the checked inputs, with remarks on them.
 
@@ -54,12 +63,14 @@ def checked_material(
         positive: CONDITIONINGs.
         files: What Load Training Folder says about the pictures.
         frames: Number of pictures of a clip; with 1, every picture is trained on by itself.
+        references: IMAGEs that an edit model sees beside the captions, or None.
+        shown: How it sees them; as by default if None.
 
     Raises:
         InvalidInputError: If a picture or caption cannot be used; the message names it.
     """
     described = _require_files(files or ())
-    names, captions = [file.name for file in described], flatten_conditionings(positive)
+    names, captions = [file.name for file in described], flatten_conditionings(positive, with_references=True)
     pictures: Pictures | Clips
     if frames > 1:
         pictures = Clips(images, frames, names)
@@ -75,7 +86,14 @@ def checked_material(
         _on_captions(captions, pictures, described),
         remarks.on_unused(pictures.unused, len(pictures), frames) if isinstance(pictures, Clips) else None,
     ]
-    return Material(pictures, captions, blank, [sentence for sentence in found if sentence])
+    if references is None:
+        return Material(pictures, captions, blank, [sentence for sentence in found if sentence])
+    if frames > 1:
+        raise InvalidInputError(
+            f"References are for pictures, and `frames` is {frames}. Set it to 1, or disconnect `references`."
+        )
+    seen = given_references(references, len(pictures), captions, shown or ReferenceSettings())
+    return Material(pictures, captions, blank, [sentence for sentence in found if sentence], seen)
 
 
 def _on_captions(captions: Sequence[list], pictures: Pictures | Clips, files: Sequence[TrainingFile]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...adapters.lora import LoraTargets
 from ...model import BlockInfo, Denoiser, WeightPlacement, linear_names
 from ...selection.selection import BlockSelection
-from ..families.base import TEXT_TOKENS
+from ..families.base import REFERENCE_TOKENS, TEXT_TOKENS
 from ..families.registry import adapter_for
-from ..inputs.conditioning import join_arguments
+from ..inputs.conditioning import REFERENCE_ARGUMENT, join_arguments, on_tensors
 from ..inputs.frames import frames_in, with_frames, without_frames
 
 
@@ -109,8 +109,13 @@ class AdaptedDit(ABC):
         return self.arguments[caption]["c_crossattn"].shape[1]
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens in the stream for a caption."""
-        return self.adapter.text_tokens(self.text_length(caption))
+        """Return the number of text tokens in the stream for a caption, with those of its reference pictures."""
+        references = self.adapter.reference_tokens(_references(self.arguments[caption]))
+        return self.adapter.text_tokens(self.text_length(caption)) + references
+
+    def batch_key(self, caption: int) -> Hashable:
+        """Return the length of a caption's text and the shapes of its reference latents."""
+        return self.text_length(caption), *(tuple(latent.shape) for latent in _references(self.arguments[caption]))
 
     def image_tokens(self, rows: int, columns: int) -> int:
         """Return the number of image tokens of a training example's latent, including the host's padding."""
@@ -159,6 +164,8 @@ class AdaptedDit(ABC):
             joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, **_options_of_a_sampler(sigmas, captions)}
             call_options[TEXT_TOKENS] = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
+            references = self.adapter.reference_tokens(_references(joined))
+            call_options |= {REFERENCE_TOKENS: references} if references else {}
             latents = with_frames(model, noisy)
             self.adapter.prepare_call(frames_in(model, noisy.shape[1]), *noisy.shape[-2:])
             return without_frames(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
@@ -182,8 +189,13 @@ def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, 
     }
 
 
+def _references(arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+    """Return the reference latents among the arguments of a model."""
+    return arguments.get(REFERENCE_ARGUMENT) or ()
+
+
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return on_tensors(value, lambda tensor: tensor.to(device))
 
 
 def _as_applied(layer: Any, weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ...accounting.weightless import PACKED, replaced, weightless_copy
 from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter
 from ..families.published_sizes import published_model
-from ..inputs.conditioning import model_arguments
+from ..inputs.conditioning import model_arguments, on_tensors
 from ..inputs.frames import frames_in, with_frames
 from .adapted_dit import AdaptedDit
 from .hosted_dit import HostedDit
@@ -147,7 +147,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 def _shape_of(value: Any) -> Any:
-    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+    return on_tensors(value, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def _compute_as(model: Any, patcher: Any) -> None:
