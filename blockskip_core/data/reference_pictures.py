@@ -90,7 +90,8 @@ class WholeReferences(OnAccess):
     def one(self, index: int) -> Tensor:
         """Return a reference as it is shown."""
         picture = self._pictures[index]
-        return resize(picture, *shown_size(*picture.shape[:2], self._size, self._multiple))
+        height, width, _ = picture.shape
+        return resize(picture, *shown_size(height, width, self._size, self._multiple))
 
 
 class AlignedReferences(OnAccess):

@@ -82,6 +82,13 @@ def without_references(conditioning: list) -> list:
     return [[embedding, {name: value for name, value in settings.items() if name != REFERENCES}]]
 
 
+def number_of_texts(captions: Sequence[list]) -> int:
+    """Return how many texts captions are made of; each training example may have a caption of its own for its reference."""
+    if not any(map(references_of, captions)):
+        return len(captions)
+    return len({id(embedding) for [[embedding, _]] in captions})
+
+
 def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
     embedding, settings = _require_text(number, entry)
     refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]

@@ -43,8 +43,17 @@ def given_references(
         settings: How references are shown to the model.
 
     Raises:
-        InvalidInputError: If there are none, their number does not fit, one cannot be used, or captions carry references
-            of their own.
+        InvalidInputError: As :func:`checked_references`, and if their number does not fit.
+    """
+    checked = checked_references(images, captions)
+    return References(checked, references_per_picture(len(checked), pictures), settings)
+
+
+def checked_references(images: Sequence[Any], captions: Sequence[list]) -> Pictures:
+    """Return reference pictures.
+
+    Raises:
+        InvalidInputError: If there are none, one cannot be used, or captions carry references of their own.
     """
     if not images:
         raise InvalidInputError(
@@ -55,5 +64,4 @@ def given_references(
             "The captions carry reference latents already, and `references` is connected as well. Leave out one of both: "
             "ReferenceLatent and the `vae` of the text encoding, or `references`."
         )
-    checked = Pictures(images, kind="Reference")
-    return References(checked, references_per_picture(len(checked), pictures), settings)
+    return Pictures(images, kind="Reference")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter, ModelLayout
-from ..inputs.conditioning import arguments_for_each, model_arguments
+from ..inputs.conditioning import arguments_for_each, model_arguments, number_of_texts
 from ..inputs.frames import frames_in, with_frames
 from . import kernels  # noqa: F401  replaces the host's kernels that have no backward
 from .adapted_dit import AdaptedDit
@@ -98,6 +98,11 @@ class HostedDit(AdaptedDit):
             require_replay(self, self._latent_shape)
             _LAYOUTS[tree] = self.adapter.layout
         return _LAYOUTS[tree]
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts among the captions."""
+        return number_of_texts(self._captions)
 
     @property
     def device(self) -> torch.device:

@@ -6,16 +6,16 @@ model appends its tokens to the picture's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import node_helpers
 import torch
 from torch import Tensor
 
 from ...data.crops import TrainingCrops
-from ...data.reference_pictures import AlignedReferences, WholeReferences
+from ...data.reference_pictures import AlignedReferences, ReferenceSettings, WholeReferences, shown_size
 from ...data.schedule import TrainingSchedule
 from ...errors import InvalidInputError, UnsupportedModelError
 from ...residuals.residual_set import PhaseProgress
@@ -147,8 +147,41 @@ class ReferenceEncoder:
         return latent
 
 
+def counted_captions(
+    adapter: FamilyAdapter,
+    model: Any,
+    captions: Sequence[list],
+    sizes: Sequence[tuple[int, int]],
+    each: int,
+    settings: ReferenceSettings,
+    patch_min: int,
+) -> list[list]:
+    """Return captions that carry latents of the right shapes, all zeros, for counting a run without a VAE.
+
+    Args:
+        adapter: The adapter of the model's family.
+        model: The host's model.
+        captions: Single conditionings.
+        sizes: Height and width in pixels of all references; the largest count.
+        each: Number of references of each picture.
+        settings: How references are shown.
+        patch_min: Side in pixels of a training picture.
+    """
+    require_takes_references(adapter)
+    form = model.latent_format
+    cell, frame = form.spacial_downscale_ratio, (1,) * has_frames(model)
+    multiple = cell * adapter.patch_size
+    shown = [shown_size(height, width, settings.size, multiple) for height, width in sizes]
+    if settings.part == "same part":
+        shown = [(patch_min, patch_min)] * len(sizes)
+    largest = sorted(shown, key=math.prod)[-each:]
+    latents = [torch.zeros(1, form.latent_channels, *frame, rows // cell, columns // cell) for rows, columns in largest]
+    return [_carrying(caption, latents) for caption in captions]
+
+
 def _carrying(caption: list, latents: Sequence[Tensor]) -> list:
-    return node_helpers.conditioning_set_values(caption, {REFERENCES: list(latents)}, append=True)
+    [[embedding, settings]] = caption
+    return [[embedding, {**settings, REFERENCES: list(latents)}]]
 
 
 def _referring(schedule: TrainingSchedule, captions: Sequence[int]) -> TrainingSchedule:

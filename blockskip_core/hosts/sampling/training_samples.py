@@ -109,8 +109,8 @@ def sample_request(positive: Sequence[Any], negative: Sequence[Any] | None, **se
     Raises:
         InvalidInputError: As :class:`SampleRequest`, and if there is no prompt.
     """
-    against = flatten_conditionings(negative)[0] if negative else None
-    return SampleRequest(positive=flatten_conditionings(positive), negative=against, **settings)
+    against = flatten_conditionings(negative, with_references=True)[0] if negative else None
+    return SampleRequest(positive=flatten_conditionings(positive, with_references=True), negative=against, **settings)
 
 
 class TrainingSampler:

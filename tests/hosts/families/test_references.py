@@ -16,8 +16,8 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from torch import Tensor
 
-from . import test_families
 from ..tiny_families import FAMILIES, PLAN, TinyFamily, replayed
+from . import test_families
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
