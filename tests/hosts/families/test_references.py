@@ -16,6 +16,7 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from torch import Tensor
 
+from ..sampling import test_training_samples
 from ..tiny_families import FAMILIES, PLAN, TinyFamily, replayed
 from . import test_families
 
@@ -139,6 +140,17 @@ def test_training_lowers_the_loss_of_the_picture_alone(tiny, patcher):
 
 def test_gradients_are_those_of_finite_differences(tiny, patcher):
     test_families.test_gradients_are_those_of_finite_differences(tiny, None, (1, 1))
+
+
+def test_a_hidden_text_reaches_the_picture_by_no_reference_either(tiny, patcher):
+    test_families.test_masking_all_blocks_makes_the_output_independent_of_the_words(tiny, patcher)
+    test_families.test_masking_nothing_is_the_plain_model(tiny, patcher)
+
+
+def test_samples_while_training_see_the_references_of_their_prompts(tiny):
+    from blockskip_pack.blockskip_core.hosts.sampling import training_samples
+
+    test_training_samples.test_every_family_is_sampled_as_by_the_host(training_samples, tiny, 3.0)
 
 
 def test_a_run_is_counted_with_its_references(tiny, patcher):
