@@ -1,66 +1,19 @@
-"""Reference pictures of edit models, on tiny models of ComfyUI's own classes.
-
-Models with reference latents are families like any other here: their captions carry latents, and the arguments that the
-model's class takes are written by hand.
-"""
+"""Reference pictures of edit models, on tiny models of ComfyUI's own classes."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
 from blockskip_pack.blockskip_core.blocks.replay import Residual
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
-from torch import Tensor
 
+from ..edit_models import SIDES, edit_model
 from ..sampling import test_training_samples
-from ..tiny_families import FAMILIES, PLAN, TinyFamily, replayed
+from ..tiny_families import PLAN, replayed
 from . import test_families
 
 pytestmark = pytest.mark.usefixtures("comfyui")
-
-SIDES = ((4, 6), (8, 4))  # rows and columns of the references in latent cells
-
-
-def _wan_scale(latent: Tensor) -> Tensor:
-    from comfy.latent_formats import Wan21
-
-    return Wan21().process_in(latent)
-
-
-SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "flux": lambda latent: (latent - 0.25) * 0.5,
-    "flux2": lambda latent: latent,
-    "klein": lambda latent: latent,
-    "qwen_image": _wan_scale,
-}
-
-
-def edit_model(name: str, method: str | None = None, sides: Sequence[tuple[int, int]] = SIDES) -> TinyFamily:
-    """The family with references in its captions."""
-    tiny = next(one for one in FAMILIES if one.name == name)
-    axes = (1,) if tiny.frames else ()
-
-    def settings(generator: torch.Generator) -> dict:
-        latents = [torch.randn(1, tiny.latent_shape[0], *axes, *side, generator=generator) for side in sides]
-        own = {} if method is None else {"reference_latents_method": method}
-        return {**tiny.settings(generator), "reference_latents": latents, **own}
-
-    def extra(text: Tensor, rows: Sequence[dict]) -> dict:
-        given = zip(*(row["reference_latents"] for row in rows), strict=True)
-        own = {} if method is None else {"ref_latents_method": method}
-        return {**tiny.extra(text, rows), "ref_latents": [SCALES[name](torch.cat(latents)) for latents in given], **own}
-
-    tokens = sum(-(-rows // patch_of(tiny)) * -(-columns // patch_of(tiny)) for rows, columns in sides)
-    return replace(tiny, settings=settings, extra=extra, num_text=tiny.num_text + tokens)
-
-
-def patch_of(tiny: TinyFamily) -> int:
-    return 1 if tiny.family == "flux2" else 2
-
 
 CASES = [("flux", None), ("flux2", None), ("klein", "index_timestep_zero"), ("qwen_image", "index_timestep_zero")]
 
@@ -166,7 +119,7 @@ def test_a_run_is_counted_with_its_references(tiny, patcher):
 
 def test_rows_are_batched_if_their_texts_and_references_have_equal_shapes(tiny, patcher):
     dit = tiny.hosted(patcher, (5, 5, 3))
-    turned = edit_model(tiny.name, None, SIDES[::-1]).captions((5,))
+    turned = edit_model(tiny.name.removesuffix("_edit"), None, SIDES[::-1]).captions((5,))
     bare = [[[turned[0][0][0], {**turned[0][0][1], "reference_latents": []}]]]
     keys = [dit.batch_key(caption) for caption in range(3)]
     keys += [tiny.hosted(patcher, (5,)).batch_key(0)]
