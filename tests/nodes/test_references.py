@@ -119,7 +119,7 @@ def test_references_of_host_nodes_are_used_as_they_are(bench, before):
          r"Reference 1 of 3 has 48 x 35 px and its picture 64 x 64 px"),
         (lambda before: {"references": before, "reference_size": 8}, "reference_size must be at least 16"),
         (lambda before: {"references": before, "reference_part": "half"}, "reference_part must be one of whole, same part"),
-        (lambda before: {"references": before, "frames": 5}, "References are for pictures, and `frames` is 5"),
+        (lambda before: {"references": before, "frames": 5}, "References are for pictures. Set `frames` to 1"),
     ],
 )  # fmt: skip
 def test_references_that_do_not_fit_are_refused(bench, before, changes, message):
@@ -187,6 +187,17 @@ def test_the_plan_of_a_run_with_references_is_that_of_the_run(bench, nodes, befo
     assert planned.needs.training.peak > plain.needs.training.peak
     files = sum(path.stat().st_size for path in bench.folders.output.glob("blockskip/residuals/*/*.safetensors"))
     assert planned.needs.disk < files < 1.3 * planned.needs.disk + 60_000  # with latents and headers
+
+
+def test_pictures_that_were_not_edited_are_noticed_and_equal_instructions_are_not(bench, before, pictures):
+    odd = Listed([before[0], pictures[1], before[2]])
+    captions = Listed([bench.prompt] * 3)
+    remarks = bench.precompute(positive=captions, references=odd, storage="on the fly", **WHOLE)[0].remarks
+    assert [sentence for sentence in remarks if "the same" in sentence] == [
+        "1 of 3 pictures is the same as before the edit: number 2. Is `references` connected to the pictures before the edit?"
+    ]
+    remarks = bench.precompute(positive=captions, storage="on the fly", **WHOLE)[0].remarks
+    assert "All 3 captions are the same" in "".join(remarks)
 
 
 # --- the folder --------------------------------------------------------------------------------------------------
@@ -261,6 +272,18 @@ def test_a_picture_that_counts_twice_has_its_references_twice(load):
 def test_references_that_are_missing_are_named(load, names, settings, message):
     with pytest.raises(InvalidInputError, match=message):
         load(*names, **settings)
+
+
+def test_references_with_transparent_parts_are_put_on_white_and_named(load, nodes, monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(nodes.load_training_folder.NodeProgress, "say", lambda self, text: said.append(text))
+    load("after/a.png", "after/b.png", "before/a.png", "before/b.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "input" / "before" / "b.png")
+    references = load()[3]
+    assert references[1].min() == 1.0
+    assert said[-1].splitlines() == [
+        "1 of 2 references is partly transparent and shown on white: b.png.", "Pictures: 2; captions: none; references: 2",
+    ]  # fmt: skip
 
 
 def test_without_a_reference_folder_there_are_no_references(load):

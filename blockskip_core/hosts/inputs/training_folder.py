@@ -76,7 +76,9 @@ def load_training_folder(
         found = {path: times for path, times in found.items() if not path.is_relative_to(inside)}
     if not found:
         raise InvalidInputError(_nothing_found(folder, root, frames))
-    references = {} if inside is None else _references(list(found), root, inside, reference_folder or "")
+    references = (
+        _References({}, None) if inside is None else _References.read(list(found), root, inside, reference_folder or "")
+    )
     read = frames * clips if frames > 1 else None
     loaded = [_Picture.read(path, root, read) for path in _announced(list(found), progress)]
     counted = [picture for picture in loaded for _ in range(found[picture.path])]
@@ -84,8 +86,8 @@ def load_training_folder(
         images=[picture.image for picture in counted],
         texts=[picture.caption.text for picture in counted],
         files=[TrainingFile(picture.name, picture.caption.text) for picture in counted],
-        remarks=_remarks(loaded),
-        references=[image for picture in counted for image in references.get(picture.path, ())],
+        remarks=[*_remarks(loaded), *filter(None, [references.remark])],
+        references=[image for picture in counted for image in references.of.get(picture.path, ())],
     )
 
 
@@ -102,16 +104,29 @@ def _reference_folder(folder: str, root: Path, frames: int) -> Path:
     return inside
 
 
-def _references(pictures: list[Path], root: Path, inside: Path, folder: str) -> dict[Path, list[Tensor]]:
-    """Read the references of pictures."""
-    files = references_by_name(pictures, list(_files(inside, SUFFIXES)), folder, lambda path: _shown(path, root))
-    return {picture: [_reference(path, inside) for path in of_one] for picture, of_one in files.items()}
+@dataclass(frozen=True)
+class _References:
+    """The references of pictures, and a remark on them."""
+
+    of: dict[Path, list[Tensor]]
+    remark: str | None
+
+    @classmethod
+    def read(cls, pictures: list[Path], root: Path, inside: Path, folder: str) -> _References:
+        files = references_by_name(pictures, list(_files(inside, SUFFIXES)), folder, lambda path: _shown(path, root))
+        every = [path for of_one in files.values() for path in of_one]
+        read = {path: _reference(path, inside) for path in every}
+        names = [_shown(path, inside) for path in every]
+        white = [index for index, path in enumerate(every) if read[path][1]]
+        remark = remarks.put_on_white(white, remarks.Labels(len(every), names, "Reference"))
+        return cls({picture: [read[path][0] for path in of_one] for picture, of_one in files.items()}, remark)
 
 
-def _reference(path: Path, root: Path) -> Tensor:
+def _reference(path: Path, root: Path) -> tuple[Tensor, bool]:
+    """Return a reference, and whether it had transparent parts."""
     name = f"the reference {_shown(path, root)}"
     _require_inside(path, name)
-    return read_picture(path, name)[0]
+    return read_picture(path, name)
 
 
 def _nothing_found(folder: str, root: Path, frames: int) -> str:
