@@ -3,12 +3,12 @@
 A block takes image and text tokens (separately, or joined into one sequence) and returns them. A family's adapter says
 how, in a :class:`BlockIO`; everything else works on :class:`TokenStreams` and knows nothing about the family.
 
-Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens, ``D`` model width.
+Axis legend: ``B`` batch, ``N`` image tokens, ``L`` text tokens (with those of reference pictures), ``D`` model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
@@ -24,8 +24,9 @@ class TokenStreams:
     """Tokens between two blocks.
 
     Attributes:
-        img: Image tokens, shape (B, N, D).
-        txt: Text tokens, shape (B, L, D), or None for families whose text is not part of the stream.
+        img: Image tokens, shape (B, N, D): those of the picture that is denoised.
+        txt: Text tokens, shape (B, L, D), or None for families whose text is not part of the stream. Tokens of reference
+            pictures count as text: like text they are read by the picture's tokens, and no head reads them.
     """
 
     img: Tensor
@@ -212,11 +213,18 @@ class SkippableDit(Protocol):
         ...
 
     def text_length(self, caption: int) -> int:
-        """Return the number of text tokens passed to the model; all rows of a batch have the same number."""
+        """Return the number of text tokens passed to the model."""
+        ...
+
+    def batch_key(self, caption: int) -> Hashable:
+        """Return a key that is equal for captions whose rows can be joined to a batch: as many tokens of each kind."""
         ...
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens between the blocks, padding included; 0 if text is not in the stream."""
+        """Return the number of text tokens between the blocks, with padding and tokens of reference pictures.
+
+        It is 0 if text is not in the stream.
+        """
         ...
 
     def image_tokens(self, rows: int, columns: int) -> int:
@@ -288,6 +296,9 @@ class WrappedDit:
 
     def text_length(self, caption: int) -> int:
         return self._wrapped.text_length(caption)
+
+    def batch_key(self, caption: int) -> Hashable:
+        return self._wrapped.batch_key(caption)
 
     def text_tokens(self, caption: int) -> int:
         return self._wrapped.text_tokens(caption)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -118,6 +118,10 @@ class TorchDit:
     def text_length(self, caption: int) -> int:
         """Return the number of text tokens of a caption."""
         return self.captions[caption].shape[1]
+
+    def batch_key(self, caption: int) -> Hashable:
+        """Return the number of text tokens, which rows of a batch share."""
+        return self.text_length(caption)
 
     def text_tokens(self, caption: int) -> int:
         """Return the number of text tokens between the blocks."""

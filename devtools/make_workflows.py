@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_demo import DEMO
+from workflow_edit import EDIT
 from workflow_families import FAMILIES
 from workflow_graphs import GRAPHS, Column, Graph
 from workflow_stand_ins import twin_of
@@ -47,6 +48,7 @@ _QWEN, _KREA, _Z_IMAGE, _WAN_22, _MINIMAX = (
     _COMFY.format(name)
     for name in ("Qwen-Image_ComfyUI", "Krea-2", "z_image_turbo", "Wan_2.2_ComfyUI_Repackaged", "MiniMax-H3")
 )
+_QWEN_EDIT = f"{_COMFY.format('Qwen-Image-Edit_ComfyUI')}split_files/diffusion_models/qwen_image_edit_2509_fp8_e4m3fn.safetensors"
 _FLUX_TEXT = "comfyanonymous/flux_text_encoders/resolve/main/"
 _KLEIN = "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors"
 _WAN_21 = _COMFY.format("Wan_2.1_ComfyUI_repackaged") + "split_files/"
@@ -57,6 +59,7 @@ MODELS = {
         f"{_COMFY.format('flux1-dev')}flux1-dev.safetensors",
         f"{_Z_IMAGE}split_files/diffusion_models/z_image_turbo_bf16.safetensors",
         f"{_QWEN}split_files/diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
+        _QWEN_EDIT,
         f"{_KREA}diffusion_models/krea2_turbo_int8_convrot.safetensors",
         _KLEIN,
         f"{_WAN_22}split_files/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
@@ -258,7 +261,7 @@ def main() -> None:
     parser.add_argument("server")
     parser.add_argument("--only", default="", metavar="WORDS")
     options = parser.parse_args()
-    for graph in (*GRAPHS, *FAMILIES, DEMO):
+    for graph in (*GRAPHS, *FAMILIES, EDIT, DEMO):
         if options.only in graph.name:
             write(options.server, graph)
 

@@ -20,14 +20,23 @@ LOADERS: dict[str, tuple[tuple[str, str, str], ...]] = {
 LOADERS["CLIPLoader"] = LOADERS["LTXAVTextEncoderLoader"] = LOADERS["DualCLIPLoader"]
 LOADERS["CheckpointLoaderSimple"] = LOADERS["UNETLoader"] + LOADERS["DualCLIPLoader"] + LOADERS["VAELoader"]
 """Loader -> the replacement for each of its outputs: node, input, file."""
+ENCODERS = ("TextEncodeQwenImageEditPlus",)
+"""Nodes that encode an instruction with the pictures that it is about."""
 
-FOLDERS = {"my_subject": "blockskip_toby", "my_second_subject": "blockskip_mila"}
+FOLDERS = {
+    "my_subject": "blockskip_toby",
+    "my_second_subject": "blockskip_mila",
+    "my_edit": "blockskip_toby",
+    "my_edit_before": "blockskip_before",
+    "my_edit_try": "blockskip_mila",
+}
 WORDS = {
     "": "",
     "a photo of a red fox in a snowy forest, sharp details": "a big red star on grass, left",
     "a photo of a toy on a table": "a big red star on grass, left",
     "a photo of sks toy": "a big orange toby circle",
     "a photo of sks toy on the beach": "a big orange toby circle on water, right",
+    "make it a sks drawing": "a big orange toby circle",
     "a photo of sks toy beside zwx dog on the beach": "a big orange toby circle on water, right",
 }
 NAMES = {
@@ -61,7 +70,7 @@ def twin_of(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
     for key, spec in json.loads(json.dumps(prompt)).items():
         stand_ins = LOADERS.get(spec["class_type"])
         if stand_ins is None:
-            twin[key] = _small(spec)
+            twin |= _encoded(key, spec) if spec["class_type"] in ENCODERS else {key: _small(spec)}
             continue
         outputs[key] = [key if len(stand_ins) == 1 else f"{key}0{place}" for place in range(len(stand_ins))]
         for name, (kind, widget, file) in zip(outputs[key], stand_ins, strict=True):
@@ -75,12 +84,36 @@ def twin_of(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
     return twin
 
 
+def _encoded(key: str, spec: dict[str, Any]) -> Prompt:
+    """Return nodes that encode an instruction without its picture, and carry the picture as a reference if there is a VAE.
+
+    The demo's text encoder cannot see.
+    """
+    inputs, title = spec["inputs"], spec["_meta"]
+    words = inputs["prompt"]
+    words = WORDS[words] if isinstance(words, str) else words
+    text = {"class_type": "CLIPTextEncode", "inputs": {"text": words, "clip": inputs["clip"]}, "_meta": title}
+    if "vae" not in inputs:
+        return {key: text}
+    latent = {"pixels": inputs["image1"], "vae": inputs["vae"]}
+    return {
+        f"{key}00": text,
+        f"{key}01": {"class_type": "VAEEncode", "inputs": latent, "_meta": title},
+        key: {
+            "class_type": "ReferenceLatent",
+            "inputs": {"conditioning": [f"{key}00", 0], "latent": [f"{key}01", 0]},
+            "_meta": title,
+        },
+    }
+
+
 def _small(spec: dict[str, Any]) -> dict[str, Any]:
     inputs = {**spec["inputs"], **SMALL.get(spec["class_type"], {})}
     if isinstance(inputs.get("text"), str):
         inputs["text"] = WORDS[inputs["text"]]
     if spec["class_type"] == "StringConcatenate":
         inputs["string_a"] = NAMES[inputs["string_a"]]
-    if "folder" in inputs:
-        inputs["folder"] = FOLDERS[inputs["folder"]]
+    for name in ("folder", "reference_folder"):
+        if name in inputs:
+            inputs[name] = FOLDERS[inputs[name]]
     return {**spec, "inputs": inputs}

@@ -11,7 +11,7 @@ from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.inputs.folder_variants import with_mirrored, with_trigger
 from ..blockskip_core.hosts.inputs.training_folder import LoadedFolder, folder_identity, load_training_folder
 from . import widgets
-from .inputs import checked
+from .inputs import NO_FILE, checked
 from .page.progress import NodeProgress
 from .types import TrainingFilesSocket
 
@@ -53,6 +53,11 @@ class LoadTrainingFolder(io.ComfyNode):
                     "clips_per_video", default=1, min=1, max=1000, optional=True, advanced=True,
                     tooltip="How many clips to load from the beginning of each video; a shorter video gives fewer.",
                 ),
+                io.Combo.Input(
+                    "reference_folder", options=[NO_FILE, *folder_paths.get_input_subfolders()], default=NO_FILE, optional=True,
+                    tooltip="For edit models: a folder with the picture before the edit for each picture, under the same name "
+                    "(`cat.png`, or `cat_1.png`, `cat_2.png` for several).",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -66,28 +71,41 @@ class LoadTrainingFolder(io.ComfyNode):
                     "files", display_name="files", is_output_list=True,
                     tooltip="For Precompute Residuals, which then names pictures by their files.",
                 ),
+                io.Image.Output(
+                    "references", display_name="references", is_output_list=True,
+                    tooltip="The pictures of `reference_folder`, those of the first picture first; for Precompute Residuals.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, folder: Any = None, **_others: Any) -> str:
-        """Run again when a file of the folder has changed."""
-        return folder_identity(folder) if isinstance(folder, str) else ""
+    def fingerprint_inputs(cls, folder: Any = None, reference_folder: Any = NO_FILE, **_others: Any) -> str:
+        """Run again when a file of the folders has changed."""
+        names = [folder, *([] if reference_folder == NO_FILE else [reference_folder])]
+        return " ".join(folder_identity(name) for name in names if isinstance(name, str))
 
     @classmethod
     def execute(
-        cls, folder: Any, trigger_word: Any = "", flip: Any = False, frames: Any = 1, clips_per_video: Any = 1
-    ) -> io.NodeOutput:
+        cls, folder: Any, trigger_word: Any = "", flip: Any = False, frames: Any = 1, clips_per_video: Any = 1,
+        reference_folder: Any = NO_FILE,
+    ) -> io.NodeOutput:  # fmt: skip
         asked = checked(
-            cls, folder=folder, trigger_word=trigger_word, flip=flip, frames=frames, clips_per_video=clips_per_video
-        )
+            cls, folder=folder, trigger_word=trigger_word, flip=flip, frames=frames, clips_per_video=clips_per_video,
+            reference_folder=reference_folder,
+        )  # fmt: skip
         loaded = loaded_folder(**asked, progress=NodeProgress(cls.hidden.unique_id))
-        return io.NodeOutput(loaded.images, loaded.texts, loaded.files)
+        return io.NodeOutput(loaded.images, loaded.texts, loaded.files, loaded.references)
 
 
 def loaded_folder(
-    folder: str, trigger_word: str, flip: bool, frames: int, clips_per_video: int, progress: NodeProgress
+    folder: str,
+    trigger_word: str,
+    flip: bool,
+    frames: int,
+    clips_per_video: int,
+    reference_folder: str,
+    progress: NodeProgress,
 ) -> LoadedFolder:
     """Return the folder's content as asked for, and show on the node anything odd about it.
 
@@ -99,10 +117,13 @@ def loaded_folder(
             raise InvalidInputError(f"`{name}` must be at least 1, got {number}.")
     what = "pictures" if frames == 1 else "videos"
     loaded = load_training_folder(
-        folder, lambda done, total: progress(f"loading {what}", done, total), frames=frames, clips=clips_per_video
-    )
+        folder, lambda done, total: progress(f"loading {what}", done, total), frames=frames, clips=clips_per_video,
+        reference_folder=None if reference_folder == NO_FILE else reference_folder,
+    )  # fmt: skip
     loaded = with_trigger(loaded, trigger_word)
     loaded = with_mirrored(loaded) if flip else loaded
     captions = sum(map(bool, loaded.texts)) or "none"
-    progress.say("\n".join([*loaded.remarks, f"{what.capitalize()}: {len(loaded.images)}; captions: {captions}"]))
+    count = f"{what.capitalize()}: {len(loaded.images)}; captions: {captions}"
+    count += f"; references: {len(loaded.references)}" if loaded.references else ""
+    progress.say("\n".join([*loaded.remarks, count]))
     return loaded

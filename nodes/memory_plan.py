@@ -23,13 +23,16 @@ from ..blockskip_core.accounting.plan import (
 )
 from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
+from ..blockskip_core.data.reference_pictures import ReferencePart, ReferenceSettings
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
+from ..blockskip_core.hosts.inputs.references import checked_references
 from ..blockskip_core.hosts.models.adapted_dit import frames_of_clip
 from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
+from ..blockskip_core.hosts.models.reference_latents import counted_captions
 from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
@@ -86,11 +89,14 @@ class MemoryPlan(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, positive: Any, selection: Any, **settings: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, positive: Any, selection: Any, references: Any = None, **settings: Any
+    ) -> io.NodeOutput:
         model, selection = connected(model=model, selection=selection).values()
         request = PlanRequest(**checked(cls, **settings))
         progress = NodeProgress(cls.hidden.unique_id, has_text=False)
-        plan = Plan(model, flatten_conditionings(positive), selection, request, progress)
+        captions = flatten_conditionings(positive, with_references=True)
+        plan = Plan(model, captions, selection, request, progress, references)
         shown = {"text": [plan.text], "blockskip_plan": [plan.on_node()]}
         return io.NodeOutput(plan.text, plan.fits, as_image(plan.chart()), plan.settings_that_fit, ui=shown)
 
@@ -140,6 +146,16 @@ def _other_inputs() -> list[io.Input]:
         ),
         widgets.quantize_frozen(AT_TRAINER),
         widgets.frames(AT_PRECOMPUTE),
+        io.Image.Input(
+            "references", optional=True,
+            tooltip="For edit models: the pictures connected to Precompute Residuals under this name; the largest count.",
+        ),
+        widgets.reference_size(AT_PRECOMPUTE),
+        widgets.reference_part(AT_PRECOMPUTE),
+        io.Int.Input(
+            "references_each", default=1, min=1, max=64, optional=True, advanced=True,
+            tooltip="How many of `references` each picture has; ignored if none are connected.",
+        ),
     ]  # fmt: skip
 
 
@@ -169,6 +185,9 @@ class PlanRequest:
     use_spare: bool = True
     quantize_frozen: str = default_for_frozen_blocks()
     frames: int = 1
+    reference_size: int = 512
+    reference_part: ReferencePart = "whole"
+    references_each: int = 1
 
     def __post_init__(self) -> None:
         choices = {
@@ -178,7 +197,7 @@ class PlanRequest:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        for name in ("patch_min", "probe_size", "draws", "chunk_size"):
+        for name in ("patch_min", "probe_size", "draws", "chunk_size", "references_each"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 <= self.card_memory < float("inf"):
@@ -212,6 +231,14 @@ class PlanRequest:
         if self.preset != OFF:
             return room_of_card(self.preset), f"a card with {self.preset}"
         return (round(self.card_memory * GIB), "that card") if self.card_memory else room_on(device)
+
+    def with_references(self, dit: HostedDit, captions: Sequence[list], references: Sequence[Any]) -> list[list]:
+        """Return captions that carry latents without data, of the sizes of the largest references."""
+        settings = ReferenceSettings(size=self.reference_size, part=self.reference_part)
+        sizes = checked_references(references, captions).sizes
+        return counted_captions(
+            dit.adapter, dit.patcher.model, captions, sizes, self.references_each, settings, self.patch_min
+        )
 
     def counted_run(self, dit: HostedDit, selection: BlockSelection, captions: int) -> CountedRun:
         """Return an object that counts the run."""
@@ -248,11 +275,14 @@ class Plan:
         selection: BlockSelection,
         request: PlanRequest,
         progress: NodeProgress,
+        references: Sequence[Any] | None = None,
     ) -> None:
         require_available(request.quantize_kept, model.load_device)
-        frames = frames_of_clip(model, request.frames)
-        dit = HostedDit(model, captions, latent_shape(model.model, request.patch_min, frames))
+        shape = latent_shape(model.model, request.patch_min, frames_of_clip(model, request.frames))
+        dit = HostedDit(model, captions, shape)
         dit.adapter.require_rows(request.batch_size)
+        if references is not None:
+            dit = HostedDit(model, request.with_references(dit, captions, references), shape)
         selection.require_for(len(dit.blocks), dit.family)
         if request.back_residual == "exact":
             require_available(request.quantize_frozen, model.load_device)

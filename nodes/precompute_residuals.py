@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..blockskip_core.data.crops import TrainingCrops
 from ..blockskip_core.data.patch_sampling import PATCH_ORDERS
+from ..blockskip_core.data.reference_pictures import ReferenceSettings
 from ..blockskip_core.data.schedule import TrainingSchedule, largest_crop
 from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS
 from ..blockskip_core.hosts.inputs.material import checked_material
@@ -74,12 +75,15 @@ class PrecomputeResiduals(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, files: Any = None, **settings: Any
-    ) -> io.NodeOutput:
+        cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, files: Any = None, references: Any = None,
+        reference_size: Any = 512, reference_part: Any = "whole", **settings: Any,
+    ) -> io.NodeOutput:  # fmt: skip
         model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
         asked = residual_settings(**checked(cls, **settings))
+        shown = checked(cls, reference_size=reference_size, reference_part=reference_part)
+        given = GivenMaterial(images, positive, files, references, reference_settings(**shown))
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
-        return io.NodeOutput(*precompute(model, vae, images, positive, files, selection, asked, progress))
+        return io.NodeOutput(*precompute(model, vae, given, selection, asked, progress))
 
 
 def _training_inputs() -> list[io.Input]:
@@ -163,7 +167,42 @@ def _detail_inputs() -> list[io.Input]:
         ),
         widgets.noise_from("Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875."),
         widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),
+        *_reference_inputs(),
     ]  # fmt: skip
+
+
+def _reference_inputs() -> list[io.Input]:
+    return [
+        io.Image.Input(
+            "references", optional=True,
+            tooltip="For edit models (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit): the pictures before the edit, from Load Training "
+            "Folder; equally many for each of `images`, in the same order, or one for all.",
+        ),
+        widgets.reference_size(
+            "Largest shorter side in pixels at which a reference is shown whole; nothing is scaled up. Its tokens take memory "
+            "and time like the picture's own: at 512 px four times those of a `patch_min` of 256."
+        ),
+        widgets.reference_part(
+            "whole: the model sees all of a reference, whatever the crop. same part: it sees the part that the crop shows, at "
+            "the crop's size; for pictures that match their references point by point."
+        ),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GivenMaterial:
+    """The inputs that pictures, captions and references come from, as the node gets them."""
+
+    images: Any
+    positive: Any
+    files: Any = None
+    references: Any = None
+    shown: ReferenceSettings | None = None
+
+
+def reference_settings(reference_size: int, reference_part: Any) -> ReferenceSettings:
+    """Return the widgets as settings."""
+    return ReferenceSettings(size=reference_size, part=reference_part)
 
 
 def residual_settings(*, memory_settings: Any = None, **settings: Any) -> ResidualSettings:
@@ -177,9 +216,7 @@ def residual_settings(*, memory_settings: Any = None, **settings: Any) -> Residu
 def precompute(
     model: Any,
     vae: Any,
-    images: Any,
-    positive: Any,
-    files: Any,
+    given: GivenMaterial,
     selection: BlockSelection,
     settings: ResidualSettings,
     progress: NodeProgress,
@@ -191,10 +228,13 @@ def precompute(
     """
     advice = "Lower `patch_min`, or unload whatever else uses the device, and queue again: finished parts are kept."
     with out_of_memory_explained("Precomputing", advice):
-        material = checked_material(images, positive, files, settings.frames)
-        residuals, crops = prepare_residuals(
-            model, vae, material.pictures, material.captions, selection, settings, progress, material.pictures.labels
+        material = checked_material(
+            given.images, given.positive, given.files, settings.frames, given.references, given.shown
         )
+        residuals, crops = prepare_residuals(
+            model, vae, material.pictures, material.captions, selection, settings, progress, material.pictures.labels,
+            material.references,
+        )  # fmt: skip
         sheet = pictures.as_image(contact_sheet(crops, residuals.schedule, material.blank))
     progress.say("\n".join([*material.remarks, size_note(material.pictures.sizes, residuals.schedule)]))
     return replace(residuals, remarks=material.remarks), sheet

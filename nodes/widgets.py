@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..blockskip_core.adapters.lora import LoraTargets
+from ..blockskip_core.data.reference_pictures import REFERENCE_PARTS
 from ..blockskip_core.hosts.models.quantised_blocks import available_formats, default_for_frozen_blocks
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
@@ -152,3 +153,17 @@ def lora_file(name: str, tooltip: str, **more: Any) -> io.Combo.Input:
 def memory_settings(tooltip: str) -> io.Input:
     """The settings from Memory Plan."""
     return MemorySettingsSocket.Input("memory_settings", optional=True, tooltip=tooltip)
+
+
+def reference_size(tooltip: str) -> io.Int.Input:
+    """The size of reference pictures."""
+    return io.Int.Input(
+        "reference_size", default=512, min=16, max=LARGEST_SIDE, step=16, optional=True, advanced=True, tooltip=tooltip
+    )  # fmt: skip
+
+
+def reference_part(tooltip: str) -> io.Combo.Input:
+    """Which part of a reference picture is shown."""
+    return io.Combo.Input(
+        "reference_part", options=list(REFERENCE_PARTS), default="whole", optional=True, advanced=True, tooltip=tooltip
+    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""How training examples are grouped: into the micro-batches of a run, and into batches of equal text."""
+"""How training examples are grouped: into the micro-batches of a run, and into batches of rows that can be joined."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 
@@ -30,13 +30,11 @@ class MicroBatches:
         return [index % num_draws for index in range(start, start + self.batch_size)]
 
 
-def batches_of_equal_text(
-    draws: Iterable[int], text_length_of: Callable[[int], int], batch_size: int
-) -> list[list[int]]:
-    """Return draw indices in batches whose captions have equally many tokens, in order of first appearance."""
-    groups: dict[int, list[int]] = {}
+def batches_of_equal_text(draws: Iterable[int], key_of: Callable[[int], Hashable], batch_size: int) -> list[list[int]]:
+    """Return draw indices in batches of equal keys, in order of first appearance; a key tells how many tokens a text has."""
+    groups: dict[Hashable, list[int]] = {}
     for draw in draws:
-        groups.setdefault(text_length_of(draw), []).append(draw)
+        groups.setdefault(key_of(draw), []).append(draw)
     return [
         group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
     ]

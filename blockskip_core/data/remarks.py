@@ -103,6 +103,16 @@ def on_transparent(pictures: Sequence[int], labels: Labels) -> str | None:
     )
 
 
+def on_unedited(pictures: Sequence[int], labels: Labels) -> str | None:
+    """Return which pictures are the same as their reference, or None."""
+    if not pictures:
+        return None
+    return (
+        f"{labels.counted(pictures)} the same as before the edit: {labels.listed(pictures)}. Is `references` connected to "
+        "the pictures before the edit?"
+    )
+
+
 def put_on_white(pictures: Sequence[int], labels: Labels) -> str | None:
     """Return which pictures had transparent parts, now white, or None."""
     if not pictures:

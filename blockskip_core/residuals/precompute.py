@@ -17,7 +17,7 @@ chunk's first draw it is kept, so that training can check itself against the ful
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -185,7 +185,7 @@ class _BlockStream:
         last = span.stop == len(self._dit.blocks)
         replay, seen = Replay(), {index: Recording() for index in sorted({*watched, *([] if last else [span[-1]])})}
         with self._dit.running(self._modules(span, replay, seen)) as denoise:
-            for batch in batches_of_equal_text(draws, self._text_length, self._batch_size):
+            for batch in batches_of_equal_text(draws, self._batch_key, self._batch_size):
                 if span.start:
                     replay.front = TokenStreams.cat([self._tokens[draw] for draw in batch])
                 output = self._denoise(denoise, batch)
@@ -216,8 +216,8 @@ class _BlockStream:
         device = self._dit.device
         return denoise(noisy.to(device), sigmas.to(device), [self._schedule[draw].caption for draw in batch])
 
-    def _text_length(self, draw: int) -> int:
-        return self._dit.text_length(self._schedule[draw].caption)
+    def _batch_key(self, draw: int) -> Hashable:
+        return self._dit.batch_key(self._schedule[draw].caption)
 
 
 def _rows(tensor: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -216,7 +216,7 @@ class _Loop:
     def _micro_batch(self, stretch: _Stretch, micro_batch: int) -> None:
         draws = self.config.micro_batches.draws_of(micro_batch, len(self.schedule))
         total = 0.0
-        for batch in batches_of_equal_text(draws, self._text_length, self.config.batch_size):
+        for batch in batches_of_equal_text(draws, self._batch_key, self.config.batch_size):
             with ExitStack() as stack:
                 # Counted twice, because a budget takes effect only from the second micro-batch on.
                 counted = self.num_counted < 2 and stack.enter_context(stretch.model.counting_saved_bytes())
@@ -330,5 +330,5 @@ class _Loop:
         if self.overflows_in_a_row >= _MOST_OVERFLOWS:
             self._require_finite(norm, "gradient", micro_batch)
 
-    def _text_length(self, draw: int) -> int:
-        return self.dit.text_length(self.schedule[draw].caption)
+    def _batch_key(self, draw: int) -> Hashable:
+        return self.dit.batch_key(self.schedule[draw].caption)

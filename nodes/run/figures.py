@@ -65,7 +65,7 @@ def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
         selection=run.residuals.selection,
         block_names=[block.name for block in run.dit.blocks],
         schedule=run.residuals.schedule,
-        num_captions=len(run.residuals.captions),
+        num_captions=run.dit.num_texts,
         storage={
             "Residuals": known["residuals"],
             "Stored as": known["residual_format"],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..hosts.edit_models import edit_model
 from ..hosts.followed_families import family as followed
 from ..hosts.tiny_families import FAMILIES, FLUX, TinyFamily
 from ..hosts.tiny_minimax import MINIMAX
@@ -110,6 +111,10 @@ def test_a_span_before_trained_last_blocks(compare, storage, mode):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_every_way_to_spend_or_save_memory(compare, settings, mode):
     compare(FLUX, mode, **settings)
+
+
+def test_an_edit_model_with_references(compare):
+    compare(edit_model("flux"), "streamed", batch_size=2)
 
 
 def test_weights_that_the_trainer_streams(compare):

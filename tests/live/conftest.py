@@ -108,7 +108,10 @@ NAMED_MODELS = {
     "vae": ["ae.safetensors"],
     "clip_vision": ["clip_vision_h.safetensors"],
 }
-FOLDERS = {"blockskip_toby": "toby", "blockskip_mila": "mila", "my_subject": "toby", "my_second_subject": "mila"}
+FOLDERS = {
+    "blockskip_toby": "toby", "blockskip_mila": "mila", "blockskip_before": "toby", "my_subject": "toby", "my_second_subject": "mila",
+    "my_edit": "toby", "my_edit_before": "toby", "my_edit_try": "mila",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

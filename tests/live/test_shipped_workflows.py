@@ -26,7 +26,9 @@ SHIPPED = sorted(ROOT.glob("workflows/*.json"))
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
     """``devtools/make_workflows.py``, which imports modules in its folder."""
-    for name in ("workflow_graphs", "workflow_families", "workflow_demo", "workflow_stand_ins", "workflow_thumbnails"):
+    for name in (
+        "workflow_graphs", "workflow_families", "workflow_edit", "workflow_demo", "workflow_stand_ins", "workflow_thumbnails",
+    ):  # fmt: skip
         sys.modules[name] = load_devtool(name)
     return load_devtool("make_workflows")
 
@@ -34,7 +36,7 @@ def maker() -> ModuleType:
 @pytest.fixture(scope="module")
 def graphs(maker: ModuleType) -> dict[str, Any]:
     """The graphs by name."""
-    return {graph.name: graph for graph in (*maker.GRAPHS, *maker.FAMILIES)}
+    return {graph.name: graph for graph in (*maker.GRAPHS, *maker.FAMILIES, maker.EDIT)}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_the_twins_are_up_to_date(graphs: dict[str, Any], maker: ModuleType) -> 
     ("seed", "twin"),
     [
         (71, "my_first_lora"), (72, "train_8_gb"), (73, "train_12_gb"), (74, "train_24_gb"), (76, "z_image_turbo"),
-        (77, "qwen_image"),
+        (77, "qwen_image"), (78, "qwen_image_edit"),
     ],
 )  # fmt: skip
 def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..., Any], seed: int, twin: str) -> None:

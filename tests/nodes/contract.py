@@ -24,6 +24,7 @@ HOST_DECIDES = (
     "start_file",
     "lora_name",
     "folder",
+    "reference_folder",
     "file",
 )  # choices that depend on version and files
 
@@ -98,6 +99,10 @@ CONTRACT = {
             use_spare BOOLEAN? = True
             quantize_frozen COMBO? = 4-bit {host's}
             frames INT? = 1 [1, 1001]
+            references IMAGE?
+            reference_size INT? = 512 [16, 4096] step 16
+            reference_part COMBO? = whole {whole | same part}
+            references_each INT? = 1 [1, 64]
         """,
         [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY")],
     ),
@@ -124,6 +129,9 @@ CONTRACT = {
             frames INT? = 1 [1, 1001]
             noise_from FLOAT? = 0.0 [0.0, 1.0] step 0.001
             noise_to FLOAT? = 1.0 [0.0, 1.0] step 0.001
+            references IMAGE?
+            reference_size INT? = 512 [16, 4096] step 16
+            reference_part COMBO? = whole {whole | same part}
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -218,8 +226,9 @@ CONTRACT = {
             flip BOOLEAN? = False
             frames INT? = 1 [1, 1001]
             clips_per_video INT? = 1 [1, 1000]
+            reference_folder COMBO? = none {host's}
         """,
-        [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES")],
+        [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES"), ("references", "IMAGE")],
         takes_lists=False,
     ),
     "BlockSkip_TrainWord": Contract(

@@ -41,7 +41,7 @@ def test_every_page_names_every_choice_of_a_combo(schemas):
     for node_id, schema in schemas.items():
         text = (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
         for entry in schema.inputs:
-            if entry.id not in ("lora_name", "folder", "file") and entry.get_io_type() == "COMBO":
+            if entry.id not in ("lora_name", "folder", "reference_folder", "file") and entry.get_io_type() == "COMBO":
                 for option in entry.options:
                     assert option in text, f"{node_id}.{entry.id}: nothing on {option}"
 

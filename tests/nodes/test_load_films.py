@@ -36,7 +36,7 @@ def test_a_videos_first_pictures_are_one_image(load, folder, said):  # noqa: F81
     write_film(folder / "walk.mp4", colours)
     write_film(folder / "short.MOV", colours[:3])
     (folder / "walk.txt").write_text("a dog walks", encoding="utf-8")
-    images, texts, files = load(frames=5)
+    images, texts, files, _ = load(frames=5)
     assert [tuple(image.shape) for image in images] == [(3, 48, 64, 3), (5, 48, 64, 3)]
     torch.testing.assert_close(images[1].mean(dim=(1, 2, 3)), torch.tensor(colours[:5]), atol=0.03, rtol=0.0)
     assert texts == ["", "a dog walks"]

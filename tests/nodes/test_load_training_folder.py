@@ -46,7 +46,7 @@ def test_pictures_captions_and_names_come_in_the_order_of_the_names(load, folder
     for number in (10, 2, 1):
         photo(folder / f"{number}.png", seed=number)
         (folder / f"{number}.txt").write_text(f"toy {number}", encoding="utf-8")
-    images, texts, files = load()
+    images, texts, files, _ = load()
     assert texts == ["toy 1", "toy 2", "toy 10"]
     assert [(file.name, file.caption) for file in files] == [
         ("1.png", "toy 1"),
@@ -203,7 +203,7 @@ def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load
         (folder / name).mkdir()
         photo(folder / name / "a.png")
     photo(folder / "top.png")
-    images, texts, files = load()
+    images, texts, files, _ = load()
     assert [file.name for file in files] == ["top.png", "2_toy/a.png", "2_toy/a.png", "plain/a.png"]
     assert images[1].data_ptr() == images[2].data_ptr()
     assert len(images) == len(texts) == 4
@@ -216,7 +216,7 @@ def test_pictures_of_numbered_folders_count_several_times_and_are_held_once(load
 def test_a_name_that_no_page_can_show_harms_nothing(load, folder, bench):
     for name in (b"a\xff.png", b"b\nc.png"):
         Image.new("RGB", (64, 64)).save(os.fsdecode(os.path.join(os.fsencode(folder), name)), format="PNG")
-    images, _, files = load()
+    images, _, files, _ = load()
     assert [file.name for file in files] == ["a?.png", "b?c.png"]
     listed = type(bench.pictures)
     residuals = bench.precompute(images=listed(images), files=listed(files))[0]
@@ -302,11 +302,11 @@ def test_comfyui_asks_for_that_as_it_asks_a_node(nodes, folder, monkeypatch, cap
 def test_its_outputs_go_into_precompute_residuals(load, folder, bench):
     for name in "abc":
         photo(folder / f"{name}.png", size=(64, 64), seed=ord(name))
-    images, _, files = load()
+    images, _, files, _ = load()
     listed = type(bench.pictures)
     assert len(bench.precompute(images=listed(images), files=listed(files))[0].schedule) == 6
     photo(folder / "b.png", size=(64, 20))
-    images, _, files = load()
+    images, _, files, _ = load()
     with pytest.raises(ValueError, match=r"smaller than the patch of 32 px: b\.png \(64 x 20 px\)"):
         bench.precompute(images=listed(images), files=listed(files))
 
@@ -323,7 +323,7 @@ def test_cores_loader_makes_grey_of_sixteen_bits_white_and_that_is_said(folder, 
 
 def test_the_trigger_word_and_mirrored_copies_through_the_node(nodes, run_node, folder, said):
     values = photo(folder / "a.png")
-    images, texts, files = run_node(nodes.LoadTrainingFolder, folder="toy", trigger_word="sks toy", flip=True).args
+    images, texts, files, _ = run_node(nodes.LoadTrainingFolder, folder="toy", trigger_word="sks toy", flip=True).args
     assert texts == ["sks toy", "sks toy"]
     assert [file.name for file in files] == ["a.png", "a.png (mirrored)"]
     assert torch.equal(images[1][0], values.flip(1))

@@ -199,7 +199,7 @@ def test_a_page_names_the_node_and_every_input_output_and_choice(page, schemas, 
     assert schema.display_name in text
     for entry in schema.inputs:
         assert f"| `{entry.id}` |" in text, f"no row for {entry.id}"
-        if entry.id not in ("lora_name", "folder", "file") and entry.get_io_type() == "COMBO":
+        if entry.id not in ("lora_name", "folder", "reference_folder", "file") and entry.get_io_type() == "COMBO":
             assert [option for option in entry.options if option not in text] == []
     for entry in schema.outputs:
         assert f"* `{entry.id}`：" in text, f"nothing on {entry.id}"

@@ -79,7 +79,7 @@ def loaders(nodes, run_node, tmp_path, monkeypatch):
     monkeypatch.setattr(nodes.load_training_folder.NodeProgress, "say", lambda self, text: said.append(text))
 
     def ours():
-        images, texts, _ = run_node(nodes.LoadTrainingFolder, folder="toy").args
+        images, texts, *_ = run_node(nodes.LoadTrainingFolder, folder="toy").args
         return images, texts, said[-1]
 
     def theirs():

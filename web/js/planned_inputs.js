@@ -17,7 +17,7 @@ const SET_BY_PLAN = {
 };
 const READ_BY_PLAN = {
   [TRAINER]: ["rank", "targets", "quantize_frozen"],
-  [PRECOMPUTE]: ["draws", "chunk_size", "back_residual", "residual_format", "frames"],
+  [PRECOMPUTE]: ["draws", "chunk_size", "back_residual", "residual_format", "frames", "reference_size", "reference_part"],
 };
 
 const SHORT = { [PLAN]: "Memory Plan", [TRAINER]: "Dynamic Patch Trainer", [PRECOMPUTE]: "Precompute Residuals" };

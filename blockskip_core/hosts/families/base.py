@@ -20,6 +20,7 @@ from ...model import BlockInfo, BlockIO, TokenStreams
 TEXT_TOKENS = (
     "blockskip_text_tokens"  # in transformer_options: text tokens of the stream, for families whose calls do not say
 )
+REFERENCE_TOKENS = "blockskip_reference_tokens"  # in transformer_options: tokens of a call's reference pictures, if any
 
 
 class FamilyAdapter(ABC):
@@ -41,6 +42,7 @@ class FamilyAdapter(ABC):
         most_rows: The most examples that the model takes at once; None if any number.
         clip_lengths: Lengths of its clips, if the host's format of its latents does not say them.
         reads_noise_levels: Whether the model computes with noise levels as numbers, so that a pass without values needs some.
+        takes_references: Whether its models look at reference pictures, whose tokens follow the picture's.
     """
 
     family: ClassVar[str]
@@ -59,6 +61,7 @@ class FamilyAdapter(ABC):
     most_rows: int | None = None
     clip_lengths: ClassVar[ClipLengths | None] = None
     reads_noise_levels: bool = False
+    takes_references: bool = False
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         self._model: Any = diffusion_model  # of the host's class, which is untyped
@@ -91,6 +94,11 @@ class FamilyAdapter(ABC):
         """Return the number of image tokens of a latent; the host pads to whole patches."""
         patch = self.patch_size
         return -(-rows // patch) * -(-columns // patch)
+
+    def reference_tokens(self, latents: Sequence[Tensor]) -> int:
+        """Return the number of tokens of reference latents, each (B, C, H, W) or (B, C, frames, H, W)."""
+        frames = [1 if latent.ndim == 4 else latent.shape[2] for latent in latents]
+        return sum(n * self.image_tokens(*latent.shape[-2:]) for n, latent in zip(frames, latents, strict=True))
 
     def prepare_call(self, frames: int, rows: int, columns: int) -> None:  # noqa: B027  most calls say it themselves
         """Note the size of the latents of the next call."""

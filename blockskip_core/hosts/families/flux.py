@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import comfy.ldm.chroma.model
 import comfy.ldm.flux.model
 
-from ...model import BlockInfo, TokenStreams
+from ...model import BlockInfo, BlockIO, TokenStreams
 from .base import FamilyAdapter, JoinedBlockIO, block_info
 from .capabilities import EmbedsPatches, MasksText, PlacesTokens
 from .patch_layers import PatchLayers
+from .reference_tokens import WithReferences
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, last_tokens
 
@@ -35,7 +36,7 @@ class DoubleBlockIO:
 
 
 class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
-    """FLUX.1 (dev and schnell)."""
+    """FLUX.1 (dev, schnell and Kontext)."""
 
     family = "flux"
     title = "FLUX.1"
@@ -48,6 +49,7 @@ class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     text_entry = "txt_in"
     pooled_entry = "vector_in.in_layer"
     base_model_version = "flux1"
+    takes_references = True
 
     @property
     def architecture(self) -> str:  # type: ignore[override]
@@ -62,9 +64,12 @@ class FluxAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
         )
 
     def blocks(self) -> Sequence[BlockInfo]:
-        single = JoinedBlockIO(lambda options: options["img_slice"][0])
+        double: BlockIO = DoubleBlockIO()
+        single: BlockIO = JoinedBlockIO(lambda options: options["img_slice"][0])
+        if self.takes_references:
+            double, single = WithReferences(double), WithReferences(single)
         return [
-            *block_info(self._model, "double_blocks", DoubleBlockIO()),
+            *block_info(self._model, "double_blocks", double),
             *block_info(self._model, "single_blocks", single),
         ]
 
@@ -111,6 +116,7 @@ class ChromaAdapter(FluxAdapter):
     architecture = "chroma"
     base_model_version = "chroma"
     reads_rope_options = False
+    takes_references = False  # the class is given them, and does not read them
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:

@@ -14,6 +14,7 @@ from ...model import BlockInfo, TokenStreams
 from .base import FamilyAdapter, block_info
 from .capabilities import EmbedsPatches, MasksText, PlacesTokens
 from .patch_layers import PatchLayers
+from .reference_tokens import WithReferences
 from .text_masking import mask_by_index, wrap_options
 from .token_positions import RotaryPositions, TokenPositions, centred_tokens
 
@@ -33,7 +34,7 @@ class QwenBlockIO:
 
 
 class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
-    """Qwen-Image, text to image."""
+    """Qwen-Image and Qwen-Image-Edit."""
 
     family = "qwen_image"
     title = "Qwen-Image"
@@ -50,13 +51,14 @@ class QwenImageAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
     base_model_version = "qwen_image"
     read_by_diffusers = frozenset({"diffusers", "peft", "kohya"})
     has_names_of_diffusers = False
+    takes_references = True
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
         return type(diffusion_model) is comfy.ldm.qwen_image.model.QwenImageTransformer2DModel
 
     def blocks(self) -> Sequence[BlockInfo]:
-        return block_info(self._model, "transformer_blocks", QwenBlockIO())
+        return block_info(self._model, "transformer_blocks", WithReferences(QwenBlockIO()))
 
     @property
     def width(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
@@ -18,20 +18,28 @@ from ...errors import InvalidInputError
 _OF_A_PART = ("area", "mask", "set_area_to_bounds", "mask_strength", "gligen")
 _OF_SAMPLING = ("hooks", "default", "clip_start_percent", "clip_end_percent")
 _OF_OTHER_MEDIA = (
-    "control", "reference_latents", "reference_latents_text_embeds", "concat_latent_image", "concat_mask",
+    "control", "reference_latents_text_embeds", "concat_latent_image", "concat_mask",
     "clip_vision_output", "clip_vision_outputs", "clip_vision_output_ref", "unclip_conditioning", "control_video",
     "vace_frames", "camera_conditions", "audio_embed", "ref_audio", "reference_motion", "face_video_pixels",
     "pose_video_latent", "context_latents", "keyframe_idxs", "time_dim_concat", "time_dim_replace", "minimax_keyframes",
     "minimax_refs",
 )  # fmt: skip
+REFERENCES = "reference_latents"
+"""The setting of a CONDITIONING that holds reference latents: a list of what the VAE makes."""
+REFERENCE_ARGUMENT = "ref_latents"
+"""The argument of the host's models that looks at reference pictures beside the text."""
 _NOT_FOR_TRAINING = (*_OF_A_PART, *_OF_SAMPLING, *_OF_OTHER_MEDIA)
 _NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 """Settings that have no effect at this value, and that training cannot follow at any other. The strength of a single text
 also cancels out when sampling, because it is a weight relative to other texts."""
 
 
-def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
+def flatten_conditionings(positive: Sequence[Any], *, with_references: bool = False) -> list[list]:
     """Return single conditionings, each ``[[tensor, settings]]``, from a list of CONDITIONINGs with one text each.
+
+    Args:
+        positive: CONDITIONINGs.
+        with_references: Whether they may carry reference latents, as edit models take them.
 
     Raises:
         InvalidInputError: If there are none, or one is not one text, is not finite, or carries settings that training
@@ -46,7 +54,7 @@ def flatten_conditionings(positive: Sequence[Any]) -> list[list]:
                 f"Conditioning {number} combines {len(conditioning)} texts, and training takes one text at a time. "
                 "Leave out Conditioning (Combine), or write both into one text."
             )
-        _require_trainable(number, conditioning[0])
+        _require_trainable(number, conditioning[0], with_references)
     return [[conditioning[0]] for conditioning in given]
 
 
@@ -64,18 +72,52 @@ def _text_key(embedding: Tensor, settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _require_trainable(number: int, entry: Any) -> None:
+def references_of(conditioning: list) -> Sequence[Tensor]:
+    """Return the reference latents that a single conditioning carries, as the VAE makes them."""
+    return conditioning[0][1].get(REFERENCES) or ()
+
+
+def without_references(conditioning: list) -> list:
+    """Return a single conditioning without its reference latents."""
+    [[embedding, settings]] = conditioning
+    return [[embedding, {name: value for name, value in settings.items() if name != REFERENCES}]]
+
+
+def number_of_texts(captions: Sequence[list]) -> int:
+    """Return how many texts captions are made of; each training example may have a caption of its own for its reference."""
+    if not any(map(references_of, captions)):
+        return len(captions)
+    return len({id(embedding) for [[embedding, _]] in captions})
+
+
+def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
     embedding, settings = _require_text(number, entry)
     refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
+    if settings.get(REFERENCES) and not with_references:
+        refused.append(REFERENCES)
     refused += [name for name, neutral in _NEUTRAL.items() if not _has_no_effect(settings.get(name), neutral)]
     if refused:
         raise InvalidInputError(
             f"Conditioning {number} carries {', '.join(refused)}, which training cannot follow. "
             "Connect a plain text conditioning."
         )
+    _require_references(number, settings.get(REFERENCES))
     tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
+
+
+def _require_references(number: int, latents: Any) -> None:
+    """Check the form of reference latents, if there are any."""
+    if latents is None:
+        return
+    if not _is_list(latents) or not all(isinstance(x, Tensor) and x.ndim in (4, 5) and len(x) == 1 for x in latents):
+        raise InvalidInputError(
+            f"Conditioning {number} carries reference latents that are not single pictures. Connect VAE Encode of one "
+            "picture to each ReferenceLatent."
+        )
+    if not all(torch.isfinite(latent).all() for latent in latents):
+        raise InvalidInputError(f"Conditioning {number} carries reference latents with NaN or Inf. Check the VAE.")
 
 
 def _has_no_effect(value: Any, neutral: float) -> bool:
@@ -157,15 +199,47 @@ def model_arguments(
         latent_shapes=[latent.shape] if sound is None else [latent.shape, sound.shape],
     )  # fmt: skip
     arguments = encoded[0]["model_conds"]
-    return {name: _plain(value.process_cond(batch_size=1, area=None).cond) for name, value in arguments.items()}
+    return {
+        name: on_tensors(value.process_cond(batch_size=1, area=None).cond, torch.clone)
+        for name, value in arguments.items()
+    }
 
 
-def _plain(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def arguments_for_each(
+    convert: Callable[[list], dict[str, Any]], conditionings: Sequence[list]
+) -> list[dict[str, Any]]:
+    """Return the arguments for each of some conditionings; those that differ in their references alone share all others.
+
+    Every training example may have a reference of its own, and the arguments of a text can take megabytes.
+
+    Args:
+        convert: Conditioning -> arguments, as :func:`model_arguments`.
+        conditionings: Each ``[[tensor, settings]]``.
+    """
+    of_text: dict[Any, dict[str, Any]] = {}
+    rows = []
+    for conditioning in conditionings:
+        made = convert(conditioning)
+        [[embedding, settings]] = without_references(conditioning)
+        shared = of_text.setdefault((id(embedding), *((name, id(value)) for name, value in settings.items())), made)
+        own = {name: made[name] for name in (REFERENCE_ARGUMENT,) if name in made}
+        rows.append({**{name: value for name, value in shared.items() if name in made}, **own})
+    return rows
+
+
+def on_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return an argument with ``function`` applied to it if it is a tensor, or to each tensor if it is a list of them."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return [function(tensor) for tensor in value] if _is_list_of_tensors(value) else value
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value)
 
 
 def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the arguments of a batch from those of its rows; tensors are joined along the batch axis.
+    """Return the arguments of a batch from those of its rows; tensors, and those in lists, are joined along the batch axis.
 
     Raises:
         InvalidInputError: If one row has an argument that another lacks (a text mask, say), so they cannot be batched.
@@ -176,7 +250,13 @@ def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "Two captions of one batch carry different settings. Encode all captions in the same way, or set "
             "batch_size to 1."
         )
-    return {
-        name: torch.cat([row[name] for row in rows]) if isinstance(value, Tensor) else value
-        for name, value in first.items()
-    }
+    return {name: _joined([row[name] for row in rows]) for name in first}
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Return the rows' values of one argument as that of a batch; what is no tensor is the first row's."""
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    if _is_list_of_tensors(values[0]):
+        return [torch.cat(tensors) for tensors in zip(*values, strict=True)]
+    return values[0]

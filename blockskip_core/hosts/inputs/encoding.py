@@ -17,6 +17,17 @@ def crop_multiple(vae: Any, patch_size: int) -> int:
     return int(vae.spacial_compression_encode()) * patch_size
 
 
+def encode_one(vae: Any, model: Any, picture: Tensor, frames: int = 1) -> Tensor:
+    """Return the latent of a picture as the VAE makes it; :func:`encode_crops` says what the arguments are.
+
+    Raises:
+        InvalidInputError: If it does not fit the model.
+    """
+    latent = vae.encode(picture if picture.ndim == 4 else picture.unsqueeze(0))
+    _require_fitting(latent, model, frames)
+    return latent
+
+
 def encode_crops(
     vae: Any,
     model: Any,
@@ -43,9 +54,7 @@ def encode_crops(
     """
     latents: dict[int, Tensor] = {}
     for index in order or range(len(crops)):
-        crop = crops[index]
-        latent = vae.encode(crop if crop.ndim == 4 else crop.unsqueeze(0))
-        _require_fitting(latent, model, frames)
+        latent = encode_one(vae, model, crops[index], frames)
         latents[index] = without_frames(model, model.process_latent_in(latent)).float().cpu()
         if progress:
             progress(len(latents), len(crops))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from torch import Tensor
+
 from .material import TrainingFile
 from .training_folder import LoadedFolder
 
@@ -24,7 +26,7 @@ def with_trigger(loaded: LoadedFolder, word: str) -> LoadedFolder:
 
 
 def with_mirrored(loaded: LoadedFolder) -> LoadedFolder:
-    """Return the folder with a copy of every picture, mirrored left to right, after it; captions stay the same.
+    """Return the folder with a copy of every picture and its references, mirrored left to right; captions stay the same.
 
     Images are (1, H, W, 3), or (F, H, W, 3) for films, so the width is dimension 2.
     """
@@ -33,4 +35,12 @@ def with_mirrored(loaded: LoadedFolder) -> LoadedFolder:
         images=[each for image in loaded.images for each in (image, image.flip(2))],
         texts=[text for text in loaded.texts for _ in range(2)],
         files=[each for file in loaded.files for each in (file, replace(file, name=f"{file.name} (mirrored)"))],
+        references=_mirrored_with(loaded),
     )
+
+
+def _mirrored_with(loaded: LoadedFolder) -> list[Tensor]:
+    """Return the references with mirrored copies of each picture's after them."""
+    each = len(loaded.references) // len(loaded.images)
+    pictures = (loaded.references[start : start + each] for start in range(0, len(loaded.references), each or 1))
+    return [image for of_one in pictures for image in (*of_one, *(image.flip(2) for image in of_one))]

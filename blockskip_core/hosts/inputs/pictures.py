@@ -25,6 +25,7 @@ class Pictures(OnAccess):
     Args:
         images: IMAGEs, batches of pictures of equal size.
         names: Their file names; empty if unknown.
+        kind: What they are called in messages.
 
     Attributes:
         labels: The pictures' names.
@@ -34,11 +35,11 @@ class Pictures(OnAccess):
         InvalidInputError: If there is no picture, or one is not on the scale from 0 to 1.
     """
 
-    def __init__(self, images: Sequence[Any], names: Sequence[str] = ()) -> None:
-        self._given = [picture for batch in _numbered(images) for picture in batch]
+    def __init__(self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture") -> None:
+        self._given = [picture for batch in _numbered(images, kind) for picture in batch]
         if not self._given:
             raise InvalidInputError("No pictures came in. Connect Load Training Folder or Load Image to `images`.")
-        self.labels = Labels(len(self._given), names)
+        self.labels = Labels(len(self._given), names, kind)
         self._as_given, self.transparent = [], []
         for index, picture in enumerate(self._given):
             self._as_given.append(_require_picture(self.labels.full(index), picture))
@@ -67,18 +68,18 @@ class Pictures(OnAccess):
         return [(picture.shape[0], picture.shape[1]) for picture in self._given]
 
 
-def _numbered(images: Sequence[Any]) -> list[Tensor]:
+def _numbered(images: Sequence[Any], kind: str) -> list[Tensor]:
     """Return the IMAGEs after checking their shapes; an error gives the number of the batch's first picture."""
     batches: list[Tensor] = []
     for batch in images:
         number = sum(map(len, batches)) + 1
         if not isinstance(batch, Tensor):
             raise InvalidInputError(
-                f"Picture {number} is not a picture but a {type(batch).__name__}. Connect Load Training Folder or Load Image."
+                f"{kind} {number} is not a picture but a {type(batch).__name__}. Connect Load Training Folder or Load Image."
             )
         if batch.ndim != 4 or batch.shape[-1] not in _COLOURS or 0 in batch.shape[1:]:
             raise InvalidInputError(
-                f"Picture {number} must come in the shape (pictures, rows, columns, 3 colours), got {tuple(batch.shape)}. "
+                f"{kind} {number} must come in the shape (pictures, rows, columns, 3 colours), got {tuple(batch.shape)}. "
                 "Connect Load Training Folder or Load Image."
             )
         batches.append(batch)

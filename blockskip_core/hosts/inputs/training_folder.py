@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
@@ -19,6 +19,7 @@ from . import film_files
 from .film_files import read_film
 from .material import TrainingFile
 from .picture_files import SUFFIXES, read_picture
+from .reference_files import references_by_name
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """In order of precedence."""
@@ -37,16 +38,23 @@ class LoadedFolder:
         texts: Captions; "" if there is none.
         files: The same with the files' names.
         remarks: Anything odd, in sentences.
+        references: IMAGEs of one reference picture each, those of the first picture first; empty without references.
     """
 
     images: list[Tensor]
     texts: list[str]
     files: list[TrainingFile]
     remarks: list[str]
+    references: list[Tensor] = field(default_factory=list)
 
 
 def load_training_folder(
-    folder: str, progress: Callable[[int, int], None], *, frames: int = 1, clips: int = 1
+    folder: str,
+    progress: Callable[[int, int], None],
+    *,
+    frames: int = 1,
+    clips: int = 1,
+    reference_folder: str | None = None,
 ) -> LoadedFolder:
     """Read the pictures of a folder and its sub-folders, in the order of their names, and their captions.
 
@@ -55,14 +63,22 @@ def load_training_folder(
         progress: Called with (pictures read, total); may raise to interrupt.
         frames: Number of pictures of a clip. With more than one, videos are read instead of pictures.
         clips: Number of clips to read from the beginning of every video.
+        reference_folder: Another folder, with one or more references of every picture; see ``reference_files``.
 
     Raises:
-        InvalidInputError: If there is no such folder, it contains nothing to read, or one of its files cannot be read.
+        InvalidInputError: If there is no such folder, it contains nothing to read, one of its files cannot be read, or
+            a picture lacks its reference.
     """
     root = _folder(folder)
     found = _files(root, SUFFIXES if frames == 1 else film_files.SUFFIXES)
+    inside = None if reference_folder is None else _reference_folder(reference_folder, root, frames)
+    if inside is not None:  # it may be a sub-folder of the pictures' folder
+        found = {path: times for path, times in found.items() if not path.is_relative_to(inside)}
     if not found:
         raise InvalidInputError(_nothing_found(folder, root, frames))
+    references = (
+        _References({}, None) if inside is None else _References.read(list(found), root, inside, reference_folder or "")
+    )
     read = frames * clips if frames > 1 else None
     loaded = [_Picture.read(path, root, read) for path in _announced(list(found), progress)]
     counted = [picture for picture in loaded for _ in range(found[picture.path])]
@@ -70,8 +86,47 @@ def load_training_folder(
         images=[picture.image for picture in counted],
         texts=[picture.caption.text for picture in counted],
         files=[TrainingFile(picture.name, picture.caption.text) for picture in counted],
-        remarks=_remarks(loaded),
+        remarks=[*_remarks(loaded), *filter(None, [references.remark])],
+        references=[image for picture in counted for image in references.of.get(picture.path, ())],
     )
+
+
+def _reference_folder(folder: str, root: Path, frames: int) -> Path:
+    inside = _folder(folder)
+    if frames > 1:
+        raise InvalidInputError(
+            f"References are for pictures, and `frames` is {frames}. Set it to 1, or `reference_folder` to none."
+        )
+    if inside == root:
+        raise InvalidInputError(
+            "`reference_folder` is the folder of the pictures itself. Choose the folder of the references."
+        )
+    return inside
+
+
+@dataclass(frozen=True)
+class _References:
+    """The references of pictures, and a remark on them."""
+
+    of: dict[Path, list[Tensor]]
+    remark: str | None
+
+    @classmethod
+    def read(cls, pictures: list[Path], root: Path, inside: Path, folder: str) -> _References:
+        files = references_by_name(pictures, list(_files(inside, SUFFIXES)), folder, lambda path: _shown(path, root))
+        every = [path for of_one in files.values() for path in of_one]
+        read = {path: _reference(path, inside) for path in every}
+        names = [_shown(path, inside) for path in every]
+        white = [index for index, path in enumerate(every) if read[path][1]]
+        remark = remarks.put_on_white(white, remarks.Labels(len(every), names, "Reference"))
+        return cls({picture: [read[path][0] for path in of_one] for picture, of_one in files.items()}, remark)
+
+
+def _reference(path: Path, root: Path) -> tuple[Tensor, bool]:
+    """Return a reference, and whether it had transparent parts."""
+    name = f"the reference {_shown(path, root)}"
+    _require_inside(path, name)
+    return read_picture(path, name)
 
 
 def _nothing_found(folder: str, root: Path, frames: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...adapters.lora import LoraTargets
 from ...model import BlockInfo, Denoiser, WeightPlacement, linear_names
 from ...selection.selection import BlockSelection
-from ..families.base import TEXT_TOKENS
+from ..families.base import REFERENCE_TOKENS, TEXT_TOKENS
 from ..families.registry import adapter_for
-from ..inputs.conditioning import join_arguments
+from ..inputs.conditioning import REFERENCE_ARGUMENT, join_arguments, on_tensors
 from ..inputs.frames import frames_in, latent_frames, with_frames, without_frames
 
 WITHOUT_CACHES: Mapping[str, Any] = {"qwen_image21_cache": {"device": "off"}}
@@ -114,8 +114,13 @@ class AdaptedDit(ABC):
         return self.arguments[caption]["c_crossattn"].shape[1]
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens in the stream for a caption; tokens of sound are counted with them."""
-        return self.adapter.text_tokens(self.text_length(caption)) + self.adapter.sound_tokens(self.frames)
+        """Return the number of text tokens in the stream for a caption; those of references and of sound count as text."""
+        others = self.adapter.reference_tokens(_references(self.arguments[caption]))
+        return self.adapter.text_tokens(self.text_length(caption)) + others + self.adapter.sound_tokens(self.frames)
+
+    def batch_key(self, caption: int) -> Hashable:
+        """Return the length of a caption's text and the shapes of its reference latents."""
+        return self.text_length(caption), *(tuple(latent.shape) for latent in _references(self.arguments[caption]))
 
     def image_tokens(self, rows: int, columns: int) -> int:
         """Return the number of image tokens of a training example's latent, including the host's padding."""
@@ -167,6 +172,8 @@ class AdaptedDit(ABC):
             frames = frames_in(model, noisy.shape[1])
             text = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
             call_options[TEXT_TOKENS] = text + self.adapter.sound_tokens(frames)
+            references = self.adapter.reference_tokens(_references(joined))
+            call_options |= {REFERENCE_TOKENS: references} if references else {}
             self.adapter.prepare_call(frames, *noisy.shape[-2:])
             latents = with_frames(model, noisy)
             call = partial(model.apply_model, transformer_options=call_options, **joined)
@@ -209,8 +216,13 @@ def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, 
     }
 
 
+def _references(arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+    """Return the reference latents among the arguments of a model."""
+    return arguments.get(REFERENCE_ARGUMENT) or ()
+
+
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return on_tensors(value, lambda tensor: tensor.to(device))
 
 
 def _as_applied(layer: Any, weight: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class CountedRun:
         self.dit, self.selection, self.lora = dit, selection, lora
         self._draws, self._chunk, self._linear = draws, min(chunk_size, draws), linear
         self._form, self._probe_size = residual_format, probe_size
-        self._longest = max(range(captions), key=dit.text_length)
+        self._longest = max(range(captions), key=lambda caption: (dit.text_tokens(caption), dit.text_length(caption)))
         self._once = CountedOnce()
 
     @cached_property

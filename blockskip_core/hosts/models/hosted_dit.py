@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from ...errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter, ModelLayout
-from ..inputs.conditioning import model_arguments
+from ..inputs.conditioning import arguments_for_each, model_arguments, number_of_texts
 from ..inputs.frames import frames_in, with_frames
 from . import kernels  # noqa: F401  replaces the host's kernels that have no backward
 from .adapted_dit import AdaptedDit
 from .following import follow
 from .patches import for_training
+from .reference_latents import require_references, require_references_read
 from .replay_check import require_replay
 from .residency import (
     MODEL_PREFIX,
@@ -57,8 +58,9 @@ class HostedDit(AdaptedDit):
         latent_shape: Shape (C, H, W) of the latents that will be denoised.
 
     Raises:
-        UnsupportedModelError: If no adapter knows the model, or it has a change that training cannot follow.
-        InvalidInputError: If a caption comes from another model's text encoder.
+        UnsupportedModelError: If no adapter knows the model, it has a change that training cannot follow, or captions
+            carry reference latents and it reads none.
+        InvalidInputError: If a caption comes from another model's text encoder, or its references from another VAE.
     """
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
@@ -66,6 +68,7 @@ class HostedDit(AdaptedDit):
         super().__init__(self.patcher)
         _require_plain_access(self.blocks, self.patcher.model.diffusion_model)
         self.adapter.require_texts(captions)
+        require_references(self.adapter, self.patcher.model, captions)
         self._captions = captions
         self._latent_shape = tuple(latent_shape)
         self.frames = frames_in(self.patcher.model, latent_shape[0]) if latent_shape else 1
@@ -95,6 +98,11 @@ class HostedDit(AdaptedDit):
             require_replay(self, self._latent_shape)
             _LAYOUTS[tree] = self.adapter.layout
         return _LAYOUTS[tree]
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts among the captions."""
+        return number_of_texts(self._captions)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +148,11 @@ class HostedDit(AdaptedDit):
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frames(model, torch.zeros(1, *self._latent_shape))
             sound = self.adapter.sound(self.frames, torch.ones(1))
-            return [model_arguments(model, caption, latent, cpu, sound) for caption in self._captions]
+            rows = arguments_for_each(
+                lambda caption: model_arguments(model, caption, latent, cpu, sound), self._captions
+            )
+        require_references_read(self.adapter, self._captions, rows)
+        return rows
 
     @contextmanager
     def running(

@@ -21,12 +21,15 @@ from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, require_room
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
+from ..inputs.conditioning import references_of
 from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
+from ..inputs.references import References
 from .adapted_dit import frames_of_clip
 from .hosted_dit import HostedDit
 from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
 from .patches import for_training
+from .reference_latents import ReferenceEncoder, require_takes_references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ def prepare_residuals(
     settings: ResidualSettings,
     progress: PhaseProgress,
     labels: Labels | None = None,
+    references: References | None = None,
 ) -> tuple[ResidualSet, TrainingCrops]:
     """Draw the schedule, encode its crops and, with storage "disk", compute the residuals unless they are stored.
 
@@ -94,8 +98,10 @@ def prepare_residuals(
         settings: How examples are drawn and stored.
         progress: Called during the work; may raise to interrupt.
         labels: The pictures' names in messages; their numbers if None.
+        references: Pictures that an edit model sees beside the captions, or None.
 
     Raises:
+        UnsupportedModelError: If the model takes no references.
         InvalidInputError: If inputs do not fit together, or there is not enough space.
         StorageError: If the disk cannot be written.
     """
@@ -109,6 +115,16 @@ def prepare_residuals(
     schedule = _schedule(model, pictures, len(captions), multiple, settings, labels)
     crops = TrainingCrops(pictures, schedule)
     identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
+    if references is not None:
+        require_takes_references(bare.adapter)
+        encoder = ReferenceEncoder(
+            references=references, sizes=[(picture.shape[-3], picture.shape[-2]) for picture in pictures], vae=vae,
+            model=model.model, multiple=multiple, progress=progress,
+        )  # fmt: skip
+        captions, schedule = encoder.captions(captions, schedule)
+        identity = replace(
+            identity, schedule=schedule.fingerprint, captions=identity.captions + _of_references(captions)
+        )
     residuals = ResidualSet(
         schedule=schedule,
         latents=torch.empty(len(schedule), *shape, device="meta"),  # not yet
@@ -127,6 +143,11 @@ def prepare_residuals(
         stored = stored_latents(residuals, progress)
         residuals = residuals if stored is None else replace(residuals, latents=stored)
     return residuals, crops
+
+
+def _of_references(captions: Sequence[list]) -> str:
+    """Return a content hash of the references that captions carry."""
+    return tensors_identity([latent for caption in captions for latent in references_of(caption)])
 
 
 def _dit(model: Any, residuals: ResidualSet) -> HostedDit:

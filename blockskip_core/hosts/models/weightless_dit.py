@@ -24,7 +24,7 @@ from ..families.followed import FollowedAdapter
 from ..families.minimax import with_some_noise_level
 from ..families.published_sizes import published_model
 from ..families.registry import adapter_for
-from ..inputs.conditioning import model_arguments
+from ..inputs.conditioning import model_arguments, on_tensors
 from ..inputs.frames import frames_in, with_frames
 from .adapted_dit import AdaptedDit
 from .hosted_dit import HostedDit
@@ -154,7 +154,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 def _shape_of(value: Any) -> Any:
-    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+    return on_tensors(value, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def _compute_as(model: Any, patcher: Any) -> None:

@@ -84,7 +84,8 @@ def stored_influence(
 
 
 def _texts(positive: Sequence[Any], negative: Sequence[Any] | None) -> tuple[list[list], list | None]:
-    return flatten_conditionings(positive), flatten_conditionings(negative)[0] if negative else None
+    away = flatten_conditionings(negative, with_references=True)[0] if negative else None
+    return flatten_conditionings(positive, with_references=True), away
 
 
 def _file(

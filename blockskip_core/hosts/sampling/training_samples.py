@@ -109,8 +109,8 @@ def sample_request(positive: Sequence[Any], negative: Sequence[Any] | None, **se
     Raises:
         InvalidInputError: As :class:`SampleRequest`, and if there is no prompt.
     """
-    against = flatten_conditionings(negative)[0] if negative else None
-    return SampleRequest(positive=flatten_conditionings(positive), negative=against, **settings)
+    against = flatten_conditionings(negative, with_references=True)[0] if negative else None
+    return SampleRequest(positive=flatten_conditionings(positive, with_references=True), negative=against, **settings)
 
 
 class TrainingSampler:
@@ -167,7 +167,9 @@ class TrainingSampler:
     def _to_keep_free(self, training_peak: int) -> int:
         """Return the bytes that the host should leave free, so that weights stay within their limit."""
         model = self._dit.patcher.model
-        activations = int(model.memory_required([1 + (self.request.cfg > 1.0), *self._shape]))
+        size = [1 + (self.request.cfg > 1.0), *self._shape]
+        prompts = self.request.positive
+        activations = max(int(model.memory_required(size, _shapes_beside_text(model, prompt))) for prompt in prompts)
         weights = max(0.0, training_peak + self.request.budget_bytes - activations)
         free = comfy.model_management.get_free_memory(self._dit.device)
         return max(activations, int(free - weights))
@@ -193,6 +195,12 @@ class TrainingSampler:
         picture = self.request.vae.decode(model.process_latent_out(with_frames(model, latent)))
         picture = picture[0, 0] if picture.ndim == 5 else picture[0]
         return picture[..., :3].float().cpu().clamp(0.0, 1.0)
+
+
+def _shapes_beside_text(model: Any, prompt: list) -> dict[str, list[list[int]]]:
+    """Return the shapes of what a prompt carries beside its text, by argument, as the host estimates memory from."""
+    shapes = model.extra_conds_shapes(**prompt[0][1])
+    return {name: [shape] for name, shape in shapes.items()}
 
 
 def _layer(copies: dict[str, nn.Module], name: str) -> nn.Module:

@@ -33,7 +33,9 @@ def test_sizes_are_those_of_the_published_files(name):
     from blockskip_pack.blockskip_core.hosts.families.published_sizes import published_model
 
     model = published_model(name).diffusion_model
-    assert all(tensor.is_meta or tensor.numel() < 64 for tensor in model.state_dict().values())  # a buffer of MiniMax H3
+    assert all(
+        tensor.is_meta or tensor.numel() < 64 for tensor in model.state_dict().values()
+    )  # a buffer of MiniMax H3
     gib, lists = SIZES[name]
     assert sum(parameter.nbytes for parameter in model.parameters()) / 2**30 == pytest.approx(gib, abs=0.006)
     assert {key: len(getattr(model, key)) for key in lists} == lists
