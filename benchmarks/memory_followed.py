@@ -21,7 +21,7 @@ from blockskip_pack.blockskip_core.hosts.models.weightless_dit import Weightless
 DEPTHS = ("layers", "num_layers", "depth", "depth_single_blocks")  # the lists' lengths in a configuration
 BLOCKS = 4  # with fewer, lists that only prepare the text would be taken for blocks
 SPREAD = 0.02  # standard deviation of the weights
-SMALL = 4  # cells per side of the latents with which a model is followed
+SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 
 
 def is_followed(name: str) -> bool:
@@ -42,7 +42,9 @@ def followed_dits(
         dtypes: Of the weights; the host casts those of eight bits to bfloat16 for every use.
     """
     shallow = _shallow(name)
-    adapter = HostedDit(shallow, [caption], (latent_shape[0], SMALL, SMALL)).adapter
+    [[text, settings]] = caption
+    short = [[text[:, :TEXT], settings]]
+    adapter = HostedDit(shallow, [short], (latent_shape[0], SMALL, SMALL)).adapter
     assert isinstance(adapter, FollowedAdapter)
     arguments = HostedDit(shallow, [caption], latent_shape).arguments
     dits = []

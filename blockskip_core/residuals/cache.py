@@ -11,6 +11,9 @@ What is stored for a draw (DiT-BlockSkip, arXiv 2603.20755, Sec. 3.3, Eq. 3):
     *.scale                scales of tensors that are stored in eight bits (``format``)
     response.*             the back span's linear response to its input (``back_response``), with the first draw
 
+Tokens of text that no draw changes are stored once: in models whose text does not see noise level and picture (Qwen-Image 2.1),
+what leaves the front for it is the same for every draw of a caption, bit for bit. The manifest then names where it is.
+
 The manifest says what the residuals were made from and holds a checksum of every tensor. A folder whose manifest does
 not match, or a tensor that does not match its checksum, is never used. Shards are written first, each under a temporary
 name that is then renamed; the manifest is written last, so a folder without one is unfinished. Until then a manifest
@@ -47,6 +50,8 @@ from .format import ResidualFormat, unpacked
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
+TEXT = "front.txt"
+STORED_AS = "stored as"  # of a tensor that is in its shard under the key of another draw
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of the shards written so far
@@ -132,6 +137,8 @@ class CacheWriter:
         self._folder = folder
         self._identity = identity
         self._tensors = _unfinished_tensors(folder, identity) if resume else {}
+        texts = {key: entry for key, entry in self._tensors.items() if key.endswith("/" + TEXT)}
+        self._texts = {_look(entry): (key, entry) for key, entry in texts.items() if STORED_AS not in entry}
         self._num_shards = len({entry["shard"] for entry in self._tensors.values()})
         self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
         try:
@@ -150,13 +157,28 @@ class CacheWriter:
         """
         name = f"shard-{self._num_shards:05d}.safetensors"
         flat = {f"{draw}/{key}": x.cpu().contiguous() for draw, record in records.items() for key, x in record.items()}
-        write_atomically(self._folder / name, lambda path: save_file(flat, path))
+        entries: dict[str, dict[str, object]] = {}
         for key, tensor in flat.items():
             form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-            self._tensors[key] = {"shard": name, "checksum": _checksum(tensor), **form}
+            entry: dict[str, object] = {"shard": name, "checksum": _checksum(tensor), **form}
+            entries[key] = self._stored_before(key, tensor, entry, flat) or entry
+        own = {key: tensor for key, tensor in flat.items() if STORED_AS not in entries[key]}
+        write_atomically(self._folder / name, lambda path: save_file(own, path))
+        self._tensors.update(entries)
         self._num_shards += 1
         self.draws.update(records)
         self._write_manifest(UNFINISHED)
+
+    def _stored_before(
+        self, key: str, tensor: Tensor, entry: dict[str, object], flat: Mapping[str, Tensor]
+    ) -> dict[str, object] | None:
+        """Return the entry of a text that is stored already, bit for bit; None if it is not, or no text."""
+        if not key.endswith("/" + TEXT):
+            return None
+        first, found = self._texts.setdefault(_look(entry), (key, entry))
+        before = flat[first] if first in flat else self.read(first)
+        same = first != key and before is not None and torch.equal(before, tensor)
+        return {**found, STORED_AS: first} if same else None
 
     def read(self, key: str) -> Tensor | None:
         """Return a written tensor by its key "draw/name", or None."""
@@ -259,7 +281,7 @@ class ResidualCache:
     def _read_tensor(self, key: str) -> Tensor:
         entry = self._tensors[key]
         try:
-            return _checked(self._shard(str(entry["shard"])).get_tensor(key), entry)
+            return _checked(self._shard(str(entry["shard"])).get_tensor(str(entry.get(STORED_AS, key))), entry)
         except CacheError:
             raise
         except (SafetensorError, FileNotFoundError, ValueError) as error:
@@ -322,7 +344,7 @@ def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
     """
     try:
         with open_tensors(path) as shard:
-            return _checked(shard.get_tensor(key), entry)
+            return _checked(shard.get_tensor(str(entry.get(STORED_AS, key))), entry)
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise CacheError(_damaged(path.parent, path.name)) from error
     except OSError as error:
@@ -377,6 +399,11 @@ def _unreadable(folder: Path, error: OSError) -> StorageError:
 
 def _damaged(folder: Path, name: str) -> str:
     return f"The stored residuals in {folder.name} are damaged ({name})."
+
+
+def _look(entry: Mapping[str, object]) -> tuple[object, ...]:
+    """Return what entries of equal tensors have in common."""
+    return entry["checksum"], str(entry["shape"]), entry["dtype"]
 
 
 def _checksum(tensor: Tensor) -> int:

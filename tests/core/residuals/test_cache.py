@@ -21,6 +21,7 @@ from blockskip_pack.blockskip_core.residuals.cache import (
     is_finished,
     require_free_space,
 )
+from safetensors.torch import load_file
 
 from ..test_files import too_many_open_files
 
@@ -63,12 +64,7 @@ def read_all(folder):
 def test_every_bit_comes_back(tmp_path, dtype):
     given = records(dtype=dtype)
     given[1]["back"][0, 0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
-    read = read_all(written(tmp_path / "c", given))
-    assert read.keys() == given.keys()
-    for draw, tensors in given.items():
-        assert read[draw].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert same_bits(read[draw][name], tensor)
+    assert_same_records(read_all(written(tmp_path / "c", given)), given)
 
 
 def test_several_shards_read_as_one(tmp_path):
@@ -86,6 +82,48 @@ def test_views_and_empty_and_scalar_tensors_are_stored(tmp_path):
     read = read_all(written(tmp_path / "c", given))
     for name, tensor in given[0].items():
         assert torch.equal(read[0][name], tensor)
+
+
+def with_texts_of(captions, draws):
+    """Records in which draws of one caption have the same text tokens, as in models whose text sees nothing else."""
+    found, texts = records(draws), records(range(len(captions)))
+    return {draw: {**found[draw], "front.txt": texts[captions[draw]]["front.txt"].clone()} for draw in draws}
+
+
+def assert_same_records(read, given):
+    assert read.keys() == given.keys()
+    for draw, tensors in given.items():
+        assert read[draw].keys() == tensors.keys()
+        assert all(same_bits(read[draw][name], tensor) for name, tensor in tensors.items())
+
+
+def test_text_that_no_draw_changes_is_stored_once(tmp_path):
+    captions = (0, 1, 0, 1, 0, 0)
+    parts = (with_texts_of(captions, (0, 1, 2)), with_texts_of(captions, (3, 4, 5)))
+    folder = written(tmp_path / "same", *parts)
+    stored = [key for shard in sorted(folder.glob("shard-*")) for key in load_file(shard) if key.endswith("txt")]
+    assert stored == ["0/front.txt", "1/front.txt"]
+    assert_same_records(read_all(folder), {**parts[0], **parts[1]})
+
+
+def test_text_that_differs_in_one_bit_is_stored(tmp_path):
+    found = with_texts_of((0, 0), (0, 1))
+    found[1]["front.txt"].view(torch.int32)[0, 0, 0] ^= 1
+    folder = written(tmp_path / "other", found)
+    assert_same_records(read_all(folder), found)
+    assert not torch.equal(read_all(folder)[0]["front.txt"], read_all(folder)[1]["front.txt"])
+
+
+def test_texts_stored_once_are_found_again_by_a_resumed_writer(tmp_path):
+    captions = (0, 1, 0, 1, 0, 0)
+    first, second = with_texts_of(captions, (0, 1, 2)), with_texts_of(captions, (3, 4, 5))
+    CacheWriter(tmp_path / "resumed", IDENTITY).write(first)
+    writer = CacheWriter(tmp_path / "resumed", IDENTITY, resume=True)
+    assert writer.draws == {0, 1, 2}
+    writer.write(second)
+    writer.finish()
+    assert [key for key in load_file(tmp_path / "resumed" / "shard-00001.safetensors") if key.endswith("txt")] == []
+    assert_same_records(read_all(tmp_path / "resumed"), {**first, **second})
 
 
 def test_a_residual_is_what_was_stored(tmp_path):

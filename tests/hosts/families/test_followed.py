@@ -22,6 +22,7 @@ NOT_COUNTED = {
     "ernie": "its attention is not given the options of a call, so the kernel that works without values cannot be chosen",
 }
 SLOWER = {"qwen_image21": 0.995}  # its gates are small in a random model
+TEXT_APART = ("qwen_image21",)
 OVERWRITING = ("ltxv", "ltx2", "qwen_image21")
 pytestmark = pytest.mark.usefixtures("comfyui")
 
@@ -157,6 +158,15 @@ def test_a_run_can_be_counted_before_it_starts(tiny, dit):
     with torch.no_grad(), twin.running({}) as denoise:
         output = denoise(torch.empty(1, *tiny.latent_shape, device="meta"), torch.empty(1, device="meta"), [0])
     assert output.shape == (1, *tiny.latent_shape)
+
+
+def test_text_that_sees_no_picture_and_no_noise_is_the_same_for_every_draw(tiny, dit):
+    """So the cache on disk stores it once for each caption."""
+    spans = selection(2, 1, len(dit.blocks))
+    stored = precompute_residuals(dit, PLAN, tiny.clean_latents(), spans, [1, 3]).residuals  # of one caption
+    assert PLAN[1].caption == PLAN[3].caption
+    texts = [stored[draw].front.txt for draw in (1, 3)]
+    assert (texts[0] is not None and torch.equal(*texts)) == (tiny.name in TEXT_APART)
 
 
 # --- refused -----------------------------------------------------------------------------------------------------
