@@ -19,7 +19,7 @@ from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 
 DEPTHS = ("layers", "num_layers", "depth", "depth_single_blocks")  # the lists' lengths in a configuration
-BLOCKS = 4  # with fewer, lists that only prepare the text would be taken for blocks
+BLOCKS = 3  # with fewer, lists that only prepare the text would be taken for blocks
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 

@@ -73,8 +73,9 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     source = source_for(arm.stand_in, current, round(arm.changes.get("refreshes", 0)), **parts)
     result, started = TrainingResult(), time.perf_counter()
     trained: Any = dit
-    if arm.stand_in == "exact, 4-bit":  # the residuals stay those of the model as loaded, as in the nodes
-        trained = QuantisedDit(dit, {dit.blocks[index].name: "4-bit" for index in selection.frozen_span})
+    _, _, frozen = arm.stand_in.partition("exact, ")
+    if frozen:  # the residuals stay those of the model as loaded, as in the nodes
+        trained = QuantisedDit(dit, {dit.blocks[index].name: frozen for index in selection.frozen_span})
     train_lora(trained, schedule, latents, selection, source, adapters, config, result=result)
     seconds = time.perf_counter() - started
     kept = list(trained.blocks) if arm.stand_in == "on the fly" else [trained.blocks[i] for i in selection.kept]

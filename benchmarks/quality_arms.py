@@ -23,6 +23,7 @@ StandIn = Literal[
     "new linear",
     "exact",
     "exact, 4-bit",
+    "exact, int8",
     "int8",
     "fp8",
 ]
@@ -115,6 +116,7 @@ ARMS: tuple[Arm, ...] = (
         )
         for views, view in (("full size", "full"), ("patches", "low-to-high"))
     ),
+    Arm("first and last 50%, int8, full size", CARDS, "", "full", "preset", 0.5, "exact, int8"),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
 )
 

@@ -165,6 +165,7 @@ def source_for(stand_in: str, current: Callable[[], SkippableDit], times: int, *
         "new linear": "banded",
         "exact": "constant",
         "exact, 4-bit": "constant",
+        "exact, int8": "constant",
     }
     kind = named.get(stand_in, stand_in)
     if "refreshed" in stand_in:
