@@ -167,7 +167,8 @@ class AdaptedDit(ABC):
             references = self.adapter.reference_tokens(_references(joined))
             call_options |= {REFERENCE_TOKENS: references} if references else {}
             latents = with_frames(model, noisy)
-            self.adapter.prepare_call(frames_in(model, noisy.shape[1]), *noisy.shape[-2:])
+            _, channels, rows, columns = noisy.shape
+            self.adapter.prepare_call(frames_in(model, channels), rows, columns, references)
             return without_frames(model, model.apply_model(latents, sigmas, transformer_options=call_options, **joined))
 
         return denoise
