@@ -11,28 +11,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .followed_families import FOLLOWED
 from .tiny_families import FAMILIES, TinyFamily
 
 SIDES = ((4, 6), (8, 4))  # rows and columns of the references in latent cells
 
 
-def _wan_scale(latent: Tensor) -> Tensor:
-    from comfy.latent_formats import Wan21
+def _of(latent_format: str) -> Callable[[Tensor], Tensor]:
+    def scale(latent: Tensor) -> Tensor:
+        import comfy.latent_formats
 
-    return Wan21().process_in(latent)
+        return getattr(comfy.latent_formats, latent_format)().process_in(latent)
+
+    return scale
 
 
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "flux": lambda latent: (latent - 0.25) * 0.5,
     "flux2": lambda latent: latent,
     "klein": lambda latent: latent,
-    "qwen_image": _wan_scale,
+    "qwen_image": _of("Wan21"),
+    "omnigen2": _of("Flux"),
+    "boogu": _of("Flux"),
+    "mage_flow": _of("Flux2"),
+    "krea2": _of("Wan21"),
 }
 
 
 def edit_model(name: str, method: str | None = None, sides: Sequence[tuple[int, int]] = SIDES) -> TinyFamily:
     """The family with references in its captions."""
-    tiny = next(one for one in FAMILIES if one.name == name)
+    tiny = next(one for one in (*FAMILIES, *FOLLOWED) if one.name == name)
     axes = (1,) if tiny.frames else ()
 
     def settings(generator: torch.Generator) -> dict:
@@ -51,4 +59,4 @@ def edit_model(name: str, method: str | None = None, sides: Sequence[tuple[int, 
 
 def patch_of(tiny: TinyFamily) -> int:
     """Side of a token in latent cells."""
-    return 1 if tiny.family == "flux2" else 2
+    return 1 if tiny.family in ("flux2", "mageflow") else 2

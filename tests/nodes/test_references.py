@@ -53,7 +53,10 @@ def test_the_same_part_is_shown_of_picture_and_reference(bench, pictures):
         [latent] = references_of(caption)
         torch.testing.assert_close(model.process_latent_in(latent)[0], residuals.latents[index])
     assert len({id(caption[0][0]) for caption in residuals.captions}) == 1
-    assert len({id(arguments["c_crossattn"]) for arguments in hosted(bench, residuals).arguments}) == 1
+    given = hosted(bench, residuals).arguments
+    assert len({id(arguments["c_crossattn"]) for arguments in given}) == 1
+    for arguments, latent in zip(given, residuals.latents, strict=True):
+        torch.testing.assert_close(arguments["ref_latents"][0][0], latent)
 
 
 def hosted(bench, residuals):

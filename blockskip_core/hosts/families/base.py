@@ -100,8 +100,10 @@ class FamilyAdapter(ABC):
         frames = [1 if latent.ndim == 4 else latent.shape[2] for latent in latents]
         return sum(n * self.image_tokens(*latent.shape[-2:]) for n, latent in zip(frames, latents, strict=True))
 
-    def prepare_call(self, frames: int, rows: int, columns: int) -> None:  # noqa: B027  most calls say it themselves
-        """Note the size of the latents of the next call."""
+    def prepare_call(  # noqa: B027  # most calls say it themselves
+        self, frames: int, rows: int, columns: int, references: int = 0
+    ) -> None:
+        """Note the size of the latents of the next call, and its number of tokens of reference pictures."""
 
     def text_tokens(self, text_length: int) -> int:
         """Return the number of text tokens in the stream for a text of this length."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from .base import FamilyAdapter, block_info
 from .block_lists import block_lists
 
 Joined = Literal["", "image first", "text first"]
+References = Literal["", "first", "last"]
 Key = tuple[int | str] | tuple[int | str, int]
 """An argument, by its index or name, and for an entry of a tuple or list the index within."""
 
@@ -74,6 +76,7 @@ class ListLayout:
         text_outputs: Linear layers of a block that change only its text tokens.
         unused: Linear layers of a block that change nothing.
         overwrites: Whether a block overwrites the tokens that it is given, so that it runs on copies.
+        references: Where the tokens of reference pictures are in ``img``, if they are apart from a text in it.
     """
 
     img: TokenPlace
@@ -84,6 +87,7 @@ class ListLayout:
     text_outputs: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
     overwrites: bool = False
+    references: References = ""
 
     @property
     def places(self) -> tuple[TokenPlace, ...]:
@@ -135,11 +139,12 @@ class FollowedBlockIO:
 
     Args:
         layout: The layout.
-        num_img: Number of image tokens of the current call; read only if they are joined with text.
+        num_img: Number of image tokens of the current call; read only if they are joined with others.
+        num_references: Number of tokens of the current call's reference pictures, which count as text.
     """
 
-    def __init__(self, layout: ListLayout, num_img: int) -> None:
-        self.layout, self._num_img = layout, num_img
+    def __init__(self, layout: ListLayout, num_img: int, num_references: int = 0) -> None:
+        self.layout, self._num_img, self._num_references = layout, num_img, num_references
 
     def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
         place, text = self.layout.img, self.layout.txt
@@ -153,17 +158,14 @@ class FollowedBlockIO:
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         place, text = self.layout.img, self.layout.txt
-        tokens = streams.img
-        if self.layout.joined:
-            assert streams.txt is not None  # they were split by :meth:`_split`
-            parts = (streams.img, streams.txt) if self.layout.joined == "image first" else (streams.txt, streams.img)
-            tokens = torch.cat(parts, dim=1)
+        tokens, txt = self._together(streams, args, kwargs)
         img = place.as_given(tokens, place.entering(args, kwargs))
         if self.layout.container is None:
             return img
         kind, length = self.layout.container
         entries: list[Tensor | None] = [None] * length
-        returned = [(place, img), (text, self._text(streams, args, kwargs))]
+        given = None if text is None or txt is None else text.as_given(txt, text.entering(args, kwargs))
+        returned = [(place, img), (text, given)]
         returned += [(passed, passed.entering(args, kwargs)) for passed in self.layout.passed]
         for stands_at, tokens_there in returned:
             if stands_at is not None and stands_at.result is not None:
@@ -174,19 +176,39 @@ class FollowedBlockIO:
         """Return the call with its tokens copied; None if the blocks do not overwrite them."""
         return copied_call(self.layout, args, kwargs) if self.layout.overwrites else None
 
-    def _text(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        text = self.layout.txt
-        if text is None or streams.txt is None:
-            return None
-        return text.as_given(streams.txt, text.entering(args, kwargs))
+    @property
+    def _has_others(self) -> bool:
+        """Whether a call's image tokens are in one tensor with others."""
+        return bool(self.layout.joined or (self.layout.references and self._num_references))
+
+    def _first(self, total: int) -> int:
+        """Return the place of the first image token among ``total`` tokens in one tensor."""
+        references = self._num_references
+        if self.layout.joined == "text first":
+            return total - self._num_img - references * (self.layout.references == "last")
+        return references * (self.layout.references == "first")
 
     def _split(self, tokens: Tensor, txt: Tensor | None) -> TokenStreams:
-        if not self.layout.joined:
+        if not self._has_others:
             return TokenStreams(tokens, txt)
-        if self.layout.joined == "image first":
-            return TokenStreams(tokens[:, : self._num_img], tokens[:, self._num_img :])
-        num_txt = tokens.shape[1] - self._num_img
-        return TokenStreams(tokens[:, num_txt:], tokens[:, :num_txt])
+        first = self._first(tokens.shape[1])
+        last = first + self._num_img
+        parts = [tokens[:, :first], tokens[:, last:]] if txt is None else [txt, tokens[:, :first], tokens[:, last:]]
+        others = [part for part in parts if part.shape[1]]
+        return TokenStreams(tokens[:, first:last], others[0] if len(others) == 1 else torch.cat(parts, dim=1))
+
+    def _together(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return what the block's tensors of image and of text tokens hold; the inverse of :meth:`_split`."""
+        text, others = self.layout.txt, streams.txt
+        if not self._has_others:
+            return streams.img, others
+        assert others is not None  # they were split by :meth:`_split`
+        txt = None
+        if text is not None:
+            num_txt = text.as_tokens(text.entering(args, kwargs)).shape[1]
+            txt, others = others[:, :num_txt], others[:, num_txt:]
+        first = self._first(streams.img.shape[1] + others.shape[1])
+        return torch.cat((others[:, :first], streams.img, others[:, first:]), dim=1), txt
 
 
 class FollowedAdapter(FamilyAdapter):
@@ -208,19 +230,20 @@ class FollowedAdapter(FamilyAdapter):
         self.family = re.sub(r"\W+", "_", name).lower()  # type: ignore[misc]
         self.architecture = self.base_model_version = self.family
         self.layout: ModelLayout | None = None
-        self._num_img = 0
+        self.takes_references = "ref_latents" in signature(diffusion_model.forward).parameters  # the host's own name
+        self._num_img = self._num_references = 0
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
         """Return whether the model has lists of blocks."""
         return bool(block_lists(diffusion_model))
 
-    def prepare_call(self, frames: int, rows: int, columns: int) -> None:
-        self._num_img = frames * self.image_tokens(rows, columns)
+    def prepare_call(self, frames: int, rows: int, columns: int, references: int = 0) -> None:
+        self._num_img, self._num_references = frames * self.image_tokens(rows, columns), references
 
     def block_io(self, name: str) -> FollowedBlockIO:
         """Return the IO of a list's blocks for the current call."""
-        return FollowedBlockIO(self.found.lists[name], self._num_img)
+        return FollowedBlockIO(self.found.lists[name], self._num_img, self._num_references)
 
     @property
     def found(self) -> ModelLayout:

@@ -174,7 +174,8 @@ class AdaptedDit(ABC):
             call_options[TEXT_TOKENS] = text + self.adapter.sound_tokens(frames)
             references = self.adapter.reference_tokens(_references(joined))
             call_options |= {REFERENCE_TOKENS: references} if references else {}
-            self.adapter.prepare_call(frames, *noisy.shape[-2:])
+            _, _, rows, columns = noisy.shape
+            self.adapter.prepare_call(frames, rows, columns, references)
             latents = with_frames(model, noisy)
             call = partial(model.apply_model, transformer_options=call_options, **joined)
             sound = self.adapter.sound(frames, sigmas)

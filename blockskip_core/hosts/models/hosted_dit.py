@@ -24,11 +24,18 @@ from torch import Tensor, nn
 from ...errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ...model import BlockInfo, Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter, ModelLayout
-from ..inputs.conditioning import arguments_for_each, model_arguments, number_of_texts
+from ..inputs.conditioning import (
+    arguments_for_each,
+    model_arguments,
+    number_of_texts,
+    references_of,
+    without_references,
+)
 from ..inputs.frames import frames_in, with_frames
 from . import kernels  # noqa: F401  replaces the host's kernels that have no backward
 from .adapted_dit import AdaptedDit
 from .following import follow
+from .following_references import overwriting, place_references
 from .patches import for_training
 from .reference_latents import require_references, require_references_read
 from .replay_check import require_replay
@@ -45,6 +52,7 @@ from .residency import (
 _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer uses such a number to stream weights
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, ModelLayout] = WeakKeyDictionary()
+_WITH_REFERENCES: WeakKeyDictionary[nn.Module, ModelLayout] = WeakKeyDictionary()
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
@@ -74,7 +82,26 @@ class HostedDit(AdaptedDit):
         self.frames = frames_in(self.patcher.model, latent_shape[0]) if latent_shape else 1
         self._reserved = False
         if isinstance(self.adapter, FollowedAdapter) and captions:
-            self.adapter.layout = self._followed()
+            self.adapter.layout = self._followed_with_references()
+
+    def _followed_with_references(self) -> ModelLayout:
+        """Return the layout with the places of the references, if a caption carries any."""
+        first = next((index for index, caption in enumerate(self._captions) if references_of(caption)), None)
+        if first is None:
+            return self._followed()
+        tree, assumed = self.patcher.model.diffusion_model, self.adapter
+        assert isinstance(assumed, FollowedAdapter)
+        if tree not in _WITH_REFERENCES:
+            texts = [without_references(caption) for caption in self._captions]
+            assumed.layout = HostedDit(self.patcher, texts, self._latent_shape)._followed()
+            assumed.layout = place_references(self, tree, assumed.layout, self._latent_shape, first)
+            try:
+                require_replay(self, self._latent_shape, first)
+            except UnsupportedModelError:  # with references its blocks may overwrite what they do not without
+                assumed.layout = overwriting(assumed.layout)
+                require_replay(self, self._latent_shape, first)
+            _WITH_REFERENCES[tree] = assumed.layout
+        return _WITH_REFERENCES[tree]
 
     def _followed(self) -> ModelLayout:
         """Return the layout of a model that no family file describes; found once per model and process."""

@@ -17,7 +17,7 @@ TOLERANCE = 1e-3  # relative difference that a replayed model may show in half p
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def require_replay(dit: AdaptedDit, latent_shape: Sequence[int]) -> None:
+def require_replay(dit: AdaptedDit, latent_shape: Sequence[int], caption: int = 0) -> None:
     """Check that a model whose blocks are replayed computes what the whole model does.
 
     First every block runs and is recorded; then the first half of the blocks is replaced by what was recorded, then all.
@@ -30,19 +30,19 @@ def require_replay(dit: AdaptedDit, latent_shape: Sequence[int]) -> None:
     blocks, recordings = dit.blocks, [Recording() for _ in dit.blocks]
     own: dict[str, nn.Module] = {}
     with dit.running(own) as denoise:
-        whole = denoise(latents, sigmas, [0]).cpu()
+        whole = denoise(latents, sigmas, [caption]).cpu()
     watched: dict[str, nn.Module] = {
         block.name: RecordingBlock(dit.module(block.name), block.io, recording)
         for block, recording in zip(blocks, recordings, strict=True)
     }
     with dit.running(watched) as denoise:
-        outputs = [denoise(latents, sigmas, [0]).cpu()]
+        outputs = [denoise(latents, sigmas, [caption]).cpu()]
     for cut in (len(blocks) // 2, len(blocks)):
         replay = Replay(front=recordings[cut - 1].leaving)
         replayed: dict[str, nn.Module] = {block.name: PassThrough(block.io) for block in blocks[: cut - 1]}
         replayed[blocks[cut - 1].name] = ReplayFront(blocks[cut - 1].io, replay)
         with dit.running(replayed) as denoise:
-            outputs.append(denoise(latents, sigmas, [0]).cpu())
+            outputs.append(denoise(latents, sigmas, [caption]).cpu())
     removed = (latents.cpu() - whole).norm().clamp_min(1e-12)
     worst = max(((output - whole).norm() / removed).item() for output in outputs)
     if not worst <= TOLERANCE:
