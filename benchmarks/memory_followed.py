@@ -7,19 +7,20 @@ and followed there; the layout does not depend on the number of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from blockskip_pack.blockskip_core.hosts.families import published_sizes
+from blockskip_pack.blockskip_core.hosts.families.block_lists import block_lists
 from blockskip_pack.blockskip_core.hosts.families.followed import FollowedAdapter
 from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 
+META = torch.device("meta")
 DEPTHS = ("layers", "num_layers", "depth", "depth_single_blocks")  # the lists' lengths in a configuration
-BLOCKS = 3  # with fewer, lists that only prepare the text would be taken for blocks
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 
@@ -59,16 +60,27 @@ def followed_dits(
 def _shallow(name: str) -> Any:
     """Return a MODEL with few blocks of full width."""
     import comfy.model_patcher
-    import comfy.supported_models
 
-    size = published_sizes.PUBLISHED_SIZES[name]
-    fewer = {key: BLOCKS for key in DEPTHS if key in size.config}
-    size = replace(size, config={**size.config, **fewer})
-    described = getattr(comfy.supported_models, size.supported)(dict(size.config))
-    described.custom_operations = None
-    described.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
-    model = described.get_model({}, "", device=cpu)
+    model = _with_blocks(name, _fewest_blocks(name), cpu)
     for tensor in model.diffusion_model.state_dict().values():
         tensor.normal_(0.0, SPREAD)
     return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def _fewest_blocks(name: str) -> int:
+    """Return the least number with which no list that only prepares the text is taken for blocks."""
+    lists = block_lists(published_sizes.published_model(name).diffusion_model)
+    return next(n for n in count(2) if block_lists(_with_blocks(name, n, META).diffusion_model) == lists)
+
+
+def _with_blocks(name: str, blocks: int, device: torch.device) -> Any:
+    """Return the host's model with so many blocks in each list, in float32."""
+    import comfy.supported_models
+
+    size = published_sizes.PUBLISHED_SIZES[name]
+    config = {**size.config, **{key: blocks for key in DEPTHS if key in size.config}}
+    described = getattr(comfy.supported_models, size.supported)(config)
+    described.custom_operations = None
+    described.set_inference_dtype(torch.float32, None)
+    return described.get_model({}, "", device=device)

@@ -45,6 +45,18 @@ this file, so do not edit it."""
 
 SECTIONS: Sequence[Section] = (
     Section(
+        title="Models",
+        results="families.json",
+        before="""\
+Every model in this table is trained in the tests, as a small random model of ComfyUI's own class: front exact, back within rounding,
+gradients against central differences, a falling loss, and a LoRA that ComfyUI's loader patches onto every layer.""",
+        after="""\
+*Clips*: trained on several frames, too. *References*: edit models, trained with the pictures that they look at. *Text hidden*: Select Blocks
+can measure with *attention mask*. *RALU* and *Dynamic patches*: can be sampled so. *Memory Plan*: can be counted before a run.
+Qwen-Image 2.1 needs ComfyUI 0.37; its class passed the same tests once, on 2026-11-29, in a copy of ComfyUI 0.30.0
+([Models](models.md)).""",
+    ),
+    Section(
         title="LoRA files",
         results="lora_files.json",
         before="""\
