@@ -18,6 +18,10 @@ KEPT_IN_MODELS = {
     "Z-Image": ["Z-Image"],
     "Wan": ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"],
     "Chroma": ["Chroma"],
+    "MiniMax H3": ["MiniMax-H3"],
+    "Krea 2": ["Krea-2"],
+    "LTX-2 (its": ["LTX-2"],
+    "HunyuanVideo": ["HunyuanVideo"],
     "SD3.5": ["SD3.5-Large"],
 }  # the start of a row in docs/models.md -> parts of the benchmark
 
