@@ -109,8 +109,8 @@ NAMED_MODELS = {
     "clip_vision": ["clip_vision_h.safetensors"],
 }
 FOLDERS = {
-    "blockskip_toby": "toby", "blockskip_mila": "mila", "blockskip_before": "toby", "my_subject": "toby", "my_second_subject": "mila",
-    "my_edit": "toby", "my_edit_before": "toby", "my_edit_try": "mila",
+    "blockskip_toby": "toby", "blockskip_mila": "mila", "blockskip_before": "zuzu", "my_subject": "toby", "my_second_subject": "mila",
+    "my_edit": "toby", "my_edit_before": "zuzu", "my_edit_try": "mila",
 }  # fmt: skip
 
 

@@ -76,6 +76,18 @@ def test_training_with_references_starts_as_the_whole_model(bench, before, pictu
     assert len(trained[1]["loss"]) == TRAINING["steps"]
 
 
+def test_a_run_with_references_is_resumed_and_one_with_others_is_not(bench, before):
+    residuals, _ = bench.precompute(references=before, **WHOLE).args
+    whole = bench.train(residuals=residuals, steps=4, resume=True)
+    first = bench.train(residuals=residuals, steps=2, resume=True, seed=6)
+    assert first.ui["blockskip"][0]["resumed_at"] == 0
+    more = bench.train(residuals=residuals, steps=4, resume=True, seed=6)
+    assert more.ui["blockskip"][0]["resumed_at"] == 2
+    assert len(more[1]["loss"]) == len(whole[1]["loss"]) == 4
+    others, _ = bench.precompute(references=Listed(x * 0.5 for x in before), **WHOLE).args
+    assert bench.train(residuals=others, steps=4, resume=True, seed=6).ui["blockskip"][0]["resumed_at"] == 0
+
+
 def test_references_change_the_cache_and_nothing_else_does(bench, before):
     keys = [
         bench.precompute(**{**WHOLE, **changes})[0].identity.key

@@ -84,7 +84,7 @@ def odd_tensors() -> st.SearchStrategy:
                      else torch.full(shape, fill, dtype=dtype), shapes, types, fills)  # fmt: skip
 
 
-def pictures() -> Input:
+def pictures(*, optional: bool = False) -> Input:
     """Lists of IMAGEs."""
     sizes = st.sampled_from([(32, 32), (33, 47), (64, 64), (40, 200)])
     usual = st.builds(
@@ -97,19 +97,25 @@ def pictures() -> Input:
                           st.sampled_from([0, 1, 2, 3, 4, 5]))  # fmt: skip
     fills = st.sampled_from([0.0, 1.0, -3.0, 7.0, float("nan"), float("inf")])
     odd = st.builds(torch.full, odd_sizes, fills) | odd_tensors() | STRANGERS
-    return Input(st.lists(usual, min_size=1, max_size=1), st.lists(usual | odd, max_size=3))
+    return Input(st.lists(usual, min_size=1, max_size=1), st.lists(usual | odd, max_size=3), optional)
 
 
 def conditionings(width: int, *, optional: bool = False) -> Input:
     """Lists of CONDITIONINGs with texts of this width."""
     pooled = st.fixed_dictionaries(
-        {}, optional={"pooled_output": st.just(torch.zeros(1, width)), "guidance": st.just(3.5)}
+        {},
+        optional={
+            "pooled_output": st.just(torch.zeros(1, width)),
+            "guidance": st.just(3.5),
+            "reference_latents": st.just([torch.ones(1, 4, 3, 5)]),
+        },
     )
     entry = st.builds(lambda length, settings: [torch.ones(1, length, width), settings], st.integers(1, 9), pooled)
     names = st.sampled_from(
-        ["area", "mask", "guidance", "start_percent", "attention_mask", "hooks", "pooled_output", "x", 3]
-    )
-    settings = st.dictionaries(names, odd_tensors() | STRANGERS, max_size=2)
+        ["area", "mask", "guidance", "start_percent", "attention_mask", "hooks", "pooled_output", "x", 3,
+         "reference_latents", "reference_latents_method"]
+    )  # fmt: skip
+    settings = st.dictionaries(names, odd_tensors() | STRANGERS | st.lists(odd_tensors(), max_size=2), max_size=2)
     odd_texts = st.tuples(
         st.integers(0, 2), st.integers(0, 5), st.sampled_from([0, 1, width - 1, width, width + 1, 4 * width])
     )

@@ -175,6 +175,7 @@ def test_memory_plan(world, data):
         "model": strategies.socket(world.model),
         "positive": strategies.conditionings(WIDTH),
         "selection": strategies.socket(world.selection),
+        "references": strategies.pictures(optional=True),
         **strategies.widgets(node, usual),
     }
     holds(world, node, **strategies.drawn(data, inputs))
@@ -196,6 +197,7 @@ def test_precompute_residuals(world, data):
         "positive": strategies.conditionings(WIDTH),
         "selection": strategies.socket(world.selection),
         "files": strategies.Input(st.just([]), st.lists(strategies.STRANGERS, max_size=2), optional=True),
+        "references": strategies.pictures(optional=True),
         "memory_settings": strategies.Input(st.just(None), strategies.STRANGERS, optional=True),
         **strategies.widgets(node, usual),
     }
@@ -319,6 +321,13 @@ def test_dynamic_patches(world, data):
 @given(name=strategies.NAMES)
 def test_load_patch_adapters(world, name):
     holds(world, world.nodes.LoadPatchAdapters, file=name)
+
+
+@examples(50)
+@given(folder=strategies.NAMES | strategies.STRANGERS | st.sampled_from(["toy", "../beside"]))
+def test_a_reference_folder(world, folder):
+    outcome = holds(world, world.nodes.LoadTrainingFolder, folder="toy", reference_folder=folder)
+    assert outcome == ("success" if folder == "none" else "InvalidInputError")
 
 
 @examples(100)

@@ -125,6 +125,7 @@ const CHINESE = {
 /** The server's names for parts of the work, in Chinese. */
 const CHINESE_WORK = {
   "encoding crops": "编码裁剪图",
+  "encoding references": "编码参考图",
   "measuring blocks, sampler step": "测量块，采样步",
   "layers quantised": "已量化的层",
   "counting memory": "计算显存",

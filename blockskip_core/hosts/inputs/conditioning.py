@@ -93,7 +93,7 @@ def number_of_texts(captions: Sequence[list]) -> int:
 def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
     embedding, settings = _require_text(number, entry)
     refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
-    if settings.get(REFERENCES) and not with_references:
+    if settings.get(REFERENCES) is not None and not with_references:
         refused.append(REFERENCES)
     refused += [name for name, neutral in _NEUTRAL.items() if not _has_no_effect(settings.get(name), neutral)]
     if refused:
@@ -101,23 +101,40 @@ def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
             f"Conditioning {number} carries {', '.join(refused)}, which training cannot follow. "
             "Connect a plain text conditioning."
         )
-    _require_references(number, settings.get(REFERENCES))
+    _require_references(number, settings)
     tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
 
 
-def _require_references(number: int, latents: Any) -> None:
-    """Check the form of reference latents, if there are any."""
+def _require_references(number: int, settings: Mapping[str, Any]) -> None:
+    """Check the form of reference latents and of their method, if there are any."""
+    latents, method = settings.get(REFERENCES), settings.get("reference_latents_method")
+    if method is not None and not isinstance(method, str):
+        raise InvalidInputError(
+            f"Conditioning {number} carries a {type(method).__name__} as the method of its reference latents, expected a "
+            "text. Set it with Edit Model Reference Method."
+        )
     if latents is None:
         return
-    if not _is_list(latents) or not all(isinstance(x, Tensor) and x.ndim in (4, 5) and len(x) == 1 for x in latents):
+    if not _is_list(latents) or not all(map(_is_latent, latents)):
         raise InvalidInputError(
             f"Conditioning {number} carries reference latents that are not single pictures. Connect VAE Encode of one "
             "picture to each ReferenceLatent."
         )
     if not all(torch.isfinite(latent).all() for latent in latents):
         raise InvalidInputError(f"Conditioning {number} carries reference latents with NaN or Inf. Check the VAE.")
+
+
+def _is_latent(value: Any) -> bool:
+    """Return whether a value may be the latent of one picture, (1, C, H, W) or (1, C, frames, H, W)."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.ndim in (4, 5)
+        and len(value) == 1
+        and 0 not in value.shape
+    )
 
 
 def _has_no_effect(value: Any, neutral: float) -> bool:
