@@ -31,6 +31,7 @@ def each_node(test):
 def requests(nodes):
     """Return the class that a node's ``**settings`` become, by node."""
     from blockskip_pack.blockskip_core.hosts.models.prepare import ResidualSettings
+    from blockskip_pack.blockskip_core.hosts.runs.request import RunRequest
     from blockskip_pack.blockskip_core.hosts.sampling.training_samples import SampleRequest
 
     return {
@@ -38,7 +39,7 @@ def requests(nodes):
         nodes.MemoryPlan: nodes.memory_plan.PlanRequest,
         nodes.PrecomputeResiduals: ResidualSettings,
         nodes.SampleWhileTraining: SampleRequest,
-        nodes.TrainLora: nodes.run.request.RunRequest,
+        nodes.TrainLora: RunRequest,
         nodes.RaluSampler: nodes.ralu_sampler.RaluRequest,
         nodes.TrainWord: nodes.words.request.WordRequest,
         nodes.TrainPatchAdapters: nodes.train_patch_adapters.TrainPatchesRequest,
