@@ -5,12 +5,12 @@ examples, the gradients are summed, and every process makes the same step. Diffe
 few megabytes, so they go in one buffer, once per optimiser step, after the last backward pass; and on the CPU through
 gloo, which works on every system and notices at once when a process is gone.
 
-    g = sum over micro-batches i of g_i     one process: ((g_1 + g_2) + g_3) + g_4     two: (g_1 + g_2) + (g_3 + g_4)
+    g = sum over backward passes i of g_i     one process: ((g_1 + g_2) + g_3) + g_4     two: (g_1 + g_2) + (g_3 + g_4)
 
-Each g_i is already divided by the number of micro-batches of the step, so the sum is the gradient of the whole step.
-With one micro-batch for each of two processes both orders are the same sum. In general two orders of summing n numbers
-differ by at most 2 (n - 1) u sum |g_i| to first order, u being half a unit in the last place of 1 (Higham, Accuracy and
-Stability of Numerical Algorithms, 2nd ed., Eq. 4.4).
+Each g_i is already divided by the number of micro-batches of the step, so the sum is the gradient of the whole step. A
+micro-batch is one backward pass if its texts have equal length. With one for each of two processes both orders are the
+same sum. In general two orders of summing n numbers differ by at most 2 (n - 1) u sum |g_i| to first order, u being half
+a unit in the last place of 1 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., Eq. 4.4).
 """
 
 from __future__ import annotations

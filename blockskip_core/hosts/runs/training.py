@@ -12,6 +12,7 @@ from ...residuals.sources import source_of
 from ...training.loop import train_lora
 from ...training.observer import OnStep, TrainingObserver
 from ...training.result import StepReport
+from ...training.shared_residuals import write_cache_together
 from ...training.together import Together
 from ..files.lora_files import ReservedName
 from ..models.out_of_memory import (
@@ -192,6 +193,8 @@ class _Training:
 
     def _run_loop(self, placement: WeightPlacement) -> None:
         run = self._run
+        if self._together.size > 1 and run.residuals.storage == "disk":
+            write_cache_together(run.residuals, run.dit, self._progress, self._together)
         train_lora(
             run.trained_dit,
             run.residuals.schedule,
