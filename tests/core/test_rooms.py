@@ -28,7 +28,7 @@ TABLE = {
     "zoodip": "errors training",
     "distillation": "errors data training",
     "runs": "errors version files selection data residuals training",
-    "train": "errors training runs",
+    "train": "runs",
     "torch_dit": "adapters model",
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
