@@ -33,7 +33,7 @@ class Console:
         self.signal = 0
 
     def listen(self) -> None:
-        """Listen for requests to stop, in a program's main thread."""
+        """Listen for signals that ask to stop, in a program's main thread."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._asked)
 

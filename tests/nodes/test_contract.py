@@ -40,6 +40,7 @@ def requests(nodes):
         nodes.PrecomputeResiduals: ResidualSettings,
         nodes.SampleWhileTraining: SampleRequest,
         nodes.TrainLora: RunRequest,
+        nodes.WriteRun: RunRequest,
         nodes.RaluSampler: nodes.ralu_sampler.RaluRequest,
         nodes.TrainWord: nodes.words.request.WordRequest,
         nodes.TrainPatchAdapters: nodes.train_patch_adapters.TrainPatchesRequest,
@@ -63,6 +64,8 @@ def defaults_read(nodes, node):
     if node is nodes.SampleWhileTraining:  # these have different names in the core
         read["sampler_steps"] = read.pop("steps")
         del read["budget_bytes"]
+    if node is nodes.WriteRun:  # it writes a request that has none
+        del read["samples"]
     return read
 
 

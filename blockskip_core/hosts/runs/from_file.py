@@ -64,7 +64,9 @@ def prepare(run: RunFile, places: Places, progress: RunProgress, together: Toget
     """
     material = run.read_material(places.data.file(run.material))
     model = _model(run, places)
-    return OutsideRun(_prepared(run, material, model), progress, together)
+    prepared = _prepared(run, material, model)
+    prepared.request.config.micro_batches.share_of(together.rank, together.size)  # refused now rather than in training
+    return OutsideRun(prepared, progress, together)
 
 
 def _model(run: RunFile, places: Places) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,29 @@ import pytest
 from .outside import Outside, model_in_a_file
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A place for the files of a run that would start, which is written once."""
+    return tmp_path_factory.mktemp("original")
+
+
 @pytest.fixture
-def run(outside):
-    """A run file that would start."""
+def written(outside):
+    """A run file that would start, and ``outside.given``, from which it was written."""
     outside.given = outside.prepare()
     return outside.write(outside.given, resume=False)
+
+
+@pytest.fixture
+def run(outside, original):
+    """A copy of that run file, with everything that it needs."""
+    if not (original / "output").exists():
+        outside.write(outside.prepare(), resume=False)
+        shutil.copytree(outside.output, original / "output")
+        shutil.copytree(outside.models, original / "models")
+    for name, there in (("output", outside.output), ("models", outside.models)):
+        shutil.copytree(original / name, there, dirs_exist_ok=True)
+    return next((outside.output / "runs").glob("*.json"))
 
 
 def files(outside):
@@ -106,7 +125,7 @@ def test_processes_that_disagree(outside, run):
     assert files(outside) == before
 
 
-def test_another_schedule_in_one_process(outside, run, nodes, run_node):
+def test_another_schedule_in_one_process(outside, run):
     given = outside.prepare(seed=4)
     other = outside.write(given, resume=False)
     ended = outside.server.train({0: outside.command.arguments(run), 1: outside.command.arguments(other)}, 2)
@@ -122,7 +141,7 @@ def test_a_step_that_cannot_be_shared(outside, run):
 
 
 def test_another_model_of_that_name(outside, run):
-    model_in_a_file(outside.models, outside.given.model.model.diffusion_model.img_in.weight.dtype, seed=1)
+    model_in_a_file(outside.models, torch.float32, seed=1)
     refused(
         outside, outside.command.arguments(run), "is not the model that this run was written for: its weights differ"
     )
@@ -176,8 +195,6 @@ def test_a_run_file_that_is_not_there(outside, run):
     ],
 )
 def test_folders_that_are_not_there(outside, run, changes, sentence):
-    from dataclasses import replace
-
     refused(outside, replace(outside.command, **changes).arguments(run), sentence)
 
 
@@ -195,7 +212,7 @@ def test_residuals_that_have_changed_are_refused_and_computed_again(outside, run
 # --- what the node refuses ------------------------------------------------------------------------------------------
 
 
-def test_the_node_refuses_a_model_that_is_more_than_its_file(outside, run):
+def test_the_node_refuses_a_model_that_is_more_than_its_file(outside, written):
     model = outside.given.model.clone()
     model.add_patches({"diffusion_model.img_in.weight": (model.model.diffusion_model.img_in.weight.data.clone(),)}, 0.5)
     outside.given.model = model
@@ -203,13 +220,13 @@ def test_the_node_refuses_a_model_that_is_more_than_its_file(outside, run):
         outside.write(outside.given)
 
 
-def test_the_node_refuses_a_model_of_unknown_origin(outside, run):
+def test_the_node_refuses_a_model_of_unknown_origin(outside, written):
     outside.given.model.cached_patcher_init = None
     with pytest.raises(ValueError, match="It is not known from which file the MODEL was loaded"):
         outside.write(outside.given)
 
 
-def test_a_refused_node_writes_nothing(outside, run):
+def test_a_refused_node_writes_nothing(outside, written):
     before = files(outside)
     with pytest.raises(ValueError, match="`steps` must be at most"):
         outside.write(outside.given, steps=10**9)
