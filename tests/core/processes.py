@@ -42,6 +42,9 @@ class Ended:
 
 def in_processes(folder: Path, size: int, work: Callable[[Processes], Any]) -> list[Ended]:
     """Run ``work`` in ``size`` processes and return how each ended, by rank."""
+    import diffusers.optimization  # noqa: F401 - slow to import: once here, not in every process
+    import peft  # noqa: F401
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meeting").unlink(missing_ok=True)
     processes = [_start(folder, rank, size, work) for rank in range(size)]
