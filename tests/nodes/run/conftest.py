@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ..conftest import MANUAL, PATCHES
-from .outside import CommandServer, Outside, WideVae, model_in_a_file
+from .outside import CommandServer, Outside, WideVae, model_in_a_checkpoint, model_in_a_file
 
 ASKED = {
     "steps": 4, "learning_rate": 1e-2, "rank": 4, "seed": 5, "accumulation": 4, "save_every": 2, "loss_table": True
@@ -34,10 +34,11 @@ def outside(nodes, comfyui, folders, prompt, pictures, run_node, tmp_path, monke
 
     models = tmp_path / "models"
     models.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(models)], {".safetensors"}))
+    for kind in ("diffusion_models", "checkpoints"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(models)], {".safetensors"}))
 
-    def prepare(dtype=torch.float32, **changes):
-        model = model_in_a_file(models, dtype)
+    def prepare(dtype=torch.float32, checkpoint=False, **changes):
+        model = model_in_a_checkpoint(models) if checkpoint else model_in_a_file(models, dtype)
         selection = run_node(nodes.SelectBlocks, model=model, positive=prompt, **{**MANUAL, "front": 1, "back": 1})[0]
         residuals = run_node(
             nodes.PrecomputeResiduals, model=model, vae=WideVae(), images=pictures, positive=prompt,

@@ -51,6 +51,18 @@ def model_in_a_file(folder: Path, dtype: torch.dtype, seed: int = 0) -> Any:
     return stored.load(path, stored.StoredAs(dtype=dtype))
 
 
+def model_in_a_checkpoint(folder: Path) -> Any:
+    """The MODEL of a file with everything in it, as Load Checkpoint makes it."""
+    import comfy.sd
+    from safetensors.torch import save_file
+
+    tensors = module_of_hosts("stored_flux").plain_tensors(0)
+    path = folder / "tiny.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+
+
 def environment() -> dict[str, str]:
     """This process's variables, for processes that use one core each and see no pack by accident."""
     own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}

@@ -27,8 +27,16 @@ def trained_outside(outside, run, processes=1, **more):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"storage": "chunked", "chunk_size": 3}, {"storage": "on the fly"}, {"back_residual": "exact"}],
-    ids=["disk", "chunked", "on the fly", "exact"],
+    [
+        {},
+        {"storage": "chunked", "chunk_size": 3},
+        {"storage": "on the fly"},
+        {"back_residual": "exact"},
+        {"back_residual": "linear"},
+        {"checkpoint": True},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["disk", "chunked", "on the fly", "exact", "linear", "checkpoint", "bf16"],
 )
 def test_the_command_trains_the_lora_of_the_node_bit_for_bit(outside, changes):
     given = outside.prepare(**changes)
@@ -39,6 +47,15 @@ def test_the_command_trains_the_lora_of_the_node_bit_for_bit(outside, changes):
     assert same_file(trained, expected)
     assert trained.with_suffix(".html").is_file()
     assert trained.with_suffix(".csv").read_text() == expected.with_suffix(".csv").read_text()
+
+
+@pytest.mark.parametrize("storage", ["chunked", "on the fly"])
+def test_several_processes_need_no_cache(outside, storage):
+    given = outside.prepare(storage=storage, chunk_size=3)
+    run = outside.write(given, resume=False, accumulation=2)
+    outside.train(given, resume=False, accumulation=2)
+    expected = newest_lora(outside.output)
+    assert same_file(trained_outside(outside, run, 2), expected)
 
 
 @pytest.mark.parametrize(("accumulation", "processes"), [(2, 2), (4, 2), (4, 4)])
