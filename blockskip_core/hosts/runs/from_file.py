@@ -77,30 +77,33 @@ def _model(run: RunFile, places: Places) -> Any:
     model = file.load(places.models.file(file.file))
     if model_identity(model) != run.identity.model:
         raise CacheError(
-            f"{file.file} is not the model that this run was written for: its weights differ. Use the same file, or write "
-            "the run again."
+            f"{file.file} is not the model that this run was written for: its weights differ, or this device keeps them in "
+            "another dtype. Use the same file and a device of the same kind, or write the run again."
         )
     return model
 
 
 def _prepared(run: RunFile, material: Material, model: Any) -> PreparedRun:
+    from ..models.hosted_dit import HostedDit
     from .prepare import prepare as prepare_run
 
-    return prepare_run(model, _residuals(run, material), _request(run.settings, material))
+    dit = HostedDit(model, material.captions, material.latents.shape[1:])
+    return prepare_run(model, _residuals(run, material, str(dit.dtype)), _request(run.settings, material))
 
 
-def _residuals(run: RunFile, material: Material) -> ResidualSet:
+def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
+    """Return the residuals as this machine makes them."""
     from ...residuals.residual_set import ResidualSet
     from ..files.folders import residuals_folder
     from ..models.identity import conditionings_identity, host_identity
 
     if conditionings_identity(material.captions) != run.identity.captions:
         raise CacheError(f"{run.material} has other captions than the run file says. Write both again.")
-    identity = replace(run.identity, host=host_identity())
+    identity = replace(run.identity, host=host_identity(), dtype=dtype)
     if identity != run.identity:
         logger.warning(
-            "The run was written with %s, and this is %s: its residuals are computed again, and the LoRA may differ in "
-            "rounding.", run.identity.host, identity.host,
+            "The run was written with %s in %s, and this is %s in %s: its residuals are computed again, and the LoRA may "
+            "differ in rounding.", run.identity.host, run.identity.dtype, identity.host, dtype,
         )  # fmt: skip
     recipe = run.residuals
     return ResidualSet(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+from comfy.cli_args import args
 from torch import Tensor
 
 from ...errors import InvalidInputError
@@ -83,8 +85,8 @@ def command_for(path: Path, file: ModelFile) -> str:
     comfyui = Path(folder_paths.__file__).parent
     output = Path(folder_paths.get_output_directory())
     arguments = [
-        "python", "-m", "blockskip_core.train", str(path), "--comfyui", str(comfyui), "--models", file.folder,
-        "--output", str(output),
+        sys.executable or "python", "-m", "blockskip_core.train", str(path), "--comfyui", str(comfyui), "--models", file.folder,
+        "--output", str(output), *(["--", "--cpu"] if args.cpu else []),
     ]  # fmt: skip
     return (
         shlex.join(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,8 @@ def outside(nodes, comfyui, folders, prompt, pictures, run_node, tmp_path, monke
     for kind in ("diffusion_models", "checkpoints"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(models)], {".safetensors"}))
 
+    command = Outside(comfyui, models, folders.output)
+
     def prepare(dtype=torch.float32, checkpoint=False, **changes):
         model = model_in_a_checkpoint(models) if checkpoint else model_in_a_file(models, dtype)
         selection = run_node(nodes.SelectBlocks, model=model, positive=prompt, **{**MANUAL, "front": 1, "back": 1})[0]
@@ -48,12 +51,14 @@ def outside(nodes, comfyui, folders, prompt, pictures, run_node, tmp_path, monke
 
     def write(given, **changes):
         out = run_node(nodes.WriteRun, model=given.model, residuals=given.residuals, **{**ASKED, **changes})
-        return Path(out[0])
+        run = Path(out[0])
+        assert shlex.split(out[1])[1:] == ["-m", "blockskip_core.train", *command.arguments(run)]  # as it is shown
+        return run
 
     def train(given, **changes):
         return run_node(nodes.TrainLora, model=given.model, residuals=given.residuals, **{**ASKED, **changes})
 
     return SimpleNamespace(
-        prepare=prepare, write=write, train=train, command=Outside(comfyui, models, folders.output), models=models,
+        prepare=prepare, write=write, train=train, command=command, models=models,
         output=folders.output, server=server,
     )  # fmt: skip

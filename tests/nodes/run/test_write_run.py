@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,3 +72,17 @@ def test_several_processes_train_the_same_lora(outside, accumulation, processes)
     a, b = load_file(expected), load_file(trained)
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-5)
+
+
+def test_other_software_computes_its_own_residuals_and_says_so(outside):
+    """A run that was written elsewhere is named by the versions and the dtype of where it was written."""
+    given = outside.prepare()
+    run = outside.write(given, resume=False)
+    content = json.loads(run.read_text())
+    content["residuals"]["identity"] |= {"host": "ComfyUI 0.1", "dtype": "torch.save"}
+    run.write_text(json.dumps(content))
+    before = set((outside.output / "blockskip" / "residuals").iterdir())
+    (ended,) = outside.server.train(outside.command.arguments(run))
+    assert ended.code == 0
+    assert "The run was written with ComfyUI 0.1 in torch.save, and this is ComfyUI" in ended.said
+    assert set((outside.output / "blockskip" / "residuals").iterdir()) == before  # the same as the node's
