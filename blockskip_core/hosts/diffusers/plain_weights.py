@@ -9,8 +9,6 @@ from torch import nn
 from ...errors import UnsupportedModelError
 from ...model import is_linear
 
-_OFFLOADING = ("_hf_hook", "_diffusers_hook")  # of accelerate (offloading) and of diffusers (group offloading, caches)
-
 
 def require_plain(transformer: Any) -> None:
     """Check that a transformer's layers have plain weights and that nothing is wrapped around its calls.
@@ -23,7 +21,7 @@ def require_plain(transformer: Any) -> None:
             "A LoRA is loaded into this transformer. Call pipeline.unload_lora_weights() first, or fuse it and then unload."
         )
     for name, module in transformer.named_modules():
-        if any(hasattr(module, hook) for hook in _OFFLOADING):
+        if _is_hooked(module):
             raise UnsupportedModelError(
                 f"{name or 'The transformer'} has a hook of accelerate or diffusers (offloading, or a cache of steps), which "
                 "training cannot follow. Load the pipeline without it: skipped blocks are not moved to the device anyway."
@@ -33,6 +31,15 @@ def require_plain(transformer: Any) -> None:
             raise UnsupportedModelError(
                 f"The weight of {name} ({kind}) is quantised, so no gradient can pass. Load the model in bf16, fp16 or fp32."
             )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether accelerate (offloading) or diffusers (group offloading, caches) has wrapped a module's calls.
+
+    A pipeline that has made a picture leaves a registry of diffusers on its transformer, without hooks.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or bool(getattr(registry, "hooks", None))
 
 
 def _has_plain_weight(layer: nn.Linear) -> bool:

@@ -61,7 +61,7 @@ class TinyModel:
                 for name, parameter in model.named_parameters():
                     if name.endswith("pad_token"):  # zeros otherwise
                         parameter.normal_()
-        return model.to(dtype)
+        return model if dtype == torch.float32 else model.to(dtype)
 
     def captions(self, lengths: Sequence[int] = TEXT_LENGTHS, seed: int = 1) -> list[dict[str, Tensor]]:
         """Encoded texts of these lengths."""
