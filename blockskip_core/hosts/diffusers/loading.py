@@ -46,7 +46,7 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype | None = None) -> An
             )
     import diffusers  # slow to import: only when a pipeline is loaded
 
-    settings = {} if dtype is None else {"torch_dtype": dtype}
+    settings = {} if dtype is None else {"dtype": dtype}
     return getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **settings
     )

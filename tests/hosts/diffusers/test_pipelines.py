@@ -190,8 +190,8 @@ TIMES = [1.0, 0.75, 0.5, 0.25]
 @pytest.mark.parametrize("family", PIPELINES)
 def test_noise_levels_are_shifted_as_by_the_scheduler(family):
     """The scheduler's own noise levels are our shift of evenly spaced ones."""
-    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     pipeline = build(family)
     tokens = (256 // host.crop_multiple(pipeline)) ** 2
