@@ -115,10 +115,16 @@ def test_no_captions():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.pop("encoder_hidden_states"), "Caption 1 must have `encoder_hidden_states` and batch axis 1"),
+        (
+            lambda text: text.pop("encoder_hidden_states"),
+            "Caption 1 must have `encoder_hidden_states` and batch axis 1",
+        ),
         (lambda text: text.update(pooled_projections=torch.ones(2, 12)), "Caption 1 must have .* got .*\\(2, 12\\)"),
         (lambda text: text["pooled_projections"].fill_(torch.nan), "Caption 1 contains NaN or Inf"),
-        (lambda text: text.update(encoder_hidden_states=torch.ones(1, 5, 7)), "FLUX.1 could not be run with these captions"),
+        (
+            lambda text: text.update(encoder_hidden_states=torch.ones(1, 5, 7)),
+            "FLUX.1 could not be run with these captions",
+        ),
         (lambda text: text.pop("pooled_projections"), "could not be run with these captions .KeyError"),
     ],
     ids=["no tokens", "two rows", "not finite", "another width", "no pooled"],
@@ -192,5 +198,7 @@ def test_weights_that_are_not_safetensors(saved, tmp_path):
     (folder / "transformer").unlink()
     (folder / "transformer").mkdir()
     (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"code")
-    with pytest.raises(InvalidInputError, match="transformer has no safetensors file, and other formats can carry code"):
+    with pytest.raises(
+        InvalidInputError, match="transformer has no safetensors file, and other formats can carry code"
+    ):
         host.load_pipeline(folder)

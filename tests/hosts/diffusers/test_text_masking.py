@@ -113,7 +113,9 @@ def test_blocks_are_chosen_by_how_much_hiding_the_text_changes_the_pictures(tiny
     dit = host.DiffusersDit(tiny.build(), tiny.captions())
     settings = host.ProbeSettings(rows=4, columns=4, num_steps=3, negative=2)
     probe, steps = host.ProbeLatents(dit, [0, 1], settings), []
-    influence = measure(TextInfluence(tiny.num_blocks, num_pictures=2), probe, 2, progress=lambda *done: steps.append(done))
+    influence = measure(
+        TextInfluence(tiny.num_blocks, num_pictures=2), probe, 2, progress=lambda *done: steps.append(done)
+    )
     assert all(distance > 0 for distance in (influence.front[1], influence.back[1], influence.front[2]))
     assert steps[-1] == (len(steps), len(steps))
     chosen = measured_selection(influence, 2 / tiny.num_blocks, dit.family)
