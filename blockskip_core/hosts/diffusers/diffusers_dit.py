@@ -7,6 +7,7 @@ run ends, and the model may stay in host memory while the device holds only what
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -155,6 +156,8 @@ class DiffusersDit:
         """
         twin: Any = weight_sharing_copy(self.model)
         twin.gradient_checkpointing = False  # the stand-ins do it, and know the calls of the blocks without it only
+        for name in self.layout.tables:
+            setattr(twin, name, copy.copy(getattr(twin, name)))
         streamed = {} if weights == "resident" else self._streamed(replacements)
         for name, module in {**streamed, **replacements}.items():
             parent, _, leaf = name.rpartition(".")

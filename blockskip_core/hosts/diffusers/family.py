@@ -42,6 +42,7 @@ class Family:
         vae_cells: Cells of the VAE on a side of a latent cell.
         cross_attention: Path within a block of the layer that the attention to the text enters; empty if text is in the
             stream.
+        tables: Attributes that are no modules and keep tensors for the device of the last call.
         patches: The paper's smallest and largest crop side in pixels, or FLUX's where the paper has none.
         mu: Number of image tokens -> the scheduler's mu; None for the form that is written in its configuration.
     """
@@ -63,6 +64,7 @@ class Family:
     padding: int = 1
     vae_cells: int = 1
     cross_attention: str = ""
+    tables: tuple[str, ...] = ()
     patches: tuple[int, int] = (256, 512)
     mu: Callable[[int], float] | None = None
 

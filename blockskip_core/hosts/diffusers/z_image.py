@@ -46,4 +46,5 @@ Z_IMAGE = Family(
     text_key="cap_feats",
     patch=2,
     padding=32,
+    tables=("rope_embedder",),
 )

@@ -70,9 +70,8 @@ def test_front_middle_and_back_together_are_the_whole_model(tiny, model, dit):
     whole = tiny.whole(model, clean, [0])
     for front, back, tail in ((1, 0, 0), (count - 1, 0, 0), (0, 1, 0), (1, count - 2, 0), (0, count - 1, 0), (1, 1, 1)):
         spans = tiny.chosen(front, back, tail)
-        for room in (0, dit.room_for_blocks):
-            computed = precompute_residuals(dit, PLAN, clean, spans, [0], room=room)
-            assert torch.equal(computed.reference.denoised, whole)
+        computed = precompute_residuals(dit, PLAN, clean, spans, [0], room=0 if tail else dit.room_for_blocks)
+        assert torch.equal(computed.reference.denoised, whole)
         skipping = replayed(dit, spans, computed.residuals, clean, [0])
         if back:
             torch.testing.assert_close(skipping, whole, atol=2e-6, rtol=0.0, msg=f"{front}, {back}, {tail}")
@@ -129,7 +128,7 @@ def gradients_of_the_whole_model(tiny, dit, adapters, clean):
     return {f"{name}.{part}": x.grad for name, pair in tensors.items() for part, x in zip("AB", pair[:2], strict=True)}
 
 
-@pytest.mark.parametrize("front", [0, 1, 3])
+@pytest.mark.parametrize("front", [0, 2])
 def test_with_only_a_front_skipped_gradients_are_those_of_the_whole_model(tiny, exact, front):
     spans, clean = tiny.chosen(front, 0), tiny.clean_latents(torch.float64)
     adapters = tiny.lora(exact, spans, zero=False)
@@ -142,7 +141,7 @@ def test_with_only_a_front_skipped_gradients_are_those_of_the_whole_model(tiny, 
         assert (gradient - expected[name]).norm() <= close * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 0), (1, 1, 1), (0, 2, 0)])
+@pytest.mark.parametrize("counts", [(1, 1, 0), (0, 1, 1)])
 def test_gradients_are_those_of_central_differences(tiny, exact, counts):
     spans, clean = tiny.chosen(*counts), tiny.clean_latents(torch.float64)
     source, generator, directions = MemorySource(exact, spans, PLAN, clean), torch.Generator().manual_seed(3), {}
@@ -183,7 +182,6 @@ def whole_loss(tiny, dit, lora, clean):
 
 def test_training_lowers_the_loss_of_the_whole_model_and_leaves_it_as_it_was(tiny, model, dit):
     before, spans, clean = states(model), tiny.chosen(1, 1), tiny.clean_latents()
-    settings = {"learning_rate": 5e-3, "batch_size": 2}
     examples = blockskip.Examples(PLAN, clean)
 
     def trained(steps, rate):
@@ -191,7 +189,7 @@ def test_training_lowers_the_loss_of_the_whole_model_and_leaves_it_as_it_was(tin
         selection = blockskip.BlockSelection(front=1, back=1, num_blocks=tiny.num_blocks, family=dit.family)
         return blockskip.train(dit, examples, selection, config, layers=dit.lora_layers(spans))
 
-    untrained, lora = trained(1, 1e-12), trained(20, settings["learning_rate"])
+    untrained, lora = trained(1, 1e-12), trained(12, 5e-3)
     assert lora.result.self_check < 1e-5
     assert whole_loss(tiny, dit, lora, clean) < 0.97 * whole_loss(tiny, dit, untrained, clean)
     first = [name for name in lora.adapters.names if name.startswith(f"{dit.blocks[1].name}.")]
@@ -247,3 +245,16 @@ def test_only_what_a_run_needs_is_moved_to_another_device():
     assert moved == {name: set() if name in ("transformer_blocks.0", "single_transformer_blocks.2") else {"meta"}
                      for name in moved}  # fmt: skip
     assert {x.device.type for x in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("weights", ["as fits", "resident"])
+def test_a_model_in_host_memory_runs_on_another_device(tiny, model, dit, weights):
+    """On ``meta`` again: an operation that mixes its tensors with others is an error, so everything has been moved."""
+    elsewhere, before = DiffusersDit(model, tiny.captions(), device="meta"), states(model)
+    noisy, _, sigmas = (x.to("meta") for x in noisy_batch(PLAN, tiny.clean_latents(), [0, 1]))
+    with torch.no_grad(), elsewhere.running({}, weights=weights) as denoise:
+        output = denoise(noisy[:1], sigmas[:1], [0])
+    assert (output.device.type, output.shape) == ("meta", noisy[:1].shape)
+    assert {x.device.type for x in model.parameters()} == {"cpu"}
+    assert_as_before(model, before)
+    assert tiny.whole(model, tiny.clean_latents(), [0]).device.type == "cpu"

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from ...core.test_public_face import WITHOUT_HOST
@@ -17,7 +16,12 @@ from .tiny_pipelines import build
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
-SHORTER = {"num_draws=500": "num_draws=2", "steps=500": "steps=2", "num_inference_steps=20": "num_inference_steps=1"}
+SHORTER = {
+    "torch.bfloat16": "torch.float32",
+    "num_draws=500": "num_draws=2",
+    "steps=500": "steps=2",
+    "num_inference_steps=20": "num_inference_steps=1",
+}
 SMALLER = {"budget=10": "budget=1", "10 / len": "1 / len", "rows=16, columns=16": "rows=4, columns=4, num_steps=2"}
 CHECKS = """
 from safetensors.torch import load_file
@@ -26,7 +30,7 @@ kept = {f"transformer.{dit.blocks[index].name}." for index in before.kept}
 saved = load_file("sks_dog.safetensors")
 assert {next(name for name in kept if key.startswith(name)) for key in saved} == kept
 assert all(tensor.any() for tensor in saved.values())
-assert lora.result.steps == 2 and lora.result.self_check < 2e-2
+assert lora.result.steps == 2 and lora.result.self_check < 1e-4
 assert Image.open("sks_dog.png").size == (512, 512)
 assert selection.front + selection.back == 1 and selection.method == "attention mask"
 """
@@ -57,8 +61,7 @@ def test_the_documented_examples_run(tmp_path):
         + replaced(choosing, SMALLER)
     )
     surroundings = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "PYTHONPATH")}
-    surroundings |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    surroundings["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", WITHOUT_HOST + code + CHECKS, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not torch.cuda.is_available() or "cuda" in code
