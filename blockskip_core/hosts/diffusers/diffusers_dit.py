@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from .family import Text, paths_of
 from .plain_weights import require_plain
 from .replay_check import require_replay
 
-_CHECKED: WeakSet[nn.Module] = WeakSet()
+_CHECKED: WeakKeyDictionary[nn.Module, Mapping[str, int]] = WeakKeyDictionary()
+"""Models that have been checked, and the widths of the text with which they were."""
 _ROOM = 4  # of the free memory, a quarter may be filled with blocks while residuals are computed
 
 
@@ -69,9 +70,19 @@ class DiffusersDit:
         self._check()
 
     def _check(self) -> None:
-        """Check once per model that its blocks exchange nothing but tokens."""
-        if self.model in _CHECKED:
-            return
+        """Check once per model that its blocks exchange nothing but tokens, and of every caption that it is of that kind."""
+        if self.model not in _CHECKED:
+            self._check_model()
+            _CHECKED[self.model] = _widths(self._captions[0])
+        expected = _CHECKED[self.model]
+        for number, text in enumerate(self._captions, 1):
+            if _widths(text) != expected:
+                raise InvalidInputError(
+                    f"Caption {number} has the widths {_widths(text)}, {self.layout.title} was run with {expected}. Encode all "
+                    "captions with the pipeline that the model belongs to."
+                )
+
+    def _check_model(self) -> None:
         shape = (self.layout.channels(self.model.config), 2 * self.layout.patch, 3 * self.layout.patch)
         try:
             require_replay(self, shape, self.layout.title)
@@ -82,7 +93,6 @@ class DiffusersDit:
                 f"{self.layout.title} could not be run with these captions ({type(problem).__name__}: {problem}). Encode them "
                 "with the pipeline that the model belongs to."
             ) from problem
-        _CHECKED.add(self.model)
 
     @property
     def family(self) -> str:
@@ -246,6 +256,11 @@ def _is_elsewhere(block: nn.Module, device: torch.device) -> bool:
 def _info(name: str, block: nn.Module, io: PlacedBlockIO) -> BlockInfo:
     weights = list(block.parameters())
     return BlockInfo(name, io, sum(x.numel() for x in weights), sum(x.nbytes for x in weights))
+
+
+def _widths(text: Text) -> dict[str, int]:
+    """Return the widths of a text's tokens and vectors; its numbers, such as a guidance, and its masks have none."""
+    return {name: value.shape[-1] for name, value in text.items() if value.ndim > 1 and value.is_floating_point()}
 
 
 def _require_text(number: int, text: Text, key: str) -> Text:

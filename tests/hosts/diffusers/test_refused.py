@@ -136,6 +136,17 @@ def test_captions_that_do_not_fit(change, message):
         host.DiffusersDit(FLUX.build(), [text])
 
 
+def test_a_later_caption_of_another_kind():
+    model, (first, second) = FLUX.build(), FLUX.captions([5, 3])
+    host.DiffusersDit(model, [first, {**second, "guidance": torch.ones(1)}])
+    for captions in (
+        [first, {**second, "pooled_projections": torch.ones(1, 13)}],
+        [{"encoder_hidden_states": torch.ones(1, 2, 20)}],
+    ):
+        with pytest.raises(InvalidInputError, match="Caption . has the widths .* FLUX.1 was run with .* Encode all"):
+            host.DiffusersDit(model, captions)
+
+
 def test_captions_of_one_batch_with_different_arguments():
     first, second = FLUX.captions([5, 5])
     dit = host.DiffusersDit(FLUX.build(), [first, {**second, "guidance": torch.ones(1)}])
