@@ -18,7 +18,7 @@ from ..training.together import Together
 from .named_folders import NamedFolders
 from .run_file import RunFile
 
-HOSTS: Mapping[str, str] = {"comfyui": "hosts.runs.from_file"}
+HOSTS: Mapping[str, str] = {"comfyui": "hosts.runs.from_file", "diffusers": "hosts.diffusers.from_file"}
 """Name in run files -> module of the core."""
 
 

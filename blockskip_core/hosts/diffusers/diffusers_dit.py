@@ -48,6 +48,7 @@ class DiffusersDit:
 
     Attributes:
         model: The transformer.
+        captions: The encoded texts, on the CPU.
         layout: What is known about its family.
 
     Raises:
@@ -62,7 +63,7 @@ class DiffusersDit:
         self.model = transformer
         self.layout = family_of(transformer)
         require_plain(transformer)
-        self._captions = [_require_text(number, text, self.layout.text_key) for number, text in enumerate(captions, 1)]
+        self.captions = [_require_text(number, text, self.layout.text_key) for number, text in enumerate(captions, 1)]
         if not captions:
             raise InvalidInputError("No caption came in. Give at least one encoded text.")
         self._device = None if device is None else torch.device(device)
@@ -73,9 +74,9 @@ class DiffusersDit:
         """Check once per model that its blocks exchange nothing but tokens, and of every caption that it is of that kind."""
         if self.model not in _CHECKED:
             self._check_model()
-            _CHECKED[self.model] = _widths(self._captions[0])
+            _CHECKED[self.model] = _widths(self.captions[0])
         expected = _CHECKED[self.model]
-        for number, text in enumerate(self._captions, 1):
+        for number, text in enumerate(self.captions, 1):
             if _widths(text) != expected:
                 raise InvalidInputError(
                     f"Caption {number} has the widths {_widths(text)}, {self.layout.title} was run with {expected}. Encode all "
@@ -163,7 +164,11 @@ class DiffusersDit:
             activation_bytes: Ignored, because only what is needed is on the device.
             weights: "resident" moves the blocks that are not replaced to the device as well. Otherwise, if the model is on
                 another device, each of their weights is copied there while the block runs, which gradients do not pass.
+
+        Raises:
+            UnsupportedModelError: If a LoRA has been loaded or a hook been added since the model was given.
         """
+        require_plain(self.model)
         twin: Any = weight_sharing_copy(self.model)
         twin.gradient_checkpointing = False  # the stand-ins do it, and know the calls of the blocks without it only
         for name in self.layout.tables:
@@ -189,7 +194,7 @@ class DiffusersDit:
 
     def _joined(self, captions: Sequence[int]) -> dict[str, Tensor]:
         """Return the arguments of a batch, on the device; numbers in the dtype of the model."""
-        rows = [self._captions[caption] for caption in captions]
+        rows = [self.captions[caption] for caption in captions]
         if any(row.keys() != rows[0].keys() for row in rows):
             raise InvalidInputError(
                 "Two captions of one batch have different arguments. Encode all captions in the same way, or set batch_size "
@@ -200,7 +205,7 @@ class DiffusersDit:
 
     def text_length(self, caption: int) -> int:
         """Return the number of text tokens passed to the model."""
-        return self._captions[caption][self.layout.text_key].shape[1]
+        return self.captions[caption][self.layout.text_key].shape[1]
 
     def text_tokens(self, caption: int) -> int:
         """Return the number of text tokens between the blocks, padding included; 0 if text is read by cross attention."""

@@ -26,11 +26,14 @@ SMALLER = {"budget=10": "budget=1", "10 / len": "1 / len", "rows=16, columns=16"
 CHECKS = """
 from safetensors.torch import load_file
 
+from blockskip_core.runs.run_file import RunFile
+
 kept = {f"transformer.{dit.blocks[index].name}." for index in before.kept}
 saved = load_file("sks_dog.safetensors")
 assert {next(name for name in kept if key.startswith(name)) for key in saved} == kept
 assert all(tensor.any() for tensor in saved.values())
 assert lora.result.steps == 2 and lora.result.self_check < 1e-4
+assert RunFile.read(Path("runs/sks_dog.json")).selection == selection
 assert Image.open("sks_dog.png").size == (512, 512)
 assert selection.front + selection.back == 1 and selection.method == "attention mask"
 """
@@ -50,7 +53,7 @@ def replaced(code, words):
 
 @pytest.mark.slow
 def test_the_documented_examples_run(tmp_path):
-    complete, choosing = examples()
+    complete, choosing, writing = examples()
     build("flux").save_pretrained(tmp_path / "FLUX.1-dev")
     (tmp_path / "pictures").mkdir()
     for number, colour in enumerate(("white", "red")):
@@ -59,6 +62,7 @@ def test_the_documented_examples_run(tmp_path):
         replaced(complete, SHORTER)
         + "before = selection\npipeline.unload_lora_weights()\n"
         + replaced(choosing, SMALLER)
+        + writing
     )
     surroundings = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "PYTHONPATH")}
     surroundings["OMP_NUM_THREADS"] = "1"

@@ -62,8 +62,11 @@ def test_a_loaded_lora():
     import peft
 
     model = FLUX.build()
+    earlier = host.DiffusersDit(model, FLUX.captions())
     model.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
     refused(model, "A LoRA is loaded into this transformer")
+    with pytest.raises(UnsupportedModelError, match="A LoRA is loaded into this transformer"), earlier.running({}):
+        pass
 
 
 def test_offloading_and_caches():
