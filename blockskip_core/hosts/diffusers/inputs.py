@@ -96,7 +96,8 @@ def crop_multiple(pipeline: Any) -> int:
 def paper_patches(pipeline: Any) -> PatchConfig:
     """Return the paper's crops: of 256 px from pictures of 512 px for FLUX, of 512 px from 1024 px for SANA.
 
-    Source: arXiv 2603.20755, Sec. 4. It has no other family; those get FLUX's.
+    Source: arXiv 2603.20755, second hand; the larger side is inferred from its baselines. It has no other family; those get
+    FLUX's.
     """
     smallest, largest = _family(pipeline).patches
     return PatchConfig(patch_min=smallest, patch_max=largest, multiple=crop_multiple(pipeline))

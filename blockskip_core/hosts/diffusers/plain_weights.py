@@ -14,7 +14,8 @@ def require_plain(transformer: Any) -> None:
     """Check that a transformer's layers have plain weights and that nothing is wrapped around its calls.
 
     Raises:
-        UnsupportedModelError: If its weights are quantised, a LoRA is loaded into it, or it is offloaded or cached by hooks.
+        UnsupportedModelError: If its weights are quantised or fused, a LoRA is loaded into it, or it is offloaded or cached by
+            hooks.
     """
     if getattr(transformer, "peft_config", None):
         raise UnsupportedModelError(
@@ -25,6 +26,11 @@ def require_plain(transformer: Any) -> None:
             raise UnsupportedModelError(
                 f"{name or 'The transformer'} has a hook of accelerate or diffusers (offloading, or a cache of steps), which "
                 "training cannot follow. Load the pipeline without it: skipped blocks are not moved to the device anyway."
+            )
+        if getattr(module, "fused_projections", False):
+            raise UnsupportedModelError(
+                f"The projections of {name} are fused, so files have no names for its layers. Call "
+                "transformer.unfuse_qkv_projections() first."
             )
         if is_linear(module) and not _has_plain_weight(module):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"

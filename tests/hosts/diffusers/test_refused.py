@@ -69,6 +69,14 @@ def test_a_loaded_lora():
         pass
 
 
+def test_fused_projections():
+    model = FLUX.build()
+    model.fuse_qkv_projections()
+    refused(model, "The projections of transformer_blocks.0.attn are fused")
+    model.unfuse_qkv_projections()
+    host.DiffusersDit(model, FLUX.captions())
+
+
 def test_offloading_and_caches():
     from accelerate.hooks import ModelHook, add_hook_to_module
     from diffusers import FirstBlockCacheConfig
