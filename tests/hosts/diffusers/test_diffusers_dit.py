@@ -222,6 +222,23 @@ def test_an_interrupted_training_leaves_the_model_as_it_was(tiny, model, dit):
     assert not model.gradient_checkpointing
 
 
+def test_a_model_loaded_in_bf16_trains(tiny, model, tmp_path):
+    """Some classes keep parts in float32 when they are loaded; the LoRA is in float32 for all."""
+    model.save_pretrained(tmp_path)
+    reduced = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True)
+    dit, clean = tiny.hosted(reduced), tiny.clean_latents()
+    with torch.no_grad(), dit.running({}) as denoise:
+        noisy, _, sigmas = noisy_batch(PLAN, clean, [0])
+        rough = denoise(noisy, sigmas, [PLAN[0].caption])
+    exact = tiny.whole(model, clean, [0])
+    assert (dit.dtype, rough.dtype) == (torch.bfloat16, torch.float32)
+    assert 0 < (rough - exact).norm() < 0.05 * exact.norm()
+    result, gradients, adapters = tiny.run(dit, tiny.chosen(1, 1), batch_size=2)
+    assert result.self_check < 1e-2
+    assert all(gradients[f"{name}.B"].any() for name in adapters.names)
+    assert {tensor.dtype for tensor in adapters.parameters()} == {torch.float32}
+
+
 def test_the_model_may_check_point_its_own_blocks_when_it_is_used_elsewhere():
     model = FLUX.build()
     model.enable_gradient_checkpointing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from blockskip_pack.blockskip_core.hosts import diffusers as host
 from PIL import Image
 
 from ...core.test_public_face import WITHOUT_HOST
@@ -69,3 +71,11 @@ def test_the_documented_examples_run(tmp_path):
     command = [sys.executable, "-c", WITHOUT_HOST + code + CHECKS, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_exported_name_is_there_and_described():
+    assert sorted(host.__all__) == list(host.__all__)
+    for name in host.__all__:
+        exported = getattr(host, name)
+        if inspect.isclass(exported) or inspect.isfunction(exported):
+            assert exported.__doc__, name
