@@ -275,3 +275,25 @@ def test_a_model_in_host_memory_runs_on_another_device(tiny, model, dit, weights
     assert {x.device.type for x in model.parameters()} == {"cpu"}
     assert_as_before(model, before)
     assert tiny.whole(model, tiny.clean_latents(), [0]).device.type == "cpu"
+
+
+def test_a_whole_model_in_host_memory_runs_with_one_block_on_the_device_at_a_time(monkeypatch):
+    from blockskip_pack.blockskip_core.hosts.diffusers import diffusers_dit
+
+    model, moved, move = FLUX.build(), [], diffusers_dit.move_weights
+    FLUX.hosted(model)
+    dit = DiffusersDit(model, FLUX.captions(), device="meta")
+    monkeypatch.setattr(
+        diffusers_dit,
+        "move_weights",
+        lambda twin, device: moved.append(dict(twin.named_parameters())) or move(twin, device),
+    )
+    noisy, _, sigmas = (x.to("meta") for x in noisy_batch(PLAN, FLUX.clean_latents(), [0]))
+    with torch.no_grad(), dit.running({}) as denoise:
+        denoise(noisy, sigmas, [0])
+    ends, *blocks = moved
+    assert ends
+    assert not [name for name in ends if "transformer_blocks" in name]
+    assert [set(block) for block in blocks] == [
+        set(dict(dit.module(info.name).named_parameters())) for info in dit.blocks
+    ]
