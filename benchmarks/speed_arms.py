@@ -24,6 +24,7 @@ from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
 from blockskip_pack.blockskip_core.training.result import TrainingResult
 from speed_model import Lab, settle, timed
+from speed_processes import PROCESSES, process_name, process_steps
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +32,7 @@ RATIOS = (0.0, 0.3, 0.4, 0.5)
 LEARNING_RATE = 1e-4
 WARM_UP = 1  # steps that are not counted
 CORE, PLAIN, OURS, PREPARE = "ComfyUI's Train LoRA", "plain LoRA (peft)", "BlockSkip", "precomputing"
+TOGETHER = "several processes"
 
 
 class NotHere(RuntimeError):
@@ -115,6 +117,9 @@ def all_arms(large: int, small: int) -> list[Arm]:
     for size in (large, small):
         arms.append(Arm(PREPARE, forward_name(size), size, partial(plain_forwards, size=size), "draw"))
         arms.append(Arm(PREPARE, precompute_name(size), size, partial(precomputed_draws, size=size), "draw"))
+    for processes in PROCESSES:
+        run = partial(process_steps, size=small, processes=processes)
+        arms.append(Arm(TOGETHER, process_name(processes, small), small, run, "example"))
     return arms
 
 
@@ -250,9 +255,7 @@ def our_steps(
     dit, selection = lab.hosted(size), lab.selection(ratio)
     if source == "weights streamed" and dit.device.type == "cpu":
         raise NotHere("This needs a GPU: on a CPU all weights are in its memory anyway.")
-    layers = linear_names(dit, selection, lambda name: dit.adapter.is_lora_target(name, "attention and mlp"))
-    shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
-    adapters = LoraAdapters(shapes, LoraSettings(rank=lab.rank, alpha=lab.rank), seed=0)
+    adapters = our_adapters(lab, dit, selection)
     config = TrainingConfig(steps=WARM_UP + count, learning_rate=LEARNING_RATE, checkpointing=checkpointing)
     result = TrainingResult()
     with _residuals(lab, dit, size, ratio, source) as residuals:
@@ -268,6 +271,13 @@ def our_steps(
             activation_bytes=_step_bytes(lab, dit, size, selection, checkpointing, source, adapters.num_parameters),
         )
     return result.step_seconds[WARM_UP:]
+
+
+def our_adapters(lab: Lab, dit: Any, selection: Any) -> LoraAdapters:
+    """Return a LoRA on the kept blocks' attention and MLP layers."""
+    layers = linear_names(dit, selection, lambda name: dit.adapter.is_lora_target(name, "attention and mlp"))
+    shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    return LoraAdapters(shapes, LoraSettings(rank=lab.rank, alpha=lab.rank), seed=0)
 
 
 @contextmanager

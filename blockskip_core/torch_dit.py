@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.lora import plain_weight
+from .blocks.weight_sharing import move_weights
 from .model import BlockInfo, BlockIO, Denoiser, WeightPlacement
 
 # (the model, noisy (B, C, H, W), sigmas (B,), captions joined along the batch axis) -> clean estimate (B, C, H, W)
@@ -99,7 +100,7 @@ class TorchDit:
         originals = {name: self.module(name) for name in replacements}
         try:
             for name, module in replacements.items():
-                _move(module, self.device)
+                move_weights(module, self.device)
                 self._put(name, module)
             yield self.denoise
         finally:
@@ -139,14 +140,3 @@ class TorchDit:
 def _info(name: str, block: nn.Module, io: BlockIO) -> BlockInfo:
     weights = list(block.parameters())
     return BlockInfo(name, io, sum(x.numel() for x in weights), sum(x.nbytes for x in weights))
-
-
-def _move(stand_in: nn.Module, device: torch.device) -> None:
-    """Move a stand-in's weights, as new tensors, because a stand-in may share its weights with the model."""
-    for layer in stand_in.modules():
-        for name, weight in layer._parameters.items():
-            if weight is not None and weight.device != device:
-                layer._parameters[name] = nn.Parameter(weight.detach().to(device), requires_grad=False)
-        for name, table in layer._buffers.items():
-            if table is not None and table.device != device:
-                layer._buffers[name] = table.to(device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("blockskip_core", "nodes", "web/js", "devtools", "benchmarks", "demo", "tests")
+FOLDERS = ("blockskip_core", "nodes", "web/js", "devtools", "benchmarks", "demo", "launch", "tests")
 COMMENTED = (".js", ".mjs", ".cpp")  # these begin with a comment instead of a docstring
 PLACE_OF_TEXT = 44
 

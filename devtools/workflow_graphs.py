@@ -913,8 +913,52 @@ errors decide which steps are coarse, within **error_budget**.""",
     twin="dynamic_patches",
 )
 
+OUTSIDE = Graph(
+    "BlockSkip 8 - Run outside",
+    {
+        **ONE_FP8_FILE.prompt,
+        **dataset(),
+        **captions(ONE_FP8_FILE, ["dataset", 1]),
+        **select(ONE_FP8_FILE, 0.5),
+        **prepared(ONE_FP8_FILE, ["dataset", 0], ["dataset", 2]),
+        "outside": node(
+            "BlockSkip_WriteRun",
+            "Run Outside",
+            model=ONE_FP8_FILE.link("model"),
+            residuals=["residuals", 0],
+            steps=500,
+            learning_rate=1e-4,
+            rank=16,
+            seed=0,
+            accumulation=4,
+            output_name="loras/my_subject",
+            run_name="runs/my_subject",
+        ),
+        "command": node("PreviewAny", "The command", source=["outside", 1]),
+    },
+    (
+        Column("1  Load", BLUE, (*ONE_FP8_FILE.names(), "dataset")),
+        Column("2  Choose blocks", GREEN, ("probe", "select", "heatmap")),
+        Column("3  Prepare", YELLOW, ("captions", "guidance", "residuals", "patches")),
+        Column("4  Write it down", PURPLE, ("outside", "command")),
+    ),
+    """## Run outside
+
+**Run Outside** stands in the place of Dynamic Patch Trainer. It writes the training to *output/runs* and shows the command that
+does it: in a terminal, on several GPUs, or on another machine. It starts nothing itself.
+
+The command saves the same LoRA in the same place. With *torchrun* each GPU trains on its share of every step, so
+**accumulation** must be a multiple of their number; here it is 4.
+
+For another machine, copy the two files of *output/runs*, and the model. The residuals are computed there, or copy
+*output/blockskip* too.""",
+    headline="Run outside",
+    subline="a training as a file\nfor several GPUs or another machine",
+    twin="run_outside",
+)
+
 GRAPHS = (
     FIRST, CARD_8, CARD_12, CARD_24, RESUME_8, RESUME_12, RESUME_24, APPLY, SEVERAL, RALU, DDIT, SELECT_BLOCKS, TRAIN, RESUME,
-    WORD,
+    OUTSIDE, WORD,
 )  # fmt: skip
 """The shipped workflows, in the order of use, which their names show."""

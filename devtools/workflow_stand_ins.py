@@ -48,6 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "BlockSkip_MemoryPlan": {"draws": 6, "patch_min": 64},
     "BlockSkip_PrecomputeResiduals": {"draws": 6, "patch_min": 64, "patch_max": 128},
     "BlockSkip_TrainLora": {"steps": 4},
+    "BlockSkip_WriteRun": {"steps": 4},
     "BlockSkip_SampleWhileTraining": {"every": 2, "width": 64, "height": 64, "sampler_steps": 2},
     "BlockSkip_TrainWord": {
         "steps": 2,

@@ -18,6 +18,7 @@ from .select_blocks import SelectBlocks
 from .train_lora import TrainLora
 from .train_patch_adapters import TrainPatchAdapters
 from .train_word import TrainWord
+from .write_run import WriteRun
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     SelectBlocks,
@@ -33,6 +34,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     TrainPatchAdapters,
     LoadPatchAdapters,
     DynamicPatchesNode,
+    WriteRun,
 ]
 
 

@@ -14,14 +14,12 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..blockskip_core.accounting.plan import MemorySettings
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError
+from ..blockskip_core.hosts.files.lora_files import NO_FILE as NO_FILE
+from ..blockskip_core.hosts.runs.request import require_memory_settings as require_memory_settings
 from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
-
-NO_FILE = "none"
-"""The entry in a list of files that means no file."""
 
 NOT_CONNECTED = object()
 """Default of an optional input in ``validate_inputs``, where a linked input is None or a list of None."""
@@ -154,11 +152,3 @@ def refusal(check: Callable[[], object]) -> bool | str:
     except BlockSkipError as error:
         return str(error)
     return True
-
-
-def require_memory_settings(value: Any) -> None:
-    """Raise InvalidInputError unless this is an output of Memory Plan."""
-    if not isinstance(value, MemorySettings):
-        raise InvalidInputError(
-            f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."
-        )

@@ -33,6 +33,7 @@ from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
 from ..blockskip_core.hosts.models.reference_latents import counted_captions
+from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, report
 from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
@@ -43,7 +44,6 @@ from ..blockskip_core.training.config import TrainingConfig
 from . import widgets
 from .inputs import checked, connected
 from .page.progress import NodeProgress
-from .plan_text import AsRun, Found, advice, report
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30

@@ -10,13 +10,13 @@ from ..blockskip_core.adapters.lora_formats import LoraFileFormat
 from ..blockskip_core.data.flow_matching import LossWeighting
 from ..blockskip_core.hosts.files.lora_files import EXAMPLE_NAME, file_identity
 from ..blockskip_core.hosts.files.names import name_below
+from ..blockskip_core.hosts.runs.request import KEPT_WEIGHTS, RunRequest
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS
 from . import widgets
 from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
-from .run.request import KEPT_WEIGHTS, RunRequest
 from .run.training import run_training
 from .types import LoraModelSocket, LossMapSocket, ResidualsSocket, SamplesSocket
 
@@ -41,10 +41,7 @@ class TrainLora(io.ComfyNode):
             is_output_node=True,
             is_experimental=True,
             # Saved workflows store widget values by position: new inputs go to the end.
-            inputs=[
-                *_required_inputs(), *_adapter_inputs(), *_step_inputs(), *_file_inputs(), *_memory_inputs(), *_checkpoint_inputs(),
-                *_other_inputs(),
-            ],
+            inputs=training_inputs(),
             outputs=[
                 LoraModelSocket.Output(
                     "lora", display_name="lora",
@@ -78,6 +75,14 @@ class TrainLora(io.ComfyNode):
             progress = NodeProgress(cls.hidden.unique_id, chart.phase, has_text=False)
             trained = run_training(model, residuals, request, progress, chart)
         return io.NodeOutput(trained.lora, trained.loss_map, trained.steps, ui={**trained.ui, **chart.output()})
+
+
+def training_inputs() -> list[io.Input]:
+    """Return the inputs of a training, also for nodes that only write it down."""
+    return [
+        *_required_inputs(), *_adapter_inputs(), *_step_inputs(), *_file_inputs(), *_memory_inputs(), *_checkpoint_inputs(),
+        *_other_inputs(),
+    ]  # fmt: skip
 
 
 def _required_inputs() -> list[io.Input]:

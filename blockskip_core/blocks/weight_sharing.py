@@ -96,3 +96,14 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     twin = weight_sharing_copy(module)
     twin.forward = torch.no_grad()(twin.forward)
     return twin
+
+
+def move_weights(twin: nn.Module, device: torch.device) -> None:
+    """Move the weights of a copy or a stand-in to a device, as new tensors, because the model has the old ones too."""
+    for layer in twin.modules():
+        for name, weight in layer._parameters.items():
+            if weight is not None and weight.device != device:
+                layer._parameters[name] = nn.Parameter(weight.detach().to(device), requires_grad=False)
+        for name, table in layer._buffers.items():
+            if table is not None and table.device != device:
+                layer._buffers[name] = table.to(device)

@@ -29,10 +29,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from ..blocks.replay import Residual
 from ..errors import CacheError, InvalidInputError, StorageError
-from ..files import open_tensors, remove_leftovers, write_atomically
+from ..files import open_tensors, remove_leftovers, what_helps, write_atomically
 from ..units import format_bytes
 from .format import ResidualFormat, unpacked
 
@@ -167,6 +168,36 @@ class CacheWriter:
         self._tensors.update(entries)
         self._num_shards += 1
         self.draws.update(records)
+        self.write_unfinished()
+
+    def adopt(self, part: Path) -> None:
+        """Take over the shards of another unfinished cache of the same residuals, and remove it.
+
+        Shards are renamed, not copied. If that is interrupted, draws are computed again, and nothing is misread.
+
+        Raises:
+            StorageError: If the disk cannot be written.
+        """
+        found = {key: entry for key, entry in _unfinished_tensors(part, self._identity).items() if self._is_new(key)}
+        for number, shard in enumerate(sorted({str(entry["shard"]) for entry in found.values()}), self._num_shards):
+            name = f"shard-{number:05d}.safetensors"
+            try:
+                os.replace(part / shard, self._folder / name)
+            except OSError as error:
+                raise StorageError(
+                    f"{shard} of {part.name} could not be moved: {error}. {what_helps(error)}"
+                ) from error
+            self._tensors.update({key: {**e, "shard": name} for key, e in found.items() if e["shard"] == shard})
+            self._num_shards = number + 1
+        self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
+        self.write_unfinished()
+        remove_cache(part)
+
+    def _is_new(self, key: str) -> bool:
+        return int(key.split("/", 1)[0]) not in self.draws
+
+    def write_unfinished(self) -> None:
+        """Write the manifest of the shards so far, from which an interrupted writer continues."""
         self._write_manifest(UNFINISHED)
 
     def _stored_before(
@@ -240,14 +271,15 @@ class ResidualCache:
             raise CacheError(f"Training example {draw} is not among the stored residuals.")
         return {name: self._read_tensor(f"{draw}/{name}") for name in self._names[draw] if wanted(name)}
 
-    def verify(self) -> None:
-        """Read every tensor once.
+    def verify(self, draws: Collection[int] | None = None) -> None:
+        """Read every tensor once, or every one of some draws.
 
         Raises:
             CacheError: If one does not match its checksum.
         """
         for key in self._tensors:
-            self._read_tensor(key)
+            if draws is None or int(key.split("/", 1)[0]) in draws:
+                self._read_tensor(key)
 
     def close(self) -> None:
         """Release the shards; some systems refuse to delete a file that is mapped."""
@@ -300,6 +332,19 @@ class ResidualCache:
 def is_finished(folder: Path) -> bool:
     """Return whether this folder has a completely written cache."""
     return (folder / MANIFEST).is_file()
+
+
+def stored_draws(folder: Path, identity: CacheIdentity) -> set[int]:
+    """Return the draws that an unfinished cache says it has, without reading them.
+
+    Raises:
+        CacheError: If there is none, it is damaged, or it was made from something else.
+    """
+    body = _read_manifest(folder, UNFINISHED)
+    differing = identity.difference(body["identity"])
+    if differing:
+        raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
+    return {int(key.split("/", 1)[0]) for key in body["tensors"]}
 
 
 def num_shards(folder: Path) -> int:

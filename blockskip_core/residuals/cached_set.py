@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.micro_batches import MicroBatches
-from ..locks import lock
+from ..locks import lock, try_lock
 from ..model import SkippableDit
 from .back_response import FittedResponse
 from .cache import CacheWriter, ResidualCache, is_finished, num_shards
 from .chunks import compute_chunk, fitted_response, records_of
-from .housekeeping import KEPT_CACHES, remove_old_caches, remove_unused, removed_if_damaged
+from .housekeeping import KEPT_CACHES, parts_of, remove_old_caches, remove_unused, removed_if_damaged
 from .prefetch import prefetched
 from .residual_set import PhaseProgress, ResidualSet, require_disk_space
 from .source import OpenResiduals, Reference
@@ -45,14 +46,36 @@ def write_cache(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgre
     with lock(residuals.folder, waiting_for_another(residuals, progress)):
         if is_finished(residuals.folder):
             return False
-        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
-        writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+        writer = resumed_writer(residuals)
         try:
             _write_missing(residuals, dit, progress, writer)
         finally:
             if not writer.draws:
                 writer.discard()
     return True
+
+
+def resumed_writer(residuals: ResidualSet) -> CacheWriter:
+    """Return a writer that continues an unfinished cache, with what several processes have computed of it.
+
+    The caller holds a lock on the cache.
+
+    Raises:
+        StorageError: If the disk cannot be written.
+    """
+    remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
+    writer = CacheWriter(residuals.folder, residuals.identity, resume=True)
+    adopt_parts(writer, residuals.folder)
+    return writer
+
+
+def adopt_parts(writer: CacheWriter, folder: Path) -> None:
+    """Take over all parts of a cache that no process is writing."""
+    for part in parts_of(folder):
+        held = try_lock(part)
+        if held is not None:
+            with held:
+                writer.adopt(part)
 
 
 def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Callable[[], None]:
@@ -98,9 +121,10 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | 
 @contextmanager
 def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
     """Open a finished cache for a stretch; the next two micro-batches are read while one is trained on."""
-    order = (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))
+    order = _order(residuals, run, micro_batches)
     with closing(ResidualCache(residuals.folder, residuals.identity)) as cache:
-        cache.verify()  # fail now rather than after hours of training
+        # Fail now rather than after hours of training. Of several processes, each checks what it reads.
+        cache.verify(None if run.processes == 1 else set(_order(residuals, run, micro_batches)))
         reference = Reference(*cache.require_first("reference"))
         fitted = FittedResponse.found(lambda name: (cache.first(name) or (0, None))[1])
         with prefetched(cache.residual, order, ahead=2 * run.batch_size) as residual:
@@ -112,3 +136,7 @@ def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) ->
                 residuals.identity.residual_format,
                 fitted.problem() if fitted else "",
             )
+
+
+def _order(residuals: ResidualSet, run: MicroBatches, micro_batches: range) -> Iterator[int]:
+    return (draw for number in micro_batches for draw in run.draws_of(number, len(residuals.schedule)))

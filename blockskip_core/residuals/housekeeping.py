@@ -16,6 +16,7 @@ from .cache import UNFINISHED, is_finished, remove_cache
 logger = logging.getLogger(__name__)
 
 KEPT_CACHES = 3  # how many of the newest finished caches to keep on disk
+_PART = re.compile(r"(?P<whole>.*)-part-\d{1,6}")  # what one of several processes computes of a cache
 _SCRATCH = re.compile(r".*-chunk-[0-9a-f]{8}")  # one chunk of one run
 
 
@@ -29,11 +30,13 @@ def remove_old_caches(parent: Path, *, keep: int, exclude: str = "") -> None:
     try:
         own = [path for path in parent.iterdir() if is_finished(path) or (path / UNFINISHED).is_file()]
         own = [path for path in own if path.name != exclude and not _SCRATCH.fullmatch(path.name)]
-        caches = sorted(own, key=lambda path: -path.stat().st_mtime)
+        parts = {path: found["whole"] for path in own if (found := _PART.fullmatch(path.name))}
+        caches = sorted((path for path in own if path not in parts), key=lambda path: -path.stat().st_mtime)
     except OSError as error:  # another program may be removing them too
         logger.warning("BlockSkip: cannot remove old residuals: %s", error)
         return
-    for path in caches[keep:]:
+    kept = {exclude, *(path.name for path in caches[:keep])}
+    for path in [*caches[keep:], *(path for path, whole in parts.items() if whole not in kept)]:
         if remove_unused(path):
             logger.info("BlockSkip: removed the old residuals %s", path.name)
     remove_stale_locks(parent)
@@ -51,6 +54,17 @@ def remove_unused(folder: Path) -> bool:
     with held:
         remove_cache(folder)
     return True
+
+
+def part_folder(folder: Path, rank: int) -> Path:
+    """Return the folder of what one of several processes computes of a cache."""
+    return folder.with_name(f"{folder.name}-part-{rank}")
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Return the folders of all parts of a cache."""
+    found = folder.parent.glob(f"{folder.name}-part-*")
+    return sorted(path for path in found if path.is_dir() and _PART.fullmatch(path.name))
 
 
 @contextmanager

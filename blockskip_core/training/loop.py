@@ -33,6 +33,7 @@ from .observer import TrainingObserver
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer
 from .result import StepReport, TrainingResult
 from .self_check import check_against_full_model, check_gradients
+from .together import Together
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def train_lora(
     activation_bytes: int = 0,
     weights: WeightPlacement = "as fits",
     checkpoints: Checkpoints | None = None,
+    together: Together = Together(),  # noqa: B008 - it has no state
 ) -> None:
     """Train ``adapters`` in place.
 
@@ -80,18 +82,21 @@ def train_lora(
         weights: Where the host keeps the weights.
         checkpoints: The run's saved states, to resume from and to write; if None, the run starts from the beginning and
             saves no states.
+        together: The processes that share the run; this one trains on its share of every step. Only process 0 saves
+            states.
 
     Raises:
         CheckpointError: If a state belongs to another run.
+        InvalidInputError: If the processes cannot share the micro-batches of a step equally.
         TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
-            the full model before the first step, or a kept block gets no gradient.
+            the full model before the first step, a kept block gets no gradient, or another process has ended.
     """
-    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, observers, checkpoints)
+    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, observers, checkpoints, together)
     place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
     try:
         loop.resume()
         loop.pause_if_due()  # before the first step, or where an interrupted run should have paused
-        for opening in source.stretches(config.micro_batches, start=result.steps * config.accumulation):
+        for opening in source.stretches(loop.share, start=result.steps * loop.share.per_step):
             with opening as residuals:
                 for part in loop.parts(residuals.micro_batches):
                     loop.run(residuals, part, place)
@@ -128,12 +133,14 @@ class _Loop:
         result: TrainingResult,
         observers: Sequence[TrainingObserver],
         checkpoints: Checkpoints | None,
+        together: Together,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
         self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
         self.adapters, self.config, self.result, self.observers = adapters, config, result, observers
-        self.checkpoints = checkpoints
+        self.checkpoints, self.together = checkpoints, together
+        self.share = config.micro_batches.share_of(together.rank, together.size)
         adapters.to(dit.device)
         self.optimizer = build_optimizer(
             config.optimizer,
@@ -172,13 +179,13 @@ class _Loop:
         start = micro_batches.start
         for end in range(start + 1, micro_batches.stop + 1):
             part = range(start, end)
-            if end == micro_batches.stop or (self.ends_step(part) and self.due(end // self.config.accumulation)):
+            if end == micro_batches.stop or (self.ends_step(part) and self.due(end // self.share.per_step)):
                 yield part
                 start = end
 
     def ends_step(self, part: range) -> bool:
         """Return whether the last of these micro-batches completes an optimiser step."""
-        return part.stop % self.config.accumulation == 0
+        return part.stop % self.share.per_step == 0
 
     def due(self, step: int) -> list[TrainingObserver]:
         """Return the observers that want the model unloaded after ``step`` steps."""
@@ -214,7 +221,7 @@ class _Loop:
             yield lambda micro_batch: self._micro_batch(stretch, micro_batch)
 
     def _micro_batch(self, stretch: _Stretch, micro_batch: int) -> None:
-        draws = self.config.micro_batches.draws_of(micro_batch, len(self.schedule))
+        draws = self.share.draws_of(micro_batch, len(self.schedule))
         total = 0.0
         for batch in batches_of_equal_text(draws, self._batch_key, self.config.batch_size):
             with ExitStack() as stack:
@@ -224,7 +231,8 @@ class _Loop:
             if counted:
                 self.result.saved_bytes = max(self.result.saved_bytes, counted.total)
             value = loss.item()  # read only once: on a GPU every read waits for running kernels
-            self._require_finite(value, "loss", micro_batch)
+            if self.together.size == 1:  # otherwise all processes are told at the end of the step, and end together
+                self._require_finite(value, "loss", micro_batch)
             self.scaler.scale(loss / self.config.accumulation).backward()
             total += value
         self.num_counted += 1
@@ -232,7 +240,7 @@ class _Loop:
             check_gradients(self.dit, self.selection, self.adapters)
         self.result.losses.append(total)
         self.pending.append(total)
-        if len(self.pending) == self.config.accumulation:
+        if len(self.pending) == self.share.per_step:
             self._optimizer_step(micro_batch)
 
     def _loss(self, stretch: _Stretch, batch: Sequence[int]) -> Tensor:
@@ -246,6 +254,7 @@ class _Loop:
         return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
 
     def _optimizer_step(self, micro_batch: int) -> None:
+        self._exchange(micro_batch)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
@@ -268,9 +277,30 @@ class _Loop:
             observer.on_step(report)
         self.started = time.perf_counter()
 
+    def _exchange(self, micro_batch: int) -> None:
+        """Replace this process's losses and gradients of the step by those of all processes together."""
+        if self.together.size == 1:
+            return
+        own = len(self.pending)
+        self.pending = self.together.in_order(self.pending)
+        self.result.losses[-own:] = self.pending
+        self._require_finite(sum(self.pending), "loss", micro_batch)
+        self.together.sum_gradients(self.adapters.parameters())
+
     def resume(self) -> None:
-        """Continue from the newest state, if there is one."""
+        """Continue from the newest state, if there is one.
+
+        Raises:
+            TrainingError: If the processes find different states.
+        """
         state = self.checkpoints and self.checkpoints.newest(self.config.steps)
+        self.together.require_equal(
+            str(state.step if state else 0),
+            lambda rank, _first, _other: (
+                f"Process {rank} finds another training state than process 0. All processes must see the same "
+                "output folder."
+            ),
+        )
         if not state:
             return
         lora = {name: x for name, x in state.tensors.items() if not name.startswith(_OPTIMIZER)}
@@ -288,7 +318,7 @@ class _Loop:
 
     def save(self) -> None:
         """Write the state after the last complete step, if states are kept."""
-        if not self.checkpoints or not self.result.steps or self.within_step:
+        if not self.checkpoints or not self.result.steps or self.within_step or self.together.rank:
             return
         tensors, numbers = optimizer_state(self.optimizer)
         numbers |= {_SCALER + name: x for name, x in self.scaler.state_dict().items()}
@@ -315,7 +345,7 @@ class _Loop:
         if not math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
-                f"The {what} is not finite in step {micro_batch // self.config.accumulation + 1}. The LoRA is kept "
+                f"The {what} is not finite in step {micro_batch // self.share.per_step + 1}. The LoRA is kept "
                 f"as it was after step {self.result.steps}. Lower the learning rate, or load the model in bf16."
             )
 

@@ -1,17 +1,14 @@
-"""What the user sees during a run: the live chart, and the node's progress bar and line of text."""
+"""The live chart of a run."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-
+from ...blockskip_core.hosts.runs.figures import mean
+from ...blockskip_core.hosts.runs.outcome import RunOutcome
+from ...blockskip_core.hosts.runs.prepare import PreparedRun
+from ...blockskip_core.hosts.runs.progress_line import time_left
 from ...blockskip_core.training.observer import TrainingObserver
 from ...blockskip_core.training.result import StepReport
-from ...blockskip_core.units import format_bytes
 from ..page.live_chart import LiveChart
-from ..page.progress import NodeProgress
-from .figures import mean
-from .outcome import RunOutcome
-from .prepare import PreparedRun
 
 STEPS_OF_PACE = 20
 """Number of latest steps over which the chart averages the time per step."""
@@ -58,26 +55,3 @@ class RunChart(TrainingObserver):
         size, losses = self._config.accumulation, self._outcome.result.losses
         ends = range(size, self._outcome.result.resumed_at * size + 1, size)
         self._chart.earlier([sum(losses[end - size : end]) / size for end in ends], self._config.steps)
-
-
-class ProgressLine(TrainingObserver):
-    """Shows each step on the node. It is the last observer, because Cancel ends a run here."""
-
-    def __init__(self, run: PreparedRun, outcome: RunOutcome, progress: NodeProgress) -> None:
-        self._steps, self._outcome, self._progress = run.request.steps, outcome, progress
-
-    def on_step(self, step: StepReport) -> None:
-        """Show a step."""
-        left, peak = time_left(self._outcome, self._steps), format_bytes(self._outcome.memory.peak)
-        detail = f"loss {step.loss:.4f} · {_pace(self._outcome):.2f} s/step · {left} left · peak {peak}"
-        self._progress("training step", step.step, self._steps, detail)
-
-
-def time_left(outcome: RunOutcome, steps: int) -> timedelta:
-    """Return how long the rest will take at the pace so far, in whole seconds."""
-    return timedelta(seconds=round(_pace(outcome) * (steps - outcome.result.steps)))
-
-
-def _pace(outcome: RunOutcome) -> float:
-    seconds = outcome.result.step_seconds
-    return sum(seconds) / len(seconds)

@@ -11,14 +11,14 @@ from comfy.model_management import InterruptProcessingException
 from PIL import Image
 
 from ...blockskip_core.files import write_atomically
+from ...blockskip_core.hosts.runs.outcome import RunOutcome, Sample
+from ...blockskip_core.hosts.runs.prepare import PreparedRun
 from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
 from ...blockskip_core.reporting.pictures import as_picture
 from ...blockskip_core.reporting.run_report import sample_of
 from ...blockskip_core.training.observer import TrainingObserver
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
-from .outcome import RunOutcome, Sample
-from .prepare import PreparedRun
 
 logger = logging.getLogger(__name__)
 

@@ -1,49 +1,29 @@
-"""The trainer's work from request to figures: prepare, check the memory, train, save however it ends, report."""
+"""The trainer's work from request to outputs: prepare, carry out with a chart on the node, return as core's trainer."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management
 import torch
 
 from ...blockskip_core.adapters.lora_formats import to_host_lora
-from ...blockskip_core.errors import TrainingError
-from ...blockskip_core.hosts.files.lora_files import LoraModel, ReservedName
-from ...blockskip_core.hosts.models.out_of_memory import (
-    OutOfMemoryError,
-    is_out_of_memory,
-    log_and_release,
-    out_of_memory_explained,
-)
-from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
-from ...blockskip_core.hosts.models.residency import evict_others
-from ...blockskip_core.model import WeightPlacement
+from ...blockskip_core.hosts.files.lora_files import LoraModel
+from ...blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
+from ...blockskip_core.hosts.runs.figures import metadata, on_node
+from ...blockskip_core.hosts.runs.outcome import RunOutcome
+from ...blockskip_core.hosts.runs.prepare import PreparedRun, prepare
+from ...blockskip_core.hosts.runs.progress_line import ProgressLine
+from ...blockskip_core.hosts.runs.request import RunRequest
+from ...blockskip_core.hosts.runs.training import carry_out
+from ...blockskip_core.hosts.runs.view import RunView
 from ...blockskip_core.residuals.residual_set import ResidualSet
-from ...blockskip_core.residuals.sources import source_of
-from ...blockskip_core.training.loop import train_lora
-from ...blockskip_core.training.observer import OnStep, TrainingObserver
-from ...blockskip_core.training.result import StepReport
+from ...blockskip_core.training.observer import TrainingObserver
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
-from .display import ProgressLine, RunChart
-from .figures import metadata, on_node, outcome_line
-from .files import RunFiles
-from .memory_check import MemoryCheck
-from .outcome import RunOutcome
-from .peak_memory import PeakMemory
-from .prepare import PreparedRun, prepare
-from .request import RunRequest
+from .display import RunChart
 from .samples import RunSamples
-
-logger = logging.getLogger(__name__)
-
-ADVICE = (
-    "Lower `patch_min` or `batch_size`, set `activation_budget` to 0, or skip more blocks at Select Blocks; Memory "
-    "Plan shows what fits."
-)
 
 
 @dataclass(frozen=True)
@@ -67,14 +47,7 @@ def run_training(
     """
     with out_of_memory_explained("Preparing the training", "Unload whatever else uses the device, and queue again."):
         run = prepare(model, residuals, request)
-
-    def wait_for_another(step: int) -> None:
-        progress("waiting for another process that trains the same run", min(step, request.steps), request.steps)
-
-    with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
-        outcome = RunOutcome(PeakMemory(run.dit.device), name)
-        _Training(run, outcome, progress, chart).train()
-    progress.say(outcome_line(outcome))
+    outcome = carry_out(run, progress, NodeView(progress, chart))
     with torch.inference_mode(False):  # ordinary tensors, like those of core's trainer
         tensors = to_host_lora(run.adapters.state_dict(), run.adapters.scale)
     return TrainedLora(
@@ -85,130 +58,27 @@ def run_training(
     )
 
 
-class _Training:
-    """The training of a prepared run: memory check before, files after, and a second try if memory runs out."""
+class NodeView(RunView):
+    """Shows a run on the trainer's node: chart, progress, pictures."""
 
-    def __init__(self, run: PreparedRun, outcome: RunOutcome, progress: NodeProgress, chart: LiveChart) -> None:
-        self._run, self._outcome, self._progress = run, outcome, progress
-        self._memory_check = MemoryCheck(run, progress, outcome.result.problems)
-        self._files, self._chart = RunFiles(run, outcome), RunChart(run, outcome, chart)
-        self._observers: list[TrainingObserver] = [self._chart, self._files, ProgressLine(run, outcome, progress)]
+    def __init__(self, progress: NodeProgress, chart: LiveChart) -> None:
+        self._progress, self._live = progress, chart
+        self._chart: RunChart | None = None
+
+    def observers(self, run: PreparedRun, outcome: RunOutcome, training_peak: int) -> Sequence[TrainingObserver]:
+        """Return the chart, the line of text and, if requested, the pictures."""
+        self._chart = RunChart(run, outcome, self._live)
+        shown: list[TrainingObserver] = [self._chart, ProgressLine(run, outcome, self._progress)]
         if run.sampler is not None:
-            peak = self._memory_check.training_peak
-            self._observers.append(RunSamples(run, outcome, progress, chart, run.sampler, training_peak=peak))
+            shown.append(RunSamples(run, outcome, self._progress, self._live, run.sampler, training_peak=training_peak))
+        return shown
 
-    def train(self) -> None:
-        """Train, and save the LoRA however the run ends, if it has learned anything.
+    def saved(self) -> None:
+        """Show what the run has saved."""
+        if self._chart is not None:
+            self._chart.saved()
 
-        Raises:
-            TrainingError, OutOfMemoryError: If training cannot continue; the message names the file with the LoRA so
-                far.
-            StorageError: If a run that ended early cannot be saved.
-        """
-        result = self._outcome.result
-        result.problems.extend([*self._run.residuals.remarks, *_on_ranks(self._run)])
-        try:
-            self._train()
-        except (TrainingError, OutOfMemoryError) as error:
-            if not result.steps:
-                raise
-            self._save_early()
-            saved = f"The LoRA so far is saved as {self._outcome.path.name}."
-            raise type(error)(f"{error} {saved}") from None
-        except BaseException:  # including Cancel at any moment
-            if result.steps:
-                self._save_early()
-            raise
-        finally:
+    def ended(self) -> None:
+        """Show the last state of the chart."""
+        if self._chart is not None:
             self._chart.run_ended()
-        if result.overflows:
-            result.problems.append(
-                f"{result.overflows} steps were skipped because gradients overflowed in float16; a model in bf16 does "
-                "not have this problem."
-            )
-        self._files.save_finished()
-        self._chart.saved()
-
-    def _save_early(self) -> None:
-        self._files.save_early()
-        self._chart.saved()
-
-    def _train(self) -> None:
-        placement = self._memory_check.placement()
-        evict_others(self._run.dit.patcher)
-        self._outcome.memory.restart()  # text encoder and VAE are not part of the run's peak
-        if isinstance(self._run.trained_dit, QuantisedDit):
-            self._run.trained_dit.quantise(lambda done, total: self._progress("layers quantised", done, total))
-        ran_out = self._runs_out_of_memory(placement)
-        if ran_out is not None:
-            self._continue_streamed(placement, ran_out)
-
-    def _continue_streamed(self, placement: WeightPlacement, said: str) -> None:
-        """Continue a run that ran out of memory from its last checkpoint, with its weights streamed.
-
-        Raises:
-            OutOfMemoryError: If they were already streamed, there are none to stream, or memory runs out again.
-        """
-        result, run = self._outcome.result, self._run
-        failed = f"Training ran out of memory after step {result.steps} ({said})."
-        if not self._can_stream(placement):
-            raise OutOfMemoryError(f"{failed} {ADVICE}")
-        problem = f"{failed} It continued with streamed weights, which is slower. {ADVICE}"
-        logger.warning("BlockSkip: %s", problem)
-        result.problems.append(problem)
-        resumed_at = result.resumed_at
-
-        def keep_resumed_at(_: StepReport) -> None:  # this time the run resumes from its own state
-            result.resumed_at = resumed_at
-
-        self._observers.insert(0, OnStep(keep_resumed_at))
-        run.adapters.load_state_dict(run.first_values)
-        result.steps = 0
-        result.losses.clear()
-        run.checkpoints.resume = True
-        comfy.model_management.soft_empty_cache()
-        again = self._runs_out_of_memory("streamed")
-        if again is not None:
-            raise OutOfMemoryError(f"Training ran out of memory even with streamed weights ({again}). {ADVICE}")
-
-    def _can_stream(self, placement: WeightPlacement) -> bool:
-        """Return whether there are weights on the device that could be streamed instead."""
-        return placement != "streamed" and self._run.dit.device.type != "cpu"
-
-    def _runs_out_of_memory(self, placement: WeightPlacement) -> str | None:
-        """Train; if memory runs out, release everything and return the allocator's message, otherwise None."""
-        try:
-            self._run_loop(placement)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return log_and_release(error)
-        return None
-
-    def _run_loop(self, placement: WeightPlacement) -> None:
-        run = self._run
-        train_lora(
-            run.trained_dit,
-            run.residuals.schedule,
-            run.residuals.latents,
-            run.residuals.selection,
-            source_of(run.residuals, run.dit, self._progress),
-            run.adapters,
-            run.request.config,
-            result=self._outcome.result,
-            observers=self._observers,
-            activation_bytes=run.step_bytes,
-            weights=placement,
-            checkpoints=run.checkpoints,
-        )
-
-
-def _on_ranks(run: PreparedRun) -> list[str]:
-    """Return a sentence on layers that got less than the requested rank, if there are any."""
-    narrow = run.adapters.narrow_layers
-    if not narrow:
-        return []
-    return [
-        f"rank {run.request.rank} is more than {len(narrow)} of {len(run.adapters.names)} layers can use: their rank "
-        f"is their smaller side, at least {min(narrow.values())}."
-    ]

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 
+from ...blockskip_core.hosts.runs.peak_memory import PeakMemory
 from ...blockskip_core.training.observer import TrainingObserver
 from ...blockskip_core.training.result import StepReport
 from ...blockskip_core.units import format_bytes
@@ -13,7 +14,6 @@ from ...blockskip_core.zoodip.settings import WordSettings
 from ...blockskip_core.zoodip.training import WordResult
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
-from ..run.peak_memory import PeakMemory
 
 STEPS_OF_PACE = 20
 """Number of latest steps over which the time per step is averaged."""

@@ -32,7 +32,7 @@ def row(arm: str, number: int, seconds: list[float] | None = None, error: str | 
 
 @pytest.mark.slow
 def test_every_arm_gives_seconds_or_a_reason_and_a_stopped_run_goes_on(small, comfyui) -> None:
-    arms = small.speed_arms.all_arms(LARGE, SMALL)
+    arms = [arm for arm in small.speed_arms.all_arms(LARGE, SMALL) if arm.part != small.speed_arms.TOGETHER]
     assert len({arm.name for arm in arms}) == len(arms)
     small.speed.measure(small.lab, arms[:3], 1, 1, SHARED, small.file)
     first = small.speed_report.rows(small.file)
@@ -56,6 +56,16 @@ def test_every_arm_gives_seconds_or_a_reason_and_a_stopped_run_goes_on(small, co
         assert claim.text in text
     for arm in arms:
         assert f"| {arm.name} | " in text
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_give_seconds_per_example(small, comfyui) -> None:
+    alone, several = [arm for arm in small.speed_arms.all_arms(LARGE, SMALL) if arm.part == small.speed_arms.TOGETHER]
+    assert (alone.unit, several.unit) == ("example", "example")
+    assert several.name == f"50% skipped, {SMALL} px, 2 micro-batches a step, 2 processes"
+    seconds = several.run(small.lab, 2)
+    assert len(seconds) == 2
+    assert min(seconds) > 0
 
 
 def test_a_failing_arm_is_told_in_one_sentence_and_not_tried_again(small, comfyui) -> None:

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "blockskip_core"
 SHIPPED = [ROOT / "__init__.py", *sorted(CORE.rglob("*.py")), *sorted((ROOT / "nodes").rglob("*.py"))]
+WITHOUT_COMFYUI = sorted((CORE / "hosts" / "diffusers").glob("*.py"))
 PURE = [path for path in CORE.rglob("*.py") if CORE / "hosts" not in path.parents]
 
 HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "node_helpers",
@@ -64,6 +65,16 @@ def test_the_core_knows_no_host(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert not (node.module or "").startswith("hosts")
             assert "hosts" not in {alias.name for alias in node.names}
+
+
+@pytest.mark.parametrize("path", WITHOUT_COMFYUI, ids=relative)
+def test_the_diffusers_host_needs_neither_comfyui_nor_its_host(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not imported(tree) & HOST_MODULES
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level != 2, "that is another host's room"
+            assert not (node.module or "").startswith("hosts")
 
 
 NAMES_OF_NODES = (

@@ -27,13 +27,15 @@ TABLE = {
     "training": "errors files locks selection data adapters model blocks residuals",
     "zoodip": "errors training",
     "distillation": "errors data training",
-    "torch_dit": "adapters model",
+    "runs": "errors version files selection data residuals training",
+    "train": "runs",
+    "torch_dit": "adapters model blocks",
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
     "accounting": "errors units selection data adapters model blocks residuals training",
     "reporting": "units files selection data ddit training",
     "hosts": "",
-    "hosts/families": "errors selection data adapters ralu model accounting",
+    "hosts/families": "errors selection data adapters ralu model blocks accounting",
     "hosts/inputs": "errors data",
     "hosts/files": "errors files locks adapters ddit",
     "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
@@ -41,16 +43,16 @@ TABLE = {
     "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",
     "hosts/words": "errors data zoodip hosts/inputs hosts/models",
+    "hosts/runs": "errors units version data adapters model residuals training runs accounting reporting hosts/families "
+    "hosts/files hosts/models hosts/sampling",
+    "hosts/diffusers": "errors version files selection data adapters model blocks residuals training runs api",
     "nodes/types": "",
-    "nodes/plan_text": "units accounting",
-    "nodes/inputs": "errors selection ddit residuals accounting",
+    "nodes/inputs": "errors selection ddit residuals hosts/files hosts/runs",
     "nodes/page": "reporting",
-    "nodes/run": "errors units version files data adapters model residuals training accounting reporting "
-    "hosts/families hosts/files hosts/models hosts/sampling nodes/plan_text nodes/inputs nodes/page",
-    "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words nodes/page "
-    "nodes/run",
+    "nodes/run": "files adapters residuals training reporting hosts/files hosts/models hosts/sampling hosts/runs nodes/page",
+    "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words hosts/runs nodes/page",
     "nodes": "errors selection data adapters ralu ddit residuals training distillation accounting reporting hosts/inputs hosts/files "
-    "hosts/models hosts/sampling hosts/words nodes/types nodes/plan_text nodes/inputs nodes/page nodes/run nodes/words",
+    "hosts/models hosts/sampling hosts/words hosts/runs nodes/types nodes/inputs nodes/page nodes/run nodes/words",
 }
 ROOMS = {room: row.split() for room, row in TABLE.items()}
 MODULES = [path for folder in (CORE, "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]

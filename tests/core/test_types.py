@@ -15,6 +15,7 @@ SKIPPABLE = """
 from collections.abc import Callable
 
 from blockskip_pack.blockskip_core.accounting.phase_counts import _Watched
+from blockskip_pack.blockskip_core.hosts.diffusers import DiffusersDit
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
@@ -23,7 +24,7 @@ from blockskip_pack.blockskip_core.torch_dit import TorchDit
 from blockskip_pack.tests.core.plain_dit import PlainDit
 
 models: list[Callable[..., SkippableDit]] = [
-    HostedDit, QuantisedDit, WeightlessDit, _Watched, WrappedDit, TorchDit, PlainDit
+    HostedDit, QuantisedDit, WeightlessDit, _Watched, WrappedDit, TorchDit, PlainDit, DiffusersDit
 ]
 """
 NOT_SKIPPABLE = """

@@ -76,3 +76,10 @@ def test_troubleshooting_quotes_messages_as_the_code_says_them():
     assert len(quoted) >= 5
     known = messages()
     assert [q for q in quoted if q not in OF_OTHERS and not any(q in message for message in known)] == []
+
+
+def test_the_page_on_diffusers_quotes_messages_as_the_code_says_them():
+    quoted = re.findall(r"^\* `(.+?)`[:.]", section(read("docs/diffusers.md"), "What is refused"), re.MULTILINE)
+    known = messages()
+    assert len(quoted) == 8
+    assert [q for q in quoted if not any(all(part in m for part in q.split("…")) for m in known)] == []

@@ -316,4 +316,41 @@ CONTRACT = {
         [("model", "MODEL"), ("patches", "IMAGE"), ("report", "STRING")],
         takes_lists=False,
     ),
+    "BlockSkip_WriteRun": Contract(
+        """
+            model MODEL
+            residuals BLOCKSKIP_RESIDUALS
+            steps INT = 500 [1, 1000000]
+            learning_rate FLOAT = 0.0001 [1e-08, 1.0] step 1e-06 round 1e-08
+            rank INT = 16 [1, 1024]
+            seed INT = 0 [0, 18446744073709551615] control
+            alpha FLOAT? = 0.0 [0.0, 1024.0] step 0.5
+            targets COMBO? = attention and mlp {attention and mlp | attention | mlp | all linear}
+            batch_size INT? = 1 [1, 256]
+            accumulation INT? = 1 [1, 256]
+            lr_schedule COMBO? = constant {constant | constant_with_warmup | cosine | linear}
+            warmup_steps INT? = 0 [0, 100000]
+            max_grad_norm FLOAT? = 1.0 [0.0, 1000.0] step 0.1
+            weight_decay FLOAT? = 0.01 [0.0, 1.0] step 0.001
+            checkpointing BOOLEAN? = True
+            loss_weighting COMBO? = none {none | sigma_sqrt | cosmap}
+            output_name STRING? = loras/blockskip
+            file_format COMBO? = diffusers {diffusers | peft | kohya}
+            activation_budget FLOAT? = 0.0 [0.0, 1024.0] step 0.25
+            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes)}
+            kept_weights COMBO? = resident {resident | streamed}
+            quantize_kept COMBO? = off {host's}
+            save_every INT? = 100 [0, 1000000]
+            keep_last INT? = 2 [1, 1000]
+            resume BOOLEAN? = True
+            start_from LORA_MODEL?
+            start_file COMBO? = none {host's}
+            memory_settings BLOCKSKIP_MEMORY?
+            check_memory BOOLEAN? = True
+            quantize_frozen COMBO? = 4-bit {host's}
+            loss_table BOOLEAN? = False
+            run_name STRING? = runs/blockskip
+        """,
+        [("run_file", "STRING"), ("command", "STRING")],
+    ),
 }

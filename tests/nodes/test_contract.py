@@ -31,6 +31,7 @@ def each_node(test):
 def requests(nodes):
     """Return the class that a node's ``**settings`` become, by node."""
     from blockskip_pack.blockskip_core.hosts.models.prepare import ResidualSettings
+    from blockskip_pack.blockskip_core.hosts.runs.request import RunRequest
     from blockskip_pack.blockskip_core.hosts.sampling.training_samples import SampleRequest
 
     return {
@@ -38,7 +39,8 @@ def requests(nodes):
         nodes.MemoryPlan: nodes.memory_plan.PlanRequest,
         nodes.PrecomputeResiduals: ResidualSettings,
         nodes.SampleWhileTraining: SampleRequest,
-        nodes.TrainLora: nodes.run.request.RunRequest,
+        nodes.TrainLora: RunRequest,
+        nodes.WriteRun: RunRequest,
         nodes.RaluSampler: nodes.ralu_sampler.RaluRequest,
         nodes.TrainWord: nodes.words.request.WordRequest,
         nodes.TrainPatchAdapters: nodes.train_patch_adapters.TrainPatchesRequest,
@@ -62,6 +64,8 @@ def defaults_read(nodes, node):
     if node is nodes.SampleWhileTraining:  # these have different names in the core
         read["sampler_steps"] = read.pop("steps")
         del read["budget_bytes"]
+    if node is nodes.WriteRun:  # it writes a request that has none
+        del read["samples"]
     return read
 
 

@@ -33,7 +33,17 @@ NEEDED = [
     "web/docs/BlockSkip_TrainLora/zh.md",
     "locales/zh/nodeDefs.json",
 ]
-FOR_DEVELOPERS = ["tests/", "demo/", "devtools/", "benchmarks/", ".ci/", ".github/", "dev.py", "CONTRIBUTING.md"]
+FOR_DEVELOPERS = [
+    "tests/",
+    "demo/",
+    "devtools/",
+    "benchmarks/",
+    "launch/",
+    ".ci/",
+    ".github/",
+    "dev.py",
+    "CONTRIBUTING.md",
+]
 # Words, not syntax: the registry's review also reads comments and strings. `tests/core` checks the syntax.
 ALARMS = re.compile(
     r"os\.environ|getenv|subprocess|\beval\(|\bexec\(|pickle|urllib|\brequests\b|\bsocket\b|__import__|torch\.load"

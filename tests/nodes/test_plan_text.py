@@ -11,13 +11,13 @@ from ..core.accounting.test_plan import BIG, GIB, needs, phase, price
 
 
 @pytest.fixture
-def report(nodes):
-    return nodes.plan_text.report
+def report(core):
+    return core("hosts.runs.plan_text").report
 
 
 @pytest.fixture
-def advice(nodes):
-    return nodes.plan_text.advice
+def advice(core):
+    return core("hosts.runs.plan_text").advice
 
 
 def test_the_report_says_all(report):

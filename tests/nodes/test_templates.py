@@ -64,8 +64,8 @@ def test_thumbnails_look_different():
 
 
 @each_workflow
-def test_every_node_says_where_it_comes_from(path, nodes):
-    version = nodes.run.versions.VERSION
+def test_every_node_says_where_it_comes_from(path, core):
+    version = core("hosts.runs.versions").VERSION
     for node in nodes_of(path):
         if node["type"] in DRAWN_BY_THE_PAGE:
             continue

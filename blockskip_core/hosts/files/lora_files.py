@@ -21,6 +21,9 @@ from ...files import open_tensors, remove_leftovers, unique_token, write_atomica
 from ...locks import Lock, remove_stale_locks, try_lock
 from .names import name_below
 
+NO_FILE = "none"
+"""The entry in a list of files that means no file."""
+
 EXAMPLE_NAME = "loras/my_lora"
 """A valid name, for messages."""
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...blocks.token_places import Joined, Key, ListLayout, TokenPlace
 from ...errors import UnsupportedModelError
-from ..families.followed import Joined, Key, ListLayout, TokenPlace
 
 ROWS = 2
 ROUNDING = 0.02  # a row's place in its batch may change its last bits, of which bf16 has few

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ...adapters.layer_kinds import ATTENTION
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...blocks.reading_copies import ReadingCopies
 from ...blocks.stand_ins import PassThrough, TrainedBlock
+from ...blocks.token_places import ListLayout, PlacedBlockIO, with_tensors
 from ...errors import UnsupportedModelError
 from ...model import Denoiser, is_linear
 from ..families.block_lists import block_lists
-from ..families.followed import ATTENTION, FollowedBlockIO, ListLayout, ModelLayout, with_tensors
+from ..families.followed import ModelLayout
 from .adapted_dit import AdaptedDit
 from .call_layout import ROUNDING, ROWS, CallLayout, layout_of_call, tensors_given
 
@@ -225,7 +227,7 @@ class _Calls:
 
     def _passing(self, layouts: Mapping[str, ListLayout]) -> dict[str, nn.Module]:
         return {
-            f"{name}.{index}": PassThrough(FollowedBlockIO(layout, num_img=0))
+            f"{name}.{index}": PassThrough(PlacedBlockIO(layout, num_img=lambda: 0))
             for name, layout in layouts.items()
             for index in range(self.lists[name])
         }

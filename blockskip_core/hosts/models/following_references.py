@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.stand_ins import PassThrough
+from ...blocks.token_places import ListLayout, PlacedBlockIO, References
 from ...errors import UnsupportedModelError
 from ..families.block_lists import block_lists
-from ..families.followed import FollowedBlockIO, ListLayout, ModelLayout, References
+from ..families.followed import ModelLayout
 from .adapted_dit import AdaptedDit
 from .call_layout import ROUNDING, ROWS
 
@@ -43,7 +44,7 @@ def place_references(
     for name, found in layout.lists.items():
         seen = _First()
         passing = {
-            f"{other}.{index}": PassThrough(FollowedBlockIO(known, num_img=0))
+            f"{other}.{index}": PassThrough(PlacedBlockIO(known, lambda: 0))
             for other, known in layout.lists.items()
             for index in range(counts[other])
         }

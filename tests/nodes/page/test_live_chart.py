@@ -100,13 +100,13 @@ def test_an_error_is_told_in_its_first_line(live, events):
 def test_cancel_tells_where_the_run_stopped_and_what_was_saved(bench, events, monkeypatch, resume):
     from comfy.model_management import InterruptProcessingException
 
-    display = importlib.import_module("blockskip_pack.nodes.run.display")
+    line = importlib.import_module("blockskip_pack.blockskip_core.hosts.runs.progress_line")
 
     def cancel(self, step):
         if step.step == 2:
             raise InterruptProcessingException
 
-    monkeypatch.setattr(display.ProgressLine, "on_step", cancel)
+    monkeypatch.setattr(line.ProgressLine, "on_step", cancel)
     with pytest.raises(InterruptProcessingException):
         bench.train(steps=5, resume=resume)
     last = events[-1]

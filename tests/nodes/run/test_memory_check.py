@@ -6,11 +6,11 @@ import pytest
 
 
 @pytest.fixture
-def room(nodes, monkeypatch):
+def room(core, monkeypatch):
     """Set the device's free memory."""
 
     def set_free(free):
-        monkeypatch.setattr(nodes.run.memory_check, "room_on", lambda device: (free, "a small card"))
+        monkeypatch.setattr(core("hosts.runs.memory_check"), "room_on", lambda device: (free, "a small card"))
 
     return set_free
 
@@ -19,8 +19,8 @@ def said(trained):
     return trained.ui["blockskip"][0]
 
 
-def test_with_plenty_nothing_is_counted(bench, nodes, monkeypatch):
-    monkeypatch.setattr(nodes.run.memory_check.CountedRun, "needs", lambda *_: pytest.fail("counted"))
+def test_with_plenty_nothing_is_counted(bench, core, monkeypatch):
+    monkeypatch.setattr(core("hosts.runs.memory_check").CountedRun, "needs", lambda *_: pytest.fail("counted"))
     assert said(bench.train())["problems"] == []
 
 
@@ -37,14 +37,14 @@ def test_a_run_that_cannot_fit_is_not_started(bench, room):
     assert bench.folders.files() == before
 
 
-def test_what_would_make_it_fit_is_in_the_sentence(bench, nodes, room, monkeypatch, pytestconfig):
+def test_what_would_make_it_fit_is_in_the_sentence(bench, core, room, monkeypatch, pytestconfig):
     if pytestconfig.getoption("--device") != "cpu":
         pytest.skip("the bytes are those of a CPU, where weights are not counted")
     residuals = bench.precompute()[0]
     counted = []
-    real = nodes.run.memory_check.CountedRun.needs
+    real = core("hosts.runs.memory_check").CountedRun.needs
     monkeypatch.setattr(
-        nodes.run.memory_check.CountedRun,
+        core("hosts.runs.memory_check").CountedRun,
         "needs",
         lambda self, settings: counted.append(real(self, settings)) or counted[-1],
     )
@@ -65,11 +65,11 @@ def test_the_check_can_be_overridden_and_then_warns(bench, room):
     assert said(trained)["steps"] == 3
 
 
-def test_layers_that_cannot_be_counted_do_not_end_the_run(bench, nodes, room, monkeypatch):
+def test_layers_that_cannot_be_counted_do_not_end_the_run(bench, core, room, monkeypatch):
     def broken(self, settings):
         raise AttributeError("no such shape")
 
-    monkeypatch.setattr(nodes.run.memory_check.CountedRun, "needs", broken)
+    monkeypatch.setattr(core("hosts.runs.memory_check").CountedRun, "needs", broken)
     room(1000)
     trained = bench.train()
     (problem,) = said(trained)["problems"]
@@ -85,7 +85,7 @@ def test_a_finished_run_is_not_refused(bench, room):
     assert said(bench.train(residuals=residuals, resume=True))["steps"] == 3
 
 
-def test_models_that_are_gone_are_no_obstacle(bench, nodes, monkeypatch):
+def test_models_that_are_gone_are_no_obstacle(bench, core, monkeypatch):
     import comfy.model_management
 
     class Gone:
@@ -95,7 +95,7 @@ def test_models_that_are_gone_are_no_obstacle(bench, nodes, monkeypatch):
             raise AttributeError("'NoneType' object has no attribute 'loaded_size'")
 
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [Gone()])
-    free, name = nodes.run.memory_check.room_on(comfy.model_management.get_torch_device())
+    free, name = core("hosts.runs.memory_check").room_on(comfy.model_management.get_torch_device())
     assert free > 0
     assert name
 

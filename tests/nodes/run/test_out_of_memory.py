@@ -11,9 +11,9 @@ STEPS = 5
 
 
 @pytest.fixture
-def allocator(nodes, monkeypatch):
+def allocator(nodes, core, monkeypatch):
     """Make the allocator fail once after each of the given steps, on a device that weights can be streamed to."""
-    training = nodes.run.training
+    training = core("hosts.runs.training")
     monkeypatch.setattr(training._Training, "_can_stream", lambda self, placement: placement != "streamed")
     progress = nodes.train_lora.NodeProgress
     show, loop = progress.__call__, training.train_lora

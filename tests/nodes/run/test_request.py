@@ -11,8 +11,8 @@ ASKED = {"steps": 3, "learning_rate": 1e-3, "seed": 1, "rank": 4}
 
 
 @pytest.fixture
-def request_of(nodes):
-    return lambda **changes: nodes.run.request.RunRequest(**{**ASKED, **changes})
+def request_of(core):
+    return lambda **changes: core("hosts.runs.request").RunRequest(**{**ASKED, **changes})
 
 
 @pytest.fixture

@@ -191,14 +191,14 @@ def test_the_line_under_the_node_names_it(bench, nodes, core, monkeypatch):
     assert "other_00001_.html could not be written" in lines[1]
 
 
-def test_a_lora_that_vanishes_at_once_is_reported(bench, nodes, monkeypatch):
-    save = nodes.run.files.save_lora
+def test_a_lora_that_vanishes_at_once_is_reported(bench, core, monkeypatch):
+    save = core("hosts.runs.files").save_lora
 
     def vanishing(tensors, metadata, path):
         save(tensors, metadata, path)
         path.unlink()
 
-    monkeypatch.setattr(nodes.run.files, "save_lora", vanishing)
+    monkeypatch.setattr(core("hosts.runs.files"), "save_lora", vanishing)
     problems = bench.train(output_name="loras/toy").ui["blockskip"][0]["problems"]
     assert [problem for problem in problems if "toy_00001_.safetensors" in problem]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ...blockskip_core.adapters.lora_formats import to_file_tensors
-from ...blockskip_core.errors import StorageError
-from ...blockskip_core.hosts.files.lora_files import save_lora
-from ...blockskip_core.reporting.loss_table import write_loss_table
-from ...blockskip_core.reporting.run_report import write_report
-from ...blockskip_core.training.observer import TrainingObserver
-from ...blockskip_core.training.result import StepReport
+from ...adapters.lora_formats import to_file_tensors
+from ...errors import StorageError
+from ...reporting.loss_table import write_loss_table
+from ...reporting.run_report import write_report
+from ...training.observer import TrainingObserver
+from ...training.result import StepReport
+from ..files.lora_files import save_lora
 from .figures import metadata, report
 from .outcome import RunOutcome
 from .prepare import PreparedRun
@@ -65,7 +65,7 @@ class RunFiles(TrainingObserver):
         del self._checkpoints[: -request.keep_last]
 
     def _save_lora(self) -> None:
-        self._outcome.name.renew()  # another program may have taken it in the meantime
+        self._outcome.reserved.renew()  # another program may have taken it in the meantime
         self._write_lora(self._outcome.path)
 
     def _write_lora(self, path: Path) -> None:

@@ -9,21 +9,23 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ...blockskip_core.accounting.plan import MemorySettings
-from ...blockskip_core.adapters.lora import LoraSettings, LoraTargets
-from ...blockskip_core.adapters.lora_formats import LoraFileFormat
-from ...blockskip_core.data.flow_matching import LossWeighting
-from ...blockskip_core.errors import InvalidInputError
-from ...blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks
-from ...blockskip_core.hosts.sampling.training_samples import SampleRequest
-from ...blockskip_core.residuals.residual_set import ResidualSet
-from ...blockskip_core.training.config import LearningRateSchedule, TrainingConfig
-from ...blockskip_core.training.optimizers import OptimizerName
-from ..inputs import NO_FILE, require_memory_settings
+from ...accounting.plan import MemorySettings
+from ...adapters.lora import LoraSettings, LoraTargets
+from ...adapters.lora_formats import LoraFileFormat
+from ...data.flow_matching import LossWeighting
+from ...errors import InvalidInputError
+from ...residuals.residual_set import ResidualSet
+from ...training.config import LearningRateSchedule, TrainingConfig
+from ...training.optimizers import OptimizerName
+from ..files.lora_files import NO_FILE
+from ..models.quantised_blocks import default_for_frozen_blocks
+from ..sampling.training_samples import SampleRequest
 
 KeptWeights = Literal["resident", "streamed"]
 KEPT_WEIGHTS: tuple[str, ...] = get_args(KeptWeights)
 GIB = 2**30
+CONNECTED = ("samples", "start_from", "start_file", "memory_settings")
+"""Fields that hold, or refer to, more than a number or a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +141,11 @@ class RunRequest:
             "start_from": "nothing" if self.start_from is None else "another LoRA",
             "memory_settings": "none" if self.memory_settings is None else "from Memory Plan",
         }
+
+
+def require_memory_settings(value: Any) -> None:
+    """Raise InvalidInputError unless this is an output of Memory Plan."""
+    if not isinstance(value, MemorySettings):
+        raise InvalidInputError(
+            f"memory_settings must come from Memory Plan's output `settings`, got a {type(value).__name__}."
+        )

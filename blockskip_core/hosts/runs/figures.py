@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from ...blockskip_core.reporting.run_report import RunReport
-from ...blockskip_core.version import VERSION
+from ...reporting.run_report import RunReport
+from ...version import VERSION
 from .outcome import RunOutcome
 from .prepare import PreparedRun
 from .versions import software_versions, version_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...blockskip_core.hosts.files.lora_files import ReservedName
-from ...blockskip_core.reporting.run_report import ReportSample
-from ...blockskip_core.training.result import TrainingResult
+from ...reporting.run_report import ReportSample
+from ...training.result import TrainingResult
+from ..files.lora_files import ReservedName
 from .peak_memory import PeakMemory
 
 
@@ -34,7 +34,7 @@ class RunOutcome:
 
     Attributes:
         memory: Memory use of the device.
-        name: Name of the LoRA's file, reserved for this run while it trains.
+        name: Name of the LoRA's file, reserved for this run while it trains; None in a process that writes no files.
         saved: False if the LoRA could not be saved.
         summary_path: The summary beside it, if there is one.
         samples: Pictures, in order.
@@ -42,7 +42,7 @@ class RunOutcome:
     """
 
     memory: PeakMemory
-    name: ReservedName
+    name: ReservedName | None
     saved: bool = True
     summary_path: Path | None = None
     samples: list[Sample] = field(default_factory=list)
@@ -51,7 +51,13 @@ class RunOutcome:
     @property
     def path(self) -> Path:
         """Where the LoRA is or will be saved."""
-        return self.name.path
+        return self.reserved.path
+
+    @property
+    def reserved(self) -> ReservedName:
+        """``name``, in the process that has one."""
+        assert self.name is not None, "this process writes no files"
+        return self.name
 
     @property
     def problems(self) -> list[str]:

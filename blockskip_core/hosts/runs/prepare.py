@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...blockskip_core.accounting.step_estimate import estimated_step_bytes
-from ...blockskip_core.adapters.lora import LinearShape, LoraAdapters
-from ...blockskip_core.errors import CacheError
-from ...blockskip_core.hosts.families.lora_names import FileNames, file_names
-from ...blockskip_core.hosts.files.folders import run_folder
-from ...blockskip_core.hosts.files.lora_files import load_lora_file, output_path, require_writable
-from ...blockskip_core.hosts.files.start_lora import lora_to_start_from
-from ...blockskip_core.hosts.models.counted_run import formats_of
-from ...blockskip_core.hosts.models.hosted_dit import HostedDit
-from ...blockskip_core.hosts.models.identity import model_identity, tensors_identity
-from ...blockskip_core.hosts.models.patches import for_training
-from ...blockskip_core.hosts.models.quantised_blocks import QuantisedDit
-from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
-from ...blockskip_core.residuals.residual_set import ResidualSet
-from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
-from ...blockskip_core.version import VERSION
-from ..inputs import NO_FILE
+from ...accounting.step_estimate import estimated_step_bytes
+from ...adapters.lora import LinearShape, LoraAdapters
+from ...errors import CacheError
+from ...residuals.residual_set import ResidualSet
+from ...training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ...version import VERSION
+from ..families.lora_names import FileNames, file_names
+from ..files.folders import run_folder
+from ..files.lora_files import NO_FILE, load_lora_file, output_path, require_writable
+from ..files.start_lora import lora_to_start_from
+from ..models.counted_run import formats_of
+from ..models.hosted_dit import HostedDit
+from ..models.identity import model_identity, tensors_identity
+from ..models.patches import for_training
+from ..models.quantised_blocks import QuantisedDit
+from ..sampling.training_samples import TrainingSampler
 from .request import RunRequest
 
 
@@ -42,6 +41,7 @@ class PreparedRun:
         adapters: The LoRA, with its initial values.
         first_values: Its initial values, for starting over.
         names: Names of its layers in the file.
+        identity: What the run is, apart from its length.
         checkpoints: The training states.
         path: Where the LoRA will be saved.
         sampler: Samples pictures during training, or None.
@@ -54,6 +54,7 @@ class PreparedRun:
     adapters: LoraAdapters
     first_values: Mapping[str, Tensor]
     names: FileNames
+    identity: RunIdentity
     checkpoints: Checkpoints
     path: Path
     sampler: TrainingSampler | None
@@ -102,7 +103,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     sampler = None if request.samples is None else TrainingSampler(model, request.samples, selection)
     return PreparedRun(
         request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,
-        first_values=first_values, names=names, checkpoints=checkpoints, path=path, sampler=sampler,
+        first_values=first_values, names=names, identity=identity, checkpoints=checkpoints, path=path, sampler=sampler,
     )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..blockskip_core.accounting.memory_needs import MemoryNeeds
-from ..blockskip_core.accounting.plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
-from ..blockskip_core.units import format_bytes
+from ...accounting.memory_needs import MemoryNeeds
+from ...accounting.plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
+from ...units import format_bytes
 
 Found = tuple[list[Change], MemoryNeeds] | None  # result of changes_that_fit
 AsRun = tuple[MemorySettings, MemoryNeeds] | None  # the settings handed on, and what the run needs with them

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from comfyui_version import __version__ as comfyui_version
 
-from ...blockskip_core.version import VERSION
+from ...version import VERSION
 
 
 def software_versions(device: torch.device) -> dict[str, str]:

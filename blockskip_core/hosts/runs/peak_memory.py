@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from ...blockskip_core.hosts.models.residency import paged_bytes
+from ..models.residency import paged_bytes
 
 
 class PeakMemory:

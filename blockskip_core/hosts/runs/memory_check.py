@@ -6,15 +6,15 @@ import logging
 from dataclasses import replace
 from functools import cached_property
 
-from ...blockskip_core.accounting.memory_needs import MemoryNeeds
-from ...blockskip_core.accounting.plan import MemorySettings, Verdict, changes_that_fit, fits, verdict_on_training
-from ...blockskip_core.errors import BlockSkipError, TrainingError
-from ...blockskip_core.hosts.models.counted_run import CountedRun, room_on
-from ...blockskip_core.hosts.models.quantised_blocks import formats_on
-from ...blockskip_core.model import WeightPlacement
-from ..page.progress import NodeProgress
-from ..plan_text import advice
+from ...accounting.memory_needs import MemoryNeeds
+from ...accounting.plan import MemorySettings, Verdict, changes_that_fit, fits, verdict_on_training
+from ...errors import BlockSkipError, TrainingError
+from ...model import WeightPlacement
+from ..models.counted_run import CountedRun, room_on
+from ..models.quantised_blocks import formats_on
+from .plan_text import advice
 from .prepare import PreparedRun
+from .view import RunProgress
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ class MemoryCheck:
 
     Args:
         run: The run.
-        progress: The node's progress.
+        progress: Shows what is counted.
         problems: Receives a sentence if the run can start despite a problem.
     """
 
-    def __init__(self, run: PreparedRun, progress: NodeProgress, problems: list[str]) -> None:
+    def __init__(self, run: PreparedRun, progress: RunProgress, problems: list[str]) -> None:
         self._run, self._progress, self._problems = run, progress, problems
         self._on_cpu = run.dit.device.type == "cpu"  # the weights are already in that memory
         self._streamed = run.request.kept_weights == "streamed"

@@ -1,0 +1,95 @@
+"""A pipeline from a folder on this machine: safetensors only, none of the folder's code, no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import InvalidInputError, UnsupportedModelError
+from .families import FAMILIES, family_of_pipeline
+
+INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
+_WITH_WEIGHTS = ("transformer", "text_encoder", "vae")  # how the names of such components begin
+
+
+def load_pipeline(folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
+    """Load a pipeline in the form in which ``save_pretrained`` writes it, into host memory.
+
+    Args:
+        folder: The pipeline's folder, with its ``model_index.json``.
+        dtype: Dtype of the weights; by default as stored.
+
+    Raises:
+        InvalidInputError: If there is no pipeline, or a component has no safetensors file.
+        UnsupportedModelError: If it is not a pipeline of a supported family, or needs code that is not diffusers' or
+            transformers'.
+    """
+    folder = Path(folder)
+    index = _read_index(folder)
+    for name, described in index.items():
+        if not name.startswith("_") and isinstance(described, list) and described[0] is not None:
+            _require_safe(folder, name, described[0])
+    import diffusers  # slow to import: only when a pipeline is loaded
+
+    return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **_settings(dtype))
+
+
+def load_transformer(folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
+    """Load a pipeline's transformer alone, which is all that a training needs if texts and latents are there.
+
+    Args:
+        folder: The pipeline's folder.
+        dtype: Dtype of the weights; by default as stored.
+
+    Raises:
+        InvalidInputError, UnsupportedModelError: As :func:`load_pipeline`.
+    """
+    folder = Path(folder)
+    described = _read_index(folder).get("transformer")
+    library, name = described if isinstance(described, list) and len(described) == 2 else (None, None)
+    _require_safe(folder, "transformer", library)
+    import diffusers
+
+    known = [family.model_class for family in FAMILIES]
+    if name not in known:
+        raise UnsupportedModelError(
+            f"Expected a transformer of one of diffusers' classes {', '.join(known)}, got {name}."
+        )
+    return getattr(diffusers, name).from_pretrained(folder, subfolder="transformer", **_settings(dtype))
+
+
+def _settings(dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return the arguments with which everything is loaded; without a dtype it is the stored one."""
+    safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    return {**safe, **({} if dtype is None else {"dtype": dtype})}
+
+
+def _require_safe(folder: Path, name: str, library: Any) -> None:
+    """Check that a component is of a class of diffusers or transformers, and its weights are safetensors."""
+    if library not in _LIBRARIES:
+        raise UnsupportedModelError(
+            f"{name} of {folder} needs code from {library}, and only classes of diffusers and transformers are loaded. Use a "
+            "folder without code of its own."
+        )
+    if name.startswith(_WITH_WEIGHTS) and not any((folder / name).glob("*.safetensors")):
+        raise InvalidInputError(
+            f"{folder / name} has no safetensors file, and other formats can carry code and are not read. Save the model as "
+            "safetensors."
+        )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Return the index of a pipeline of a known family."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{folder / INDEX} cannot be read ({error}). Give the folder of a pipeline as diffusers saves it."
+        ) from error
+    index = index if isinstance(index, dict) else {}
+    family_of_pipeline(index.get("_class_name"))
+    return index

@@ -1,0 +1,88 @@
+"""A run file and the command train what the trainer's node trains, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .outside import newest_lora
+
+
+def same_file(a, b):
+    """Whether two LoRA files have the same tensors, bit for bit."""
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def trained_outside(outside, run, processes=1, **more):
+    """Carry out a run in some processes and return the LoRA's file."""
+    before = set((outside.output / "loras").glob("*_.safetensors"))
+    ended = outside.server.train(outside.command.arguments(run), processes, **more)
+    assert [one.code for one in ended] == [0] * processes, ended
+    (made,) = set((outside.output / "loras").glob("*_.safetensors")) - before
+    assert made.name in ended[0].said
+    return made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"storage": "chunked", "chunk_size": 3},
+        {"storage": "on the fly"},
+        {"back_residual": "exact"},
+        {"back_residual": "linear"},
+        {"checkpoint": True},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["disk", "chunked", "on the fly", "exact", "linear", "checkpoint", "bf16"],
+)
+def test_the_command_trains_the_lora_of_the_node_bit_for_bit(outside, changes):
+    given = outside.prepare(**changes)
+    run = outside.write(given, resume=False)
+    outside.train(given, resume=False)
+    expected = newest_lora(outside.output)
+    trained = trained_outside(outside, run)
+    assert same_file(trained, expected)
+    assert trained.with_suffix(".html").is_file()
+    assert trained.with_suffix(".csv").read_text() == expected.with_suffix(".csv").read_text()
+
+
+@pytest.mark.parametrize("storage", ["chunked", "on the fly"])
+def test_several_processes_need_no_cache(outside, storage):
+    given = outside.prepare(storage=storage, chunk_size=3)
+    run = outside.write(given, resume=False, accumulation=2)
+    outside.train(given, resume=False, accumulation=2)
+    expected = newest_lora(outside.output)
+    assert same_file(trained_outside(outside, run, 2), expected)
+
+
+@pytest.mark.parametrize(("accumulation", "processes"), [(2, 2), (4, 2), (4, 4)])
+def test_several_processes_train_the_same_lora(outside, accumulation, processes):
+    given = outside.prepare()
+    run = outside.write(given, resume=False, accumulation=accumulation)
+    outside.train(given, resume=False, accumulation=accumulation)
+    expected = newest_lora(outside.output)
+    trained = trained_outside(outside, run, processes)
+    if accumulation == 2:  # one sum of two, in whatever order
+        assert same_file(trained, expected)
+    a, b = load_file(expected), load_file(trained)
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-5)
+
+
+def test_other_software_computes_its_own_residuals_and_says_so(outside):
+    """A run that was written elsewhere is named by the versions and the dtype of where it was written."""
+    given = outside.prepare()
+    run = outside.write(given, resume=False)
+    content = json.loads(run.read_text())
+    content["residuals"]["identity"] |= {"host": "ComfyUI 0.1", "dtype": "torch.save"}
+    run.write_text(json.dumps(content))
+    before = set((outside.output / "blockskip" / "residuals").iterdir())
+    (ended,) = outside.server.train(outside.command.arguments(run))
+    assert ended.code == 0
+    assert "The run was written with ComfyUI 0.1 in torch.save, and this is ComfyUI" in ended.said
+    assert set((outside.output / "blockskip" / "residuals").iterdir()) == before  # the same as the node's
