@@ -18,7 +18,7 @@ from ...errors import InvalidInputError
 from ...residuals.residual_set import ResidualSet
 from ...runs.packing import Material, write_material
 from ...runs.run_file import ResidualRecipe, RunFile
-from ..files.lora_files import NO_FILE, load_lora_file, output_path
+from ..files.lora_files import NO_FILE, ReservedName, load_lora_file, output_path
 from ..models.model_file import ModelFile, model_file_of
 from .prepare import prepare
 from .request import CONNECTED, RunRequest
@@ -56,9 +56,20 @@ def write_run(model: Any, residuals: ResidualSet, request: RunRequest, name: str
     request = request.planned_for(residuals)
     request = replace(request, memory_settings=None)
     prepare(model, residuals, request)  # whatever the run would refuse is refused now
-    beside = output_path(name)
-    path = beside.with_suffix(".json")
     material = Material(residuals.latents, residuals.captions, _start(request))
+    with ReservedName(output_path(name)) as reserved:
+        beside = reserved.path
+        try:
+            path = _written(beside, file, residuals, request, material)
+        except BaseException:
+            beside.unlink(missing_ok=True)  # alone it is of no use
+            raise
+    return WrittenRun(path, command_for(path, file))
+
+
+def _written(beside: Path, file: ModelFile, residuals: ResidualSet, request: RunRequest, material: Material) -> Path:
+    """Write the material and, beside it, the run file; return the latter."""
+    path = beside.with_suffix(".json")
     run = RunFile(
         host=HOST,
         model=file.arguments(),
@@ -77,7 +88,7 @@ def write_run(model: Any, residuals: ResidualSet, request: RunRequest, name: str
         material_hash=write_material(material, beside),
     )
     run.write(path)
-    return WrittenRun(path, command_for(path, file))
+    return path
 
 
 def command_for(path: Path, file: ModelFile) -> str:

@@ -234,3 +234,15 @@ def test_a_refused_node_writes_nothing(outside, written):
     with pytest.raises(ValueError, match="must stay inside ComfyUI's output folder"):
         outside.write(outside.given, run_name="../../x")
     assert files(outside) == before
+
+
+def test_a_run_file_that_cannot_be_written_leaves_nothing(outside, written, core, monkeypatch):
+    before = files(outside)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(core("runs.run_file").RunFile, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        outside.write(outside.given)
+    assert files(outside) == before
