@@ -119,5 +119,6 @@ def test_the_thumbnail_is_a_small_jpeg(path):
 
 def test_the_readme_names_every_workflow_and_no_other():
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Workflows", 1)[1].split("\n## ", 1)[0]
-    named = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    named = [f"BlockSkip {step.strip('`')} - {name}.json" for step, names, _ in rows for name in names.split(", ")]
     assert sorted(named) == [path.name for path in WORKFLOWS]
