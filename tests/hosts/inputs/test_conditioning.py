@@ -119,6 +119,60 @@ def test_rows_are_joined_along_the_batch(conditioning):
     assert (joined["b"], joined["c"]) == ("same", None)
 
 
+def test_lists_of_tensors_are_joined_entry_by_entry(conditioning):
+    rows = [{"refs": [torch.full((1, 2), float(i)), torch.full((1, 3), 10.0 + i)]} for i in range(2)]
+    first, second = conditioning.join_arguments(rows)["refs"]
+    assert (first[:, 0].tolist(), second[:, 0].tolist()) == ([0.0, 1.0], [10.0, 11.0])
+    assert conditioning.join_arguments([{"sizes": [1, 2]}, {"sizes": [3, 4]}]) == {"sizes": [1, 2]}  # as ever
+
+
+def test_references_are_taken_only_where_they_are_expected(conditioning):
+    [[[text, settings]]] = captions((5,))
+    given = [[[text, {**settings, "reference_latents": [torch.zeros(1, 4, 3, 5)]}]]]
+    with pytest.raises(
+        InvalidInputError, match="Conditioning 1 carries reference_latents, which training cannot follow"
+    ):
+        conditioning.flatten_conditionings(given)
+    [flat] = conditioning.flatten_conditionings(given, with_references=True)
+    assert len(conditioning.references_of(flat)) == 1
+    assert conditioning.without_references(flat)[0][1] == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reference_latents": torch.zeros(1, 4, 3, 5)}, "not single pictures"),
+        ({"reference_latents": [torch.zeros(2, 4, 3, 5)]}, "not single pictures"),
+        ({"reference_latents": [torch.zeros(1, 4, 0, 5)]}, "not single pictures"),
+        ({"reference_latents": [torch.zeros(1, 4, 3)]}, "not single pictures"),
+        ({"reference_latents": [torch.full((1, 4, 3, 5), float("nan"))]}, "reference latents with NaN or Inf"),
+        ({"reference_latents_method": 3}, "carries a int as the method of its reference latents"),
+    ],
+)  # fmt: skip
+def test_references_of_another_form_are_refused(conditioning, settings, message):
+    [[[text, own]]] = captions((5,))
+    with pytest.raises(InvalidInputError, match=message):
+        conditioning.flatten_conditionings([[[text, {**own, **settings}]]], with_references=True)
+
+
+def test_captions_that_differ_in_their_references_share_all_else(conditioning):
+    [[[text, own]]] = captions((5,))
+    rows = [[[text, {**own, "reference_latents": [torch.full((1, 4, 3, 5), float(i))]}]] for i in range(3)]
+    model = tiny_flux().model
+
+    def convert(caption):
+        return conditioning.model_arguments(model, caption, torch.zeros(1, *LATENT_SHAPE), torch.device("cpu"))
+
+    shared = conditioning.arguments_for_each(convert, [*rows, captions((5,), seed=2)[0]])
+    for made, row in zip(shared, rows, strict=False):
+        alone = convert(row)
+        assert made.keys() == alone.keys()
+        assert torch.equal(made["c_crossattn"], alone["c_crossattn"])
+        assert torch.equal(made["ref_latents"][0], alone["ref_latents"][0])
+    assert len({id(made["c_crossattn"]) for made in shared}) == 2
+    assert "ref_latents" not in shared[3]
+
+
 def test_captions_with_a_mask_over_padding_are_run_as_the_host_runs_them(comfyui):
     """Some text encoders give Qwen-Image a mask."""
     tiny = next(family for family in FAMILIES if family.name == "qwen_image")
