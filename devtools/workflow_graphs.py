@@ -493,7 +493,7 @@ CARD_8 = card(
     stored=1.5,
     summary="fp8, 19 blocks skipped, 10 frozen",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), 256 px. The first 19 of the 57 blocks are skipped, which
-is exact; the last 10 run without adapters, in 4-bit (`back_residual` exact).""",
+is exact; the last 10 run without adapters, as loaded (`back_residual` exact).""",
 )
 CARD_12 = card(
     12,
@@ -505,7 +505,7 @@ CARD_12 = card(
     patch_min=512,
     summary="fp8, 512 px, 13 blocks skipped, 10 frozen",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), whole pictures at 512 px. The first 13 of the 57 blocks are
-skipped, which is exact; the last 10 run without adapters, in 4-bit (`back_residual` exact). For faster steps set `patch_min` in
+skipped, which is exact; the last 10 run without adapters, as loaded (`back_residual` exact). For faster steps set `patch_min` in
 **Memory Plan** to 256.""",
 )
 CARD_24 = card(
@@ -518,7 +518,7 @@ CARD_24 = card(
     patch_min=512,
     summary="bf16, 512 px, 7 blocks skipped, 10 frozen",
     why="""The model in bf16, as published (this also needs about 24 GB of RAM), whole pictures at 512 px. The first 7 of the 57 blocks
-are skipped, which is exact; the last 10 run without adapters, in 4-bit (`back_residual` exact).""",
+are skipped, which is exact; the last 10 run without adapters, in int8 (`back_residual` exact).""",
 )
 
 RESUME_8, RESUME_12, RESUME_24 = resumed(CARD_8, 8), resumed(CARD_12, 12), resumed(CARD_24, 24)

@@ -149,7 +149,7 @@ def _detail_inputs() -> list[io.Input]:
         widgets.back_residual(
             "What replaces the last blocks. constant: what they added before training (as in the paper). linear: also "
             "how that changes as the trained blocks learn, to first order, in the same memory. exact: nothing; they "
-            "run forward and backward without adapters, in 4-bit (the trainer's `quantize_frozen`), so that only their "
+            "run forward and backward without adapters, in eight bits (the trainer's `quantize_frozen`), so that only their "
             "weights are approximated. `on the fly` ignores constant and linear."
         ),
         widgets.residual_format(

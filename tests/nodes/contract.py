@@ -97,7 +97,7 @@ CONTRACT = {
             probe_size INT? = 512 [64, 4096] step 16
             preset COMBO? = off {off | 6 GB | 8 GB | 12 GB | 16 GB | 24 GB}
             use_spare BOOLEAN? = True
-            quantize_frozen COMBO? = 4-bit {host's}
+            quantize_frozen COMBO? = int8 {host's}
             frames INT? = 1 [1, 1001]
             references IMAGE?
             reference_size INT? = 512 [16, 4096] step 16
@@ -184,7 +184,7 @@ CONTRACT = {
             samples BLOCKSKIP_SAMPLES?
             memory_settings BLOCKSKIP_MEMORY?
             check_memory BOOLEAN? = True
-            quantize_frozen COMBO? = 4-bit {host's}
+            quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
@@ -347,7 +347,7 @@ CONTRACT = {
             start_file COMBO? = none {host's}
             memory_settings BLOCKSKIP_MEMORY?
             check_memory BOOLEAN? = True
-            quantize_frozen COMBO? = 4-bit {host's}
+            quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
             run_name STRING? = runs/blockskip
         """,
