@@ -74,7 +74,7 @@ def read_material(path: Path, expected_hash: str) -> Material:
         captions = _unpack(packed, tensors.__getitem__)
         start = {name.removeprefix(_START): x for name, x in tensors.items() if name.startswith(_START)}
         return Material(tensors[_LATENTS], captions, start)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(f"{path.name} cannot be read: {error}. Copy it again, or write it again.") from error

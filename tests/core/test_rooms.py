@@ -44,7 +44,7 @@ TABLE = {
     "hosts/models",
     "hosts/words": "errors data zoodip hosts/inputs hosts/models",
     "hosts/runs": "errors units version data adapters model residuals training runs accounting reporting hosts/families "
-    "hosts/files hosts/models hosts/sampling",
+    "hosts/inputs hosts/files hosts/models hosts/sampling",
     "hosts/diffusers": "errors version files selection data adapters model blocks residuals training runs api",
     "nodes/types": "",
     "nodes/inputs": "errors selection ddit residuals hosts/files hosts/runs",

@@ -84,9 +84,11 @@ def _model(run: RunFile, places: Places) -> Any:
 
 
 def _prepared(run: RunFile, material: Material, model: Any) -> PreparedRun:
+    from ..inputs.conditioning import flatten_conditionings
     from ..models.hosted_dit import HostedDit
     from .prepare import prepare as prepare_run
 
+    flatten_conditionings(material.captions)  # they may be anything
     dit = HostedDit(model, material.captions, material.latents.shape[1:])
     return prepare_run(model, _residuals(run, material, str(dit.dtype)), _request(run.settings, material))
 

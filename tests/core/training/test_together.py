@@ -145,6 +145,12 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_one_sentence(tm
     )
 
 
+def test_only_the_first_process_writes_states(tmp_path):
+    in_processes(tmp_path, 2, lambda together: run(together, folder=tmp_path / f"states-{together.rank}"))
+    assert len(list((tmp_path / "states-0").glob("state-*"))) == STEPS
+    assert not (tmp_path / "states-1").exists()
+
+
 def test_processes_that_find_different_states_do_not_start(tmp_path):
     run(Together(), steps=1, folder=tmp_path / "states")
     work = lambda together: run(together, folder=tmp_path / "states", saves=lambda rank: rank == 0)  # noqa: E731

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from .outside import Outside, model_in_a_file
 
@@ -166,6 +167,15 @@ def test_material_that_has_changed(outside, run):
     path = run.with_suffix(".safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     refused(outside, outside.command.arguments(run), "has changed since the run file was written beside it")
+
+
+def test_captions_that_are_none(outside, run, core):
+    packing = core("runs.packing")
+    path = run.with_suffix(".safetensors")
+    latents = load_file(path)["latents"]
+    hashed = packing.write_material(packing.Material(latents, [3]), path)
+    edited(run, lambda content: content["material"].update(hash=hashed))
+    refused(outside, outside.command.arguments(run), "No conditioning came in.")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
