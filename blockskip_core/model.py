@@ -25,8 +25,8 @@ class TokenStreams:
 
     Attributes:
         img: Image tokens, shape (B, N, D): those of the picture that is denoised.
-        txt: Text tokens, shape (B, L, D), or None for families whose text is not part of the stream. Tokens of reference
-            pictures count as text: like text they are read by the picture's tokens, and no head reads them.
+        txt: Text tokens, shape (B, L, D), or None for families whose text is not part of the stream. Tokens of
+            reference pictures count as text: like text they are read by the picture's tokens, and no head reads them.
     """
 
     img: Tensor

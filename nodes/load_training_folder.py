@@ -54,9 +54,10 @@ class LoadTrainingFolder(io.ComfyNode):
                     tooltip="How many clips to load from the beginning of each video; a shorter video gives fewer.",
                 ),
                 io.Combo.Input(
-                    "reference_folder", options=[NO_FILE, *folder_paths.get_input_subfolders()], default=NO_FILE, optional=True,
-                    tooltip="For edit models: a folder with the picture before the edit for each picture, under the same name "
-                    "(`cat.png`, or `cat_1.png`, `cat_2.png` for several).",
+                    "reference_folder", options=[NO_FILE, *folder_paths.get_input_subfolders()], default=NO_FILE,
+                    optional=True,
+                    tooltip="For edit models: a folder with the picture before the edit for each picture, under the same "
+                    "name (`cat.png`, or `cat_1.png`, `cat_2.png` for several).",
                 ),
             ],
             outputs=[
@@ -73,7 +74,8 @@ class LoadTrainingFolder(io.ComfyNode):
                 ),
                 io.Image.Output(
                     "references", display_name="references", is_output_list=True,
-                    tooltip="The pictures of `reference_folder`, those of the first picture first; for Precompute Residuals.",
+                    tooltip="The pictures of `reference_folder`, those of the first picture first; for Precompute "
+                    "Residuals.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

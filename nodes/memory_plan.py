@@ -148,7 +148,8 @@ def _other_inputs() -> list[io.Input]:
         widgets.frames(AT_PRECOMPUTE),
         io.Image.Input(
             "references", optional=True,
-            tooltip="For edit models: the pictures connected to Precompute Residuals under this name; the largest count.",
+            tooltip="For edit models: the pictures connected to Precompute Residuals under this name; the largest "
+            "count.",
         ),
         widgets.reference_size(AT_PRECOMPUTE),
         widgets.reference_part(AT_PRECOMPUTE),

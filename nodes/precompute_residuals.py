@@ -75,8 +75,8 @@ class PrecomputeResiduals(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, files: Any = None, references: Any = None,
-        reference_size: Any = 512, reference_part: Any = "whole", **settings: Any,
+        cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, files: Any = None,
+        references: Any = None, reference_size: Any = 512, reference_part: Any = "whole", **settings: Any,
     ) -> io.NodeOutput:  # fmt: skip
         model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
         asked = residual_settings(**checked(cls, **settings))
@@ -175,16 +175,16 @@ def _reference_inputs() -> list[io.Input]:
     return [
         io.Image.Input(
             "references", optional=True,
-            tooltip="For edit models (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit): the pictures before the edit, from Load Training "
-            "Folder; equally many for each of `images`, in the same order, or one for all.",
+            tooltip="For edit models (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit): the pictures before the edit, from Load "
+            "Training Folder; equally many for each of `images`, in the same order, or one for all.",
         ),
         widgets.reference_size(
-            "Largest shorter side in pixels at which a reference is shown whole; nothing is scaled up. Its tokens take memory "
-            "and time like the picture's own: at 512 px four times those of a `patch_min` of 256."
+            "Largest shorter side in pixels at which a reference is shown whole; nothing is scaled up. Its tokens take "
+            "memory and time like the picture's own: at 512 px four times those of a `patch_min` of 256."
         ),
         widgets.reference_part(
-            "whole: the model sees all of a reference, whatever the crop. same part: it sees the part that the crop shows, at "
-            "the crop's size; for pictures that match their references point by point."
+            "whole: the model sees all of a reference, whatever the crop. same part: it sees the part that the crop shows, "
+            "at the crop's size; for pictures that match their references point by point."
         ),
     ]  # fmt: skip
 

@@ -59,7 +59,7 @@ class MicroBatches:
 
 
 def batches_of_equal_text(draws: Iterable[int], key_of: Callable[[int], Hashable], batch_size: int) -> list[list[int]]:
-    """Return draw indices in batches of equal keys, in order of first appearance; a key tells how many tokens a text has."""
+    """Return draw indices in batches of equal keys, in order of first appearance; a key tells a text's length."""
     groups: dict[Hashable, list[int]] = {}
     for draw in draws:
         groups.setdefault(key_of(draw), []).append(draw)

@@ -64,8 +64,8 @@ def references_per_picture(references: int, pictures: int) -> int:
 def shown_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
     """Return height and width in pixels at which a reference is shown whole.
 
-    The shorter side is at most ``size``; nothing is scaled up. Both sides are rounded to multiples of ``multiple``, as in
-    the hosts' edit workflows, which changes the aspect ratio a little.
+    The shorter side is at most ``size``; nothing is scaled up. Both sides are rounded to multiples of ``multiple``, as
+    in the hosts' edit workflows, which changes the aspect ratio a little.
     """
     scale = min(1.0, size / min(height, width))
     rows, columns = (max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
@@ -115,8 +115,8 @@ class AlignedReferences(OnAccess):
             rows, columns = references[index].shape[:2]
             if abs(rows * width / (columns * height) - 1.0) > _SAME_SHAPE:
                 raise InvalidInputError(
-                    f"{labels.full(index)} has {columns} x {rows} px and its picture {width} x {height} px, so they have "
-                    "no part in common. Set `reference_part` to whole, or use references of the pictures' shape."
+                    f"{labels.full(index)} has {columns} x {rows} px and its picture {width} x {height} px, so they "
+                    "have no part in common. Set `reference_part` to whole, or use references of the pictures' shape."
                 )
 
     def __len__(self) -> int:

@@ -108,8 +108,8 @@ def on_unedited(pictures: Sequence[int], labels: Labels) -> str | None:
     if not pictures:
         return None
     return (
-        f"{labels.counted(pictures)} the same as before the edit: {labels.listed(pictures)}. Is `references` connected to "
-        "the pictures before the edit?"
+        f"{labels.counted(pictures)} the same as before the edit: {labels.listed(pictures)}. Is `references` connected "
+        "to the pictures before the edit?"
     )
 
 

@@ -244,7 +244,7 @@ def every_node(nodes, run_node, world, vae, pictures):
     examples = {"vae": vae, "images": pictures, **common, **EXAMPLES}
     residuals = run_node(nodes.PrecomputeResiduals, model=world.model, **examples)[0]
     plan = {name: entry.default for entry in nodes.MemoryPlan.GET_SCHEMA().inputs
-            if (name := entry.id) not in ("model", "positive", "selection")} | {"patch_min": 32, "probe_size": 64, "draws": 2, "use_spare": False}  # fmt: skip
+            if (name := entry.id) not in ("model", "positive", "selection", "references")} | {"patch_min": 32, "probe_size": 64, "draws": 2, "use_spare": False}  # fmt: skip
     samples = run_node(
         nodes.SampleWhileTraining, positive=world.prompt, vae=vae, every=2, at_start=False, width=64, height=64,
         sampler_steps=1, cfg=1.0, scheduler="simple", seed=1,

@@ -1,8 +1,8 @@
 """Tokens of reference pictures in a block's call, for families that append them to the picture's own.
 
-The loss covers the picture's tokens only, and no head reads the others. In all that, reference pictures are like text: a
-front span's output holds their tokens too, a back span's residual only if kept blocks follow. So they are counted as text,
-and everything above this file knows two kinds of tokens.
+The loss covers the picture's tokens only, and no head reads the others. In all that, reference pictures are like text:
+a front span's output holds their tokens too, a back span's residual only if kept blocks follow. So they are counted as
+text, and everything above this file knows two kinds of tokens.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def without_references(conditioning: list) -> list:
 
 
 def number_of_texts(captions: Sequence[list]) -> int:
-    """Return how many texts captions are made of; each training example may have a caption of its own for its reference."""
+    """Return how many texts captions are made of; with references, several captions may share a text."""
     if not any(map(references_of, captions)):
         return len(captions)
     return len({id(embedding) for [[embedding, _]] in captions})
@@ -112,8 +112,8 @@ def _require_references(number: int, settings: Mapping[str, Any]) -> None:
     latents, method = settings.get(REFERENCES), settings.get("reference_latents_method")
     if method is not None and not isinstance(method, str):
         raise InvalidInputError(
-            f"Conditioning {number} carries a {type(method).__name__} as the method of its reference latents, expected a "
-            "text. Set it with Edit Model Reference Method."
+            f"Conditioning {number} carries a {type(method).__name__} as the method of its reference latents, expected "
+            "a text. Set it with Edit Model Reference Method."
         )
     if latents is None:
         return
@@ -225,7 +225,7 @@ def model_arguments(
 def arguments_for_each(
     convert: Callable[[list], dict[str, Any]], conditionings: Sequence[list]
 ) -> list[dict[str, Any]]:
-    """Return the arguments for each of some conditionings; those that differ in their references alone share all others.
+    """Return the arguments of some conditionings; those that differ in their references alone share all others.
 
     Every training example may have a reference of its own, and the arguments of a text can take megabytes.
 
@@ -245,7 +245,7 @@ def arguments_for_each(
 
 
 def on_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return an argument with ``function`` applied to it if it is a tensor, or to each tensor if it is a list of them."""
+    """Return an argument with ``function`` applied to it, if it is a tensor, or to each tensor of a list."""
     if isinstance(value, Tensor):
         return function(value)
     return [function(tensor) for tensor in value] if _is_list_of_tensors(value) else value
@@ -256,7 +256,7 @@ def _is_list_of_tensors(value: Any) -> bool:
 
 
 def join_arguments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the arguments of a batch from those of its rows; tensors, and those in lists, are joined along the batch axis.
+    """Return the arguments of a batch from those of its rows; tensors, also in lists, are joined along the batch axis.
 
     Raises:
         InvalidInputError: If one row has an argument that another lacks (a text mask, say), so they cannot be batched.

@@ -26,7 +26,7 @@ def with_trigger(loaded: LoadedFolder, word: str) -> LoadedFolder:
 
 
 def with_mirrored(loaded: LoadedFolder) -> LoadedFolder:
-    """Return the folder with a copy of every picture and its references, mirrored left to right; captions stay the same.
+    """Return the folder with every picture and its references also mirrored left to right; captions stay the same.
 
     Images are (1, H, W, 3), or (F, H, W, 3) for films, so the width is dimension 2.
     """

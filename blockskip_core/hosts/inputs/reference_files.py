@@ -16,8 +16,8 @@ def references_by_name(
 ) -> dict[Path, list[Path]]:
     """Return the references of every picture: those of its name, and those of its name with a number.
 
-    ``cat.png`` has the references ``cat.jpg``, ``cat_1.jpg`` and ``cat_2.jpg``, in this order, unless one of them is the
-    name of another picture.
+    ``cat.png`` has the references ``cat.jpg``, ``cat_1.jpg`` and ``cat_2.jpg``, in this order, unless one of them is
+    the name of another picture.
 
     Args:
         pictures: The pictures' files.
@@ -47,8 +47,8 @@ def _require_equal(found: Mapping[Path, Sequence[Path]], folder: str, shown: Cal
     for picture, of_one in found.items():
         if not of_one:
             raise InvalidInputError(
-                f"{shown(picture)} has no reference: the folder {folder!r} holds no picture named {picture.stem!r}. Add "
-                "one, or take the picture out of its folder."
+                f"{shown(picture)} has no reference: the folder {folder!r} holds no picture named {picture.stem!r}. "
+                "Add one, or take the picture out of its folder."
             )
         if len(of_one) != expected:
             raise InvalidInputError(

@@ -57,11 +57,12 @@ def checked_references(images: Sequence[Any], captions: Sequence[list]) -> Pictu
     """
     if not images:
         raise InvalidInputError(
-            "No references came in. Choose a `reference_folder` on Load Training Folder, or connect nothing to `references`."
+            "No references came in. Choose a `reference_folder` on Load Training Folder, or connect nothing to "
+            "`references`."
         )
     if any(references_of(caption) for caption in captions):
         raise InvalidInputError(
-            "The captions carry reference latents already, and `references` is connected as well. Leave out one of both: "
-            "ReferenceLatent and the `vae` of the text encoding, or `references`."
+            "The captions carry reference latents already, and `references` is connected as well. Leave out one of "
+            "both: ReferenceLatent and the `vae` of the text encoding, or `references`."
         )
     return Pictures(images, kind="Reference")

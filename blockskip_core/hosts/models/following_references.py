@@ -1,7 +1,8 @@
 """Find where the tokens of reference pictures are in the calls of a model whose layout is known without them.
 
-The model runs once up to the first block of every list, on two rows that differ in the latent only. Where they differ, the
-tokens are the picture's; how many others there are, and on which side, shows where the references are. No block is loaded.
+The model runs once up to the first block of every list, on two rows that differ in the latent only. Where they differ,
+the tokens are the picture's; how many others there are, and on which side, shows where the references are. No block is
+loaded.
 """
 
 from __future__ import annotations
@@ -105,6 +106,6 @@ def _place(dit: AdaptedDit, layout: ListLayout, tokens: Tensor, num_img: int, ot
         if not layout.joined and first in (0, others):
             return "first" if first else "last"
     raise UnsupportedModelError(
-        f"The blocks of {dit.adapter.title} get {others} tokens of reference pictures where {expected} were expected, or not "
-        "beside those of the picture, so the model cannot be trained with references. Disconnect them."
+        f"The blocks of {dit.adapter.title} get {others} tokens of reference pictures where {expected} were expected, or "
+        "not beside those of the picture, so the model cannot be trained with references. Disconnect them."
     )

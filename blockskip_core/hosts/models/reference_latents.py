@@ -1,7 +1,7 @@
 """Reference pictures of edit models: encoded, and put into captions as the host's ReferenceLatent does.
 
-A reference is part of its caption, as everywhere in the host: the model's own ``extra_conds`` scales its latent, and the
-model appends its tokens to the picture's.
+A reference is part of its caption, as everywhere in the host: the model's own ``extra_conds`` scales its latent, and
+the model appends its tokens to the picture's.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def require_takes_references(adapter: FamilyAdapter) -> None:
     """
     if not adapter.takes_references:
         raise UnsupportedModelError(
-            f"Reference pictures are not supported for {adapter.title} models. Disconnect them, or load an edit model such "
-            "as FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit."
+            f"Reference pictures are not supported for {adapter.title} models. Disconnect them, or load an edit model "
+            "such as FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit."
         )
 
 
