@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,14 @@ def test_the_twin_of_dynamic_patches_trains_and_samples(client: Any, load_workfl
     plain = pixels(client.view(output_of(succeed(client, own), own, "Picture")["images"][0]))
     assert coarse.shape == plain.shape
     assert (coarse != plain).any()
+
+
+def test_the_command_of_run_outside_trains(client: Any, load_workflow: Callable[..., Any]) -> None:
+    prompt = load_workflow("run_outside")
+    (command,) = output_of(succeed(client, prompt), prompt, "The command")["text"]
+    done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 steps; saved as my_subject_" in done.stdout
 
 
 def test_several_subjects_keep_their_captions(client: Any, load_workflow: Callable[..., Any]) -> None:

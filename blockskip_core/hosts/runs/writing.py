@@ -96,7 +96,7 @@ def command_for(path: Path, file: ModelFile) -> str:
     comfyui = Path(folder_paths.__file__).parent
     output = Path(folder_paths.get_output_directory())
     arguments = [
-        sys.executable or "python", "-m", "blockskip_core.train", str(path), "--comfyui", str(comfyui), "--models", file.folder,
+        sys.executable or "python", "-m", "blockskip_core.train", str(path), "--comfyui", str(comfyui), *_folders(file),
         "--output", str(output), *(["--", "--cpu"] if args.cpu else []),
     ]  # fmt: skip
     return (
@@ -104,6 +104,14 @@ def command_for(path: Path, file: ModelFile) -> str:
         if os.name != "nt"
         else " ".join(f'"{each}"' if " " in each else each for each in arguments)
     )
+
+
+def _folders(file: ModelFile) -> list[str]:
+    """Return the options that let the command read the model: a link's target may be in another folder."""
+    folder = Path(file.folder)
+    there = (folder / file.file).resolve()
+    beyond = [] if there.is_relative_to(folder.resolve()) else ["--models", str(there.parent)]
+    return ["--models", str(folder), *beyond]
 
 
 def _require_no_pictures(request: RunRequest) -> None:

@@ -28,6 +28,12 @@ def server(comfyui, tmp_path_factory):
     found.close()
 
 
+def linked(models: Path) -> list[str]:
+    """What the command says beyond the folder of models, if the model is a link."""
+    there = (models / "tiny.safetensors").resolve().parent
+    return [] if there == models.resolve() else ["--models", str(there)]
+
+
 @pytest.fixture
 def outside(nodes, comfyui, folders, prompt, pictures, run_node, tmp_path, monkeypatch, server):
     """A model in a file, residuals for it, and the nodes and the command on it."""
@@ -55,7 +61,8 @@ def outside(nodes, comfyui, folders, prompt, pictures, run_node, tmp_path, monke
     def write(given, **changes):
         out = run_node(nodes.WriteRun, model=given.model, residuals=given.residuals, **{**ASKED, **changes})
         run = Path(out[0])
-        assert shlex.split(out[1])[1:] == ["-m", "blockskip_core.train", *command.arguments(run)]  # as it is shown
+        shown = shlex.split(out[1])
+        assert shown[1:] == ["-m", "blockskip_core.train", *command.arguments(run, *linked(models))]
         return run
 
     def train(given, **changes):

@@ -84,7 +84,7 @@ class Outside:
     def arguments(self, run: Path, *more: str) -> list[str]:
         """What follows the command's name."""
         return [
-            str(run), "--comfyui", str(self.comfyui), "--models", str(self.models), "--output", str(self.output), *more,
+            str(run), "--comfyui", str(self.comfyui), "--models", str(self.models), *more, "--output", str(self.output),
             "--", "--cpu",
         ]  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -86,3 +88,16 @@ def test_other_software_computes_its_own_residuals_and_says_so(outside):
     assert ended.code == 0
     assert "The run was written with ComfyUI 0.1 in torch.save, and this is ComfyUI" in ended.said
     assert set((outside.output / "blockskip" / "residuals").iterdir()) == before  # the same as the node's
+
+
+def test_a_model_that_is_a_link_is_read_from_where_it_leads(outside, tmp_path):
+    given = outside.prepare()
+    (tmp_path / "disk").mkdir()
+    shutil.move(outside.models / "tiny.safetensors", tmp_path / "disk")
+    try:
+        os.symlink(tmp_path / "disk" / "tiny.safetensors", outside.models / "tiny.safetensors")
+    except OSError:
+        pytest.skip("this system makes no links")
+    run = outside.write(given, resume=False)  # checks the command that is shown
+    (ended,) = outside.server.train(outside.command.arguments(run, "--models", str(tmp_path / "disk")))
+    assert ended.code == 0, ended
