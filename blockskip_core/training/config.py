@@ -33,6 +33,7 @@ class TrainingConfig:
             checkpointing.
         loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
         optimizer: See ``optimizers``.
+        ema: Decay of the moving average that is saved in place of the last values; 0 saves these. See ``moving_average``.
 
     Raises:
         InvalidInputError: If a number is out of range or a name is not known.
@@ -51,6 +52,7 @@ class TrainingConfig:
     activation_budget: float = 0.0
     loss_weighting: LossWeighting = "none"
     optimizer: OptimizerName = "AdamW"
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -63,12 +65,26 @@ class TrainingConfig:
         for name in ("warmup_steps", "max_grad_norm", "weight_decay", "activation_budget"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise InvalidInputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0.0 <= self.ema < 1.0:
+            raise InvalidInputError(f"ema must be at least 0 and below 1, got {self.ema}. 0 turns it off.")
         choices = {"lr_schedule": LearningRateSchedule, "loss_weighting": LossWeighting, "optimizer": OptimizerName}
         for name, names in choices.items():
             if getattr(self, name) not in get_args(names):
                 raise InvalidInputError(
                     f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}."
                 )
+
+    @property
+    def without_effect(self) -> set[str]:
+        """Names of settings that the values after a given number of steps do not depend on, with these settings."""
+        names = {"checkpointing", "activation_budget"}
+        if self.lr_schedule == "constant":
+            names.add("warmup_steps")
+        if self.lr_schedule not in ("linear", "cosine"):  # their rates depend on the length of the run
+            names.add("steps")
+        if not self.ema:
+            names.add("ema")
+        return names
 
     @property
     def micro_batches(self) -> MicroBatches:

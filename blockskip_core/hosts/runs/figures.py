@@ -47,7 +47,8 @@ def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
 
 def metadata(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
     """Return the metadata of the LoRA's file."""
-    return _chosen(facts(run, outcome), IN_METADATA)
+    averaged = ("ema",) if run.request.ema else ()  # files of other runs stay as they were
+    return _chosen(facts(run, outcome), [*IN_METADATA, *averaged])
 
 
 def on_node(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
