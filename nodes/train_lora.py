@@ -41,7 +41,7 @@ class TrainLora(io.ComfyNode):
             is_output_node=True,
             is_experimental=True,
             # Saved workflows store widget values by position: new inputs go to the end.
-            inputs=training_inputs(),
+            inputs=[*training_inputs(), *later_inputs()],
             outputs=[
                 LoraModelSocket.Output(
                     "lora", display_name="lora",
@@ -82,6 +82,17 @@ def training_inputs() -> list[io.Input]:
     return [
         *_required_inputs(), *_adapter_inputs(), *_step_inputs(), *_file_inputs(), *_memory_inputs(), *_checkpoint_inputs(),
         *_other_inputs(),
+    ]  # fmt: skip
+
+
+def later_inputs() -> list[io.Input]:
+    """Return the inputs of a training that came after nodes with further inputs of their own."""
+    return [
+        io.Float.Input(
+            "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True,
+            tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last values: "
+            "0.99 averages about the last 100 steps. 0: off.",
+        ),
     ]  # fmt: skip
 
 

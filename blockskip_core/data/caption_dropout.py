@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from random import Random
 
-from ..errors import InvalidInputError
-
 
 def dropped_draws(num_draws: int, share: float, seed: int) -> list[int]:
     """Return the indices of the examples that are trained with the empty caption, in order.
@@ -19,10 +17,5 @@ def dropped_draws(num_draws: int, share: float, seed: int) -> list[int]:
         num_draws: Number of examples.
         share: From 0 to 1.
         seed: The schedule's seed.
-
-    Raises:
-        InvalidInputError: If the share is out of range.
     """
-    if not 0.0 <= share <= 1.0:
-        raise InvalidInputError(f"caption_dropout must be between 0 and 1, got {share}.")
     return sorted(Random(f"caption dropout {seed}").sample(range(num_draws), round(share * num_draws)))

@@ -132,6 +132,8 @@ CONTRACT = {
             references IMAGE?
             reference_size INT? = 512 [16, 4096] step 16
             reference_part COMBO? = whole {whole | same part}
+            caption_dropout FLOAT? = 0.0 [0.0, 1.0] step 0.01
+            empty_caption CONDITIONING?
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -186,6 +188,7 @@ CONTRACT = {
             check_memory BOOLEAN? = True
             quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
+            ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),
@@ -350,6 +353,7 @@ CONTRACT = {
             quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
             run_name STRING? = runs/blockskip
+            ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
         """,
         [("run_file", "STRING"), ("command", "STRING")],
     ),

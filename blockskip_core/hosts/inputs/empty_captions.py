@@ -33,6 +33,21 @@ def checked_empty_caption(given: Sequence[Any] | None) -> list | None:
     return found[0]
 
 
+def require_empty_caption(empty: list | None, share: float) -> None:
+    """Check that there is an empty caption if a share of the draws is to have it.
+
+    Raises:
+        InvalidInputError: If the share is out of range, or there is none for it.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise InvalidInputError(f"caption_dropout must be between 0 and 1, got {share:g}.")
+    if share and empty is None:
+        raise InvalidInputError(
+            f"caption_dropout is {share:g}, but there is no empty caption. Connect CLIP Text Encode with an empty text to "
+            "`empty_caption`, or set caption_dropout to 0."
+        )
+
+
 def with_empty_captions(
     captions: Sequence[list], schedule: TrainingSchedule, empty: list | None, share: float
 ) -> tuple[Sequence[list], TrainingSchedule, int]:
@@ -47,16 +62,12 @@ def with_empty_captions(
         share: Share of the draws, from 0 to 1.
 
     Raises:
-        InvalidInputError: If the share is out of range, or there is no empty caption for it.
+        InvalidInputError: As :func:`require_empty_caption`.
     """
+    require_empty_caption(empty, share)
     dropped = dropped_draws(len(schedule), share, schedule.seed)
-    if not share:
+    if not dropped or empty is None:
         return captions, schedule, 0
-    if empty is None:
-        raise InvalidInputError(
-            f"caption_dropout is {share:g}, but there is no empty caption. Connect CLIP Text Encode with an empty text to "
-            "`empty_caption`, or set caption_dropout to 0."
-        )
     found, draws, numbers = list(captions), list(schedule), dict[int | None, int]()
     for index in dropped:
         own = draws[index].caption

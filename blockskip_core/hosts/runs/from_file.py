@@ -120,6 +120,7 @@ def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
         family=recipe.family,
         back_residual=recipe.back_residual,
         remarks=recipe.remarks,
+        dropped=recipe.dropped,
     )
 
 
