@@ -91,7 +91,7 @@ def later_inputs() -> list[io.Input]:
         io.Float.Input(
             "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True,
             tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last values: "
-            "0.99 averages about the last 100 steps. 0: off.",
+            "0.99 averages at most about the last 100 steps. 0: off.",
         ),
     ]  # fmt: skip
 
