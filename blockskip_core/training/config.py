@@ -20,14 +20,14 @@ class TrainingConfig:
 
     Attributes:
         steps: Number of optimiser steps.
-        learning_rate: AdamW's learning rate. A third party reports 1e-4 for the paper.
+        learning_rate: The optimiser's learning rate. A third party reports 1e-4 for the paper.
         batch_size: Number of draws that go through the model together.
         accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
         seed: Seed of the LoRA's initialisation.
         lr_schedule: One of diffusers' schedules.
         warmup_steps: Used only by schedules with a warm-up.
         max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
-        weight_decay: AdamW's weight decay.
+        weight_decay: The optimiser's weight decay.
         checkpointing: Recompute each kept block's activations in backward.
         activation_budget: Bytes that blocks may keep instead of recomputing; see ``activation_budget``. Used only with
             checkpointing.

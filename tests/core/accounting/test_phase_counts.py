@@ -80,6 +80,11 @@ def test_a_moving_average_takes_as_much_as_the_lora():
     assert averaged.operations == plain.operations
 
 
+def test_adafactor_is_counted_and_keeps_less_than_adamw():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    assert counted(dit, spans, optimizer="Adafactor").between < counted(dit, spans).between
+
+
 def test_operations_grow_with_accumulation_and_activations_with_the_batch():
     dit, spans = Weightless(), selection(1, 1)
     one, twice = counted(dit, spans), counted(dit, spans, accumulation=2)
