@@ -196,13 +196,13 @@ def _dropout_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "caption_dropout", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-            tooltip="Share of the training examples that get the empty caption in place of their own, for models that are "
-            "sampled with a `cfg` above 1: 0.05 to 0.1 is usual. Everything else about the examples stays the same.",
+            tooltip="Share of the training examples that get the empty caption in place of their own, for models that "
+            "are sampled with a `cfg` above 1: 0.05 to 0.1 is usual. Everything else about the examples stays.",
         ),
         io.Conditioning.Input(
             "empty_caption", optional=True,
-            tooltip="Only used by `caption_dropout`: CLIP Text Encode with an empty text, or with the negative prompt that you "
-            "will sample with.",
+            tooltip="Only used by `caption_dropout`: CLIP Text Encode with an empty text, or with the negative "
+            "prompt that you will sample with.",
         ),
     ]  # fmt: skip
 

@@ -90,8 +90,8 @@ def later_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True,
-            tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last values: "
-            "0.99 averages at most about the last 100 steps. 0: off.",
+            tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last "
+            "values: 0.99 averages at most about the last 100 steps. 0: off.",
         ),
     ]  # fmt: skip
 
@@ -189,8 +189,8 @@ def _memory_inputs() -> list[io.Input]:
         io.Combo.Input(
             "optimizer", options=list(OPTIMIZERS), default="AdamW", optional=True, advanced=True,
             tooltip="The 8-bit version keeps its state in a quarter of the memory and needs the Python package "
-            "bitsandbytes. Adafactor keeps hardly any. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's last "
-            "28 blocks.",
+            "bitsandbytes. Adafactor keeps hardly any. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's "
+            "last 28 blocks.",
         ),
         io.Combo.Input(
             "kept_weights", options=list(KEPT_WEIGHTS), default="resident", optional=True, advanced=True,

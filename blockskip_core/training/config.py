@@ -33,7 +33,7 @@ class TrainingConfig:
             checkpointing.
         loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
         optimizer: See ``optimizers``.
-        ema: Decay of the moving average that is saved in place of the last values; 0 saves these. See ``moving_average``.
+        ema: Decay of the average that is saved in place of the last values; 0 saves these. See ``moving_average``.
 
     Raises:
         InvalidInputError: If a number is out of range or a name is not known.

@@ -316,8 +316,8 @@ class _Loop:
         lora = {name: x for name, x in state.tensors.items() if not name.startswith((_OPTIMIZER, _AVERAGE))}
         if bool(average) != bool(self.config.ema):
             raise CheckpointError(
-                f"The training state of step {state.step} has {'an' if average else 'no'} average of the LoRA, and ema is "
-                f"{self.config.ema:g}. Turn resume off."
+                f"The training state of step {state.step} has {'an' if average else 'no'} average of the LoRA, and ema "
+                f"is {self.config.ema:g}. Turn resume off."
             )
         scaling = {name: x for name, x in state.numbers.items() if name.startswith(_SCALER)}
         numbers = {name: x for name, x in state.numbers.items() if name not in scaling}

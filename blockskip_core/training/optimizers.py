@@ -1,10 +1,11 @@
-"""The optimisers for a run: torch's AdamW, bitsandbytes' with 8-bit moments (arXiv 2110.02861), or Adafactor (1804.04235).
+"""The optimisers for a run: AdamW, with 8-bit moments too (arXiv 2110.02861), and Adafactor (arXiv 1804.04235).
 
-AdamW keeps two float32 numbers for each parameter of the LoRA. In 8 bits these take a quarter of the memory: at rank 16
-on FLUX.1's last 28 single blocks about 110 MiB less. Adafactor keeps one number for each row and column instead, and no
-first moment. It is transformers', with absolute steps (the paper's Algorithm 4 with a step size from outside): relative
-steps scale with the parameter's own size, and a LoRA's B starts at zero. torch's has relative steps only. bitsandbytes is
-an extra that users install themselves; both packages are only imported when a run asks for them.
+AdamW is torch's and keeps two float32 numbers for each parameter of the LoRA. In 8 bits, by bitsandbytes, these take a
+quarter of the memory: at rank 16 on FLUX.1's last 28 single blocks about 110 MiB less. Adafactor keeps one number for
+each row and column instead, and no first moment. It is transformers', with absolute steps (the paper's Algorithm 4 with
+a step size from outside): relative steps scale with the parameter's own size, and a LoRA's B starts at zero. torch's
+has relative steps only. bitsandbytes is an extra that users install themselves; both packages are only imported when a
+run asks for them.
 """
 
 from __future__ import annotations
@@ -81,6 +82,6 @@ def _extra(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InvalidInputError(
-            f"{what} needs the Python package {package}, which could not be imported ({error}). Install it into ComfyUI's "
-            f"Python with `pip install {package}`, or choose AdamW."
+            f"{what} needs the Python package {package}, which could not be imported ({error}). Install it into "
+            f"ComfyUI's Python with `pip install {package}`, or choose AdamW."
         ) from error

@@ -89,10 +89,10 @@ def test_references_of_host_nodes_and_their_method_stay(bench, before, empty):  
     ("changes", "message"),
     [
         (lambda empty: {"caption_dropout": 0.1}, "caption_dropout is 0.1, but there is no empty caption. Connect CLIP"),
-        (lambda empty: {"caption_dropout": 1.5, "empty_caption": empty}, "caption_dropout must be between 0 and 1, got 1.5"),
+        (lambda empty: {"caption_dropout": 1.5, "empty_caption": empty}, "must be between 0 and 1, got 1.5"),
         (lambda empty: {"caption_dropout": float("nan"), "empty_caption": empty}, "must be between 0 and 1, got nan"),
-        (lambda empty: {"caption_dropout": 0.1, "empty_caption": Listed([empty, empty])}, "must be one conditioning, got 2"),
-        (lambda empty: {"caption_dropout": 0.1, "empty_caption": [*empty, *empty]}, "`empty_caption` cannot be used. Cond"),
+        (lambda empty: {"caption_dropout": 0.1, "empty_caption": Listed([empty, empty])}, "one conditioning, got 2"),
+        (lambda empty: {"caption_dropout": 0.1, "empty_caption": [*empty, *empty]}, "`empty_caption` cannot be used"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_encoded(bench, empty, changes, message):

@@ -43,15 +43,15 @@ def require_empty_caption(empty: list | None, share: float) -> None:
         raise InvalidInputError(f"caption_dropout must be between 0 and 1, got {share:g}.")
     if share and empty is None:
         raise InvalidInputError(
-            f"caption_dropout is {share:g}, but there is no empty caption. Connect CLIP Text Encode with an empty text to "
-            "`empty_caption`, or set caption_dropout to 0."
+            f"caption_dropout is {share:g}, but there is no empty caption. Connect CLIP Text Encode with an empty text "
+            "to `empty_caption`, or set caption_dropout to 0."
         )
 
 
 def with_empty_captions(
     captions: Sequence[list], schedule: TrainingSchedule, empty: list | None, share: float
 ) -> tuple[Sequence[list], TrainingSchedule, int]:
-    """Return captions with the empty ones after them, the schedule that refers to these, and the number of its draws that do.
+    """Return captions with the empty ones after them, the schedule that refers to these, and how many of its draws do.
 
     With a share of 0, or one that no draw comes out at, captions and schedule are those given.
 

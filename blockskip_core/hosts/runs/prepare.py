@@ -139,6 +139,7 @@ def _identity(
     residuals: ResidualSet, request: RunRequest, adapters: LoraAdapters, first_values: Mapping[str, Tensor]
 ) -> RunIdentity:
     """Return everything that determines the LoRA's values after a given number of steps."""
+    config = request.config
     return RunIdentity(
         {
             **{f"residuals: {name}": value for name, value in asdict(residuals.identity).items()},
@@ -150,6 +151,6 @@ def _identity(
             "targets": request.targets,
             "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
             "made by": f"BlockSkip {VERSION}",
-            **{name: value for name, value in asdict(request.config).items() if name not in request.config.without_effect},
+            **{name: value for name, value in asdict(config).items() if name not in config.without_effect},
         }
     )

@@ -82,7 +82,9 @@ def test_the_decay_warms_up_to_its_value():
     assert decay_at(10**6, 0.999) == 0.999
 
 
-@pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine", "accumulation": 3}, {"storage": "chunked"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"lr_schedule": "cosine", "accumulation": 3}, {"storage": "chunked"}], ids=str
+)
 @pytest.mark.parametrize("cut_after", [1, 4, 6])
 def test_a_run_that_was_cut_off_ends_with_the_same_average(tmp_path, cut_after, settings):
     expected, whole = train(tmp_path / "whole", ema=0.9, **settings)
@@ -137,9 +139,14 @@ def test_values_come_back_however_showing_ends():
     average = MovingAverage([parameter], 0.5)
     parameter.data += 1.0
     average.update(100)
-    with pytest.raises(KeyboardInterrupt), average.shown():
-        assert parameter.tolist() == [0.5] * 3
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with average.shown():
+            assert parameter.tolist() == [0.5] * 3
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert parameter.tolist() == [1.0] * 3
     average.keep()
     assert parameter.tolist() == [0.5] * 3

@@ -81,9 +81,7 @@ def test_a_run_learns_with_other_optimizers(name):
     clean = latents(dtype=torch.float32)
     adapters = lora_for(dit, chosen, dtype=torch.float32)
     source = MemorySource(dit, chosen, plan, clean)
-    result, _ = train(
-        dit, chosen, source, adapters, plan=plan, clean=clean, steps=30, batch_size=4, optimizer=name
-    )
+    result, _ = train(dit, chosen, source, adapters, plan=plan, clean=clean, steps=30, batch_size=4, optimizer=name)
     assert result.losses[-1] < 0.9 * result.losses[0]
 
 

@@ -29,7 +29,15 @@ UNIT = torch.finfo(torch.float64).eps / 2
 
 
 def run(
-    together, *, plan=PLAN, accumulation=2, steps=STEPS, folder=None, on_step=None, spoil=None, ema=0.0,
+    together,
+    *,
+    plan=PLAN,
+    accumulation=2,
+    steps=STEPS,
+    folder=None,
+    on_step=None,
+    spoil=None,
+    ema=0.0,
     saves=lambda rank: True,
 ):
     """Train, and return (LoRA, losses, steps, bytes summed)."""
