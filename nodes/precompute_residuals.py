@@ -15,6 +15,7 @@ from ..blockskip_core.data.patch_sampling import PATCH_ORDERS
 from ..blockskip_core.data.reference_pictures import ReferenceSettings
 from ..blockskip_core.data.schedule import TrainingSchedule, largest_crop
 from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS
+from ..blockskip_core.hosts.inputs.empty_captions import checked_empty_caption
 from ..blockskip_core.hosts.inputs.material import checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
@@ -76,12 +77,13 @@ class PrecomputeResiduals(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, vae: Any, images: Any, positive: Any, selection: Any, files: Any = None,
-        references: Any = None, reference_size: Any = 512, reference_part: Any = "whole", **settings: Any,
+        references: Any = None, reference_size: Any = 512, reference_part: Any = "whole", empty_caption: Any = None,
+        **settings: Any,
     ) -> io.NodeOutput:  # fmt: skip
         model, vae, selection = connected(model=model, vae=vae, selection=selection).values()
         asked = residual_settings(**checked(cls, **settings))
         shown = checked(cls, reference_size=reference_size, reference_part=reference_part)
-        given = GivenMaterial(images, positive, files, references, reference_settings(**shown))
+        given = GivenMaterial(images, positive, files, references, reference_settings(**shown), empty_caption)
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
         return io.NodeOutput(*precompute(model, vae, given, selection, asked, progress))
 
@@ -168,6 +170,7 @@ def _detail_inputs() -> list[io.Input]:
         widgets.noise_from("Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875."),
         widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),
         *_reference_inputs(),
+        *_dropout_inputs(),
     ]  # fmt: skip
 
 
@@ -189,6 +192,21 @@ def _reference_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
+def _dropout_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "caption_dropout", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+            tooltip="Share of the training examples that get the empty caption in place of their own, for models that "
+            "are sampled with a `cfg` above 1: 0.05 to 0.1 is usual. Everything else about the examples stays.",
+        ),
+        io.Conditioning.Input(
+            "empty_caption", optional=True,
+            tooltip="Only used by `caption_dropout`: CLIP Text Encode with an empty text, or with the negative "
+            "prompt that you will sample with.",
+        ),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GivenMaterial:
     """The inputs that pictures, captions and references come from, as the node gets them."""
@@ -198,6 +216,7 @@ class GivenMaterial:
     files: Any = None
     references: Any = None
     shown: ReferenceSettings | None = None
+    empty: Any = None
 
 
 def reference_settings(reference_size: int, reference_part: Any) -> ReferenceSettings:
@@ -233,10 +252,11 @@ def precompute(
         )
         residuals, crops = prepare_residuals(
             model, vae, material.pictures, material.captions, selection, settings, progress, material.pictures.labels,
-            material.references,
+            material.references, checked_empty_caption(given.empty),
         )  # fmt: skip
         sheet = pictures.as_image(contact_sheet(crops, residuals.schedule, material.blank))
-    progress.say("\n".join([*material.remarks, size_note(material.pictures.sizes, residuals.schedule)]))
+    notes = [*material.remarks, size_note(material.pictures.sizes, residuals.schedule), residuals.on_dropped]
+    progress.say("\n".join(filter(None, notes)))
     return replace(residuals, remarks=material.remarks), sheet
 
 

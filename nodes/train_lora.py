@@ -41,7 +41,7 @@ class TrainLora(io.ComfyNode):
             is_output_node=True,
             is_experimental=True,
             # Saved workflows store widget values by position: new inputs go to the end.
-            inputs=training_inputs(),
+            inputs=[*training_inputs(), *later_inputs()],
             outputs=[
                 LoraModelSocket.Output(
                     "lora", display_name="lora",
@@ -85,6 +85,17 @@ def training_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
+def later_inputs() -> list[io.Input]:
+    """Return the inputs of a training that came after nodes with further inputs of their own."""
+    return [
+        io.Float.Input(
+            "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True,
+            tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last "
+            "values: 0.99 averages at most about the last 100 steps. 0: off.",
+        ),
+    ]  # fmt: skip
+
+
 def _required_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The same MODEL as at Precompute Residuals."),
@@ -95,7 +106,7 @@ def _required_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "learning_rate", default=1e-4, min=1e-8, max=1.0, step=1e-6, round=1e-8,
-            tooltip="AdamW's learning rate. 1e-4 is reported for the paper; tiny models take more.",
+            tooltip="The optimiser's learning rate. 1e-4 is reported for the paper; tiny models take more.",
         ),
         widgets.rank("Rank of the LoRA: 8 to 32 is usual for one subject."),
         widgets.seed("Determines the LoRA's initial values."),
@@ -137,7 +148,7 @@ def _step_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "weight_decay", default=0.01, min=0.0, max=1.0, step=0.001, optional=True, advanced=True,
-            tooltip="AdamW's weight decay.",
+            tooltip="The optimiser's weight decay.",
         ),
         widgets.checkpointing(
             "Recompute activations instead of keeping them: much less memory, but each step takes one more forward "
@@ -178,7 +189,8 @@ def _memory_inputs() -> list[io.Input]:
         io.Combo.Input(
             "optimizer", options=list(OPTIMIZERS), default="AdamW", optional=True, advanced=True,
             tooltip="The 8-bit version keeps its state in a quarter of the memory and needs the Python package "
-            "bitsandbytes. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's last 28 blocks.",
+            "bitsandbytes. Adafactor keeps hardly any. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's "
+            "last 28 blocks.",
         ),
         io.Combo.Input(
             "kept_weights", options=list(KEPT_WEIGHTS), default="resident", optional=True, advanced=True,

@@ -13,7 +13,7 @@ from ..blockskip_core.hosts.runs.request import RunRequest
 from ..blockskip_core.hosts.runs.writing import write_run
 from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
 from .page.progress import NodeProgress
-from .train_lora import training_inputs
+from .train_lora import later_inputs, training_inputs
 
 EXAMPLE_RUN = "runs/my_run"
 
@@ -43,6 +43,7 @@ class WriteRun(io.ComfyNode):
                     "run_name", default="runs/blockskip", optional=True,
                     tooltip="Where the run file is written, below ComfyUI's output folder; a number is appended.",
                 ),
+                *later_inputs(),
             ],
             outputs=[
                 io.String.Output("run_file", display_name="run_file", tooltip="The run file's path."),

@@ -48,6 +48,7 @@ class ResidualSet:
         back_residual: "constant" is the paper's; "linear" follows the LoRA to first order, see ``back_response``; both
             are ignored on the fly. "exact" requires a selection that freezes its last blocks and skips none of them.
         remarks: Anything odd about the pictures and captions, in sentences for the run's summary.
+        dropped: Number of draws whose caption is the empty one.
     """
 
     schedule: TrainingSchedule
@@ -61,6 +62,7 @@ class ResidualSet:
     family: str
     back_residual: BackResidual = "constant"
     remarks: Sequence[str] = ()
+    dropped: int = 0
 
     def __post_init__(self) -> None:
         if self.back_residual not in BACK_RESIDUALS:
@@ -79,6 +81,14 @@ class ResidualSet:
             raise InvalidInputError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}.")
         if self.chunk_size < 1:
             raise InvalidInputError(f"chunk_size must be at least 1, got {self.chunk_size}.")
+
+    @property
+    def on_dropped(self) -> str:
+        """How many draws have the empty caption, in words; "" if none have."""
+        if not self.dropped:
+            return ""
+        total = len(self.schedule)
+        return f"{self.dropped} of {total} training examples ({self.dropped / total:.1%}) have the empty caption"
 
 
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:

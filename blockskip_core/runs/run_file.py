@@ -39,6 +39,7 @@ class ResidualRecipe:
     family: str
     back_residual: BackResidual
     remarks: Sequence[str] = ()
+    dropped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,19 +20,20 @@ class TrainingConfig:
 
     Attributes:
         steps: Number of optimiser steps.
-        learning_rate: AdamW's learning rate. A third party reports 1e-4 for the paper.
+        learning_rate: The optimiser's learning rate. A third party reports 1e-4 for the paper.
         batch_size: Number of draws that go through the model together.
         accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
         seed: Seed of the LoRA's initialisation.
         lr_schedule: One of diffusers' schedules.
         warmup_steps: Used only by schedules with a warm-up.
         max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
-        weight_decay: AdamW's weight decay.
+        weight_decay: The optimiser's weight decay.
         checkpointing: Recompute each kept block's activations in backward.
         activation_budget: Bytes that blocks may keep instead of recomputing; see ``activation_budget``. Used only with
             checkpointing.
         loss_weighting: A weighting of the SD3 paper, as diffusers computes it; "none" is the plain velocity loss.
         optimizer: See ``optimizers``.
+        ema: Decay of the average that is saved in place of the last values; 0 saves these. See ``moving_average``.
 
     Raises:
         InvalidInputError: If a number is out of range or a name is not known.
@@ -51,6 +52,7 @@ class TrainingConfig:
     activation_budget: float = 0.0
     loss_weighting: LossWeighting = "none"
     optimizer: OptimizerName = "AdamW"
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -63,12 +65,26 @@ class TrainingConfig:
         for name in ("warmup_steps", "max_grad_norm", "weight_decay", "activation_budget"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise InvalidInputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0.0 <= self.ema < 1.0:
+            raise InvalidInputError(f"ema must be at least 0 and below 1, got {self.ema}. 0 turns it off.")
         choices = {"lr_schedule": LearningRateSchedule, "loss_weighting": LossWeighting, "optimizer": OptimizerName}
         for name, names in choices.items():
             if getattr(self, name) not in get_args(names):
                 raise InvalidInputError(
                     f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}."
                 )
+
+    @property
+    def without_effect(self) -> set[str]:
+        """Names of settings that the values after a given number of steps do not depend on, with these settings."""
+        names = {"checkpointing", "activation_budget"}
+        if self.lr_schedule == "constant":
+            names.add("warmup_steps")
+        if self.lr_schedule not in ("linear", "cosine"):  # their rates depend on the length of the run
+            names.add("steps")
+        if not self.ema:
+            names.add("ema")
+        return names
 
     @property
     def micro_batches(self) -> MicroBatches:

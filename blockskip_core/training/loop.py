@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,12 +23,13 @@ from ..blocks.skipping_model import SkippingModel
 from ..data.flow_matching import noisy_batch, velocity_loss
 from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
-from ..errors import StorageError, TrainingError
+from ..errors import CheckpointError, StorageError, TrainingError
 from ..model import Denoiser, SkippableDit, WeightPlacement
 from ..residuals.source import OpenResiduals, ResidualSource
 from ..selection.selection import BlockSelection
 from .checkpoints import Checkpoints, TrainingState
 from .config import TrainingConfig
+from .moving_average import MovingAverage
 from .observer import TrainingObserver
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer
 from .result import StepReport, TrainingResult
@@ -45,6 +46,7 @@ _MOST_OVERFLOWS = (
 )
 _SCALER = "loss scale/"  # prefix of its numbers in a state
 _OPTIMIZER = "optimizer/"  # prefix of its tensors in a state
+_AVERAGE = "average/"  # prefix of the moving average's tensors in a state
 
 
 # Stand-ins by path -> the model running with them in place; a SkippableDit's `running` with the run's settings.
@@ -74,10 +76,12 @@ def train_lora(
         schedule, latents: The draws and their clean latents, shape (num_draws, C, H, W).
         selection: Blocks to be skipped.
         source: Where residuals come from.
-        adapters: The LoRA; however this function ends, its tensors then hold the last good state and are on the CPU.
+        adapters: The LoRA; however this function ends, its tensors then hold the last good state, or with ``ema`` the
+            average of all states up to it, and are on the CPU.
         config: Settings.
         result: Filled in during the run.
-        observers: Called in this order; see :class:`~.observer.TrainingObserver`.
+        observers: Called in this order, with ``ema`` while the LoRA holds its average; see
+            :class:`~.observer.TrainingObserver`.
         activation_bytes: Bytes that the host should keep free in addition to the weights.
         weights: Where the host keeps the weights.
         checkpoints: The run's saved states, to resume from and to write; if None, the run starts from the beginning and
@@ -86,7 +90,7 @@ def train_lora(
             states.
 
     Raises:
-        CheckpointError: If a state belongs to another run.
+        CheckpointError: If a state belongs to another run, or has not the average that this one needs.
         InvalidInputError: If the processes cannot share the micro-batches of a step equally.
         TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
             the full model before the first step, a kept block gets no gradient, or another process has ended.
@@ -142,6 +146,7 @@ class _Loop:
         self.checkpoints, self.together = checkpoints, together
         self.share = config.micro_batches.share_of(together.rank, together.size)
         adapters.to(dit.device)
+        self.average = MovingAverage(adapters.parameters(), config.ema)
         self.optimizer = build_optimizer(
             config.optimizer,
             adapters.parameters(),
@@ -197,8 +202,9 @@ class _Loop:
         if not due:
             return
         self.save()
-        for observer in due:
-            observer.between_steps(self.result.steps)
+        with self.average.shown():
+            for observer in due:
+                observer.between_steps(self.result.steps)
         self.paused = True  # this time must not count for a step
 
     @contextmanager
@@ -265,6 +271,7 @@ class _Loop:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.result.steps += 1
+        self.average.update(self.result.steps)
         self._set_rate(self.result.steps)
         self.within_step = False
         seconds = time.perf_counter() - self.started
@@ -273,8 +280,9 @@ class _Loop:
         if self.checkpoints and self.checkpoints.is_due(self.result.steps):
             self.save()
         report = StepReport(self.result.steps, losses, rate, norm, seconds)
-        for observer in self.observers:
-            observer.on_step(report)
+        with self.average.shown():
+            for observer in self.observers:
+                observer.on_step(report)
         self.started = time.perf_counter()
 
     def _exchange(self, micro_batch: int) -> None:
@@ -291,6 +299,7 @@ class _Loop:
         """Continue from the newest state, if there is one.
 
         Raises:
+            CheckpointError: If the state has not the average that this run needs.
             TrainingError: If the processes find different states.
         """
         state = self.checkpoints and self.checkpoints.newest(self.config.steps)
@@ -303,11 +312,18 @@ class _Loop:
         )
         if not state:
             return
-        lora = {name: x for name, x in state.tensors.items() if not name.startswith(_OPTIMIZER)}
-        moments = {name.removeprefix(_OPTIMIZER): x for name, x in state.tensors.items() if name not in lora}
+        moments, average = _named(state.tensors, _OPTIMIZER), _named(state.tensors, _AVERAGE)
+        lora = {name: x for name, x in state.tensors.items() if not name.startswith((_OPTIMIZER, _AVERAGE))}
+        if bool(average) != bool(self.config.ema):
+            raise CheckpointError(
+                f"The training state of step {state.step} has {'an' if average else 'no'} average of the LoRA, and ema "
+                f"is {self.config.ema:g}. Turn resume off."
+            )
         scaling = {name: x for name, x in state.numbers.items() if name.startswith(_SCALER)}
         numbers = {name: x for name, x in state.numbers.items() if name not in scaling}
         with torch.inference_mode(False):
+            self.adapters.load_state_dict(average)
+            self.average.restart()
             self.adapters.load_state_dict(lora)
             restore_optimizer(self.optimizer, moments, numbers)
         if scaling:
@@ -323,6 +339,9 @@ class _Loop:
         tensors, numbers = optimizer_state(self.optimizer)
         numbers |= {_SCALER + name: x for name, x in self.scaler.state_dict().items()}
         tensors = self.adapters.state_dict() | {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
+        if self.config.ema:
+            with self.average.shown():
+                tensors |= {_AVERAGE + name: tensor for name, tensor in self.adapters.state_dict().items()}
         whole = self.result.losses[: self.result.steps * self.config.accumulation]
         try:
             self.checkpoints.save(TrainingState(self.result.steps, whole, tensors, numbers))
@@ -334,6 +353,7 @@ class _Loop:
         """Free all of the run's memory on the device, even if the LoRA is still referenced."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
+        self.average.keep()
         self.adapters.to(torch.device("cpu"))
 
     def _set_rate(self, step: int) -> None:
@@ -362,3 +382,8 @@ class _Loop:
 
     def _batch_key(self, draw: int) -> Hashable:
         return self.dit.batch_key(self.schedule[draw].caption)
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names have a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -1,8 +1,11 @@
-"""The optimisers for a run: torch's AdamW, or bitsandbytes' with 8-bit moments (arXiv 2110.02861).
+"""The optimisers for a run: AdamW, with 8-bit moments too (arXiv 2110.02861), and Adafactor (arXiv 1804.04235).
 
-AdamW keeps two float32 numbers for each parameter of the LoRA. In 8 bits these take a quarter of the memory: at rank 16
-on FLUX.1's last 28 single blocks about 110 MiB less. bitsandbytes is an extra that users install themselves; it is only
-imported when a run asks for it.
+AdamW is torch's and keeps two float32 numbers for each parameter of the LoRA. In 8 bits, by bitsandbytes, these take a
+quarter of the memory: at rank 16 on FLUX.1's last 28 single blocks about 110 MiB less. Adafactor keeps one number for
+each row and column instead, and no first moment. It is transformers', with absolute steps (the paper's Algorithm 4 with
+a step size from outside): relative steps scale with the parameter's own size, and a LoRA's B starts at zero. torch's
+has relative steps only. bitsandbytes is an extra that users install themselves; both packages are only imported when a
+run asks for them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 
-OptimizerName = Literal["AdamW", "AdamW 8-bit (bitsandbytes)"]
+OptimizerName = Literal["AdamW", "AdamW 8-bit (bitsandbytes)", "Adafactor"]
 _WITH_FUSED_ADAMW = ("cpu", "cuda")
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
@@ -32,8 +35,13 @@ def build_optimizer(
     Raises:
         InvalidInputError: If the required extra package is not installed.
     """
-    if name != "AdamW":
-        return _bitsandbytes().AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name == "AdamW 8-bit (bitsandbytes)":
+        eight_bit = _extra("bitsandbytes.optim", "The 8-bit AdamW")
+        return eight_bit.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name == "Adafactor":
+        return _extra("transformers.optimization", name).Adafactor(
+            parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False
+        )
     fused = all(parameter.device.type in _WITH_FUSED_ADAMW for parameter in parameters)
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
@@ -67,11 +75,13 @@ def _leaves(content: Mapping[Any, Any], above: str) -> Iterator[tuple[str, Any]]
             yield f"{above}{key}", value
 
 
-def _bitsandbytes() -> Any:
+def _extra(module: str, what: str) -> Any:
+    """Return a module of another package."""
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module("bitsandbytes.optim")
+        return importlib.import_module(module)
     except ImportError as error:
         raise InvalidInputError(
-            "The 8-bit AdamW needs the Python package bitsandbytes, which could not be imported "
-            f"({error}). Install it into ComfyUI's Python with `pip install bitsandbytes`, or choose AdamW."
+            f"{what} needs the Python package {package}, which could not be imported ({error}). Install it into "
+            f"ComfyUI's Python with `pip install {package}`, or choose AdamW."
         ) from error

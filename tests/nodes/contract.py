@@ -132,6 +132,8 @@ CONTRACT = {
             references IMAGE?
             reference_size INT? = 512 [16, 4096] step 16
             reference_part COMBO? = whole {whole | same part}
+            caption_dropout FLOAT? = 0.0 [0.0, 1.0] step 0.01
+            empty_caption CONDITIONING?
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -173,7 +175,7 @@ CONTRACT = {
             output_name STRING? = loras/blockskip
             file_format COMBO? = diffusers {diffusers | peft | kohya}
             activation_budget FLOAT? = 0.0 [0.0, 1024.0] step 0.25
-            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes)}
+            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes) | Adafactor}
             kept_weights COMBO? = resident {resident | streamed}
             quantize_kept COMBO? = off {host's}
             save_every INT? = 100 [0, 1000000]
@@ -186,6 +188,7 @@ CONTRACT = {
             check_memory BOOLEAN? = True
             quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
+            ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),
@@ -337,7 +340,7 @@ CONTRACT = {
             output_name STRING? = loras/blockskip
             file_format COMBO? = diffusers {diffusers | peft | kohya}
             activation_budget FLOAT? = 0.0 [0.0, 1024.0] step 0.25
-            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes)}
+            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes) | Adafactor}
             kept_weights COMBO? = resident {resident | streamed}
             quantize_kept COMBO? = off {host's}
             save_every INT? = 100 [0, 1000000]
@@ -350,6 +353,7 @@ CONTRACT = {
             quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
             run_name STRING? = runs/blockskip
+            ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
         """,
         [("run_file", "STRING"), ("command", "STRING")],
     ),

@@ -200,11 +200,6 @@ def _new_adapters(parts: _Parts) -> LoraAdapters:
 def _identity(parts: _Parts, adapters: LoraAdapters) -> RunIdentity:
     """Return everything that determines the LoRA's values after a given number of steps."""
     config, first = parts.config, adapters.state_dict()
-    no_effect = {"checkpointing", "activation_budget"}
-    if config.lr_schedule == "constant":
-        no_effect.add("warmup_steps")
-    if config.lr_schedule not in ("linear", "cosine"):  # their rates depend on the length of the run
-        no_effect.add("steps")
     return RunIdentity(
         {
             **{f"residuals: {name}": value for name, value in asdict(parts.residuals.identity).items()},
@@ -214,7 +209,7 @@ def _identity(parts: _Parts, adapters: LoraAdapters) -> RunIdentity:
             "targets": parts.lora.targets,
             "first values": tensors_identity(first[name] for name in sorted(first)),
             "made by": f"BlockSkip {VERSION}",
-            **{name: value for name, value in asdict(config).items() if name not in no_effect},
+            **{name: value for name, value in asdict(config).items() if name not in config.without_effect},
         }
     )
 

@@ -26,6 +26,8 @@ _OF_OTHER_MEDIA = (
 )  # fmt: skip
 REFERENCES = "reference_latents"
 """The setting of a CONDITIONING that holds reference latents: a list of what the VAE makes."""
+REFERENCE_METHOD = "reference_latents_method"
+"""The setting of a CONDITIONING that says where their tokens are placed."""
 REFERENCE_ARGUMENT = "ref_latents"
 """The argument of the host's models that looks at reference pictures beside the text."""
 _NOT_FOR_TRAINING = (*_OF_A_PART, *_OF_SAMPLING, *_OF_OTHER_MEDIA)
@@ -109,7 +111,7 @@ def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
 
 def _require_references(number: int, settings: Mapping[str, Any]) -> None:
     """Check the form of reference latents and of their method, if there are any."""
-    latents, method = settings.get(REFERENCES), settings.get("reference_latents_method")
+    latents, method = settings.get(REFERENCES), settings.get(REFERENCE_METHOD)
     if method is not None and not isinstance(method, str):
         raise InvalidInputError(
             f"Conditioning {number} carries a {type(method).__name__} as the method of its reference latents, expected "

@@ -21,7 +21,7 @@ from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, require_room
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
-from ..inputs.conditioning import references_of
+from ..inputs.empty_captions import require_empty_caption, with_empty_captions
 from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from ..inputs.references import References
@@ -48,6 +48,7 @@ class ResidualSettings:
         residual_format: How residuals are rounded.
         frames: Number of pictures of a clip; 1 for pictures.
         noise_from, noise_to: Noise levels are drawn from within this range.
+        caption_dropout: Share of the examples that get the empty caption in place of their own.
     """
 
     draws: int
@@ -64,6 +65,7 @@ class ResidualSettings:
     frames: int = 1
     noise_from: float = 0.0
     noise_to: float = 1.0
+    caption_dropout: float = 0.0
 
     def as_read(self) -> ResidualSettings:
         """Return the settings, with those that this storage ignores at their defaults, so that runs are found again."""
@@ -86,6 +88,7 @@ def prepare_residuals(
     progress: PhaseProgress,
     labels: Labels | None = None,
     references: References | None = None,
+    empty_caption: list | None = None,
 ) -> tuple[ResidualSet, TrainingCrops]:
     """Draw the schedule, encode its crops and, with storage "disk", compute the residuals unless they are stored.
 
@@ -99,12 +102,14 @@ def prepare_residuals(
         progress: Called during the work; may raise to interrupt.
         labels: The pictures' names in messages; their numbers if None.
         references: Pictures that an edit model sees beside the captions, or None.
+        empty_caption: A single conditioning for ``caption_dropout``, or None.
 
     Raises:
         UnsupportedModelError: If the model takes no references.
         InvalidInputError: If inputs do not fit together, or there is not enough space.
         StorageError: If the disk cannot be written.
     """
+    require_empty_caption(empty_caption, settings.caption_dropout)
     settings, model = settings.as_read(), for_training(model)
     shape = latent_shape(model.model, settings.patch_min, frames_of_clip(model, settings.frames))
     bare = HostedDit(model, captions, shape)
@@ -114,7 +119,6 @@ def prepare_residuals(
     multiple = crop_multiple(vae, bare.adapter.patch_size)
     schedule = _schedule(model, pictures, len(captions), multiple, settings, labels)
     crops = TrainingCrops(pictures, schedule)
-    identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
     if references is not None:
         require_takes_references(bare.adapter)
         encoder = ReferenceEncoder(
@@ -122,9 +126,8 @@ def prepare_residuals(
             model=model.model, multiple=multiple, progress=progress,
         )  # fmt: skip
         captions, schedule = encoder.captions(captions, schedule)
-        identity = replace(
-            identity, schedule=schedule.fingerprint, captions=identity.captions + _of_references(captions)
-        )
+    captions, schedule, dropped = with_empty_captions(captions, schedule, empty_caption, settings.caption_dropout)
+    identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
     residuals = ResidualSet(
         schedule=schedule,
         latents=torch.empty(len(schedule), *shape, device="meta"),  # not yet
@@ -136,6 +139,7 @@ def prepare_residuals(
         folder=residuals_folder(identity.key),
         family=bare.family,
         back_residual=settings.back_residual,
+        dropped=dropped,
     )
     residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, bare.frames, progress))
     if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
@@ -143,11 +147,6 @@ def prepare_residuals(
         stored = stored_latents(residuals, progress)
         residuals = residuals if stored is None else replace(residuals, latents=stored)
     return residuals, crops
-
-
-def _of_references(captions: Sequence[list]) -> str:
-    """Return a content hash of the references that captions carry."""
-    return tensors_identity([latent for caption in captions for latent in references_of(caption)])
 
 
 def _dit(model: Any, residuals: ResidualSet) -> HostedDit:

@@ -23,6 +23,7 @@ IN_METADATA = (
     "residual_format", "steps", "steps_planned", "batch_size", "accumulation", "learning_rate", "quantize_kept", "seed",
     "draws_seed", "peft_version",
 )  # fmt: skip
+IN_METADATA_IF_USED = ("ema", "dropped_captions")
 ON_NODE = (
     "file", "summary_file", "quantize_kept", "blocks", "skipped_first", "skipped_last", "frozen_last", "kept_last", "kept_blocks",
     "kept_parameters",
@@ -47,7 +48,8 @@ def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
 
 def metadata(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
     """Return the metadata of the LoRA's file."""
-    return _chosen(facts(run, outcome), IN_METADATA)
+    known = facts(run, outcome)
+    return _chosen(known, [*IN_METADATA, *(name for name in IN_METADATA_IF_USED if known[name])])
 
 
 def on_node(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def on_node(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
 
 def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
     """Return the content of the summary; the LoRA's file must exist."""
-    known = facts(run, outcome)
+    known, residuals = facts(run, outcome), run.residuals
     return RunReport(
         file=outcome.path.name,
         file_bytes=outcome.path.stat().st_size,
@@ -70,6 +72,7 @@ def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
             "Residuals": known["residuals"],
             "Stored as": known["residual_format"],
             "Back residual": known["back_residual"],
+            **({"Dropped captions": residuals.on_dropped} if residuals.dropped else {}),
         },
         settings=run.request.shown(),
         config=run.request.config,
@@ -145,6 +148,7 @@ def _example_facts(run: PreparedRun) -> dict[str, Any]:
         "residuals": residuals.storage,
         "back_residual": residuals.back_residual,
         "residual_format": residuals.identity.residual_format,
+        "dropped_captions": residuals.dropped,
     }
 
 

@@ -88,7 +88,7 @@ def _prepared(run: RunFile, material: Material, model: Any) -> PreparedRun:
     from ..models.hosted_dit import HostedDit
     from .prepare import prepare as prepare_run
 
-    flatten_conditionings(material.captions)  # they may be anything
+    flatten_conditionings(material.captions, with_references=True)  # they may be anything
     dit = HostedDit(model, material.captions, material.latents.shape[1:])
     return prepare_run(model, _residuals(run, material, str(dit.dtype)), _request(run.settings, material))
 
@@ -120,6 +120,7 @@ def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
         family=recipe.family,
         back_residual=recipe.back_residual,
         remarks=recipe.remarks,
+        dropped=recipe.dropped,
     )
 
 

@@ -139,11 +139,7 @@ def _identity(
     residuals: ResidualSet, request: RunRequest, adapters: LoraAdapters, first_values: Mapping[str, Tensor]
 ) -> RunIdentity:
     """Return everything that determines the LoRA's values after a given number of steps."""
-    no_effect = {"checkpointing", "activation_budget"}
-    if request.lr_schedule == "constant":
-        no_effect.add("warmup_steps")
-    if request.lr_schedule not in ("linear", "cosine"):  # their rates depend on the length of the run
-        no_effect.add("steps")
+    config = request.config
     return RunIdentity(
         {
             **{f"residuals: {name}": value for name, value in asdict(residuals.identity).items()},
@@ -155,6 +151,6 @@ def _identity(
             "targets": request.targets,
             "first values": tensors_identity(first_values[name] for name in sorted(first_values)),
             "made by": f"BlockSkip {VERSION}",
-            **{name: value for name, value in asdict(request.config).items() if name not in no_effect},
+            **{name: value for name, value in asdict(config).items() if name not in config.without_effect},
         }
     )

@@ -68,6 +68,7 @@ class RunRequest:
     memory_settings: MemorySettings | None = None
     quantize_frozen: str = default_for_frozen_blocks()
     loss_table: bool = False
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         self.config, self.lora  # noqa: B018 - each checks its part

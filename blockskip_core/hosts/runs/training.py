@@ -99,6 +99,8 @@ class _Training:
             StorageError: If a run that ended early cannot be saved.
         """
         result = self._outcome.result
+        if self._run.residuals.dropped:
+            logger.info("BlockSkip: %s", self._run.residuals.on_dropped)
         result.problems.extend([*self._run.residuals.remarks, *_on_ranks(self._run)])
         files = RunFiles(self._run, self._outcome)
         peak = self._memory_check.training_peak

@@ -83,6 +83,7 @@ def _written(beside: Path, file: ModelFile, residuals: ResidualSet, request: Run
             family=residuals.family,
             back_residual=residuals.back_residual,
             remarks=tuple(residuals.remarks),
+            dropped=residuals.dropped,
         ),
         material=beside.name,
         material_hash=write_material(material, beside),

@@ -72,6 +72,19 @@ def test_a_step_without_weights_counts_as_one_with_them(front, back, checkpointi
     assert comparable(counted(weightless, spans, **settings)) == comparable(counted(real, spans, **settings), tensors)
 
 
+def test_a_moving_average_takes_as_much_as_the_lora():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    lora = sum(tensor.nbytes for tensor in adapters_on(dit, layers(dit, spans), LORA).parameters())
+    plain, averaged = counted(dit, spans), counted(dit, spans, ema=0.9)
+    assert (averaged.peak - plain.peak, averaged.between - plain.between) == (lora, lora)
+    assert averaged.operations == plain.operations
+
+
+def test_adafactor_is_counted_and_keeps_less_than_adamw():
+    dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
+    assert counted(dit, spans, optimizer="Adafactor").between < counted(dit, spans).between
+
+
 def test_operations_grow_with_accumulation_and_activations_with_the_batch():
     dit, spans = Weightless(), selection(1, 1)
     one, twice = counted(dit, spans), counted(dit, spans, accumulation=2)

@@ -52,23 +52,48 @@ def test_eight_bit_moments_take_a_quarter_and_give_nearly_the_same_steps():
     assert moments(eight, ("state1", "state2", "absmax1", "absmax2")) < 0.27 * wide
 
 
-def test_a_run_learns_with_eight_bit_moments():
-    pytest.importorskip("bitsandbytes")
+def test_adafactor_is_the_published_formula_with_absolute_steps():
+    """arXiv 1804.04235, Algorithm 4, with RATE in the place of alpha, and decoupled weight decay; in float64."""
+    p = torch.randn(64, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parameter = nn.Parameter(p.clone())
+    optimizer = build_optimizer("Adafactor", [parameter], learning_rate=RATE, weight_decay=DECAY)
+    rows, columns = torch.zeros(64, 1).double(), torch.zeros(1, 128).double()
+    for step in range(1, 5):
+        parameter.grad = 2 * parameter.detach()
+        optimizer.step()
+        g, beta = 2 * p, 1 - step**-0.8
+        square = g * g + 1e-30
+        rows = beta * rows + (1 - beta) * square.sum(1, keepdim=True)
+        columns = beta * columns + (1 - beta) * square.sum(0, keepdim=True)
+        u = g / (rows * columns / rows.sum()).sqrt()
+        u = u / max(1.0, u.square().mean().sqrt().item())
+        p = p * (1 - RATE * DECAY) - RATE * u
+    torch.testing.assert_close(parameter.detach(), p, atol=1e-12, rtol=0)
+    (state,) = optimizer.state.values()
+    assert sum(x.numel() for x in state.values() if isinstance(x, torch.Tensor)) == 64 + 128 + 1  # and the size of p
+
+
+@pytest.mark.parametrize("name", [EIGHT_BIT, "Adafactor"])
+def test_a_run_learns_with_other_optimizers(name):
+    if name == EIGHT_BIT:
+        pytest.importorskip("bitsandbytes")
     dit, chosen, plan = PlainDit(dtype=torch.float32), selection(1, 1), schedule()
     clean = latents(dtype=torch.float32)
     adapters = lora_for(dit, chosen, dtype=torch.float32)
     source = MemorySource(dit, chosen, plan, clean)
-    result, _ = train(
-        dit, chosen, source, adapters, plan=plan, clean=clean, steps=30, batch_size=4, optimizer=EIGHT_BIT
-    )
+    result, _ = train(dit, chosen, source, adapters, plan=plan, clean=clean, steps=30, batch_size=4, optimizer=name)
     assert result.losses[-1] < 0.9 * result.losses[0]
 
 
-def test_without_the_extra_package_a_run_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(InvalidInputError, match=r"pip install bitsandbytes.*or choose AdamW"):
-        stepped(EIGHT_BIT, steps=0)
+@pytest.mark.parametrize(
+    ("name", "package", "module"),
+    [(EIGHT_BIT, "bitsandbytes", "optim"), ("Adafactor", "transformers", "optimization")],
+)
+def test_without_the_extra_package_a_run_says_what_to_do(monkeypatch, name, package, module):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.{module}", None)
+    with pytest.raises(InvalidInputError, match=rf"pip install {package}.*or choose AdamW"):
+        stepped(name, steps=0)
 
 
 def test_an_unknown_optimizer_is_refused():

@@ -29,7 +29,16 @@ UNIT = torch.finfo(torch.float64).eps / 2
 
 
 def run(
-    together, *, plan=PLAN, accumulation=2, steps=STEPS, folder=None, on_step=None, spoil=None, saves=lambda rank: True
+    together,
+    *,
+    plan=PLAN,
+    accumulation=2,
+    steps=STEPS,
+    folder=None,
+    on_step=None,
+    spoil=None,
+    ema=0.0,
+    saves=lambda rank: True,
 ):
     """Train, and return (LoRA, losses, steps, bytes summed)."""
     dit, chosen, clean = PlainDit(), selection(1, 1), latents(len(plan))
@@ -39,7 +48,7 @@ def run(
         clean[spoil] = math.nan
     adapters, result = lora_for(dit, chosen), TrainingResult()
     states = Checkpoints(folder, RunIdentity({"a": 1}), every=1, keep=9) if folder and saves(together.rank) else None
-    config = TrainingConfig(steps=steps, learning_rate=1e-2, batch_size=2, accumulation=accumulation)
+    config = TrainingConfig(steps=steps, learning_rate=1e-2, batch_size=2, accumulation=accumulation, ema=ema)
     train_lora(
         dit, plan, clean, chosen, source, adapters, config, result=result, checkpoints=states, together=together,
         observers=[OnStep(on_step)] if on_step else (),
@@ -58,6 +67,15 @@ def test_two_processes_with_one_micro_batch_each_train_the_same_bits(tmp_path):
     assert equal(first.result[0], expected[0])
     assert equal(second.result[0], expected[0])
     assert first.result[1:3] == expected[1:3]
+
+
+def test_all_processes_have_the_moving_average_of_one_process(tmp_path):
+    expected = run(Together(), ema=0.5)
+    for ended in in_processes(tmp_path, 2, lambda together: run(together, ema=0.5)):
+        assert ended.error == ""
+        assert equal(ended.result[0], expected[0])
+        assert ended.result[1] == expected[1]
+    assert not equal(expected[0], run(Together())[0])
 
 
 @pytest.mark.parametrize("size", [2, 4])

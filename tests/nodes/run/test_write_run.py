@@ -53,6 +53,33 @@ def test_the_command_trains_the_lora_of_the_node_bit_for_bit(outside, changes):
     assert trained.with_suffix(".csv").read_text() == expected.with_suffix(".csv").read_text()
 
 
+@pytest.mark.parametrize("with_references", [False, True])
+def test_an_average_dropped_captions_and_references_go_with_the_file(outside, tiny, pictures, with_references):
+    """The empty caption is another text, so that it makes a difference."""
+    material = {"caption_dropout": 0.5, "empty_caption": tiny.captions((5, 3))[1]}
+    if with_references:
+        material |= {"references": pictures, "reference_size": 32}
+    given = outside.prepare(**material)
+    run = outside.write(given, resume=False, ema=0.5)
+    trained = outside.train(given, resume=False, ema=0.5)
+    assert trained[0].metadata["dropped_captions"] == 5
+    expected = newest_lora(outside.output)
+    found = trained_outside(outside, run)
+    assert same_file(found, expected)
+    assert "5 of 10 training examples (50.0%) have the empty caption" in found.with_suffix(".html").read_text("utf-8")
+
+
+def test_files_from_before_there_were_averages_and_dropped_captions_are_read(outside):
+    given = outside.prepare()
+    run = outside.write(given, resume=False)
+    content = json.loads(run.read_text(encoding="utf-8"))
+    assert (content["settings"].pop("ema"), content["residuals"].pop("dropped")) == (0.0, 0)
+    run.write_text(json.dumps(content), encoding="utf-8")
+    outside.train(given, resume=False)
+    expected = newest_lora(outside.output)
+    assert same_file(trained_outside(outside, run), expected)
+
+
 @pytest.mark.parametrize("storage", ["chunked", "on the fly"])
 def test_several_processes_need_no_cache(outside, storage):
     given = outside.prepare(storage=storage, chunk_size=3)
