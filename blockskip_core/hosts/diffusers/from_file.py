@@ -89,7 +89,7 @@ def _device_of(rank: int) -> str:
 
 def _loaded(run: RunFile, material: Material, places: Places, device: str) -> DiffusersDit:
     model = from_json(ModelFolder, run.model, "model")
-    folder = places.models.file(f"{model.folder}/{INDEX}").parent
+    folder = places.models.folder_with(model.folder, INDEX, "transformer")
     transformer = load_transformer(folder, dtype=getattr(torch, model.dtype))
     if transformer_identity(transformer) != run.identity.model:
         raise CacheError(

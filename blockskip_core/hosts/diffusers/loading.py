@@ -13,6 +13,7 @@ from .families import FAMILIES, family_of_pipeline
 
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
+_ADAPTER = "adapter_config.json"
 _WITH_WEIGHTS = ("transformer", "text_encoder", "vae")  # how the names of such components begin
 
 
@@ -24,9 +25,9 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype | None = None) -> An
         dtype: Dtype of the weights; by default as stored.
 
     Raises:
-        InvalidInputError: If there is no pipeline, or a component has no safetensors file.
+        InvalidInputError: If there is no pipeline, or a component's weights are not safetensors files in its folder.
         UnsupportedModelError: If it is not a pipeline of a supported family, or needs code that is not diffusers' or
-            transformers'.
+            transformers', or a component has an adapter.
     """
     folder = Path(folder)
     index = _read_index(folder)
@@ -80,16 +81,40 @@ def _require_safe(folder: Path, name: str, library: Any) -> None:
             f"{folder / name} has no safetensors file, and other formats can carry code and are not read. Save the model as "
             "safetensors."
         )
+    for index in sorted((folder / name).glob("*.safetensors.index.json")):
+        _require_safe_parts(index)
+    if (folder / name / _ADAPTER).exists():  # transformers would load it too, and what it names as its base
+        raise UnsupportedModelError(
+            f"{folder / name} has an adapter ({_ADAPTER}), which may name files elsewhere. Merge it into the model, and save "
+            "that."
+        )
+
+
+def _require_safe_parts(index: Path) -> None:
+    """Check that the parts of a model in several files are safetensors files beside their index."""
+    content = _read_json(index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(parts.values()) if isinstance(parts, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\:"):
+            raise InvalidInputError(
+                f"{index} must name safetensors files beside it, got {name!r}; other formats can carry code and are not read. "
+                "Save the model as safetensors."
+            )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     """Return the index of a pipeline of a known family."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{folder / INDEX} cannot be read ({error}). Give the folder of a pipeline as diffusers saves it."
-        ) from error
-    index = index if isinstance(index, dict) else {}
+    content = _read_json(folder / INDEX)
+    index: dict[str, Any] = content if isinstance(content, dict) else {}
     family_of_pipeline(index.get("_class_name"))
     return index
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{path} cannot be read ({error}). Give the folder of a pipeline as diffusers saves it."
+        ) from error

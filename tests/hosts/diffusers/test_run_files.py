@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -173,6 +174,32 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(run, models, capsys
     assert train(run, models) == 1
     assert message in capsys.readouterr().out
     assert list((run.parents[1] / "output").iterdir()) == []
+
+
+@pytest.fixture
+def cached(models, tmp_path):
+    """The pipeline as the hub's cache stores it: every file under its hash, with links from the folders."""
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in (models / "tiny").rglob("*") if path.is_file())):
+        blob = tmp_path / "hub" / "blobs" / f"{number:064x}"
+        blob.write_bytes(path.read_bytes())
+        link = tmp_path / "hub" / "tiny" / path.relative_to(models / "tiny")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return tmp_path / "hub"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_pipeline_in_the_hubs_cache(run, cached):
+    prepared(run, cached, Shown(), Together())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_transformer_outside_the_named_folders(run, models, cached, capsys):
+    (cached / "tiny" / "transformer").rename(cached.parent / "elsewhere")
+    (cached / "tiny" / "transformer").symlink_to(cached.parent / "elsewhere", target_is_directory=True)
+    assert train(run, cached) == 1
+    assert "tiny/transformer is a link to " in capsys.readouterr().out
 
 
 def test_arguments_and_folders_are_checked(run, models):
