@@ -18,6 +18,7 @@ from torch import nn
 from ...adapters.lora import LoraSettings
 from ...api import Examples
 from ...errors import InvalidInputError
+from ...names import fault_of, repaired
 from ...residuals.cache import CacheIdentity
 from ...residuals.content_hash import Digest, module_identity, tensors_identity
 from ...residuals.residual_set import Storage
@@ -56,7 +57,7 @@ class RunFiles:
         resume: Whether to continue from an earlier state.
 
     Raises:
-        InvalidInputError: If the name is not a plain one.
+        InvalidInputError: If the name is not a plain one that means the same on all systems.
     """
 
     output_name: str = "loras/blockskip"
@@ -65,16 +66,13 @@ class RunFiles:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        if not all(map(_NAME.fullmatch, self.output_name.split("/"))):
+        parts = self.output_name.split("/")
+        if not all(map(_NAME.fullmatch, parts)):
             raise InvalidInputError(
                 f"output_name must be letters, digits, dots and dashes, with / between folders, got {self.output_name!r}."
             )
-
-    def unused_file(self, folder: Path) -> Path:
-        """Return the next numbered file below a folder."""
-        taken = range(1, 10**6)
-        candidates = (folder / f"{self.output_name}_{number:05}.safetensors" for number in taken)
-        return next(candidate for candidate in candidates if not candidate.exists())
+        if fault := next(filter(None, map(fault_of, parts)), ""):
+            raise InvalidInputError(f"output_name {self.output_name!r} {fault}. Use a name such as {repaired(parts)}.")
 
 
 def transformer_identity(transformer: nn.Module) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from blockskip_pack import blockskip_core as blockskip
-from blockskip_pack.blockskip_core.errors import BlockSkipError, InvalidInputError
+from blockskip_pack.blockskip_core.errors import BlockSkipError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.hosts import diffusers as host
 from blockskip_pack.blockskip_core.hosts.diffusers.from_file import DiffusersHost
 from blockskip_pack.blockskip_core.runs.command import main
@@ -132,6 +132,28 @@ def test_a_stopped_run_is_saved_as_it_is_and_continues(run, models):
     continued, whole, early = load_file(saved(run)[1]), load_file(whole), load_file(early)
     assert all(torch.equal(continued[name], tensor) for name, tensor in whole.items())
     assert not all(torch.equal(early[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_lora_that_cannot_be_saved_hides_no_other_error(run, models, monkeypatch, caplog):
+    from blockskip_pack.blockskip_core.hosts.diffusers import from_file
+
+    def full(*_arguments):
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(from_file, "save_lora", full)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(run, models, Shown(last=2), Together()).train()
+    assert "The LoRA so far is not saved: the disk is full" in caplog.text
+    with pytest.raises(StorageError, match="the disk is full"):
+        prepared(run, models, Shown(), Together()).train()
+    assert saved(run) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(run, models, capsys):
+    (run.parents[1] / "output" / "loras").touch()
+    assert train(run, models) == 1
+    assert "could not be created" in capsys.readouterr().out
+    assert [path.name for path in (run.parents[1] / "output").iterdir()] == ["loras"]
 
 
 class Second(Together):
