@@ -90,8 +90,8 @@ def _device_of(rank: int) -> str:
 
 def _loaded(run: RunFile, material: Material, places: Places, device: str) -> DiffusersDit:
     model = from_json(ModelFolder, run.model, "model")
-    folder = places.models.folder_with(model.folder, INDEX, "transformer")
-    transformer = load_transformer(folder, dtype=getattr(torch, model.dtype))
+    folder = places.models.folder_with(model.folder, INDEX, model.component)
+    transformer = load_transformer(folder, dtype=getattr(torch, model.dtype), component=model.component)
     if transformer_identity(transformer) != run.identity.model:
         raise CacheError(
             f"{model.folder} is not the model that this run was written for: its weights differ. Use the same folder, or write "

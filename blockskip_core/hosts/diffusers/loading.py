@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import InvalidInputError, UnsupportedModelError
+from .experts import Component
 from .families import FAMILIES, family_of_pipeline
 
 INDEX = "model_index.json"
@@ -39,20 +40,23 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype | None = None) -> An
     return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **_settings(dtype))
 
 
-def load_transformer(folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
+def load_transformer(
+    folder: Path | str, *, dtype: torch.dtype | None = None, component: Component = "transformer"
+) -> Any:
     """Load a pipeline's transformer alone, which is all that a training needs if texts and latents are there.
 
     Args:
         folder: The pipeline's folder.
         dtype: Dtype of the weights; by default as stored.
+        component: Which, if it has two.
 
     Raises:
         InvalidInputError, UnsupportedModelError: As :func:`load_pipeline`.
     """
     folder = Path(folder)
-    described = _read_index(folder).get("transformer")
+    described = _read_index(folder).get(component)
     library, name = described if isinstance(described, list) and len(described) == 2 else (None, None)
-    _require_safe(folder, "transformer", library)
+    _require_safe(folder, component, library)
     import diffusers
 
     known = [family.model_class for family in FAMILIES]
@@ -60,7 +64,7 @@ def load_transformer(folder: Path | str, *, dtype: torch.dtype | None = None) ->
         raise UnsupportedModelError(
             f"Expected a transformer of one of diffusers' classes {', '.join(known)}, got {name}."
         )
-    return getattr(diffusers, name).from_pretrained(folder, subfolder="transformer", **_settings(dtype))
+    return getattr(diffusers, name).from_pretrained(folder, subfolder=component, **_settings(dtype))
 
 
 def _settings(dtype: torch.dtype | None) -> dict[str, Any]:

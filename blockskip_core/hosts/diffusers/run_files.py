@@ -27,6 +27,7 @@ from ...runs.run_file import ResidualRecipe, RunFile
 from ...selection.selection import BlockSelection
 from ...training.config import TrainingConfig
 from .diffusers_dit import DiffusersDit
+from .experts import Component
 from .family import Text
 
 HOST = "diffusers"
@@ -40,10 +41,12 @@ class ModelFolder:
     Attributes:
         folder: The pipeline's folder, below a folder named with --models.
         dtype: Dtype in which its transformer is loaded.
+        component: Which of its transformers, if it has two.
     """
 
     folder: str
     dtype: Literal["float32", "bfloat16", "float16"]
+    component: Component = "transformer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,7 @@ def write_run(
     config: TrainingConfig,
     *,
     folder: str,
+    component: Component = "transformer",
     lora: LoraSettings | None = None,
     files: RunFiles | None = None,
     storage: Storage = "disk",
@@ -116,6 +120,7 @@ def write_run(
         selection: Blocks to be skipped.
         config: Settings of the training.
         folder: The pipeline's folder, below the folder that will be named with --models.
+        component: Which of its transformers the model is, if it has two.
         lora: Rank, alpha and targets; by default 16, 16, and attention and MLP.
         files: What is written.
         storage, chunk_size: How residuals are kept, see ``residuals.source``.
@@ -125,7 +130,7 @@ def write_run(
         StorageError: If the disk cannot be written.
     """
     path = Path(path)
-    model = ModelFolder(folder=folder, dtype=_dtype_name(dit.dtype))
+    model = ModelFolder(folder=folder, dtype=_dtype_name(dit.dtype), component=component)
     selection.require_for(len(dit.blocks), dit.family)
     beside = path.with_suffix(".safetensors")
     settings: dict[str, Any] = {
