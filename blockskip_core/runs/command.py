@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m blockskip_core.train",
         description="Train a LoRA as a run file says. Nothing outside the named folders is read or written.",
-        usage="%(prog)s RUN --output DIR [options] [-- arguments for ComfyUI itself, such as --cpu]",
+        usage="%(prog)s RUN --output DIR [options] [-- arguments for the host: ComfyUI's own, or diffusers' --device NAME]",
         epilog="Several processes: torchrun --nproc_per_node 2 -m blockskip_core.train ...",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run file")

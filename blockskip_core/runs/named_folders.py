@@ -27,19 +27,39 @@ class NamedFolders:
     option: str
 
     def file(self, name: str) -> Path:
-        """Return the file of this name.
+        """Return the file of this name, by this name: where links lead, files may have other names, or no suffix.
 
         Raises:
             InvalidInputError: If the name could lead out of the folders, or there is no such file.
         """
         found = self._found(name, _parts(name, self.option))
-        inside = found.resolve()
+        self._require_inside(found, name)
+        return found
+
+    def folder_with(self, name: str, file: str, *folders: str) -> Path:
+        """Return the folder of this name that has a file.
+
+        Args:
+            name: Its name.
+            file: The file's name in it.
+            folders: Folders in it that will be read too, if they exist, with all that is in them.
+
+        Raises:
+            InvalidInputError: As :meth:`file`, for any of the files.
+        """
+        root = self.file(f"{name}/{file}").parent
+        for folder in folders:
+            for path in [root / folder, *sorted((root / folder).rglob("*"))]:
+                self._require_inside(path, f"{name}/{path.relative_to(root).as_posix()}")
+        return root
+
+    def _require_inside(self, path: Path, name: str) -> None:
+        inside = path.resolve()
         if not any(inside.is_relative_to(folder.resolve()) for folder in self.folders):
             raise InvalidInputError(
                 f"{name} is a link to {inside}, outside the folders named with {self.option}. Name that folder too, if "
                 "it may be read."
             )
-        return inside
 
     def _found(self, name: str, parts: Sequence[str]) -> Path:
         for folder in self.folders:

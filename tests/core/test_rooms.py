@@ -14,6 +14,7 @@ TABLE = {
     "errors": "",
     "units": "",
     "version": "",
+    "names": "",
     "files": "errors",
     "locks": "errors files",
     "selection": "errors units",
@@ -37,7 +38,7 @@ TABLE = {
     "hosts": "",
     "hosts/families": "errors selection data adapters ralu model blocks accounting",
     "hosts/inputs": "errors data",
-    "hosts/files": "errors files locks adapters ddit",
+    "hosts/files": "errors names files locks adapters ddit",
     "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
     "hosts/files",
     "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
@@ -45,7 +46,7 @@ TABLE = {
     "hosts/words": "errors data zoodip hosts/inputs hosts/models",
     "hosts/runs": "errors units version data adapters model residuals training runs accounting reporting hosts/families "
     "hosts/inputs hosts/files hosts/models hosts/sampling",
-    "hosts/diffusers": "errors version files selection data adapters model blocks residuals training runs api",
+    "hosts/diffusers": "errors version names files locks selection data adapters model blocks residuals training runs api",
     "nodes/types": "",
     "nodes/inputs": "errors selection ddit residuals hosts/files hosts/runs",
     "nodes/page": "reporting",

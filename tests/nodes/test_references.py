@@ -262,6 +262,13 @@ def test_the_references_may_be_in_the_folder_of_the_pictures(load):
     assert (shades(images), shades(references)) == ([0], [1])
 
 
+def test_the_pictures_may_be_in_the_folder_of_the_references(load):
+    """The pictures themselves are not taken for references."""
+    names = ("set/a.png", "set/b.png", "set/after/a.png", "set/after/b.png", "set/more/a_1.png", "set/more/b_1.png")
+    images, _, _, references = load(*names, folder="set/after", reference_folder="set")
+    assert (shades(images), shades(references)) == ([2, 3], [0, 4, 1, 5])
+
+
 def test_mirrored_pictures_have_mirrored_references(load):
     images, _, _, references = load("after/a.png", "before/a.png", "before/a_1.png", flip=True)
     assert shades(references) == [1, 2, 1, 2]

@@ -4,6 +4,7 @@ Nothing here imports ComfyUI, nor a module of the other hosts' folders. ``docs/d
 """
 
 from .diffusers_dit import DiffusersDit
+from .experts import noise_range
 from .families import FAMILIES
 from .inputs import crop_multiple, encode_captions, encode_examples, noise_shift, paper_patches
 from .loading import load_pipeline, load_transformer
@@ -24,6 +25,7 @@ __all__ = [
     "load_pipeline",
     "load_transformer",
     "masked_blocks",
+    "noise_range",
     "noise_shift",
     "paper_patches",
     "save_lora",

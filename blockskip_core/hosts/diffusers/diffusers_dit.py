@@ -173,6 +173,8 @@ class DiffusersDit:
         twin.gradient_checkpointing = False  # the stand-ins do it, and know the calls of the blocks without it only
         for name in self.layout.tables:
             setattr(twin, name, copy.copy(getattr(twin, name)))
+        for name in self.layout.borrowed:
+            twin._modules[name] = _Borrowed(self.module(name))
         streamed = {} if weights == "resident" else self._streamed(replacements)
         for name, module in {**streamed, **replacements}.items():
             parent, _, leaf = name.rpartition(".")
@@ -256,6 +258,22 @@ class _Streamed(nn.Module):
         twin = weight_sharing_copy(self.__dict__["block"])
         move_weights(twin, self._device)
         return twin(*args, **kwargs)
+
+
+class _Borrowed(nn.Module):
+    """The model's own module without weights, which returns tensors.
+
+    They are copied, because diffusers may have cached them when the model ran in inference mode, and autograd saves none of
+    those.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # not registered: it is the model's
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Call it."""
+        return tuple(tensor.clone() for tensor in self.__dict__["module"](*args, **kwargs))
 
 
 def _is_elsewhere(block: nn.Module, device: torch.device) -> bool:

@@ -43,6 +43,8 @@ class Family:
         cross_attention: Path within a block of the layer that the attention to the text enters; empty if text is in the
             stream.
         tables: Attributes that are no modules and keep tensors for the device of the last call.
+        borrowed: Modules without weights that a run calls on the model itself: diffusers keeps what they compute under the
+            module for the life of the process, so that every copy would stay too.
         patches: The paper's smallest and largest crop side in pixels, or FLUX's where the paper has none.
         mu: Number of image tokens -> the scheduler's mu; None for the form that is written in its configuration.
     """
@@ -65,6 +67,7 @@ class Family:
     vae_cells: int = 1
     cross_attention: str = ""
     tables: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
     patches: tuple[int, int] = (256, 512)
     mu: Callable[[int], float] | None = None
 

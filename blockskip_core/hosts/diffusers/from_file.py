@@ -12,7 +12,7 @@ import torch
 
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...api import Lora
-from ...errors import CacheError, InvalidInputError
+from ...errors import CacheError, InvalidInputError, StorageError
 from ...model import linear_names
 from ...residuals.content_hash import tensors_identity
 from ...residuals.residual_set import ResidualSet
@@ -32,6 +32,7 @@ from ...version import VERSION
 from .diffusers_dit import DiffusersDit
 from .loading import INDEX, load_transformer
 from .lora_files import save_lora
+from .output_file import OutputFile
 from .run_files import ModelFolder, RunFiles, captions_identity, software, transformer_identity
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class DiffusersHost:
         """Load transformer and material, and check that the run is the one that was written.
 
         Raises:
-            BlockSkipError: If something is missing, changed, or does not fit.
+            BlockSkipError: If something is missing, changed, or does not fit, or the LoRA could not be written.
         """
         material = run.read_material(places.data.file(run.material))
         parts = dict(run.settings)
@@ -89,8 +90,8 @@ def _device_of(rank: int) -> str:
 
 def _loaded(run: RunFile, material: Material, places: Places, device: str) -> DiffusersDit:
     model = from_json(ModelFolder, run.model, "model")
-    folder = places.models.file(f"{model.folder}/{INDEX}").parent
-    transformer = load_transformer(folder, dtype=getattr(torch, model.dtype))
+    folder = places.models.folder_with(model.folder, INDEX, model.component)
+    transformer = load_transformer(folder, dtype=getattr(torch, model.dtype), component=model.component)
     if transformer_identity(transformer) != run.identity.model:
         raise CacheError(
             f"{model.folder} is not the model that this run was written for: its weights differ. Use the same folder, or write "
@@ -145,6 +146,7 @@ class FileRun:
         self._parts, self._progress, self._together = parts, progress, together
         self._adapters = _new_adapters(parts)
         self._identity = _identity(parts, self._adapters)
+        self._file = OutputFile(parts.output, parts.files.output_name) if together.rank == 0 else None
 
     @property
     def agreed(self) -> Mapping[str, object]:
@@ -161,12 +163,14 @@ class FileRun:
         if first:
             remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=self._identity.key)
         result = TrainingResult()
-        try:
-            with checkpoints.to_itself(self._wait) if first else nullcontext():
-                self._run_loop(checkpoints, result)
-        finally:
-            if first and result.steps:
-                self._save(result)
+        with self._file or nullcontext():
+            try:
+                with checkpoints.to_itself(self._wait) if first else nullcontext():
+                    self._run_loop(checkpoints, result)
+            except BaseException:  # a signal too, at any moment
+                self._save_early(result)
+                raise
+            self._save(result)
 
     def _run_loop(self, checkpoints: Checkpoints, result: TrainingResult) -> None:
         parts, residuals = self._parts, self._parts.residuals
@@ -180,8 +184,17 @@ class FileRun:
             result=result, observers=[told], checkpoints=checkpoints, together=self._together,
         )  # fmt: skip
 
+    def _save_early(self, result: TrainingResult) -> None:
+        """Save what a run has learned that did not end well; that end is told, not that the file could not be written."""
+        try:
+            self._save(result)
+        except StorageError as problem:
+            logger.error("The LoRA so far is not saved: %s", problem)
+
     def _save(self, result: TrainingResult) -> None:
-        path = self._parts.files.unused_file(self._parts.output)
+        if self._file is None or not result.steps:
+            return
+        path = self._file.renew()
         save_lora(Lora(self._adapters, self._parts.run.selection, result), path)
         self._progress.say(f"The LoRA is {path}.")
 

@@ -14,6 +14,7 @@ from ...api import Examples
 from ...data.patch_sampling import PatchConfig
 from ...data.schedule import TrainingSchedule
 from ...errors import InvalidInputError
+from .experts import Component, require_in_range
 from .families import family_of_pipeline
 from .family import Family, Text
 
@@ -45,7 +46,12 @@ def encode_captions(pipeline: Any, texts: Sequence[str], *, device: torch.device
 
 @torch.no_grad()
 def encode_examples(
-    pipeline: Any, pictures: Sequence[Tensor], schedule: TrainingSchedule, *, device: torch.device | str | None = None
+    pipeline: Any,
+    pictures: Sequence[Tensor],
+    schedule: TrainingSchedule,
+    *,
+    device: torch.device | str | None = None,
+    component: Component = "transformer",
 ) -> Examples:
     """Cut the crops that a schedule asks for, and encode them with the pipeline's VAE, in the transformer's own scale.
 
@@ -54,12 +60,15 @@ def encode_examples(
         pictures: Each (H, W, 3), range [0, 1].
         schedule: Made by ``draw_schedule`` for pictures of these sizes.
         device: Where the VAE runs; afterwards it is where it was. By default that is where it is.
+        component: The transformer that will be trained, where two share the noise levels.
 
     Raises:
         UnsupportedModelError: If the pipeline's family is not known.
-        InvalidInputError: If a latent is not finite.
+        InvalidInputError: If a latent is not finite, or the pipeline does not call this transformer with all noise levels of
+            the schedule.
     """
     family, vae = _family(pipeline), pipeline.vae
+    require_in_range(pipeline, component, schedule)
 
     def encode(crop: Tensor) -> Tensor:
         pixels = 2.0 * crop.movedim(-1, 0)[None] - 1.0

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from ...errors import InvalidInputError, UnsupportedModelError
+from .experts import Component
 from .families import FAMILIES, family_of_pipeline
 
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
+_ADAPTER = "adapter_config.json"
 _WITH_WEIGHTS = ("transformer", "text_encoder", "vae")  # how the names of such components begin
 
 
@@ -24,9 +26,9 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype | None = None) -> An
         dtype: Dtype of the weights; by default as stored.
 
     Raises:
-        InvalidInputError: If there is no pipeline, or a component has no safetensors file.
+        InvalidInputError: If there is no pipeline, or a component's weights are not safetensors files in its folder.
         UnsupportedModelError: If it is not a pipeline of a supported family, or needs code that is not diffusers' or
-            transformers'.
+            transformers', or a component has an adapter.
     """
     folder = Path(folder)
     index = _read_index(folder)
@@ -38,20 +40,23 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype | None = None) -> An
     return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **_settings(dtype))
 
 
-def load_transformer(folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
+def load_transformer(
+    folder: Path | str, *, dtype: torch.dtype | None = None, component: Component = "transformer"
+) -> Any:
     """Load a pipeline's transformer alone, which is all that a training needs if texts and latents are there.
 
     Args:
         folder: The pipeline's folder.
         dtype: Dtype of the weights; by default as stored.
+        component: Which, if it has two.
 
     Raises:
         InvalidInputError, UnsupportedModelError: As :func:`load_pipeline`.
     """
     folder = Path(folder)
-    described = _read_index(folder).get("transformer")
+    described = _read_index(folder).get(component)
     library, name = described if isinstance(described, list) and len(described) == 2 else (None, None)
-    _require_safe(folder, "transformer", library)
+    _require_safe(folder, component, library)
     import diffusers
 
     known = [family.model_class for family in FAMILIES]
@@ -59,7 +64,7 @@ def load_transformer(folder: Path | str, *, dtype: torch.dtype | None = None) ->
         raise UnsupportedModelError(
             f"Expected a transformer of one of diffusers' classes {', '.join(known)}, got {name}."
         )
-    return getattr(diffusers, name).from_pretrained(folder, subfolder="transformer", **_settings(dtype))
+    return getattr(diffusers, name).from_pretrained(folder, subfolder=component, **_settings(dtype))
 
 
 def _settings(dtype: torch.dtype | None) -> dict[str, Any]:
@@ -80,16 +85,40 @@ def _require_safe(folder: Path, name: str, library: Any) -> None:
             f"{folder / name} has no safetensors file, and other formats can carry code and are not read. Save the model as "
             "safetensors."
         )
+    for index in sorted((folder / name).glob("*.safetensors.index.json")):
+        _require_safe_parts(index)
+    if (folder / name / _ADAPTER).exists():  # transformers would load it too, and what it names as its base
+        raise UnsupportedModelError(
+            f"{folder / name} has an adapter ({_ADAPTER}), which may name files elsewhere. Merge it into the model, and save "
+            "that."
+        )
+
+
+def _require_safe_parts(index: Path) -> None:
+    """Check that the parts of a model in several files are safetensors files beside their index."""
+    content = _read_json(index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(parts.values()) if isinstance(parts, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\:"):
+            raise InvalidInputError(
+                f"{index} must name safetensors files beside it, got {name!r}; other formats can carry code and are not read. "
+                "Save the model as safetensors."
+            )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     """Return the index of a pipeline of a known family."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{folder / INDEX} cannot be read ({error}). Give the folder of a pipeline as diffusers saves it."
-        ) from error
-    index = index if isinstance(index, dict) else {}
+    content = _read_json(folder / INDEX)
+    index: dict[str, Any] = content if isinstance(content, dict) else {}
     family_of_pipeline(index.get("_class_name"))
     return index
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{path} cannot be read ({error}). Give the folder of a pipeline as diffusers saves it."
+        ) from error

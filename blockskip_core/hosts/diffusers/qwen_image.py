@@ -49,4 +49,5 @@ QWEN_IMAGE = Family(
     channels=lambda config: config.in_channels // 4,
     is_supported=lambda config: not (config.guidance_embeds or config.use_additional_t_cond or config.use_layer3d_rope),
     patch=2,
+    borrowed=("pos_embed",),
 )

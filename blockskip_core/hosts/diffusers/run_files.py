@@ -18,6 +18,7 @@ from torch import nn
 from ...adapters.lora import LoraSettings
 from ...api import Examples
 from ...errors import InvalidInputError
+from ...names import fault_of, repaired
 from ...residuals.cache import CacheIdentity
 from ...residuals.content_hash import Digest, module_identity, tensors_identity
 from ...residuals.residual_set import Storage
@@ -26,6 +27,7 @@ from ...runs.run_file import ResidualRecipe, RunFile
 from ...selection.selection import BlockSelection
 from ...training.config import TrainingConfig
 from .diffusers_dit import DiffusersDit
+from .experts import Component
 from .family import Text
 
 HOST = "diffusers"
@@ -39,10 +41,12 @@ class ModelFolder:
     Attributes:
         folder: The pipeline's folder, below a folder named with --models.
         dtype: Dtype in which its transformer is loaded.
+        component: Which of its transformers, if it has two.
     """
 
     folder: str
     dtype: Literal["float32", "bfloat16", "float16"]
+    component: Component = "transformer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class RunFiles:
         resume: Whether to continue from an earlier state.
 
     Raises:
-        InvalidInputError: If the name is not a plain one.
+        InvalidInputError: If the name is not a plain one that means the same on all systems.
     """
 
     output_name: str = "loras/blockskip"
@@ -65,16 +69,13 @@ class RunFiles:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        if not all(map(_NAME.fullmatch, self.output_name.split("/"))):
+        parts = self.output_name.split("/")
+        if not all(map(_NAME.fullmatch, parts)):
             raise InvalidInputError(
                 f"output_name must be letters, digits, dots and dashes, with / between folders, got {self.output_name!r}."
             )
-
-    def unused_file(self, folder: Path) -> Path:
-        """Return the next numbered file below a folder."""
-        taken = range(1, 10**6)
-        candidates = (folder / f"{self.output_name}_{number:05}.safetensors" for number in taken)
-        return next(candidate for candidate in candidates if not candidate.exists())
+        if fault := next(filter(None, map(fault_of, parts)), ""):
+            raise InvalidInputError(f"output_name {self.output_name!r} {fault}. Use a name such as {repaired(parts)}.")
 
 
 def transformer_identity(transformer: nn.Module) -> str:
@@ -104,6 +105,7 @@ def write_run(
     config: TrainingConfig,
     *,
     folder: str,
+    component: Component = "transformer",
     lora: LoraSettings | None = None,
     files: RunFiles | None = None,
     storage: Storage = "disk",
@@ -118,6 +120,7 @@ def write_run(
         selection: Blocks to be skipped.
         config: Settings of the training.
         folder: The pipeline's folder, below the folder that will be named with --models.
+        component: Which of its transformers the model is, if it has two.
         lora: Rank, alpha and targets; by default 16, 16, and attention and MLP.
         files: What is written.
         storage, chunk_size: How residuals are kept, see ``residuals.source``.
@@ -127,7 +130,7 @@ def write_run(
         StorageError: If the disk cannot be written.
     """
     path = Path(path)
-    model = ModelFolder(folder=folder, dtype=_dtype_name(dit.dtype))
+    model = ModelFolder(folder=folder, dtype=_dtype_name(dit.dtype), component=component)
     selection.require_for(len(dit.blocks), dit.family)
     beside = path.with_suffix(".safetensors")
     settings: dict[str, Any] = {

@@ -70,10 +70,8 @@ def load_training_folder(
             a picture lacks its reference.
     """
     root = _folder(folder)
-    found = _files(root, SUFFIXES if frames == 1 else film_files.SUFFIXES)
     inside = None if reference_folder is None else _reference_folder(reference_folder, root, frames)
-    if inside is not None:  # it may be a sub-folder of the pictures' folder
-        found = {path: times for path, times in found.items() if not path.is_relative_to(inside)}
+    found = _files_besides(root, SUFFIXES if frames == 1 else film_files.SUFFIXES, inside)
     if not found:
         raise InvalidInputError(_nothing_found(folder, root, frames))
     references = (
@@ -113,7 +111,9 @@ class _References:
 
     @classmethod
     def read(cls, pictures: list[Path], root: Path, inside: Path, folder: str) -> _References:
-        files = references_by_name(pictures, list(_files(inside, SUFFIXES)), folder, lambda path: _shown(path, root))
+        files = references_by_name(
+            pictures, list(_files_besides(inside, SUFFIXES, root)), folder, lambda path: _shown(path, root)
+        )
         every = [path for of_one in files.values() for path in of_one]
         read = {path: _reference(path, inside) for path in every}
         names = [_shown(path, inside) for path in every]
@@ -217,6 +217,14 @@ def _files(root: Path, suffixes: Sequence[str]) -> dict[Path, int]:
             )
         found |= {path: times for path in _of_suffix(inner, suffixes) if times}
     return found
+
+
+def _files_besides(root: Path, suffixes: Sequence[str], other: Path | None) -> dict[Path, int]:
+    """Return the same without the files of another folder, which may be a sub-folder: pictures and references are two sets."""
+    found = _files(root, suffixes)
+    if other is None or not other.is_relative_to(root):
+        return found
+    return {path: times for path, times in found.items() if not path.is_relative_to(other)}
 
 
 def _of_suffix(folder: Path, suffixes: Sequence[str]) -> list[Path]:

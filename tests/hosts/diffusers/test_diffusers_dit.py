@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from blockskip_pack import blockskip_core as blockskip
@@ -11,7 +14,7 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from torch.func import functional_call
 
 from ...core.plain_dit import MemorySource, lora_tensors, train
-from .tiny_models import FAMILIES, FLUX, PLAN, TinyModel, replayed
+from .tiny_models import FAMILIES, FLUX, PLAN, QWEN_IMAGE, TinyModel, replayed
 
 IN_FLOAT32 = ("wan",)  # its norms compute in float32 whatever the model's dtype
 
@@ -297,3 +300,28 @@ def test_a_whole_model_in_host_memory_runs_with_one_block_on_the_device_at_a_tim
     assert [set(block) for block in blocks] == [
         set(dict(dit.module(info.name).named_parameters())) for info in dit.blocks
     ]
+
+
+def test_nothing_of_a_run_stays_alive(tiny, dit, monkeypatch):
+    """diffusers caches tables of positions under the module that made them, for the life of the process."""
+    from blockskip_pack.blockskip_core.hosts.diffusers import diffusers_dit
+
+    made, whole_copy = [], diffusers_dit.weight_sharing_copy
+
+    def watched(module):
+        twin = whole_copy(module)
+        made.extend(map(weakref.ref, twin.modules()))
+        return twin
+
+    monkeypatch.setattr(diffusers_dit, "weight_sharing_copy", watched)
+    tiny.run(dit, tiny.chosen(1, 1), steps=1)
+    gc.collect()
+    assert made and [type(module()).__name__ for module in made if module() is not None] == []
+
+
+def test_a_model_that_was_loaded_in_inference_mode_trains():
+    """Its tables are inference tensors then, as are those that it caches, and autograd must not be given any."""
+    with torch.inference_mode():
+        dit = QWEN_IMAGE.hosted(QWEN_IMAGE.build())
+    result, *_ = QWEN_IMAGE.run(dit, QWEN_IMAGE.chosen(1, 1), steps=1)
+    assert result.steps == 1

@@ -224,3 +224,49 @@ def test_weights_that_are_not_safetensors(saved, tmp_path):
         InvalidInputError, match="transformer has no safetensors file, and other formats can carry code"
     ):
         host.load_pipeline(folder)
+
+
+@pytest.fixture
+def in_parts(tmp_path):
+    """A pipeline whose transformer and text encoder are in several files."""
+    pipeline = build("flux")
+    pipeline.save_pretrained(tmp_path / "tiny", max_shard_size="5KB")
+    return tmp_path / "tiny"
+
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors.index.json"
+TEXT_ENCODER = "text_encoder/model.safetensors.index.json"
+
+
+def test_a_pipeline_in_parts_is_loaded(in_parts):
+    assert (in_parts / TRANSFORMER).exists() and (in_parts / TEXT_ENCODER).exists()
+    loaded, expected = host.load_pipeline(in_parts), build("flux").transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("index", [TRANSFORMER, TEXT_ENCODER])
+@pytest.mark.parametrize(
+    "part", ["x.bin", "../x.safetensors", "/x.safetensors", "..\\x.safetensors", "c:x.safetensors", 3, "x.safetensors.bin"]
+)
+def test_an_index_that_names_something_else(in_parts, monkeypatch, index, part):
+    monkeypatch.setattr(torch, "load", lambda *_args, **_settings: pytest.fail("torch.load was called"))
+    content = json.loads((in_parts / index).read_text(encoding="utf-8"))
+    content["weight_map"][next(iter(content["weight_map"]))] = part
+    (in_parts / index).write_text(json.dumps(content), encoding="utf-8")
+    loads = [host.load_pipeline, *([host.load_transformer] if index == TRANSFORMER else [])]
+    for load in loads:
+        with pytest.raises(InvalidInputError, match="index.json must name safetensors files beside it, got"):
+            load(in_parts)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}'])
+def test_a_damaged_index(in_parts, content):
+    (in_parts / TRANSFORMER).write_text(content, encoding="utf-8")
+    with pytest.raises(InvalidInputError, match="index.json (cannot be read|must name safetensors files beside it, got None)"):
+        host.load_transformer(in_parts)
+
+
+def test_an_adapter_that_names_its_base(in_parts):
+    (in_parts / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/x"}', encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="text_encoder has an adapter .* may name files elsewhere"):
+        host.load_pipeline(in_parts)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from blockskip_pack import blockskip_core as blockskip
-from blockskip_pack.blockskip_core.errors import BlockSkipError, InvalidInputError
+from blockskip_pack.blockskip_core.errors import BlockSkipError, InvalidInputError, StorageError
 from blockskip_pack.blockskip_core.hosts import diffusers as host
 from blockskip_pack.blockskip_core.hosts.diffusers.from_file import DiffusersHost
 from blockskip_pack.blockskip_core.runs.command import main
@@ -133,6 +134,28 @@ def test_a_stopped_run_is_saved_as_it_is_and_continues(run, models):
     assert not all(torch.equal(early[name], tensor) for name, tensor in whole.items())
 
 
+def test_a_lora_that_cannot_be_saved_hides_no_other_error(run, models, monkeypatch, caplog):
+    from blockskip_pack.blockskip_core.hosts.diffusers import from_file
+
+    def full(*_arguments):
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(from_file, "save_lora", full)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(run, models, Shown(last=2), Together()).train()
+    assert "The LoRA so far is not saved: the disk is full" in caplog.text
+    with pytest.raises(StorageError, match="the disk is full"):
+        prepared(run, models, Shown(), Together()).train()
+    assert saved(run) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(run, models, capsys):
+    (run.parents[1] / "output" / "loras").touch()
+    assert train(run, models) == 1
+    assert "could not be created" in capsys.readouterr().out
+    assert [path.name for path in (run.parents[1] / "output").iterdir()] == ["loras"]
+
+
 class Second(Together):
     """A process that is not the first, alone."""
 
@@ -173,6 +196,32 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(run, models, capsys
     assert train(run, models) == 1
     assert message in capsys.readouterr().out
     assert list((run.parents[1] / "output").iterdir()) == []
+
+
+@pytest.fixture
+def cached(models, tmp_path):
+    """The pipeline as the hub's cache stores it: every file under its hash, with links from the folders."""
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in (models / "tiny").rglob("*") if path.is_file())):
+        blob = tmp_path / "hub" / "blobs" / f"{number:064x}"
+        blob.write_bytes(path.read_bytes())
+        link = tmp_path / "hub" / "tiny" / path.relative_to(models / "tiny")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return tmp_path / "hub"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_pipeline_in_the_hubs_cache(run, cached):
+    prepared(run, cached, Shown(), Together())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_transformer_outside_the_named_folders(run, models, cached, capsys):
+    (cached / "tiny" / "transformer").rename(cached.parent / "elsewhere")
+    (cached / "tiny" / "transformer").symlink_to(cached.parent / "elsewhere", target_is_directory=True)
+    assert train(run, cached) == 1
+    assert "tiny/transformer is a link to " in capsys.readouterr().out
 
 
 def test_arguments_and_folders_are_checked(run, models):

@@ -133,6 +133,14 @@ def wan() -> Any:
     )  # fmt: skip
 
 
+def wan_pair() -> Any:
+    """A Wan 2.2 A14B: two transformers share the noise levels."""
+    pipeline = build("wan")
+    return diffusers.WanPipeline(
+        **{**pipeline.components, "transformer_2": WAN.build(seed=1)}, boundary_ratio=0.9,
+    )  # fmt: skip
+
+
 def sana() -> Any:
     """A SANA with DC-AE's 32 px per cell."""
     channels = (4, 4, 4, 4, 4, 4)
