@@ -35,10 +35,12 @@ class Together:
     Attributes:
         rank: Number of this process, from 0. Process 0 writes all files.
         size: Number of processes.
+        local_rank: Number of this process on its machine, from 0, as the launcher says; the rank if it does not.
         reduced_bytes: Bytes that this process has passed to sums so far.
     """
 
     rank = 0
+    local_rank = 0
     size = 1
     reduced_bytes = 0
 
@@ -79,6 +81,7 @@ class Processes(Together):
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = dist.get_node_local_rank(fallback_rank=self.rank)
         self.reduced_bytes = 0
         self._group = dist.new_group(backend="gloo", timeout=_WAIT)  # whatever the default group is for
 
