@@ -55,6 +55,10 @@ class Together:
         """Return what every process says, by rank; a text longer than ``LONGEST_TEXT`` bytes is cut."""
         return [text]
 
+    def from_first(self, numbers: Sequence[int]) -> list[int]:
+        """Return the whole numbers of process 0; what others give does not matter."""
+        return list(numbers)
+
     def require_equal(self, text: str, differ: Callable[[int, str, str], str]) -> None:
         """Check that all processes have the same text.
 
@@ -112,6 +116,15 @@ class Processes(Together):
         everyone = [torch.zeros_like(own) for _ in range(self.size)]
         self._exchange(lambda: dist.all_gather(everyone, own, group=self._group))
         return [bytes(one.tolist()).rstrip(b"\0").decode(errors="ignore") for one in everyone]
+
+    def from_first(self, numbers: Sequence[int]) -> list[int]:
+        """Send how many there are, then the numbers."""
+        first = dist.get_global_rank(self._group, 0)
+        count = torch.tensor([len(numbers)], dtype=torch.int64)
+        self._exchange(lambda: dist.broadcast(count, first, group=self._group))
+        sent = torch.tensor(numbers, dtype=torch.int64) if self.rank == 0 else torch.zeros(int(count), dtype=torch.int64)
+        self._exchange(lambda: dist.broadcast(sent, first, group=self._group))
+        return sent.tolist()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         self._exchange(lambda: dist.all_reduce(tensor, group=self._group))
