@@ -21,13 +21,12 @@ from ...residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ...residuals.residual_set import PhaseProgress, ResidualSet, Storage, require_room
 from ...selection.selection import BlockSelection
 from ..files.folders import residuals_folder
-from ..inputs.conditioning import references_of
 from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
 from ..inputs.references import References
 from .adapted_dit import frames_of_clip
 from .hosted_dit import HostedDit
-from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
+from .identity import captions_identity, host_identity, model_identity, module_identity, tensors_identity
 from .patches import for_training
 from .reference_latents import ReferenceEncoder, require_takes_references
 
@@ -122,9 +121,7 @@ def prepare_residuals(
             model=model.model, multiple=multiple, progress=progress,
         )  # fmt: skip
         captions, schedule = encoder.captions(captions, schedule)
-        identity = replace(
-            identity, schedule=schedule.fingerprint, captions=identity.captions + _of_references(captions)
-        )
+        identity = replace(identity, schedule=schedule.fingerprint, captions=captions_identity(captions))
     residuals = ResidualSet(
         schedule=schedule,
         latents=torch.empty(len(schedule), *shape, device="meta"),  # not yet
@@ -143,11 +140,6 @@ def prepare_residuals(
         stored = stored_latents(residuals, progress)
         residuals = residuals if stored is None else replace(residuals, latents=stored)
     return residuals, crops
-
-
-def _of_references(captions: Sequence[list]) -> str:
-    """Return a content hash of the references that captions carry."""
-    return tensors_identity([latent for caption in captions for latent in references_of(caption)])
 
 
 def _dit(model: Any, residuals: ResidualSet) -> HostedDit:
@@ -198,7 +190,7 @@ def _identity(
         schedule=schedule.fingerprint,
         selection=selection.fingerprint,
         pictures=tensors_identity(pictures) + module_identity(vae.first_stage_model),
-        captions=conditionings_identity(captions),
+        captions=captions_identity(captions),
         dtype=str(dit.dtype),
         host=host_identity(),
         residual_format=settings.residual_format,

@@ -98,7 +98,7 @@ def _prepared(run: RunFile, material: Material, model: Any) -> PreparedRun:
     from ..models.hosted_dit import HostedDit
     from .prepare import prepare as prepare_run
 
-    flatten_conditionings(material.captions)  # they may be anything
+    flatten_conditionings(material.captions, with_references=True)  # they may be anything
     dit = HostedDit(model, material.captions, material.latents.shape[1:])
     return prepare_run(model, _residuals(run, material, str(dit.dtype)), _request(run.settings, material))
 
@@ -107,9 +107,9 @@ def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
     """Return the residuals as this machine makes them."""
     from ...residuals.residual_set import ResidualSet
     from ..files.folders import residuals_folder
-    from ..models.identity import conditionings_identity, host_identity
+    from ..models.identity import captions_identity, host_identity
 
-    if conditionings_identity(material.captions) != run.identity.captions:
+    if captions_identity(material.captions) != run.identity.captions:
         raise CacheError(f"{run.material} has other captions than the run file says. Write both again.")
     identity = replace(run.identity, host=host_identity(), dtype=dtype)
     if identity != run.identity:

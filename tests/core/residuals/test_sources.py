@@ -430,7 +430,8 @@ def test_what_is_damaged_of_an_unfinished_cache_is_computed_anew(tmp_path, name,
     path.write_bytes(damage(path.read_bytes()))
     calls = []
     write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
-    assert calls[0][1:] == (1, 10 if name.startswith("shard") else 15)
+    phase, done, total = calls[0]
+    assert (done, total < 15) == (1, name.startswith("shard"))
     assert "computing them again" in caplog.text
     ResidualCache(residuals.folder, residuals.identity).verify()
 
