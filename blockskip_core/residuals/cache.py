@@ -137,11 +137,13 @@ class CacheWriter:
     def __init__(self, folder: Path, identity: CacheIdentity, *, resume: bool = False) -> None:
         self._folder = folder
         self._identity = identity
-        self._tensors = _unfinished_tensors(folder, identity) if resume else {}
+        self._tensors = _whole_draws(folder, identity) if resume else {}
+        if identity.back_residual != "constant" and not any(key.startswith("0/") for key in self._tensors):
+            self._tensors = {}  # the response that the others were computed with is stored with draw 0
         texts = {key: entry for key, entry in self._tensors.items() if key.endswith("/" + TEXT)}
         self._texts = {_look(entry): (key, entry) for key, entry in texts.items() if STORED_AS not in entry}
-        self._num_shards = len({entry["shard"] for entry in self._tensors.values()})
-        self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
+        self._num_shards = 1 + max((_shard_number(entry) for entry in self._tensors.values()), default=-1)
+        self.draws = set(map(_draw_of, self._tensors))
         try:
             if not self._tensors and folder.exists():
                 shutil.rmtree(folder)
@@ -171,14 +173,15 @@ class CacheWriter:
         self.write_unfinished()
 
     def adopt(self, part: Path) -> None:
-        """Take over the shards of another unfinished cache of the same residuals, and remove it.
+        """Take over the draws of another unfinished cache of the same residuals that are intact, and remove it if these are all.
 
-        Shards are renamed, not copied. If that is interrupted, draws are computed again, and nothing is misread.
+        Shards are renamed, not copied. If that is interrupted, draws are computed again, and nothing is misread. What cannot be read
+        stays where it is: on a shared disk it may be what another machine has just written.
 
         Raises:
             StorageError: If the disk cannot be written.
         """
-        found = {key: entry for key, entry in _unfinished_tensors(part, self._identity).items() if self._is_new(key)}
+        found = _whole_draws(part, self._identity, known=self.draws)
         for number, shard in enumerate(sorted({str(entry["shard"]) for entry in found.values()}), self._num_shards):
             name = f"shard-{number:05d}.safetensors"
             try:
@@ -189,12 +192,11 @@ class CacheWriter:
                 ) from error
             self._tensors.update({key: {**e, "shard": name} for key, e in found.items() if e["shard"] == shard})
             self._num_shards = number + 1
-        self.draws = {int(key.split("/", 1)[0]) for key in self._tensors}
+        self.draws = set(map(_draw_of, self._tensors))
         self.write_unfinished()
-        remove_cache(part)
-
-    def _is_new(self, key: str) -> bool:
-        return int(key.split("/", 1)[0]) not in self.draws
+        with contextlib.suppress(CacheError):
+            if stored_draws(part, self._identity) <= self.draws:
+                remove_cache(part)
 
     def write_unfinished(self) -> None:
         """Write the manifest of the shards so far, from which an interrupted writer continues."""
@@ -344,7 +346,7 @@ def stored_draws(folder: Path, identity: CacheIdentity) -> set[int]:
     differing = identity.difference(body["identity"])
     if differing:
         raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
-    return {int(key.split("/", 1)[0]) for key in body["tensors"]}
+    return set(map(_draw_of, body["tensors"]))
 
 
 def num_shards(folder: Path) -> int:
@@ -363,22 +365,50 @@ def remove_cache(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unfinished_tensors(folder: Path, identity: CacheIdentity) -> dict[str, dict[str, object]]:
-    """Return the complete tensors of an unfinished cache; none if anything is wrong with it."""
+def _whole_draws(folder: Path, identity: CacheIdentity, known: Collection[int] = ()) -> dict[str, dict[str, object]]:
+    """Return the tensors of those draws of an unfinished cache that are intact, except draws that are known."""
     if not (folder / UNFINISHED).is_file():
         return {}
+    found: dict[str, dict[str, object]] = {}
     try:
         body = _read_manifest(folder, UNFINISHED)
         if identity.difference(body["identity"]):
             return {}
-        for key, entry in body["tensors"].items():
-            if not _SHARD_NAME.fullmatch(str(entry["shard"])):
-                raise CacheError(_damaged(folder, UNFINISHED))
-            _read_checked(folder / str(entry["shard"]), key, entry)
     except CacheError as error:
         logger.warning("BlockSkip: cannot resume the unfinished residuals; computing them again: %s", error)
         return {}
-    return body["tensors"]
+    draws: dict[int, dict[str, dict[str, object]]] = {}
+    for key, entry in body["tensors"].items():
+        draws.setdefault(_draw_of(key), {})[key] = entry
+    damage: list[CacheError] = []
+    for draw, entries in draws.items():
+        try:
+            if draw not in known:
+                _require_intact(folder, entries)
+                found.update(entries)
+        except CacheError as error:
+            damage.append(error)
+    if damage:
+        logger.warning(
+            "BlockSkip: cannot resume %d of %d unfinished residuals; computing them again: %s",
+            len(damage), len(draws), damage[0],
+        )  # fmt: skip
+    return found
+
+
+def _require_intact(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
+    for key, entry in entries.items():
+        if not _SHARD_NAME.fullmatch(str(entry["shard"])):
+            raise CacheError(_damaged(folder, UNFINISHED))
+        _read_checked(folder / str(entry["shard"]), key, entry)
+
+
+def _draw_of(key: str) -> int:
+    return int(key.split("/", 1)[0])
+
+
+def _shard_number(entry: Mapping[str, object]) -> int:
+    return int(str(entry["shard"]).removeprefix("shard-").removesuffix(".safetensors"))
 
 
 def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.micro_batches import MicroBatches
+from ..errors import CacheError
 from ..locks import lock, try_lock
 from ..model import SkippableDit
 from .back_response import FittedResponse
@@ -78,6 +79,29 @@ def adopt_parts(writer: CacheWriter, folder: Path) -> None:
                 writer.adopt(part)
 
 
+def missing_draws(residuals: ResidualSet, writer: CacheWriter) -> list[int]:
+    """Return the draws of the schedule that a cache has not yet."""
+    return [draw for draw in range(len(residuals.schedule)) if draw not in writer.draws]
+
+
+def finish_whole(residuals: ResidualSet, writer: CacheWriter) -> None:
+    """Declare a cache finished, if it has every draw; then nothing of its parts is needed.
+
+    Raises:
+        CacheError: If draws are missing; the cache stays unfinished, with those that it has.
+        StorageError: If the disk cannot be written.
+    """
+    missing = missing_draws(residuals, writer)
+    if missing:
+        raise CacheError(
+            f"{len(missing)} of {len(residuals.schedule)} residuals are missing in {residuals.folder.name}: what a process has computed "
+            "cannot be read. The others are kept. Run again when all processes see the same disk."
+        )
+    writer.finish()
+    for part in parts_of(residuals.folder):
+        remove_unused(part)
+
+
 def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Callable[[], None]:
     """Return a function that reports the progress of another process that is computing these residuals."""
     total = -(-len(residuals.schedule) // residuals.chunk_size)
@@ -85,7 +109,7 @@ def waiting_for_another(residuals: ResidualSet, progress: PhaseProgress) -> Call
 
 
 def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, writer: CacheWriter) -> None:
-    draws = [draw for draw in range(len(residuals.schedule)) if draw not in writer.draws]
+    draws = missing_draws(residuals, writer)
     require_disk_space(residuals, dit, draws)
     chunks = [draws[start : start + residuals.chunk_size] for start in range(0, len(draws), residuals.chunk_size)]
     stored = FittedResponse.found(lambda name: writer.read(f"0/{name}"))
@@ -93,7 +117,7 @@ def _write_missing(residuals: ResidualSet, dit: SkippableDit, progress: PhasePro
     for number, chunk in enumerate(chunks):
         computed = compute_chunk(residuals, dit, chunk, _part_of(progress, number, len(chunks)), fitted)
         writer.write(records_of(residuals, computed, None if stored or number else fitted))
-    writer.finish()
+    finish_whole(residuals, writer)
 
 
 def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:

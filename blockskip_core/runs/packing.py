@@ -4,6 +4,9 @@ Captions are containers of the host's own making. Their tensors are stored as th
 JSON in the file's metadata, as nested pairs of a kind and a content:
 
     ["tensor", name]   ["list", [...]]   ["dict", {...}]   ["value", number, text, true, false or null]
+
+A tensor that several captions share, as every training example of an edit model shares its text, is stored once, under the name of
+its first place, and is one tensor again when it is read.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ def write_material(material: Material, path: Path) -> str:
     """
     tensors = {_LATENTS: _plain(material.latents)}
     tensors.update({_START + name: _plain(tensor) for name, tensor in material.start.items()})
-    packed = _pack(list(material.captions), "caption", tensors)
+    captions = list(material.captions)  # kept, so that the ids of its tensors stay theirs
+    packed = _pack(captions, "caption", tensors, {})
     metadata = {"format": "pt", _CAPTIONS: json.dumps(packed)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
     return content_hash(path)
@@ -97,15 +101,20 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _pack(content: Any, place: str, tensors: dict[str, Tensor]) -> list[Any]:
-    """Return a container as JSON, and put its tensors into ``tensors``, under names that begin with ``place``."""
+def _pack(content: Any, place: str, tensors: dict[str, Tensor], names: dict[int, str]) -> list[Any]:
+    """Return a container as JSON, and put its tensors into ``tensors``, under names that begin with ``place``.
+
+    ``names`` are those of the tensors so far, by ``id``.
+    """
     if isinstance(content, Tensor):
-        tensors[place] = _plain(content)
-        return ["tensor", place]
+        if id(content) not in names:
+            names[id(content)] = place
+            tensors[place] = _plain(content)
+        return ["tensor", names[id(content)]]
     if isinstance(content, Mapping):
-        return ["dict", {str(key): _pack(value, f"{place}/{key}", tensors) for key, value in content.items()}]
+        return ["dict", {str(key): _pack(value, f"{place}/{key}", tensors, names) for key, value in content.items()}]
     if isinstance(content, (list, tuple)):
-        return ["list", [_pack(value, f"{place}/{number}", tensors) for number, value in enumerate(content)]]
+        return ["list", [_pack(value, f"{place}/{number}", tensors, names) for number, value in enumerate(content)]]
     if isinstance(content, (str, int, float, bool, type(None))):
         return ["value", content]
     raise InvalidInputError(

@@ -1,25 +1,36 @@
 """One set of residuals on disk, computed by several processes: each computes its share of the draws.
 
 Draws pass the model one by one, so a draw's residual does not depend on who computes it. Each process writes a cache of
-its own beside the shared one; at the end process 0 renames their shards into it and writes the manifest. If the
-processes are interrupted, the next ones, in whatever number, take over the finished shards and share out the rest.
+its own beside the shared one; at the end process 0 renames their shards into it and writes the manifest, if every draw
+is there. Process 0 alone decides what is missing, because machines may see a shared disk differently. If the processes are interrupted, the next ones, in whatever number, take over the finished shards and share out the rest.
 
 A linear response is fitted on draws of the whole schedule, so it is left to process 0; the others wait.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
-from ..errors import BlockSkipError, CacheError, TrainingError
+from ..errors import BlockSkipError, TrainingError
 from ..locks import lock
 from ..model import SkippableDit
-from ..residuals.cache import CacheWriter, is_finished, stored_draws
-from ..residuals.cached_set import adopt_parts, resumed_writer, waiting_for_another, write_cache
+from ..residuals.cache import UNFINISHED, CacheWriter, is_finished
+from ..residuals.cached_set import (
+    adopt_parts,
+    finish_whole,
+    missing_draws,
+    resumed_writer,
+    waiting_for_another,
+    write_cache,
+)
 from ..residuals.chunks import compute_chunk, records_of
 from ..residuals.housekeeping import part_folder
 from ..residuals.residual_set import PhaseProgress, ResidualSet, require_disk_space, wants_response
 from .together import Together
+
+SECONDS_TO_APPEAR = 30.0  # network file systems remember for as long that a file was not there
 
 
 def write_cache_together(
@@ -44,22 +55,23 @@ def write_cache_together(
         together.gathered("")
         return
     with ExitStack() as held:
-        writer = None
+        writer, missing = None, []
         if together.rank == 0:
             held.enter_context(lock(residuals.folder, waiting_for_another(residuals, progress)))
             writer = None if is_finished(residuals.folder) else _shared_writer(residuals)
-        if together.gathered("" if writer else "finished")[0] == "finished":
-            return
-        problem = _share_computed(residuals, dit, progress, together)
-        problems = together.gathered(problem)
-        if writer:
-            adopt_parts(writer, residuals.folder)
-        for rank, text in enumerate(problems):
-            if text:
-                raise TrainingError(f"Process {rank} could not compute its share of the residuals: {text}")
-        if writer:
-            writer.finish()
-        together.gathered("")
+            missing = missing_draws(residuals, writer) if writer else []
+        missing = together.from_first(missing)
+        if missing:
+            own = missing[together.rank :: together.size]
+            problems = together.gathered(_share_computed(residuals, dit, progress, own, together.rank))
+            for rank, text in enumerate(problems):
+                if text:
+                    if writer:
+                        adopt_parts(writer, residuals.folder)
+                    raise TrainingError(f"Process {rank} could not compute its share of the residuals: {text}")
+        problem = together.gathered(_put_together(residuals, writer) if writer else "")[0]
+        if problem:
+            raise TrainingError(problem)
 
 
 def _shared_writer(residuals: ResidualSet) -> CacheWriter:
@@ -69,21 +81,43 @@ def _shared_writer(residuals: ResidualSet) -> CacheWriter:
     return writer
 
 
-def _share_computed(residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, together: Together) -> str:
-    """Compute this process's share of what is missing, and return what went wrong, as a sentence."""
-    try:
-        stored = stored_draws(residuals.folder, residuals.identity)
-    except CacheError:
+def _share_computed(
+    residuals: ResidualSet, dit: SkippableDit, progress: PhaseProgress, own: list[int], rank: int
+) -> str:
+    """Compute a process's share of what is missing, and return what went wrong, as a sentence."""
+    if not _appears(lambda: (residuals.folder / UNFINISHED).is_file()):
         return f"It does not see the folder {residuals.folder}. All processes must see the same output folder."
-    missing = [draw for draw in range(len(residuals.schedule)) if draw not in stored]
-    own = missing[together.rank :: together.size]
-    folder = part_folder(residuals.folder, together.rank)
+    folder = part_folder(residuals.folder, rank)
     try:
         with lock(folder, waiting_for_another(residuals, progress)):
             _write(residuals, dit, progress, own, CacheWriter(folder, residuals.identity))
     except BlockSkipError as error:
         return str(error)
     return ""
+
+
+def _put_together(residuals: ResidualSet, writer: CacheWriter) -> str:
+    """Take over what all processes have computed, finish the cache, and return what went wrong, as a sentence."""
+
+    def everything() -> bool:
+        if missing_draws(residuals, writer):
+            adopt_parts(writer, residuals.folder)
+        return not missing_draws(residuals, writer)
+
+    try:
+        _appears(everything)
+        finish_whole(residuals, writer)
+    except BlockSkipError as error:
+        return str(error)
+    return ""
+
+
+def _appears(there: Callable[[], bool]) -> bool:
+    """Wait for files that another machine has written: a shared disk may show them late."""
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not (found := there()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found
 
 
 def _write(

@@ -35,10 +35,12 @@ class Together:
     Attributes:
         rank: Number of this process, from 0. Process 0 writes all files.
         size: Number of processes.
+        local_rank: Number of this process on its machine, from 0, as the launcher says; the rank if it does not.
         reduced_bytes: Bytes that this process has passed to sums so far.
     """
 
     rank = 0
+    local_rank = 0
     size = 1
     reduced_bytes = 0
 
@@ -52,6 +54,10 @@ class Together:
     def gathered(self, text: str) -> list[str]:
         """Return what every process says, by rank; a text longer than ``LONGEST_TEXT`` bytes is cut."""
         return [text]
+
+    def from_first(self, numbers: Sequence[int]) -> list[int]:
+        """Return the whole numbers of process 0; what others give does not matter."""
+        return list(numbers)
 
     def require_equal(self, text: str, differ: Callable[[int, str, str], str]) -> None:
         """Check that all processes have the same text.
@@ -79,6 +85,7 @@ class Processes(Together):
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = dist.get_node_local_rank(fallback_rank=self.rank)
         self.reduced_bytes = 0
         self._group = dist.new_group(backend="gloo", timeout=_WAIT)  # whatever the default group is for
 
@@ -109,6 +116,17 @@ class Processes(Together):
         everyone = [torch.zeros_like(own) for _ in range(self.size)]
         self._exchange(lambda: dist.all_gather(everyone, own, group=self._group))
         return [bytes(one.tolist()).rstrip(b"\0").decode(errors="ignore") for one in everyone]
+
+    def from_first(self, numbers: Sequence[int]) -> list[int]:
+        """Send how many there are, then the numbers."""
+        first = dist.get_global_rank(self._group, 0)
+        count = torch.tensor([len(numbers)], dtype=torch.int64)
+        self._exchange(lambda: dist.broadcast(count, first, group=self._group))
+        sent = (
+            torch.tensor(numbers, dtype=torch.int64) if self.rank == 0 else torch.zeros(int(count), dtype=torch.int64)
+        )
+        self._exchange(lambda: dist.broadcast(sent, first, group=self._group))
+        return sent.tolist()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         self._exchange(lambda: dist.all_reduce(tensor, group=self._group))

@@ -6,7 +6,7 @@ with their strengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfyui_version
@@ -15,6 +15,7 @@ from torch import nn
 
 from ...residuals.content_hash import Digest, module_identity
 from ...residuals.content_hash import tensors_identity as tensors_identity  # for those who hash the rest of a run
+from ..inputs.conditioning import references_of, without_references
 from .residency import unload
 
 
@@ -36,6 +37,29 @@ def conditionings_identity(conditionings: Iterable[list]) -> str:
     """Return a content hash of single conditionings, each ``[[tensor, settings]]``."""
     digest = Digest(samples=None)
     digest.add([[embedding, dict(sorted(settings.items()))] for [[embedding, settings]] in conditionings])
+    return digest.hexdigest()
+
+
+def captions_identity(captions: Sequence[list]) -> str:
+    """Return a content hash of the captions of a training; what captions share, such as a text, is hashed once.
+
+    Without reference latents it is :func:`conditionings_identity`.
+    """
+    if not any(map(references_of, captions)):
+        return conditionings_identity(captions)
+    texts: dict[tuple[Any, ...], str] = {}
+    pictures: dict[int, str] = {}
+    digest = Digest(samples=None)
+    for caption in captions:
+        text = without_references(caption)
+        [[embedding, settings]] = text
+        shared = (id(embedding), *((name, id(settings[name])) for name in sorted(settings)))
+        if shared not in texts:
+            texts[shared] = conditionings_identity([text])
+        for latent in references_of(caption):
+            if id(latent) not in pictures:
+                pictures[id(latent)] = tensors_identity([latent])
+        digest.add([texts[shared], [pictures[id(latent)] for latent in references_of(caption)]])
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ from ..inputs.frames import latent_shape
 from ..inputs.references import References
 from .adapted_dit import frames_of_clip
 from .hosted_dit import HostedDit
-from .identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
+from .identity import captions_identity, host_identity, model_identity, module_identity, tensors_identity
 from .patches import for_training
 from .reference_latents import ReferenceEncoder, require_takes_references
 
@@ -197,7 +197,7 @@ def _identity(
         schedule=schedule.fingerprint,
         selection=selection.fingerprint,
         pictures=tensors_identity(pictures) + module_identity(vae.first_stage_model),
-        captions=conditionings_identity(captions),
+        captions=captions_identity(captions),
         dtype=str(dit.dtype),
         host=host_identity(),
         residual_format=settings.residual_format,

@@ -62,11 +62,21 @@ def prepare(run: RunFile, places: Places, progress: RunProgress, together: Toget
     Raises:
         BlockSkipError: If something is missing, changed, or does not fit.
     """
+    _take_own_gpu(together)
     material = run.read_material(places.data.file(run.material))
     model = _model(run, places)
     prepared = _prepared(run, material, model)
     prepared.request.config.micro_batches.share_of(together.rank, together.size)  # refused now rather than in training
     return OutsideRun(prepared, progress, together)
+
+
+def _take_own_gpu(together: Together) -> None:
+    from comfy.cli_args import args
+
+    from .own_gpu import take_own_gpu
+
+    if not args.cpu:
+        take_own_gpu(together.local_rank, together.size, args.cuda_device)
 
 
 def _model(run: RunFile, places: Places) -> Any:
@@ -97,9 +107,9 @@ def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
     """Return the residuals as this machine makes them."""
     from ...residuals.residual_set import ResidualSet
     from ..files.folders import residuals_folder
-    from ..models.identity import conditionings_identity, host_identity
+    from ..models.identity import captions_identity, host_identity
 
-    if conditionings_identity(material.captions) != run.identity.captions:
+    if captions_identity(material.captions) != run.identity.captions:
         raise CacheError(f"{run.material} has other captions than the run file says. Write both again.")
     identity = replace(run.identity, host=host_identity(), dtype=dtype)
     if identity != run.identity:

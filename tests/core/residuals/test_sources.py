@@ -422,7 +422,7 @@ def test_it_is_gone_on_with_in_chunks_of_another_size(tmp_path):
     "damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])], ids=["cut", "flip"]
 )
 @pytest.mark.parametrize("name", ["shard-00000.safetensors", "unfinished.json"])
-def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, caplog):
+def test_what_is_damaged_of_an_unfinished_cache_is_computed_anew(tmp_path, name, damage, caplog):
     residuals = residual_set(tmp_path)
     with pytest.raises(Stopped):
         write_cache(residuals, PlainDit(), stop_in_chunk(2))
@@ -430,7 +430,8 @@ def test_a_damaged_unfinished_cache_is_computed_anew(tmp_path, name, damage, cap
     path.write_bytes(damage(path.read_bytes()))
     calls = []
     write_cache(residuals, PlainDit(), lambda *report: calls.append(report))
-    assert calls[0][1:] == (1, 15)
+    phase, done, total = calls[0]
+    assert (done, total < 15) == (1, name.startswith("shard"))
     assert "computing them again" in caplog.text
     ResidualCache(residuals.folder, residuals.identity).verify()
 

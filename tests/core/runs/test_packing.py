@@ -32,6 +32,32 @@ def test_a_round_trip(tmp_path):
     assert more["mask"].dtype == torch.bool
 
 
+def test_what_captions_share_is_stored_once(tmp_path):
+    text, path = torch.randn(1, 3, 4), tmp_path / "a.safetensors"
+    captions = [[[text, {"pooled_output": text, "reference_latents": [torch.full((1,), float(n))]}]] for n in range(3)]
+    found = read_material(path, write_material(Material(torch.zeros(3, 1, 1, 1), captions), path)).captions
+    with safe_open(path, "pt") as file:
+        assert len(file.keys()) == 1 + 1 + 3
+    assert len({id(caption[0][0]) for caption in found}) == 1
+    assert found[2][0][1]["pooled_output"] is found[0][0][0]
+    assert [caption[0][1]["reference_latents"][0].item() for caption in found] == [0.0, 1.0, 2.0]
+
+
+def test_files_with_a_tensor_for_each_place_are_read(tmp_path):
+    from blockskip_pack.blockskip_core.runs.packing import content_hash
+
+    path = tmp_path / "a.safetensors"
+    names = ["caption/0/0/0", "caption/1/0/0"]
+    packed = ["list", [["list", [["list", [["tensor", name], ["dict", {}]]]]] for name in names]]
+    save_file(
+        {"latents": torch.zeros(2, 1, 1, 1), **{name: torch.ones(1) for name in names}},
+        path,
+        {"captions": json.dumps(packed)},
+    )
+    found = read_material(path, content_hash(path)).captions
+    assert [caption[0][0].item() for caption in found] == [1.0, 1.0]
+
+
 def test_what_a_file_cannot_keep(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(InvalidInputError, match=r"A caption holds a function \(caption/0/0/1/hook\)"):

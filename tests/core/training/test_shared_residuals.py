@@ -141,11 +141,112 @@ def test_a_process_with_another_folder_is_noticed_before_it_computes(tmp_path):
     residuals = residual_set(tmp_path / "shared")
 
     def work(processes):
+        shared_residuals.SECONDS_TO_APPEAR = 0.0
         own = residuals if processes.rank == 0 else replace(residuals, folder=tmp_path / "elsewhere" / "x")
         write_cache_together(own, PlainDit(), quiet, processes)
 
     first, _second = in_processes(tmp_path, 2, work)
     assert "Process 1 could not compute its share of the residuals: It does not see the folder" in first.error
+
+
+def manifest_names(residuals):
+    return {path.name for path in residuals.folder.iterdir()} & {"manifest.json", "unfinished.json"}
+
+
+def test_what_cannot_be_read_is_neither_declared_finished_nor_thrown_away(tmp_path, expected):
+    """A shard of another machine is not there yet when process 0 puts the parts together."""
+    residuals = residual_set(tmp_path / "shared")
+
+    def work(processes):
+        shared_residuals.SECONDS_TO_APPEAR = 0.0
+        real = shared_residuals._put_together
+
+        def too_early(residuals, writer):
+            part = part_folder(residuals.folder, 1)
+            shard = min(part.glob("shard-*"))
+            shard.rename(tmp_path / "late")
+            problem = real(residuals, writer)
+            (tmp_path / "late").rename(shard)
+            return problem
+
+        shared_residuals._put_together = too_early
+        write_cache_together(residuals, PlainDit(), quiet, processes)
+
+    for ended in in_processes(tmp_path / "early", 2, work):
+        assert ended.error.startswith("TrainingError: 2 of 11 residuals are missing in ")
+    assert manifest_names(residuals) == {"unfinished.json"}
+    computed = []
+    real = cached_set.compute_chunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            cached_set, "compute_chunk", lambda r, d, draws, *more: computed.append(draws) or real(r, d, draws, *more)
+        )
+        write_cache(residuals, PlainDit(), quiet)  # takes over the shard that came late
+    assert computed == []
+    assert_same(content(residuals)[0], expected[0])
+    assert sorted(path.name for path in residuals.folder.parent.iterdir()) == [residuals.folder.name]
+
+
+def test_what_appears_late_is_waited_for(tmp_path, expected):
+    residuals = residual_set(tmp_path / "shared")
+
+    def work(processes):
+        real, seen = shared_residuals.adopt_parts, []
+
+        def late(writer, folder):
+            seen.append(folder)
+            if len(seen) > 1:
+                real(writer, folder)
+
+        shared_residuals.adopt_parts = late
+        write_cache_together(residuals, PlainDit(), quiet, processes)
+
+    assert [ended.error for ended in in_processes(tmp_path / "late", 2, work)] == ["", ""]
+    assert_same(content(residuals)[0], expected[0])
+
+
+def test_a_part_that_another_holds_is_missing(tmp_path):
+    residuals = residual_set(tmp_path / "shared")
+
+    def work(processes):
+        shared_residuals.SECONDS_TO_APPEAR = 0.0
+        real = shared_residuals._put_together
+
+        def held(residuals, writer):
+            with shared_residuals.lock(part_folder(residuals.folder, 1), lambda: None):
+                return real(residuals, writer)
+
+        shared_residuals._put_together = held
+        write_cache_together(residuals, PlainDit(), quiet, processes)
+
+    for ended in in_processes(tmp_path / "held", 2, work):
+        assert "5 of 11 residuals are missing in " in ended.error
+    assert manifest_names(residuals) == {"unfinished.json"}
+
+
+def test_machines_that_see_different_manifests_share_out_what_process_0_sees(tmp_path, expected):
+    residuals = residual_set(tmp_path / "shared")
+    writer = cached_set.resumed_writer(residuals)
+    writer.write(chunks.records_of(residuals, chunks.compute_chunk(residuals, PlainDit(), [0, 1], quiet, None), None))
+
+    def work(processes):
+        computed = []
+        real = shared_residuals.compute_chunk
+
+        def compute_chunk(residuals, dit, draws, *more):
+            computed.extend(draws)
+            return real(residuals, dit, draws, *more)
+
+        shared_residuals.compute_chunk = compute_chunk
+        if processes.rank == 1:
+            shared_residuals.missing_draws = lambda *_: pytest.fail("process 0 alone decides")
+        write_cache_together(residuals, PlainDit(), quiet, processes)
+        return computed
+
+    ended = in_processes(tmp_path / "seen", 2, work)
+    assert [one.error for one in ended] == ["", ""]
+    assert sorted(draw for one in ended for draw in one.result) == list(range(2, DRAWS))
+    assert_same(content(residuals)[0], expected[0])
 
 
 def test_parts_are_removed_with_their_cache_and_do_not_count_as_caches(tmp_path):

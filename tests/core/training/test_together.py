@@ -124,6 +124,13 @@ def test_numbers_and_texts_arrive_as_they_were(tmp_path):
         assert ended.result == ([x for row in numbers for x in row], ["", "ä", "ää"])
 
 
+def test_whole_numbers_of_the_first_process_reach_all(tmp_path):
+    numbers = [[3, 2**62, 0], [], [1]]
+    for ended in in_processes(tmp_path, 3, lambda together: together.from_first(numbers[together.rank])):
+        assert ended.result == numbers[0]
+    assert Together().from_first((1, 2)) == [1, 2]
+
+
 def test_a_killed_process_ends_the_others_with_their_state_saved(tmp_path):
     expected = run(Together(), steps=4)
 

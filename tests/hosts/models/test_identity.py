@@ -89,6 +89,20 @@ def test_every_part_of_a_conditioning_counts(identity):
     assert identity.conditionings_identity(reordered) == identity.conditionings_identity(captions((5, 3), guidance=3.0))
 
 
+def test_captions_with_references_are_known_by_text_and_reference(identity):
+    def carrying(first, second, guidance=2.0):
+        text = captions((5,), guidance=guidance)[0][0]
+        return [[[text[0], {**text[1], "reference_latents": [torch.full((1, 4, 2, 2), x)]}]] for x in (first, second)]
+
+    first = identity.captions_identity(carrying(1.0, 2.0))
+    assert identity.captions_identity(carrying(1.0, 2.0)) == first
+    assert identity.captions_identity([[[x.clone(), dict(y)]] for [[x, y]] in carrying(1.0, 2.0)]) == first
+    for other in (carrying(2.0, 1.0), carrying(1.0, 1.0), carrying(1.0, 2.0, guidance=3.0), carrying(1.0, 2.0)[:1]):
+        assert identity.captions_identity(other) != first
+    plain = captions((5, 3))
+    assert identity.captions_identity(plain) == identity.conditionings_identity(plain)
+
+
 def test_a_patched_model_has_residuals_of_its_own(identity):
     plain = tiny_flux()
     source = MemorySource(hosted(plain), chosen(1, 2), PLAN, clean_latents())

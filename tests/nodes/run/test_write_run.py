@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .outside import newest_lora
@@ -78,6 +79,18 @@ def test_files_from_before_there_were_averages_and_dropped_captions_are_read(out
     outside.train(given, resume=False)
     expected = newest_lora(outside.output)
     assert same_file(trained_outside(outside, run), expected)
+
+
+@pytest.mark.parametrize("part", ["whole", "same part"])
+def test_captions_with_references_train_outside_too(outside, pictures, part):
+    """Edit models: every picture, or every training example, has a caption that carries its reference."""
+    given = outside.prepare(references=pictures, reference_part=part, reference_size=48)
+    run = outside.write(given, resume=False)
+    outside.train(given, resume=False)
+    assert same_file(trained_outside(outside, run), newest_lora(outside.output))
+    with safe_open(run.with_suffix(".safetensors"), "pt") as file:
+        texts = [name for name in file.keys() if name.endswith("/0/0")]
+    assert len(texts) == 1  # the one prompt of all
 
 
 @pytest.mark.parametrize("storage", ["chunked", "on the fly"])
