@@ -114,3 +114,20 @@ def test_a_model_that_is_a_link_is_read_from_where_it_leads(outside, tmp_path):
     run = outside.write(given, resume=False)  # checks the command that is shown
     (ended,) = outside.server.train(outside.command.arguments(run, "--models", str(tmp_path / "disk")))
     assert ended.code == 0, ended
+
+
+def test_writing_a_run_and_refusing_one_remove_no_training_states(outside, core, monkeypatch):
+    """Old states are removed by the run that is carried out, and by its process 0 alone."""
+    given = outside.prepare()
+    states = outside.output / "blockskip" / "runs"
+    for number in range(6):
+        (states / f"old-{number}").mkdir(parents=True)
+        (states / f"old-{number}" / "state-00000001.safetensors").touch()
+    run = outside.write(given, resume=False, accumulation=2)
+    other = run.with_name("other.json")
+    other.write_text(run.read_text().replace('"seed": 5', '"seed": 6', 1))
+    arguments = {0: outside.command.arguments(run), 1: outside.command.arguments(other)}
+    assert [one.code for one in outside.server.train(arguments, 2)] == [1, 1]
+    assert len(list(states.iterdir())) == 6
+    trained_outside(outside, run, 2)
+    assert len(list(states.glob("old-*"))) < 6
