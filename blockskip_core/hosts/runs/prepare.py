@@ -88,6 +88,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     _require_same_model(model, residuals)
     selection = residuals.selection
     dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+    selection.require_for(len(dit.blocks), dit.family)
     dit.adapter.require_rows(request.config.batch_size)
     trained_dit = _quantised(dit, residuals, request)
     adapters = _adapters(model, dit, residuals, request)

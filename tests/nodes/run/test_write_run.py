@@ -94,12 +94,12 @@ def test_other_software_computes_its_own_residuals_and_says_so(outside):
     given = outside.prepare()
     run = outside.write(given, resume=False)
     content = json.loads(run.read_text())
-    content["residuals"]["identity"] |= {"host": "ComfyUI 0.1", "dtype": "torch.save"}
+    content["residuals"]["identity"] |= {"host": "ComfyUI 0.1", "dtype": "torch.float16"}
     run.write_text(json.dumps(content))
     before = set((outside.output / "blockskip" / "residuals").iterdir())
     (ended,) = outside.server.train(outside.command.arguments(run))
     assert ended.code == 0
-    assert "The run was written with ComfyUI 0.1 in torch.save, and this is ComfyUI" in ended.said
+    assert "The run was written with ComfyUI 0.1 in torch.float16, and this is ComfyUI" in ended.said
     assert set((outside.output / "blockskip" / "residuals").iterdir()) == before  # the same as the node's
 
 
