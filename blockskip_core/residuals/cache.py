@@ -56,6 +56,7 @@ STORED_AS = "stored as"  # of a tensor that is in its shard under the key of ano
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of the shards written so far
+TOKEN_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 DISK_RESERVE_BYTES = 256 * 2**20  # left free for other programs
 
 
@@ -90,8 +91,15 @@ class CacheIdentity:
 
     @property
     def token_dtype(self) -> torch.dtype:
-        """``dtype`` as torch's own object."""
-        return getattr(torch, self.dtype.removeprefix("torch."))
+        """``dtype`` as torch's own object.
+
+        Raises:
+            InvalidInputError: If it is none that token streams have.
+        """
+        name = self.dtype.removeprefix("torch.")
+        if name not in TOKEN_DTYPES:
+            raise InvalidInputError(f"Residuals have one of the dtypes {', '.join(TOKEN_DTYPES)}, got {self.dtype!r}.")
+        return TOKEN_DTYPES[name]
 
     @property
     def key(self) -> str:

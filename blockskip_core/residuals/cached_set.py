@@ -21,6 +21,7 @@ from .prefetch import prefetched
 from .residual_set import PhaseProgress, ResidualSet, require_disk_space
 from .source import OpenResiduals, Reference
 
+_LATENT = "latent"
 WAITING = "waiting for another process that computes the same residuals"
 
 
@@ -139,7 +140,9 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | 
             if not is_finished(folder):
                 return None
             with closing(ResidualCache(folder, residuals.identity)) as cache:
-                return torch.stack([cache.read(draw)["latent"] for draw in range(len(residuals.schedule))])
+                return torch.stack(
+                    [cache.read(draw, _LATENT.__eq__)[_LATENT] for draw in range(len(residuals.schedule))]
+                )
 
 
 @contextmanager

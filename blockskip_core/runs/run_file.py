@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.schedule import TrainingSchedule
+from ..data.patch_sampling import PatchConfig
+from ..data.schedule import Draw, TrainingSchedule
 from ..errors import CacheError, InvalidInputError
 from ..files import write_atomically
 from ..residuals.back_response import BackResidual
@@ -164,16 +165,34 @@ def _object(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _schedule(content: Mapping[str, Any]) -> TrainingSchedule:
     try:
         schedule = TrainingSchedule.from_json(json.dumps(content))
-        whole = [type(x) for draw in schedule for x in asdict(draw).values()]
-        if set(map(str, whole)) - {str(int), str(float)} or not all(0.0 < draw.sigma <= 1.0 for draw in schedule):
-            raise TypeError("a draw is not numbers")
-    except (CacheError, TypeError, ValueError) as error:
+        from_json(PatchConfig, content["patches"], "patches in the schedule")
+        _require_whole("seed", schedule.seed, 2**64)
+        for draw in schedule:
+            _require_draw(draw)
+        if not isinstance(schedule.timesteps, str):
+            raise TypeError("timesteps must be a text")
+    except (CacheError, TypeError, ValueError, ArithmeticError) as error:
         raise InvalidInputError(f"The schedule of the run file cannot be read ({error}). Write it again.") from error
     return schedule
 
 
+def _require_draw(draw: Draw) -> None:
+    """Raise an ordinary error unless a training example is whole numbers in their bounds, and a noise level in (0, 1]."""
+    for name, value in asdict(draw).items():
+        if name != "sigma":
+            _require_whole(name, value, 2**63 if name == "noise_seed" else 2**31)
+    if type(draw.sigma) is not float or not 0.0 < draw.sigma <= 1.0:
+        raise ValueError(f"sigma must be a number above 0, at most 1.0, got {draw.sigma!r}")
+
+
+def _require_whole(name: str, value: object, end: int) -> None:
+    if type(value) is not int or not 0 <= value < end:
+        raise ValueError(f"{name} must be a whole number from 0 to {end - 1}, got {value!r}")
+
+
 def _require_consistent(run: RunFile, name: str) -> None:
-    """Check the hashes of what the file itself holds."""
+    """Check the hashes of what the file itself holds, and its dtype."""
+    run.identity.token_dtype  # noqa: B018 - checks it
     if run.schedule.fingerprint != run.identity.schedule:
         raise InvalidInputError(f"{name} has another schedule than its hash says. Write it again.")
     if run.selection.fingerprint != run.identity.selection:

@@ -302,6 +302,7 @@ class _Loop:
             CheckpointError: If the state has not the average that this run needs.
             TrainingError: If the processes find different states.
         """
+        self.together.gathered("")  # process 0 may have waited for another process that trained this run
         state = self.checkpoints and self.checkpoints.newest(self.config.steps)
         self.together.require_equal(
             str(state.step if state else 0),

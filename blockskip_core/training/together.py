@@ -3,7 +3,8 @@
 Data parallelism as in PyTorch Distributed (arXiv 2006.15704, Sec. 3.2): every process has the whole model and its own
 examples, the gradients are summed, and every process makes the same step. Differences: only the LoRA has gradients, a
 few megabytes, so they go in one buffer, once per optimiser step, after the last backward pass; and on the CPU through
-gloo, which works on every system and notices at once when a process is gone.
+gloo, which works on every system. A process that ends is noticed at once, because its connections close. A machine that
+vanishes closes nothing: within training the others then give up after ``STEP_WAIT``, elsewhere after ``PATIENT_WAIT``.
 
     g = sum over backward passes i of g_i     one process: ((g_1 + g_2) + g_3) + g_4     two: (g_1 + g_2) + (g_3 + g_4)
 
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 
 LONGEST_TEXT = 2**16  # bytes of a text that processes tell each other
-_WAIT = timedelta(days=7)  # a process that ends is noticed at once; this is for one that waits for a lock
+STEP_WAIT = timedelta(minutes=30)  # longest wait for the others within training
+PATIENT_WAIT = timedelta(days=7)  # while one waits for another run, or they compute residuals
 
 
 class Together:
@@ -52,7 +54,10 @@ class Together:
         return list(own)
 
     def gathered(self, text: str) -> list[str]:
-        """Return what every process says, by rank; a text longer than ``LONGEST_TEXT`` bytes is cut."""
+        """Return what every process says, by rank; a text longer than ``LONGEST_TEXT`` bytes is cut.
+
+        Others may take as long as ``PATIENT_WAIT``, as in :meth:`from_first`.
+        """
         return [text]
 
     def from_first(self, numbers: Sequence[int]) -> list[int]:
@@ -80,14 +85,16 @@ class Processes(Together):
     """The processes of torch's default process group, which must be initialised.
 
     Raises:
-        TrainingError: By every method, if another process has ended.
+        TrainingError: By every method, if another process has ended or does not answer in time.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = dist.get_node_local_rank(fallback_rank=self.rank)
         self.reduced_bytes = 0
-        self._group = dist.new_group(backend="gloo", timeout=_WAIT)  # whatever the default group is for
+        # Groups of our own, whatever the default group is for.
+        self._group = dist.new_group(backend="gloo", timeout=STEP_WAIT)
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENT_WAIT)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum in one buffer; a gradient that no process has stays absent, so that its parameter is not changed."""
@@ -114,18 +121,18 @@ class Processes(Together):
         coded = text.encode()[:LONGEST_TEXT]
         own[: len(coded)] = torch.tensor(bytearray(coded), dtype=torch.uint8)
         everyone = [torch.zeros_like(own) for _ in range(self.size)]
-        self._exchange(lambda: dist.all_gather(everyone, own, group=self._group))
+        self._exchange(lambda: dist.all_gather(everyone, own, group=self._patient))
         return [bytes(one.tolist()).rstrip(b"\0").decode(errors="ignore") for one in everyone]
 
     def from_first(self, numbers: Sequence[int]) -> list[int]:
         """Send how many there are, then the numbers."""
-        first = dist.get_global_rank(self._group, 0)
+        first = dist.get_global_rank(self._patient, 0)
         count = torch.tensor([len(numbers)], dtype=torch.int64)
-        self._exchange(lambda: dist.broadcast(count, first, group=self._group))
+        self._exchange(lambda: dist.broadcast(count, first, group=self._patient))
         sent = (
             torch.tensor(numbers, dtype=torch.int64) if self.rank == 0 else torch.zeros(int(count), dtype=torch.int64)
         )
-        self._exchange(lambda: dist.broadcast(sent, first, group=self._group))
+        self._exchange(lambda: dist.broadcast(sent, first, group=self._patient))
         return sent.tolist()
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -138,8 +145,8 @@ class Processes(Together):
             exchange()
         except RuntimeError as error:  # of torch's or of gloo's own making, with an address in it
             raise TrainingError(
-                f"Process {self.rank} of {self.size} lost the others: one of them has ended, and its log says why. "
-                "Start the run again; it continues from its last saved state."
+                f"Process {self.rank} of {self.size} lost the others: one of them has ended, and its log says why, or has "
+                "not answered for too long. Start the run again; it continues from its last saved state."
             ) from error
 
 
@@ -154,7 +161,7 @@ def joined() -> Iterator[Together]:
         return
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group("gloo", init_method="env://", timeout=_WAIT)
+        dist.init_process_group("gloo", init_method="env://", timeout=STEP_WAIT)
     try:
         yield Processes()
     finally:

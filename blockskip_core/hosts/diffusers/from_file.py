@@ -104,6 +104,8 @@ def _residuals(run: RunFile, material: Material, places: Places, dit: DiffusersD
     run.selection.require_for(len(dit.blocks), dit.family)
     if captions_identity(material.captions) != run.identity.captions:
         raise CacheError(f"{run.material} has other captions than the run file says. Write both again.")
+    if tensors_identity([material.latents]) != run.identity.pictures:
+        raise CacheError(f"{run.material} has other latents than the run file says. Write both again.")
     identity = replace(run.identity, host=software())
     if identity != run.identity:
         logger.warning(

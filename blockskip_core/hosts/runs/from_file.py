@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import CacheError, InvalidInputError
 from ...runs.host import Places
+from ...runs.own_residuals import kept_apart
 from ...runs.packing import Material
 from ...runs.run_file import RunFile
 from ...runs.typed import from_json
@@ -65,7 +66,7 @@ def prepare(run: RunFile, places: Places, progress: RunProgress, together: Toget
     _take_own_gpu(together)
     material = run.read_material(places.data.file(run.material))
     model = _model(run, places)
-    prepared = _prepared(run, material, model)
+    prepared = _prepared(run, material, model, progress)
     prepared.request.config.micro_batches.share_of(together.rank, together.size)  # refused now rather than in training
     return OutsideRun(prepared, progress, together)
 
@@ -93,14 +94,15 @@ def _model(run: RunFile, places: Places) -> Any:
     return model
 
 
-def _prepared(run: RunFile, material: Material, model: Any) -> PreparedRun:
+def _prepared(run: RunFile, material: Material, model: Any, progress: RunProgress) -> PreparedRun:
     from ..inputs.conditioning import flatten_conditionings
     from ..models.hosted_dit import HostedDit
     from .prepare import prepare as prepare_run
 
     flatten_conditionings(material.captions, with_references=True)  # they may be anything
     dit = HostedDit(model, material.captions, material.latents.shape[1:])
-    return prepare_run(model, _residuals(run, material, str(dit.dtype)), _request(run.settings, material))
+    residuals = kept_apart(_residuals(run, material, str(dit.dtype)), run.material_hash, progress)
+    return prepare_run(model, residuals, _request(run.settings, material))
 
 
 def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
@@ -149,8 +151,9 @@ class OutsideRun:
 
     @property
     def agreed(self) -> Mapping[str, object]:
-        """What the run is, and its length."""
-        return {**self._run.identity.parts, "number of steps": self._run.request.steps}
+        """What the run is, its length, and where its residuals are kept."""
+        length, folder = self._run.request.steps, self._run.residuals.folder.name
+        return {**self._run.identity.parts, "number of steps": length, "folder of residuals": folder}
 
     def train(self) -> None:
         """Train in this process; process 0 writes."""

@@ -14,7 +14,7 @@ from ...accounting.step_estimate import estimated_step_bytes
 from ...adapters.lora import LinearShape, LoraAdapters
 from ...errors import CacheError
 from ...residuals.residual_set import ResidualSet
-from ...training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ...training.checkpoints import Checkpoints, RunIdentity
 from ...version import VERSION
 from ..families.lora_names import FileNames, file_names
 from ..files.folders import run_folder
@@ -88,6 +88,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     _require_same_model(model, residuals)
     selection = residuals.selection
     dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+    selection.require_for(len(dit.blocks), dit.family)
     dit.adapter.require_rows(request.config.batch_size)
     trained_dit = _quantised(dit, residuals, request)
     adapters = _adapters(model, dit, residuals, request)
@@ -95,11 +96,9 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     rows = {name: adapters.up(name).shape[0] for name in adapters.names}
     names = file_names(model.model, dit.adapter, rows, request.file_format)
     identity = _identity(residuals, request, adapters, first_values)
-    folder = run_folder(identity.key)
     checkpoints = Checkpoints(
-        folder, identity, every=request.save_every, keep=request.keep_last, resume=request.resume
+        run_folder(identity.key), identity, every=request.save_every, keep=request.keep_last, resume=request.resume
     )  # fmt: skip
-    remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
     sampler = None if request.samples is None else TrainingSampler(model, request.samples, selection)
     return PreparedRun(
         request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,

@@ -9,11 +9,13 @@ import comfy.model_management
 from ...errors import TrainingError
 from ...model import WeightPlacement
 from ...residuals.sources import source_of
+from ...training.checkpoints import KEPT_RUNS, remove_old_runs
 from ...training.loop import train_lora
 from ...training.observer import OnStep, TrainingObserver
 from ...training.result import StepReport
 from ...training.shared_residuals import write_cache_together
 from ...training.together import Together
+from ..files.folders import run_folder
 from ..files.lora_files import ReservedName
 from ..models.out_of_memory import (
     OutOfMemoryError,
@@ -58,6 +60,7 @@ def carry_out(run: PreparedRun, progress: RunProgress, view: RunView, together: 
             "waiting for another process that trains the same run", min(step, run.request.steps), run.request.steps
         )
 
+    remove_old_runs(run_folder(run.identity.key).parent, keep=KEPT_RUNS - 1, exclude=run.identity.key)
     with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
         outcome = RunOutcome(PeakMemory(run.dit.device), name)
         _Training(run, outcome, progress, view, together).train()

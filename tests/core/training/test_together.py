@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 from blockskip_pack.blockskip_core.data.micro_batches import MicroBatches
 from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
+from blockskip_pack.blockskip_core.training import together as together_module
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from blockskip_pack.blockskip_core.training.loop import train_lora
@@ -174,6 +177,40 @@ def test_only_the_first_process_writes_states(tmp_path):
     in_processes(tmp_path, 2, lambda together: run(together, folder=tmp_path / f"states-{together.rank}"))
     assert len(list((tmp_path / "states-0").glob("state-*"))) == STEPS
     assert not (tmp_path / "states-1").exists()
+
+
+def test_states_are_looked_for_after_process_0_has_waited(tmp_path):
+    """Another run trains the same and is two steps further when process 0 gets its lock."""
+    states = tmp_path / "states"
+
+    def work(together):
+        if together.rank == 0:
+            time.sleep(1.0)
+            run(Together(), steps=2, folder=states)
+        return run(together, steps=4, folder=states)
+
+    expected = run(Together(), steps=4)
+    for ended in in_processes(tmp_path / "work", 2, work):
+        assert ended.error == ""
+        assert ended.result[1] == expected[1]
+
+
+def test_in_training_a_silent_process_is_given_up_and_elsewhere_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(together_module, "STEP_WAIT", timedelta(seconds=1))
+
+    def work(together):
+        if together.rank == 1:
+            time.sleep(3.0)
+        together.gathered("")
+        together.from_first([])
+        if together.rank == 1:
+            time.sleep(3.0)
+            return None
+        return together.in_order([1.0])
+
+    first, _second = in_processes(tmp_path, 2, work)
+    assert first.error.startswith("TrainingError: Process 0 of 2 lost the others")
+    assert "or has not answered for too long" in first.error
 
 
 def test_processes_that_find_different_states_do_not_start(tmp_path):

@@ -189,6 +189,7 @@ def changed(run, change):
         (lambda run: run["settings"]["files"].update(output_name="../x"), "output_name must be letters, digits"),
         (lambda run: run["settings"]["lora"].update(rank=0), "The rank must be at least 1"),
         (lambda run: run["residuals"]["identity"].update(captions="0"), "has other captions than the run file says"),
+        (lambda run: run["residuals"]["identity"].update(pictures="0"), "has other latents than the run file says"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(run, models, capsys, change, message):

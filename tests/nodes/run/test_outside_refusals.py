@@ -72,6 +72,10 @@ CHANGES = {
     "another format": (lambda run: run.update(format="x"), "is not a run file"),
     "an unknown host": (lambda run: run.update(host="elsewhere"), "is for the host 'elsewhere', and this version knows"),
     "another schedule": (lambda run: run["schedule"].update(seed=99), "has another schedule than its hash says"),
+    "a caption between two": (lambda run: run["schedule"]["draws"][0].__setitem__(1, 0.5), "caption must be a whole number"),
+    "a dtype that is none": (
+        lambda run: run["residuals"]["identity"].update(dtype="torch.nope"), "Residuals have one of the dtypes float64"
+    ),
     "a draw that is text": (lambda run: run["schedule"]["draws"][0].__setitem__(2, "x"), "cannot be read"),
     "another selection": (lambda run: run["selection"].update(front=0), "another selection of blocks"),
     "no settings": (lambda run: run.pop("settings"), "has no settings"),
@@ -132,7 +136,7 @@ def test_another_schedule_in_one_process(outside, run):
     other = outside.write(given, resume=False)
     ended = outside.server.train({0: outside.command.arguments(run), 1: outside.command.arguments(other)}, 2)
     assert [one.code for one in ended] == [1, 1]
-    assert "it differs in residuals: schedule." in ended[0].said
+    assert "it differs in folder of residuals, residuals: schedule." in ended[0].said
 
 
 def test_a_step_that_cannot_be_shared(outside, run):
@@ -167,6 +171,31 @@ def test_material_that_has_changed(outside, run):
     path = run.with_suffix(".safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     refused(outside, outside.command.arguments(run), "has changed since the run file was written beside it")
+
+
+def test_latents_that_are_not_those_of_the_residuals(outside, run, core):
+    """Somebody has exchanged the latents, with a hash that is right."""
+    packing = core("runs.packing")
+    path, content = run.with_suffix(".safetensors"), json.loads(run.read_text())
+    given = packing.read_material(path, content["material"]["hash"])
+    hashed = packing.write_material(replace(given, latents=given.latents + 1), path)
+    edited(run, lambda content: content["material"].update(hash=hashed))
+    refused(outside, outside.command.arguments(run), "were computed from other latents than this run file has")
+    (cache,) = (outside.output / "blockskip" / "residuals").iterdir()
+    shutil.rmtree(cache)
+    assert outside.server.train(outside.command.arguments(run))[0].code == 0
+    assert not cache.exists()  # where ComfyUI would look
+
+
+def test_a_selection_for_another_model(outside, run, core):
+    selection_of, from_json = core("selection.selection").BlockSelection, core("runs.typed").from_json
+
+    def change(content):
+        content["selection"]["family"] = "another"
+        found = from_json(selection_of, content["selection"], "selection").fingerprint
+        content["residuals"]["identity"]["selection"] = found
+
+    refused(outside, outside.command.arguments(edited(run, change)), "The selection was made for")
 
 
 def test_captions_that_are_none(outside, run, core):

@@ -121,12 +121,12 @@ def test_other_software_computes_its_own_residuals_and_says_so(outside):
     given = outside.prepare()
     run = outside.write(given, resume=False)
     content = json.loads(run.read_text())
-    content["residuals"]["identity"] |= {"host": "ComfyUI 0.1", "dtype": "torch.save"}
+    content["residuals"]["identity"] |= {"host": "ComfyUI 0.1", "dtype": "torch.float16"}
     run.write_text(json.dumps(content))
     before = set((outside.output / "blockskip" / "residuals").iterdir())
     (ended,) = outside.server.train(outside.command.arguments(run))
     assert ended.code == 0
-    assert "The run was written with ComfyUI 0.1 in torch.save, and this is ComfyUI" in ended.said
+    assert "The run was written with ComfyUI 0.1 in torch.float16, and this is ComfyUI" in ended.said
     assert set((outside.output / "blockskip" / "residuals").iterdir()) == before  # the same as the node's
 
 
@@ -141,3 +141,20 @@ def test_a_model_that_is_a_link_is_read_from_where_it_leads(outside, tmp_path):
     run = outside.write(given, resume=False)  # checks the command that is shown
     (ended,) = outside.server.train(outside.command.arguments(run, "--models", str(tmp_path / "disk")))
     assert ended.code == 0, ended
+
+
+def test_writing_a_run_and_refusing_one_remove_no_training_states(outside, core, monkeypatch):
+    """Old states are removed by the run that is carried out, and by its process 0 alone."""
+    given = outside.prepare()
+    states = outside.output / "blockskip" / "runs"
+    for number in range(6):
+        (states / f"old-{number}").mkdir(parents=True)
+        (states / f"old-{number}" / "state-00000001.safetensors").touch()
+    run = outside.write(given, resume=False, accumulation=2)
+    other = run.with_name("other.json")
+    other.write_text(run.read_text().replace('"seed": 5', '"seed": 6', 1))
+    arguments = {0: outside.command.arguments(run), 1: outside.command.arguments(other)}
+    assert [one.code for one in outside.server.train(arguments, 2)] == [1, 1]
+    assert len(list(states.iterdir())) == 6
+    trained_outside(outside, run, 2)
+    assert len(list(states.glob("old-*"))) < 6
