@@ -69,7 +69,9 @@ def test_all_that_is_read_of_a_folder_is_inside(folders, tmp_path):
     os.symlink(tmp_path / "secret", model / "unread")
     assert folders.folder_with("model", "index.json", "part", "absent") == model
     os.symlink(tmp_path / "secret", model / "part" / "more.bin")
-    with pytest.raises(InvalidInputError, match="model/part/more.bin is a link to .*, outside the folders named with --models"):
+    with pytest.raises(
+        InvalidInputError, match="model/part/more.bin is a link to .*, outside the folders named with --models"
+    ):
         folders.folder_with("model", "index.json", "part")
     os.symlink(tmp_path, model / "whole")
     with pytest.raises(InvalidInputError, match="model/whole is a link to .*, outside the folders named with --models"):

@@ -34,7 +34,8 @@ def test_the_ranges_are_those_of_the_pipelines_own_calls(pair):
         called = []
         model = getattr(pair, name)
         hook = model.register_forward_pre_hook(
-            lambda module, args, kwargs, called=called: called.append(float(kwargs["timestep"][0]) / 1000), with_kwargs=True
+            lambda module, args, kwargs, called=called: called.append(float(kwargs["timestep"][0]) / 1000),
+            with_kwargs=True,
         )
         pair(
             "a cat", height=SIDE, width=SIDE, num_frames=1, num_inference_steps=12, guidance_scale=1.0,
@@ -74,5 +75,8 @@ def test_a_run_file_names_the_transformer(pair, tmp_path):
     spans = blockskip.BlockSelection(front=1, back=1, num_blocks=WAN.num_blocks, family="wan")
     config = blockskip.TrainingConfig(steps=1)
     host.write_run(tmp_path / "run.json", dit, examples, spans, config, folder="tiny", component="transformer_2")
-    assert main([str(tmp_path / "run.json"), "--models", str(tmp_path / "models"), "--output", str(tmp_path / "output")]) == 0
+    assert (
+        main([str(tmp_path / "run.json"), "--models", str(tmp_path / "models"), "--output", str(tmp_path / "output")])
+        == 0
+    )
     assert [path.name for path in (tmp_path / "output" / "loras").iterdir()] == ["blockskip_00001.safetensors"]

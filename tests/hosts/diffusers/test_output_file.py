@@ -12,7 +12,8 @@ from blockskip_pack.blockskip_core.hosts.diffusers.output_file import OutputFile
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"), [("con/x", "_con/x"), ("aux.x/y", "_aux.x/y"), ("a./b", "a/b"), ("x/NUL", "x/_NUL"), ("a.", "a")]
+    ("name", "instead"),
+    [("con/x", "_con/x"), ("aux.x/y", "_aux.x/y"), ("a./b", "a/b"), ("x/NUL", "x/_NUL"), ("a.", "a")],
 )
 def test_a_name_that_windows_refuses_or_changes(name, instead):
     with pytest.raises(InvalidInputError, match=f"Use a name such as {instead}[.]$"):
@@ -30,7 +31,10 @@ def test_two_runs_at_once_have_two_files_and_leave_nothing(tmp_path):
         assert first.renew().name == "x_00004.safetensors"
     with OutputFile(tmp_path, "loras/x") as third:
         assert third.path.name == "x_00003.safetensors"
-    assert sorted(path.name for path in (tmp_path / "loras").iterdir()) == ["x_00001.safetensors", "x_00002.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "loras").iterdir()) == [
+        "x_00001.safetensors",
+        "x_00002.safetensors",
+    ]
 
 
 def test_a_name_that_only_another_run_has_reserved_is_free_once_that_run_is_dropped(tmp_path):
@@ -53,6 +57,8 @@ def test_a_link_out_of_the_output_folder(tmp_path):
     for name in ("output", "elsewhere"):
         (tmp_path / name).mkdir()
     os.symlink(tmp_path / "elsewhere", tmp_path / "output" / "loras")
-    with pytest.raises(InvalidInputError, match="deep leads to .*elsewhere.deep, outside .*output, and nothing is written"):
+    with pytest.raises(
+        InvalidInputError, match="deep leads to .*elsewhere.deep, outside .*output, and nothing is written"
+    ):
         OutputFile(tmp_path / "output", "loras/deep/x")
     assert list((tmp_path / "elsewhere").iterdir()) == []

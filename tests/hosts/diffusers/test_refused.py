@@ -239,14 +239,16 @@ TEXT_ENCODER = "text_encoder/model.safetensors.index.json"
 
 
 def test_a_pipeline_in_parts_is_loaded(in_parts):
-    assert (in_parts / TRANSFORMER).exists() and (in_parts / TEXT_ENCODER).exists()
+    assert (in_parts / TRANSFORMER).exists()
+    assert (in_parts / TEXT_ENCODER).exists()
     loaded, expected = host.load_pipeline(in_parts), build("flux").transformer.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.transformer.state_dict().items())
 
 
 @pytest.mark.parametrize("index", [TRANSFORMER, TEXT_ENCODER])
 @pytest.mark.parametrize(
-    "part", ["x.bin", "../x.safetensors", "/x.safetensors", "..\\x.safetensors", "c:x.safetensors", 3, "x.safetensors.bin"]
+    "part",
+    ["x.bin", "../x.safetensors", "/x.safetensors", "..\\x.safetensors", "c:x.safetensors", 3, "x.safetensors.bin"],
 )
 def test_an_index_that_names_something_else(in_parts, monkeypatch, index, part):
     monkeypatch.setattr(torch, "load", lambda *_args, **_settings: pytest.fail("torch.load was called"))
@@ -262,11 +264,15 @@ def test_an_index_that_names_something_else(in_parts, monkeypatch, index, part):
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}'])
 def test_a_damaged_index(in_parts, content):
     (in_parts / TRANSFORMER).write_text(content, encoding="utf-8")
-    with pytest.raises(InvalidInputError, match="index.json (cannot be read|must name safetensors files beside it, got None)"):
+    with pytest.raises(
+        InvalidInputError, match="index.json (cannot be read|must name safetensors files beside it, got None)"
+    ):
         host.load_transformer(in_parts)
 
 
 def test_an_adapter_that_names_its_base(in_parts):
-    (in_parts / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/x"}', encoding="utf-8")
+    (in_parts / "text_encoder" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "/x"}', encoding="utf-8"
+    )
     with pytest.raises(UnsupportedModelError, match="text_encoder has an adapter .* may name files elsewhere"):
         host.load_pipeline(in_parts)
