@@ -18,6 +18,7 @@ from blockskip_pack.blockskip_core.runs.run_file import RunFile
 from blockskip_pack.blockskip_core.training.together import Together
 from safetensors.torch import load_file
 
+from ...core.processes import in_processes, needs_fork
 from .tiny_models import FLUX, PLAN
 from .tiny_pipelines import build
 
@@ -89,6 +90,31 @@ def test_a_finished_run_is_continued_from_its_last_state(run, models, capsys):
     first, second = map(load_file, saved(run))
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
     assert capsys.readouterr().out.count("The LoRA is ") == 2
+
+
+@needs_fork
+@pytest.mark.parametrize("storage", ["disk", "on the fly"])
+def test_two_processes_train_the_lora_of_one_to_the_bit(tmp_path, models, dit, examples, storage):
+    """Which also means that both agree on the run, that one of them writes, and that no lock or part is left."""
+    files = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        for name in ("output", "runs"):
+            (folder / name).mkdir(parents=True)
+        run = written(folder / "runs" / "run.json", dit, examples, storage=storage)
+        ended = in_processes(folder / "meeting", size, lambda _together, run=run: train(run, models))
+        assert [(each.result, each.error) for each in ended] == [(0, "")] * size
+        (file,) = saved(run)
+        files.append(load_file(file))
+    one, two = files
+    assert one.keys() == two.keys()
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+def test_the_help_names_what_this_host_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "diffusers' --device NAME" in " ".join(capsys.readouterr().out.split())
 
 
 class Shown:
