@@ -197,7 +197,7 @@ def test_weights_may_take_what_training_took_and_the_budget(module, monkeypatch)
     request = module.sample_request(captions((5,)), None, vae=Recorder(), every=1, budget_bytes=1000.0)
     sampler = module.TrainingSampler(patcher, request, SELECTION)
     monkeypatch.setattr(module.comfy.model_management, "get_free_memory", lambda device: 10_000_000)
-    monkeypatch.setattr(patcher.model, "memory_required", lambda shape: 300)
+    monkeypatch.setattr(patcher.model, "memory_required", lambda shape, cond_shapes: 300)
     assert sampler._to_keep_free(2000) == 10_000_000 - (2000 + 1000 - 300)
     assert sampler._to_keep_free(0) == 10_000_000 - 700
     assert sampler._to_keep_free(20_000_000) == 300  # all weights, and memory for sampling
