@@ -76,5 +76,7 @@ def test_a_schedule_that_is_none(path, change):
 @pytest.mark.parametrize("dtype", ["torch.nope", "load", "torch.load", "int8", ""])
 def test_a_dtype_that_is_none(path, dtype):
     edited(path, lambda run: run["residuals"]["identity"].update(dtype=dtype))
-    with pytest.raises(InvalidInputError, match="Residuals have one of the dtypes float64, float32, bfloat16, float16, got"):
+    with pytest.raises(
+        InvalidInputError, match="Residuals have one of the dtypes float64, float32, bfloat16, float16, got"
+    ):
         RunFile.read(path)
