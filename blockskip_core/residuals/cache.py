@@ -181,10 +181,10 @@ class CacheWriter:
         self.write_unfinished()
 
     def adopt(self, part: Path) -> None:
-        """Take over the draws of another unfinished cache of the same residuals that are intact, and remove it if these are all.
+        """Take over what is intact of another unfinished cache of the same residuals, and remove it if that is all.
 
-        Shards are renamed, not copied. If that is interrupted, draws are computed again, and nothing is misread. What cannot be read
-        stays where it is: on a shared disk it may be what another machine has just written.
+        Shards are renamed, not copied. If that is interrupted, draws are computed again, and nothing is misread. What
+        cannot be read stays where it is: on a shared disk it may be what another machine has just written.
 
         Raises:
             StorageError: If the disk cannot be written.

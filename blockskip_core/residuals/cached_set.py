@@ -95,8 +95,8 @@ def finish_whole(residuals: ResidualSet, writer: CacheWriter) -> None:
     missing = missing_draws(residuals, writer)
     if missing:
         raise CacheError(
-            f"{len(missing)} of {len(residuals.schedule)} residuals are missing in {residuals.folder.name}: what a process has computed "
-            "cannot be read. The others are kept. Run again when all processes see the same disk."
+            f"{len(missing)} of {len(residuals.schedule)} residuals are missing in {residuals.folder.name}: what a process "
+            "has computed cannot be read. The others are kept. Run again when all processes see the same disk."
         )
     writer.finish()
     for part in parts_of(residuals.folder):
@@ -140,9 +140,8 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | 
             if not is_finished(folder):
                 return None
             with closing(ResidualCache(folder, residuals.identity)) as cache:
-                return torch.stack(
-                    [cache.read(draw, _LATENT.__eq__)[_LATENT] for draw in range(len(residuals.schedule))]
-                )
+                draws = range(len(residuals.schedule))
+                return torch.stack([cache.read(draw, _LATENT.__eq__)[_LATENT] for draw in draws])
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Where a run file's residuals are kept on disk: never where its latents could be mistaken for those of other pictures.
 
-Residuals are known by the pictures that the host encoded, and the host reads latents back from a finished cache instead of
-encoding again. The latents of a run file may come from anybody, and nothing ties them to those pictures. So a finished
-cache is used if its latents are the run file's, bit for bit, and everything else is computed into a folder whose name also
-contains the hash of the run file's material, where no host looks.
+Residuals are known by the pictures that the host encoded, and the host reads latents back from a finished cache instead
+of encoding again. The latents of a run file may come from anybody, and nothing ties them to those pictures. So a
+finished cache is used if its latents are the run file's, bit for bit, and everything else is computed into a folder whose
+name also contains the hash of the run file's material, where no host looks.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def kept_apart(residuals: ResidualSet, material_hash: str, progress: PhaseProgre
         return _apart(residuals, material_hash)
     if stored.dtype != residuals.latents.dtype or not torch.equal(stored, residuals.latents):
         raise CacheError(
-            f"The residuals in {residuals.folder.name} were computed from other latents than this run file has, for the same pictures. "
-            "Write the run again where these residuals are, or move their folder away."
+            f"The residuals in {residuals.folder.name} were computed from other latents than this run file has, for the same "
+            "pictures. Write the run again where these residuals are, or move their folder away."
         )
     return residuals
 

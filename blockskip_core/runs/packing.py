@@ -5,8 +5,8 @@ JSON in the file's metadata, as nested pairs of a kind and a content:
 
     ["tensor", name]   ["list", [...]]   ["dict", {...}]   ["value", number, text, true, false or null]
 
-A tensor that several captions share, as every training example of an edit model shares its text, is stored once, under the name of
-its first place, and is one tensor again when it is read.
+A tensor that several captions share, as the training examples of an edit model share their texts, is stored once, under
+the name of its first place, and is one tensor again when it is read.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def _schedule(content: Mapping[str, Any]) -> TrainingSchedule:
 
 
 def _require_draw(draw: Draw) -> None:
-    """Raise an ordinary error unless a training example is whole numbers in their bounds, and a noise level in (0, 1]."""
+    """Raise an ordinary error unless a draw is whole numbers within bounds, and a noise level in (0, 1]."""
     for name, value in asdict(draw).items():
         if name != "sigma":
             _require_whole(name, value, 2**63 if name == "noise_seed" else 2**31)

@@ -2,7 +2,8 @@
 
 Draws pass the model one by one, so a draw's residual does not depend on who computes it. Each process writes a cache of
 its own beside the shared one; at the end process 0 renames their shards into it and writes the manifest, if every draw
-is there. Process 0 alone decides what is missing, because machines may see a shared disk differently. If the processes are interrupted, the next ones, in whatever number, take over the finished shards and share out the rest.
+is there. Process 0 alone decides what is missing, because machines may see a shared disk differently. If the processes
+are interrupted, the next ones, in whatever number, take over the finished shards and share out the rest.
 
 A linear response is fitted on draws of the whole schedule, so it is left to process 0; the others wait.
 """
@@ -87,6 +88,8 @@ def _share_computed(
     """Compute a process's share of what is missing, and return what went wrong, as a sentence."""
     if not _appears(lambda: (residuals.folder / UNFINISHED).is_file()):
         return f"It does not see the folder {residuals.folder}. All processes must see the same output folder."
+    if not own:
+        return ""
     folder = part_folder(residuals.folder, rank)
     try:
         with lock(folder, waiting_for_another(residuals, progress)):

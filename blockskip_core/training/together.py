@@ -129,9 +129,8 @@ class Processes(Together):
         first = dist.get_global_rank(self._patient, 0)
         count = torch.tensor([len(numbers)], dtype=torch.int64)
         self._exchange(lambda: dist.broadcast(count, first, group=self._patient))
-        sent = (
-            torch.tensor(numbers, dtype=torch.int64) if self.rank == 0 else torch.zeros(int(count), dtype=torch.int64)
-        )
+        given = numbers if self.rank == 0 else [0] * int(count)
+        sent = torch.tensor(given, dtype=torch.int64)
         self._exchange(lambda: dist.broadcast(sent, first, group=self._patient))
         return sent.tolist()
 

@@ -1,4 +1,4 @@
-"""A GPU of its own for each process of a machine. ComfyUI uses torch's current device, the first one in every process."""
+"""A GPU of its own for each process of a machine. ComfyUI uses torch's current device: the first one everywhere."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def take_own_gpu(local_rank: int, size: int, named: str | int | None = None) -> 
     Args:
         local_rank: Number of the process on this machine, from 0.
         size: Number of processes of the run.
-        named: ComfyUI's own ``--cuda-device``: the GPUs to use, such as ``1`` or ``"0,2"``; None for all. ComfyUI's ``main`` would hide the
-            others through an environment variable, which has no effect once torch has started.
+        named: ComfyUI's own ``--cuda-device``: the GPUs to use, such as ``1`` or ``"0,2"``; None for all. ComfyUI's
+            ``main`` would hide the others through an environment variable, too late here.
 
     Raises:
         InvalidInputError: If a GPU is named that is not there.

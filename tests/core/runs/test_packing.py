@@ -49,11 +49,8 @@ def test_files_with_a_tensor_for_each_place_are_read(tmp_path):
     path = tmp_path / "a.safetensors"
     names = ["caption/0/0/0", "caption/1/0/0"]
     packed = ["list", [["list", [["list", [["tensor", name], ["dict", {}]]]]] for name in names]]
-    save_file(
-        {"latents": torch.zeros(2, 1, 1, 1), **{name: torch.ones(1) for name in names}},
-        path,
-        {"captions": json.dumps(packed)},
-    )
+    tensors = {"latents": torch.zeros(2, 1, 1, 1), **{name: torch.ones(1) for name in names}}
+    save_file(tensors, path, {"captions": json.dumps(packed)})
     found = read_material(path, content_hash(path)).captions
     assert [caption[0][0].item() for caption in found] == [1.0, 1.0]
 

@@ -176,12 +176,7 @@ def test_what_cannot_be_read_is_neither_declared_finished_nor_thrown_away(tmp_pa
         assert ended.error.startswith("TrainingError: 2 of 11 residuals are missing in ")
     assert manifest_names(residuals) == {"unfinished.json"}
     computed = []
-    real = cached_set.compute_chunk
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cached_set, "compute_chunk", lambda r, d, draws, *more: computed.append(draws) or real(r, d, draws, *more)
-        )
-        write_cache(residuals, PlainDit(), quiet)  # takes over the shard that came late
+    write_cache(residuals, PlainDit(), lambda *_: computed.append(1))  # takes over the shard that came late
     assert computed == []
     assert_same(content(residuals)[0], expected[0])
     assert sorted(path.name for path in residuals.folder.parent.iterdir()) == [residuals.folder.name]
