@@ -30,9 +30,7 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,13 +45,24 @@ from ..errors import CacheError, InvalidInputError, StorageError
 from ..files import open_tensors, remove_leftovers, what_helps, write_atomically
 from ..units import format_bytes
 from .format import ResidualFormat, unpacked
+from .shards import (
+    SHARD_NAME,
+    STORED_AS,
+    checked,
+    checksum,
+    damaged,
+    draw_of,
+    look,
+    read_checked,
+    read_manifest,
+    shard_number,
+    unreadable,
+)
 
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 TEXT = "front.txt"
-STORED_AS = "stored as"  # of a tensor that is in its shard under the key of another draw
-_SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of the shards written so far
 TOKEN_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -149,9 +158,9 @@ class CacheWriter:
         if identity.back_residual != "constant" and not any(key.startswith("0/") for key in self._tensors):
             self._tensors = {}  # the response that the others were computed with is stored with draw 0
         texts = {key: entry for key, entry in self._tensors.items() if key.endswith("/" + TEXT)}
-        self._texts = {_look(entry): (key, entry) for key, entry in texts.items() if STORED_AS not in entry}
-        self._num_shards = 1 + max((_shard_number(entry) for entry in self._tensors.values()), default=-1)
-        self.draws = set(map(_draw_of, self._tensors))
+        self._texts = {look(entry): (key, entry) for key, entry in texts.items() if STORED_AS not in entry}
+        self._num_shards = 1 + max((shard_number(entry) for entry in self._tensors.values()), default=-1)
+        self.draws = set(map(draw_of, self._tensors))
         try:
             if not self._tensors and folder.exists():
                 shutil.rmtree(folder)
@@ -171,7 +180,7 @@ class CacheWriter:
         entries: dict[str, dict[str, object]] = {}
         for key, tensor in flat.items():
             form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-            entry: dict[str, object] = {"shard": name, "checksum": _checksum(tensor), **form}
+            entry: dict[str, object] = {"shard": name, "checksum": checksum(tensor), **form}
             entries[key] = self._stored_before(key, tensor, entry, flat) or entry
         own = {key: tensor for key, tensor in flat.items() if STORED_AS not in entries[key]}
         write_atomically(self._folder / name, lambda path: save_file(own, path))
@@ -200,7 +209,7 @@ class CacheWriter:
                 ) from error
             self._tensors.update({key: {**e, "shard": name} for key, e in found.items() if e["shard"] == shard})
             self._num_shards = number + 1
-        self.draws = set(map(_draw_of, self._tensors))
+        self.draws = set(map(draw_of, self._tensors))
         self.write_unfinished()
         with contextlib.suppress(CacheError):
             if stored_draws(part, self._identity) <= self.draws:
@@ -216,7 +225,7 @@ class CacheWriter:
         """Return the entry of a text that is stored already, bit for bit; None if it is not, or no text."""
         if not key.endswith("/" + TEXT):
             return None
-        first, found = self._texts.setdefault(_look(entry), (key, entry))
+        first, found = self._texts.setdefault(look(entry), (key, entry))
         before = flat[first] if first in flat else self.read(first)
         same = first != key and before is not None and torch.equal(before, tensor)
         return {**found, STORED_AS: first} if same else None
@@ -224,7 +233,7 @@ class CacheWriter:
     def read(self, key: str) -> Tensor | None:
         """Return a written tensor by its key "draw/name", or None."""
         entry = self._tensors.get(key)
-        return None if entry is None else _read_checked(self._folder / str(entry["shard"]), key, entry)
+        return None if entry is None else read_checked(self._folder / str(entry["shard"]), key, entry)
 
     def finish(self) -> None:
         """Write the manifest, which makes the cache complete."""
@@ -257,7 +266,7 @@ class ResidualCache:
     def __init__(self, folder: Path, identity: CacheIdentity) -> None:
         self._folder = folder
         self._identity = identity
-        body = _read_manifest(folder, MANIFEST)
+        body = read_manifest(folder, MANIFEST)
         differing = identity.difference(body["identity"])
         if differing:
             raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
@@ -317,24 +326,24 @@ class ResidualCache:
         """
         found = self.first(name)
         if found is None:
-            raise CacheError(_damaged(self._folder, MANIFEST))
+            raise CacheError(damaged(self._folder, MANIFEST))
         return found
 
     def _read_tensor(self, key: str) -> Tensor:
         entry = self._tensors[key]
         try:
-            return _checked(self._shard(str(entry["shard"])).get_tensor(str(entry.get(STORED_AS, key))), entry)
+            return checked(self._shard(str(entry["shard"])).get_tensor(str(entry.get(STORED_AS, key))), entry)
         except CacheError:
             raise
         except (SafetensorError, FileNotFoundError, ValueError) as error:
-            raise CacheError(_damaged(self._folder, str(entry["shard"]))) from error
+            raise CacheError(damaged(self._folder, str(entry["shard"]))) from error
         except OSError as error:
-            raise _unreadable(self._folder, error) from error
+            raise unreadable(self._folder, error) from error
 
     def _shard(self, name: str) -> safe_open:
         if name not in self._shards:
-            if not _SHARD_NAME.fullmatch(name):
-                raise CacheError(_damaged(self._folder, MANIFEST))
+            if not SHARD_NAME.fullmatch(name):
+                raise CacheError(damaged(self._folder, MANIFEST))
             self._shards[name] = open_tensors(self._folder / name)
         return self._shards[name]
 
@@ -350,17 +359,17 @@ def stored_draws(folder: Path, identity: CacheIdentity) -> set[int]:
     Raises:
         CacheError: If there is none, it is damaged, or it was made from something else.
     """
-    body = _read_manifest(folder, UNFINISHED)
+    body = read_manifest(folder, UNFINISHED)
     differing = identity.difference(body["identity"])
     if differing:
         raise CacheError(f"The stored residuals belong to another {' and '.join(differing)}.")
-    return set(map(_draw_of, body["tensors"]))
+    return set(map(draw_of, body["tensors"]))
 
 
 def num_shards(folder: Path) -> int:
     """Return the number of complete shards in a folder."""
     try:
-        return sum(_SHARD_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
+        return sum(SHARD_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
     except OSError:  # it does not exist yet
         return 0
 
@@ -379,7 +388,7 @@ def _whole_draws(folder: Path, identity: CacheIdentity, known: Collection[int] =
         return {}
     found: dict[str, dict[str, object]] = {}
     try:
-        body = _read_manifest(folder, UNFINISHED)
+        body = read_manifest(folder, UNFINISHED)
         if identity.difference(body["identity"]):
             return {}
     except CacheError as error:
@@ -387,7 +396,7 @@ def _whole_draws(folder: Path, identity: CacheIdentity, known: Collection[int] =
         return {}
     draws: dict[int, dict[str, dict[str, object]]] = {}
     for key, entry in body["tensors"].items():
-        draws.setdefault(_draw_of(key), {})[key] = entry
+        draws.setdefault(draw_of(key), {})[key] = entry
     damage: list[CacheError] = []
     for draw, entries in draws.items():
         try:
@@ -406,90 +415,6 @@ def _whole_draws(folder: Path, identity: CacheIdentity, known: Collection[int] =
 
 def _require_intact(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
     for key, entry in entries.items():
-        if not _SHARD_NAME.fullmatch(str(entry["shard"])):
-            raise CacheError(_damaged(folder, UNFINISHED))
-        _read_checked(folder / str(entry["shard"]), key, entry)
-
-
-def _draw_of(key: str) -> int:
-    return int(key.split("/", 1)[0])
-
-
-def _shard_number(entry: Mapping[str, object]) -> int:
-    return int(str(entry["shard"]).removeprefix("shard-").removesuffix(".safetensors"))
-
-
-def _read_checked(path: Path, key: str, entry: Mapping[str, object]) -> Tensor:
-    """Read one tensor of a shard.
-
-    Raises:
-        CacheError: If it is not the tensor that was written.
-    """
-    try:
-        with open_tensors(path) as shard:
-            return _checked(shard.get_tensor(str(entry.get(STORED_AS, key))), entry)
-    except (SafetensorError, FileNotFoundError, ValueError) as error:
-        raise CacheError(_damaged(path.parent, path.name)) from error
-    except OSError as error:
-        raise _unreadable(path.parent, error) from error
-
-
-def _checked(tensor: Tensor, entry: Mapping[str, object]) -> Tensor:
-    """Return a tensor that matches its entry; raise ValueError otherwise."""
-    form = (list(tensor.shape), str(tensor.dtype))
-    if form != (entry["shape"], entry["dtype"]) or _checksum(tensor) != entry["checksum"]:
-        raise ValueError("It is not what was written.")
-    return tensor
-
-
-def _read_manifest(folder: Path, name: str) -> dict:
-    path = folder / name
-    if not path.is_file():
-        raise CacheError("The stored residuals are missing or unfinished.")
-    try:
-        outer = json.loads(path.read_text(encoding="utf-8"))
-        if hashlib.blake2b(outer["body"].encode(), digest_size=16).hexdigest() != outer["digest"]:
-            raise CacheError(_damaged(folder, name))
-        body = json.loads(outer["body"])
-        _require_form(body)
-        return body
-    except CacheError:
-        raise
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise CacheError(_damaged(folder, name)) from error
-
-
-def _require_form(body: dict) -> None:
-    """Raise an ordinary error if a manifest's content is not in the form that :meth:`CacheWriter.finish` writes."""
-    body["identity"].keys()
-    for key, entry in body["tensors"].items():
-        draw, _ = key.split("/", 1)
-        int(draw)
-        if not isinstance(entry["shard"], str) or not isinstance(entry["checksum"], int):
-            raise TypeError(key)
-        if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
-            raise TypeError(key)
-
-
-def _unreadable(folder: Path, error: OSError) -> StorageError:
-    """Return an error that advises trying again; nothing is removed, because the disk may work again later."""
-    return StorageError(
-        f"The stored residuals in {folder.name} cannot be read: {error}. Run again when the disk is available."
-    )
-
-
-def _damaged(folder: Path, name: str) -> str:
-    return f"The stored residuals in {folder.name} are damaged ({name})."
-
-
-def _look(entry: Mapping[str, object]) -> tuple[object, ...]:
-    """Return what entries of equal tensors have in common."""
-    return entry["checksum"], str(entry["shape"]), entry["dtype"]
-
-
-def _checksum(tensor: Tensor) -> int:
-    if tensor.numel() == 0:
-        return 0
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        if not SHARD_NAME.fullmatch(str(entry["shard"])):
+            raise CacheError(damaged(folder, UNFINISHED))
+        read_checked(folder / str(entry["shard"]), key, entry)

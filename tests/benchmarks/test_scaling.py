@@ -45,7 +45,7 @@ def watched(residuals):
 
     def work(together):
         done = {"examples": 0, "computed": 0, "written": 0, "read": 0}
-        read, write, look = ResidualCache._read_tensor, CacheWriter.write, cache._read_checked
+        read, write, look = ResidualCache._read_tensor, CacheWriter.write, cache.read_checked
 
         def reading(tensor, key):
             done["read"] += 0 if key.endswith("reference") else tensor.nbytes
@@ -59,7 +59,7 @@ def watched(residuals):
             write(self, records)
 
         ResidualCache._read_tensor = lambda self, key: reading(read(self, key), key)
-        cache._read_checked = lambda path, key, entry: reading(look(path, key, entry), key)
+        cache.read_checked = lambda path, key, entry: reading(look(path, key, entry), key)
         CacheWriter.write = writing
         dit = PlainDit()
         write_cache_together(residuals, dit, lambda *_: None, together)
