@@ -157,7 +157,7 @@ def test_a_family_that_looks_at_no_references_refuses_them(bench, before, nodes,
     )[0]
     with pytest.raises(UnsupportedModelError, match="Reference pictures are not supported for Chroma models"):
         bench.precompute(
-            model=model, vae=FamilyVae(model.model.latent_format, tiny.frames), positive=tiny.captions((5,))[0],
+            model=model, vae=FamilyVae(model.model, tiny.frames), positive=tiny.captions((5,))[0],
             selection=selection, references=before, **WHOLE,
         )  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_other_edit_models_train_with_references(nodes, run_node, bench, picture
         nodes.SelectBlocks, model=model, positive=prompt, method="manual", skip_ratio=0.5, front=1, back=1
     )[0]
     residuals, _ = bench.precompute(
-        model=model, vae=FamilyVae(model.model.latent_format, tiny.frames), positive=prompt, selection=selection,
+        model=model, vae=FamilyVae(model.model, tiny.frames), positive=prompt, selection=selection,
         references=before, **WHOLE,
     ).args  # fmt: skip
     trained = run_node(nodes.TrainLora, model=model, residuals=residuals, **TRAINING)
