@@ -99,7 +99,7 @@ class Runs:
             family, model, **{name: settings.pop(name) for name in (DRAWS.keys() | {"tail"}) & settings.keys()}
         )
         if sample_every:
-            vae, positive = PictureVae(model.model.latent_format, family.frames), family.captions((5,))[0]
+            vae, positive = PictureVae(model.model, family.frames), family.captions((5,))[0]
             settings["samples"] = self.call(
                 "SampleWhileTraining", positive=positive, vae=vae, every=sample_every, **SAMPLES
             )[0]
