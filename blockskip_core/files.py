@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -81,6 +82,19 @@ def what_helps(error: Exception) -> str:
 def unique_token() -> str:
     """Return eight hexadecimal digits for a name that no other process uses."""
     return secrets.token_hex(4)
+
+
+def content_hash(path: Path) -> str:
+    """Return the content hash of a file, 32 hexadecimal digits.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def open_tensors(path: Path) -> safe_open:

@@ -11,7 +11,6 @@ the name of its first place, and is one tensor again when it is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from ..files import open_tensors, write_atomically
+from ..files import content_hash, open_tensors, write_atomically
 
 _LATENTS = "latents"
 _START = "start/"  # prefix of the names of the LoRA's tensors
@@ -82,19 +81,6 @@ def read_material(path: Path, expected_hash: str) -> Material:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(f"{path.name} cannot be read: {error}. Copy it again, or write it again.") from error
-
-
-def content_hash(path: Path) -> str:
-    """Return the content hash of a file, 32 hexadecimal digits.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..errors import CacheError, InvalidInputError
 from ..files import write_atomically
 from ..residuals.back_response import BackResidual
 from ..residuals.cache import CacheIdentity
-from ..residuals.residual_set import Storage
+from ..residuals.residual_set import ResidualSet, Storage
 from ..selection.selection import BlockSelection
 from ..version import VERSION
 from .packing import Material, read_material
@@ -139,6 +139,24 @@ class RunFile:
         if not isinstance(captions, list) or not all(0 <= draw.caption < len(captions) for draw in self.schedule):
             raise InvalidInputError(f"{path.name} has not all captions of the schedule. Write it again.")
         return material
+
+    def residual_set(self, material: Material, identity: CacheIdentity, folder: Path) -> ResidualSet:
+        """Return the residuals of the run, with what the host says about itself and where it keeps them."""
+        recipe = self.residuals
+        return ResidualSet(
+            schedule=self.schedule,
+            latents=material.latents,
+            selection=self.selection,
+            captions=material.captions,
+            identity=identity,
+            storage=recipe.storage,
+            chunk_size=recipe.chunk_size,
+            folder=folder,
+            family=recipe.family,
+            back_residual=recipe.back_residual,
+            remarks=recipe.remarks,
+            dropped=recipe.dropped,
+        )
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -112,20 +112,7 @@ def _residuals(run: RunFile, material: Material, places: Places, dit: DiffusersD
             "The run was written with %s, and this is %s: its residuals are computed again, and the LoRA may differ in "
             "rounding.", run.identity.host, identity.host,
         )  # fmt: skip
-    recipe = run.residuals
-    return ResidualSet(
-        schedule=run.schedule,
-        latents=material.latents,
-        selection=run.selection,
-        captions=material.captions,
-        identity=identity,
-        storage=recipe.storage,
-        chunk_size=recipe.chunk_size,
-        folder=places.output / "blockskip" / "residuals" / identity.key,
-        family=recipe.family,
-        back_residual=recipe.back_residual,
-        remarks=recipe.remarks,
-    )
+    return run.residual_set(material, identity, places.output / "blockskip" / "residuals" / identity.key)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,7 @@ class FamilyAdapter(ABC):
         has_names_of_diffusers: Whether the host reads "transformer." and diffusers' names for this family's layers.
         most_rows: The most examples that the model takes at once; None if any number.
         clip_lengths: Lengths of its clips, if the host's format of its latents does not say them.
+        call_options: Options of every call, which turn off what a model would keep from one call to the next.
         reads_noise_levels: Whether the model computes with noise levels as numbers, so that a pass without values needs some.
         takes_references: Whether its models look at reference pictures, whose tokens follow the picture's.
     """
@@ -60,6 +62,7 @@ class FamilyAdapter(ABC):
     has_names_of_diffusers: bool = True
     most_rows: int | None = None
     clip_lengths: ClassVar[ClipLengths | None] = None
+    call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     reads_noise_levels: bool = False
     takes_references: bool = False
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -54,6 +55,8 @@ class FollowedAdapter(FamilyAdapter):
     text_entry = ""
     read_by_diffusers = frozenset()
     has_names_of_diffusers = False
+    # Qwen-Image 2.1 keeps keys and values of its text, which other blocks would not reproduce (ComfyUI from 0.37 on)
+    call_options = MappingProxyType({"qwen_image21_cache": {"device": "off"}})
 
     def __init__(self, diffusion_model: nn.Module, name: str) -> None:
         super().__init__(diffusion_model)

@@ -13,28 +13,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data.clip_lengths import ClipLengths
 from ...model import BlockInfo, CopiedCall, TokenStreams
-from .base import TEXT_TOKENS, FamilyAdapter, block_info
+from .base import TEXT_TOKENS, FamilyAdapter, JoinedBlockIO, block_info
 
 PICTURES_PER_SECOND, SOUND_PER_SECOND = 24, 40
 SOUND_CHANNELS, STEREO = 32, 2
 
 
-class OneRowBlockIO:
+class OneRowBlockIO(JoinedBlockIO):
     """``block(tokens (N, D), t_emb, mod_segments, rope_freqs, ...) -> tokens``; the block overwrites its tokens."""
 
-    def entering(self, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
-        return self._split(args[0], kwargs)
-
-    def leaving(self, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> TokenStreams:
-        return self._split(result, kwargs)
+    def __init__(self) -> None:
+        super().__init__(lambda options: options[TEXT_TOKENS])
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        assert streams.txt is not None  # they were split from the text by :meth:`entering`
-        return torch.cat((streams.txt, streams.img), dim=1).squeeze(0)
+        return super().result(streams, args, kwargs).squeeze(0)
 
     def copied(self, args: tuple, kwargs: Mapping[str, Any]) -> CopiedCall:
         """Return the call with its tokens copied."""
@@ -42,8 +38,7 @@ class OneRowBlockIO:
         return CopiedCall((tokens, *args[1:]), kwargs, [tokens])
 
     def _split(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> TokenStreams:
-        others = kwargs["transformer_options"][TEXT_TOKENS]
-        return TokenStreams(tokens[None, others:], tokens[None, :others])
+        return super()._split(tokens.unsqueeze(0), kwargs)
 
 
 class MiniMaxAdapter(FamilyAdapter):
@@ -95,12 +90,6 @@ class MiniMaxAdapter(FamilyAdapter):
         noise = torch.randn(form, generator=generator)
         of_sound = time_shift_sigma(levels, self._model.sigma_shift_video, self._model.sigma_shift_audio)
         return (of_sound.view(-1, 1, 1, 1).float() * noise).to(sigmas.device)
-
-
-def with_some_noise_level(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook for a pass without values: a noise level that the model can read as a number."""
-    latent, timesteps, *others = args
-    return (latent, torch.full(timesteps.shape, 500.0), *others), kwargs
 
 
 def _sound_length(frames: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ...adapters.lora_metadata import metadata_from_strings, metadata_of_others, metadata_to_strings
 from ...errors import InvalidInputError, LoraFileError, StorageError
-from ...files import open_tensors, remove_leftovers, unique_token, write_atomically
+from ...files import content_hash, open_tensors, remove_leftovers, unique_token, write_atomically
 from ...locks import Lock, remove_stale_locks, try_lock
 from .names import name_below
 
@@ -195,11 +194,7 @@ def file_identity(name: str | None) -> str:
 @lru_cache(maxsize=64)
 def _content_hash(path: Path, *stamp: int) -> str:
     """Return the hash of a file; a known file is read again only if its size or timestamps have changed."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return content_hash(path)
 
 
 def require_lora_file(name: str) -> Path:

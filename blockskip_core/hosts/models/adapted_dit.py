@@ -23,10 +23,6 @@ from ..families.registry import adapter_for
 from ..inputs.conditioning import REFERENCE_ARGUMENT, join_arguments, on_tensors
 from ..inputs.frames import frames_in, latent_frames, with_frames, without_frames
 
-WITHOUT_CACHES: Mapping[str, Any] = {"qwen_image21_cache": {"device": "off"}}
-"""Options that turn off what a model would keep from one call to the next, where it is kept by default. Qwen-Image 2.1 keeps
-keys and values of its text, which other blocks would not reproduce (ComfyUI from 0.37 on)."""
-
 
 class AdaptedDit(ABC):
     """Base of the host's :class:`~...model.SkippableDit` classes: everything that follows from the family's adapter.
@@ -168,7 +164,7 @@ class AdaptedDit(ABC):
             self.adapter.require_rows(len(captions))
             joined = join_arguments([self.arguments[caption] for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
-            call_options = {**options, **WITHOUT_CACHES, **_options_of_a_sampler(sigmas, captions)}
+            call_options = {**options, **self.adapter.call_options, **_options_of_a_sampler(sigmas, captions)}
             frames = frames_in(model, noisy.shape[1])
             text = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
             call_options[TEXT_TOKENS] = text + self.adapter.sound_tokens(frames)

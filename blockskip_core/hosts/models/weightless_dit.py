@@ -21,7 +21,6 @@ from ...accounting.fused_kernels import FusedAttention, has_fused_rms_norm, with
 from ...accounting.weightless import PACKED, replaced, weightless_copy
 from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter
-from ..families.minimax import with_some_noise_level
 from ..families.published_sizes import published_model
 from ..families.registry import adapter_for
 from ..inputs.conditioning import model_arguments, on_tensors
@@ -48,7 +47,7 @@ class WeightlessDit(AdaptedDit):
         super().__init__(SimpleNamespace(model=model))
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
         if self.adapter.reads_noise_levels:  # the model is ours, so the hook is nobody else's
-            model.diffusion_model.register_forward_pre_hook(with_some_noise_level, with_kwargs=True)
+            model.diffusion_model.register_forward_pre_hook(_with_some_noise_level, with_kwargs=True)
         if has_fused_rms_norm(runs_on):
             for block in self.blocks:
                 with_fused_rms_norm(self.module(block.name))
@@ -151,6 +150,12 @@ def _weights(module: nn.Module) -> list[Tensor]:
     """Return the tensors that are loaded: parameters and buffers, each once, without trainable ones."""
     tensors = (*module.parameters(), *module.buffers())
     return list({id(tensor): tensor for tensor in tensors if not tensor.requires_grad}.values())
+
+
+def _with_some_noise_level(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook for a pass without values: a noise level that the model can read as a number."""
+    latent, timesteps, *others = args
+    return (latent, torch.full(timesteps.shape, 500.0), *others), kwargs
 
 
 def _shape_of(value: Any) -> Any:

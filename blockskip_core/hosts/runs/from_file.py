@@ -107,7 +107,6 @@ def _prepared(run: RunFile, material: Material, model: Any, progress: RunProgres
 
 def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
     """Return the residuals as this machine makes them."""
-    from ...residuals.residual_set import ResidualSet
     from ..files.folders import residuals_folder
     from ..models.identity import captions_identity, host_identity
 
@@ -119,21 +118,7 @@ def _residuals(run: RunFile, material: Material, dtype: str) -> ResidualSet:
             "The run was written with %s in %s, and this is %s in %s: its residuals are computed again, and the LoRA may "
             "differ in rounding.", run.identity.host, run.identity.dtype, identity.host, dtype,
         )  # fmt: skip
-    recipe = run.residuals
-    return ResidualSet(
-        schedule=run.schedule,
-        latents=material.latents,
-        selection=run.selection,
-        captions=material.captions,
-        identity=identity,
-        storage=recipe.storage,
-        chunk_size=recipe.chunk_size,
-        folder=residuals_folder(identity.key),
-        family=recipe.family,
-        back_residual=recipe.back_residual,
-        remarks=recipe.remarks,
-        dropped=recipe.dropped,
-    )
+    return run.residual_set(material, identity, residuals_folder(identity.key))
 
 
 def _request(settings: Mapping[str, Any], material: Material) -> RunRequest:

@@ -44,7 +44,7 @@ def test_what_captions_share_is_stored_once(tmp_path):
 
 
 def test_files_with_a_tensor_for_each_place_are_read(tmp_path):
-    from blockskip_pack.blockskip_core.runs.packing import content_hash
+    from blockskip_pack.blockskip_core.files import content_hash
 
     path = tmp_path / "a.safetensors"
     names = ["caption/0/0/0", "caption/1/0/0"]
@@ -67,7 +67,7 @@ def test_what_a_file_cannot_keep(tmp_path):
     ["x", ["tensor", "gone"], ["code", "x"], ["value", [1]], ["list", {"a": 1}], ["dict", [1]], ["list", 3], None, []],
 )
 def test_content_that_nobody_wrote(tmp_path, packed):
-    from blockskip_pack.blockskip_core.runs.packing import content_hash
+    from blockskip_pack.blockskip_core.files import content_hash
 
     path = tmp_path / "a.safetensors"
     save_file({"latents": torch.zeros(1)}, path, {"captions": json.dumps(packed)})

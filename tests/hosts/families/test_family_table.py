@@ -14,7 +14,7 @@ from ...compatibility.recorded import FOLDER, assert_recorded
 from ..followed_families import FOLLOWED
 from ..tiny_families import FAMILIES, TinyFamily
 from ..tiny_minimax import MINIMAX
-from . import test_clips, test_followed, test_followed_references, test_minimax, test_references
+from . import test_clips, test_followed, test_followed_references, test_references
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
@@ -28,7 +28,7 @@ TITLES = {
 }  # fmt: skip
 MODELS = [tiny for tiny in (*FAMILIES, MINIMAX, *FOLLOWED) if tiny.name != "qwen_image21"]  # which 0.30.0 lacks
 COLUMNS = ["Model", "Clips", "References", "Text hidden", "RALU", "Dynamic patches", "Memory Plan"]
-CLIPS = {tiny.name for tiny in test_clips.VIDEO} | ({"minimax"} if test_minimax.CLIP else set())
+CLIPS = {tiny.name for tiny in test_clips.VIDEO} | {"minimax"}  # a case of its tests
 REFERENCES = {name for name, _ in (*test_references.CASES, *test_followed_references.CASES)}
 
 
