@@ -33,6 +33,7 @@ TEST_TOOLS = (
     "matplotlib>=3.9",
     "aiohttp>=3.11.8",
     "bitsandbytes>=0.49",
+    "prodigyopt>=1.1.2",
 )
 FINISHED = ".finished"  # a cache folder without this file is incomplete
 

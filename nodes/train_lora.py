@@ -106,7 +106,7 @@ def _required_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "learning_rate", default=1e-4, min=1e-8, max=1.0, step=1e-6, round=1e-8,
-            tooltip="The optimiser's learning rate. 1e-4 is reported for the paper; tiny models take more.",
+            tooltip="The optimiser's learning rate. 1e-4 is reported for the paper; tiny models take more. 1 for Prodigy.",
         ),
         widgets.rank("Rank of the LoRA: 8 to 32 is usual for one subject."),
         widgets.seed("Determines the LoRA's initial values."),
@@ -190,7 +190,8 @@ def _memory_inputs() -> list[io.Input]:
             "optimizer", options=list(OPTIMIZERS), default="AdamW", optional=True, advanced=True,
             tooltip="The 8-bit version keeps its state in a quarter of the memory and needs the Python package "
             "bitsandbytes. Adafactor keeps hardly any. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's "
-            "last 28 blocks.",
+            "last 28 blocks. Prodigy finds its step size itself, keeps twice as much and needs the Python package "
+            "prodigyopt; `learning_rate` multiplies it, so set that to 1.",
         ),
         io.Combo.Input(
             "kept_weights", options=list(KEPT_WEIGHTS), default="resident", optional=True, advanced=True,

@@ -9,9 +9,10 @@ from typing import Literal, get_args
 from ..data.flow_matching import LossWeighting
 from ..data.micro_batches import MicroBatches
 from ..errors import InvalidInputError
-from .optimizers import OptimizerName
+from .optimizers import PRODIGY, OptimizerName
 
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
+_LEAST_FACTOR = 0.1  # of Prodigy's rate; below it there are rates of other optimisers, with which it would not move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class TrainingConfig:
 
     Attributes:
         steps: Number of optimiser steps.
-        learning_rate: The optimiser's learning rate. A third party reports 1e-4 for the paper.
+        learning_rate: The optimiser's learning rate. A third party reports 1e-4 for the paper. Prodigy multiplies its own
+            estimate by it; its authors recommend 1.
         batch_size: Number of draws that go through the model together.
         accumulation: Micro-batches per optimiser step. The paper is reported to use 4.
         seed: Seed of the LoRA's initialisation.
@@ -67,6 +69,11 @@ class TrainingConfig:
                 raise InvalidInputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not 0.0 <= self.ema < 1.0:
             raise InvalidInputError(f"ema must be at least 0 and below 1, got {self.ema}. 0 turns it off.")
+        if self.optimizer == PRODIGY and self.learning_rate < _LEAST_FACTOR:
+            raise InvalidInputError(
+                f"learning_rate must be at least {_LEAST_FACTOR:g} with Prodigy, which multiplies the step size that it "
+                f"finds itself by it; 1 is usual. Got {self.learning_rate:g}."
+            )
         choices = {"lr_schedule": LearningRateSchedule, "loss_weighting": LossWeighting, "optimizer": OptimizerName}
         for name, names in choices.items():
             if getattr(self, name) not in get_args(names):

@@ -31,7 +31,7 @@ from .checkpoints import Checkpoints, TrainingState
 from .config import TrainingConfig
 from .moving_average import MovingAverage
 from .observer import TrainingObserver
-from .optimizers import build_optimizer, optimizer_state, restore_optimizer
+from .optimizers import build_optimizer, optimizer_state, restore_optimizer, step_size
 from .result import StepReport, TrainingResult
 from .self_check import check_against_full_model, check_gradients
 from .together import Together
@@ -265,7 +265,7 @@ class _Loop:
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
         self._require_no_overflow(norm, micro_batch)
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = step_size(self.optimizer)
         self.within_step = True
         self.scaler.step(self.optimizer)  # does nothing if a gradient overflowed
         self.scaler.update()

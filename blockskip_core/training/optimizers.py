@@ -1,11 +1,20 @@
-"""The optimisers for a run: AdamW, with 8-bit moments too (arXiv 2110.02861), and Adafactor (arXiv 1804.04235).
+"""The optimisers for a run: AdamW, with 8-bit moments too (arXiv 2110.02861), Adafactor (arXiv 1804.04235), Prodigy
+(arXiv 2306.06101).
 
 AdamW is torch's and keeps two float32 numbers for each parameter of the LoRA. In 8 bits, by bitsandbytes, these take a
 quarter of the memory: at rank 16 on FLUX.1's last 28 single blocks about 110 MiB less. Adafactor keeps one number for
 each row and column instead, and no first moment. It is transformers', with absolute steps (the paper's Algorithm 4 with
 a step size from outside): relative steps scale with the parameter's own size, and a LoRA's B starts at zero. torch's
-has relative steps only. bitsandbytes is an extra that users install themselves; both packages are only imported when a
-run asks for them.
+has relative steps only.
+
+Prodigy estimates its step size, the ``d`` of its Algorithm 4, from how far the LoRA has moved against its gradients; the
+learning rate multiplies it, so 1 is its usual value. It is its authors' package, with what they recommend for diffusion
+models: the bias correction of Adam, and an estimate that a warm-up of the rate does not inflate. It keeps two numbers
+for each parameter more than AdamW: its start and a sum of gradients. All parameters share ``d``, so it is in the group's
+numbers, and these belong to the state as well.
+
+bitsandbytes and prodigyopt are extras that users install themselves; all packages are only imported when a run asks for
+them.
 """
 
 from __future__ import annotations
@@ -19,9 +28,12 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 
-OptimizerName = Literal["AdamW", "AdamW 8-bit (bitsandbytes)", "Adafactor"]
+OptimizerName = Literal["AdamW", "AdamW 8-bit (bitsandbytes)", "Adafactor", "Prodigy (prodigyopt)"]
+PRODIGY: OptimizerName = "Prodigy (prodigyopt)"
 _WITH_FUSED_ADAMW = ("cpu", "cuda")
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
+_GROUP = "group"  # in a state, in the place of a parameter's number: what the parameters share
+_SHARED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")  # of Prodigy's group, changed by every step
 
 
 def build_optimizer(
@@ -42,13 +54,30 @@ def build_optimizer(
         return _extra("transformers.optimization", name).Adafactor(
             parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False
         )
+    if name == PRODIGY:
+        return _prodigy(parameters, learning_rate, weight_decay)
     fused = all(parameter.device.type in _WITH_FUSED_ADAMW for parameter in parameters)
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
+def _prodigy(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    extra = _extra("prodigyopt", "Prodigy")
+    prodigy = extra.Prodigy(parameters, lr=learning_rate, use_bias_correction=True, safeguard_warmup=True)
+    for group in prodigy.param_groups:
+        group["weight_decay"] = weight_decay  # as an argument it makes the package print a line
+    return prodigy
+
+
+def step_size(optimizer: torch.optim.Optimizer) -> float:
+    """Return the size of the next step: the learning rate, for Prodigy times its own estimate."""
+    group = optimizer.param_groups[0]
+    return group["lr"] * group.get("d", 1.0)
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an optimiser's moments and counters by path: first the tensors, on the CPU, then everything else."""
-    values = dict(_leaves(optimizer.state_dict()["state"], ""))
+    content = optimizer.state_dict()
+    values = dict(_leaves({**content["state"], _GROUP: _shared(content["param_groups"])}, ""))
     tensors = {path: value.detach().to("cpu", copy=True) for path, value in values.items() if isinstance(value, Tensor)}
     return tensors, {path: value for path, value in values.items() if path not in tensors}
 
@@ -57,14 +86,22 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
     """Load the state returned by :func:`optimizer_state` into an optimiser over the same parameters."""
-    state: dict[int, Any] = {}
+    state: dict[str, Any] = {}
     for path, value in {**tensors, **numbers}.items():
-        index, *names, last = path.split("/")
-        place = state.setdefault(int(index), {})
+        *names, last = path.split("/")
+        place = state
         for name in names:
             place = place.setdefault(name, {})
         place[last] = value.clone() if isinstance(value, Tensor) else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    shared = state.pop(_GROUP, {})
+    groups = [{**group, **shared} for group in optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict({"state": {int(index): of for index, of in state.items()}, "param_groups": groups})
+
+
+def _shared(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the numbers of the only group that steps change; an optimiser other than Prodigy has none."""
+    (group,) = groups
+    return {name: group[name] for name in _SHARED if name in group}
 
 
 def _leaves(content: Mapping[Any, Any], above: str) -> Iterator[tuple[str, Any]]:

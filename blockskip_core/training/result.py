@@ -12,7 +12,7 @@ class StepReport:
     Attributes:
         step: Number of the step, from 1.
         losses: Loss of each micro-batch.
-        learning_rate: The learning rate used.
+        learning_rate: The learning rate used, for Prodigy times its own estimate of the step size.
         grad_norm: Gradient norm before clipping.
         seconds: Wall time of the step.
     """

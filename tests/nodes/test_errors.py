@@ -256,6 +256,7 @@ def residuals(bench):
         ({"accumulation": -1}, "accumulation must be at least 1, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"optimizer": "Prodigy (prodigyopt)"}, "learning_rate must be at least 0.1 with Prodigy"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"alpha": -1.0}, "alpha must be positive, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),

@@ -80,9 +80,14 @@ def test_a_moving_average_takes_as_much_as_the_lora():
     assert averaged.operations == plain.operations
 
 
-def test_adafactor_is_counted_and_keeps_less_than_adamw():
+def test_adafactor_is_counted_and_keeps_less_than_adamw_and_prodigy_twice_as_much():
     dit, spans = Weightless(dtype=torch.float32), selection(1, 1)
-    assert counted(dit, spans, optimizer="Adafactor").between < counted(dit, spans).between
+    plain = counted(dit, spans).between
+    assert counted(dit, spans, optimizer="Adafactor").between < plain
+    pytest.importorskip("prodigyopt")
+    lora = sum(tensor.nbytes for tensor in adapters_on(dit, layers(dit, spans), LORA).parameters())
+    prodigy = counted(dit, spans, optimizer="Prodigy (prodigyopt)", learning_rate=1.0).between
+    assert prodigy - plain == 2 * lora  # at most: B's start is zero, and then the package does not store it
 
 
 def test_operations_grow_with_accumulation_and_activations_with_the_batch():

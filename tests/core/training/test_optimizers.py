@@ -1,17 +1,19 @@
 """The optimisers, compared with their formulas and with each other."""
 
 import sys
+from math import sqrt
 
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
-from blockskip_pack.blockskip_core.training.optimizers import build_optimizer
+from blockskip_pack.blockskip_core.training.optimizers import build_optimizer, step_size
 from torch import nn
 
 from ..plain_dit import MemorySource, PlainDit, latents, lora_for, schedule, selection, train
 
 EIGHT_BIT = "AdamW 8-bit (bitsandbytes)"
+PRODIGY = "Prodigy (prodigyopt)"
 RATE, DECAY = 1e-2, 0.1
 
 
@@ -73,21 +75,58 @@ def test_adafactor_is_the_published_formula_with_absolute_steps():
     assert sum(x.numel() for x in state.values() if isinstance(x, torch.Tensor)) == 64 + 128 + 1  # and the size of p
 
 
-@pytest.mark.parametrize("name", [EIGHT_BIT, "Adafactor"])
+def test_prodigy_is_the_published_formula_and_its_step_size_grows(capsys):
+    """arXiv 2306.06101, Algorithm 4, with Adam's bias correction and no rate in the sum of gradients; in float64.
+
+    Two parameters share one d. d_hat = sum of weighted (g, x0 - x) / |sum of weighted g|_1, weights d^2 / d0.
+    """
+    pytest.importorskip("prodigyopt")
+    x = [torch.randn(64, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(2)]
+    parameters = [nn.Parameter(part.clone()) for part in x]
+    optimizer = build_optimizer(PRODIGY, parameters, learning_rate=0.5, weight_decay=DECAY)
+    x = torch.cat(x)
+    first, (m, v, s), above, d = x.clone(), torch.zeros(3, 128).double(), 0.0, 1e-6
+    for k in range(1, 121):
+        assert step_size(optimizer) == pytest.approx(0.5 * d, rel=1e-12)
+        for part in parameters:
+            part.grad = 2 * part.detach()
+        optimizer.step()
+        g, step = 2 * x, 0.5 * d * sqrt(1 - 0.999**k) / (1 - 0.9**k)
+        above = sqrt(0.999) * above + d / 1e-6 * step * (g @ (first - x)).item()
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d * d * g * g
+        s = sqrt(0.999) * s + d / 1e-6 * d * g
+        d = max(d, above / s.abs().sum().item())
+        x = x * (1 - step * DECAY) - step * m / (v.sqrt() + d * 1e-8)
+    torch.testing.assert_close(torch.cat(parameters).detach(), x, atol=0, rtol=1e-9)
+    assert d > 1e-4
+    assert capsys.readouterr().out == ""
+
+
+def test_prodigy_refuses_another_optimizers_rate():
+    with pytest.raises(InvalidInputError, match="at least 0.1 with Prodigy.*; 1 is usual. Got 0.0001."):
+        TrainingConfig(steps=1, optimizer=PRODIGY, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize("name", [EIGHT_BIT, "Adafactor", PRODIGY])
 def test_a_run_learns_with_other_optimizers(name):
-    if name == EIGHT_BIT:
-        pytest.importorskip("bitsandbytes")
+    if "(" in name:
+        pytest.importorskip(name.split("(")[1].rstrip(")"))
+    settings = {"steps": 90, "learning_rate": 1.0} if name == PRODIGY else {"steps": 30}  # from a step size of 1e-6
     dit, chosen, plan = PlainDit(dtype=torch.float32), selection(1, 1), schedule()
     clean = latents(dtype=torch.float32)
     adapters = lora_for(dit, chosen, dtype=torch.float32)
     source = MemorySource(dit, chosen, plan, clean)
-    result, _ = train(dit, chosen, source, adapters, plan=plan, clean=clean, steps=30, batch_size=4, optimizer=name)
+    result, _ = train(dit, chosen, source, adapters, plan=plan, clean=clean, batch_size=4, optimizer=name, **settings)
     assert result.losses[-1] < 0.9 * result.losses[0]
 
 
 @pytest.mark.parametrize(
     ("name", "package", "module"),
-    [(EIGHT_BIT, "bitsandbytes", "optim"), ("Adafactor", "transformers", "optimization")],
+    [
+        (EIGHT_BIT, "bitsandbytes", "optim"),
+        ("Adafactor", "transformers", "optimization"),
+        (PRODIGY, "prodigyopt", "prodigy"),
+    ],
 )
 def test_without_the_extra_package_a_run_says_what_to_do(monkeypatch, name, package, module):
     monkeypatch.setitem(sys.modules, package, None)

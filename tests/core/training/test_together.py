@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -42,6 +43,7 @@ def run(
     spoil=None,
     ema=0.0,
     saves=lambda rank: True,
+    **settings,
 ):
     """Train, and return (LoRA, losses, steps, bytes summed)."""
     dit, chosen, clean = PlainDit(), selection(1, 1), latents(len(plan))
@@ -51,7 +53,8 @@ def run(
         clean[spoil] = math.nan
     adapters, result = lora_for(dit, chosen), TrainingResult()
     states = Checkpoints(folder, RunIdentity({"a": 1}), every=1, keep=9) if folder and saves(together.rank) else None
-    config = TrainingConfig(steps=steps, learning_rate=1e-2, batch_size=2, accumulation=accumulation, ema=ema)
+    settings = {"learning_rate": 1e-2, **settings}
+    config = TrainingConfig(steps=steps, batch_size=2, accumulation=accumulation, ema=ema, **settings)
     train_lora(
         dit, plan, clean, chosen, source, adapters, config, result=result, checkpoints=states, together=together,
         observers=[OnStep(on_step)] if on_step else (),
@@ -63,9 +66,12 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_processes_with_one_micro_batch_each_train_the_same_bits(tmp_path):
-    expected = run(Together())
-    first, second = in_processes(tmp_path, 2, run)
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "Prodigy (prodigyopt)", "learning_rate": 1.0}], ids=str)
+def test_two_processes_with_one_micro_batch_each_train_the_same_bits(tmp_path, settings):
+    if settings:
+        pytest.importorskip("prodigyopt")
+    expected = run(Together(), **settings)
+    first, second = in_processes(tmp_path, 2, functools.partial(run, **settings))
     assert (first.error, second.error) == ("", "")
     assert equal(first.result[0], expected[0])
     assert equal(second.result[0], expected[0])
