@@ -7,9 +7,11 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..blockskip_core.hosts.sampling.likeness import likeness_for, require_both
 from ..blockskip_core.hosts.sampling.training_samples import require_guidance, sample_request
 from . import widgets
-from .inputs import NOT_CONNECTED, checked, connected, refusal, single
+from .inputs import NOT_CONNECTED, checked, connected, connected_if_any, refusal, single
+from .page.progress import NodeProgress
 from .types import SamplesSocket
 
 
@@ -32,22 +34,39 @@ class SampleWhileTraining(io.ComfyNode):
             outputs=[
                 SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, cfg: Any, negative: Any = NOT_CONNECTED) -> bool | str:
-        """Refuse guidance without a negative prompt when the graph is queued."""
+    def validate_inputs(
+        cls, cfg: Any, negative: Any = NOT_CONNECTED, clip_vision: Any = NOT_CONNECTED,
+        reference_images: Any = NOT_CONNECTED,
+    ) -> bool | str:  # fmt: skip
+        """Refuse guidance without a negative prompt, and half of what a likeness needs, when the graph is queued."""
         scale = single(cfg, "cfg")
-        return True if scale is None else refusal(lambda: require_guidance(scale, negative is not NOT_CONNECTED))
+
+        def check() -> None:
+            if scale is not None:
+                require_guidance(scale, negative is not NOT_CONNECTED)
+            require_both(clip_vision is not NOT_CONNECTED, reference_images is not NOT_CONNECTED)
+
+        return refusal(check)
 
     @classmethod
     def execute(
-        cls, positive: Any, vae: Any, negative: Any = None, memory_budget: Any = 2.0, **settings: Any
-    ) -> io.NodeOutput:
+        cls, positive: Any, vae: Any, negative: Any = None, memory_budget: Any = 2.0, clip_vision: Any = None,
+        reference_images: Any = None, **settings: Any,
+    ) -> io.NodeOutput:  # fmt: skip
         request = checked(cls, memory_budget=memory_budget, **settings)
         steps, budget = request.pop("sampler_steps"), request.pop("memory_budget") * 2**30
         vae = connected(vae=vae)["vae"]
-        return io.NodeOutput(sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, **request))
+        encoder, progress = connected_if_any(clip_vision=clip_vision)["clip_vision"], NodeProgress(cls.hidden.unique_id)
+        likeness = likeness_for(
+            encoder, reference_images, lambda done, total: progress("reading training pictures", done, total)
+        )
+        return io.NodeOutput(
+            sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, likeness=likeness, **request)
+        )
 
 
 def _schedule_inputs() -> list[io.Input]:
@@ -88,5 +107,14 @@ def _sampler_inputs() -> list[io.Input]:
             "memory_budget", default=2.0, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
             tooltip="GiB of GPU memory that sampling may use on top of the training's. Weights that do not fit stay in "
             "host memory and are copied over when they are used, which is slower.",
+        ),
+        io.ClipVision.Input(
+            "clip_vision", optional=True,
+            tooltip="Load CLIP Vision, with a CLIP or DINOv2: every sample is then compared with `reference_images`.",
+        ),
+        io.Image.Input(
+            "reference_images", optional=True,
+            tooltip="The training pictures, from the same loader as at Precompute Residuals. With `clip_vision` the chart "
+            "and the summary show how alike the samples are to them.",
         ),
     ]  # fmt: skip

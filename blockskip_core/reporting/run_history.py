@@ -58,10 +58,11 @@ class RunRecord:
             self._unsent.append(self._curve_for(steps).add(step, loss, learning_rate))
             self._figures.update(step=step, steps=steps)
 
-    def add_sample(self, step: int, prompt: int, file: str, subfolder: str) -> None:
-        """Record a picture sampled after ``step`` steps: the number of its prompt, and its file."""
+    def add_sample(self, step: int, prompt: int, file: str, subfolder: str, likeness: float | None = None) -> None:
+        """Record a picture sampled after ``step`` steps: the number of its prompt, its file, its likeness if known."""
+        sample = {"step": step, "prompt": prompt, "file": file, "subfolder": subfolder, "likeness": finite(likeness)}
         with self._lock:
-            self._samples.append({"step": step, "prompt": prompt, "file": file, "subfolder": subfolder})
+            self._samples.append(sample)
 
     def news(self) -> dict[str, Any]:
         """Return the figures and the points since the last call; ``first`` is the number of points before them.

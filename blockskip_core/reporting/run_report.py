@@ -81,6 +81,7 @@ class RunReport:
         versions: Software -> version that the run used.
         written: Readable date of the summary.
         samples: Pictures of the run, in order; see :func:`sample_of`.
+        likeness: Which of them are most like the training pictures, in words; "" if they were not compared.
     """
 
     file: str
@@ -104,6 +105,7 @@ class RunReport:
     versions: Mapping[str, str]
     written: str
     samples: Sequence[ReportSample] = ()
+    likeness: str = ""
 
 
 def write_report(report: RunReport, path: Path) -> None:
@@ -122,7 +124,7 @@ def report_page(report: RunReport) -> str:
         _problems(report.result.problems),
         _section("Figures", _table(figures(report))),
         _section("Loss", *_loss(report)),
-        _samples(report.samples),
+        _samples(report.samples, report.likeness),
         _section("Blocks", *_blocks(report)),
         _section("Crops", *_crops(report)),
         _section("Settings", _table(report.settings)),
@@ -155,6 +157,7 @@ def figures(report: RunReport) -> dict[str, str]:
         f"({report.kept_parameters:,} of {report.all_parameters:,} parameters)",
         "LoRA": f"{format_bytes(report.file_bytes)} on disk, {report.lora_parameters:,} parameters",
         "Loss, mean of the first and the last tenth": ends,
+        **({"Likeness of the samples": report.likeness} if report.likeness else {}),
         "Self-check": "not done: no step was trained on stored residuals"
         if result.self_check is None
         else f"{result.self_check:.1e} relative difference from the full model, before the first step",
@@ -194,7 +197,7 @@ def _loss(report: RunReport) -> list[Markup]:
     return [loss_chart(losses, report.config.accumulation, resumed), element("p", note, class_="note")]
 
 
-def _samples(samples: Sequence[ReportSample]) -> Markup:
+def _samples(samples: Sequence[ReportSample], likeness: str) -> Markup:
     if not samples:
         return Markup()
     figures = [
@@ -206,6 +209,11 @@ def _samples(samples: Sequence[ReportSample]) -> Markup:
         for sample in (samples[place] for place in evenly(len(samples), MAX_SAMPLES))
     ]
     note = "Sampled while training, from the same noise each time."
+    if likeness:
+        note += (
+            " Likeness: mean cosine of the vision encoder's embeddings with those of the training pictures, 1 at most. It "
+            "also rises if a LoRA only repeats the training pictures, so look at the samples as well."
+        )
     return _section("Samples", element("div", *figures, class_="samples"), element("p", note, class_="note"))
 
 

@@ -61,9 +61,9 @@ class LiveChart:
         self._record.note(status=status, phase=status, detail="", done=None, total=None, seconds_left=None)
         self._send(now=True)
 
-    def sample(self, step: int, prompt: int, file: str, subfolder: str) -> None:
+    def sample(self, step: int, prompt: int, file: str, subfolder: str, likeness: float | None = None) -> None:
         """Show a picture sampled after ``step`` steps, a file below the host's output folder."""
-        self._record.add_sample(step, prompt, file, subfolder)
+        self._record.add_sample(step, prompt, file, subfolder, likeness)
         self._send(now=True)
 
     def saved(self, lora: Path | None, summary: Path | None, *, resumes: bool, problems: Sequence[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
 from comfy.model_management import InterruptProcessingException
 from PIL import Image
+from torch import Tensor
 
 from ...blockskip_core.files import write_atomically
 from ...blockskip_core.hosts.runs.outcome import RunOutcome, Sample
@@ -47,7 +49,7 @@ class RunSamples(TrainingObserver):
     ) -> None:
         self._run, self._outcome, self._progress, self._chart = run, outcome, progress, chart
         self._sampler, self._training_peak = sampler, training_peak
-        self._failed = False
+        self._failed = self._likeness_failed = False
 
     def is_due(self, step: int) -> bool:
         """Return whether pictures are due after ``step`` steps."""
@@ -62,8 +64,8 @@ class RunSamples(TrainingObserver):
                     training_peak=self._training_peak,
                     on_step=lambda done, total: self._progress(f"sampling after step {step}", done, total),
                 )
-            for prompt, picture in enumerate(pictures, 1):
-                self._keep(as_picture(picture), step, prompt)
+            for prompt, (picture, likeness) in enumerate(zip(pictures, self._likeness(pictures, step), strict=True), 1):
+                self._keep(as_picture(picture), step, prompt, likeness)
         except InterruptProcessingException:
             raise
         except Exception as error:
@@ -74,15 +76,34 @@ class RunSamples(TrainingObserver):
                 "pictures; the training continues."
             )
 
-    def _keep(self, picture: Image.Image, step: int, prompt: int) -> None:
+    def _likeness(self, pictures: Sequence[Tensor], step: int) -> Sequence[float | None]:
+        """Return how alike every picture is to the training pictures; if that fails, nothing else does."""
+        likeness = self._sampler.request.likeness
+        if likeness is not None and not self._likeness_failed:
+            try:
+                with self._outcome.memory.apart():
+                    return likeness.of(pictures)
+            except InterruptProcessingException:
+                raise
+            except Exception as error:
+                logger.exception("BlockSkip: the likeness could not be computed")
+                self._likeness_failed = True
+                self._outcome.result.problems.append(
+                    f"The likeness after step {step} could not be computed ({type(error).__name__}: {error}). This run "
+                    "compares no more samples; sampling and training continue."
+                )
+        return [None] * len(pictures)
+
+    def _keep(self, picture: Image.Image, step: int, prompt: int, likeness: float | None) -> None:
         lora = self._outcome.path
         path = lora.with_name(f"{lora.stem}step{step:06}_{prompt}.png")
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
         label = f"step {step:,}" + (f", prompt {prompt}" if len(self._sampler.request.positive) > 1 else "")
-        self._outcome.samples.append(Sample(step, prompt, path, sample_of(picture, label)))
+        label += "" if likeness is None else f", likeness {likeness:.4f}"
+        self._outcome.samples.append(Sample(step, prompt, path, sample_of(picture, label), likeness))
         subfolder = _below_output(path)
         if subfolder is not None:
-            self._chart.sample(step, prompt, path.name, subfolder)
+            self._chart.sample(step, prompt, path.name, subfolder, likeness)
 
 
 def _below_output(path: Path) -> str | None:

@@ -151,6 +151,8 @@ CONTRACT = {
             seed INT = 0 [0, 18446744073709551615] control
             negative CONDITIONING?
             memory_budget FLOAT? = 2.0 [0.0, 1024.0] step 0.25
+            clip_vision CLIP_VISION?
+            reference_images IMAGE?
         """,
         [("samples", "BLOCKSKIP_SAMPLES")],
     ),

@@ -13,6 +13,7 @@ import pytest
         ("SelectBlocks", {"probe_size": [100]}, "multiple of 16 px, got 100"),
         ("SampleWhileTraining", {"cfg": [3.5]}, "cfg above 1 needs a `negative`"),
         ("SampleWhileTraining", {"cfg": [0.5], "negative": [None]}, "between 1 and 100"),
+        ("SampleWhileTraining", {"cfg": [1.0], "clip_vision": [None]}, "`reference_images` is not connected"),
         ("RaluSampler", {"preset": "custom", "custom_steps": "5, six"}, "numbers separated by commas, got '5, six'"),
         ("RaluSampler", {"preset": "another"}, "preset must be one of"),
         ("ApplyLora", {}, "No LoRA was given"),

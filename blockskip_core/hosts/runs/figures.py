@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from ...reporting.likeness_table import likeness_by_step, likeness_in_words
 from ...reporting.run_report import RunReport
 from ...version import VERSION
 from .outcome import RunOutcome
@@ -87,7 +89,20 @@ def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
         versions=software_versions(run.dit.device),
         written=datetime.now().astimezone().isoformat(" ", "minutes"),
         samples=[sample.small for sample in outcome.samples],
+        likeness=likeness_in_words(likeness_by_step(outcome.scored_samples), _saved_steps(outcome)),
     )
+
+
+def checkpoint_path(lora: Path, step: int) -> Path:
+    """Return the file of a LoRA's checkpoint after ``step`` steps."""
+    return lora.with_name(f"{lora.stem}step{step:06}.safetensors")
+
+
+def _saved_steps(outcome: RunOutcome) -> dict[int, str]:
+    """Return the LoRA's file of every sampled step that has one."""
+    files = {sample.step: checkpoint_path(outcome.path, sample.step) for sample in outcome.samples}
+    kept = {step: path.name for step, path in files.items() if path.is_file()}
+    return {**kept, outcome.result.steps: outcome.path.name}
 
 
 def outcome_line(outcome: RunOutcome) -> str:

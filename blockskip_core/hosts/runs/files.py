@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ...adapters.lora_formats import to_file_tensors
 from ...errors import StorageError
+from ...reporting.likeness_table import write_likeness_table
 from ...reporting.loss_table import write_loss_table
 from ...reporting.run_report import write_report
 from ...training.observer import TrainingObserver
 from ...training.result import StepReport
 from ..files.lora_files import save_lora
-from .figures import metadata, report
+from .figures import checkpoint_path, metadata, report
 from .outcome import RunOutcome
 from .prepare import PreparedRun
 
@@ -50,7 +51,7 @@ class RunFiles(TrainingObserver):
         request, final = self._run.request, self._outcome.path
         if not self._run.checkpoints.is_due(step.step) or step.step >= request.steps:
             return
-        path = final.with_name(f"{final.stem}step{step.step:06}.safetensors")
+        path = checkpoint_path(final, step.step)
         try:
             self._write_lora(path)
         except StorageError as error:
@@ -84,6 +85,7 @@ class RunFiles(TrainingObserver):
         else:
             self._outcome.summary_path = path
         self._save_loss_table()
+        self._save_likeness()
 
     def _save_loss_table(self) -> None:
         """Write the loss of every step beside the LoRA, if it is asked for."""
@@ -94,6 +96,16 @@ class RunFiles(TrainingObserver):
             write_loss_table(
                 result.losses, request.config.accumulation, request.steps, self._outcome.path.with_suffix(".csv")
             )
+        except StorageError as error:
+            self._note(error, str(error))
+
+    def _save_likeness(self) -> None:
+        """Write the likeness of the samples beside the LoRA, if one is known."""
+        samples, lora = self._outcome.scored_samples, self._outcome.path
+        if all(sample.likeness is None for sample in samples):
+            return
+        try:
+            write_likeness_table(samples, lora.with_name(f"{lora.stem}likeness.csv"))
         except StorageError as error:
             self._note(error, str(error))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...reporting.likeness_table import ScoredSample
 from ...reporting.run_report import ReportSample
 from ...training.result import TrainingResult
 from ..files.lora_files import ReservedName
@@ -20,12 +21,14 @@ class Sample:
         prompt: Number of its prompt, from 1.
         path: Its file.
         small: The picture in the size shown in the run's summary.
+        likeness: How alike it is to the training pictures, or None if nobody asked, or it is not known.
     """
 
     step: int
     prompt: int
     path: Path
     small: ReportSample
+    likeness: float | None = None
 
 
 @dataclass
@@ -58,6 +61,11 @@ class RunOutcome:
         """``name``, in the process that has one."""
         assert self.name is not None, "this process writes no files"
         return self.name
+
+    @property
+    def scored_samples(self) -> list[ScoredSample]:
+        """The samples with their likeness, as far as it is known."""
+        return [ScoredSample(one.step, one.prompt, one.likeness, one.path.name) for one in self.samples]
 
     @property
     def problems(self) -> list[str]:

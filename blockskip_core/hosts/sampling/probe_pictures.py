@@ -16,6 +16,7 @@ from ...errors import InvalidInputError
 from ..families.capabilities import MasksText, require
 from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frames
+from .picture_embeddings import embedded, encoder_kind
 
 _WRAPPER = "blockskip_text_mask"
 
@@ -161,13 +162,9 @@ def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
     """
     if vae is None or clip_vision is None:
         return PictureMetric("latents", lambda latent: latent)
-    kind = getattr(clip_vision, "model_type", "clip_vision_model")
 
     def embed(latent: Tensor) -> Tensor:
         decoded = vae.decode(latent)
-        output = clip_vision.encode_image(decoded.reshape(-1, *decoded.shape[-3:]))  # a video's frames are a batch
-        if output["image_embeds"] is not None and not kind.startswith("dino"):
-            return output["image_embeds"]
-        return output["last_hidden_state"][:, 0]  # the class token, which is DINO's embedding
+        return embedded(clip_vision, decoded.reshape(-1, *decoded.shape[-3:]))  # a video's frames are a batch
 
-    return PictureMetric(f"{kind} embedding", embed)
+    return PictureMetric(f"{encoder_kind(clip_vision)} embedding", embed)

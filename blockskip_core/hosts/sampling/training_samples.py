@@ -29,6 +29,7 @@ from ..inputs.conditioning import flatten_conditionings
 from ..inputs.frames import latent_channels, with_frames
 from ..models.hosted_dit import HostedDit
 from ..models.residency import evict_others, unload
+from .likeness import Likeness
 from .plain_euler import euler_latent
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class SampleRequest:
         scheduler: Name of one of the host's schedulers, which spread the steps over the noise levels.
         seed: Seed of the noise; the same for all prompts and times, so that pictures can be compared.
         budget_bytes: Device memory that sampling may use above the training's peak.
+        likeness: Compares the pictures with the training pictures, or None.
 
     Raises:
         InvalidInputError: If a setting is out of range or something is missing.
@@ -69,6 +71,7 @@ class SampleRequest:
     scheduler: str = "simple"
     seed: int = 0
     budget_bytes: float = 2.0 * 2**30
+    likeness: Likeness | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "steps"):

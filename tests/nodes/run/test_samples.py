@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,13 @@ def sampling(bench, nodes, run_node):
         return run_node(nodes.SampleWhileTraining, **{**ordinary, **changes})[0]
 
     return request
+
+
+@pytest.fixture
+def encoder(comfyui):
+    """A CLIP_VISION; its file is not in a package."""
+    path = Path(__file__).resolve().parents[2] / "hosts" / "vision_encoders.py"
+    return runpy.run_path(str(path))["QuadrantEncoder"]()
 
 
 def pictures(bench):
@@ -161,3 +170,37 @@ def test_what_is_no_request_is_refused(bench):
 def test_a_size_that_the_model_cannot_have_is_refused_before_the_run(bench, sampling):
     with pytest.raises(ValueError, match="width must be a multiple of 16"):
         sampling(width=72)
+
+
+def test_samples_are_compared_with_the_training_pictures(bench, sampling, encoder):
+    request = sampling(clip_vision=encoder, reference_images=bench.pictures)
+    trained = bench.train(samples=request, steps=4, save_every=2)
+    shown = in_chart(trained)
+    assert [sample["step"] for sample in shown] == [0, 2, 4]
+    assert all(0.0 < sample["likeness"] < 1.0 for sample in shown)
+    assert not encoder.is_loaded
+    stem = said(trained)["file"].removesuffix(".safetensors")
+    table = (bench.folders.loras / f"{stem}likeness.csv").read_text().splitlines()
+    assert table[0] == "step,prompt,likeness,picture"
+    assert [row.split(",")[3] for row in table[1:]] == pictures(bench)
+    page = (bench.folders.loras / said(trained)["summary_file"]).read_text()
+    best = max(shown, key=lambda sample: sample["likeness"])
+    file = {0: "before training", 2: f"{stem}step000002.safetensors", 4: f"{stem}.safetensors"}[best["step"]]
+    assert f"most alike after step {best['step']}: {best['likeness']:.4f} ({file})" in page
+    assert f"step 2, likeness {shown[1]['likeness']:.4f}" in page
+    plain = bench.train(steps=4)
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
+
+
+def test_a_likeness_that_fails_is_told_and_ends_nothing_else(bench, sampling, encoder, monkeypatch):
+    request = sampling(clip_vision=encoder, reference_images=bench.pictures)
+
+    def broken(image):
+        raise RuntimeError("out of eyes")
+
+    monkeypatch.setattr(encoder, "encode_image", broken)
+    trained = bench.train(samples=request, steps=3)
+    assert [sample["likeness"] for sample in in_chart(trained)] == [None] * 3
+    (problem,) = said(trained)["problems"]
+    assert problem.startswith("The likeness after step 0 could not be computed (RuntimeError: out of eyes). This run")
+    assert not list(bench.folders.loras.glob("*.csv"))
