@@ -227,8 +227,13 @@ class SkippableDit(Protocol):
         """
         ...
 
-    def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent with these numbers of rows and columns."""
+    def image_tokens(self, rows: int, columns: int, channels: int | None = None) -> int:
+        """Return the number of image tokens of a latent.
+
+        Args:
+            rows, columns: Its size.
+            channels: Its number of channels, which tells how many frames a clip has; None for those of the longest.
+        """
         ...
 
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
@@ -303,8 +308,8 @@ class WrappedDit:
     def text_tokens(self, caption: int) -> int:
         return self._wrapped.text_tokens(caption)
 
-    def image_tokens(self, rows: int, columns: int) -> int:
-        return self._wrapped.image_tokens(rows, columns)
+    def image_tokens(self, rows: int, columns: int, channels: int | None = None) -> int:
+        return self._wrapped.image_tokens(rows, columns, channels)
 
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
         return self._wrapped.weight_for_backward(module, like)

@@ -128,8 +128,8 @@ class TorchDit:
         """Return the number of text tokens between the blocks."""
         return self.text_length(caption) if self._text_in_stream else 0
 
-    def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent."""
+    def image_tokens(self, rows: int, columns: int, channels: int | None = None) -> int:
+        """Return the number of image tokens of a latent; it has one frame."""
         return math.ceil(rows / self._patch) * math.ceil(columns / self._patch)
 
     def weight_for_backward(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:

@@ -59,6 +59,11 @@ class LoadTrainingFolder(io.ComfyNode):
                     tooltip="For edit models: a folder with the picture before the edit for each picture, under the same "
                     "name (`cat.png`, or `cat_1.png`, `cat_2.png` for several).",
                 ),
+                io.Boolean.Input(
+                    "with_pictures", default=False, optional=True, advanced=True,
+                    tooltip="Only with `frames` above 1: also load the folder's pictures. Each is trained as a video of one "
+                    "frame, beside the clips.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -90,11 +95,11 @@ class LoadTrainingFolder(io.ComfyNode):
     @classmethod
     def execute(
         cls, folder: Any, trigger_word: Any = "", flip: Any = False, frames: Any = 1, clips_per_video: Any = 1,
-        reference_folder: Any = NO_FILE,
+        reference_folder: Any = NO_FILE, with_pictures: Any = False,
     ) -> io.NodeOutput:  # fmt: skip
         asked = checked(
             cls, folder=folder, trigger_word=trigger_word, flip=flip, frames=frames, clips_per_video=clips_per_video,
-            reference_folder=reference_folder,
+            reference_folder=reference_folder, with_pictures=with_pictures,
         )  # fmt: skip
         loaded = loaded_folder(**asked, progress=NodeProgress(cls.hidden.unique_id))
         return io.NodeOutput(loaded.images, loaded.texts, loaded.files, loaded.references)
@@ -107,6 +112,7 @@ def loaded_folder(
     frames: int,
     clips_per_video: int,
     reference_folder: str,
+    with_pictures: bool,
     progress: NodeProgress,
 ) -> LoadedFolder:
     """Return the folder's content as asked for, and show on the node anything odd about it.
@@ -117,10 +123,10 @@ def loaded_folder(
     for name, number in (("frames", frames), ("clips_per_video", clips_per_video)):
         if number < 1:
             raise InvalidInputError(f"`{name}` must be at least 1, got {number}.")
-    what = "pictures" if frames == 1 else "videos"
+    what = "pictures" if frames == 1 else "videos and pictures" if with_pictures else "videos"
     loaded = load_training_folder(
         folder, lambda done, total: progress(f"loading {what}", done, total), frames=frames, clips=clips_per_video,
-        reference_folder=None if reference_folder == NO_FILE else reference_folder,
+        reference_folder=None if reference_folder == NO_FILE else reference_folder, with_pictures=with_pictures,
     )  # fmt: skip
     loaded = with_trigger(loaded, trigger_word)
     loaded = with_mirrored(loaded) if flip else loaded

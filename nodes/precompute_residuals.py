@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,11 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..blockskip_core.data.buckets import PATCH_SHAPES
 from ..blockskip_core.data.crops import TrainingCrops
 from ..blockskip_core.data.patch_sampling import PATCH_ORDERS
 from ..blockskip_core.data.reference_pictures import ReferenceSettings
-from ..blockskip_core.data.schedule import TrainingSchedule, largest_crop
+from ..blockskip_core.data.schedule import Draw, TrainingSchedule, largest_crop
 from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS
 from ..blockskip_core.hosts.inputs.empty_captions import checked_empty_caption
 from ..blockskip_core.hosts.inputs.material import checked_material
@@ -171,6 +173,11 @@ def _detail_inputs() -> list[io.Input]:
         widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),
         *_reference_inputs(),
         *_dropout_inputs(),
+        io.Combo.Input(
+            "patch_shape", options=list(PATCH_SHAPES), default="square", optional=True, advanced=True,
+            tooltip="square: as in the paper. as pictures: every training picture has nearly the proportions of its picture, "
+            "with at most the area of the square (aspect ratio buckets). With `patch_order` fixed that is the whole picture.",
+        ),
     ]  # fmt: skip
 
 
@@ -264,19 +271,27 @@ def contact_sheet(crops: TrainingCrops, schedule: TrainingSchedule, blank: Colle
     """Return some of the crops, from low to high noise, with their labels; those of blank pictures are marked."""
     by_noise = sorted(range(len(schedule)), key=lambda index: schedule[index].sigma)
     shown = [by_noise[place] for place in pictures.evenly(len(by_noise))]
-    labels = [f"t {schedule[index].sigma:.2f} · {schedule[index].side} px" for index in shown]
+    labels = [f"t {schedule[index].sigma:.2f} · {_side_of(schedule, schedule[index])} px" for index in shown]
     marked = [place for place, index in enumerate(shown) if schedule[index].picture in blank]
     stills = [crop[0] if crop.ndim == 4 else crop for crop in crops.taken(shown)]  # of a clip, its first picture
     return pictures.contact_sheet(stills, labels, marked)
 
 
+def _side_of(schedule: TrainingSchedule, draw: Draw) -> str:
+    """Return the side of a square crop, or width and height of another one."""
+    height, width = schedule.crop_of(draw)
+    return f"{width}" if width == height else f"{width}x{height}"
+
+
 def size_note(sizes: Sequence[tuple[int, int]], schedule: TrainingSchedule) -> str:
-    """Return a note on pictures that are too small for the largest crop; nothing is scaled up."""
-    top = schedule.patches.patch_max
-    room = [largest_crop(height, width, schedule.patches) for height, width in sizes]
+    """Return a note on pictures that are too small for the largest crop, as nothing is scaled up, and on their shapes."""
+    top, sized = schedule.patches.patch_max, enumerate(sizes)
+    room = [largest_crop(height, width, schedule.patches, schedule.size_of(index)) for index, (height, width) in sized]
     short = [side for side in room if side < top]
     if not short:
-        return f"{len(schedule)} training examples from {len(sizes)} pictures"
+        shapes = Counter(schedule.sizes).most_common()
+        listed = ", ".join(f"{width} x {height} px ({count})" for (height, width), count in shapes)
+        return f"{len(schedule)} training examples from {len(sizes)} pictures" + (f", as {listed}" if listed else "")
     return (
         f"{len(short)} of {len(sizes)} pictures are smaller than patch_max ({top} px): their largest crop is "
         f"{min(short)} px or more, and nothing is scaled up"

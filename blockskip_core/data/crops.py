@@ -12,7 +12,7 @@ from .schedule import TrainingSchedule
 
 
 class TrainingCrops(OnAccess):
-    """The crop of every draw at training size, created on access: (patch_min, patch_min, 3), with a first axis for clips.
+    """The crop of every draw at its training size, created on access: (H, W, 3), with a first axis for clips.
 
     Only one picture at a time is held at its reference size, because all of them could take as much memory as the
     pictures themselves. So take many crops in the order of :meth:`by_picture`.
@@ -32,9 +32,12 @@ class TrainingCrops(OnAccess):
     def one(self, index: int) -> Tensor:
         """Create the crop of a draw."""
         draw = self._schedule[index]
-        size = self._schedule.patches.patch_min
         return crop_and_resize(
-            self._reference(draw.picture), top=draw.top, left=draw.left, side=draw.side, patch_min=size
+            self._reference(draw.picture),
+            top=draw.top,
+            left=draw.left,
+            crop=self._schedule.crop_of(draw),
+            size=self._schedule.size_of(draw.picture),
         )
 
     def by_picture(self, draws: Iterable[int]) -> list[int]:
@@ -50,6 +53,7 @@ class TrainingCrops(OnAccess):
         if self._held is None or self._held[0] != picture:
             self._held = None  # free it before the next one is created
             given = self._pictures[picture]
-            height, width = reference_size(given.shape[-3], given.shape[-2], self._schedule.patches)
+            rows, columns, size = given.shape[-3], given.shape[-2], self._schedule.size_of(picture)
+            height, width = reference_size(rows, columns, self._schedule.patches, size)
             self._held = (picture, resize(given, height, width))
         return self._held[1]

@@ -17,23 +17,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .latents import Latents, in_batch
 from .schedule import TrainingSchedule
 
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 
-def noisy_batch(schedule: TrainingSchedule, latents: Tensor, draws: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def noisy_batch(schedule: TrainingSchedule, latents: Latents, draws: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return (noisy, clean, sigmas) of some draws, on the CPU.
 
     Args:
         schedule: The draws.
-        latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
-        draws: Indices; they become the batch axis.
+        latents: Clean latents of all draws in the model's own scale, each (C, H, W).
+        draws: Indices of draws of one shape; they become the batch axis.
 
     Returns:
         Shapes (B, C, H, W), (B, C, H, W) and (B,).
     """
-    clean = latents[list(draws)]
+    clean = in_batch(latents, draws)
     sigmas = torch.tensor([schedule[draw].sigma for draw in draws], dtype=clean.dtype)
     noise = torch.stack([schedule[draw].noise(clean.shape[1:], clean.dtype) for draw in draws])
     weight = sigmas.view(-1, *[1] * (clean.ndim - 1))

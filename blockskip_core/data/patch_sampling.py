@@ -90,26 +90,49 @@ def crop_side(t: float, config: PatchConfig, *, largest: int | None = None, rng:
     return max(config.patch_min, min(side, top // config.multiple * config.multiple))
 
 
-def reference_size(height: int, width: int, config: PatchConfig) -> tuple[int, int]:
+def reference_size(
+    height: int, width: int, config: PatchConfig, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """Return the size in pixels to which a picture is brought before it is cropped.
 
     The paper crops from a reference picture whose side is s_max, so that the largest crop shows the whole subject.
-    A larger picture is therefore scaled down until its shorter side is ``patch_max``, keeping its aspect ratio. A
-    smaller picture is left unchanged: nothing is ever scaled up.
+    A larger picture is therefore scaled down until its shorter side is ``patch_max``, keeping its aspect ratio; with
+    another training size than the square, until the largest crop of these proportions just fits. A smaller picture is
+    left unchanged: nothing is ever scaled up.
+
+    Args:
+        height, width: The picture.
+        config: Sides of the crops.
+        size: Height and width of the training picture; None for the square of ``patch_min``.
 
     Raises:
-        InvalidInputError: If the shorter side is less than ``patch_min``.
+        InvalidInputError: If the picture is smaller than the training picture.
     """
-    shorter = min(height, width)
-    if shorter < config.patch_min:
+    rows, columns = size or (config.patch_min, config.patch_min)
+    if height < rows or width < columns:
+        patch = f"{rows} px" if rows == columns else f"{columns} x {rows} px"
         raise InvalidInputError(
-            f"A picture of {width} x {height} px is smaller than the patch of {config.patch_min} px. "
-            f"Use pictures whose shorter side has at least {config.patch_min} px, or lower patch_min."
+            f"A picture of {width} x {height} px is smaller than the patch of {patch}. "
+            f"Use pictures that are at least as large, or lower patch_min."
         )
-    if shorter <= config.patch_max:
+    high, wide = crop_size(config.patch_max, config, size)
+    scale = max(high / height, wide / width)
+    if scale >= 1.0:
         return height, width
-    scale = config.patch_max / shorter
-    return max(config.patch_max, round(height * scale)), max(config.patch_max, round(width * scale))
+    return max(high, round(height * scale)), max(wide, round(width * scale))
+
+
+def crop_size(side: int, config: PatchConfig, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Return height and width in pixels of a crop that Eq. 1 gives a side.
+
+    Args:
+        side: The side; of the square with the same scale, if the training picture is none.
+        config: Sides of the crops.
+        size: Height and width of the training picture; None for the square of ``patch_min``.
+    """
+    if size is None:
+        return side, side
+    return round(size[0] * side / config.patch_min), round(size[1] * side / config.patch_min)
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
@@ -126,15 +149,16 @@ def resize(picture: Tensor, height: int, width: int) -> Tensor:
     return resized.movedim(-3, -1).clamp(0.0, 1.0)
 
 
-def crop_and_resize(reference: Tensor, *, top: int, left: int, side: int, patch_min: int) -> Tensor:
-    """Return the square at (top, left), resized with antialiasing to ``patch_min``.
+def crop_and_resize(reference: Tensor, *, top: int, left: int, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return the rectangle at (top, left), resized with antialiasing to the training size.
 
     Args:
         reference: Picture at its reference size, shape (H, W, C), range [0, 1], or clip, shape (F, H, W, C).
-        top, left, side: The square in pixels, inside the picture.
-        patch_min: Side of the result in pixels.
+        top, left: The rectangle's corner in pixels.
+        crop: Its height and width in pixels; it is inside the picture.
+        size: Height and width of the result in pixels.
 
     Returns:
-        Shape (patch_min, patch_min, C) or (F, patch_min, patch_min, C), range [0, 1].
+        Shape (*size, C) or (F, *size, C), range [0, 1].
     """
-    return resize(reference[..., top : top + side, left : left + side, :], patch_min, patch_min)
+    return resize(reference[..., top : top + crop[0], left : left + crop[1], :], *size)

@@ -57,21 +57,35 @@ class Labels:
         return f"{len(pictures)} of {self._count} {self._kind.lower()}s {'is' if len(pictures) == 1 else 'are'}"
 
 
-def on_size(sizes: Sequence[tuple[int, int]], patch_min: int, labels: Labels) -> str | None:
+def on_size(sizes: Sequence[tuple[int, int]], trained: Sequence[tuple[int, int]], labels: Labels) -> str | None:
     """Return which pictures are too small for the smallest crop, or None if none is.
 
     Args:
         sizes: Height and width of each in pixels.
-        patch_min: Side of the smallest crop in pixels.
+        trained: Height and width of its smallest crop in pixels.
         labels: The pictures' names.
     """
-    small = [index for index, size in enumerate(sizes) if min(size) < patch_min]
+    small = [
+        index
+        for index, ((height, width), (rows, columns)) in enumerate(zip(sizes, trained, strict=True))
+        if height < rows or width < columns
+    ]
     if not small:
         return None
     measured = [f"{sizes[index][1]} x {sizes[index][0]} px" for index in small]
+    sides = {side for size in trained for side in size}
+    if len(sides) == 1:
+        (side,) = sides
+        return (
+            f"{labels.counted(small)} smaller than the patch of {side} px: {labels.listed(small, measured)}. "
+            f"Use pictures whose shorter side has at least {side} px, or lower patch_min."
+        )
+    needed = [
+        f"{has}, needs {trained[index][1]} x {trained[index][0]}" for has, index in zip(measured, small, strict=True)
+    ]
     return (
-        f"{labels.counted(small)} smaller than the patch of {patch_min} px: {labels.listed(small, measured)}. "
-        f"Use pictures whose shorter side has at least {patch_min} px, or lower patch_min."
+        f"{labels.counted(small)} smaller than their smallest crop: {labels.listed(small, needed)}. Use larger pictures, or "
+        "lower patch_min."
     )
 
 

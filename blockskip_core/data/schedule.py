@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, InvalidInputError
-from .patch_sampling import PatchConfig, crop_side, reference_size
+from .buckets import PATCH_SHAPES, PatchShape, training_sizes
+from .patch_sampling import PatchConfig, crop_side, crop_size, reference_size
 from .remarks import Labels, on_size
 
 SCHEDULE_VERSION = 1
+WITH_SIZES = 2
+"""The version of a schedule whose training pictures have sizes of their own; an earlier reader must refuse it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Draw:
         picture: Index of the picture.
         caption: Index of the conditioning.
         sigma: Noise level in (0, 1], as passed to the model.
-        side, top, left: The crop in pixels of the picture at its reference size.
+        side, top, left: The crop in pixels of the picture at its reference size; see ``patch_sampling.crop_size``.
         noise_seed: Seed of the noise that is mixed in.
     """
 
@@ -59,12 +62,22 @@ class TrainingSchedule:
         patches: How crops were chosen.
         seed: The seed of all random decisions.
         timesteps: Readable name of the noise level distribution.
+        sizes: Height and width in pixels of the training pictures of every picture; empty if all are the square.
     """
 
     draws: tuple[Draw, ...]
     patches: PatchConfig
     seed: int
     timesteps: str
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def size_of(self, picture: int) -> tuple[int, int]:
+        """Return height and width in pixels of a picture's training pictures."""
+        return self.sizes[picture] if self.sizes else (self.patches.patch_min, self.patches.patch_min)
+
+    def crop_of(self, draw: Draw) -> tuple[int, int]:
+        """Return height and width in pixels of a draw's crop, of the picture at its reference size."""
+        return crop_size(draw.side, self.patches, self.size_of(draw.picture))
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -78,11 +91,12 @@ class TrainingSchedule:
     def to_json(self) -> str:
         """Return the schedule as text; equal schedules give equal text."""
         content = {
-            "version": SCHEDULE_VERSION,
+            "version": WITH_SIZES if self.sizes else SCHEDULE_VERSION,
             "seed": self.seed,
             "timesteps": self.timesteps,
             "patches": asdict(self.patches),
             "draws": [list(asdict(draw).values()) for draw in self.draws],
+            **({"sizes": self.sizes} if self.sizes else {}),
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
@@ -95,17 +109,18 @@ class TrainingSchedule:
         """
         try:
             content = json.loads(text)
-            if content["version"] != SCHEDULE_VERSION:
+            if content["version"] not in (SCHEDULE_VERSION, WITH_SIZES):
                 raise CacheError(
-                    f"The training schedule has format {content['version']}, this version reads {SCHEDULE_VERSION}."
+                    f"The training schedule has format {content['version']}, this version reads up to {WITH_SIZES}."
                 )
             return cls(
                 draws=tuple(Draw(*row) for row in content["draws"]),
                 patches=PatchConfig(**content["patches"]),
                 seed=content["seed"],
                 timesteps=content["timesteps"],
+                sizes=tuple((int(rows), int(columns)) for rows, columns in content.get("sizes", ())),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CacheError("The training schedule cannot be read. Compute the residuals again.") from error
 
     @property
@@ -114,10 +129,11 @@ class TrainingSchedule:
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
-def largest_crop(height: int, width: int, patches: PatchConfig) -> int:
-    """Return the largest crop side in pixels that fits into a picture of this size."""
-    shorter = min(reference_size(height, width, patches))
-    return min(patches.patch_max, shorter // patches.multiple * patches.multiple)
+def largest_crop(height: int, width: int, patches: PatchConfig, size: tuple[int, int] | None = None) -> int:
+    """Return the largest crop side in pixels that fits into a picture of this size; see ``patch_sampling.crop_size``."""
+    rows, columns = size or (patches.patch_min, patches.patch_min)
+    room = min(height * patches.patch_min // rows, width * patches.patch_min // columns)
+    return min(patches.patch_max, room // patches.multiple * patches.multiple)
 
 
 def draw_schedule(
@@ -130,6 +146,7 @@ def draw_schedule(
     seed: int,
     timesteps: str = "model",
     labels: Labels | None = None,
+    shape: PatchShape = "square",
 ) -> TrainingSchedule:
     """Decide picture, caption, noise level, crop and noise of every training example.
 
@@ -145,6 +162,7 @@ def draw_schedule(
         seed: Determines every random decision.
         timesteps: Name of the noise level distribution, recorded with the schedule.
         labels: The pictures' names in messages; their numbers if None.
+        shape: Whether training pictures are squares, or as their pictures; see ``buckets``.
 
     Raises:
         InvalidInputError: If there are no pictures or draws, the number of captions does not fit, or a picture is too
@@ -159,11 +177,17 @@ def draw_schedule(
         )
     if num_draws < 1:
         raise InvalidInputError(f"At least one training example is needed, got {num_draws}.")
-    too_small = on_size(picture_sizes, patches.patch_min, labels or Labels(len(picture_sizes)))
+    if shape not in PATCH_SHAPES:
+        raise InvalidInputError(f"Patch shape must be one of {', '.join(PATCH_SHAPES)}, got {shape!r}.")
+    trained = training_sizes(picture_sizes, patches, shape)
+    square = (patches.patch_min, patches.patch_min)
+    size_of = trained or (square,) * len(picture_sizes)
+    too_small = on_size(picture_sizes, size_of, labels or Labels(len(picture_sizes)))
     if too_small:
         raise InvalidInputError(too_small)
-    sizes = [reference_size(height, width, patches) for height, width in picture_sizes]
-    room = [largest_crop(height, width, patches) for height, width in picture_sizes]
+    given = [(*picture, patches, size) for picture, size in zip(picture_sizes, size_of, strict=True)]
+    sizes = [reference_size(*one) for one in given]
+    room = [largest_crop(*one) for one in given]
 
     rng = Random(seed)
     sigmas = sample_sigmas(num_draws, torch.Generator(device="cpu").manual_seed(rng.getrandbits(63)))
@@ -172,18 +196,19 @@ def draw_schedule(
     for picture, sigma in zip(order, sigmas.tolist(), strict=True):
         height, width = sizes[picture]
         side = crop_side(sigma, patches, largest=room[picture], rng=rng)
+        rows, columns = crop_size(side, patches, size_of[picture])
         draws.append(
             Draw(
                 picture=picture,
                 caption=picture if num_captions > 1 else 0,
                 sigma=sigma,
                 side=side,
-                top=rng.randint(0, height - side),
-                left=rng.randint(0, width - side),
+                top=rng.randint(0, height - rows),
+                left=rng.randint(0, width - columns),
                 noise_seed=rng.getrandbits(63),
             )
         )
-    return TrainingSchedule(tuple(draws), patches, seed, timesteps)
+    return TrainingSchedule(tuple(draws), patches, seed, timesteps, trained)
 
 
 def _shuffled_rounds(count: int, total: int, rng: Random) -> list[int]:

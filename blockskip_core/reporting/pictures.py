@@ -57,7 +57,9 @@ def contact_sheet(
         left = gap + place % columns * (cell + gap)
         top = gap + place // columns * (cell + line + gap)
         picture = as_picture(crop)
-        sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
+        width, height = (max(1, round(side * cell / max(picture.size))) for side in picture.size)
+        place_in_cell = (left + (cell - width) // 2, top + (cell - height) // 2)
+        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place_in_cell)
         draw.text((left + 2, top + cell + 4), label, fill=TOO_MUCH if place in marked else INK, font=drawing_font(13))
         if place in marked:
             draw.rectangle((left, top, left + cell - 1, top + cell - 1), outline=TOO_MUCH, width=4)

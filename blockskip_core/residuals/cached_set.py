@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from ..data.latents import Latents, joined
 from ..data.micro_batches import MicroBatches
 from ..errors import CacheError
 from ..locks import lock, try_lock
@@ -126,8 +124,8 @@ def _part_of(progress: PhaseProgress, number: int, count: int) -> PhaseProgress:
     return lambda phase, done, total: progress(phase, number * total + done, count * total)
 
 
-def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | None:
-    """Return the latents of a finished cache, shape (num_draws, C, H, W), or None if there is no finished cache.
+def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Latents | None:
+    """Return the latents of a finished cache, each (C, H, W), or None if there is no finished cache.
 
     If another process is computing it, this waits.
 
@@ -141,7 +139,7 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Tensor | 
                 return None
             with closing(ResidualCache(folder, residuals.identity)) as cache:
                 draws = range(len(residuals.schedule))
-                return torch.stack([cache.read(draw)[_LATENT] for draw in draws])  # reading all checks all
+                return joined(cache.read(draw)[_LATENT] for draw in draws)  # reading all checks all
 
 
 @contextmanager

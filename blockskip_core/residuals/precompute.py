@@ -28,6 +28,7 @@ from ..blocks.replay import Replay, Residual
 from ..blocks.stand_ins import PassThrough, Recording, RecordingBlock, ReplayFront
 from ..blocks.weight_sharing import frozen_copy
 from ..data.flow_matching import noisy_batch
+from ..data.latents import Latents
 from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
 from ..errors import TrainingError
@@ -58,7 +59,7 @@ class Precomputed:
 def precompute_residuals(
     dit: SkippableDit,
     schedule: TrainingSchedule,
-    latents: Tensor,
+    latents: Latents,
     selection: BlockSelection,
     draws: Sequence[int],
     *,
@@ -72,7 +73,7 @@ def precompute_residuals(
     Args:
         dit: The model.
         schedule: All draws.
-        latents: Clean latents of all draws, shape (num_draws, C, H, W).
+        latents: Clean latents of all draws, each (C, H, W).
         selection: Blocks to be skipped.
         draws: Indices of the chunk's draws.
         batch_size: Number of draws that go through a block together.
@@ -170,7 +171,7 @@ class _BlockStream:
         output: Draw -> the model's output, set by the last run.
     """
 
-    def __init__(self, dit: SkippableDit, schedule: TrainingSchedule, latents: Tensor, batch_size: int) -> None:
+    def __init__(self, dit: SkippableDit, schedule: TrainingSchedule, latents: Latents, batch_size: int) -> None:
         self._dit = dit
         self._schedule = schedule
         self._latents = latents
@@ -217,7 +218,7 @@ class _BlockStream:
         return denoise(noisy.to(device), sigmas.to(device), [self._schedule[draw].caption for draw in batch])
 
     def _batch_key(self, draw: int) -> Hashable:
-        return self._dit.batch_key(self._schedule[draw].caption)
+        return self._latents[draw].shape, self._dit.batch_key(self._schedule[draw].caption)
 
 
 def _rows(tensor: Tensor) -> list[Tensor]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import psutil
-from torch import Tensor
 
+from ..data.latents import Latents, total_bytes
 from ..data.schedule import TrainingSchedule
 from ..errors import InvalidInputError
 from ..model import SkippableDit
@@ -37,7 +37,7 @@ class ResidualSet:
 
     Attributes:
         schedule: The draws.
-        latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
+        latents: Clean latents of all draws in the model's own scale, each (C, H, W).
         selection: Blocks to be skipped.
         captions: Conditionings, opaque to this module.
         identity: What the residuals are computed from.
@@ -52,7 +52,7 @@ class ResidualSet:
     """
 
     schedule: TrainingSchedule
-    latents: Tensor = field(repr=False)
+    latents: Latents = field(repr=False)
     selection: BlockSelection
     captions: Sequence[Any] = field(repr=False)
     identity: CacheIdentity
@@ -94,20 +94,23 @@ class ResidualSet:
 def residual_bytes(dit: SkippableDit, residuals: ResidualSet, draws: Sequence[int]) -> int:
     """Return the bytes that the residuals of ``draws`` will take: exact, apart from file headers and latents."""
 
-    def shape(txt_tokens: int) -> ResidualShape:
+    def shape(latent: tuple[int, ...], txt_tokens: int) -> ResidualShape:
+        channels, rows, columns = latent
         return ResidualShape(
             front=residuals.selection.front > 0,
             back=residuals.selection.back > 0,
             back_has_text=residuals.selection.back_has_text,
-            img_tokens=dit.image_tokens(*residuals.latents.shape[-2:]),
+            img_tokens=dit.image_tokens(rows, columns, channels),
             txt_tokens=txt_tokens,
             width=dit.width,
             itemsize=_itemsize(residuals),
             form=residuals.identity.residual_format,
         )
 
-    texts = Counter(dit.text_tokens(residuals.schedule[draw].caption) for draw in draws)
-    stored = sum(shape(txt_tokens).num_bytes(count) for txt_tokens, count in texts.items())
+    forms = Counter(
+        (tuple(residuals.latents[draw].shape), dit.text_tokens(residuals.schedule[draw].caption)) for draw in draws
+    )
+    stored = sum(shape(*form).num_bytes(count) for form, count in forms.items())
     if not wants_response(residuals):
         return stored
     return stored + response_bytes(len(residuals.schedule), dit.width, _itemsize(residuals))
@@ -129,7 +132,7 @@ def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
         InvalidInputError: If not, with predicted and free bytes.
     """
     free = psutil.virtual_memory().available
-    needed = 2 * residuals.latents.nbytes  # twice, because they are joined in the end
+    needed = 2 * total_bytes(residuals.latents)  # twice, because they are joined in the end
     if needed > free:
         raise InvalidInputError(
             f"The latents of {len(residuals.schedule)} training examples need {format_bytes(needed)} of host memory, "
@@ -146,5 +149,5 @@ def require_disk_space(residuals: ResidualSet, dit: SkippableDit, draws: Sequenc
     Raises:
         InvalidInputError: If not, with predicted and free bytes.
     """
-    latents = len(draws) * residuals.latents[0].nbytes
+    latents = total_bytes([residuals.latents[draw] for draw in draws])
     require_free_space(residuals.folder, residual_bytes(dit, residuals, draws) + latents)

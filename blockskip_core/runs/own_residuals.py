@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-import torch
-
+from ..data.latents import are_equal
 from ..errors import CacheError
 from ..residuals.cache import is_finished
 from ..residuals.cached_set import stored_latents
@@ -37,7 +36,7 @@ def kept_apart(residuals: ResidualSet, material_hash: str, progress: PhaseProgre
     stored = stored_latents(residuals, progress)
     if stored is None:
         return _apart(residuals, material_hash)
-    if stored.dtype != residuals.latents.dtype or not torch.equal(stored, residuals.latents):
+    if not are_equal(stored, residuals.latents):
         raise CacheError(
             f"The residuals in {residuals.folder.name} were computed from other latents than this run file has, for the same "
             "pictures. Write the run again where these residuals are, or move their folder away."

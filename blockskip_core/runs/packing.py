@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.latents import Latents
 from ..errors import InvalidInputError
 from ..files import content_hash, open_tensors, write_atomically
 
 _LATENTS = "latents"
+_LATENT = "latent/"  # prefix of the names of draws' latents if they differ in shape
 _START = "start/"  # prefix of the names of the LoRA's tensors
 _CAPTIONS = "captions"  # key of the metadata
 
@@ -34,12 +36,12 @@ class Material:
     """What a run is trained on.
 
     Attributes:
-        latents: Clean latents of all draws in the model's own scale, shape (num_draws, C, H, W).
+        latents: Clean latents of all draws in the model's own scale, each (C, H, W).
         captions: Encoded captions, in the host's form.
         start: The LoRA to train further, by the host's names; empty to start from nothing.
     """
 
-    latents: Tensor = field(repr=False)
+    latents: Latents = field(repr=False)
     captions: Sequence[Any] = field(repr=False)
     start: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -51,7 +53,7 @@ def write_material(material: Material, path: Path) -> str:
         InvalidInputError: If a caption holds something else than tensors, numbers and text.
         StorageError: If the disk cannot be written.
     """
-    tensors = {_LATENTS: _plain(material.latents)}
+    tensors = _packed_latents(material.latents)
     tensors.update({_START + name: _plain(tensor) for name, tensor in material.start.items()})
     captions = list(material.captions)  # kept, so that the ids of its tensors stay theirs
     packed = _pack(captions, "caption", tensors, {})
@@ -76,11 +78,24 @@ def read_material(path: Path, expected_hash: str) -> Material:
             packed = json.loads((file.metadata() or {})[_CAPTIONS])
         captions = _unpack(packed, tensors.__getitem__)
         start = {name.removeprefix(_START): x for name, x in tensors.items() if name.startswith(_START)}
-        return Material(tensors[_LATENTS], captions, start)
+        return Material(_unpacked_latents(tensors), captions, start)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(f"{path.name} cannot be read: {error}. Copy it again, or write it again.") from error
+
+
+def _packed_latents(latents: Latents) -> dict[str, Tensor]:
+    """Return latents by name: one tensor if all have one shape, otherwise one for each draw."""
+    if isinstance(latents, Tensor):
+        return {_LATENTS: _plain(latents)}
+    return {f"{_LATENT}{draw}": _plain(one) for draw, one in enumerate(latents)}
+
+
+def _unpacked_latents(tensors: Mapping[str, Tensor]) -> Latents:
+    if _LATENTS in tensors:
+        return tensors[_LATENTS]
+    return [tensors[f"{_LATENT}{draw}"] for draw in range(sum(name.startswith(_LATENT) for name in tensors))]
 
 
 def _plain(tensor: Tensor) -> Tensor:

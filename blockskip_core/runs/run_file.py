@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..data.patch_sampling import PatchConfig
 from ..data.schedule import Draw, TrainingSchedule
 from ..errors import CacheError, InvalidInputError
@@ -131,10 +133,10 @@ class RunFile:
         """
         material = read_material(path, self.material_hash)
         latents, captions = material.latents, material.captions
-        if latents.ndim != 4 or len(latents) != len(self.schedule):
+        if len(latents) != len(self.schedule) or any(one.ndim != 3 for one in latents):
+            found = tuple(latents.shape) if isinstance(latents, Tensor) else f"{len(latents)} of several shapes"
             raise InvalidInputError(
-                f"{path.name} must have latents of shape ({len(self.schedule)}, C, H, W), got {tuple(latents.shape)}. "
-                "Write it again."
+                f"{path.name} must have latents of shape ({len(self.schedule)}, C, H, W), got {found}. Write it again."
             )
         if not isinstance(captions, list) or not all(0 <= draw.caption < len(captions) for draw in self.schedule):
             raise InvalidInputError(f"{path.name} has not all captions of the schedule. Write it again.")
@@ -180,6 +182,11 @@ def _object(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
+def _require_size(schedule: TrainingSchedule, draw: Draw) -> None:
+    if schedule.sizes and not (draw.picture < len(schedule.sizes) and min(schedule.sizes[draw.picture]) > 0):
+        raise ValueError(f"picture {draw.picture} has no training size")
+
+
 def _schedule(content: Mapping[str, Any]) -> TrainingSchedule:
     try:
         schedule = TrainingSchedule.from_json(json.dumps(content))
@@ -187,6 +194,7 @@ def _schedule(content: Mapping[str, Any]) -> TrainingSchedule:
         _require_whole("seed", schedule.seed, 2**64)
         for draw in schedule:
             _require_draw(draw)
+            _require_size(schedule, draw)
         if not isinstance(schedule.timesteps, str):
             raise TypeError("timesteps must be a text")
     except (CacheError, TypeError, ValueError, ArithmeticError) as error:

@@ -21,6 +21,7 @@ from ..adapters.lora import LoraAdapters
 from ..blocks.activation_budget import ActivationBudget
 from ..blocks.skipping_model import SkippingModel
 from ..data.flow_matching import noisy_batch, velocity_loss
+from ..data.latents import Latents
 from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
 from ..errors import CheckpointError, StorageError, TrainingError
@@ -56,7 +57,7 @@ Place = Callable[[dict[str, torch.nn.Module]], AbstractContextManager[Denoiser]]
 def train_lora(
     dit: SkippableDit,
     schedule: TrainingSchedule,
-    latents: Tensor,
+    latents: Latents,
     selection: BlockSelection,
     source: ResidualSource,
     adapters: LoraAdapters,
@@ -73,7 +74,8 @@ def train_lora(
 
     Args:
         dit: The model; left unchanged.
-        schedule, latents: The draws and their clean latents, shape (num_draws, C, H, W).
+        schedule, latents: The draws and their clean latents, each (C, H, W); only draws of one shape go through the model
+            together.
         selection: Blocks to be skipped.
         source: Where residuals come from.
         adapters: The LoRA; however this function ends, its tensors then hold the last good state, or with ``ema`` the
@@ -130,7 +132,7 @@ class _Loop:
         self,
         dit: SkippableDit,
         schedule: TrainingSchedule,
-        latents: Tensor,
+        latents: Latents,
         selection: BlockSelection,
         adapters: LoraAdapters,
         config: TrainingConfig,
@@ -254,7 +256,8 @@ class _Loop:
         noisy, clean, sigmas = (x.to(self.dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
         captions = [self.schedule[draw].caption for draw in batch]
         stretch.model.replay(stretch.residuals.residual, batch, lambda: stretch.denoise(noisy, sigmas, captions))
-        tokens = self.dit.image_tokens(*clean.shape[-2:]) + self.dit.text_tokens(captions[0])
+        channels, rows, columns = clean.shape[1:]
+        tokens = self.dit.image_tokens(rows, columns, channels) + self.dit.text_tokens(captions[0])
         with stretch.budget.forward(len(batch) * tokens):
             denoised = stretch.denoise(noisy, sigmas, captions)
         return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
@@ -382,7 +385,7 @@ class _Loop:
             self._require_finite(norm, "gradient", micro_batch)
 
     def _batch_key(self, draw: int) -> Hashable:
-        return self.dit.batch_key(self.schedule[draw].caption)
+        return self.latents[draw].shape, self.dit.batch_key(self.schedule[draw].caption)
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..adapters.lora import LoraAdapters
 from ..blocks.replay import Residual
 from ..blocks.skipping_model import SkippingModel
 from ..data.flow_matching import noisy_batch
+from ..data.latents import Latents
 from ..data.schedule import TrainingSchedule
 from ..errors import TrainingError
 from ..model import Denoiser, SkippableDit
@@ -22,7 +22,7 @@ _EIGHT_BIT_TOLERANCE = 0.1  # relative to what the model removes; measured on th
 def check_against_full_model(
     dit: SkippableDit,
     schedule: TrainingSchedule,
-    latents: Tensor,
+    latents: Latents,
     model: SkippingModel,
     denoise: Denoiser,
     residuals: OpenResiduals,

@@ -217,8 +217,8 @@ class DiffusersDit:
         """Return the number of text tokens between the blocks, padding included; 0 if text is read by cross attention."""
         return 0 if self.layout.cross_attention else self.layout.padded(self.text_length(caption))
 
-    def image_tokens(self, rows: int, columns: int) -> int:
-        """Return the number of image tokens of a latent, padding included."""
+    def image_tokens(self, rows: int, columns: int, channels: int | None = None) -> int:
+        """Return the number of image tokens of a latent of one frame, padding included."""
         patch = self.layout.patch
         return self.layout.padded(math.ceil(rows / patch) * math.ceil(columns / patch))
 

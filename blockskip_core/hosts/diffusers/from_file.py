@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...api import Lora
@@ -104,6 +105,11 @@ def _residuals(run: RunFile, material: Material, places: Places, dit: DiffusersD
     run.selection.require_for(len(dit.blocks), dit.family)
     if captions_identity(material.captions) != run.identity.captions:
         raise CacheError(f"{run.material} has other captions than the run file says. Write both again.")
+    if not isinstance(material.latents, Tensor):
+        raise InvalidInputError(
+            f"{run.material} has latents of several shapes, and diffusers as the host trains on one. Write the run with "
+            "pictures of one shape."
+        )
     if tensors_identity([material.latents]) != run.identity.pictures:
         raise CacheError(f"{run.material} has other latents than the run file says. Write both again.")
     identity = replace(run.identity, host=software())

@@ -1,4 +1,4 @@
-"""Cuts the host's IMAGE batches into clips of equal length."""
+"""Cuts the host's IMAGE batches into clips of equal length; single pictures among them stay pictures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .pictures import Pictures
 
 
 class Clips(OnAccess):
-    """Clips of equal length, each (frames, H, W, 3), float32 in [0, 1] on the CPU.
+    """Clips of equal length, each (frames, H, W, 3), and pictures, (1, H, W, 3), float32 in [0, 1] on the CPU.
 
     Every IMAGE is a film. It is cut into as many clips as it has room for, one after the other from its beginning; the
-    pictures that remain at its end are not used. As with single pictures, clips are views of the input where possible.
+    pictures that remain at its end are not used. An IMAGE of one picture beside films is a clip of one picture. As with
+    single pictures, clips are views of the input where possible.
 
     Args:
-        images: IMAGEs, one film each.
+        images: IMAGEs, one film or picture each.
         frames: Number of pictures of a clip.
         names: The films' file names; empty if unknown.
 
@@ -29,6 +30,7 @@ class Clips(OnAccess):
         labels: The clips' names.
         films: Index of each clip's film.
         unused: Number of pictures that are in no clip.
+        stills: Number of clips that are single pictures.
         transparent: Clips with transparent parts.
 
     Raises:
@@ -37,37 +39,42 @@ class Clips(OnAccess):
 
     def __init__(self, images: Sequence[Any], frames: int, names: Sequence[str] = ()) -> None:
         self._pictures = Pictures(images)
+        has_films = any(len(film) > 1 for film in images)
         films = Labels(len(images), names if len(names) == len(images) else (), "Film")
-        self._frames, self._clips = frames, list[Tensor]()
+        self._clips = list[Tensor]()
         self._starts, self.films = list[int](), list[int]()
         first = 0
         for number, film in enumerate(images):
-            if len(film) < frames:
+            length = 1 if len(film) == 1 and has_films else frames
+            if len(film) < length:
                 raise InvalidInputError(
                     f"{films.full(number)} has {len(film)} pictures, and `frames` asks for clips of {frames}. Connect one "
                     "film in each IMAGE batch, for example from Get Video Components, or lower `frames`."
                 )
-            for start in range(0, len(film) - frames + 1, frames):
-                self._clips.append(film[start : start + frames])
+            for start in range(0, len(film) - length + 1, length):
+                self._clips.append(film[start : start + length])
                 self._starts.append(first + start)
                 self.films.append(number)
             first += len(film)
-        self.unused = first - frames * len(self._clips)
+        self.unused = first - sum(map(len, self._clips))
+        self.stills = sum(len(clip) == 1 for clip in self._clips)
         self.labels = Labels(len(self._clips), [films.short(film) for film in self.films] if names else (), "Clip")
         see_through = set(self._pictures.transparent)
-        self.transparent = [
-            index for index, start in enumerate(self._starts) if see_through & set(range(start, start + frames))
-        ]
+        self.transparent = [index for index in range(len(self)) if see_through & set(self._numbers(index))]
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def one(self, index: int) -> Tensor:
         """Return a clip, converted if it must be."""
-        start = self._starts[index]
-        if all(self._pictures.is_view(start + number) for number in range(self._frames)):
+        numbers = self._numbers(index)
+        if all(map(self._pictures.is_view, numbers)):
             return self._clips[index][..., :3]
-        return torch.stack([self._pictures[start + number] for number in range(self._frames)])
+        return torch.stack(self._pictures.taken(numbers))
+
+    def _numbers(self, index: int) -> range:
+        """Return the numbers of a clip's pictures among all."""
+        return range(self._starts[index], self._starts[index] + len(self._clips[index]))
 
     def still(self, index: int) -> Tensor:
         """Return a clip's first picture, for a quick look at it."""

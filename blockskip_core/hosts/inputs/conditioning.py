@@ -246,6 +246,17 @@ def arguments_for_each(
     return rows
 
 
+def sharing(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with every tensor that equals that of another row replaced by it, so that it is kept once."""
+
+    def shared(name: str, value: Any) -> Any:
+        own = other.get(name)
+        is_same = isinstance(value, Tensor) and isinstance(own, Tensor) and value.dtype == own.dtype
+        return own if is_same and torch.equal(value, own) else value
+
+    return {name: shared(name, value) for name, value in row.items()}
+
+
 def on_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return an argument with ``function`` applied to it, if it is a tensor, or to each tensor of a list."""
     if isinstance(value, Tensor):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.latents import Latents, joined
 from ...errors import InvalidInputError
 from .frames import has_frames, latent_channels, without_frames
 
@@ -34,19 +35,19 @@ def encode_crops(
     crops: Sequence[Tensor],
     progress: Callable[[int, int], None] | None = None,
     *,
-    frames: int = 1,
+    frames: Callable[[int], int] = lambda pictures: 1,
     order: Sequence[int] = (),
-) -> Tensor:
-    """Return the crops' latents in the model's own scale, shape (num_draws, C * F, H, W), float32 on the CPU.
+) -> Latents:
+    """Return the crops' latents in the model's own scale, each (C * F, H, W), float32 on the CPU.
 
     The host's ``process_latent_in`` is applied here, once; nothing after this may apply it again.
 
     Args:
         vae: The VAE.
         model: The host's model that it belongs to.
-        crops: Each (side, side, 3) in [0, 1], or a clip of these with a first axis.
+        crops: Each (height, width, 3) in [0, 1], or a clip of these with a first axis.
         progress: Called with (crops done, total); may raise to interrupt.
-        frames: Number of latent frames of each crop.
+        frames: Number of pictures of a crop -> number of its latent frames.
         order: The order in which to read all crops; empty for their own order. The latents are in the crops' order.
 
     Raises:
@@ -54,14 +55,14 @@ def encode_crops(
     """
     latents: dict[int, Tensor] = {}
     for index in order or range(len(crops)):
-        latent = encode_one(vae, model, crops[index], frames)
-        latents[index] = without_frames(model, model.process_latent_in(latent)).float().cpu()
+        crop = crops[index]
+        latent = encode_one(vae, model, crop, frames(len(crop) if crop.ndim == 4 else 1))
+        latents[index] = without_frames(model, model.process_latent_in(latent))[0].float().cpu()
         if progress:
             progress(len(latents), len(crops))
-    stacked = torch.cat([latents[index] for index in range(len(crops))])
-    if not torch.isfinite(stacked).all():
+    if not all(torch.isfinite(latent).all() for latent in latents.values()):
         raise InvalidInputError("The VAE made latents with NaN or Inf. Load it in fp32 or bf16.")
-    return stacked
+    return joined(latents[index] for index in range(len(crops)))
 
 
 def _require_fitting(latent: Tensor, model: Any, frames: int) -> None:

@@ -87,10 +87,17 @@ def checked_material(
         remarks.on_blank(blank, pictures.labels),
         remarks.on_transparent(pictures.transparent, pictures.labels),
         _on_captions(captions, pictures, described, edits=seen is not None or any(map(references_of, captions))),
-        remarks.on_unused(pictures.unused, len(pictures), frames) if isinstance(pictures, Clips) else None,
+        _on_clips(pictures, frames) if isinstance(pictures, Clips) else None,
         *(() if seen is None else _on_references(seen, pictures)),
     ]
     return Material(pictures, captions, blank, [sentence for sentence in found if sentence], seen)
+
+
+def _on_clips(clips: Clips, frames: int) -> str | None:
+    """Return a remark on pictures beside clips, and on what is in no clip."""
+    unused = remarks.on_unused(clips.unused, len(clips) - clips.stills, frames)
+    beside = f"{clips.stills} single pictures are trained beside the clips" if clips.stills else None
+    return "; ".join(filter(None, [unused, beside])) or None
 
 
 def _seen(

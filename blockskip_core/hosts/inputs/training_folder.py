@@ -55,6 +55,7 @@ def load_training_folder(
     frames: int = 1,
     clips: int = 1,
     reference_folder: str | None = None,
+    with_pictures: bool = False,
 ) -> LoadedFolder:
     """Read the pictures of a folder and its sub-folders, in the order of their names, and their captions.
 
@@ -64,6 +65,7 @@ def load_training_folder(
         frames: Number of pictures of a clip. With more than one, videos are read instead of pictures.
         clips: Number of clips to read from the beginning of every video.
         reference_folder: Another folder, with one or more references of every picture; see ``reference_files``.
+        with_pictures: Whether pictures are read beside videos.
 
     Raises:
         InvalidInputError: If there is no such folder, it contains nothing to read, one of its files cannot be read, or
@@ -71,14 +73,17 @@ def load_training_folder(
     """
     root = _folder(folder)
     inside = None if reference_folder is None else _reference_folder(reference_folder, root, frames)
-    found = _files_besides(root, SUFFIXES if frames == 1 else film_files.SUFFIXES, inside)
+    films = film_files.SUFFIXES if frames > 1 else ()
+    found = _files_besides(root, (*(SUFFIXES if frames == 1 or with_pictures else ()), *films), inside)
     if not found:
         raise InvalidInputError(_nothing_found(folder, root, frames))
     references = (
         _References({}, None) if inside is None else _References.read(list(found), root, inside, reference_folder or "")
     )
-    read = frames * clips if frames > 1 else None
-    loaded = [_Picture.read(path, root, read) for path in _announced(list(found), progress)]
+    loaded = [
+        _Picture.read(path, root, frames * clips if path.suffix.lower() in films else None)
+        for path in _announced(list(found), progress)
+    ]
     counted = [picture for picture in loaded for _ in range(found[picture.path])]
     return LoadedFolder(
         images=[picture.image for picture in counted],

@@ -32,7 +32,7 @@ class AdaptedDit(ABC):
 
     Attributes:
         adapter: The family's adapter.
-        frames: Number of latent frames of a training example; 1 for pictures.
+        frames: Number of latent frames of the longest training example; 1 for pictures.
         known_error: 0, because weights that are used unchanged do not change the output.
 
     Raises:
@@ -76,6 +76,10 @@ class AdaptedDit(ABC):
     def arguments(self) -> Sequence[Mapping[str, Any]]:
         """The model's arguments besides latent and sigma, for each caption, batch axis 1."""
 
+    def arguments_at(self, shape: tuple[int, ...]) -> Sequence[Mapping[str, Any]]:
+        """Return :attr:`arguments` for latents of another shape (C, H, W), on which some of them depend."""
+        return self.arguments
+
     @property
     @abstractmethod
     def device(self) -> torch.device:
@@ -110,7 +114,10 @@ class AdaptedDit(ABC):
         return self.arguments[caption]["c_crossattn"].shape[1]
 
     def text_tokens(self, caption: int) -> int:
-        """Return the number of text tokens in the stream for a caption; those of references and of sound count as text."""
+        """Return the number of text tokens in the stream for a caption; those of references and of sound count as text.
+
+        The sound is that of the longest training example.
+        """
         others = self.adapter.reference_tokens(_references(self.arguments[caption]))
         return self.adapter.text_tokens(self.text_length(caption)) + others + self.adapter.sound_tokens(self.frames)
 
@@ -118,9 +125,15 @@ class AdaptedDit(ABC):
         """Return the length of a caption's text and the shapes of its reference latents."""
         return self.text_length(caption), *(tuple(latent.shape) for latent in _references(self.arguments[caption]))
 
-    def image_tokens(self, rows: int, columns: int) -> int:
+    def image_tokens(self, rows: int, columns: int, channels: int | None = None) -> int:
         """Return the number of image tokens of a training example's latent, including the host's padding."""
-        return self.frames * self.adapter.image_tokens(rows, columns)
+        frames = self.frames if channels is None else frames_in(self._host_model, channels)
+        return frames * self.adapter.image_tokens(rows, columns)
+
+    @property
+    @abstractmethod
+    def _host_model(self) -> Any:
+        """The host's model (a BaseModel)."""
 
     def lora_layers(self, selection: BlockSelection, targets: LoraTargets) -> dict[str, nn.Linear]:
         """Return the linear layers that get an adapter, by their native names.
@@ -162,7 +175,8 @@ class AdaptedDit(ABC):
 
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
             self.adapter.require_rows(len(captions))
-            joined = join_arguments([self.arguments[caption] for caption in captions])
+            arguments = self.arguments_at(tuple(noisy.shape[1:]))
+            joined = join_arguments([arguments[caption] for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, **self.adapter.call_options, **_options_of_a_sampler(sigmas, captions)}
             frames = frames_in(model, noisy.shape[1])

@@ -29,6 +29,7 @@ from ..inputs.conditioning import (
     model_arguments,
     number_of_texts,
     references_of,
+    sharing,
     without_references,
 )
 from ..inputs.frames import frames_in, with_frames
@@ -63,7 +64,7 @@ class HostedDit(AdaptedDit):
         patcher: The MODEL, which is left unchanged. Anything that only belongs to sampling is left out; see
             ``patches``.
         captions: Conditionings, each ``[[tensor, settings]]``.
-        latent_shape: Shape (C, H, W) of the latents that will be denoised.
+        latent_shape: Shape (C, H, W) of the largest latents that will be denoised.
 
     Raises:
         UnsupportedModelError: If no adapter knows the model, it has a change that training cannot follow, or captions
@@ -81,6 +82,7 @@ class HostedDit(AdaptedDit):
         self._latent_shape = tuple(latent_shape)
         self.frames = frames_in(self.patcher.model, latent_shape[0]) if latent_shape else 1
         self._reserved = False
+        self._elsewhere: dict[tuple[int, ...], Sequence[Mapping[str, Any]]] = {}
         if isinstance(self.adapter, FollowedAdapter) and captions:
             self.adapter.layout = self._followed_with_references()
 
@@ -171,15 +173,31 @@ class HostedDit(AdaptedDit):
     @cached_property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
         """The model's arguments besides latent and sigma, for each caption, on the CPU."""
-        model, cpu = self.patcher.model, torch.device("cpu")
-        with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
-            latent = with_frames(model, torch.zeros(1, *self._latent_shape))
-            sound = self.adapter.sound(self.frames, torch.ones(1))
-            rows = arguments_for_each(
-                lambda caption: model_arguments(model, caption, latent, cpu, sound), self._captions
-            )
+        rows = self._arguments_for(self._latent_shape)
         require_references_read(self.adapter, self._captions, rows)
         return rows
+
+    def arguments_at(self, shape: tuple[int, ...]) -> Sequence[Mapping[str, Any]]:
+        """Return :attr:`arguments` for latents of another shape; tensors that do not depend on it are shared."""
+        if shape == self._latent_shape:
+            return self.arguments
+        if shape not in self._elsewhere:
+            rows = self._arguments_for(shape)
+            self._elsewhere[shape] = [sharing(row, own) for row, own in zip(rows, self.arguments, strict=True)]
+        return self._elsewhere[shape]
+
+    def _arguments_for(self, shape: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        model, cpu = self.patcher.model, torch.device("cpu")
+        with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
+            latent = with_frames(model, torch.zeros(1, *shape))
+            sound = self.adapter.sound(frames_in(model, shape[0]) if shape else 1, torch.ones(1))
+            return arguments_for_each(
+                lambda caption: model_arguments(model, caption, latent, cpu, sound), self._captions
+            )
+
+    @property
+    def _host_model(self) -> Any:
+        return self.patcher.model
 
     @contextmanager
     def running(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...data.buckets import PatchShape
 from ...data.crops import TrainingCrops
+from ...data.latents import Latents, largest_shape, without_values
 from ...data.patch_sampling import PatchConfig, PatchOrder
 from ...data.remarks import Labels
-from ...data.schedule import TrainingSchedule, draw_schedule
+from ...data.schedule import Draw, TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
 from ...residuals.back_response import BackResidual, how_fitted
 from ...residuals.cache import CacheIdentity
@@ -49,6 +51,7 @@ class ResidualSettings:
         frames: Number of pictures of a clip; 1 for pictures.
         noise_from, noise_to: Noise levels are drawn from within this range.
         caption_dropout: Share of the examples that get the empty caption in place of their own.
+        patch_shape: Whether training pictures are squares, or as their pictures; see ``buckets``.
     """
 
     draws: int
@@ -66,6 +69,7 @@ class ResidualSettings:
     noise_from: float = 0.0
     noise_to: float = 1.0
     caption_dropout: float = 0.0
+    patch_shape: PatchShape = "square"
 
     def as_read(self) -> ResidualSettings:
         """Return the settings, with those that this storage ignores at their defaults, so that runs are found again."""
@@ -95,7 +99,7 @@ def prepare_residuals(
     Args:
         model: The MODEL.
         vae: The VAE that belongs to it.
-        pictures: Each (H, W, 3) in [0, 1]; with ``frames``, clips of these with a first axis.
+        pictures: Each (H, W, 3) in [0, 1]; with ``frames``, clips of these with a first axis, or of one picture.
         captions: Single conditionings, each ``[[tensor, settings]]``: one for all pictures or one for each.
         selection: Blocks to be skipped.
         settings: How examples are drawn and stored.
@@ -111,7 +115,8 @@ def prepare_residuals(
     """
     require_empty_caption(empty_caption, settings.caption_dropout)
     settings, model = settings.as_read(), for_training(model)
-    shape = latent_shape(model.model, settings.patch_min, frames_of_clip(model, settings.frames))
+    frames = partial(frames_of_clip, model)
+    shape = latent_shape(model.model, settings.patch_min, frames(settings.frames))
     bare = HostedDit(model, captions, shape)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":
@@ -130,7 +135,7 @@ def prepare_residuals(
     identity = _identity(bare, vae, pictures, captions, selection, schedule, settings)
     residuals = ResidualSet(
         schedule=schedule,
-        latents=torch.empty(len(schedule), *shape, device="meta"),  # not yet
+        latents=_latents_to_be(model, pictures, schedule),
         selection=selection,
         captions=captions,
         identity=identity,
@@ -141,7 +146,7 @@ def prepare_residuals(
         back_residual=settings.back_residual,
         dropped=dropped,
     )
-    residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, bare.frames, progress))
+    residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, frames, progress))
     if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
         # Another process may have been faster. Its device may round differently, so its cache needs its latents.
         stored = stored_latents(residuals, progress)
@@ -150,7 +155,19 @@ def prepare_residuals(
 
 
 def _dit(model: Any, residuals: ResidualSet) -> HostedDit:
-    return HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+    return HostedDit(model, residuals.captions, largest_shape(residuals.latents))
+
+
+def _latents_to_be(model: Any, pictures: Sequence[Tensor], schedule: TrainingSchedule) -> Latents:
+    """Return latents without values of the shapes that the draws' will have."""
+
+    def shape(draw: Draw) -> tuple[int, int, int]:
+        picture, (height, width) = pictures[draw.picture], schedule.size_of(draw.picture)
+        frames = frames_of_clip(model, len(picture) if picture.ndim == 4 else 1)
+        channels, rows, _ = latent_shape(model.model, height, frames)
+        return channels, rows, latent_shape(model.model, width)[2]
+
+    return without_values(map(shape, schedule))
 
 
 def _schedule(
@@ -178,6 +195,7 @@ def _schedule(
         seed=settings.seed,
         timesteps=settings.timesteps,
         labels=labels,
+        shape=settings.patch_shape,
     )
 
 
@@ -206,8 +224,13 @@ def _identity(
 
 
 def _latents(
-    model: Any, vae: Any, crops: TrainingCrops, residuals: ResidualSet, frames: int, progress: PhaseProgress
-) -> Tensor:
+    model: Any,
+    vae: Any,
+    crops: TrainingCrops,
+    residuals: ResidualSet,
+    frames: Callable[[int], int],
+    progress: PhaseProgress,
+) -> Latents:
     """Return the latents of all crops, from a finished cache or encoded now, if there is space for the residuals."""
     if residuals.storage == "disk":
         stored = stored_latents(residuals, progress)

@@ -94,6 +94,10 @@ class WeightlessDit(AdaptedDit):
         return self._arguments
 
     @property
+    def _host_model(self) -> Any:
+        return self.model
+
+    @property
     def room_for_blocks(self) -> int:
         """0, so that one block at a time is loaded: the least that precomputing can take."""
         return 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...data.latents import largest_shape
 from ...errors import CacheError, InvalidInputError
 from ...runs.host import Places
 from ...runs.own_residuals import kept_apart
@@ -100,7 +101,7 @@ def _prepared(run: RunFile, material: Material, model: Any, progress: RunProgres
     from .prepare import prepare as prepare_run
 
     flatten_conditionings(material.captions, with_references=True)  # they may be anything
-    dit = HostedDit(model, material.captions, material.latents.shape[1:])
+    dit = HostedDit(model, material.captions, largest_shape(material.latents))
     residuals = kept_apart(_residuals(run, material, str(dit.dtype)), run.material_hash, progress)
     return prepare_run(model, residuals, _request(run.settings, material))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...accounting.step_estimate import estimated_step_bytes
 from ...adapters.lora import LinearShape, LoraAdapters
+from ...data.latents import largest_shape
 from ...errors import CacheError
 from ...residuals.residual_set import ResidualSet
 from ...training.checkpoints import Checkpoints, RunIdentity
@@ -62,11 +63,11 @@ class PreparedRun:
     @property
     def step_bytes(self) -> int:
         """Approximate bytes that a step needs besides the weights."""
-        config, dit, latents = self.request.config, self.dit, self.residuals.latents
+        config, dit, (channels, rows, columns) = self.request.config, self.dit, largest_shape(self.residuals.latents)
         text = max(dit.text_tokens(caption) for caption in range(len(self.residuals.captions)))
         estimated = estimated_step_bytes(
             num_kept=len(self.residuals.selection.kept),
-            tokens=dit.image_tokens(*latents.shape[-2:]) + text,
+            tokens=dit.image_tokens(rows, columns, channels) + text,
             width=dit.width,
             itemsize=dit.dtype.itemsize,
             batch_size=config.batch_size,
@@ -87,7 +88,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     require_writable(path)
     _require_same_model(model, residuals)
     selection = residuals.selection
-    dit = HostedDit(model, residuals.captions, residuals.latents.shape[1:])
+    dit = HostedDit(model, residuals.captions, largest_shape(residuals.latents))
     selection.require_for(len(dit.blocks), dit.family)
     dit.adapter.require_rows(request.config.batch_size)
     trained_dit = _quantised(dit, residuals, request)

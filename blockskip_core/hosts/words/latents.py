@@ -9,6 +9,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...data.latents import in_batch
 from ...data.on_access import OnAccess
 from ...errors import InvalidInputError
 from ..inputs.encoding import encode_crops
@@ -49,4 +50,5 @@ def square_latents(
     if side % step:
         raise InvalidInputError(f"resolution must be a multiple of {step} px for this VAE, got {side}.")
     with torch.no_grad():
-        return encode_crops(vae, model, Squares(pictures, side, mirror), progress)
+        squares = encode_crops(vae, model, Squares(pictures, side, mirror), progress)
+    return in_batch(squares, range(len(squares)))

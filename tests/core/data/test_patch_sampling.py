@@ -155,11 +155,11 @@ def test_resizing_to_the_same_size_returns_the_picture_itself():
 
 def test_a_crop_of_patch_size_is_cut_out_unchanged():
     picture = torch.rand(40, 50, 3)
-    crop = crop_and_resize(picture, top=3, left=11, side=16, patch_min=16)
+    crop = crop_and_resize(picture, top=3, left=11, crop=(16, 16), size=(16, 16))
     assert torch.equal(crop, picture[3:19, 11:27])
 
 
 def test_a_larger_crop_is_resized_to_the_patch():
     picture = torch.rand(40, 50, 3)
-    crop = crop_and_resize(picture, top=8, left=2, side=32, patch_min=16)
+    crop = crop_and_resize(picture, top=8, left=2, crop=(32, 32), size=(16, 16))
     assert torch.equal(crop, resize(picture[8:40, 2:34], 16, 16))

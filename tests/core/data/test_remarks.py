@@ -31,7 +31,7 @@ def test_names_that_are_not_one_for_each_are_refused():
 
 def test_nothing_is_said_of_nothing():
     labels = Labels(2)
-    assert remarks.on_size([(64, 64), (64, 90)], 64, labels) is None
+    assert remarks.on_size([(64, 64), (64, 90)], [(64, 64)] * 2, labels) is None
     assert remarks.on_blank({}, labels) is None
     assert remarks.on_transparent([], labels) is None
     assert remarks.put_on_white([], labels) is None
@@ -42,7 +42,7 @@ def test_nothing_is_said_of_nothing():
 
 
 def test_sizes_are_columns_by_rows():
-    sentence = remarks.on_size([(63, 400), (64, 64), (20, 30)], 64, Labels(3))
+    sentence = remarks.on_size([(63, 400), (64, 64), (20, 30)], [(64, 64)] * 3, Labels(3))
     assert sentence.startswith(
         "2 of 3 pictures are smaller than the patch of 64 px: number 1 (400 x 63 px), number 3 (30 x 20 px)."
     )

@@ -145,6 +145,6 @@ def test_text_that_is_no_schedule_is_refused(text):
 
 def test_another_format_version_is_refused():
     content = json.loads(draw().to_json())
-    content["version"] = 2
-    with pytest.raises(CacheError, match="format 2, this version reads 1"):
+    content["version"] = 3
+    with pytest.raises(CacheError, match="format 3, this version reads up to 2"):
         TrainingSchedule.from_json(json.dumps(content))

@@ -124,9 +124,9 @@ def test_frames_become_channels_and_back():
 def test_a_clip_is_cropped_and_resized_like_each_of_its_pictures():
     from blockskip_pack.blockskip_core.data.patch_sampling import crop_and_resize, resize
 
-    clip, place = film(3, 20, 30), {"top": 2, "left": 5, "side": 16, "patch_min": 8}
+    clip, place = film(3, 20, 30), {"top": 2, "left": 5, "crop": (16, 12), "size": (8, 6)}
     together = crop_and_resize(clip, **place)
-    assert together.shape == (3, 8, 8, 3)
+    assert together.shape == (3, 8, 6, 3)
     for one, picture in zip(together, clip, strict=True):
         torch.testing.assert_close(one, crop_and_resize(picture, **place), atol=1e-7, rtol=0.0)
     assert resize(clip, 20, 30) is clip

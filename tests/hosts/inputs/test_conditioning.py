@@ -231,6 +231,6 @@ def test_training_crops_are_cut_where_the_schedule_says(encoding):
     object.__setattr__(plan.draws[1], "left", 7)
     assert plan.patches == PatchConfig(patch_min=16, patch_max=32)
     for crop, draw in zip(TrainingCrops(pictures, plan), plan, strict=True):
-        expected = crop_and_resize(pictures[0], top=draw.top, left=draw.left, side=16, patch_min=16)
+        expected = crop_and_resize(pictures[0], top=draw.top, left=draw.left, crop=(16, 16), size=(16, 16))
         assert torch.equal(crop, expected)
     assert torch.equal(TrainingCrops(pictures, plan)[1], pictures[0][5:21, 7:23])
