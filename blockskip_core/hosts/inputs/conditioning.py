@@ -251,8 +251,9 @@ def sharing(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
     def shared(name: str, value: Any) -> Any:
         own = other.get(name)
-        is_same = isinstance(value, Tensor) and isinstance(own, Tensor) and value.dtype == own.dtype
-        return own if is_same and torch.equal(value, own) else value
+        if not (isinstance(value, Tensor) and isinstance(own, Tensor) and value.dtype == own.dtype):
+            return value
+        return own if torch.equal(value, own) else value
 
     return {name: shared(name, value) for name, value in row.items()}
 
