@@ -18,6 +18,7 @@ from ..blockskip_core.data.reference_pictures import ReferenceSettings
 from ..blockskip_core.data.schedule import Draw, TrainingSchedule, largest_crop
 from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS
 from ..blockskip_core.hosts.inputs.empty_captions import checked_empty_caption
+from ..blockskip_core.hosts.inputs.given_latents import LatentRows
 from ..blockskip_core.hosts.inputs.material import checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
@@ -94,10 +95,10 @@ def _training_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The same MODEL that you will train on."),
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-        io.Image.Input(
-            "images",
+        io.MultiType.Input(
+            "images", [io.Image, io.Latent],
             tooltip="Pictures of your subject, usually 4 to 20; a batch or a list, sizes may differ. The shorter side "
-            "should have at least `patch_max` pixels.",
+            "should have at least `patch_max` pixels. Or latents of whole pictures, as from core's Resolution Bucket.",
         ),
         io.Conditioning.Input(
             "positive",
@@ -262,7 +263,9 @@ def precompute(
             material.references, checked_empty_caption(given.empty),
         )  # fmt: skip
         sheet = pictures.as_image(contact_sheet(crops, residuals.schedule, material.blank))
-    notes = [*material.remarks, size_note(material.pictures.sizes, residuals.schedule), residuals.on_dropped]
+    given, schedule = material.pictures, residuals.schedule
+    sizes = [schedule.size_of(index) for index in range(len(given))] if isinstance(given, LatentRows) else given.sizes
+    notes = [*material.remarks, size_note(sizes, schedule), residuals.on_dropped]
     progress.say("\n".join(filter(None, notes)))
     return replace(residuals, remarks=material.remarks), sheet
 

@@ -46,15 +46,16 @@ def bucket_of(height: int, width: int, config: PatchConfig) -> tuple[int, int]:
 
 
 def training_sizes(
-    picture_sizes: Sequence[tuple[int, int]], config: PatchConfig, shape: PatchShape
+    picture_sizes: Sequence[tuple[int, int]], config: PatchConfig, shape: PatchShape | Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...]:
     """Return the training size of every picture; empty if all are squares.
 
     Args:
         picture_sizes: Height and width in pixels of each.
         config: Side of the square, and what sides are multiples of.
-        shape: "square", or "as pictures".
+        shape: "square", "as pictures", or the sizes.
     """
-    sizes = tuple(bucket_of(height, width, config) for height, width in picture_sizes)
-    square = (config.patch_min, config.patch_min)
-    return () if shape == "square" or set(sizes) == {square} else sizes
+    if shape == "square":
+        return ()
+    sizes = [bucket_of(*size, config) for size in picture_sizes] if isinstance(shape, str) else shape
+    return () if set(sizes) == {(config.patch_min, config.patch_min)} else tuple(sizes)

@@ -146,7 +146,7 @@ def draw_schedule(
     seed: int,
     timesteps: str = "model",
     labels: Labels | None = None,
-    shape: PatchShape = "square",
+    shape: PatchShape | Sequence[tuple[int, int]] = "square",
 ) -> TrainingSchedule:
     """Decide picture, caption, noise level, crop and noise of every training example.
 
@@ -162,7 +162,8 @@ def draw_schedule(
         seed: Determines every random decision.
         timesteps: Name of the noise level distribution, recorded with the schedule.
         labels: The pictures' names in messages; their numbers if None.
-        shape: Whether training pictures are squares, or as their pictures; see ``buckets``.
+        shape: Whether training pictures are squares, or as their pictures; see ``buckets``. Or height and width in pixels
+            of the training pictures of every picture.
 
     Raises:
         InvalidInputError: If there are no pictures or draws, the number of captions does not fit, or a picture is too
@@ -177,7 +178,7 @@ def draw_schedule(
         )
     if num_draws < 1:
         raise InvalidInputError(f"At least one training example is needed, got {num_draws}.")
-    if shape not in PATCH_SHAPES:
+    if isinstance(shape, str) and shape not in PATCH_SHAPES:
         raise InvalidInputError(f"Patch shape must be one of {', '.join(PATCH_SHAPES)}, got {shape!r}.")
     trained = training_sizes(picture_sizes, patches, shape)
     square = (patches.patch_min, patches.patch_min)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -244,18 +245,26 @@ def _crops(report: RunReport) -> list[Markup]:
     passes = report.result.steps * report.config.accumulation * report.config.batch_size
     used = schedule.draws[:passes]
     note = "Side of each crop in pixels, by its noise level t: 1 is pure noise."
+    note += " Of a rectangle, the side of the square with the same scale." if schedule.sizes else ""
     rows = {
         "Pictures": f"{len({draw.picture for draw in schedule}):,}",
         "Captions": f"{report.num_captions:,}",
         "Training examples": f"{len(schedule):,}, of which {len(used):,} were trained on",
         "Uses of each training example": f"{passes / max(1, len(schedule)):.3g} on average",
-        "Patch sizes": f"crops of {patches.patch_min} to {patches.patch_max} px, each resized to {patches.patch_min} px",
+        "Patch sizes": f"crops of {patches.patch_min} to {patches.patch_max} px, each resized to "
+        + (_sizes(schedule) or f"{patches.patch_min} px"),
         "Patch order": patches.order,
         "Noise levels drawn as": schedule.timesteps,
         "Seed of the training examples": schedule.seed,
         **report.storage,
     }
     return [crop_chart(used), element("p", note, class_="note"), _table(rows)]
+
+
+def _sizes(schedule: TrainingSchedule) -> str:
+    """Return the sizes of training pictures that are not all squares, with the number of their pictures."""
+    counted = Counter(schedule.sizes).most_common()
+    return ", ".join(f"{width} x {height} px ({count} pictures)" for (height, width), count in counted)
 
 
 def _section(title: str, *content: Markup) -> Markup:

@@ -110,7 +110,7 @@ CONTRACT = {
         """
             model MODEL
             vae VAE
-            images IMAGE
+            images IMAGE,LATENT
             positive CONDITIONING
             selection BLOCKSKIP_SELECTION
             draws INT = 400 [1, 1000000]
@@ -134,6 +134,7 @@ CONTRACT = {
             reference_part COMBO? = whole {whole | same part}
             caption_dropout FLOAT? = 0.0 [0.0, 1.0] step 0.01
             empty_caption CONDITIONING?
+            patch_shape COMBO? = square {square | as pictures}
         """,
         [("residuals", "BLOCKSKIP_RESIDUALS"), ("patches", "IMAGE")],
     ),
@@ -232,6 +233,7 @@ CONTRACT = {
             frames INT? = 1 [1, 1001]
             clips_per_video INT? = 1 [1, 1000]
             reference_folder COMBO? = none {host's}
+            with_pictures BOOLEAN? = False
         """,
         [("images", "IMAGE"), ("texts", "STRING"), ("files", "BLOCKSKIP_FILES"), ("references", "IMAGE")],
         takes_lists=False,

@@ -85,27 +85,30 @@ def test_the_nodes_on_families_whose_text_cannot_be_hidden(nodes, run_node, pict
     assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection)
 
 
-@pytest.mark.parametrize("name", ["wan21", "ltx2"])
-def test_the_nodes_on_clips(nodes, run_node, folders, name):
+@pytest.mark.parametrize(("name", "beside"), [("wan21", False), ("wan21", True), ("ltx2", True)])
+def test_the_nodes_on_clips(nodes, run_node, folders, name, beside):
+    """With ``beside`` there is a picture beside the films, and training pictures are as their pictures."""
     tiny = next((one for one in FAMILIES if one.name == name), None) or family(name)
     model, positive = tiny.build(), tiny.captions((5,))[0]
     per_frame = model.model.latent_format.temporal_downscale_ratio
     length = 2 * per_frame + 1
     films = Listed([torch.rand(length + 4, 72, 96, 3), torch.rand(2 * length, 64, 64, 3)])
+    films += [torch.rand(1, 70, 170, 3)] * beside
     selection, _, _ = run_node(
         nodes.SelectBlocks, model=model, positive=positive, **{**MEASURE, "method": "preset"}, **PROBE
     ).args
     patches = {**PATCHES, "patch_min": 32, "patch_max": 64, "draws": 4}
     vae = FamilyVae(model.model, frames=True)
     residuals, sheet = run_node(
-        nodes.PrecomputeResiduals, model=model, vae=vae, images=films, positive=Listed([positive, positive]), selection=selection,
-        frames=length, noise_from=0.25, noise_to=0.75, **patches,
+        nodes.PrecomputeResiduals, model=model, vae=vae, images=films, positive=Listed([positive] * len(films)), selection=selection,
+        frames=length, noise_from=0.25, noise_to=0.75, patch_shape="as pictures" if beside else "square", **patches,
     ).args  # fmt: skip
-    assert residuals.latents.shape[1] == 3 * model.model.latent_format.latent_channels
-    assert {draw.picture for draw in residuals.schedule} == {0, 1, 2}  # three clips
+    frames = {draw.picture: len(latent) for draw, latent in zip(residuals.schedule, residuals.latents, strict=True)}
+    channels = model.model.latent_format.latent_channels
+    assert frames == {0: 3 * channels, 1: 3 * channels, 2: 3 * channels} | ({3: channels} if beside else {})
     assert all(0.25 <= draw.sigma <= 0.75 for draw in residuals.schedule)
     assert sheet.shape[0] == 1
-    trained = run_node(nodes.TrainLora, model=model, residuals=residuals, **TRAINING)
+    trained = run_node(nodes.TrainLora, model=model, residuals=residuals, batch_size=2, **TRAINING)
     assert trained.ui["blockskip"][0]["self_check"] < 1e-5
     plan = {
         "patch_min": 32, "draws": 4, "storage": "disk", "rank": 4, "batch_size": 1, "checkpointing": True,

@@ -44,6 +44,17 @@ def test_a_videos_first_pictures_are_one_image(load, folder, said):  # noqa: F81
     assert said[0].splitlines()[-1] == "Videos: 2; captions: 1"
 
 
+def test_pictures_are_loaded_beside_videos_if_asked_for(load, folder, said):  # noqa: F811
+    write_film(folder / "b.mp4", [0.1, 0.3, 0.5])
+    photo(folder / "a.png")
+    (folder / "a.txt").write_text("a dog", encoding="utf-8")
+    assert [len(image) for image in load(frames=3)[0]] == [3]
+    images, texts, files, _ = load(frames=3, with_pictures=True)
+    assert [len(image) for image in images] == [1, 3]
+    assert (texts, [file.name for file in files]) == (["a dog", ""], ["a.png", "b.mp4"])
+    assert said[-1].splitlines()[-1] == "Videos and pictures: 2; captions: 1"
+
+
 def test_several_clips_of_a_video_are_read_together(load, folder, said):  # noqa: F811
     write_film(folder / "walk.mp4", [0.1 * n for n in range(9)])
     assert len(load(frames=3, clips_per_video=2)[0][0]) == 6

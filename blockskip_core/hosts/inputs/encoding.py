@@ -25,7 +25,7 @@ def encode_one(vae: Any, model: Any, picture: Tensor, frames: int = 1) -> Tensor
         InvalidInputError: If it does not fit the model.
     """
     latent = vae.encode(picture if picture.ndim == 4 else picture.unsqueeze(0))
-    _require_fitting(latent, model, frames)
+    require_fitting(latent, model, frames)
     return latent
 
 
@@ -65,7 +65,7 @@ def encode_crops(
     return joined(latents[index] for index in range(len(crops)))
 
 
-def _require_fitting(latent: Tensor, model: Any, frames: int) -> None:
+def require_fitting(latent: Tensor, model: Any, frames: int) -> None:
     """Refuse latents of another VAE before they are scaled: broadcasting could hide the mismatch."""
     channels = latent_channels(model)
     if latent.shape[1] != channels:

@@ -14,6 +14,7 @@ from ...data.reference_pictures import ReferenceSettings
 from ...errors import InvalidInputError
 from .clips import Clips
 from .conditioning import flatten_conditionings, references_of, same_texts
+from .given_latents import LatentRows, are_latents, captions_of_rows
 from .pictures import Pictures
 from .references import References, given_references
 
@@ -36,14 +37,14 @@ class Material:
     """Pictures or clips that can be trained on, with their captions.
 
     Attributes:
-        pictures: The pictures, or the clips.
+        pictures: The pictures, or the clips; or latents of either.
         captions: Single conditionings: one for all, or one for each.
         blank: Blank pictures, each with its colour.
         remarks: Anything odd, in sentences.
         references: What an edit model sees beside the captions, if it is not in them already.
     """
 
-    pictures: Pictures | Clips
+    pictures: Pictures | Clips | LatentRows
     captions: list[list]
     blank: Mapping[int, str]
     remarks: list[str]
@@ -61,7 +62,7 @@ def checked_material(
     """Return the checked inputs, with remarks on them.
 
     Args:
-        images: IMAGEs.
+        images: IMAGEs, or LATENTs of whole pictures.
         positive: CONDITIONINGs.
         files: What Load Training Folder says about the pictures.
         frames: Number of pictures of a clip; with 1, every picture is trained on by itself.
@@ -72,6 +73,8 @@ def checked_material(
         InvalidInputError: If a picture or caption cannot be used; the message names it.
     """
     described = _require_files(files or ())
+    if are_latents(images):
+        return _of_latents(images, positive, references)
     names, captions = [file.name for file in described], flatten_conditionings(positive, with_references=True)
     pictures: Pictures | Clips
     if frames > 1:
@@ -91,6 +94,20 @@ def checked_material(
         *(() if seen is None else _on_references(seen, pictures)),
     ]
     return Material(pictures, captions, blank, [sentence for sentence in found if sentence], seen)
+
+
+def _of_latents(given: Sequence[Any], positive: Sequence[Any], references: Sequence[Any] | None) -> Material:
+    """Return latents as material. Files do not describe them: nodes that give LATENTs may have changed the order."""
+    if references is not None:
+        raise InvalidInputError(
+            "References are for pictures, and `images` has latents. Connect the pictures themselves, or disconnect `references`."
+        )
+    rows = LatentRows.of(given)
+    captions = flatten_conditionings(captions_of_rows(positive, given), with_references=True)
+    zeroed = sum(not embedding.any() for [[embedding, _]] in captions)
+    said = ["Latents are trained on whole: patch_min, patch_max, patch_order, patch_shape and frames are not used"]
+    said += [remarks.on_zeroed_captions(zeroed, len(captions)) or ""] if zeroed else []
+    return Material(rows, captions, {}, said)
 
 
 def _on_clips(clips: Clips, frames: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from ..files.folders import residuals_folder
 from ..inputs.empty_captions import require_empty_caption, with_empty_captions
 from ..inputs.encoding import crop_multiple, encode_crops
 from ..inputs.frames import latent_shape
+from ..inputs.given_latents import LatentRows, WholeLatents
 from ..inputs.references import References
 from .adapted_dit import frames_of_clip
 from .hosted_dit import HostedDit
@@ -85,7 +86,7 @@ class ResidualSettings:
 def prepare_residuals(
     model: Any,
     vae: Any,
-    pictures: Sequence[Tensor],
+    pictures: Sequence[Tensor] | LatentRows,
     captions: Sequence[list],
     selection: BlockSelection,
     settings: ResidualSettings,
@@ -100,6 +101,7 @@ def prepare_residuals(
         model: The MODEL.
         vae: The VAE that belongs to it.
         pictures: Each (H, W, 3) in [0, 1]; with ``frames``, clips of these with a first axis, or of one picture.
+            Or latents of whole pictures or clips.
         captions: Single conditionings, each ``[[tensor, settings]]``: one for all pictures or one for each.
         selection: Blocks to be skipped.
         settings: How examples are drawn and stored.
@@ -115,20 +117,23 @@ def prepare_residuals(
     """
     require_empty_caption(empty_caption, settings.caption_dropout)
     settings, model = settings.as_read(), for_training(model)
-    frames = partial(frames_of_clip, model)
-    shape = latent_shape(model.model, settings.patch_min, frames(settings.frames))
+    is_encoded = isinstance(pictures, LatentRows)
+    shape = latent_shape(model.model, settings.patch_min, frames_of_clip(model, 1 if is_encoded else settings.frames))
     bare = HostedDit(model, captions, shape)
     selection.require_for(len(bare.blocks), bare.family)
     if settings.back_residual == "exact":
         selection = selection.with_exact_back()
     multiple = crop_multiple(vae, bare.adapter.patch_size)
+    if isinstance(pictures, LatentRows):
+        pictures = WholeLatents(pictures, vae, model.model, bare.adapter.patch_size)
+        side = pictures.square(multiple)
+        settings = replace(settings, patch_min=side, patch_max=side, patch_order="fixed")
     schedule = _schedule(model, pictures, len(captions), multiple, settings, labels)
     crops = TrainingCrops(pictures, schedule)
     if references is not None:
         require_takes_references(bare.adapter)
         encoder = ReferenceEncoder(
-            references=references, sizes=[(picture.shape[-3], picture.shape[-2]) for picture in pictures], vae=vae,
-            model=model.model, multiple=multiple, progress=progress,
+            references=references, sizes=_sizes(pictures), vae=vae, model=model.model, multiple=multiple, progress=progress,
         )  # fmt: skip
         captions, schedule = encoder.captions(captions, schedule)
     captions, schedule, dropped = with_empty_captions(captions, schedule, empty_caption, settings.caption_dropout)
@@ -146,7 +151,7 @@ def prepare_residuals(
         back_residual=settings.back_residual,
         dropped=dropped,
     )
-    residuals = replace(residuals, latents=_latents(model, vae, crops, residuals, frames, progress))
+    residuals = replace(residuals, latents=_latents(model, vae, pictures, crops, residuals, progress))
     if residuals.storage == "disk" and not write_cache(residuals, _dit(model, residuals), progress):
         # Another process may have been faster. Its device may round differently, so its cache needs its latents.
         stored = stored_latents(residuals, progress)
@@ -158,13 +163,23 @@ def _dit(model: Any, residuals: ResidualSet) -> HostedDit:
     return HostedDit(model, residuals.captions, largest_shape(residuals.latents))
 
 
+def _sizes(pictures: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return height and width of each in pixels."""
+    if isinstance(pictures, WholeLatents):
+        return pictures.sizes
+    return [(picture.shape[-3], picture.shape[-2]) for picture in pictures]
+
+
 def _latents_to_be(model: Any, pictures: Sequence[Tensor], schedule: TrainingSchedule) -> Latents:
     """Return latents without values of the shapes that the draws' will have."""
+    if isinstance(pictures, WholeLatents):
+        frames = [row.shape[2] if row.ndim == 5 else 1 for row in pictures.rows]
+    else:
+        frames = [frames_of_clip(model, len(picture) if picture.ndim == 4 else 1) for picture in pictures]
 
     def shape(draw: Draw) -> tuple[int, int, int]:
-        picture, (height, width) = pictures[draw.picture], schedule.size_of(draw.picture)
-        frames = frames_of_clip(model, len(picture) if picture.ndim == 4 else 1)
-        channels, rows, _ = latent_shape(model.model, height, frames)
+        height, width = schedule.size_of(draw.picture)
+        channels, rows, _ = latent_shape(model.model, height, frames[draw.picture])
         return channels, rows, latent_shape(model.model, width)[2]
 
     return without_values(map(shape, schedule))
@@ -180,7 +195,7 @@ def _schedule(
 ) -> TrainingSchedule:
     sampling = model.get_model_object("model_sampling")
     return draw_schedule(
-        [(picture.shape[-3], picture.shape[-2]) for picture in pictures],
+        _sizes(pictures),
         num_captions=num_captions,
         num_draws=settings.draws,
         patches=PatchConfig(
@@ -195,7 +210,7 @@ def _schedule(
         seed=settings.seed,
         timesteps=settings.timesteps,
         labels=labels,
-        shape=settings.patch_shape,
+        shape=pictures.sizes if isinstance(pictures, WholeLatents) else settings.patch_shape,
     )
 
 
@@ -214,7 +229,8 @@ def _identity(
         model=model_identity(dit.patcher),
         schedule=schedule.fingerprint,
         selection=selection.fingerprint,
-        pictures=tensors_identity(pictures) + module_identity(vae.first_stage_model),
+        pictures=tensors_identity(pictures.rows if isinstance(pictures, WholeLatents) else pictures)
+        + module_identity(vae.first_stage_model),
         captions=captions_identity(captions),
         dtype=str(dit.dtype),
         host=host_identity(),
@@ -226,9 +242,9 @@ def _identity(
 def _latents(
     model: Any,
     vae: Any,
+    pictures: Sequence[Tensor],
     crops: TrainingCrops,
     residuals: ResidualSet,
-    frames: Callable[[int], int],
     progress: PhaseProgress,
 ) -> Latents:
     """Return the latents of all crops, from a finished cache or encoded now, if there is space for the residuals."""
@@ -237,7 +253,13 @@ def _latents(
         if stored is not None:
             return stored
     require_room(residuals, _dit(model, residuals))  # before spending an hour on encoding
-    order = crops.by_picture(range(len(crops)))
+    if isinstance(pictures, WholeLatents):
+        return pictures.of_draws([draw.picture for draw in residuals.schedule])
     return encode_crops(
-        vae, model.model, crops, lambda done, total: progress("encoding crops", done, total), frames=frames, order=order
+        vae,
+        model.model,
+        crops,
+        lambda done, total: progress("encoding crops", done, total),
+        frames=partial(frames_of_clip, model),
+        order=crops.by_picture(range(len(crops))),
     )

@@ -32,6 +32,12 @@ def test_a_round_trip(tmp_path):
     assert more["mask"].dtype == torch.bool
 
 
+def test_latents_of_several_shapes_come_back_one_by_one(tmp_path):
+    path, latents = tmp_path / "a.safetensors", [torch.randn(4, 2 + n % 3, 8) for n in range(12)]
+    found = read_material(path, write_material(Material(latents, [[]]), path)).latents
+    assert all(torch.equal(a, b) for a, b in zip(found, latents, strict=True))
+
+
 def test_what_captions_share_is_stored_once(tmp_path):
     text, path = torch.randn(1, 3, 4), tmp_path / "a.safetensors"
     captions = [[[text, {"pooled_output": text, "reference_latents": [torch.full((1,), float(n))]}]] for n in range(3)]

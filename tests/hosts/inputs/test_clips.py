@@ -57,6 +57,24 @@ def test_one_caption_per_film_is_used_for_all_its_clips():
     assert clips.labels.short(1) == "a.mp4"
 
 
+def test_a_single_picture_beside_films_is_a_clip_of_one():
+    from blockskip_pack.blockskip_core.hosts.inputs.clips import Clips
+    from blockskip_pack.blockskip_core.hosts.inputs.material import checked_material
+
+    images = [film(11), film(1, 4, 4, seed=1), film(5, seed=2)]
+    clips = Clips(images, 5)
+    assert [len(clip) for clip in clips] == [5, 5, 1, 5]
+    assert torch.equal(clips[2], images[1])
+    assert (clips.films, clips.unused, clips.stills) == ([0, 0, 1, 2], 1, 1)
+    material = checked_material(images, [[[torch.rand(1, 3, 4), {}]]] * 3, None, 5)
+    assert material.remarks == [
+        "3 clips of 5 pictures; 1 pictures at the ends of the films are not used; 1 single pictures are trained beside "
+        "the clips"
+    ]
+    with pytest.raises(InvalidInputError, match="Film 1 of 2 has 1 pictures, and `frames` asks for clips of 5"):
+        Clips([film(1), film(1)], 5)
+
+
 def test_material_says_what_is_left_out():
     from blockskip_pack.blockskip_core.hosts.inputs.material import checked_material
 

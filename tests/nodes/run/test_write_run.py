@@ -40,8 +40,9 @@ def trained_outside(outside, run, processes=1, **more):
         {"back_residual": "linear"},
         {"checkpoint": True},
         {"dtype": torch.bfloat16},
+        {"patch_shape": "as pictures"},
     ],
-    ids=["disk", "chunked", "on the fly", "exact", "linear", "checkpoint", "bf16"],
+    ids=["disk", "chunked", "on the fly", "exact", "linear", "checkpoint", "bf16", "shapes"],
 )
 def test_the_command_trains_the_lora_of_the_node_bit_for_bit(outside, changes):
     given = outside.prepare(**changes)
