@@ -21,6 +21,7 @@ from .adapters.lora_formats import to_file_tensors
 from .adapters.lora_metadata import metadata_to_strings
 from .blocks.weight_sharing import weight_sharing_copy
 from .data.crops import TrainingCrops
+from .data.latents import Latents, joined, shapes_in_words
 from .data.micro_batches import MicroBatches
 from .data.schedule import TrainingSchedule
 from .errors import InvalidInputError
@@ -43,20 +44,21 @@ class Examples:
 
     Attributes:
         schedule: The training examples: crop, noise level, noise and caption of each.
-        latents: The clean latent of each, in the model's own scale, shape (len(schedule), C, H, W).
+        latents: The clean latent of each, in the model's own scale, (C, H, W); in one tensor, or in a list if they differ
+            in shape.
 
     Raises:
         InvalidInputError: If there is not one latent per example.
     """
 
     schedule: TrainingSchedule
-    latents: Tensor
+    latents: Latents
 
     def __post_init__(self) -> None:
-        if self.latents.ndim != 4 or len(self.latents) != len(self.schedule):
+        if len(self.latents) != len(self.schedule) or any(one.ndim != 3 for one in self.latents):
             raise InvalidInputError(
                 f"Expected latents of shape ({len(self.schedule)}, C, H, W), one per training example, "
-                f"got {tuple(self.latents.shape)}."
+                f"got {shapes_in_words(self.latents)}."
             )
 
     @classmethod
@@ -68,11 +70,11 @@ class Examples:
         Args:
             pictures: Each (H, W, 3), range [0, 1].
             schedule: Made by ``draw_schedule`` for pictures of these sizes.
-            encode: A crop (side, side, 3) -> its latent (C, H, W).
+            encode: A crop (height, width, 3) -> its latent (C, H, W).
         """
         crops = TrainingCrops(pictures, schedule)
         latents = {index: encode(crops[index]) for index in crops.by_picture(range(len(crops)))}
-        return cls(schedule, torch.stack([latents[index] for index in range(len(crops))]))
+        return cls(schedule, joined(latents[index] for index in range(len(crops))))
 
 
 class MemoryResiduals:

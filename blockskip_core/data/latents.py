@@ -47,6 +47,19 @@ def are_equal(a: Latents, b: Latents) -> bool:
     )
 
 
+def as_tensors(latents: Latents) -> Sequence[Tensor]:
+    """Return the tensors that latents are held in: one for all draws, or one for each."""
+    return [latents] if isinstance(latents, Tensor) else latents
+
+
+def shapes_in_words(latents: Latents) -> str:
+    """Return the shape of the tensor, or the shapes in a list."""
+    if isinstance(latents, Tensor):
+        return str(tuple(latents.shape))
+    shapes = list(dict.fromkeys(tuple(one.shape) for one in latents))
+    return f"{len(latents)} of shape " + ", ".join(map(str, shapes[:3])) + (" and others" if len(shapes) > 3 else "")
+
+
 def without_values(shapes: Iterable[Sequence[int]]) -> Latents:
     """Return latents of these shapes on ``meta``, to plan with before there are any."""
     return joined(torch.empty(tuple(shape), device="meta") for shape in shapes)

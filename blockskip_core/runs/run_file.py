@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from ..data.latents import shapes_in_words
 from ..data.patch_sampling import PatchConfig
 from ..data.schedule import Draw, TrainingSchedule
 from ..errors import CacheError, InvalidInputError
@@ -134,9 +133,9 @@ class RunFile:
         material = read_material(path, self.material_hash)
         latents, captions = material.latents, material.captions
         if len(latents) != len(self.schedule) or any(one.ndim != 3 for one in latents):
-            found = tuple(latents.shape) if isinstance(latents, Tensor) else f"{len(latents)} of several shapes"
             raise InvalidInputError(
-                f"{path.name} must have latents of shape ({len(self.schedule)}, C, H, W), got {found}. Write it again."
+                f"{path.name} must have latents of shape ({len(self.schedule)}, C, H, W), got {shapes_in_words(latents)}. "
+                "Write it again."
             )
         if not isinstance(captions, list) or not all(0 <= draw.caption < len(captions) for draw in self.schedule):
             raise InvalidInputError(f"{path.name} has not all captions of the schedule. Write it again.")

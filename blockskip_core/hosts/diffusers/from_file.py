@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...api import Lora
+from ...data.latents import as_tensors
 from ...errors import CacheError, InvalidInputError, StorageError
 from ...model import linear_names
 from ...residuals.content_hash import tensors_identity
@@ -105,12 +105,7 @@ def _residuals(run: RunFile, material: Material, places: Places, dit: DiffusersD
     run.selection.require_for(len(dit.blocks), dit.family)
     if captions_identity(material.captions) != run.identity.captions:
         raise CacheError(f"{run.material} has other captions than the run file says. Write both again.")
-    if not isinstance(material.latents, Tensor):
-        raise InvalidInputError(
-            f"{run.material} has latents of several shapes, and diffusers as the host trains on one. Write the run with "
-            "pictures of one shape."
-        )
-    if tensors_identity([material.latents]) != run.identity.pictures:
+    if tensors_identity(as_tensors(material.latents)) != run.identity.pictures:
         raise CacheError(f"{run.material} has other latents than the run file says. Write both again.")
     identity = replace(run.identity, host=software())
     if identity != run.identity:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...adapters.lora import LoraSettings
 from ...api import Examples
+from ...data.latents import as_tensors
 from ...errors import InvalidInputError
 from ...names import fault_of, repaired
 from ...residuals.cache import CacheIdentity
@@ -148,7 +149,7 @@ def write_run(
             model=transformer_identity(dit.model),
             schedule=examples.schedule.fingerprint,
             selection=selection.fingerprint,
-            pictures=tensors_identity([examples.latents]),
+            pictures=tensors_identity(as_tensors(examples.latents)),
             captions=captions_identity(dit.captions),
             dtype=str(dit.dtype),
             host=software(),

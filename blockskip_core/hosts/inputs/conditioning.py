@@ -248,14 +248,15 @@ def arguments_for_each(
 
 def sharing(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments with every tensor that equals that of another row replaced by it, so that it is kept once."""
+    return {name: _shared(value, other.get(name)) for name, value in row.items()}
 
-    def shared(name: str, value: Any) -> Any:
-        own = other.get(name)
-        if not (isinstance(value, Tensor) and isinstance(own, Tensor) and value.dtype == own.dtype):
-            return value
-        return own if torch.equal(value, own) else value
 
-    return {name: shared(name, value) for name, value in row.items()}
+def _shared(value: Any, own: Any) -> Any:
+    if _is_list_of_tensors(value) and _is_list_of_tensors(own) and len(value) == len(own):
+        return [_shared(one, other) for one, other in zip(value, own, strict=True)]
+    if not (isinstance(value, Tensor) and isinstance(own, Tensor) and value.dtype == own.dtype):
+        return value
+    return own if torch.equal(value, own) else value
 
 
 def on_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

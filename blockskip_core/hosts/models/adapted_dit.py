@@ -76,9 +76,9 @@ class AdaptedDit(ABC):
     def arguments(self) -> Sequence[Mapping[str, Any]]:
         """The model's arguments besides latent and sigma, for each caption, batch axis 1."""
 
-    def arguments_at(self, shape: tuple[int, ...]) -> Sequence[Mapping[str, Any]]:
-        """Return :attr:`arguments` for latents of another shape (C, H, W), on which some of them depend."""
-        return self.arguments
+    def arguments_of(self, caption: int, shape: tuple[int, ...]) -> Mapping[str, Any]:
+        """Return a caption's :attr:`arguments` for latents of a shape (C, H, W), on which some of them depend."""
+        return self.arguments[caption]
 
     @property
     @abstractmethod
@@ -175,8 +175,8 @@ class AdaptedDit(ABC):
 
         def denoise(noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
             self.adapter.require_rows(len(captions))
-            arguments = self.arguments_at(tuple(noisy.shape[1:]))
-            joined = join_arguments([arguments[caption] for caption in captions])
+            shape = tuple(noisy.shape[1:])
+            joined = join_arguments([self.arguments_of(caption, shape) for caption in captions])
             joined = {name: _to(value, self.device) for name, value in joined.items()}
             call_options = {**options, **self.adapter.call_options, **_options_of_a_sampler(sigmas, captions)}
             frames = frames_in(model, noisy.shape[1])

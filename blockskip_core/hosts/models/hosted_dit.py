@@ -82,7 +82,7 @@ class HostedDit(AdaptedDit):
         self._latent_shape = tuple(latent_shape)
         self.frames = frames_in(self.patcher.model, latent_shape[0]) if latent_shape else 1
         self._reserved = False
-        self._elsewhere: dict[tuple[int, ...], Sequence[Mapping[str, Any]]] = {}
+        self._elsewhere: dict[tuple[int, tuple[int, ...]], Mapping[str, Any]] = {}
         if isinstance(self.adapter, FollowedAdapter) and captions:
             self.adapter.layout = self._followed_with_references()
 
@@ -173,27 +173,25 @@ class HostedDit(AdaptedDit):
     @cached_property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
         """The model's arguments besides latent and sigma, for each caption, on the CPU."""
-        rows = self._arguments_for(self._latent_shape)
+        rows = self._arguments_for(self._captions, self._latent_shape)
         require_references_read(self.adapter, self._captions, rows)
         return rows
 
-    def arguments_at(self, shape: tuple[int, ...]) -> Sequence[Mapping[str, Any]]:
-        """Return :attr:`arguments` for latents of another shape; tensors that do not depend on it are shared."""
+    def arguments_of(self, caption: int, shape: tuple[int, ...]) -> Mapping[str, Any]:
+        """Return a caption's :attr:`arguments` for latents of a shape; tensors that do not depend on it are kept once."""
         if shape == self._latent_shape:
-            return self.arguments
-        if shape not in self._elsewhere:
-            rows = self._arguments_for(shape)
-            self._elsewhere[shape] = [sharing(row, own) for row, own in zip(rows, self.arguments, strict=True)]
-        return self._elsewhere[shape]
+            return self.arguments[caption]
+        if (caption, shape) not in self._elsewhere:
+            (row,) = self._arguments_for([self._captions[caption]], shape)
+            self._elsewhere[caption, shape] = sharing(row, self.arguments[caption])
+        return self._elsewhere[caption, shape]
 
-    def _arguments_for(self, shape: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    def _arguments_for(self, captions: Sequence[list], shape: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         model, cpu = self.patcher.model, torch.device("cpu")
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frames(model, torch.zeros(1, *shape))
             sound = self.adapter.sound(frames_in(model, shape[0]) if shape else 1, torch.ones(1))
-            return arguments_for_each(
-                lambda caption: model_arguments(model, caption, latent, cpu, sound), self._captions
-            )
+            return arguments_for_each(lambda caption: model_arguments(model, caption, latent, cpu, sound), captions)
 
     @property
     def _host_model(self) -> Any:

@@ -97,6 +97,19 @@ def test_a_batch_agrees_with_single_rows(tiny, dit):
     torch.testing.assert_close(replayed(dit, spans, computed, clean, draws), torch.cat(rows), atol=2e-6, rtol=1e-5)
 
 
+def test_examples_of_several_shapes_are_skipped_as_each_alone(tiny, dit):
+    channels, rows, columns = tiny.latent_shape
+    generator, spans = torch.Generator().manual_seed(5), tiny.chosen(1, 1)
+    shapes = [(channels, rows, columns), (channels, rows + 2, columns), (channels, rows, columns + 2)]
+    clean = [torch.randn(shape, generator=generator) for shape in shapes]
+    computed = precompute_residuals(dit, PLAN, clean, spans, range(3), batch_size=3).residuals
+    for draw in range(3):
+        noisy, _, sigmas = noisy_batch(PLAN, clean, [draw])
+        with torch.no_grad(), dit.running({}) as denoise:
+            whole = denoise(noisy, sigmas, [PLAN[draw].caption])
+        torch.testing.assert_close(replayed(dit, spans, computed, clean, [draw]), whole, atol=2e-6, rtol=1e-5)
+
+
 def test_an_embedded_guidance_is_the_pipelines_unless_the_text_says_another():
     model = FLUX.build(guidance_embeds=True)
     clean, text = FLUX.clean_latents(), FLUX.captions()
