@@ -135,4 +135,4 @@ class WholeLatents(OnAccess):
         own = [without_frames(self._model, self._model.process_latent_in(row))[0].float().cpu() for row in self.rows]
         if not all(torch.isfinite(row).all() for row in own):
             raise InvalidInputError("`images` has latents with NaN or Inf. Check the node that encoded them.")
-        return joined(own[picture] for picture in pictures)
+        return joined(own[picture].clone() for picture in pictures)  # files keep no tensors that share memory

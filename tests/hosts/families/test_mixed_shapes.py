@@ -15,7 +15,7 @@ from ..tiny_families import FAMILIES, FLUX, PLAN, MemorySource, replayed, select
 from ..tiny_minimax import MINIMAX
 
 CLIPS = {"flux": 1, "minimax": 7}  # latent frames of a clip; of the others three
-TINY = [FLUX, *(one for one in FAMILIES if one.name == "wan21"), family("hunyuan_video"), family("ltx2"), MINIMAX]
+TINY = [FLUX, *(one for one in FAMILIES if one.name == "wan21"), family("ltx2"), MINIMAX]
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 
