@@ -1,6 +1,8 @@
 // The pictures sampled during a training, as a strip of small ones; a click compares one with the first of its prompt.
 
 import { openDialog } from "./dialog.js";
+import { ALIKE } from "./loss_plot.js";
+import { likenessByStep, mostAlike } from "./run_data.js";
 import { say } from "./words.js";
 
 const SIDE = 56; // px of the small pictures
@@ -21,19 +23,31 @@ export class SampleStrip {
     if (wanted === this.shown) return;
     this.shown = wanted;
     this.element.style.display = samples.length ? "flex" : "none";
-    this.element.replaceChildren(...samples.map((sample) => this.thumbnail(sample, samples)));
+    const best = mostAlike(likenessByStep(samples))?.[0];
+    this.element.replaceChildren(...samples.map((sample) => this.thumbnail(sample, samples, sample.step === best)));
     this.element.scrollLeft = this.element.scrollWidth; // the newest
   }
 
-  thumbnail(sample, samples) {
+  thumbnail(sample, samples, isBest) {
     const button = document.createElement("button");
     button.title = say("samples.open");
     button.style.cssText = "all:unset;cursor:pointer;flex:none;text-align:center;font-size:10px;line-height:1.3";
-    button.append(picture(this.address(sample), `width:${SIDE}px;height:${SIDE}px;object-fit:cover;display:block;border-radius:3px`));
-    button.append(String(sample.step));
+    const frame = isBest ? `outline:2px solid ${ALIKE};outline-offset:-2px;` : "";
+    const style = `width:${SIDE}px;height:${SIDE}px;object-fit:cover;display:block;border-radius:3px;${frame}`;
+    button.append(picture(this.address(sample), style), String(sample.step));
+    if (sample.likeness !== null) button.append(alike(sample.likeness, isBest));
     button.onclick = () => compare(sample, samples, this.address);
     return button;
   }
+}
+
+function alike(likeness, isBest) {
+  const value = document.createElement("span");
+  value.className = "blockskip-likeness";
+  value.title = say("samples.likeness");
+  value.textContent = ` · ${likeness.toFixed(2)}`;
+  value.style.cssText = `color:${ALIKE};font-weight:${isBest ? 700 : 400}`;
+  return value;
 }
 
 function picture(source, style) {
