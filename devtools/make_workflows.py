@@ -191,7 +191,13 @@ def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], lef
 
 
 def _height(made: dict[str, Any]) -> int:
-    by_kind = {"PreviewImage": 300, "SaveImage": 420, "PreviewAny": 260, "LossGraphNode": 300}
+    by_kind = {
+        "PreviewImage": 300,
+        "SaveImage": 420,
+        "PreviewAny": 260,
+        "LossGraphNode": 300,
+        "BlockSkip_Compare": 480,
+    }
     if made["type"] == "BlockSkip_TrainLora":
         return int(made["size"][1]) + CURVE
     return 130 if made["type"] == "CLIPTextEncode" else max(by_kind.get(made["type"], 0), int(made["size"][1]))

@@ -64,8 +64,12 @@ const ENGLISH = {
   "sample.refused": "This run has ended, or Sample While Training is not connected.",
   "samples.open": "Click to enlarge and compare",
   "samples.likeness": "Likeness of the sample and the training pictures, of at most 1",
-  "samples.slider": "Left of the slider: the first sample",
   "samples.caption": "Left: step {before}. Right: step {after}. Arrow keys show the other samples.",
+  "slider.title": "Left of the slider: before. Right of it: after.",
+  "compare.empty": "Both pictures appear here after a run.",
+  "compare.sides": "Left: before. Right: after.",
+  "compare.pair": "Pair {number} of {count}.",
+  "compare.enlarge": "Enlarge",
 };
 
 const CHINESE = {
@@ -132,8 +136,12 @@ const CHINESE = {
   "sample.refused": "这次训练已结束，或没有连接 Sample While Training。",
   "samples.open": "点击放大并对比",
   "samples.likeness": "样图与训练图片的相似度，最高为 1",
-  "samples.slider": "滑块左侧：第一张样图",
   "samples.caption": "左：第 {before} 步。右：第 {after} 步。方向键切换其他样图。",
+  "slider.title": "滑块左侧：之前。右侧：之后。",
+  "compare.empty": "运行后，两张图片会显示在这里。",
+  "compare.sides": "左：之前。右：之后。",
+  "compare.pair": "第 {number} 对，共 {count} 对。",
+  "compare.enlarge": "放大",
 };
 
 /** The server's names for parts of the work, in Chinese. */
