@@ -20,8 +20,8 @@ const SMALL = {
   EmptySD3LatentImage: { width: 64, height: 64 },
   KSampler: { steps: 2 },
 };
-const SOON = { timeout: 30_000 };
-const RUN = { timeout: 90_000 };
+const SOON = { timeout: 60_000 };
+const RUN = { timeout: 300_000 };
 
 const frame = pageCheck("first_hour", { needs: "the server's address", least: 1 });
 const { problems, picture } = frame;
