@@ -98,6 +98,23 @@ MODELS = {
     "CLIPVisionLoader": _files("clip_vision", f"{_WAN_21}clip_vision/clip_vision_h.safetensors"),
 }
 MODEL_SITE = "https://huggingface.co/"
+TOGETHER = {
+    "flux1-dev-fp8.safetensors": "about 17 GB",
+    "flux1-dev.safetensors": "about 34 GB",
+    "v1-5-pruned-emaonly-fp16.safetensors": "about 2 GB",
+    "z_image_turbo_bf16.safetensors": "about 21 GB",
+    "qwen_image_fp8_e4m3fn.safetensors": "about 30 GB",
+    "qwen_image_edit_2509_fp8_e4m3fn.safetensors": "about 30 GB",
+    "krea2_turbo_int8_convrot.safetensors": "about 19 GB",
+    "flux-2-klein-base-4b-fp8.safetensors": "about 12 GB",
+    "wan2.2_ti2v_5B_fp16.safetensors": "about 18 GB",
+    "ltx-2-19b-dev-fp8.safetensors": "less than 46 GB",
+    "minimax_h3_fl2va_pruned_int8_convrot.safetensors": "about 57 GB",
+}
+"""Model -> the size of it, its text encoders and its VAE, as ComfyUI's own templates with these files state it.
+
+That of LTX-2 has further files.
+"""
 
 
 def numbered(graph: Graph) -> dict[str, Any]:
@@ -142,7 +159,9 @@ def _version() -> str:
 def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
     """Place the nodes in their columns and add groups, notes and model links."""
     by_name = {made.pop("name"): made for made in workflow["nodes"]}
-    _add_note(workflow, "Read me", graph.note, [0, GROUP_TOP], NOTE_WIDTH)
+    links = _links(graph)
+    note = f"{graph.note}\n\n{_files_note(links)}" if links else graph.note
+    _add_note(workflow, "Read me", note, [0, GROUP_TOP], NOTE_WIDTH)
     left = NOTE_WIDTH + 2 * GAP
     deepest_note = max((_note_height(column.note, column.width) for column in graph.columns if column.note), default=0)
     workflow["groups"] = []
@@ -163,16 +182,36 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
             made["mode"] = NEVER
         values = made.get("widgets_values") or []
         made["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]  # keep the seeds
-        links = [link for link in MODELS.get(made["type"], []) if link[0] in made["widgets_values"]]
-        if links and graph.folder == "workflows":
-            made["properties"]["models"] = [
-                {"name": name, "url": MODEL_SITE + path, "directory": directory} for name, path, directory in links
-            ]
+        if links.get(name):
+            made["properties"]["models"] = links[name]
     workflow["extra"] = {
         "ds": {"scale": 0.55, "offset": [60, 120]},
         "frontendVersion": workflow["extra"]["frontendVersion"],
     }
     return workflow
+
+
+def _links(graph: Graph) -> dict[str, list[dict[str, str]]]:
+    """The files of each loader in a shipped graph, as the frontend's dialog for missing models reads them."""
+    if graph.folder != "workflows":
+        return {}
+    found = {
+        name: [
+            {"name": file, "url": MODEL_SITE + path, "directory": directory}
+            for file, path, directory in MODELS.get(spec["class_type"], [])
+            if file in spec["inputs"].values()
+        ]
+        for name, spec in graph.prompt.items()
+    }
+    return {name: links for name, links in found.items() if links}
+
+
+def _files_note(links: dict[str, list[dict[str, str]]]) -> str:
+    """The files with links, and their size together."""
+    files = {link["name"]: link for each in links.values() for link in each}
+    (size,) = (TOGETHER[name] for name in files if name in TOGETHER)
+    rows = [f"* [{name}]({link['url']}) in models/{link['directory']}" for name, link in files.items()]
+    return "\n".join([f"**Files**, {size} for model, text encoders and VAE:", "", *rows])
 
 
 def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], left: int, note_height: int) -> int:
@@ -191,7 +230,13 @@ def _fill(workflow: dict[str, Any], column: Column, by_name: dict[str, Any], lef
 
 
 def _height(made: dict[str, Any]) -> int:
-    by_kind = {"PreviewImage": 300, "SaveImage": 420, "PreviewAny": 260, "LossGraphNode": 300}
+    by_kind = {
+        "PreviewImage": 300,
+        "SaveImage": 420,
+        "PreviewAny": 260,
+        "LossGraphNode": 300,
+        "BlockSkip_Compare": 480,
+    }
     if made["type"] == "BlockSkip_TrainLora":
         return int(made["size"][1]) + CURVE
     return 130 if made["type"] == "CLIPTextEncode" else max(by_kind.get(made["type"], 0), int(made["size"][1]))
@@ -200,8 +245,12 @@ def _height(made: dict[str, Any]) -> int:
 def _note_height(words: str, width: int) -> int:
     """The height that a note needs to show its whole text."""
     per_line = (width - 40) / LETTER
-    paragraphs = words.split("\n\n")
-    lines = sum(math.ceil(len(paragraph) / per_line) for paragraph in paragraphs)
+    paragraphs = re.sub(r"\]\([^)]+\)", "]", words).split("\n\n")
+    lines = sum(
+        math.ceil(len(part) / per_line)
+        for paragraph in paragraphs
+        for part in (paragraph.split("\n") if paragraph.startswith("* ") else [paragraph])
+    )
     return 30 + lines * LINE + len(paragraphs) * 8 + 30 * words.startswith("#")
 
 
@@ -232,7 +281,7 @@ def _add_note(workflow: dict[str, Any], title: str, words: str, place: list[int]
 def _flowing(paragraph: str) -> str:
     """A paragraph without the line breaks of the source; a list keeps its line breaks."""
     lines = paragraph.split("\n")
-    return paragraph if lines[0][:1].isdigit() else " ".join(line.strip() for line in lines)
+    return paragraph if lines[0][:1].isdigit() or lines[0].startswith("* ") else " ".join(line.strip() for line in lines)
 
 
 def write(server: str, graph: Graph) -> None:

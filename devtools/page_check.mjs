@@ -20,7 +20,7 @@ export function pageCheck(name, { needs, least, further = {} }) {
 
   async function picture(page, shown) {
     if (!options.screenshots) return;
-    await page.screenshot({ path: join(options.screenshots, `${shown}-${options.vue ? "vue" : "classic"}.png`) });
+    await page.screenshot({ path: join(options.screenshots, `${shown}-${options.vue ? "vue" : "classic"}.png`), timeout: 120_000 });
   }
 
   /** With `listens`, errors and warnings of the page are problems too. */

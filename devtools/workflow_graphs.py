@@ -711,22 +711,24 @@ APPLY = Graph(
         "info": node("PreviewAny", "About this LoRA", source=["apply", 1]),
         "sample before": node("KSampler", "Sample the plain model", model=ONE_FP8_FILE.link("model"), **SAMPLE),
         "decode before": node("VAEDecode", "Decode", samples=["sample before", 0], vae=ONE_FP8_FILE.link("vae")),
-        "before": node("SaveImage", "Before: the plain model", images=["decode before", 0], filename_prefix="before"),
         "sample after": node("KSampler", "Sample with the LoRA", model=["apply", 0], **SAMPLE),
         "decode after": node("VAEDecode", "Decode", samples=["sample after", 0], vae=ONE_FP8_FILE.link("vae")),
-        "after": node("SaveImage", "After: with the LoRA", images=["decode after", 0], filename_prefix="after"),
+        "compare": node(
+            "BlockSkip_Compare", "Compare Pictures", before=["decode before", 0], after=["decode after", 0]
+        ),
+        "after": node("SaveImage", "Saved: with the LoRA", images=["decode after", 0], filename_prefix="after"),
     },
     (
         Column("1  Load", BLUE, ONE_FP8_FILE.names()),
         Column("2  Apply", PURPLE, ("apply", "info")),
         Column("3  Prompt", GREEN, ("prompt", "guided", "negative", "size")),
-        Column("4  Before", YELLOW, ("sample before", "decode before", "before")),
-        Column("5  After", YELLOW, ("sample after", "decode after", "after")),
+        Column("4  Sample both", YELLOW, ("sample before", "decode before", "sample after", "decode after")),
+        Column("5  Compare", BLUE, ("compare", "after"), 480),
     ),
     """## Before and after
 
 Choose your LoRA in **Apply BlockSkip LoRA** (`lora_name`); the trainer saves to `output/loras`. The same seed and
-prompt are sampled from the plain model and from the model with the LoRA.
+prompt are sampled from the plain model and from the model with the LoRA. Drag on **Compare Pictures** to uncover one or the other.
 
 Nothing is skipped here: sampling uses the whole model, so the LoRA also works in every other loader.""",
     headline="Apply and compare",

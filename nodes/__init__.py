@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .accept_embeddings import AcceptEmbeddings
 from .apply_lora import ApplyLora
+from .compare import ComparePictures
 from .dynamic_patches import DynamicPatchesNode
 from .load_patch_adapters import LoadPatchAdapters
 from .load_training_folder import LoadTrainingFolder
@@ -27,6 +28,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     SampleWhileTraining,
     TrainLora,
     ApplyLora,
+    ComparePictures,
     RaluSampler,
     LoadTrainingFolder,
     TrainWord,

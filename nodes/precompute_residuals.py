@@ -26,7 +26,7 @@ from ..blockskip_core.reporting import pictures
 from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 from . import widgets
-from .inputs import checked, connected, require_memory_settings, single
+from .inputs import NOT_CONNECTED, checked, connected, require_memory_settings, single
 from .page.live_chart import announcer
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket, ResidualsSocket, TrainingFilesSocket
@@ -68,7 +68,9 @@ class PrecomputeResiduals(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, patch_min: Any, patch_max: Any) -> bool | str:
+    def validate_inputs(cls, patch_min: Any, patch_max: Any, memory_settings: Any = NOT_CONNECTED) -> bool | str:
+        if memory_settings is not NOT_CONNECTED:  # then this widget's value is not used, and nobody can change it
+            patch_min = None
         low, high = single(patch_min, "patch_min"), single(patch_max, "patch_max")
         if low is None or high is None:  # linked inputs are known only when the node runs
             return True

@@ -38,6 +38,7 @@ class RunRecord:
         self._unsent: list[LossPoint] = []
         self._samples: list[dict[str, Any]] = []
         self._samples_sent = 0
+        self._wants_sample = False
 
     def note(self, **figures: Any) -> None:
         """Record the latest figures; numbers that are not finite become None."""
@@ -63,6 +64,24 @@ class RunRecord:
         sample = {"step": step, "prompt": prompt, "file": file, "subfolder": subfolder, "likeness": finite(likeness)}
         with self._lock:
             self._samples.append(sample)
+
+    def ask_for_sample(self) -> bool:
+        """Ask the run to sample at its next step; return False if it samples nothing, or no longer."""
+        with self._lock:
+            possible = self._figures["status"] == "running" and self._figures.get("can_sample") is True
+            if possible:
+                self._wants_sample = True
+            return possible
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether someone has asked for a sample that is not made yet."""
+        return self._wants_sample
+
+    def sample_made(self) -> None:
+        """Forget what was asked for."""
+        with self._lock:
+            self._wants_sample = False
 
     def news(self) -> dict[str, Any]:
         """Return the figures and the points since the last call; ``first`` is the number of points before them.
@@ -91,7 +110,7 @@ class RunRecord:
 
     def _head(self) -> dict[str, Any]:
         ids = {"run": self.run, "node": self.node, "workflow": self.workflow, "started": self.started}
-        return {**ids, **self._figures}
+        return {**ids, **self._figures, "wants_sample": self._wants_sample}
 
 
 class RunHistory:

@@ -104,9 +104,10 @@ def train_lora(
         loop.pause_if_due()  # before the first step, or where an interrupted run should have paused
         for opening in source.stretches(loop.share, start=result.steps * loop.share.per_step):
             with opening as residuals:
-                for part in loop.parts(residuals.micro_batches):
-                    loop.run(residuals, part, place)
-                    if loop.ends_step(part):
+                rest = residuals.micro_batches
+                while rest:
+                    rest = loop.run(residuals, rest, place)
+                    if not loop.pending:  # the step is complete
                         loop.pause_if_due()
     finally:
         try:
@@ -171,28 +172,18 @@ class _Loop:
         self.started = time.perf_counter()
         self.paused = False
 
-    def run(self, residuals: OpenResiduals, micro_batches: range, place: Place) -> None:
-        """Train on some micro-batches of a stretch."""
+    def run(self, residuals: OpenResiduals, micro_batches: range, place: Place) -> range:
+        """Train on some micro-batches of a stretch, up to a step after which an observer is due; return the others."""
         if residuals.problem and residuals.problem not in self.result.problems:
             self.result.problems.append(residuals.problem)
         with self.running(residuals, place) as step_micro_batch:
             if self.paused:
                 self.started, self.paused = time.perf_counter(), False
-            for micro_batch in micro_batches:
+            for done, micro_batch in enumerate(micro_batches, 1):
                 step_micro_batch(micro_batch)
-
-    def parts(self, micro_batches: range) -> Iterator[range]:
-        """Split a stretch after every step at which an observer wants the model unloaded."""
-        start = micro_batches.start
-        for end in range(start + 1, micro_batches.stop + 1):
-            part = range(start, end)
-            if end == micro_batches.stop or (self.ends_step(part) and self.due(end // self.share.per_step)):
-                yield part
-                start = end
-
-    def ends_step(self, part: range) -> bool:
-        """Return whether the last of these micro-batches completes an optimiser step."""
-        return part.stop % self.share.per_step == 0
+                if not self.pending and self.due(self.result.steps):  # asked now: it may have become due meanwhile
+                    return micro_batches[done:]
+        return micro_batches[len(micro_batches) :]
 
     def due(self, step: int) -> list[TrainingObserver]:
         """Return the observers that want the model unloaded after ``step`` steps."""

@@ -1,4 +1,4 @@
-"""Feed the chart on the trainer's node: events during a run, and routes for pages opened later and for summaries.
+"""Feed the chart on the trainer's node: events during a run, and routes for pages opened later, summaries and samples.
 
 The page's side is ``web/js/live_chart.js``. Events go to every open page, which uses those of its own workflow.
 """
@@ -19,6 +19,7 @@ from ...blockskip_core.reporting.run_history import RunHistory
 EVENT = "blockskip.train"
 ROUTE = "/blockskip/last_run"
 SUMMARY_ROUTE = "/blockskip/summary"
+SAMPLE_ROUTE = "/blockskip/sample_now"
 SUMMARY_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
@@ -27,6 +28,7 @@ SUMMARY_HEADERS = {
 SECONDS_BETWEEN_EVENTS = 0.25
 POINTS_IN_OUTPUT = 500
 """Maximum number of points in the node's output, which the host keeps in its history."""
+NO_SAMPLES = "Only a run in progress with Sample While Training connected can sample now."
 LONGEST_ID = 200
 LONGEST_MESSAGE = 1000
 NO_ID = "00000000-0000-0000-0000-000000000000"
@@ -59,6 +61,18 @@ class LiveChart:
         if status == "failed":
             self._record.note(message=str(error).split("\n")[0][:LONGEST_MESSAGE])
         self._record.note(status=status, phase=status, detail="", done=None, total=None, seconds_left=None)
+        self._record.sample_made()
+        self._send(now=True)
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether a user has asked for a sample that is not made yet."""
+        return self._record.wants_sample
+
+    def offer_samples(self, offered: bool) -> None:
+        """Let users ask for a sample, or no longer; what was asked for before is done."""
+        self._record.sample_made()
+        self._record.note(can_sample=offered)
         self._send(now=True)
 
     def sample(self, step: int, prompt: int, file: str, subfolder: str, likeness: float | None = None) -> None:
@@ -181,12 +195,24 @@ async def summary(request: Any) -> Any:
     return web.FileResponse(record.summary, headers=SUMMARY_HEADERS)
 
 
+async def sample_now(request: Any) -> Any:
+    """Answer ``POST ?run=ID``: the run samples at its next step, or 409 if there is no such run or it samples nothing."""
+    record = HISTORY.run(request.query.get("run", ""))
+    if record is None or not record.ask_for_sample():
+        return web.json_response({"error": NO_SAMPLES}, status=409)
+    send(record.news())
+    return web.json_response({"asked": True})
+
+
 def add_routes() -> None:
     """Add the routes for the latest runs, once: the host does not start if a route is registered twice."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
     known = {getattr(route, "path", None) for route in server.routes}
-    for path, handler in ((ROUTE, last_run), (SUMMARY_ROUTE, summary)):
+    routes = server.routes
+    for add, path, handler in (
+        (routes.get, ROUTE, last_run), (routes.get, SUMMARY_ROUTE, summary), (routes.post, SAMPLE_ROUTE, sample_now),
+    ):  # fmt: skip
         if path not in known:
-            server.routes.get(path)(handler)
+            add(path)(handler)

@@ -1,4 +1,4 @@
-"""Pictures during a training run: sampled between steps, saved beside the LoRA, shown on the node."""
+"""Pictures during a training run: sampled between steps when due or asked for, saved beside the LoRA, shown on the node."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ class RunSamples(TrainingObserver):
         self._run, self._outcome, self._progress, self._chart = run, outcome, progress, chart
         self._sampler, self._training_peak = sampler, training_peak
         self._failed = self._likeness_failed = False
+        chart.offer_samples(True)
 
     def is_due(self, step: int) -> bool:
-        """Return whether pictures are due after ``step`` steps."""
-        return not self._failed and self._sampler.request.is_due(step, self._run.request.steps)
+        """Return whether pictures are due after ``step`` steps, or a user has asked for them."""
+        due = self._sampler.request.is_due(step, self._run.request.steps) or self._chart.wants_sample
+        return due and not self._failed
 
     def between_steps(self, step: int) -> None:
         """Sample, save and show. Cancel ends the run as usual; any other failure ends only the sampling."""
@@ -66,11 +68,13 @@ class RunSamples(TrainingObserver):
                 )
             for prompt, (picture, likeness) in enumerate(zip(pictures, self._likeness(pictures, step), strict=True), 1):
                 self._keep(as_picture(picture), step, prompt, likeness)
+            self._chart.offer_samples(step < self._run.request.steps)
         except InterruptProcessingException:
             raise
         except Exception as error:
             logger.exception("BlockSkip: sampling failed")
             self._failed = True
+            self._chart.offer_samples(False)
             self._outcome.result.problems.append(
                 f"Sampling after step {step} failed ({type(error).__name__}: {error}). This run samples no more "
                 "pictures; the training continues."

@@ -72,9 +72,11 @@ def test_what_stands_before_the_trainer_is_announced_on_it(followed: Any, traine
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_the_route_answers_any_question(client: Any, text: str) -> None:
+def test_the_routes_answer_any_question(client: Any, devtool: Any, text: str) -> None:
     assert last_run(client, node=text, workflow=text) is None
     assert last_run(client) is None
+    with pytest.raises(devtool("comfy_client").RequestRefused, match="Only a run in progress"):
+        client.post(f"/blockskip/sample_now?{urllib.parse.urlencode({'run': text})}", {"run": text})
 
 
 def test_the_chart_in_the_real_frontend(server: Any, prompt: dict[str, Any], trainer: str, tmp_path: Path) -> None:
@@ -91,12 +93,18 @@ def test_the_chart_in_the_real_frontend(server: Any, prompt: dict[str, Any], tra
 
 
 ODD_DATA = """
-const { readRun, extended } = await import(process.argv[1]);
+const { readRun, extended, likenessByStep, mostAlike } = await import(process.argv[1]);
 const odd = [undefined, null, 7, "x", [], {}, { run: 5 }, { run: "" }];
 const points = [[1, 0.5, 0.5, 1e-4], [2, "x", null], "y", null, [null, 1], [NaN, 1], [3, Infinity, 0.4, {}]];
 const run = readRun({ run: "a", points, first: -4, step: "z", memory_now: {}, detail: 8, steps: NaN, more: [1] });
+const samples = [0.5, "x", NaN, null, undefined].map((likeness, i) => ({ step: 10 * i, prompt: 1, file: "a.png", likeness }));
+const alike = [readRun({ run: "a", samples }).samples.map(({ likeness }) => likeness)];
+const row = (...all) => all.map(([step, likeness]) => ({ step, likeness }));
+for (const some of [row([0, null], [4, null]), row([8, 0.75], [0, 0.5], [4, 1], [4, 0.5], [12, null]), null]) {
+  alike.push(likenessByStep(some), mostAlike(likenessByStep(some)));
+}
 const long = readRun({ run: "a", points: Array.from({ length: 9000 }, (_, i) => [i, 1, 1, 1]) });
-console.log(JSON.stringify([odd.map(readRun), run, extended(long, { ...long, points: [[9000, 1, 1, 1]] }).points.length]));
+console.log(JSON.stringify([odd.map(readRun), run, extended(long, { ...long, points: [[9000, 1, 1, 1]] }).points.length, alike]));
 """
 
 
@@ -107,8 +115,10 @@ def test_odd_data_is_no_run_or_left_out() -> None:
     script = ROOT / "web" / "js" / "run_data.js"
     command = ["node", "--no-warnings", "--input-type=module", "-e", ODD_DATA, script.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    odd, run, length = json.loads(done.stdout)
+    odd, run, length, alike = json.loads(done.stdout)
     assert odd == [None] * 8
     assert run["points"] == [[1, 0.5, 0.5, 1e-4], [2, None, None, None], [3, None, 0.4, None]]
     assert [run[name] for name in ("first", "step", "memoryNow", "detail", "steps")] == [0, None, None, "", None]
     assert 2000 < length <= 9001 / 2 + 2
+    means = [[0, 0.5], [4, 0.75], [8, 0.75]]
+    assert alike == [[0.5, None, None, None, None], [], None, means, [4, 0.75], [], None]

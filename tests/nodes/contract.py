@@ -268,6 +268,7 @@ CONTRACT = {
         """,
         [("word", "STRING"), ("clip", "CLIP"), ("loss_map", "LOSS_MAP"), ("steps", "INT"), ("report", "STRING")],
     ),
+    "BlockSkip_Compare": Contract("before IMAGE\nafter IMAGE", [], takes_lists=False),
     "BlockSkip_AcceptEmbeddings": Contract("clip CLIP", [("clip", "CLIP")], takes_lists=False),
     "BlockSkip_TrainDDiT": Contract(
         """

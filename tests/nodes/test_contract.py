@@ -10,7 +10,7 @@ import pytest
 from .contract import CONTRACT, WIDGETS, line
 
 IDS = list(CONTRACT)
-WITHOUT_WIDGETS = ("BlockSkip_AcceptEmbeddings",)
+WITHOUT_WIDGETS = ("BlockSkip_AcceptEmbeddings", "BlockSkip_Compare")
 OF_THEIR_OWN = ("cfg", "preset")  # the same name with different meanings
 
 

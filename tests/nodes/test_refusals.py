@@ -41,6 +41,7 @@ def test_refused_with_a_sentence(nodes, node, widgets, match):
         ("SampleWhileTraining", {"cfg": [None]}),
         ("RaluSampler", {"preset": "custom"}),
         ("RaluSampler", {"preset": "custom", "custom_steps": None}),
+        ("PrecomputeResiduals", {"patch_min": [512], "patch_max": [256], "memory_settings": [None]}),
         ("ApplyLora", {"lora": None}),
         ("ApplyLora", {"lora_name": None}),
     ],

@@ -96,6 +96,16 @@ def test_a_note_at_the_left_explains_it(path):
 
 
 @each_workflow
+def test_the_note_links_to_every_file_and_says_how_large_they_are(path):
+    note = next(node for node in nodes_of(path) if node["type"] == "MarkdownNote")["widgets_values"][0]
+    files = [model for node in nodes_of(path) for model in node["properties"].get("models", [])]
+    assert {f"[{model['name']}]({model['url']}) in models/{model['directory']}" for model in files} == {
+        line.removeprefix("* ") for line in note.splitlines() if line.startswith("* [")
+    }
+    assert re.search(r"\*\*Files\*\*, (about|less than) \d+ GB", note)
+
+
+@each_workflow
 def test_seeds_stay_as_they_are(path):
     assert "randomize" not in json.dumps(nodes_of(path))
 

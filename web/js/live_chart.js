@@ -17,6 +17,7 @@ const TRAINERS = ["BlockSkip_TrainLora", "BlockSkip_TrainWord"];
 const EVENT = "blockskip.train";
 const ROUTE = "/blockskip/last_run";
 const SUMMARY = "/blockskip/summary";
+const SAMPLE = "/blockskip/sample_now";
 
 const charts = new WeakMap(); // node -> its chart
 const shown = new Set(); // weak references to all charts, for changes of the theme
@@ -87,11 +88,18 @@ function onEvent({ detail }) {
   else fetchRun(String(detail.node), chart); // points were missed
 }
 
+/** Ask a run to sample at its next step; the server's next event says that it was asked. */
+async function sampleNow({ run }) {
+  const reply = await api.fetchApi(`${SAMPLE}?${new URLSearchParams({ run })}`, { method: "POST" });
+  if (!reply.ok) toast("info", say("sample.title"), say("sample.refused"));
+}
+
 function addChart(node) {
   const chart = new LossChart({
     address: ({ file, subfolder }) => api.apiURL(`/view?${new URLSearchParams({ filename: file, subfolder, type: "output" })}`),
     openSummary: ({ run }) => window.open(api.apiURL(`${SUMMARY}?${new URLSearchParams({ run })}`), "_blank", "noopener"),
     openHelp: ({ type, message }) => openHelp(type, message),
+    sampleNow,
   });
   charts.set(node, chart);
   shown.add(new WeakRef(chart));

@@ -13,10 +13,11 @@ export const MIN_HEIGHT = 250;
 /**
  * An element that draws runs.
  *
- * `address(sample)` is the URL of a sample's picture; `openSummary(run)` and `openHelp(failure)` open a page.
+ * `address(sample)` is the URL of a sample's picture; `openSummary(run)` and `openHelp(failure)` open a page;
+ * `sampleNow(run)` asks for a sample.
  */
 export class LossChart {
-  constructor({ address = () => "", openSummary = () => {}, openHelp = () => {} } = {}) {
+  constructor({ address = () => "", openSummary = () => {}, openHelp = () => {}, sampleNow = () => {} } = {}) {
     this.run = this.failure = null;
     this.note = "";
     this.element = make("div", {
@@ -41,9 +42,11 @@ export class LossChart {
     });
     this.summary = link(() => openSummary(this.run));
     this.summary.className = "blockskip-summary";
+    this.sampleNow = link(() => sampleNow(this.run));
+    this.sampleNow.className = "blockskip-sample-now";
     this.help = link(() => openHelp(this.failure));
     room.append(this.canvas);
-    this.element.append(this.head, this.message, room, this.strip.element, this.figures, this.summary);
+    this.element.append(this.head, this.message, room, this.strip.element, this.figures, this.sampleNow, this.summary);
     new ResizeObserver(() => this.redraw()).observe(room);
     this.redraw();
   }
@@ -84,6 +87,11 @@ export class LossChart {
     this.figures.textContent = run ? figures(run) : say("chart.empty");
     this.summary.textContent = say("chart.summary");
     this.summary.style.display = run?.summary && !note ? "" : "none";
+    const asked = Boolean(run?.wantsSample);
+    this.sampleNow.textContent = say(asked ? "sample.asked" : "sample.now");
+    this.sampleNow.disabled = asked;
+    this.sampleNow.style.opacity = asked ? 0.6 : 1;
+    this.sampleNow.style.display = run?.status === "running" && run.canSample && !note ? "" : "none";
     this.canvas.setAttribute("aria-label", say("chart.label", { count: run?.points.length ?? 0 }));
     Object.assign(this.element.dataset, { points: run?.points.length ?? 0, status: run?.status ?? "none", run: run?.run ?? "" });
     this.drawCurve();

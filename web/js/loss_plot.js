@@ -1,14 +1,16 @@
-// The curve of a training run on a canvas: losses and learning rate. Independent of ComfyUI.
+// The curve of a training run on a canvas: losses, learning rate and the samples' likeness. Independent of ComfyUI.
 
+import { likenessByStep, mostAlike } from "./run_data.js";
 import { say } from "./words.js";
 
+export const ALIKE = "#3f9e6b"; // the colour of likeness
 const COLOURS = { smoothed: "#4a8fe7", rate: "#e08a2e" }; // readable on light and dark backgrounds
 const MARGIN = { left: 46, right: 10, top: 16, bottom: 18 };
 
 export const FONT = "11px system-ui, sans-serif";
 
-/** Draw axes, both losses, the learning rate and a legend. */
-export function plot(pen, { points, steps }, { width, height, ink, pale }) {
+/** Draw axes, both losses, the learning rate, the likeness where it was measured, and a legend. */
+export function plot(pen, { points, steps, samples }, { width, height, ink, pale }) {
   const [left, right, top, bottom] = [MARGIN.left, width - MARGIN.right, MARGIN.top, height - MARGIN.bottom];
   const end = Math.max(points.at(-1)[0], Math.min(steps ?? 0, points.at(-1)[0] * 4), 2);
   const [low, high] = lossRange(points);
@@ -31,18 +33,43 @@ export function plot(pen, { points, steps }, { width, height, ink, pale }) {
     line(pen, rates.map((p) => [x(p[0]), bottom - (p[3] / highestRate) * (bottom - top) * 0.95]), COLOURS.rate, { dash: [4, 3] });
   }
   line(pen, points.filter((p) => p[2] !== null).map((p) => [x(p[0]), y(p[2])]), COLOURS.smoothed, { thick: 2 });
+  const alike = likenessByStep(samples);
+  if (alike.length) drawLikeness(pen, alike, (step) => Math.max(left, x(step)), { top, bottom, right });
 
   let edge = left;
-  for (const [name, colour] of curves(ink)) {
+  for (const [name, colour] of curves(ink, alike.length)) {
     label(pen, name, edge, 10, colour, "left", colour === ink ? 0.6 : 1);
     edge += pen.measureText(name).width + 12;
   }
 }
 
-const curves = (ink) => [
+/** A curve of its own height, from the lowest to the highest likeness, with a ring and the value at the best. */
+function drawLikeness(pen, alike, x, { top, bottom, right }) {
+  const values = alike.map(([, value]) => value);
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const [floor, ceiling] = [bottom - (bottom - top) * 0.15, top + (bottom - top) * 0.2];
+  const y = (value) => (high > low ? floor - ((value - low) / (high - low)) * (floor - ceiling) : (floor + ceiling) / 2);
+  const places = alike.map(([step, value]) => [x(step), y(value)]);
+  line(pen, places, ALIKE, { thick: 1.5 });
+  for (const place of places) line(pen, [place], ALIKE);
+  const [step, value] = mostAlike(alike);
+  pen.save();
+  pen.strokeStyle = ALIKE;
+  pen.lineWidth = 1.5;
+  pen.beginPath();
+  pen.arc(x(step), y(value), 5, 0, 2 * Math.PI);
+  pen.stroke();
+  pen.restore();
+  const words = say("plot.best", { x: value.toFixed(2), step });
+  const half = pen.measureText(words).width / 2;
+  label(pen, words, Math.min(right - half, Math.max(MARGIN.left + half, x(step))), y(value) - 8, ALIKE, "center");
+}
+
+const curves = (ink, isAlike) => [
   [say("plot.loss"), ink],
   [say("plot.smoothed"), COLOURS.smoothed],
   [say("plot.rate"), COLOURS.rate],
+  ...(isAlike ? [[say("plot.likeness"), ALIKE]] : []),
 ];
 
 /** The range of the vertical axis: all smoothed losses, and the raw ones but for the highest two in a hundred. */

@@ -25,6 +25,8 @@ export function readRun(data) {
     savedAs: text(data.saved_as),
     resumes: data.resumes === true,
     summary: data.summary === true,
+    canSample: data.can_sample === true,
+    wantsSample: data.wants_sample === true,
     samples: Array.isArray(data.samples) ? data.samples.slice(0, MOST_SAMPLES).map(readSample).filter(Boolean) : null,
     step: number(data.step),
     steps: number(data.steps),
@@ -46,10 +48,26 @@ function readPoints(points) {
   return rows.map(([step, loss, smoothed, rate]) => [step, number(loss), number(smoothed), number(rate)]);
 }
 
-/** A picture sampled during training: step, prompt, and its file below the output folder. */
+/** A picture sampled during training: step, prompt, its file below the output folder, and its likeness or null. */
 function readSample(data) {
   if (!data || number(data.step) === null || !text(data.file)) return null;
-  return { step: count(data.step), prompt: count(data.prompt), file: text(data.file), subfolder: text(data.subfolder, 1000) };
+  const [file, subfolder] = [text(data.file), text(data.subfolder, 1000)];
+  return { step: count(data.step), prompt: count(data.prompt), file, subfolder, likeness: number(data.likeness) };
+}
+
+/** The mean likeness of each step's samples, `[step, likeness]` in the order of steps; empty if it was not measured. */
+export function likenessByStep(samples) {
+  const steps = new Map();
+  for (const { step, likeness } of samples ?? []) {
+    if (likeness !== null) steps.set(step, [...(steps.get(step) ?? []), likeness]);
+  }
+  const means = [...steps].map(([step, all]) => [step, all.reduce((sum, one) => sum + one, 0) / all.length]);
+  return means.sort(([one], [other]) => one - other);
+}
+
+/** The pair `[step, likeness]` with the highest likeness, the earliest of equals, or null. */
+export function mostAlike(pairs) {
+  return pairs.reduce((best, pair) => (best && best[1] >= pair[1] ? best : pair), null);
 }
 
 /** The run with the points of `news` appended. */

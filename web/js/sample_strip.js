@@ -1,6 +1,9 @@
 // The pictures sampled during a training, as a strip of small ones; a click compares one with the first of its prompt.
 
 import { openDialog } from "./dialog.js";
+import { ALIKE } from "./loss_plot.js";
+import { LARGE, PictureSlider } from "./picture_slider.js";
+import { likenessByStep, mostAlike } from "./run_data.js";
 import { say } from "./words.js";
 
 const SIDE = 56; // px of the small pictures
@@ -21,19 +24,31 @@ export class SampleStrip {
     if (wanted === this.shown) return;
     this.shown = wanted;
     this.element.style.display = samples.length ? "flex" : "none";
-    this.element.replaceChildren(...samples.map((sample) => this.thumbnail(sample, samples)));
+    const best = mostAlike(likenessByStep(samples))?.[0];
+    this.element.replaceChildren(...samples.map((sample) => this.thumbnail(sample, samples, sample.step === best)));
     this.element.scrollLeft = this.element.scrollWidth; // the newest
   }
 
-  thumbnail(sample, samples) {
+  thumbnail(sample, samples, isBest) {
     const button = document.createElement("button");
     button.title = say("samples.open");
     button.style.cssText = "all:unset;cursor:pointer;flex:none;text-align:center;font-size:10px;line-height:1.3";
-    button.append(picture(this.address(sample), `width:${SIDE}px;height:${SIDE}px;object-fit:cover;display:block;border-radius:3px`));
-    button.append(String(sample.step));
+    const frame = isBest ? `outline:2px solid ${ALIKE};outline-offset:-2px;` : "";
+    const style = `width:${SIDE}px;height:${SIDE}px;object-fit:cover;display:block;border-radius:3px;${frame}`;
+    button.append(picture(this.address(sample), style), String(sample.step));
+    if (sample.likeness !== null) button.append(alike(sample.likeness, isBest));
     button.onclick = () => compare(sample, samples, this.address);
     return button;
   }
+}
+
+function alike(likeness, isBest) {
+  const value = document.createElement("span");
+  value.className = "blockskip-likeness";
+  value.title = say("samples.likeness");
+  value.textContent = ` · ${likeness.toFixed(2)}`;
+  value.style.cssText = `color:${ALIKE};font-weight:${isBest ? 700 : 400}`;
+  return value;
 }
 
 function picture(source, style) {
@@ -47,7 +62,7 @@ function picture(source, style) {
 /** Open a large view of a sample with a slider that uncovers the first sample of the same prompt. */
 function compare(sample, samples, address) {
   const row = samples.filter(({ prompt }) => prompt === sample.prompt);
-  const view = new ComparedPictures(row, row.indexOf(sample), address);
+  const view = new ComparedSamples(row, row.indexOf(sample), address);
   const onKey = ({ key, target }) => {
     if (target.type === "range") return; // its own keys
     if (key === "ArrowRight") view.move(1);
@@ -56,33 +71,21 @@ function compare(sample, samples, address) {
   openDialog("blockskip-compare", view.element, { style: "max-width:94vw", onKey });
 }
 
-class ComparedPictures {
+class ComparedSamples {
   constructor(row, place, address) {
     Object.assign(this, { row, place, address });
     this.element = document.createElement("div");
-    const stage = document.createElement("div");
-    stage.style.cssText = "position:relative;display:inline-block;line-height:0";
-    this.after = picture("", "display:block;max-width:88vw;max-height:72vh;min-width:min(512px,80vw)");
-    this.before = picture(address(row[0]), "position:absolute;inset:0;width:100%;height:100%");
-    stage.append(this.after, this.before);
-    this.slider = document.createElement("input");
-    Object.assign(this.slider, { type: "range", min: 0, max: 100, value: 50, title: say("samples.slider") });
-    this.slider.style.cssText = "display:block;width:100%;margin:8px 0 0";
-    this.slider.oninput = () => this.uncover();
     this.caption = document.createElement("div");
-    this.element.append(this.caption, stage, this.slider);
+    this.pictures = new PictureSlider(LARGE);
+    this.element.append(this.caption, this.pictures.element);
     this.move(0);
   }
 
   /** Show the sample so many places further. */
   move(by) {
     this.place = Math.min(this.row.length - 1, Math.max(0, this.place + by));
-    this.after.src = this.address(this.row[this.place]);
-    this.caption.textContent = say("samples.caption", { before: this.row[0].step, after: this.row[this.place].step });
-    this.uncover();
-  }
-
-  uncover() {
-    this.before.style.clipPath = `inset(0 ${100 - Number(this.slider.value)}% 0 0)`;
+    const [before, after] = [this.row[0], this.row[this.place]];
+    this.pictures.show(this.address(before), this.address(after));
+    this.caption.textContent = say("samples.caption", { before: before.step, after: after.step });
   }
 }

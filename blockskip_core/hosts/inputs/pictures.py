@@ -26,6 +26,7 @@ class Pictures(OnAccess):
         images: IMAGEs, batches of pictures of equal size.
         names: Their file names; empty if unknown.
         kind: What they are called in messages.
+        socket: The input that they came in by.
 
     Attributes:
         labels: The pictures' names.
@@ -35,10 +36,10 @@ class Pictures(OnAccess):
         InvalidInputError: If there is no picture, or one is not on the scale from 0 to 1.
     """
 
-    def __init__(self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture") -> None:
+    def __init__(self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture", socket: str = "images") -> None:
         self._given = [picture for batch in _numbered(images, kind) for picture in batch]
         if not self._given:
-            raise InvalidInputError("No pictures came in. Connect Load Training Folder or Load Image to `images`.")
+            raise InvalidInputError(f"No pictures came in. Connect Load Training Folder or Load Image to `{socket}`.")
         self.labels = Labels(len(self._given), names, kind)
         self._as_given, self.transparent = [], []
         for index, picture in enumerate(self._given):

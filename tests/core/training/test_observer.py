@@ -57,6 +57,15 @@ def test_who_is_due_gets_the_time_and_nobody_else():
     assert seen.index(("b", "step", 2)) < seen.index(("a", "pause", 2)) < seen.index(("a", "step", 3))
 
 
+def test_who_becomes_due_during_a_step_gets_the_time_after_it():
+    seen = []
+    later = Pause(set(), seen)
+    plain, _ = run([])
+    asked, _ = run([later, OnStep(lambda report: later.steps.add(3) if report.step == 3 else None)])
+    assert seen == [("pause", "step", 1), ("pause", "step", 2), ("pause", "step", 3), ("pause", "pause", 3), ("pause", "step", 4)]
+    assert all((plain[name] == asked[name]).all() for name in plain)
+
+
 def test_the_model_is_whole_between_steps():
     dit, seen = PlainDit(), []
     pause = Pause({0, 1, 3}, seen, dit=dit)

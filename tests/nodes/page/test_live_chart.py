@@ -189,7 +189,9 @@ def test_the_routes_are_registered_once(live, monkeypatch):
     monkeypatch.setattr(live.PromptServer, "instance", SimpleNamespace(routes=table), raising=False)
     live.add_routes()
     live.add_routes()
-    assert [(route.method, route.path) for route in table] == [("GET", live.ROUTE), ("GET", live.SUMMARY_ROUTE)]
+    assert [(route.method, route.path) for route in table] == [
+        ("GET", live.ROUTE), ("GET", live.SUMMARY_ROUTE), ("POST", live.SAMPLE_ROUTE),
+    ]  # fmt: skip
 
 
 def test_events_go_to_every_page(live, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,8 +75,47 @@ def test_pictures_stand_beside_the_lora_and_in_the_chart(bench, sampling):
         assert not first.info  # the file has no information about the machine
 
 
-def test_without_a_request_there_is_no_picture(bench):
+def ask(nodes, run=None):
+    """The answer's status to someone who asks the run, or the bench's latest, to sample now."""
+    live = nodes.page.live_chart
+    latest = live.HISTORY.last("1", None)
+    return asyncio.run(live.sample_now(SimpleNamespace(query={"run": latest.run if run is None else run}))).status
+
+
+def test_who_asks_for_a_sample_gets_it_after_the_step_and_changes_nothing(bench, nodes, sampling, monkeypatch):
+    import comfy.model_management
+
+    residuals = bench.precompute()[0]
+    plain = bench.train(residuals=residuals, steps=5)
+    shutil.rmtree(bench.folders.output / "blockskip" / "runs")
+    line = nodes.run.training.ProgressLine
+    show, asked = line.on_step, []
+
+    def asking(self, step):
+        show(self, step)
+        if step.step in (1, 3):
+            asked.append(ask(nodes))
+        if step.step == 4 and len(asked) == 2:
+            asked.append(ask(nodes))  # Cancel is faster
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(line, "on_step", asking)
+    request = sampling(every=100, at_start=False)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        bench.train(residuals=residuals, steps=5, resume=True, samples=request)
+    assert (asked, ask(nodes)) == ([200, 200, 200], 409)
+    assert [name.split("step")[1] for name in pictures(bench)] == ["000001_1.png", "000003_1.png"]
+    trained = bench.train(residuals=residuals, steps=5, resume=True, samples=request)
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
+    assert [sample["step"] for sample in in_chart(trained)] == [5]
+    assert (trained.ui["blockskip_chart"][0]["wants_sample"], ask(nodes)) == (False, 409)
+
+
+def test_without_a_request_there_is_no_picture_and_none_on_demand(bench, nodes, monkeypatch):
+    line, answers = nodes.run.training.ProgressLine, []
+    monkeypatch.setattr(line, "on_step", lambda *_: answers.append((ask(nodes), ask(nodes, "../" * 99 + "\0"))))
     assert in_chart(bench.train()) == []
+    assert set(answers) == {(409, 409)}
     assert not pictures(bench)
 
 
