@@ -27,56 +27,59 @@ def attend_without_text(
     v: Tensor,
     *args: Any,
     num_text_tokens: int,
+    text_last: bool = False,
     mask: Tensor | None = None,
     skip_reshape: bool = False,
     skip_output_reshape: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Call ``attention`` so that image queries see image keys only. The text tokens come first.
+    """Call ``attention`` so that image queries see image keys only. The text tokens come first, or last.
 
     Args:
         attention: The host's attention function; called as ``attention(q, k, v, *args, mask=..., ...)``.
-        q, k, v: Shape (B, h, L + N, d) with ``skip_reshape``, else (B, L + N, h * d).
+        q, k, v: Shape (B, h, L + N, d) with ``skip_reshape``, else (B, L + N, h * d); q may be the N image queries only.
         args: Positional arguments after ``v`` (the number of heads, and in some models the mask).
         num_text_tokens: L.
+        text_last: Whether the text tokens come after those of the image.
         mask: An existing mask, additive or boolean, last two axes (queries or 1, keys), or None.
 
     Returns:
         What ``attention`` returns, with the queries' axis joined again.
 
     Raises:
-        InvalidInputError: If there are no image tokens.
+        InvalidInputError: If there are no image tokens, or the queries are neither all tokens nor those of the image.
     """
     axis = 2 if skip_reshape else 1
-    total = q.shape[axis]
+    total = k.shape[axis]
     if not 0 <= num_text_tokens < total:
         raise InvalidInputError(f"Expected fewer than {total} text tokens, got {num_text_tokens}.")
+    num_image_tokens = total - num_text_tokens
+    if q.shape[axis] not in (total, num_image_tokens):
+        raise InvalidInputError(f"Expected {total} or {num_image_tokens} queries, got {q.shape[axis]}.")
+    others = q.shape[axis] - num_image_tokens
     if len(args) > 1:  # some models pass the mask by position
         mask, args = args[1], (args[0], *args[2:])
     shared = dict(kwargs, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
 
-    def tokens(x: Tensor, start: int, stop: int) -> Tensor:
-        return x.narrow(axis, start, stop - start)
+    image = slice(0, num_image_tokens) if text_last else slice(num_text_tokens, total)
+    asking = image if others else slice(0, num_image_tokens)
+    text = slice(num_image_tokens, total) if text_last else slice(0, num_text_tokens)
 
-    image = attention(
-        tokens(q, num_text_tokens, total),
-        tokens(k, num_text_tokens, total),
-        tokens(v, num_text_tokens, total),
-        *args,
-        mask=_part_of_mask(mask, num_text_tokens, total, keys_from=num_text_tokens),
-        **shared,
-    )
-    if num_text_tokens == 0:
-        return image
-    text = attention(
-        tokens(q, 0, num_text_tokens), k, v, *args, mask=_part_of_mask(mask, 0, num_text_tokens, keys_from=0), **shared
-    )
-    return torch.cat((text, image), dim=2 if skip_output_reshape else 1)
+    def of(x: Tensor, tokens: slice) -> Tensor:
+        return x.narrow(axis, tokens.start, tokens.stop - tokens.start)
+
+    seen = attention(
+        of(q, asking), of(k, image), of(v, image), *args, mask=_part_of_mask(mask, asking, image), **shared
+    )  # fmt: skip
+    if not others:
+        return seen
+    told = attention(of(q, text), k, v, *args, mask=_part_of_mask(mask, text, slice(0, total)), **shared)
+    return torch.cat((seen, told) if text_last else (told, seen), dim=2 if skip_output_reshape else 1)
 
 
-def _part_of_mask(mask: Tensor | None, start: int, stop: int, *, keys_from: int) -> Tensor | None:
-    """Return rows [start, stop) and columns from ``keys_from`` of a mask; a broadcast query axis is kept."""
+def _part_of_mask(mask: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+    """Return some rows and columns of a mask; a broadcast query axis is kept."""
     if mask is None:
         return None
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-    return rows[..., keys_from:]
+    rows = mask if mask.shape[-2] == 1 else mask[..., queries, :]
+    return rows[..., keys]

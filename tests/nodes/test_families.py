@@ -138,11 +138,19 @@ def test_clips_of_a_model_that_makes_pictures_are_refused(nodes, run_node, folde
         )  # fmt: skip
 
 
-def test_hiding_the_text_is_refused_where_no_file_says_how(nodes, run_node):
+def test_blocks_of_a_followed_model_are_measured(nodes, run_node):
     tiny = family("krea2")
-    with pytest.raises(
-        Exception, match="Krea2 models are not supported for hiding the text from blocks. Choose method preset"
-    ):
+    positive = tiny.captions((5,))[0]
+    selection, _, report = run_node(
+        nodes.SelectBlocks, model=tiny.build(), positive=positive, **MEASURE, **PROBE
+    ).args  # fmt: skip
+    assert selection.method == "attention mask"
+    assert "For other budgets" in report
+
+
+def test_hiding_the_text_is_refused_where_attention_cannot_be_followed(nodes, run_node):
+    tiny = family("ernie")
+    with pytest.raises(Exception, match="The blocks of ErnieImage models do not use .* Choose method preset"):
         run_node(nodes.SelectBlocks, model=tiny.build(), positive=tiny.captions((5,))[0], **MEASURE, **PROBE)
 
 

@@ -1,26 +1,29 @@
 """Diffusion transformers without a file of their own, whose layout was found by following a few calls of the model.
 
 What is found is a :class:`ModelLayout`; ``models.following`` finds it. A family file remains necessary where a model pads
-its tokens, hides text from blocks, or is sampled with tokens of two sizes.
+its tokens, or is sampled with tokens of two sizes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...adapters.layer_kinds import is_of_kind
 from ...adapters.lora import LoraTargets
 from ...blocks.token_places import ListLayout, PlacedBlockIO
+from ...errors import UnsupportedModelError
 from ...model import BlockInfo, CopiedCall, TokenStreams
 from .base import FamilyAdapter, block_info
 from .block_lists import block_lists
+from .capabilities import MasksText
+from .hidden_text import TextKeys, hide_text
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class ModelLayout:
         stem, head: Modules before the first and after the last block; those between blocks count as head.
         width: Width of a token.
         patch_size: Side of a token in latent cells.
+        text_keys: Path of a list -> where the text is among the keys of a block's attention calls, in order; a list whose
+            attention was not seen has none.
         more_text: Text tokens in the stream minus those that the model is given; None if text is not in the stream.
     """
 
@@ -40,10 +45,11 @@ class ModelLayout:
     head: tuple[str, ...]
     width: int
     patch_size: int
+    text_keys: Mapping[str, tuple[TextKeys, ...]]
     more_text: int | None
 
 
-class FollowedAdapter(FamilyAdapter):
+class FollowedAdapter(FamilyAdapter, MasksText):
     """A model of any class, once its layout is known; until then, only its blocks.
 
     Attributes:
@@ -125,6 +131,26 @@ class FollowedAdapter(FamilyAdapter):
     def is_text_output(self, name: str) -> bool:
         layout, layer = self._layer(name)
         return layer in layout.text_outputs
+
+    def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
+        """See :class:`~.capabilities.MasksText`.
+
+        Raises:
+            UnsupportedModelError: If the attention of its blocks was not seen.
+        """
+        found = self.found
+        if any(not found.text_keys.get(name) for name in found.lists):
+            raise UnsupportedModelError(
+                f"The blocks of {self.title} models do not use ComfyUI's attention in a way that can be followed, so the text "
+                "cannot be hidden from them. Choose method preset or manual."
+            )
+        names = [self.blocks()[index].name for index in blocks]
+        hidden = {name: found.text_keys[name.rpartition(".")[0]] for name in names}
+        return hide_text(self._model, hidden, self._image_and_references)
+
+    def _image_and_references(self, latent: Tensor, references: Sequence[Tensor]) -> int:
+        """Return the number of tokens of the latents of a call, (B, C, H, W) or (B, C, frames, H, W), and references."""
+        return self.reference_tokens([latent, *references])
 
     def _layer(self, name: str) -> tuple[ListLayout, str]:
         """Return the layout of a layer's list, and the layer's path within its block."""

@@ -18,7 +18,7 @@ from ...selection.masked_attention import attend_without_text
 
 Attention = Callable[..., Tensor]
 Override = Callable[..., Tensor]  # (attention, q, k, v, *args, **kwargs) -> Tensor
-_OVERRIDE = "optimized_attention_override"
+OVERRIDE = "optimized_attention_override"  # in transformer_options: called in the place of the host's attention
 
 
 def wrap_options(change: Callable[[dict[str, Any], int], None]) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def mask_by_index(options: dict[str, Any], masked: Callable[[dict[str, Any]], bo
             return attention(q, k, v, *args, **kwargs)
         return attend_without_text(attention, q, k, v, *args, num_text_tokens=num_text_tokens, **kwargs)
 
-    options[_OVERRIDE] = _after(options.get(_OVERRIDE), override)
+    options[OVERRIDE] = after(options.get(OVERRIDE), override)
 
 
 def mask_by_block(
@@ -78,12 +78,12 @@ def _run_masked(
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     options = dict(args["transformer_options"])
-    options[_OVERRIDE] = _after(options.get(_OVERRIDE), override_for(args))
+    options[OVERRIDE] = after(options.get(OVERRIDE), override_for(args))
     args = {**args, "transformer_options": options}
     return extra["original_block"](args) if previous is None else previous(args, extra)
 
 
-def _after(previous: Override | None, override: Override) -> Override:
+def after(previous: Override | None, override: Override) -> Override:
     """Return ``override``, with another node's override as the attention that it calls."""
     if previous is None:
         return override

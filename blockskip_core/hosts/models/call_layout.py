@@ -116,7 +116,12 @@ def _batch_axis(tensor: Tensor, block: str) -> int:
 
 def _differing(place: TokenPlace, tensor: Tensor) -> Tensor:
     """Return which tokens differ between the two rows by more than rounding, shape (N,)."""
-    one, other = place.as_tokens(tensor.detach()).float()
+    return differing_rows(*place.as_tokens(tensor.detach()))
+
+
+def differing_rows(one: Tensor, other: Tensor) -> Tensor:
+    """Return which tokens of two rows, each (N, D), differ by more than rounding, shape (N,)."""
+    one, other = one.float(), other.float()
     difference, size = (one - other).norm(dim=-1), torch.maximum(one.norm(dim=-1), other.norm(dim=-1))
     return difference > ROUNDING * size
 

@@ -28,7 +28,9 @@ from ...errors import UnsupportedModelError
 from ...model import Denoiser, is_linear
 from ..families.block_lists import block_lists
 from ..families.followed import ModelLayout
+from ..families.hidden_text import TextKeys
 from .adapted_dit import AdaptedDit
+from .attention_calls import AttentionCalls
 from .call_layout import ROUNDING, ROWS, CallLayout, layout_of_call, tensors_given
 
 
@@ -57,6 +59,7 @@ def follow(dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> Mod
         head=others,
         width=first.width,
         patch_size=_patch_size(first.num_img, dit.frames, latent_shape),
+        text_keys=calls.text_keys,
         more_text=None if first.num_txt is None else first.num_txt - dit.text_length(0),
     )
 
@@ -97,6 +100,7 @@ class _Watched(TrainedBlock):
     Attributes:
         args, kwargs: The arguments of the call; what may be tokens has a graph of its own.
         plain: What the block returns if nothing is changed about how it runs.
+        attention: Its attention calls.
         result: What it returns, with its graph.
         spoiled: Whether it has overwritten a tensor that its gradient needs.
     """
@@ -107,12 +111,15 @@ class _Watched(TrainedBlock):
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
         self.plain: Any = None
+        self.attention = AttentionCalls()
         self.result: Any = None
         self.spoiled = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.args, self.kwargs = _with_tensors(args, kwargs, lambda x: x.detach().clone().requires_grad_())
-        given, named = _with_tensors(self.args, self.kwargs, lambda x: x.detach().clone())
+        given, named = self.attention.watched(
+            *_with_tensors(self.args, self.kwargs, lambda x: x.detach().clone())
+        )  # fmt: skip
         with torch.no_grad():
             self.plain = self.twin(*given, **named)
         saved: list[tuple[Tensor, int]] = []
@@ -154,6 +161,7 @@ class _Calls:
     Attributes:
         lists: List of blocks -> number of blocks.
         first: What the first call has shown.
+        text_keys: List of blocks -> where the text is among the keys of a block's attention calls, if that is known.
     """
 
     def __init__(self, dit: AdaptedDit, tree: nn.Module, latent_shape: Sequence[int]) -> None:
@@ -162,6 +170,7 @@ class _Calls:
         generator = torch.Generator().manual_seed(0)
         self._latents = torch.randn(ROWS, *latent_shape, generator=generator)
         self.first: CallLayout | None = None
+        self.text_keys: dict[str, tuple[TextKeys, ...]] = {}
 
     def layout_of(self, name: str, known: Mapping[str, ListLayout]) -> ListLayout:
         """Return the layout of a list; those before it are known."""
@@ -199,6 +208,9 @@ class _Calls:
                     raise UnsupportedModelError(f"The block {block} was never called, so it cannot be skipped.")
         if isinstance(without, str):
             return without
+        seen = watched.attention.seen
+        if None not in seen:
+            self.text_keys[block.rpartition(".")[0]] = tuple(keys for keys in seen if keys is not None)
         has_text = found.num_txt is not None
         layout = replace(
             found.layout,

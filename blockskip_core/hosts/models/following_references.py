@@ -20,7 +20,7 @@ from ...errors import UnsupportedModelError
 from ..families.block_lists import block_lists
 from ..families.followed import ModelLayout
 from .adapted_dit import AdaptedDit
-from .call_layout import ROUNDING, ROWS
+from .call_layout import ROWS, differing_rows
 
 
 def place_references(
@@ -95,8 +95,7 @@ def _place(dit: AdaptedDit, layout: ListLayout, tokens: Tensor, num_img: int, ot
             f"{dit.adapter.title} models do not look at the reference pictures that the captions carry. Disconnect the "
             'references, or choose an "Edit Model Reference Method".'
         )
-    one, other = tokens.float()
-    differ = (one - other).norm(dim=-1) > ROUNDING * torch.maximum(one.norm(dim=-1), other.norm(dim=-1))
+    differ = differing_rows(*tokens)
     first, total = int(differ.int().argmax()), tokens.shape[1]
     if others == expected and differ[first : first + num_img].all() and int(differ.sum()) == num_img:
         if layout.joined == "text first" and first in (total - num_img, total - num_img - others):

@@ -51,6 +51,7 @@ def text_influence(
 
     Raises:
         InvalidInputError: If a conditioning does not fit the model, or the model makes no usable picture.
+        UnsupportedModelError: If the text cannot be hidden from the model's blocks.
         StorageError: If the disk cannot be written.
     """
     prompts, away = _texts(positive, negative)
@@ -66,6 +67,7 @@ def text_influence(
         return before
     with lock(file, waiting):
         remove_leftovers(file.parent, lambda name: name.startswith(file.name), min_age_s=0)
+        pictures.require_hidden_text()
         before = _remembered(file) or TextInfluence(num_blocks, metric.name, num_pictures=pictures.count)
         return measure(before, pictures, budget, with_window=with_window, keep=keep, progress=progress)
 

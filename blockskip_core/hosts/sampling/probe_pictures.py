@@ -12,10 +12,13 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ...errors import InvalidInputError
+from ...errors import InvalidInputError, UnsupportedModelError
 from ..families.capabilities import MasksText, require
+from ..families.followed import FollowedAdapter
 from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frames
+from ..models.hosted_dit import HostedDit
+from ..models.replay_check import TOLERANCE
 from .picture_embeddings import embedded, encoder_kind
 
 _WRAPPER = "blockskip_text_mask"
@@ -58,12 +61,20 @@ class MaskedSampler:
     Args:
         patcher: The MODEL; only clones of it are sampled from, and it is not changed.
         probe: Size, steps, guidance.
+        texts: Some of the conditionings, with which a model that no family file describes is followed.
+
+    Raises:
+        UnsupportedModelError: If the text cannot be hidden from the model's blocks.
     """
 
-    def __init__(self, patcher: Any, probe: ProbeConfig) -> None:
+    def __init__(self, patcher: Any, probe: ProbeConfig, texts: Sequence[list] = ()) -> None:
         self._patcher = patcher
         self._probe = probe
-        self._masking = require(adapter_for(patcher), MasksText, "Choose method preset or manual.")
+        self._adapter = adapter_for(patcher)
+        if isinstance(self._adapter, FollowedAdapter):
+            self._adapter = HostedDit(patcher, texts, latent_shape(patcher.model, probe.size)).adapter
+        self._masking = require(self._adapter, MasksText, "Choose method preset or manual.")
+        self._masking.text_masking_wrapper(frozenset())  # refuses what it cannot do before anything is sampled
 
     def sample(
         self,
@@ -73,6 +84,7 @@ class MaskedSampler:
         seed: int,
         masked: frozenset[int],
         on_step: Callable[[], None] | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Return one picture's latent as a VAE decodes it, (1, C, H, W), or (1, C, 1, H, W) for video models.
 
@@ -81,6 +93,7 @@ class MaskedSampler:
             seed: Seed of the noise.
             masked: Indices of the masked blocks; if empty, the plain MODEL is sampled.
             on_step: Called after every sampler step; may raise to interrupt.
+            steps: Sampler steps, if not those of the probe.
         """
         patcher = self._patcher
         if masked:
@@ -95,7 +108,7 @@ class MaskedSampler:
         return comfy.sample.sample(
             patcher,
             comfy.sample.prepare_noise(empty, seed),
-            self._probe.steps,
+            steps or self._probe.steps,
             self._probe.cfg,
             "euler",
             "simple",
@@ -106,6 +119,35 @@ class MaskedSampler:
             disable_pbar=True,
             seed=seed,
         )
+
+    def require_hidden(self, text: list) -> None:
+        """Check, if the model was followed, that no word of a text matters when it is hidden from all blocks.
+
+        Raises:
+            UnsupportedModelError: If the text reaches the picture by another way.
+        """
+        if not isinstance(self._adapter, FollowedAdapter):
+            return
+        everywhere = frozenset(range(len(self._adapter.blocks())))
+        one, other = (
+            self.sample(words, words, seed=0, masked=everywhere, steps=1) for words in (text, _other_words(text))
+        )  # fmt: skip
+        if not (one - other).norm() <= TOLERANCE * one.norm():
+            raise UnsupportedModelError(
+                f"In {self._adapter.title} models the text reaches the picture even if it is hidden from all blocks, so its "
+                "influence in each block cannot be measured. Choose method preset or manual."
+            )
+
+
+def _other_words(text: list) -> list:
+    """Return a conditioning with other vectors for its tokens, and everything else as it is."""
+    [[embedding, settings]] = text
+    return [[_changed(embedding), {name: _changed(value) for name, value in settings.items()}]]
+
+
+def _changed(value: Any) -> Any:
+    is_text = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
+    return value.flip(-1) if is_text else value
 
 
 @dataclass(frozen=True)
@@ -138,11 +180,16 @@ class ProbePictures:
     def __init__(
         self, patcher: Any, positive: Sequence[list], negative: list | None, probe: ProbeConfig, metric: PictureMetric
     ) -> None:
-        adapter_for(patcher).require_texts([*positive, *([negative] if negative else [])])
+        texts = [*positive, *([negative] if negative else [])]
+        adapter_for(patcher).require_texts(texts)
         self._positive, self._negative, self._probe, self._metric = positive, negative, probe, metric
-        self._sampler = MaskedSampler(patcher, probe)
+        self._sampler = MaskedSampler(patcher, probe, texts)
         self.count = len(positive) * probe.num_seeds
         self.steps = self.count * probe.steps
+
+    def require_hidden_text(self) -> None:
+        """See :meth:`MaskedSampler.require_hidden`."""
+        self._sampler.require_hidden(self._positive[0])
 
     def embeddings(self, masked: frozenset[int], on_step: Callable[[], None]) -> list[Tensor]:
         """Sample and embed every picture."""

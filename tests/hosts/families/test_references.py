@@ -92,7 +92,7 @@ def test_training_lowers_the_loss_of_the_picture_alone(tiny, patcher):
     assert all(gradient.any() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image"])
 def test_gradients_are_those_of_finite_differences(name):
     tiny = edit_model(name)
     test_families.test_gradients_are_those_of_finite_differences(tiny, None, (1, 1))
