@@ -55,11 +55,7 @@ class WeightlessDit(AdaptedDit):
     @classmethod
     def of(cls, dit: HostedDit) -> WeightlessDit:
         """Return the weightless twin of a loaded MODEL, with the same captions."""
-        model: Any = weightless_copy(dit.patcher.model, without=_MARKS)
-        _replace_packed_layers(model.diffusion_model)
-        _compute_as(model, dit.patcher)
-        model.current_patcher = None
-        twin = cls(model, dit.arguments, dit.patcher.load_device)
+        twin = cls(weightless_model(dit.patcher), dit.arguments, dit.patcher.load_device)
         twin.frames = dit.frames
         if isinstance(twin.adapter, FollowedAdapter) and isinstance(dit.adapter, FollowedAdapter):
             twin.adapter.layout = dit.adapter.layout
@@ -134,13 +130,28 @@ class WeightlessDit(AdaptedDit):
         loaded = [torch.empty_like(tensor) for tensor in _weights(model.diffusion_model)]
         try:
             comfy.model_management.in_training = True  # the kernels that a training run uses
-            yield self._denoiser(model, {"optimized_attention_override": _torch_attention})
+            yield self._denoiser(model, {"optimized_attention_override": torch_attention})
         finally:
             comfy.model_management.in_training = was_training
             loaded.clear()
 
 
-def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
+def weightless_model(patcher: Any) -> Any:
+    """Return the weightless twin of a MODEL's model; it computes in the same dtype."""
+    model = weightless_module(patcher.model)
+    _compute_as(model, patcher)
+    model.current_patcher = None
+    return model
+
+
+def weightless_module(module: nn.Module) -> Any:
+    """Return the weightless twin of one of the host's modules, with every layer of the host's own classes."""
+    twin = weightless_copy(module, without=_MARKS)
+    _replace_packed_layers(twin)
+    return twin
+
+
+def torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Use torch's fused attention kernel, the host's default on a GPU."""
     with FusedAttention():
         return attention_pytorch(*args, **kwargs)
