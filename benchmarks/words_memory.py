@@ -26,6 +26,7 @@ from blockskip_pack.blockskip_core.hosts.words.encoders import encoder_of, token
 from blockskip_pack.blockskip_core.zoodip.word import WordLayout, WordPart
 
 CPU, HALF = torch.device("cpu"), torch.float16
+WHERE = META  # where weights are
 CAPTION = "a photo of {word} on the grass"
 UNET = {
     "use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
@@ -68,6 +69,7 @@ class Subject:
 SUBJECTS = (
     Subject("SD1.5", 512, 4, ("off", "int8"), ("off", "int8"), 2.37e9 / 2**30),
     Subject("SDXL", 1024, 4, ("off", "int8"), ("off", "int8"), 5e9 / 2**30),
+    Subject("FLUX.1-dev", 512, 16, ("fp8", "4-bit"), ("fp8", "fp8")),
     Subject("FLUX.1-dev", 1024, 16, ("fp8", "4-bit"), ("fp8", "fp8")),
 )
 ROWS = (1, 3, 8)
@@ -78,14 +80,14 @@ def unet(kind: str, config: dict[str, Any]) -> Any:
     supported = getattr(comfy.supported_models, kind)(dict(config))
     supported.custom_operations = None
     supported.set_inference_dtype(HALF, None)
-    return supported.get_model({}, "", device=META)
+    return supported.get_model({}, "", device=WHERE)
 
 
 def model_of(name: str) -> Any:
     """Return a MODEL without weights."""
     made = {
         "SD1.5": lambda: unet("SD15", SD15), "SDXL": lambda: unet("SDXL", SDXL),
-        "FLUX.1-dev": lambda: published_model("FLUX.1-dev", torch.float8_e4m3fn, torch.bfloat16),
+        "FLUX.1-dev": lambda: published_model("FLUX.1-dev", torch.float8_e4m3fn, torch.bfloat16, WHERE),
     }[name]()  # fmt: skip
     return comfy.model_patcher.ModelPatcher(made, load_device=CPU, offload_device=CPU)
 
@@ -97,7 +99,7 @@ def clip_of(name: str, dtype: torch.dtype) -> Any:
         "SDXL": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
         "FLUX.1-dev": (comfy.text_encoders.flux.flux_clip(dtype), comfy.text_encoders.flux.FluxTokenizer),
     }[name]
-    options = {"dtype": HALF, "initial_device": META, "load_device": CPU, "offload_device": CPU}
+    options = {"dtype": HALF, "initial_device": WHERE, "load_device": CPU, "offload_device": CPU}
     return comfy.sd.CLIP(
         SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), embedding_directory=[], model_options=options,
         disable_dynamic=True,
