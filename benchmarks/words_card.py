@@ -40,11 +40,11 @@ class WordCell:
     card: float
 
 
-CELLS = (
-    WordCell("SD1.5", 512, 3, "together", 4.0),
-    WordCell("SD1.5", 512, 8, "together", 4.0),
+CELLS = (  # SD1.5 also on a card of the size that is wanted
+    WordCell("SD1.5", 512, 3, "together", 8.0),
+    WordCell("SD1.5", 512, 3, "together", 2.25),
     WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0),
-    WordCell("FLUX.1-dev", 1024, 2, "in turns", 16.0),
+    WordCell("FLUX.1-dev", 512, 3, "in turns", 16.0),
 )
 
 

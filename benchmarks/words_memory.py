@@ -6,7 +6,8 @@ Weights in a format are counted as the files in that format store them: linear l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,13 +116,12 @@ def layout_of(clip: Any) -> WordLayout:
     return WordLayout([WordPart(name, 1, width, 0.02) for name, width in widths.items()])
 
 
-def counted(subject: Subject, rows: int) -> WordNeeds:
+def counted(subject: Subject, model: Any, clip: Any, rows: int) -> WordNeeds:
     """Count a step with so many words as one batch; weights in 16 bits, or in 8 for FLUX.1."""
-    clip = clip_of(subject.name, torch.float8_e4m3fn)
     layout = layout_of(clip)
     captions = WordCaptions(clip, [CAPTION], layout.parts)
     side = subject.side // 8
-    return word_needs(model_of(subject.name), captions, layout, (subject.channels, side, side), rows, guidance=1.0)
+    return word_needs(model, captions, layout, (subject.channels, side, side), rows)
 
 
 def stored(module: torch.nn.Module, weight_format: str) -> int:
@@ -129,20 +129,19 @@ def stored(module: torch.nn.Module, weight_format: str) -> int:
     return predicted_bytes(module.to(HALF), weight_format)
 
 
-def rows() -> list[dict[str, Any]]:
-    """Return a row per model, format and number of words in one batch."""
-    found = []
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield a row per model, format and number of words in one batch."""
     for subject in SUBJECTS:
-        model, text = model_of(subject.name).model.diffusion_model, clip_of(subject.name, HALF).cond_stage_model
-        for number in ROWS:
-            needs = counted(subject, number)
-            for own, of_text in zip(subject.formats, subject.text, strict=True):
-                in_format = replace(needs, model_weights=stored(model, own), text_weights=stored(text, of_text))
-                found.append({
+        model, clip = model_of(subject.name), clip_of(subject.name, torch.float8_e4m3fn)
+        needs = {number: counted(subject, model, clip, number) for number in ROWS}
+        text = clip_of(subject.name, HALF).cond_stage_model
+        for own, of_text in zip(subject.formats, subject.text, strict=True):
+            weights = {"model_weights": stored(model.model.diffusion_model, own), "text_weights": stored(text, of_text)}
+            limit = subject.limit or weights["model_weights"] / 2**30 + 1.0
+            for number in ROWS:
+                found = replace(needs[number], **weights)
+                yield {
                     "model": subject.name, "side": subject.side, "format": own, "text_format": of_text, "rows": number,
-                    "model_weights": in_format.model_weights, "text_weights": in_format.text_weights,
-                    "model_peak": in_format.model_peak, "text_peak": in_format.text_peak,
-                    "together": in_format.together, "in_turns": in_format.in_turns,
-                    "limit": round((subject.limit or in_format.model_weights / 2**30 + 1.0) * 2**30),
-                })  # fmt: skip
-    return found
+                    **asdict(found), "together": found.together, "in_turns": found.in_turns,
+                    "limit": round(limit * 2**30),
+                }  # fmt: skip

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
@@ -33,6 +34,9 @@ from .hosted_dit import HostedDit
 _MARKS: dict[str, Any] = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
 
 
+_META = torch.device("meta")
+
+
 class WeightlessDit(AdaptedDit):
     """A model whose tensors have shapes but no data.
 
@@ -44,7 +48,7 @@ class WeightlessDit(AdaptedDit):
 
     def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]], runs_on: torch.device) -> None:
         self.model = model
-        super().__init__(SimpleNamespace(model=model))
+        super().__init__(comfy.model_patcher.ModelPatcher(model, load_device=_META, offload_device=_META))
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
         if self.adapter.reads_noise_levels:  # the model is ours, so the hook is nobody else's
             model.diffusion_model.register_forward_pre_hook(_with_some_noise_level, with_kwargs=True)
@@ -97,7 +101,7 @@ class WeightlessDit(AdaptedDit):
     @property
     def device(self) -> torch.device:
         """``meta``."""
-        return torch.device("meta")
+        return _META
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,10 +132,12 @@ class WeightlessDit(AdaptedDit):
         model: Any = replaced(self.model, {f"diffusion_model.{name}": module for name, module in replacements.items()})
         was_training = comfy.model_management.in_training
         loaded = [torch.empty_like(tensor) for tensor in _weights(model.diffusion_model)]
+        self.patcher.model = model  # as in a run of a loaded MODEL, where hooks go onto the stand-ins
         try:
             comfy.model_management.in_training = True  # the kernels that a training run uses
             yield self._denoiser(model, {"optimized_attention_override": torch_attention})
         finally:
+            self.patcher.model = self.model
             comfy.model_management.in_training = was_training
             loaded.clear()
 
