@@ -1,45 +1,116 @@
-"""Operations of coarse steps, counted on FLUX.1-dev at full size, without weights and without a GPU."""
+"""Operations of coarse steps, counted on published models at full size, without weights and without a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from ralu_operations import SIDE, forward
+import torch
+from blockskip_pack.blockskip_core.accounting.measuring import Counting
+from blockskip_pack.blockskip_core.ddit.operations import StepOperations
+from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import all_blocks
+from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 
-TEXT_TOKENS = 512
-RANK, CHANNELS, PATCH = 32, 16, 2
+RANK, PATCH = 32, 2
 STEPS = 50
-PAPER = 2.18  # reported ratio of seconds
+SCALES = (2, 4)
 
 
-def adapter_parameters(scale: int) -> int:
-    """Return the parameters of FLUX.1-dev's adapter for a patch size: LoRA on feed-forward layers, embeddings, block."""
-    width, ratio, double, single = 3072, 4, 19, 38
-    hidden = width * ratio
-    of_double = 2 * 2 * RANK * (width + hidden)  # two streams, two layers
-    of_single = RANK * (width + 3 * width + hidden) + RANK * (width + hidden + width)
-    numbers = CHANNELS * (PATCH * scale) ** 2
-    ends = 2 * numbers * width + width + numbers + 256 * (2 * numbers + 3)
-    return double * of_double + single * of_single + ends
+@dataclass(frozen=True)
+class Subject:
+    """A published model and the size at which it is sampled.
+
+    Attributes:
+        name: A key of ``published_sizes``.
+        size: Readable size.
+        cells: Rows and columns of the latent.
+        text: Text tokens and their features.
+        frames: Latent frames.
+        paper: Ratio of seconds that the paper reports; None if it reports none.
+    """
+
+    name: str
+    size: str
+    cells: tuple[int, int]
+    text: tuple[int, int]
+    frames: int = 1
+    paper: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens with the model's own patches."""
+        return self.frames * self.cells[0] * self.cells[1] // PATCH**2
 
 
-def coarse(scale: int) -> int:
-    """Count a coarse step at 1024 px, with the adapter's own products."""
-    tokens = (SIDE // scale) ** 2
-    return forward("FLUX.1-dev", tokens, TEXT_TOKENS).total + 2 * adapter_parameters(scale) * (tokens + TEXT_TOKENS)
+FLUX = Subject("FLUX.1-dev", "1024 px", (128, 128), (512, 4096), paper=2.18)
+WAN = Subject("Wan2.1-T2V-1.3B", "832 x 480, 81 frames", (60, 104), (512, 4096), frames=21, paper=2.1)
+Z_IMAGE = Subject("Z-Image", "1024 px", (128, 128), (512, 2560))
+QWEN = Subject("Qwen-Image", "1024 px", (128, 128), (512, 3584))
+SUBJECTS = (FLUX, WAN)
+_SIDES = (4, 8, 12)
 
 
-def rows() -> list[dict[str, Any]]:
+@lru_cache
+def weightless(subject: Subject) -> WeightlessDit:
+    """Return the model without weights, with one caption, for single pictures."""
+    number, width = subject.text
+    caption = [[torch.zeros(1, number, width), {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+    return WeightlessDit.published(subject.name, caption, (16, 2 * PATCH, 2 * PATCH))
+
+
+@lru_cache
+def by_tokens(subject: Subject) -> StepOperations:
+    """Return the operations of a call by its image tokens: a polynomial through three counts, exact for a transformer.
+
+    Only the number of tokens matters, so that of a video is counted on pictures.
+    """
+    dit, counts = weightless(subject), {}
+    with torch.no_grad(), dit.running({}) as denoise:
+        for side in _SIDES:
+            noisy = torch.empty(1, 16, 4 * side * PATCH, 4 * side * PATCH, device="meta")
+            with Counting() as counting:
+                denoise(noisy, torch.empty(1, device="meta"), [0])
+            counts[dit.image_tokens(*noisy.shape[2:])] = float(counting.operations)
+    return StepOperations.through(counts, dit.text_tokens(0))
+
+
+def adapter_parameters(subject: Subject, scale: int) -> int:
+    """Return the parameters of an adapter: LoRA on feed-forward layers, embedding, de-embedding, vector and block."""
+    dit = weightless(subject)
+    layers = dit.lora_layers(all_blocks(dit), "mlp").values()
+    numbers = 16 * (PATCH * scale) ** 2
+    ends = 2 * numbers * dit.width + dit.width + numbers + 256 * (2 * numbers + 3)
+    return sum(RANK * (layer.in_features + layer.out_features) for layer in layers) + ends
+
+
+def step(subject: Subject, scale: int) -> float:
+    """Return the operations of a step; a coarse one with the adapter's own products."""
+    counts = by_tokens(subject)
+    if scale == 1:
+        return counts.own(subject.tokens)
+    return counts.coarse(subject.tokens, scale, adapter_parameters(subject, scale))
+
+
+def rows(subjects: Sequence[Subject] = SUBJECTS) -> list[dict[str, Any]]:
     """Return operations of a step by patch size, and how many of 50 steps must be coarse for the paper's ratio."""
-    own = forward("FLUX.1-dev", SIDE**2, TEXT_TOKENS).total
-    found = [{"what": "a step with the model's own patches", "operations": own, "ratio": 1.0, "tokens": SIDE**2}]
-    for scale in (2, 4):
-        count = coarse(scale)
+    found = []
+    for subject in subjects:
+        own, of = step(subject, 1), {"model": subject.name, "size": subject.size, "text_tokens": subject.text[0]}
         found.append({
-            "what": f"a step with patches of {scale}x", "operations": count, "ratio": own / count,
-            "tokens": (SIDE // scale) ** 2, "parameters": adapter_parameters(scale),
+            **of, "what": "a step with the model's own patches", "operations": own, "ratio": 1.0, "tokens": subject.tokens,
         })  # fmt: skip
-    for scale in (2, 4):
-        share = (1.0 - 1.0 / PAPER) / (1.0 - coarse(scale) / own)
-        found.append({"what": f"coarse steps of {STEPS} for 1/{PAPER}, all {scale}x", "steps": STEPS * share})
+        for scale in SCALES:
+            if any(cells % (PATCH * scale) for cells in subject.cells):
+                continue
+            found.append({
+                **of, "what": f"a step with patches of {scale}x", "operations": step(subject, scale),
+                "ratio": own / step(subject, scale), "tokens": subject.tokens // scale**2,
+                "parameters": adapter_parameters(subject, scale),
+            })  # fmt: skip
+            if subject.paper:
+                share = (1.0 - 1.0 / subject.paper) / (1.0 - step(subject, scale) / own)
+                what = f"coarse steps of {STEPS} for 1/{subject.paper}, all {scale}x"
+                found.append({**of, "what": what, "steps": STEPS * share})
     return found

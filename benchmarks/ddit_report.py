@@ -17,17 +17,21 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def operations(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the counts for FLUX.1-dev."""
-    lines = [
-        "FLUX.1-dev, 1024 px, 512 text tokens, counted; the adapter's own products included.", "",
-        "| | Tokens | 10^12 operations | Fewer |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
-    lines += [
-        f"| {row['what']} | {row['tokens']} | {row['operations'] / 1e12:.2f} | 1/{row['ratio']:.2f} |"
-        for row in rows
-        if "tokens" in row
-    ]
-    return lines + ["", *(f"* {row['what']}: {row['steps']:.1f}." for row in rows if "steps" in row)]
+    """Return the counts, model by model."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        lines += [
+            f"{model}, {own[0]['size']}, {own[0]['text_tokens']} text tokens, counted; the adapter's own products included.", "",
+            "| | Tokens | 10^12 operations | Fewer |", "| --- | --- | --- | --- |",
+        ]  # fmt: skip
+        lines += [
+            f"| {row['what']} | {row['tokens']} | {row['operations'] / 1e12:.2f} | 1/{row['ratio']:.2f} |"
+            for row in own
+            if "tokens" in row
+        ]
+        lines += ["", *(f"* {row['what']}: {row['steps']:.1f}." for row in own if "steps" in row), ""]
+    return lines[:-1]
 
 
 def training(rows: list[dict[str, Any]]) -> list[str]:

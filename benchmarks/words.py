@@ -31,7 +31,7 @@ from words_report import write_report
 
 logger = logging.getLogger("words")
 FILE = "words.jsonl"
-PARTS = ("arms", "formats")
+PARTS = ("arms", "formats", "memory", "card")
 SIDE = 128
 PICTURES = 6
 HELD_OUT = 5
@@ -200,6 +200,19 @@ def _measure_formats(bench: Bench, file: Path, done: list[dict[str, Any]]) -> No
         logger.info("%s", row)
 
 
+def _measure_memory(parts: list[str], comfyui: Path, file: Path, done: list[dict[str, Any]]) -> None:
+    """Count what learning a word needs, and run it on an emulated card, as far as that is missing."""
+    import words_card
+    import words_memory
+
+    ways = {"memory": words_memory.rows, "card": lambda: words_card.rows(comfyui)}
+    missing = [name for name in ways if name in parts and not any(row.get("group") == name for row in done)]
+    for name in missing:
+        for row in ways[name]():
+            command_line.add_row(file, {"group": name, **row})
+            done.append({"group": name, **row})
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__, "where rows and table go")
@@ -219,7 +232,8 @@ def main() -> None:
     file = options.results / FILE
     done = command_line.rows_in(file)
     known = {(row["subject"], row["arm"], row["seed"]) for row in done if "arm" in row}
-    bench = None if options.report else Bench(host.ASSETS, options.results)
+    on_the_world = not options.report and bool({"arms", "formats"} & set(options.parts))
+    bench = Bench(host.ASSETS, options.results) if on_the_world else None
     cells = [
         (None, 0),
         *((arm, seed) for seed in options.seeds for arm in ARMS if not options.only or arm.name in options.only),
@@ -234,6 +248,8 @@ def main() -> None:
         logger.info("%s", row)
     if bench and "formats" in options.parts:
         _measure_formats(bench, file, done)
+    if not options.report:
+        _measure_memory(options.parts, options.comfyui, file, done)
     write_report(options.results / "words.md", done)
 
 

@@ -66,6 +66,46 @@ def _used(agreement: dict[str, float]) -> str:
     return "0.2" if agreement["0.2"] >= 0.9 else best
 
 
+def memory(rows: Sequence[Row]) -> list[str]:
+    """Return the tables of memory: counted without weights, and on an emulated card."""
+    lines: list[str] = []
+    if counted := [row for row in rows if row["group"] == "memory"]:
+        lines += [
+            "## Memory, counted", "",
+            "GiB of live tensors in one step of the real loop, at full size, without weights and without the allocator's and "
+            "kernels' own memory. Wanted: the paper's 2.37 GB for SD1.5 in int8, 5 GB for SDXL in int8, for FLUX.1 the "
+            "model's own weights and 1 GiB. FLUX.1's text encoders are in fp8.", "",
+            "| model | px | weights | words at once | text encoders | model | encoding | a forward pass | together | in turns | wanted |",
+            "|---" * 11 + "|",
+        ]  # fmt: skip
+        lines += [_counted(row) for row in counted] + [""]
+    if run := [row for row in rows if row["group"] == "card"]:
+        lines += [
+            "## Memory, emulated", "",
+            "The node on an emulated card whose tensors have shapes but no data, through ComfyUI's own memory management; SD1.5 in "
+            "fp16, FLUX.1-dev and its T5 in fp8. Highest: most GiB of tensors alive on the card. Rows: of the model's calls, as "
+            "ComfyUI splits them.", "",
+            "| model | px | directions | residency | card | highest | rows | the node said |", "|---" * 8 + "|",
+        ]  # fmt: skip
+        lines += [
+            f"| {row['model']} | {row['side']} | {row['directions']} | {row['residency']} | {row['card']:g} GiB | "
+            f"{_gib(row['peak'])} | {', '.join(map(str, row['rows_of_calls']))} | {row['told']} |"
+            for row in run
+        ] + [""]
+    return lines
+
+
+def _counted(row: Row) -> str:
+    weights = "fp16" if row["format"] == "off" else row["format"]
+    names = ("text_weights", "model_weights", "text_peak", "model_peak", "together", "in_turns")
+    cells = [row["model"], str(row["side"]), weights, str(row["rows"]), *(_gib(row[name]) for name in names)]
+    return f"| {' | '.join(cells)} | {_gib(row['limit']) if row['format'] != 'off' else ''} |"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """Return the table, group by group."""
     rows = [row for row in rows if row["group"] in GROUPS]
@@ -100,6 +140,6 @@ def write_report(path: Path, rows: Sequence[Row]) -> None:
         "# Words learned from forward passes", "", command_line.about(), "",
         "Gain: share of what the best gradient arm gains in held-out loss over the word at the start; one number per seed, and "
         "the mean. Cosine and recognised: four sampled pictures each, seen by the world's reader. s: of a shared machine.", "",
-        *table(rows), *formats(rows),
+        *table(rows), *formats(rows), *memory(rows),
     ]  # fmt: skip
     path.write_text("\n".join(text), encoding="utf-8")

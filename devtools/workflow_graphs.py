@@ -792,17 +792,25 @@ SD15 = Loaders(
     clip=("checkpoint", 1),
     vae=("checkpoint", 2),
 )
-WORD = Graph(
-    "BlockSkip 9 - Train a word",
-    {
-        **SD15.prompt,
+
+
+def learned_word(loaders: Loaders, sampled_with: Prompt, **sampling: Any) -> Prompt:
+    """Learn a word, and sample a prompt with it.
+
+    Args:
+        loaders: The nodes that load the model.
+        sampled_with: The sampler's inputs besides the prompt, and the size of the picture.
+        sampling: Settings of the sampler that differ.
+    """
+    return {
+        **loaders.prompt,
         "dataset": training_folder("Pictures of your subject"),
         "train": node(
             "BlockSkip_TrainWord",
             "Train Word (ZOODiP)",
-            model=SD15.link("model"),
-            clip=SD15.link("clip"),
-            vae=SD15.link("vae"),
+            model=loaders.link("model"),
+            clip=loaders.link("clip"),
+            vae=loaders.link("vae"),
             images=["dataset", 0],
             captions="a photo of {word}",
             like_word="toy",
@@ -812,29 +820,47 @@ WORD = Graph(
         ),
         "loss": node("LossGraphNode", "Loss of each step", loss=["train", 2], filename_prefix="word_loss"),
         "report": node("PreviewAny", "Report", source=["train", 4]),
-        "embeddings": node("BlockSkip_AcceptEmbeddings", "CLIP with Embeddings", clip=SD15.link("clip")),
+        "embeddings": node("BlockSkip_AcceptEmbeddings", "CLIP with Embeddings", clip=loaders.link("clip")),
         "words": node(
             "StringConcatenate", "Prompt with the word", string_a="a photo of", string_b=["train", 0], delimiter=" "
         ),
         "prompt": text("Prompt", ["words", 0], ["embeddings", 0]),
-        "negative": text("Negative prompt", "", SD15.link("clip")),
-        "size": node("EmptyLatentImage", "Picture size", width=512, height=512, batch_size=1),
-        "sample": node(
-            "KSampler",
-            "Sample with the word",
-            model=SD15.link("model"),
-            **{**SAMPLE, "positive": ["prompt", 0], "cfg": 7.0, "scheduler": "normal"},
-        ),
-        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=SD15.link("vae")),
+        **sampled_with,
+        "sample": node("KSampler", "Sample with the word", model=loaders.link("model"), **{**SAMPLE, **sampling}),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=loaders.link("vae")),
         "picture": node("SaveImage", "Your subject", images=["decode", 0], filename_prefix="my_word"),
-    },
-    (
-        Column("1  Load", BLUE, SD15.names() + ("dataset",)),
+    }
+
+
+def columns_of_word(loaders: Loaders, *prompt: str) -> tuple[Column, ...]:
+    """The columns of :func:`learned_word`.
+
+    Args:
+        loaders: The nodes that load the model.
+        prompt: The nodes in ``sampled_with``.
+    """
+    return (
+        Column("1  Load", BLUE, (*loaders.names(), "dataset")),
         Column("2  Learn a word", PURPLE, ("train",), 480),
         Column("3  What was learned", YELLOW, ("loss", "report")),
-        Column("4  Prompt", GREEN, ("embeddings", "words", "prompt", "negative", "size")),
+        Column("4  Prompt", GREEN, ("embeddings", "words", "prompt", *prompt)),
         Column("5  Look", BLUE, ("sample", "decode", "picture")),
+    )
+
+
+WORD = Graph(
+    "BlockSkip 9 - Train a word",
+    learned_word(
+        SD15,
+        {
+            "negative": text("Negative prompt", "", SD15.link("clip")),
+            "size": node("EmptyLatentImage", "Picture size", width=512, height=512, batch_size=1),
+        },
+        positive=["prompt", 0],
+        cfg=7.0,
+        scheduler="normal",
     ),
+    columns_of_word(SD15, "negative", "size"),
     """## Teach the model a word
 
 **Train Word** shows the model 3 to 10 pictures and moves the vectors of one new word until they describe them. It only
@@ -851,6 +877,34 @@ Other models: change the loader. FLUX.1 and other large transformers work too, b
     headline="Train a word",
     subline="textual inversion\nwithout gradients",
     twin="train_word",
+)
+
+WORD_OF_FLUX = Graph(
+    "BlockSkip 9 - Train a word (FLUX.1)",
+    learned_word(
+        ONE_FP8_FILE,
+        {
+            "guided": node("FluxGuidance", "Guidance while sampling", conditioning=["prompt", 0], guidance=3.5),
+            "negative": node("ConditioningZeroOut", "No negative prompt", conditioning=["prompt", 0]),
+            "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
+        },
+    ),
+    columns_of_word(ONE_FP8_FILE, "guided", "negative", "size"),
+    """## Teach FLUX.1 a word
+
+As *BlockSkip 9 - Train a word*, with FLUX.1-dev in fp8. Both of its text encoders learn the word.
+
+1. Put 3 to 10 pictures into a folder `my_subject` in ComfyUI's `input` folder, and choose it.
+2. Set `like_word` to what the subject is: toy, dog, backpack. Two or three words say more than one.
+3. Press Run. The word is saved to the embeddings folder; write `embedding:my_word_00001` in any prompt.
+
+The node first tells what the run needs and what is free. If the text encoders do not fit beside the model, they take
+turns with it in every step, which is slow: choose a smaller `resolution` or fewer `directions`.
+
+One word changes FLUX.1 little, even with gradients. For the likeness of a thing train a LoRA: *BlockSkip 1*.""",
+    headline="Train a word",
+    subline="for FLUX.1 in fp8",
+    twin="train_word_flux",
 )
 
 DDIT = Graph(
@@ -961,6 +1015,6 @@ For another machine, copy the two files of *output/runs*, and the model. The res
 
 GRAPHS = (
     FIRST, CARD_8, CARD_12, CARD_24, RESUME_8, RESUME_12, RESUME_24, APPLY, SEVERAL, RALU, DDIT, SELECT_BLOCKS, TRAIN, RESUME,
-    OUTSIDE, WORD,
+    OUTSIDE, WORD, WORD_OF_FLUX,
 )  # fmt: skip
 """The shipped workflows, in the order of use, which their names show."""

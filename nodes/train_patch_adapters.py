@@ -18,14 +18,17 @@ from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import ReservedName, output_path, require_writable
 from ..blockskip_core.hosts.files.patch_adapter_files import save_patch_adapters
+from ..blockskip_core.hosts.inputs.pictures import Pictures
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling.own_latents import OwnLatents
-from ..blockskip_core.hosts.sampling.patch_training import PatchTraining, train_patches
+from ..blockskip_core.hosts.sampling.patch_training import GivenPictures, PatchTraining, train_patches
 from ..blockskip_core.reporting.patch_pictures import error_chart
 from ..blockskip_core.reporting.pictures import as_image
 from . import widgets
 from .inputs import checked, connected
 from .load_patch_adapters import description
+from .page.distillation_display import DistillationDisplay
+from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .types import PatchAdaptersSocket
 
@@ -50,7 +53,8 @@ class TrainPatchAdapters(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             is_experimental=True,
-            inputs=[*_what_inputs(), *_training_inputs(), *_picture_inputs(), *_advanced_inputs()],
+            # Saved workflows store widget values by position: new inputs go to the end.
+            inputs=[*_what_inputs(), *_training_inputs(), *_picture_inputs(), *_advanced_inputs(), *_given_inputs()],
             outputs=[
                 PatchAdaptersSocket.Output(
                     "patch_adapters", display_name="patch_adapters", tooltip="For Dynamic Patches (DDiT)."
@@ -65,13 +69,29 @@ class TrainPatchAdapters(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, positive: Any, negative: Any = None, **settings: Any) -> io.NodeOutput:
-        request = TrainPatchesRequest(**checked(cls, **settings))
-        model = connected(model=model)["model"]
-        progress = NodeProgress(cls.hidden.unique_id)
-        trained, report = request.run(model, positive, negative, progress)
-        progress.say(report.splitlines()[0])
-        return io.NodeOutput(trained, as_image(chart(trained)), report)
+    def execute(
+        cls, model: Any, positive: Any, negative: Any = None, images: Any = None, vae: Any = None, **settings: Any
+    ) -> io.NodeOutput:
+        with LiveChart(cls.hidden) as live:
+            request = TrainPatchesRequest(**checked(cls, **settings))
+            model, given = connected(model=model)["model"], given_pictures(images, vae)
+            progress = NodeProgress(cls.hidden.unique_id, live.phase)
+            trained, report = request.run(model, positive, negative, given, progress, live)
+            progress.say(report.splitlines()[0])
+        return io.NodeOutput(trained, as_image(chart(trained)), report, ui=live.output())
+
+
+def given_pictures(images: Any, vae: Any) -> GivenPictures | None:
+    """Return the pictures to train on, or None if none are connected.
+
+    Raises:
+        InvalidInputError: If there are pictures but no VAE, or a link is of the wrong kind.
+    """
+    if images is None:
+        return None
+    if vae is None:
+        raise InvalidInputError("images came in, but no VAE to encode them with. Connect the model's VAE to `vae`.")
+    return GivenPictures(Pictures(images), connected(vae=vae)["vae"])
 
 
 def chart(trained: TrainedPatches) -> Image.Image:
@@ -178,6 +198,17 @@ def _advanced_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
+def _given_inputs() -> list[io.Input]:
+    return [
+        io.Image.Input(
+            "images", optional=True,
+            tooltip="Pictures to train on instead of the model's own, one for each prompt. Their middle parts are used, in "
+            "the size above.",
+        ),
+        io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for `images`."),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainPatchesRequest:
     """The node's widgets by their ids; defaults are those of the widgets."""
@@ -226,7 +257,9 @@ class TrainPatchesRequest:
             resize=self.resize, checkpointing=self.checkpointing, save_every=self.save_every, resume=self.resume,
         )  # fmt: skip
 
-    def run(self, model: Any, positive: Any, negative: Any, progress: NodeProgress) -> tuple[TrainedPatches, str]:
+    def run(
+        self, model: Any, positive: Any, negative: Any, given: GivenPictures | None, progress: NodeProgress, live: LiveChart
+    ) -> tuple[TrainedPatches, str]:
         """Train and save; return the adapters and a report.
 
         Raises:
@@ -234,14 +267,20 @@ class TrainPatchesRequest:
             StorageError: If the file cannot be written.
             OutOfMemoryError: If the training does not fit on the device.
         """
-        training = self.training
+        training, told = self.training, list[str]()
         path = output_path(self.adapters_name)
         require_writable(path)
+
+        def tell(sentence: str) -> None:
+            told.append(sentence)
+            progress.say(sentence)
+
+        display = DistillationDisplay(training.scales, training.settings, progress, live, model.load_device)
         with (
             ReservedName(path) as name,
             out_of_memory_explained("Training", "Lower `batch_size` or the size of the pictures."),
         ):
-            trained = train_patches(model, positive, negative, training, progress)
+            trained = train_patches(model, positive, negative, training, progress, display.seen, given, tell)
             save_patch_adapters(trained, name.renew())
         lines = [f"Saved {name.path.name} in {name.path.parent.name}."]
-        return trained, "\n".join([*lines, description(trained)])
+        return trained, "\n".join([*lines, description(trained), *told])

@@ -95,7 +95,7 @@ class LiveChart:
 
     def phase(self, phase: str, done: int, total: int) -> None:
         """Show what the node is doing apart from training steps, which are shown by :meth:`step`."""
-        if phase == "training step":
+        if phase.startswith("training"):
             return
         word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
         self._record.note(phase=word, detail=phase, done=done, total=total)

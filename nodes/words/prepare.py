@@ -24,6 +24,7 @@ from ...blockskip_core.zoodip.settings import WordSettings
 from ...blockskip_core.zoodip.signal import PAIRS, Signal, measure_signal
 from ...blockskip_core.zoodip.word import WordLayout
 from ..page.progress import NodeProgress
+from .memory import counted_memory
 from .request import WordRequest
 
 KEPT_STATES = 2
@@ -42,6 +43,7 @@ class PreparedWord:
         settings: The settings, with the perturbation asked for.
         num_pictures: Number of pictures.
         identity: What the run is, apart from its perturbation.
+        memory: What it needs and what there is, as a sentence; may be empty.
     """
 
     request: WordRequest
@@ -52,6 +54,7 @@ class PreparedWord:
     settings: WordSettings
     num_pictures: int
     identity: RunIdentity
+    memory: str
 
     def measured(self, progress: NodeProgress) -> tuple[WordSettings, Signal | None]:
         """Return the settings with a perturbation that the model's loss follows, and what was measured.
@@ -105,11 +108,12 @@ def prepare(
     losses = WordLosses(
         model, captions, layout, latents, len(pictures), guidance=request.guidance, residency=request.residency
     )
+    memory = counted_memory(model, captions, layout, latents.shape[1:], settings, request.guidance, progress)
     first = layout.join(vectors)
     texts = [captions.clip.encode_from_tokens_scheduled(captions.tokens(i, vectors)) for i in range(len(captions))]
     return PreparedWord(
         request=request, name=name, layout=layout, first=first, losses=losses, settings=settings,
-        num_pictures=len(pictures),
+        num_pictures=len(pictures), memory=memory,
         identity=RunIdentity({
             "kind": "word", "model": identity, "texts": conditionings_identity(texts), "latents": tensors_identity([latents]),
             "first": tensors_identity([first]), "guidance": request.guidance, "made by": f"BlockSkip {VERSION}",

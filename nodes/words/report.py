@@ -30,8 +30,9 @@ def report(
         f"The word moved by {moved:.2f} of an ordinary word's numbers.",
         f"Perturbation {settings.perturbation:.3g}, step size {settings.step_size:.3g}; {_checked(signal)}.",
         f"Highest memory use {peak}.",
+        run.memory,
     ]
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line)
 
 
 def _checked(signal: Signal | None) -> str:

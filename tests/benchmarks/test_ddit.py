@@ -16,18 +16,20 @@ def test_the_adapters_parameters_are_those_of_the_layers(bench):
     single = 38 * 32 * ((3072 + 9216 + 12288) + (3072 + 12288 + 3072))
     for scale, numbers in ((2, 256), (4, 1024)):
         ends = numbers * 3072 * 2 + 3072 + numbers + 256 * (numbers + 2) + 256 + 256 * numbers
-        assert counted.adapter_parameters(scale) == double + single + ends
+        assert counted.adapter_parameters(counted.FLUX, scale) == double + single + ends
 
 
 def test_the_committed_counts_give_the_papers_ratio(bench):
     rows = {
-        row["what"]: row for row in bench("command_line").rows_in(RESULTS / "ddit.jsonl") if row["part"] == "operations"
+        (row["model"], row["what"]): row
+        for row in bench("command_line").rows_in(RESULTS / "ddit.jsonl")
+        if row["part"] == "operations"
     }
-    own = rows["a step with the model's own patches"]["operations"]
-    for scale in (2, 4):
-        steps = rows[f"coarse steps of 50 for 1/2.18, all {scale}x"]["steps"]
-        coarse = rows[f"a step with patches of {scale}x"]["operations"]
-        assert 50 * own / (steps * coarse + (50 - steps) * own) == pytest.approx(2.18)
+    for model, paper, scale in (("FLUX.1-dev", 2.18, 2), ("FLUX.1-dev", 2.18, 4), ("Wan2.1-T2V-1.3B", 2.1, 2)):
+        own = rows[model, "a step with the model's own patches"]["operations"]
+        steps = rows[model, f"coarse steps of 50 for 1/{paper}, all {scale}x"]["steps"]
+        coarse = rows[model, f"a step with patches of {scale}x"]["operations"]
+        assert 50 * own / (steps * coarse + (50 - steps) * own) == pytest.approx(paper)
 
 
 def test_the_committed_report_is_that_of_the_committed_rows(bench, tmp_path):

@@ -68,7 +68,8 @@ def test_what_ralu_saves_is_what_was_counted():
     for document in ("README.md", "docs/ralu.md"):
         text = " ".join(read(document).split())
         assert f"1/{share:.1f}" in text
-        assert f"about {50 / share:.0f} plain steps" in text
+        assert f"{50 / share:.1f} plain steps" in text
+        assert f"1/{share * 20 / 50:.1f} of 20" in text
 
 
 def test_troubleshooting_quotes_messages_as_the_code_says_them():

@@ -295,6 +295,8 @@ CONTRACT = {
             patience INT? = 4 [0, 1000]
             save_every INT? = 100 [0, 1000000]
             resume BOOLEAN? = True
+            images IMAGE?
+            vae VAE?
         """,
         [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("errors", "IMAGE"), ("report", "STRING")],
     ),

@@ -84,6 +84,30 @@ def test_two_sizes_and_a_negative(train, tiny):
     assert "4x: " in report
 
 
+def test_given_pictures_take_the_place_of_the_models_own(train, nodes, vae, folders, monkeypatch):
+    from blockskip_pack.nodes.page import progress
+
+    shown, sizes = [], []
+    monkeypatch.setattr(progress.NodeProgress, "show", lambda self, picture: shown.append(picture.size))
+    encode = type(vae).encode
+    monkeypatch.setattr(
+        type(vae), "encode", lambda self, pixels: (sizes.append(tuple(pixels.shape[1:3])), encode(self, pixels))[1]
+    )
+    pictures = Listed([torch.rand(1, 200, 160, 3), torch.rand(2, 96, 64, 3)])
+    adapters = train(images=pictures, vae=vae, cfg=3.0)[0]
+    assert sizes == [(96, 64)] * 3
+    assert not any("latents" in name for name in folders.files()), "nothing was sampled"
+    assert shown == [(640, 300)] * 3, "a picture of errors before the first step and after every second"
+    assert not all(torch.equal(adapters.tensors()[name], tensor) for name, tensor in train()[0].tensors().items())
+
+
+def test_the_chart_gets_every_step_of_every_size(nodes, model, prompts, run_node):
+    shown = run_node(nodes.TrainPatchAdapters, **{
+        "model": model, "positive": prompts, **TRAINING, "patch_sizes": "2x and 4x", "height": 64, "max_steps": 2,
+    }).ui["blockskip_chart"][0]  # fmt: skip
+    assert (shown["step"], shown["steps"], shown["status"], len(shown["points"])) == (4, 4, "done", 4)
+
+
 def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, monkeypatch):
     import comfy.model_management
     from blockskip_pack.nodes.page import progress
@@ -133,7 +157,7 @@ def test_auto_is_shown_under_the_node(trained, use, prompt, monkeypatch):
     assert re.fullmatch(r"3 of 8 steps coarse: \d+% of the operations saved\. 1 1 1 1 2 2 2 1", said[-1])
 
 
-def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prompt, folders, tiny):
+def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prompt, folders, tiny, vae):
     from blockskip_pack.blockskip_core.errors import BlockSkipError
 
     cases = [
@@ -146,6 +170,8 @@ def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prom
         (lambda: train(positive=Listed([prompt])), "At least 2 prompts are needed"),
         (lambda: train(width=72), "width and height must be multiples of 32 px"),
         (lambda: train(cfg=2.0), "but no negative came in"),
+        (lambda: train(images=torch.rand(2, 64, 64, 3)), "images came in, but no VAE"),
+        (lambda: train(images=torch.rand(2, 64, 64, 3), vae=vae), "one picture for each of the 3 prompts, got 2"),
         (lambda: train(patch_sizes="3x"), "patch_sizes must be one of"),
         (lambda: train(adapters_name="../x"), "must stay inside ComfyUI's output folder"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="none"), "No file was chosen"),

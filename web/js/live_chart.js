@@ -1,4 +1,4 @@
-// Puts a chart on Dynamic Patch Trainer and on Train Word, and keeps it up to date.
+// Puts a chart on Dynamic Patch Trainer, Train Word and Train Patch Adapters, and keeps it up to date.
 //
 // It uses events during a run, the server's memory on a new page, and the node's output for a run from the cache.
 // The server's side is nodes/page/live_chart.py.
@@ -13,7 +13,7 @@ import { onFailure, toast } from "./notices.js";
 import { extended, readRun } from "./run_data.js";
 import { say, speak } from "./words.js";
 
-const TRAINERS = ["BlockSkip_TrainLora", "BlockSkip_TrainWord"];
+const TRAINERS = ["BlockSkip_TrainLora", "BlockSkip_TrainWord", "BlockSkip_TrainDDiT"];
 const EVENT = "blockskip.train";
 const ROUTE = "/blockskip/last_run";
 const SUMMARY = "/blockskip/summary";

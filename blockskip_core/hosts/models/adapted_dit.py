@@ -32,6 +32,7 @@ class AdaptedDit(ABC):
 
     Attributes:
         adapter: The family's adapter.
+        patcher: The MODEL, or an object with its model.
         frames: Number of latent frames of the longest training example; 1 for pictures.
         known_error: 0, because weights that are used unchanged do not change the output.
 
@@ -43,6 +44,7 @@ class AdaptedDit(ABC):
     frames: int = 1
 
     def __init__(self, patcher: Any) -> None:
+        self.patcher = patcher
         self.adapter = adapter_for(patcher)
         self.family: str = self.adapter.family
 

@@ -20,8 +20,8 @@ from ...blocks.stand_ins import TrainedBlock
 from ...ddit.coarse_estimate import CoarseAdapter
 from ...model import Denoiser, WeightPlacement, is_linear
 from ...selection.selection import BlockSelection
+from .adapted_dit import AdaptedDit
 from .coarse_forward import CoarseForward
-from .hosted_dit import HostedDit
 
 _LORA, _PATCHES = "lora/", "patches/"
 
@@ -40,7 +40,7 @@ class TrainedParts:
         seed: Of its initial values.
     """
 
-    def __init__(self, dit: HostedDit, coarse: CoarseAdapter, settings: LoraSettings, seed: int) -> None:
+    def __init__(self, dit: AdaptedDit, coarse: CoarseAdapter, settings: LoraSettings, seed: int) -> None:
         layers = dit.lora_layers(all_blocks(dit), settings.targets)
         shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
         assert coarse.patches is not None, "there is nothing to train without them"
@@ -80,7 +80,7 @@ class TrainedParts:
         }
 
 
-def all_blocks(dit: HostedDit) -> BlockSelection:
+def all_blocks(dit: AdaptedDit) -> BlockSelection:
     """Return the selection that skips nothing."""
     return BlockSelection(front=0, back=0, num_blocks=len(dit.blocks), family=dit.family)
 
@@ -90,7 +90,7 @@ class CoarseDistillation:
 
     def __init__(
         self,
-        dit: HostedDit,
+        dit: AdaptedDit,
         denoise: Denoiser,
         coarse: CoarseForward,
         parts: TrainedParts,
@@ -149,7 +149,7 @@ def _for_captions(denoise: Denoiser, captions: Sequence[int], noisy: Tensor, sig
 
 @contextmanager
 def distilling(
-    dit: HostedDit, parts: TrainedParts, *, checkpointing: bool = True, weights: WeightPlacement = "as fits"
+    dit: AdaptedDit, parts: TrainedParts, *, checkpointing: bool = True, weights: WeightPlacement = "as fits"
 ) -> Iterator[CoarseDistillation]:
     """Load the model as teacher and student; unload it and restore everything afterwards.
 

@@ -73,8 +73,7 @@ class HostedDit(AdaptedDit):
     """
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
-        self.patcher = for_training(patcher)
-        super().__init__(self.patcher)
+        super().__init__(for_training(patcher))
         _require_plain_access(self.blocks, self.patcher.model.diffusion_model)
         self.adapter.require_texts(captions)
         require_references(self.adapter, self.patcher.model, captions)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
@@ -33,6 +34,9 @@ from .hosted_dit import HostedDit
 _MARKS: dict[str, Any] = {"_v": None, "_prefetch": None, "weight_function": [], "bias_function": []}
 
 
+_META = torch.device("meta")
+
+
 class WeightlessDit(AdaptedDit):
     """A model whose tensors have shapes but no data.
 
@@ -44,7 +48,7 @@ class WeightlessDit(AdaptedDit):
 
     def __init__(self, model: Any, arguments: Sequence[Mapping[str, Any]], runs_on: torch.device) -> None:
         self.model = model
-        super().__init__(SimpleNamespace(model=model))
+        super().__init__(comfy.model_patcher.ModelPatcher(model, load_device=_META, offload_device=_META))
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
         if self.adapter.reads_noise_levels:  # the model is ours, so the hook is nobody else's
             model.diffusion_model.register_forward_pre_hook(_with_some_noise_level, with_kwargs=True)
@@ -55,11 +59,7 @@ class WeightlessDit(AdaptedDit):
     @classmethod
     def of(cls, dit: HostedDit) -> WeightlessDit:
         """Return the weightless twin of a loaded MODEL, with the same captions."""
-        model: Any = weightless_copy(dit.patcher.model, without=_MARKS)
-        _replace_packed_layers(model.diffusion_model)
-        _compute_as(model, dit.patcher)
-        model.current_patcher = None
-        twin = cls(model, dit.arguments, dit.patcher.load_device)
+        twin = cls(weightless_model(dit.patcher), dit.arguments, dit.patcher.load_device)
         twin.frames = dit.frames
         if isinstance(twin.adapter, FollowedAdapter) and isinstance(dit.adapter, FollowedAdapter):
             twin.adapter.layout = dit.adapter.layout
@@ -105,7 +105,7 @@ class WeightlessDit(AdaptedDit):
     @property
     def device(self) -> torch.device:
         """``meta``."""
-        return torch.device("meta")
+        return _META
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,15 +136,32 @@ class WeightlessDit(AdaptedDit):
         model: Any = replaced(self.model, {f"diffusion_model.{name}": module for name, module in replacements.items()})
         was_training = comfy.model_management.in_training
         loaded = [torch.empty_like(tensor) for tensor in _weights(model.diffusion_model)]
+        self.patcher.model = model  # as in a run of a loaded MODEL, where hooks go onto the stand-ins
         try:
             comfy.model_management.in_training = True  # the kernels that a training run uses
-            yield self._denoiser(model, {"optimized_attention_override": _torch_attention})
+            yield self._denoiser(model, {"optimized_attention_override": torch_attention})
         finally:
+            self.patcher.model = self.model
             comfy.model_management.in_training = was_training
             loaded.clear()
 
 
-def _torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
+def weightless_model(patcher: Any) -> Any:
+    """Return the weightless twin of a MODEL's model; it computes in the same dtype."""
+    model = weightless_module(patcher.model)
+    _compute_as(model, patcher)
+    model.current_patcher = None
+    return model
+
+
+def weightless_module(module: nn.Module) -> Any:
+    """Return the weightless twin of one of the host's modules, with every layer of the host's own classes."""
+    twin = weightless_copy(module, without=_MARKS)
+    _replace_packed_layers(twin)
+    return twin
+
+
+def torch_attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Use torch's fused attention kernel, the host's default on a GPU."""
     with FusedAttention():
         return attention_pytorch(*args, **kwargs)

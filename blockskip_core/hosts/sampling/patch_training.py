@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,15 +24,22 @@ from ...distillation.settings import DistillationSettings
 from ...errors import InvalidInputError
 from ...model import WeightPlacement
 from ...training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ...units import format_bytes
 from ..files.folders import run_folder
 from ..inputs.conditioning import flatten_conditionings
+from ..inputs.encoding import encode_crops
+from ..inputs.middles import Middles
 from ..models.coarse_distillation import TrainedParts, distilling
 from ..models.coarse_forward import shape_of
 from ..models.counted_calls import counted_operations
+from ..models.counted_distillation import counted_distillation
+from ..models.counted_run import room_on
 from ..models.hosted_dit import HostedDit
-from ..models.identity import conditionings_identity, host_identity, model_identity, module_identity
+from ..models.identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
 from ..models.patches import for_training
 from .own_latents import OwnLatents, own_latents
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _SCHEDULE = 100  # steps of the schedule through which training spreads over noise levels
@@ -75,6 +83,19 @@ class PatchTraining:
             raise InvalidInputError(f"Patch sizes must be different multiples of at least 2, got {self.scales}.")
 
 
+@dataclass(frozen=True)
+class GivenPictures:
+    """Pictures to train on in the place of the model's own, one for each prompt.
+
+    Attributes:
+        pictures: Each (H, W, 3) in [0, 1].
+        vae: The model's VAE.
+    """
+
+    pictures: Sequence[Tensor]
+    vae: Any
+
+
 def train_patches(
     patcher: Any,
     positive: Sequence[Any],
@@ -82,6 +103,8 @@ def train_patches(
     request: PatchTraining,
     progress: Progress,
     seen: Callable[[int, DistillationResult], None] = lambda scale, result: None,
+    given: GivenPictures | None = None,
+    told: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedPatches:
     """Return adapters for a MODEL, which is left unchanged.
 
@@ -92,13 +115,16 @@ def train_patches(
         request: See :class:`PatchTraining`.
         progress: Told of every sampler and training step.
         seen: Called with scale and result after every training step.
+        given: Pictures to train on; None samples them.
+        told: Called with a sentence on the memory that the training needs, before it.
 
     Raises:
         InvalidInputError: If the prompts or the size cannot be used.
         UnsupportedModelError: If the family is not known, or the MODEL has a change that training cannot follow.
         TrainingError: If a loss is not finite.
     """
-    run = _PatchTraining(patcher, positive, negative, request)
+    run = _PatchTraining(patcher, positive, negative, request, given)
+    run.tell_memory(told)
     latents = run.latents(progress)
     scales = {scale: run.trained(scale, latents, progress, seen) for scale in request.scales}
     return TrainedPatches(run.base, scales, run.operations, run.notes)
@@ -106,15 +132,21 @@ def train_patches(
 
 class _PatchTraining:
     def __init__(
-        self, patcher: Any, positive: Sequence[Any], negative: Sequence[Any] | None, request: PatchTraining
-    ) -> None:
+        self, patcher: Any, positive: Sequence[Any], negative: Sequence[Any] | None, request: PatchTraining,
+        given: GivenPictures | None,
+    ) -> None:  # fmt: skip
         prompts = flatten_conditionings(positive)
         against = flatten_conditionings(negative)[:1] if negative else []
-        if request.latents.cfg != 1.0 and not against:
+        if given and len(given.pictures) != len(prompts):
+            raise InvalidInputError(
+                f"There must be one picture for each of the {len(prompts)} prompts, got {len(given.pictures)} pictures."
+            )
+        if request.latents.cfg != 1.0 and not against and not given:
             raise InvalidInputError(
                 f"cfg is {request.latents.cfg}, but no negative came in. Connect `negative`, or set `cfg` to 1."
             )
-        self._request, self._num_prompts = request, len(prompts)
+        self._request, self._num_prompts, self._given = request, len(prompts), given
+        self._per_prompt = 1 if given else request.latents.per_prompt
         self._negative = len(prompts) if against else None
         own = for_training(patcher).clone()
         identity = model_identity(own)
@@ -132,6 +164,14 @@ class _PatchTraining:
 
     def latents(self, progress: Progress) -> Tensor:
         """Return the latents to train on."""
+        if self._given:
+            size, model = self._request.latents, self._dit.patcher.model
+            parts = Middles(self._given.pictures, size.width, size.height)
+            latents = encode_crops(
+                self._given.vae, model, parts, lambda done, total: progress("encoding pictures", done, total, "")
+            )
+            self._identity["pictures"] = tensors_identity([latents])
+            return latents
         return own_latents(
             self._dit,
             self._request.latents,
@@ -141,12 +181,29 @@ class _PatchTraining:
             lambda done, total: progress("sampling latents, step", done, total, ""),
         )
 
+    def tell_memory(self, told: Callable[[str], None]) -> None:
+        """Say what the training needs and what there is; nothing on the CPU, where memory is shared."""
+        device, request = self._dit.device, self._request
+        if device.type == "cpu":
+            return
+        try:
+            count = counted_distillation(
+                self._dit, self._shape, min(request.scales), request.lora, request.settings.batch_size,
+                resize=request.resize, checkpointing=request.checkpointing,
+            )  # fmt: skip
+        except Exception as error:  # layers of other packs may fail to be counted and still be trained
+            logger.exception("BlockSkip: memory could not be counted")
+            told(f"The memory of this training could not be counted ({type(error).__name__}: {error}).")
+            return
+        free, place = room_on(device)
+        told(f"Counted before the training: {format_bytes(count.peak)}; {place} has {format_bytes(free)} free.")
+
     def trained(
         self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None]
     ) -> TrainedScale:
         """Train the adapter of one patch size."""
         request, result = self._request, DistillationResult()
-        captions = [number // request.latents.per_prompt for number in range(len(latents))]
+        captions = [number // self._per_prompt for number in range(len(latents))]
         examples = Examples(latents, captions, self._level(), request.settings.seed, self._negative)
         resizing = PatchResizing(self.base.patch, scale, request.resize)
         statistics = PatchStatistics.of(latents[examples.trained], resizing)

@@ -90,8 +90,7 @@ class WordLosses:
         try:
             self._needed = needed
             if self._together:
-                patchers = [self._clip.patcher, self._patcher]
-                comfy.model_management.load_models_gpu(patchers, memory_required=needed)
+                self._load(self._clip.patcher, self._patcher)
                 # The host asks for 1 GiB of room at each load_model, and may unload the model for it, in every step.
                 self._clip.load_model = lambda tokens={}: self._clip.patcher  # on our own clone
             self._patcher.pre_run()
@@ -100,6 +99,9 @@ class WordLosses:
             vars(self._clip).pop("load_model", None)
             self._patcher.cleanup()
             drop_cast_buffers()
+
+    def _load(self, *patchers: Any) -> None:
+        comfy.model_management.load_models_gpu(list(patchers), memory_required=self._needed)
 
     def _fit_together(self, needed: int) -> bool:
         management, device = comfy.model_management, self._patcher.load_device
@@ -116,15 +118,19 @@ class WordLosses:
             example: Picture, noise level and noise.
         """
         conditionings = self._encoded(words, example.picture if len(self._captions) > 1 else 0)
+        return self._evaluated(conditionings, example)
+
+    def _evaluated(self, conditionings: Sequence[list], example: Example) -> Tensor:
+        """Return the losses of encoded prompts."""
         if not self._together:
             evict_others(self._patcher)
-            comfy.model_management.load_models_gpu([self._patcher], memory_required=self._needed)
+            self._load(self._patcher)
         device = self._patcher.load_device
         clean = self._model_latent(example.picture + self._pictures * example.mirrored).to(device)
         sigma = torch.tensor([sigma_of(self._sampling, example.level)], device=device)
         noisy = self._sampling.noise_scaling(sigma, example.noise(clean.shape).to(device), clean)
         prepared = [self._prepared(conditioning, noisy, clean) for conditioning in conditionings]
-        self.forwards += len(words)
+        self.forwards += len(conditionings)
         options = {**self._patcher.model_options, "transformer_options": dict(self._options)}
         denoised = comfy.samplers.calc_cond_batch(self._patcher.model, prepared, noisy, sigma, options)
         return torch.stack([output_error(self._sampling, sigma, clean, each) for each in denoised]).cpu()

@@ -30,7 +30,7 @@ def module(comfyui):
 def test_the_middle_square_is_used_and_mirrored_ones_follow(module):
     picture = torch.zeros(32, 64, 3)
     picture[:, 16:32, 0] = 1.0  # the left half of the middle square
-    squares = module.Squares([picture, 1.0 - picture], 32, True)
+    squares = module.Middles([picture, 1.0 - picture], 32, 32, True)
     assert len(squares) == 4
     assert torch.equal(squares[0], picture[:, 16:48])
     assert torch.equal(squares[2], picture[:, 16:48].flip(1))
@@ -42,7 +42,7 @@ def test_latents_are_in_the_models_scale_once(module):
     seen = []
     pictures = [torch.rand(40, 64, 3), torch.rand(16, 16, 3)]
     found = module.square_latents(MeanVae(), model, pictures, 32, False, lambda *done: seen.append(done))
-    expected = MeanVae().encode(module.Squares(pictures, 32, False)[1][None])
+    expected = MeanVae().encode(module.Middles(pictures, 32, 32)[1][None])
     assert found.shape == (2, 4, 4, 4)
     torch.testing.assert_close(found[1:], model.process_latent_in(expected))
     assert seen == [(1, 2), (2, 2)]

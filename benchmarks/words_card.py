@@ -1,0 +1,134 @@
+"""Train Word on models of full size on an emulated card, through the node and ComfyUI's own memory management.
+
+Part of the benchmark ``words``; run in a separate process for each cell. The card's tensors have shapes but no data
+(``devtools/card/shapes.py``): nothing is computed, but everything is moved, kept and freed as on a real card. Takes the cell
+as JSON and prints the measurements as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class WordCell:
+    """What to run.
+
+    Attributes:
+        model: A name of ``words_memory.SUBJECTS``.
+        side: Of the pictures, in pixels.
+        directions: Words of a step.
+        residency: As on the node.
+        card: GiB of the card.
+    """
+
+    model: str
+    side: int
+    directions: int
+    residency: str
+    card: float
+
+
+CELLS = (  # SD1.5 also on a card of the size that is wanted
+    WordCell("SD1.5", 512, 3, "together", 8.0),
+    WordCell("SD1.5", 512, 3, "together", 2.25),
+    WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0),
+    WordCell("FLUX.1-dev", 512, 3, "in turns", 16.0),
+)
+
+
+def seen_in(cell: WordCell, folder: Path, comfyui: Path) -> dict[str, Any]:
+    """Run a cell and return the measurements in bytes; ComfyUI must not have been imported before."""
+    from card_runs import Cell, NoVae, Peaks, installed_card
+
+    card = installed_card(Cell(cell.model, "", cell.card), comfyui)
+    import folder_paths
+    from blockskip_pack import nodes
+    from words_memory import layout_of
+
+    folder_paths.output_directory = folder_paths.temp_directory = str(folder)
+    folder_paths.folder_names_and_paths["embeddings"] = ([str(folder)], {".safetensors"})
+    model, clip = on_the_card(cell.model)
+    layout = layout_of(clip)  # the card has no numbers to look up
+    nodes.words.prepare.known_word = lambda clip, word: (list(layout.parts), layout.split(torch.ones(layout.numbers)))
+    peaks, calls = Peaks(card.memory, 0, 0), rows_of(model)
+    report = run(nodes.TrainWord, {
+        "model": model, "clip": clip, "vae": NoVae(model.model), "images": torch.rand(1, cell.side, cell.side, 3),
+        "captions": "a photo of {word} on the grass", "like_word": "dog", "name": "word", "steps": STEPS, "seed": 0,
+        "resolution": cell.side, "directions": cell.directions, "check_perturbation": False, "residency": cell.residency,
+        "resume": False,
+    })[4]  # fmt: skip
+    (told,) = [line for line in report.splitlines() if line.startswith("Counted")]
+    return {**asdict(cell), "peak": max(peaks.bytes.values()), "rows_of_calls": sorted(calls), "told": told}
+
+
+def on_the_card(name: str) -> tuple[Any, Any]:
+    """Return MODEL and CLIP whose weights are zeros without memory, to be loaded to the card."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import words_memory
+
+    from devtools.card.shapes import zero
+
+    device = comfy.model_management.get_torch_device()
+    words_memory.WHERE = words_memory.CPU
+    with torch.inference_mode():  # as the host loads
+        made = words_memory.model_of(name).model
+        clip = words_memory.clip_of(name, torch.float8_e4m3fn)
+        for module in (made, clip.cond_stage_model):
+            for tensor in (*module.parameters(), *module.buffers()):
+                zero(tensor)
+    clip.patcher.load_device = device
+    return comfy.model_patcher.ModelPatcher(made, load_device=device, offload_device=words_memory.CPU), clip
+
+
+def rows_of(model: Any) -> set[int]:
+    """Return a set to which the numbers of rows of the model's calls are added."""
+    seen: set[int] = set()
+    model.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.add(len(given[0])))
+    return seen
+
+
+def run(node: Any, inputs: dict[str, Any]) -> Any:
+    """Run a node as the host does, and return its outputs."""
+    from comfy_api.latest import io
+
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    with torch.inference_mode():
+        return clone.EXECUTE_NORMALIZED(**{name: [value] for name, value in inputs.items()}).args
+
+
+def rows(comfyui: Path) -> list[dict[str, Any]]:
+    """Run all cells, each in a process of its own."""
+    found = []
+    for cell in CELLS:
+        done = subprocess.run(
+            [sys.executable, __file__, json.dumps(asdict(cell))], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def main() -> None:
+    """Run the cell given on the command line."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = seen_in(WordCell(**json.loads(sys.argv[1])), Path(folder), Path(os.environ["COMFYUI_PATH"]))
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Pictures cut to the middle part of a wanted shape, and resized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import comfy.utils
+from torch import Tensor
+
+from ...data.on_access import OnAccess
+
+
+class Middles(OnAccess):
+    """The middle parts of pictures, (height, width, 3) each; after all of them the mirrored ones.
+
+    Args:
+        pictures: Each (H, W, 3) in [0, 1].
+        width, height: In pixels.
+        mirror: Whether the mirrored ones follow.
+    """
+
+    def __init__(self, pictures: Sequence[Tensor], width: int, height: int, mirror: bool = False) -> None:
+        self._pictures, self._width, self._height, self._mirror = pictures, width, height, mirror
+
+    def __len__(self) -> int:
+        return len(self._pictures) * (1 + self._mirror)
+
+    def one(self, index: int) -> Tensor:
+        """Return a part."""
+        mirrored, number = divmod(index, len(self._pictures))
+        planes = self._pictures[number].movedim(-1, 0)[None]
+        part = comfy.utils.common_upscale(planes, self._width, self._height, "bicubic", "center").clamp(0.0, 1.0)
+        return (part.flip(3) if mirrored else part)[0].movedim(0, -1).contiguous()
