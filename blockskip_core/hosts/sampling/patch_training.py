@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.lora import LoraSettings
+from ...data.latents import in_batch
 from ...ddit.coarse_estimate import CoarseAdapter
 from ...ddit.connection import PatchStatistics
 from ...ddit.error_table import ErrorTable
@@ -167,9 +168,10 @@ class _PatchTraining:
         if self._given:
             size, model = self._request.latents, self._dit.patcher.model
             parts = Middles(self._given.pictures, size.width, size.height)
-            latents = encode_crops(
+            encoded = encode_crops(
                 self._given.vae, model, parts, lambda done, total: progress("encoding pictures", done, total, "")
             )
+            latents = in_batch(encoded, range(len(encoded)))
             self._identity["pictures"] = tensors_identity([latents])
             return latents
         return own_latents(
