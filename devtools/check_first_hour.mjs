@@ -118,8 +118,8 @@ async function compared(page) {
   const sources = [await after.getAttribute("src"), await before.getAttribute("src")];
   if (sources[0] === sources[1]) problems.push("compare: both pictures are the same file");
   const clip = () => before.evaluate((one) => one.style.clipPath);
-  const place = await box.boundingBox();
-  const stage = await after.boundingBox();
+  const place = await rectangle(box);
+  const stage = await rectangle(after);
   if (!(stage.height > 0.5 * place.height)) problems.push(`compare: the picture is ${stage.height} of ${place.height} px high`);
   const nodeAt = () => page.evaluate(() => [...window.shown.pos]);
   const [clips, at] = [[await clip()], await nodeAt()];
@@ -148,8 +148,13 @@ async function press(page, button) {
 /** Click in the middle of an element, as a hand does, without waiting for a busy page to come to rest. */
 async function clickOn(page, element) {
   await element.waitFor(SOON);
-  const { x, y, width, height } = await element.boundingBox(SOON);
+  const { x, y, width, height } = await rectangle(element);
   await page.mouse.click(x + width / 2, y + height / 2);
+}
+
+/** An element's place on the page. Playwright's own call for it does not return from a page that is drawn all the time. */
+async function rectangle(element) {
+  return element.evaluate((one) => one.getBoundingClientRect().toJSON());
 }
 
 /** Set a widget of the trainer, as typing does; return what it was. */
