@@ -67,6 +67,12 @@ def test_samples_and_summary_are_in_the_chart(server: Any, devtool: Any, tmp_pat
     check("check_samples.mjs", server, str(file), *RENDERERS[renderer])
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_first_hour(server: Any, renderer: str) -> None:
+    """The demo's template: a mistake, a run, a sample, Cancel, resuming, the summary, the comparison; see check_first_hour.mjs."""
+    check("check_first_hour.mjs", server, *RENDERERS[renderer])
+
+
 RUN = {"BlockSkip 1 - My first LoRA": "my_first_lora", "BlockSkip 2 - Train 12 GB": "train_12_gb"}
 """Template -> its twin, run to see the layout during and after a run."""
 DEMO = ROOT / "demo" / "blockskip_demo_nodes" / "workflows"

@@ -44,6 +44,7 @@ export class LossChart {
     this.summary.className = "blockskip-summary";
     this.sampleNow = link(() => sampleNow(this.run));
     this.sampleNow.className = "blockskip-sample-now";
+    this.sampleNow.style.cssText += "text-decoration:none;border:1px solid var(--border-color,#4e4e4e);border-radius:4px;padding:1px 8px";
     this.help = link(() => openHelp(this.failure));
     room.append(this.canvas);
     this.element.append(this.head, this.message, room, this.strip.element, this.figures, this.sampleNow, this.summary);
