@@ -19,7 +19,7 @@ from ..blockskip_core.data.schedule import Draw, TrainingSchedule, largest_crop
 from ..blockskip_core.data.timesteps import TIMESTEP_DISTRIBUTIONS
 from ..blockskip_core.hosts.inputs.empty_captions import checked_empty_caption
 from ..blockskip_core.hosts.inputs.given_latents import LatentRows
-from ..blockskip_core.hosts.inputs.material import checked_material
+from ..blockskip_core.hosts.inputs.material import Material, checked_material
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.prepare import ResidualSettings, prepare_residuals
 from ..blockskip_core.reporting import pictures
@@ -265,11 +265,20 @@ def precompute(
             material.references, checked_empty_caption(given.empty),
         )  # fmt: skip
         sheet = pictures.as_image(contact_sheet(crops, residuals.schedule, material.blank))
-    given, schedule = material.pictures, residuals.schedule
-    sizes = [schedule.size_of(index) for index in range(len(given))] if isinstance(given, LatentRows) else given.sizes
-    notes = [*material.remarks, size_note(sizes, schedule), residuals.on_dropped]
+    notes = [
+        *material.remarks,
+        size_note(_sizes(material, residuals.schedule), residuals.schedule),
+        residuals.on_dropped,
+    ]
     progress.say("\n".join(filter(None, notes)))
     return replace(residuals, remarks=material.remarks), sheet
+
+
+def _sizes(material: Material, schedule: TrainingSchedule) -> list[tuple[int, int]]:
+    """Return height and width in pixels of every picture; latents are whole training pictures."""
+    if isinstance(material.pictures, LatentRows):
+        return [schedule.size_of(index) for index in range(len(material.pictures))]
+    return material.pictures.sizes
 
 
 def contact_sheet(crops: TrainingCrops, schedule: TrainingSchedule, blank: Collection[int]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.samplers
@@ -61,9 +62,7 @@ class SampleWhileTraining(io.ComfyNode):
         steps, budget = request.pop("sampler_steps"), request.pop("memory_budget") * 2**30
         vae = connected(vae=vae)["vae"]
         encoder, progress = connected_if_any(clip_vision=clip_vision)["clip_vision"], NodeProgress(cls.hidden.unique_id)
-        likeness = likeness_for(
-            encoder, reference_images, lambda done, total: progress("reading training pictures", done, total)
-        )
+        likeness = likeness_for(encoder, reference_images, partial(progress, "reading training pictures"))
         return io.NodeOutput(
             sample_request(positive, negative, vae=vae, steps=steps, budget_bytes=budget, likeness=likeness, **request)
         )

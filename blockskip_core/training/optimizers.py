@@ -1,20 +1,19 @@
-"""The optimisers for a run: AdamW, with 8-bit moments too (arXiv 2110.02861), Adafactor (arXiv 1804.04235), Prodigy
-(arXiv 2306.06101).
+"""The optimisers for a run: AdamW, with 8-bit moments too (arXiv 2110.02861), Adafactor and Prodigy.
 
-AdamW is torch's and keeps two float32 numbers for each parameter of the LoRA. In 8 bits, by bitsandbytes, these take a
-quarter of the memory: at rank 16 on FLUX.1's last 28 single blocks about 110 MiB less. Adafactor keeps one number for
-each row and column instead, and no first moment. It is transformers', with absolute steps (the paper's Algorithm 4 with
-a step size from outside): relative steps scale with the parameter's own size, and a LoRA's B starts at zero. torch's
-has relative steps only.
+AdamW is torch's and keeps two float32 numbers for each parameter of the LoRA. In 8 bits, by bitsandbytes, these take
+a quarter of the memory: at rank 16 on FLUX.1's last 28 single blocks about 110 MiB less. Adafactor (arXiv 1804.04235)
+keeps one number for each row and column instead, and no first moment. It is transformers', with absolute steps (the
+paper's Algorithm 4 with a step size from outside): relative steps scale with the parameter's own size, and a LoRA's B
+starts at zero. torch's has relative steps only.
 
-Prodigy estimates its step size, the ``d`` of its Algorithm 4, from how far the LoRA has moved against its gradients; the
-learning rate multiplies it, so 1 is its usual value. It is its authors' package, with what they recommend for diffusion
-models: the bias correction of Adam, and an estimate that a warm-up of the rate does not inflate. It keeps two numbers
-for each parameter more than AdamW: its start and a sum of gradients. All parameters share ``d``, so it is in the group's
-numbers, and these belong to the state as well.
+Prodigy (arXiv 2306.06101) estimates its step size, the ``d`` of its Algorithm 4, from how far the LoRA has moved
+against its gradients; the learning rate multiplies it, so 1 is its usual value. It is its authors' package, with what
+they recommend for diffusion models: the bias correction of Adam, and an estimate that a warm-up of the rate does not
+inflate. It keeps two numbers for each parameter more than AdamW: its start and a sum of gradients. All parameters
+share ``d``, so it is in the group's numbers, and these belong to the state as well.
 
-bitsandbytes and prodigyopt are extras that users install themselves; all packages are only imported when a run asks for
-them.
+bitsandbytes and prodigyopt are extras that users install themselves; all packages are only imported when a run asks
+for them.
 """
 
 from __future__ import annotations

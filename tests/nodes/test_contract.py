@@ -63,7 +63,7 @@ def defaults_read(nodes, node):
         )
     if node is nodes.SampleWhileTraining:  # these have different names in the core
         read["sampler_steps"] = read.pop("steps")
-        del read["budget_bytes"]
+        del read["budget_bytes"], read["likeness"]
     if node is nodes.WriteRun:  # it writes a request that has none
         del read["samples"]
     return read
