@@ -21,7 +21,7 @@ from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import Dynamic
 from ralu_pictures import SIZE, TOKEN, World, measures, pictures_of, plain, staged
 from torch import Tensor
 
-FULL = 50
+FULL = 28
 TOKENS = (SIZE // TOKEN) ** 2
 logger = logging.getLogger("__main__")
 Change = Callable[[Any], Any]

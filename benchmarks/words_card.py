@@ -40,11 +40,9 @@ class WordCell:
     card: float
 
 
-CELLS = (  # SD1.5 also on a card of the size that is wanted
-    WordCell("SD1.5", 512, 3, "together", 8.0),
-    WordCell("SD1.5", 512, 3, "together", 2.25),
+CELLS = (
+    WordCell("SD1.5", 512, 3, "together", 4.0),
     WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0),
-    WordCell("FLUX.1-dev", 512, 3, "in turns", 16.0),
 )
 
 

@@ -258,7 +258,13 @@ class TrainPatchesRequest:
         )  # fmt: skip
 
     def run(
-        self, model: Any, positive: Any, negative: Any, given: GivenPictures | None, progress: NodeProgress, live: LiveChart
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        given: GivenPictures | None,
+        progress: NodeProgress,
+        live: LiveChart,
     ) -> tuple[TrainedPatches, str]:
         """Train and save; return the adapters and a report.
 

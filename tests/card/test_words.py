@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -73,6 +74,20 @@ def test_it_is_the_word_of_the_cpu(card, learn, embeddings, mode, residency):
     for patcher, kept in zip((model, clip.patcher), before, strict=True):
         now = patcher.model.state_dict()
         assert all(torch.equal(now[name].cpu(), tensor) for name, tensor in kept.items())
+
+
+def test_it_tells_what_it_needs_before_the_first_step(card, runs, embeddings):
+    given = {
+        "model": tiny_flux(),
+        "clip": clip_on_card(embeddings),
+        "vae": TinyVae(),
+        "images": runs.pictures,
+        **SETTINGS,
+    }
+    report = runs.call("TrainWord", **given)[4]
+    (told,) = [line for line in report.splitlines() if line.startswith("Counted before the first step: ")]
+    assert re.search(r"[\d.]+ MiB with text encoder and model loaded together, [\d.]+ MiB in turns", told)
+    assert told.endswith(" free.")
 
 
 @pytest.mark.parametrize(("residency", "loaded"), [("together", 2), ("in turns", 1)])

@@ -62,7 +62,8 @@ def _classes(family: str) -> tuple[Any, Any]:
         "FLUX.2 Klein": lambda: (encoders.flux.klein_te(torch.float32), encoders.flux.KleinTokenizer),
         "FLUX.2": lambda: (encoders.flux.flux2_te(torch.float32), encoders.flux.Flux2Tokenizer),
         "HunyuanVideo": lambda: (
-            encoders.hunyuan_video.hunyuan_video_clip(torch.float32), encoders.hunyuan_video.HunyuanVideoTokenizer,
+            encoders.hunyuan_video.hunyuan_video_clip(torch.float32),
+            encoders.hunyuan_video.HunyuanVideoTokenizer,
         ),
     }[family]()
 

@@ -14,7 +14,7 @@ from ...ddit.coarse_estimate import CoarseAdapter
 from ...ddit.connection import PatchStatistics
 from ...ddit.patch_adapter import PatchAdapter
 from ...ddit.patch_resizing import PatchResizing, ResizeKind
-from ...distillation.examples import Examples
+from ...distillation.examples import Batch, Examples
 from ...distillation.loop import DistillationResult, distill
 from ...distillation.settings import DistillationSettings
 from .coarse_distillation import TrainedParts, distilling
@@ -37,7 +37,7 @@ def counted_distillation(
     twin, latents = WeightlessDit.of(dit), torch.zeros(2, *shape)
     longest = max(range(len(dit.arguments)), key=dit.text_length)
     other = (longest + 1) % len(dit.arguments)
-    examples = Examples(latents, [other, longest], lambda uniform: 0.5, seed=0)  # the first one is held out
+    examples = OneMeasured(latents, [other, longest], lambda uniform: 0.5, seed=0)  # the first one is held out
     settings = DistillationSettings(steps=2, batch_size=batch_size, learning_rate=1e-4, validate_every=2)
     resizing = PatchResizing(dit.adapter.patch_size, scale, resize)
     statistics = PatchStatistics.of(latents, resizing)
@@ -57,6 +57,14 @@ def counted_distillation(
         host=counting.peak(torch.device("cpu")),
     )  # fmt: skip
     return count.with_weights(sum(map(stored_bytes, _tensors(dit.patcher.model.diffusion_model))))
+
+
+class OneMeasured(Examples):
+    """Examples whose held-out error is measured at one noise level: all of them take the same memory."""
+
+    def held_out_batches(self, most: int) -> list[Batch]:
+        """Return the first of the held-out examples."""
+        return super().held_out_batches(most)[:1]
 
 
 class _PartsOnMeta(TrainedParts):

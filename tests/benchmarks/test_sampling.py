@@ -1,0 +1,39 @@
+"""The benchmark of all ways to sample with fewer operations: its committed rows, against RALU's, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+@pytest.fixture
+def rows(bench):
+    return bench("command_line").rows_in(RESULTS / "sampling.jsonl")
+
+
+def test_what_ralu_costs_is_what_its_own_benchmark_counted(bench, rows):
+    own = [row for row in bench("command_line").rows_in(RESULTS / "ralu.jsonl") if row.get("model") == "FLUX.1-dev"]
+    total = {
+        row["what"]: row["products"] + row["attention"]
+        for row in own
+        if row["text_tokens"] == 512 and row["ratio"] in (None, 0.2)
+    }
+    counted = {row["name"]: row for row in rows if row["part"] == "counted" and row["model"] == "FLUX.1-dev"}
+    for preset in ("FLUX 5x", "FLUX 7x"):
+        expected = 50 * total[preset] / total["plain"]
+        assert counted[f"RALU, {preset}"]["plain_steps"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_every_way_with_pictures_has_operations_of_calls_that_were_made(rows):
+    found = {row["name"]: row for row in rows if row["part"] == "pictures"}
+    assert found["plain, 9 steps"]["plain_steps"] == 9.0
+    for row in found.values():
+        assert row["plain_steps"] <= row["steps"]
+
+
+def test_the_committed_report_is_that_of_the_committed_rows(bench, rows, tmp_path):
+    bench("sampling_report").write(rows, tmp_path)
+    assert (tmp_path / "sampling.md").read_text("utf-8") == (RESULTS / "sampling.md").read_text("utf-8")
