@@ -38,6 +38,7 @@ VAE_CROP = 64
 LATENT_NOISE = 0.12
 
 SENTENCE_LENGTH = 16
+FIRST_WORDS = 40  # words added later come after the positions, so that no vector changes
 WORD_NORM, PLACE_NORM = 6.0, 4.0
 
 DIT_RATE = 2e-3
@@ -127,7 +128,7 @@ def train_vae(options: argparse.Namespace, device: torch.device) -> None:
     while step < options.steps:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, options.steps, 1.5e-3)
-        with torch.autocast(device.type, torch.bfloat16):
+        with host.half_precision(device):
             loss, parts = vae_step_loss(coder, next(batches).to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -159,10 +160,11 @@ def write_text_file(options: argparse.Namespace, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     basis = torch.linalg.qr(torch.randn(CONTEXT_DIM, CONTEXT_DIM, generator=generator)).Q
     mixing = torch.linalg.qr(torch.randn(CONTEXT_DIM, POOLED_DIM, generator=generator)).Q
-    count = len(world.VOCABULARY)
+    first, count = FIRST_WORDS, len(world.VOCABULARY)
+    words = torch.cat([basis[:first], basis[first + SENTENCE_LENGTH : count + SENTENCE_LENGTH]])
     tables = {
-        "word_vectors": WORD_NORM * basis[:count],
-        "place_vectors": PLACE_NORM * basis[count : count + SENTENCE_LENGTH],
+        "word_vectors": WORD_NORM * words,
+        "place_vectors": PLACE_NORM * basis[first : first + SENTENCE_LENGTH],
         "projection": 0.5 * mixing,
     }
     metadata = {"format": "pt", "world": "blockskip demo", "words": json.dumps(world.VOCABULARY)}
@@ -262,7 +264,7 @@ class DitTraining:
         latents, ids, weights = random_rows(pictures, bucket.batch * scale)
         sigma = random_sigmas(bucket.batch * scale, bucket.shift)
         context, pooled = self.encoder.encode_ids(ids)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with host.half_precision(self.device):
             inputs = (x.to(self.device) for x in (latents, sigma, context, pooled, weights))
             loss = flow_loss(self.model, *inputs).mean()
         loss.backward()
