@@ -188,10 +188,15 @@ def follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def dit_optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for everything else."""
+def dit_optimisers(model: torch.nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """Adam, or Muon for the blocks' matrices and Adam for everything else.
+
+    Muon computes in bfloat16, which takes most of the time on a CPU without instructions for it.
+    """
     from world_dit import hidden_matrices
 
+    if name == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=DIT_RATE, betas=(0.9, 0.99))]
     matrices = hidden_matrices(model)
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -221,7 +226,7 @@ class DitTraining:
         self.checkpoint = options.work / "dit.pt"
         tokenizer, self.encoder = load_text(options)
         self.model, self.average = build_dit(device), build_dit(device)
-        self.optimisers = dit_optimisers(self.model)
+        self.optimisers = dit_optimisers(self.model, options.optimiser)
         self.latents = Latents(options.work, options.seed, frozen_coder(options, device), tokenizer.word_ids)
         self._load()
         prepare_for_training(self.model, options.compile)
@@ -325,6 +330,7 @@ def main() -> None:
         "--scale", type=int, default=1, help="the dit's batches, times this: 8 or more on a GPU"
     )
     parser.add_argument("--rate", type=float, default=DIT_RATE, help="the dit's highest learning rate")
+    parser.add_argument("--optimiser", choices=["muon", "adam"], default="muon", help="the dit's")
     parser.add_argument(
         "--start", type=Path, help="weights to start the dit from where there is no checkpoint"
     )
