@@ -38,6 +38,7 @@ VAE_CROP = 64
 LATENT_NOISE = 0.12
 
 SENTENCE_LENGTH = 16
+FIRST_WORDS = 40  # words added later come after the positions, so that no vector changes
 WORD_NORM, PLACE_NORM = 6.0, 4.0
 
 DIT_RATE = 2e-3
@@ -127,7 +128,7 @@ def train_vae(options: argparse.Namespace, device: torch.device) -> None:
     while step < options.steps:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, options.steps, 1.5e-3)
-        with torch.autocast(device.type, torch.bfloat16):
+        with host.half_precision(device):
             loss, parts = vae_step_loss(coder, next(batches).to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -159,10 +160,11 @@ def write_text_file(options: argparse.Namespace, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     basis = torch.linalg.qr(torch.randn(CONTEXT_DIM, CONTEXT_DIM, generator=generator)).Q
     mixing = torch.linalg.qr(torch.randn(CONTEXT_DIM, POOLED_DIM, generator=generator)).Q
-    count = len(world.VOCABULARY)
+    first, count = FIRST_WORDS, len(world.VOCABULARY)
+    words = torch.cat([basis[:first], basis[first + SENTENCE_LENGTH : count + SENTENCE_LENGTH]])
     tables = {
-        "word_vectors": WORD_NORM * basis[:count],
-        "place_vectors": PLACE_NORM * basis[count : count + SENTENCE_LENGTH],
+        "word_vectors": WORD_NORM * words,
+        "place_vectors": PLACE_NORM * basis[first : first + SENTENCE_LENGTH],
         "projection": 0.5 * mixing,
     }
     metadata = {"format": "pt", "world": "blockskip demo", "words": json.dumps(world.VOCABULARY)}
@@ -186,10 +188,15 @@ def follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def dit_optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for everything else."""
+def dit_optimisers(model: torch.nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """Adam, or Muon for the blocks' matrices and Adam for everything else.
+
+    Muon computes in bfloat16, which takes most of the time on a CPU without instructions for it.
+    """
     from world_dit import hidden_matrices
 
+    if name == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=DIT_RATE, betas=(0.9, 0.99))]
     matrices = hidden_matrices(model)
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -219,7 +226,7 @@ class DitTraining:
         self.checkpoint = options.work / "dit.pt"
         tokenizer, self.encoder = load_text(options)
         self.model, self.average = build_dit(device), build_dit(device)
-        self.optimisers = dit_optimisers(self.model)
+        self.optimisers = dit_optimisers(self.model, options.optimiser)
         self.latents = Latents(options.work, options.seed, frozen_coder(options, device), tokenizer.word_ids)
         self._load()
         prepare_for_training(self.model, options.compile)
@@ -262,7 +269,7 @@ class DitTraining:
         latents, ids, weights = random_rows(pictures, bucket.batch * scale)
         sigma = random_sigmas(bucket.batch * scale, bucket.shift)
         context, pooled = self.encoder.encode_ids(ids)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with host.half_precision(self.device):
             inputs = (x.to(self.device) for x in (latents, sigma, context, pooled, weights))
             loss = flow_loss(self.model, *inputs).mean()
         loss.backward()
@@ -323,6 +330,7 @@ def main() -> None:
         "--scale", type=int, default=1, help="the dit's batches, times this: 8 or more on a GPU"
     )
     parser.add_argument("--rate", type=float, default=DIT_RATE, help="the dit's highest learning rate")
+    parser.add_argument("--optimiser", choices=["muon", "adam"], default="muon", help="the dit's")
     parser.add_argument(
         "--start", type=Path, help="weights to start the dit from where there is no checkpoint"
     )

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
-Colour = tuple[int, int, int]
-Point = tuple[float, float]
+import world_critters
+from world_board import INK, PAPER, Board, Colour, Point
 
 SUPERSAMPLING = 4
 OBJECT_BOX = 1.5  # half the side of an object's drawing board, in radii
@@ -54,17 +54,16 @@ SUBJECTS: dict[
     "nori": "a big green nori square",
 }
 SUBJECT_RADIUS = 0.27
-SUBJECT_REACH = 0.72  # subjects are nearer to the middle, so that they stay inside the picture
+SUBJECT_REACH = 0.72  # subjects and critters are nearer to the middle, so that they stay inside the picture
+CRITTER = "critter"  # stands where a finish does: ``a big red critter circle``
+CRITTER_SHAPES = ("circle", "square")
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 PAD = "<pad>"
 VOCABULARY: tuple[str, ...] = (
-    PAD, ",", "a", "on", *SIZES, *COLOURS, *FINISHES[1:], *SHAPES, *GROUNDS, *PLACES, *SUBJECTS,
+    PAD, ",", "a", "on", *SIZES, *COLOURS, *FINISHES[1:], *SHAPES, *GROUNDS, *PLACES, *SUBJECTS, CRITTER,
 )  # fmt: skip
-
-INK: Colour = (44, 36, 40)
-PAPER: Colour = (250, 248, 244)
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,19 @@ def random_scene(rng: random.Random) -> Scene:
         colour=rng.choice(list(COLOURS)),
         size=rng.choice(list(SIZES)),
         finish=rng.choice(FINISHES),
+        ground=rng.choice(GROUNDS),
+        place=rng.choice(list(PLACES)),
+        seed=rng.randrange(2**31),
+    )
+
+
+def random_critter(rng: random.Random) -> Scene:
+    """A scene with a creature whose looks its seed decides, never a small one: its face would be a few pixels."""
+    return Scene(
+        shape=rng.choice(CRITTER_SHAPES),
+        colour=rng.choice(list(COLOURS)),
+        size=rng.choice(("medium", "big", "big")),
+        finish=CRITTER,
         ground=rng.choice(GROUNDS),
         place=rng.choice(list(PLACES)),
         seed=rng.randrange(2**31),
@@ -196,10 +208,21 @@ def layout(scene: Scene | SubjectScene) -> Layout:
     x, y = PLACES[scene.place]
     centre = (x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025))
     zoom = rng.uniform(0.94, 1.06)
-    if isinstance(scene, SubjectScene):
-        x, y = (0.5 + SUBJECT_REACH * (value - 0.5) for value in centre)
-        return Layout(cut, (x, y), SUBJECT_RADIUS * zoom)
-    return Layout(cut, centre, SIZES[scene.size] * zoom)
+    if is_creature(scene):
+        centre = nearer_to_the_middle(centre)
+    radius = SUBJECT_RADIUS if isinstance(scene, SubjectScene) else SIZES[scene.size]
+    return Layout(cut, centre, radius * zoom)
+
+
+def is_creature(scene: Scene | SubjectScene) -> bool:
+    """Whether it shows a subject or a critter, which reach beyond their radius."""
+    return isinstance(scene, SubjectScene) or scene.finish == CRITTER
+
+
+def nearer_to_the_middle(point: Point) -> Point:
+    """Where a creature stands whose place has this middle."""
+    x, y = (0.5 + SUBJECT_REACH * (value - 0.5) for value in point)
+    return x, y
 
 
 def render(scene: Scene | SubjectScene, size: int | tuple[int, int] = 256) -> Image.Image:
@@ -231,60 +254,6 @@ def doodle(rng: random.Random, size: int = 256) -> Image.Image:
     return picture
 
 
-class Board:
-    """A supersampled transparent sheet; coordinates in radii, y downwards, the object's middle at (0, 0)."""
-
-    def __init__(self, pixels_per_radius: float, offset: Point, side: int) -> None:
-        self.scale = pixels_per_radius
-        self.offset = offset
-        self.sheet = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-        self.pen = ImageDraw.Draw(self.sheet)
-
-    def pixel(self, x: float, y: float) -> Point:
-        """Board pixel of a point in radii."""
-        return (self.offset[0] + x * self.scale, self.offset[1] + y * self.scale)
-
-    def oval(self, x: float, y: float, rx: float, ry: float | None = None, fill: Colour = INK) -> None:
-        """Fill an axis-aligned ellipse."""
-        ry = rx if ry is None else ry
-        self.pen.ellipse([self.pixel(x - rx, y - ry), self.pixel(x + rx, y + ry)], fill=fill)
-
-    def box(
-        self, x0: float, y0: float, x1: float, y1: float, round_: float = 0.0, fill: Colour = INK
-    ) -> None:
-        """Fill a rectangle with rounded corners."""
-        self.pen.rounded_rectangle([self.pixel(x0, y0), self.pixel(x1, y1)], round_ * self.scale, fill=fill)
-
-    def shape(self, points: Sequence[Point], fill: Colour = INK) -> None:
-        """Fill a polygon."""
-        self.pen.polygon([self.pixel(x, y) for x, y in points], fill=fill)
-
-    def stroke(self, points: Sequence[Point], width: float, fill: Colour = INK) -> None:
-        """Draw a line through points with round joints."""
-        pixels = [self.pixel(x, y) for x, y in points]
-        self.pen.line(pixels, fill=fill, width=max(1, round(width * self.scale)), joint="curve")
-
-    def arc(
-        self, x: float, y: float, rx: float, ry: float, span: Point, width: float, fill: Colour = INK
-    ) -> None:
-        """Draw a part of an ellipse; angles in degrees, clockwise from the right."""
-        edges = [self.pixel(x - rx, y - ry), self.pixel(x + rx, y + ry)]
-        self.pen.arc(edges, *span, fill=fill, width=max(1, round(width * self.scale)))
-
-    def clipped(self, outline: Callable[[Board], None], paint: Callable[[Board], None]) -> None:
-        """Draw ``paint`` only where ``outline`` draws."""
-        masked, painted = self.blank(), self.blank()
-        outline(masked)
-        paint(painted)
-        alpha = ImageChops.multiply(masked.sheet.getchannel("A"), painted.sheet.getchannel("A"))
-        painted.sheet.putalpha(alpha)
-        self.sheet.alpha_composite(painted.sheet)
-
-    def blank(self) -> Board:
-        """An empty board of the same geometry."""
-        return Board(self.scale, self.offset, self.sheet.width)
-
-
 def _stamp(picture: Image.Image, centre: Point, radius: float, drawing: Callable[[Board], None]) -> None:
     """Draw an object on its own supersampled board and paste it with antialiased edges."""
     size = min(picture.size)
@@ -306,8 +275,11 @@ def _shade(colour: Colour, factor: float) -> Colour:
 
 
 def _toy(board: Board, scene: Scene) -> None:
-    """A toy shape: dark rim, coloured body, then its finish."""
+    """A toy shape: dark rim, coloured body, then its finish; or a critter."""
     colour = COLOURS[scene.colour]
+    if scene.finish == CRITTER:
+        world_critters.draw(board, colour, scene.shape == "square", scene.seed)
+        return
     _body(board, scene.shape, 1.0, _shade(colour, 0.55))
     _body(board, scene.shape, 0.9, colour)
     contrast = (70, 70, 84) if scene.colour in ("white", "yellow") else PAPER

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import host
 import world
 from world_files import write_atomically
 from world_views import Size, View, random_view
@@ -22,9 +23,9 @@ logger = logging.getLogger("world_data")
 
 FIRST_SHARDS, FIRST_SHARD = {128: 15, 256: 6}, 2000
 HELD_OUT = 200
-GROWTH = 500  # steps of unscaled batches after which every bucket gets another part
+GROWTH = 800  # steps of unscaled batches after which every bucket gets another part
 CAPTION_DROPOUT = 0.1
-SAID_SHARE = 0.75  # how often captions include the size, and how often the place
+SAID_SHARE = 0.9  # how often captions include the size, and how often the place
 MAX_OBJECT_WEIGHT = 8.0
 SHOWN = {
     "star": 2.5,
@@ -167,7 +168,7 @@ class Latents:
         """Latents ``[B, 16, h, w]`` in half precision."""
         device = next(self.coder.parameters()).device
         pictures = to_tensor([view.draw() for view in views]).to(device).float() / 255
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+        with torch.inference_mode(), host.half_precision(device):
             return self.coder.encode(pictures.contiguous(memory_format=torch.channels_last)).half().cpu()
 
     def available(self, bucket: Bucket, step: int) -> dict[str, Tensor]:

@@ -19,11 +19,12 @@ import world
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
 
-WHOLE_SHARE = 0.6  # views that show a whole scene
+CRITTER_SHARE = 0.45  # views of critters
+WHOLE_SHARE = 0.75  # views that show a whole scene
 SHARP_SHARE = 0.5  # windows whose pixels are unscaled; the others are scaled down
 CANVASES = (192, 256, 320, 384, 512)
 CANVAS_REACH = 2.0  # a scene is drawn at most this many times larger than a view of it
-LEAST_SEEN = 0.4  # minimum share of the object that a window must show
+LEAST_SEEN = 0.6  # minimum share of the object that a window must show
 PLACE_TOLERANCE, SIZE_TOLERANCE = 0.05, 0.1
 
 
@@ -69,7 +70,9 @@ class View:
         """The scene as the view shows it, whether a word fits the object's size, and whether one fits its place."""
         x, y, radius = self.circle()
         size = _nearest(world.SIZES, lambda value: abs(radius / value - 1), SIZE_TOLERANCE)
-        place = _nearest(world.PLACES, lambda at: max(abs(x - at[0]), abs(y - at[1])), PLACE_TOLERANCE)
+        shown = world.nearer_to_the_middle if world.is_creature(self.scene) else lambda at: at
+        places = {name: shown(middle) for name, middle in world.PLACES.items()}
+        place = _nearest(places, lambda at: max(abs(x - at[0]), abs(y - at[1])), PLACE_TOLERANCE)
         scene = dataclasses.replace(self.scene, size=size or self.scene.size, place=place or self.scene.place)
         return scene, size is not None, place is not None
 
@@ -96,7 +99,7 @@ def _nearest(words: dict[str, Any], distance: Callable[[Any], float], tolerance:
 def random_view(rng: random.Random, size: Size, reserved: frozenset[str] = frozenset()) -> View:
     """A view of a random scene at a size, never one whose full caption is reserved for tests."""
     while True:
-        scene = world.random_scene(rng)
+        scene = (world.random_critter if rng.random() < CRITTER_SHARE else world.random_scene)(rng)
         view = (
             View(scene, size, (0, 0, *size), size)
             if rng.random() < WHOLE_SHARE

@@ -7,7 +7,7 @@ come from the nodes with the titles in `demo_report`, the numbers from the train
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -178,11 +178,10 @@ def fresh_folder(folder: Path) -> Path:
 
 def load_world() -> ModuleType:
     """The module that draws the demo's pictures."""
-    spec = importlib.util.spec_from_file_location("blockskip_demo_world", ROOT / "demo" / "world.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    folder = str(ROOT / "demo")
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that it hides nothing
+    return importlib.import_module("world")
 
 
 def run(client: ComfyClient, prompt: Mapping[str, Json], timeout: float) -> RunResult:

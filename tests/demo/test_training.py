@@ -38,6 +38,7 @@ def options(folder: Path, steps: int) -> Namespace:
         seed=3,
         steps=steps,
         rate=1e-3,
+        optimiser="adam",
         start=start,
         compile=False,
         scale=1,

@@ -25,7 +25,8 @@ print(hashlib.sha256(b"".join(world.render(scene, 64).tobytes() for scene in sce
 def scenes(world: ModuleType, count: int = 40) -> list:
     rng = random.Random(3)
     toys = [world.random_scene(rng) for _ in range(count)]
-    return toys + [scene for name in world.SUBJECTS for scene in world.subject_scenes(name, 6, 0)]
+    critters = [world.random_critter(rng) for _ in range(count)]
+    return toys + critters + [scene for name in world.SUBJECTS for scene in world.subject_scenes(name, 6, 0)]
 
 
 def test_pictures_are_the_same_in_every_process() -> None:
@@ -43,6 +44,21 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before(world: ModuleType, s
         world.render(scene, size)
     assert (np.asarray(world.render(first, size)) == alone).all()
     assert alone.shape == (size, size, 3)
+
+
+def test_critters_are_drawn_by_their_seed_and_are_never_a_subject(world: ModuleType) -> None:
+    looks = {
+        np.asarray(
+            world.render(world.Scene(shape, "orange", "big", world.CRITTER, "sand", "centre", seed), 64)
+        ).tobytes()
+        for shape in world.CRITTER_SHAPES
+        for seed in range(20)
+    }
+    assert len(looks) == 40
+    subjects = {
+        np.asarray(world.render(world.SubjectScene(name, "sand", "centre", 0), 64)).tobytes() for name in world.SUBJECTS
+    }
+    assert not looks & subjects
 
 
 def test_another_seed_is_another_picture(world: ModuleType) -> None:
