@@ -281,7 +281,9 @@ def _add_note(workflow: dict[str, Any], title: str, words: str, place: list[int]
 def _flowing(paragraph: str) -> str:
     """A paragraph without the line breaks of the source; a list keeps its line breaks."""
     lines = paragraph.split("\n")
-    return paragraph if lines[0][:1].isdigit() or lines[0].startswith("* ") else " ".join(line.strip() for line in lines)
+    return (
+        paragraph if lines[0][:1].isdigit() or lines[0].startswith("* ") else " ".join(line.strip() for line in lines)
+    )
 
 
 def write(server: str, graph: Graph) -> None:

@@ -36,7 +36,9 @@ class Pictures(OnAccess):
         InvalidInputError: If there is no picture, or one is not on the scale from 0 to 1.
     """
 
-    def __init__(self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture", socket: str = "images") -> None:
+    def __init__(
+        self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture", socket: str = "images"
+    ) -> None:
         self._given = [picture for batch in _numbered(images, kind) for picture in batch]
         if not self._given:
             raise InvalidInputError(f"No pictures came in. Connect Load Training Folder or Load Image to `{socket}`.")

@@ -62,7 +62,13 @@ def test_who_becomes_due_during_a_step_gets_the_time_after_it():
     later = Pause(set(), seen)
     plain, _ = run([])
     asked, _ = run([later, OnStep(lambda report: later.steps.add(3) if report.step == 3 else None)])
-    assert seen == [("pause", "step", 1), ("pause", "step", 2), ("pause", "step", 3), ("pause", "pause", 3), ("pause", "step", 4)]
+    assert seen == [
+        ("pause", "step", 1),
+        ("pause", "step", 2),
+        ("pause", "step", 3),
+        ("pause", "pause", 3),
+        ("pause", "step", 4),
+    ]
     assert all((plain[name] == asked[name]).all() for name in plain)
 
 
