@@ -243,6 +243,14 @@ def test_apply_lora(world, data):
     holds(world, world.nodes.ApplyLora, **strategies.drawn(data, inputs, most_odd=1))
 
 
+@examples(60)
+@given(data=st.data())
+def test_compare_pictures(world, data):
+    images = strategies.pictures()
+    one = strategies.Input(*(each.map(lambda found: found[0] if found else None) for each in (images.usual, images.odd)))
+    holds(world, world.nodes.ComparePictures, **strategies.drawn(data, {"before": one, "after": one}))
+
+
 @examples(120)
 @given(data=st.data())
 def test_sample_while_training(world, data):
