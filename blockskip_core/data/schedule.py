@@ -120,6 +120,8 @@ class TrainingSchedule:
                 timesteps=content["timesteps"],
                 sizes=tuple((int(rows), int(columns)) for rows, columns in content.get("sizes", ())),
             )
+        except CacheError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError("The training schedule cannot be read. Compute the residuals again.") from error
 
