@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +19,11 @@ SMALL_QWEN = {
 OPTIONS = {
     "clip_l_model_config": SMALL_CLIP, "clip_g_model_config": SMALL_CLIP, "t5xxl_model_config": SMALL_T5,
     "qwen25_7b_model_config": SMALL_QWEN, "qwen3_4b_model_config": SMALL_QWEN, "qwen25_3b_model_config": SMALL_QWEN,
-    "umt5xxl_model_config": SMALL_T5, "gemma2_2b_model_config": SMALL_QWEN, "llama_model_config": SMALL_QWEN,
+    "umt5xxl_model_config": SMALL_T5, "gemma2_2b_model_config": SMALL_QWEN, "llama_model_config": {**SMALL_QWEN, "num_hidden_layers": 4},
 }  # fmt: skip
-DEEP = {**SMALL_QWEN, "num_hidden_layers": 31}
-OWN_OPTIONS = {  # these read layers up to the thirtieth
-    "FLUX.2": {"mistral3_24b_model_config": DEEP}, "FLUX.2 Klein": {"qwen3_4b_model_config": DEEP},
-}  # fmt: skip
+OWN_OPTIONS = {  # this one reads layers up to the 27th
+    "FLUX.2 Klein": {"qwen3_4b_model_config": {**SMALL_QWEN, "num_hidden_layers": 28}},
+}
 UNET = {
     "use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
     "adm_in_channels": None, "in_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "num_heads": 4,
@@ -43,6 +40,7 @@ def _classes(family: str) -> tuple[Any, Any]:
     import comfy.text_encoders.hunyuan_video
     import comfy.text_encoders.lumina2
     import comfy.text_encoders.omnigen2
+    import comfy.text_encoders.pixart_t5
     import comfy.text_encoders.qwen_image
     import comfy.text_encoders.sd3_clip
     import comfy.text_encoders.wan
@@ -60,7 +58,7 @@ def _classes(family: str) -> tuple[Any, Any]:
         "Lumina 2": lambda: (encoders.lumina2.te(torch.float32), encoders.lumina2.LuminaTokenizer),
         "OmniGen2": lambda: (encoders.omnigen2.te(torch.float32), encoders.omnigen2.Omnigen2Tokenizer),
         "FLUX.2 Klein": lambda: (encoders.flux.klein_te(torch.float32), encoders.flux.KleinTokenizer),
-        "FLUX.2": lambda: (encoders.flux.flux2_te(torch.float32), encoders.flux.Flux2Tokenizer),
+        "Chroma": lambda: (encoders.pixart_t5.pixart_te(torch.float32), encoders.pixart_t5.PixArtTokenizer),
         "HunyuanVideo": lambda: (
             encoders.hunyuan_video.hunyuan_video_clip(torch.float32),
             encoders.hunyuan_video.HunyuanVideoTokenizer,
@@ -70,7 +68,7 @@ def _classes(family: str) -> tuple[Any, Any]:
 
 # SD3.5 without T5, as many load it; with it, ComfyUI joins both at T5's full width.
 FAMILIES = (
-    "SD1.5", "SDXL", "SD3.5", "FLUX.1", "Z-Image", "Qwen-Image", "Wan", "Lumina 2", "OmniGen2", "FLUX.2 Klein", "FLUX.2",
+    "SD1.5", "SDXL", "SD3.5", "FLUX.1", "Z-Image", "Qwen-Image", "Wan", "Lumina 2", "OmniGen2", "FLUX.2 Klein", "Chroma",
     "HunyuanVideo",
 )  # fmt: skip
 LETTERS = "abcdefghijklmnopqrstuvwxyz, "
@@ -78,7 +76,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz, "
 
 @lru_cache(maxsize=1)
 def vocabularies() -> dict[str, torch.Tensor]:
-    """Return small vocabularies for the tokenizers that ComfyUI reads from a model's file: a token for each letter."""
+    """Return a small vocabulary for the tokenizers that ComfyUI reads from a model's file: a token for each letter."""
     import sentencepiece
 
     made = io.BytesIO()
@@ -86,14 +84,7 @@ def vocabularies() -> dict[str, torch.Tensor]:
         sentence_iterator=iter([LETTERS]), model_writer=made, model_type="char", vocab_size=len(LETTERS) + 4, pad_id=0,
         eos_id=1, bos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    specials = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
-    tekken = {
-        "config": {"default_vocab_size": 256 + len(specials)},
-        "vocab": [{"rank": n, "token_bytes": base64.b64encode(bytes([n])).decode()} for n in range(256)],
-        "special_tokens": [{"rank": n, "token_str": name} for n, name in enumerate(specials)],
-    }
-    written = {"spiece_model": made.getvalue(), "tekken_model": json.dumps(tekken).encode()}
-    return {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in written.items()}
+    return {"spiece_model": torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)}
 
 
 @lru_cache(maxsize=len(FAMILIES))

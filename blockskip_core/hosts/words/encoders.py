@@ -24,6 +24,8 @@ from ...zoodip.word import WordPart
 SAMPLED_WORDS = 2048
 """Words whose vectors are measured for the size of a vocabulary's numbers."""
 MOST_VECTORS = 32
+COMPARED = ("llama",)
+"""Keys of tokenizers that take files although the host then compares their tokens with numbers (HunyuanVideo)."""
 
 Tokens = dict[str, list[list[tuple[Any, ...]]]]
 
@@ -35,9 +37,12 @@ def tokenizers_of(clip: Any) -> dict[str, Any]:
 
 
 def encoder_of(clip: Any, name: str) -> Any:
-    """Return the text encoder that belongs to a tokenizer, or None."""
-    encoder = getattr(clip.cond_stage_model, name, None)
-    return encoder if hasattr(getattr(encoder, "transformer", None), "get_input_embeddings") else None
+    """Return the text encoder that belongs to a tokenizer, or None; Wan's and Chroma's lack the tokenizer's prefix."""
+    for attribute in (name, name.removeprefix("clip_")):
+        encoder = getattr(clip.cond_stage_model, attribute, None)
+        if hasattr(getattr(encoder, "transformer", None), "get_input_embeddings"):
+            return encoder
+    return None
 
 
 def attribute_of(key: str, tokenizers: dict[str, Any]) -> str | None:
@@ -57,7 +62,9 @@ def vector_of(token: Any) -> Tensor:
 
 def takes_embeddings(clip: Any) -> bool:
     """Return whether every tokenizer of a CLIP takes ``embedding:NAME``."""
-    return all(each.embedding_directory is not None for each in tokenizers_of(clip).values())
+    return all(
+        each.embedding_directory is not None and each.embedding_key not in COMPARED for each in tokenizers_of(clip).values()
+    )
 
 
 def accepting_embeddings(clip: Any, directories: Sequence[str], *, before: Sequence[str] = ()) -> Any:
@@ -72,9 +79,10 @@ def accepting_embeddings(clip: Any, directories: Sequence[str], *, before: Seque
     clone.tokenizer = copy.copy(clip.tokenizer)
     for name, tokenizer in tokenizers_of(clip).items():
         own = copy.copy(tokenizer)
+        if own.embedding_directory is None or own.embedding_key in COMPARED:
+            own.tokenize_with_weights = partial(_with_dictionaries, own.tokenize_with_weights)
         if own.embedding_directory is None:
             own.embedding_directory = [*before, *directories]
-            own.tokenize_with_weights = partial(_with_dictionaries, own.tokenize_with_weights)
         elif before:
             known = own.embedding_directory
             own.embedding_directory = [*before, *([known] if isinstance(known, str) else known)]

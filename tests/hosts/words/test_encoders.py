@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 KEYS = {
     "SD1.5": {"clip_l"}, "SDXL": {"clip_l", "clip_g"}, "SD3.5": {"clip_l", "clip_g"}, "FLUX.1": {"clip_l", "t5xxl"},
     "Z-Image": {"qwen3_4b"}, "Qwen-Image": {"qwen25_7b"}, "Wan": {"umt5xxl"}, "Lumina 2": {"gemma2_2b"},
-    "OmniGen2": {"qwen25_3b"}, "FLUX.2 Klein": {"qwen3_4b"}, "FLUX.2": {"mistral3_24b"}, "HunyuanVideo": {"clip_l", "llama"},
+    "OmniGen2": {"qwen25_3b"}, "FLUX.2 Klein": {"qwen3_4b"}, "Chroma": {"t5xxl"}, "HunyuanVideo": {"clip_l", "llama"},
 }  # fmt: skip
 CAPTIONS = ("a photo of {word} on the grass", "{word} on the grass", "a {word}, left", "a red {word}")
 
