@@ -45,7 +45,7 @@ class ComparePictures(io.ComfyNode):
 def require_counterparts(before: Any, after: Any) -> None:
     """Raise InvalidInputError unless both are pictures, as many of one as of the other."""
     counts = [
-        len(Pictures([images], kind=name.capitalize(), socket=name))
+        len(Pictures([images], kind=name.capitalize(), input_name=name))
         for name, images in (("before", before), ("after", after))
     ]
     if counts[0] != counts[1]:

@@ -14,7 +14,10 @@ class TrainingObserver:
         """Look at the optimiser step that was just made; the model is still loaded."""
 
     def is_due(self, step: int) -> bool:
-        """Return whether to call :meth:`between_steps` after ``step`` steps; 0 is before the first."""
+        """Return whether to call :meth:`between_steps` after ``step`` steps; 0 is before the first.
+
+        It is asked when these steps are made, and again if it says yes, so the answer must stay until then.
+        """
         return False
 
     def between_steps(self, step: int) -> None:

@@ -30,7 +30,11 @@ def test_both_pictures_are_kept_as_previews_under_their_sides(compare, tmp_path)
 @pytest.mark.parametrize(
     ("before", "after", "match"),
     [
-        (torch.zeros(2, 8, 8, 3), torch.zeros(3, 8, 8, 3), "`before` has 2 pictures and `after` has 3. Connect as many"),
+        (
+            torch.zeros(2, 8, 8, 3),
+            torch.zeros(3, 8, 8, 3),
+            "`before` has 2 pictures and `after` has 3. Connect as many",
+        ),
         (torch.zeros(0, 8, 8, 3), torch.zeros(1, 8, 8, 3), "No pictures came in. .* to `before`"),
         (torch.zeros(1, 8, 8, 3), torch.full((1, 8, 8, 3), torch.nan), "After 1 of 1 contains NaN or Inf"),
         (torch.zeros(1, 8, 8, 3), "a picture", "After 1 is not a picture but a str"),

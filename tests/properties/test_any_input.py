@@ -247,7 +247,9 @@ def test_apply_lora(world, data):
 @given(data=st.data())
 def test_compare_pictures(world, data):
     images = strategies.pictures()
-    one = strategies.Input(*(each.map(lambda found: found[0] if found else None) for each in (images.usual, images.odd)))
+    one = strategies.Input(
+        *(each.map(lambda found: found[0] if found else None) for each in (images.usual, images.odd))
+    )
     holds(world, world.nodes.ComparePictures, **strategies.drawn(data, {"before": one, "after": one}))
 
 

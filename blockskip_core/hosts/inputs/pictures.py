@@ -26,7 +26,7 @@ class Pictures(OnAccess):
         images: IMAGEs, batches of pictures of equal size.
         names: Their file names; empty if unknown.
         kind: What they are called in messages.
-        socket: The input that they came in by.
+        input_name: The input that they came in by.
 
     Attributes:
         labels: The pictures' names.
@@ -37,11 +37,13 @@ class Pictures(OnAccess):
     """
 
     def __init__(
-        self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture", socket: str = "images"
+        self, images: Sequence[Any], names: Sequence[str] = (), kind: str = "Picture", input_name: str = "images"
     ) -> None:
         self._given = [picture for batch in _numbered(images, kind) for picture in batch]
         if not self._given:
-            raise InvalidInputError(f"No pictures came in. Connect Load Training Folder or Load Image to `{socket}`.")
+            raise InvalidInputError(
+                f"No pictures came in. Connect Load Training Folder or Load Image to `{input_name}`."
+            )
         self.labels = Labels(len(self._given), names, kind)
         self._as_given, self.transparent = [], []
         for index, picture in enumerate(self._given):
