@@ -80,6 +80,7 @@ FAMILIES = (
     Published("FLUX.2-klein-9B", 12288, channels=128, cell=16, halves=(8, 8)),
     Published("Chroma", 4096, halves=(14, 14)),
     Published("SD3.5-Large", 4096, halves=(10, 9)),
+    Published("SD3.5-Medium", 4096, halves=(6, 6)),
 )
 
 
@@ -294,9 +295,15 @@ def arms_of(flux: Subject) -> list[Arm]:
 
 
 def arms_of_family(published: Published) -> list[Arm]:
-    """Return the arms of every other family: half of the model skipped, at 256 px."""
+    """Return the arms of every other family: 30 % and half of the model skipped, at 256 px."""
     subject = cache(lambda: Subject(published))
+    fewer = (round(0.6 * published.halves[0]), round(0.6 * published.halves[1]))
     return [
+        Arm(part=published.name, name="30% skipped", size=256, checkpointing=True, weights=weights,
+            skipped=fewer, source="cached",
+            count=lambda weights=weights: subject().ours(256, fewer, True, weights, "cached"))
+        for weights in FORMATS
+    ] + [
         Arm(part=published.name, name="half skipped", size=256, checkpointing=True, weights=weights,
             skipped=published.halves, source="cached",
             count=lambda weights=weights: subject().ours(256, published.halves, True, weights, "cached"))

@@ -25,15 +25,18 @@ TEXT_LENGTHS = (5, 5, 3)  # of the captions
 
 def tiny_model(
     supported: str, config: dict[str, Any], *, dtype: torch.dtype = torch.float32,
-    cast_to: torch.dtype | None = None, seed: int = 0,
+    cast_to: torch.dtype | None = None, seed: int = 0, operations: Any = None,
 ):  # fmt: skip
-    """Return a ModelPatcher around a random model of a class of ``comfy.supported_models``."""
+    """Return a ModelPatcher around a random model of a class of ``comfy.supported_models``.
+
+    With another pack's ``operations`` its layers have no weights yet.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     described = getattr(comfy.supported_models, supported)(dict(config))
-    described.custom_operations = None
+    described.custom_operations = operations
     described.set_inference_dtype(dtype, cast_to)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():  # as ComfyUI's loaders do

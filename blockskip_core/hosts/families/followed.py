@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...adapters.layer_kinds import is_of_kind
 from ...adapters.lora import LoraTargets
+from ...adapters.lora_formats import LoraFileFormat
 from ...blocks.token_places import ListLayout, PlacedBlockIO
 from ...errors import UnsupportedModelError
 from ...model import BlockInfo, CopiedCall, TokenStreams
@@ -24,6 +25,10 @@ from .base import FamilyAdapter, block_info
 from .block_lists import block_lists
 from .capabilities import MasksText
 from .hidden_text import TextKeys, hide_text
+
+READ_BY_DIFFUSERS = ("LTXV", "LTXAV", "Krea2", "ErnieImage", "HiDream", "Anima")
+"""The host's classes whose layers diffusers 0.42.1 knows by the host's names."""
+FORMS_WITH_NAMES: frozenset[LoraFileFormat] = frozenset({"diffusers", "peft"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,6 @@ class FollowedAdapter(FamilyAdapter, MasksText):
     stem: ClassVar[tuple[str, ...]] = ()
     attention_layers = mlp_layers = ()
     text_entry = ""
-    read_by_diffusers = frozenset()
     has_names_of_diffusers = False
     # Qwen-Image 2.1 keeps keys and values of its text, which other blocks would not reproduce (ComfyUI from 0.37 on)
     call_options = MappingProxyType({"qwen_image21_cache": {"device": "off"}})
@@ -69,6 +73,7 @@ class FollowedAdapter(FamilyAdapter, MasksText):
         self.title = name  # type: ignore[misc]  # of the model's class, so not the adapter's
         self.family = re.sub(r"\W+", "_", name).lower()  # type: ignore[misc]
         self.architecture = self.base_model_version = self.family
+        self.read_by_diffusers = FORMS_WITH_NAMES if name in READ_BY_DIFFUSERS else frozenset()
         self.layout: ModelLayout | None = None
         self.takes_references = "ref_latents" in signature(diffusion_model.forward).parameters  # the host's own name
         self._num_img = self._num_references = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
 from torch import nn
 
 from ...compatibility.recorded import assert_recorded
+from ...core.plain_dit import selection
 from ..hosted_runs import chosen, clean_latents, flux_lora, full_forward, hosted
 from ..tiny_flux import tiny_flux
 
@@ -333,3 +334,114 @@ def test_diffusers_reads_no_lora_of_lumina_2_without_its_first_blocks():
         }
         row.append(", ".join(name for name, reads in readers.items() if reads))
     assert_recorded("lora_files.json", COLUMNS, row)
+
+
+# --- models that are followed ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FollowedInDiffusers:
+    """A followed family's classes in diffusers, as small as the tests' model.
+
+    Attributes:
+        title: Name in the table.
+        loader: Class that loads LoRAs, without its suffix.
+        transformer: Class of the model.
+        settings: ComfyUI's model -> settings that make diffusers' as large.
+    """
+
+    title: str
+    loader: str
+    transformer: str
+    settings: Callable[[nn.Module], dict[str, Any]]
+
+
+_LTX = {"num_attention_heads": 2, "num_layers": 4, "caption_channels": 20}
+FOLLOWED_THERE = {
+    "ltxv": FollowedInDiffusers("LTX-Video", "LTXVideo", "LTXVideoTransformer3DModel", lambda _: {
+        **_LTX, "attention_head_dim": 16, "cross_attention_dim": 32,
+    }),
+    "ltx2": FollowedInDiffusers("LTX-2", "LTX2", "LTX2VideoTransformer3DModel", lambda _: {
+        **_LTX, "attention_head_dim": 32, "cross_attention_dim": 64, "gated_attn": True, "cross_attn_mod": True,
+        "audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32,
+        "audio_gated_attn": True, "audio_cross_attn_mod": True,
+    }),
+    "krea2": FollowedInDiffusers("Krea 2", "Krea2", "Krea2Transformer2DModel", lambda model: {
+        "num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": model.blocks[0].mlp.gate.out_features, "axes_dims_rope": (4, 6, 6), "text_hidden_dim": 20,
+        "num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 32,
+    }),
+    "ernie": FollowedInDiffusers("Ernie-Image", "ErnieImage", "ErnieImageTransformer2DModel", lambda _: {
+        "hidden_size": 32, "num_attention_heads": 2, "num_layers": 4, "ffn_hidden_size": 48, "text_in_dim": 20,
+        "rope_axes_dim": (4, 6, 6),
+    }),
+    "hidream": FollowedInDiffusers("HiDream-I1", "HiDreamImage", "HiDreamImageTransformer2DModel", lambda _: {
+        "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2, "num_single_layers": 2,
+        "attention_head_dim": 16, "num_attention_heads": 2, "caption_channels": [20, 20], "text_emb_dim": 16,
+        "num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4), "llama_layers": [0, 1, 2, 3],
+    }),
+    "anima": FollowedInDiffusers("Anima", "Anima", "CosmosTransformer3DModel", lambda _: {
+        "num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 6, "text_embed_dim": 64, "adaln_lora_dim": 8,
+        "extra_pos_embed_type": None,
+    }),
+    "auraflow": FollowedInDiffusers("AuraFlow", "AuraFlow", "AuraFlowTransformer2DModel", lambda _: {
+        "num_mmdit_layers": 2, "num_single_dit_layers": 3, "attention_head_dim": 32, "num_attention_heads": 2,
+        "joint_attention_dim": 20, "caption_projection_dim": 64, "pos_embed_max_size": 256,
+    }),
+    "hunyuan_video": FollowedInDiffusers("HunyuanVideo", "HunyuanVideo", "HunyuanVideoTransformer3DModel", lambda _: {
+        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "num_single_layers": 6, "mlp_ratio": 2.0,
+        "text_embed_dim": 20, "pooled_projection_dim": 16, "rope_axes_dim": (4, 6, 6),
+    }),
+    "kandinsky5": FollowedInDiffusers(
+        "Kandinsky 5 (picture)", "Kandinsky", "Kandinsky5Transformer3DModel", lambda _: {
+            "in_visual_dim": 16, "out_visual_dim": 16, "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24,
+            "model_dim": 32, "ff_dim": 64, "num_visual_blocks": 8, "axes_dims": (4, 6, 6),
+        },
+    ),
+}  # fmt: skip
+
+
+def same_numbers(found, expected):
+    """Return whether these are the same changes, whatever the names of their layers."""
+
+    def rows(changes):
+        together = torch.cat([*changes.values(), torch.zeros(0, 2, dtype=torch.float64)])
+        return together[together[:, 0].argsort()]
+
+    one, other = rows(found), rows(expected)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", FOLLOWED_THERE)
+def test_each_form_of_a_followed_family_is_read_by_the_programs_that_the_table_names(name):
+    """With small models of both programs' classes, of the same size."""
+    import diffusers
+
+    from ..followed_families import family as followed_family
+
+    there, tiny = FOLLOWED_THERE[name], followed_family(name)
+    patcher = tiny.build()
+    dit = tiny.hosted(patcher)
+    full = FullSize.__new__(FullSize)
+    full.model, full.adapter = patcher.model, dit.adapter
+    full.lora = tiny.lora(dit, selection(0, 0, len(dit.blocks)), zero=False)
+    with torch.device("meta"):
+        theirs = linear_shapes(getattr(diffusers, there.transformer)(**there.settings(patcher.model.diffusion_model)))
+    ours = linear_shapes(patcher.model.diffusion_model)
+    row = [there.title]
+    for form in FORMS:
+        tensors, names = full.tensors(form), full.names(form)
+        assert names.in_diffusers is None
+        readers = {
+            "ComfyUI": same(read_by_comfyui(full, tensors), full.expected),
+            "diffusers": same_numbers(read_by_diffusers(tensors, there.loader, theirs), full.expected),
+            "peft": same(read_by_peft(tensors, "diffusion_model.", ours), full.expected),
+            "kohya": same(read_like_kohya(tensors, ours), full.expected),
+        }
+        assert readers["ComfyUI"]
+        if diffusers.__version__ == "0.42.1":
+            assert names.loads_in == ", ".join(program for program in ("ComfyUI", "diffusers") if readers[program])
+        row.append(", ".join(program for program, reads in readers.items() if reads))
+    if diffusers.__version__ == "0.42.1":
+        assert_recorded("lora_files.json", COLUMNS, row)
