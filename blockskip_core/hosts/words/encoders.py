@@ -63,7 +63,8 @@ def vector_of(token: Any) -> Tensor:
 def takes_embeddings(clip: Any) -> bool:
     """Return whether every tokenizer of a CLIP takes ``embedding:NAME``."""
     return all(
-        each.embedding_directory is not None and each.embedding_key not in COMPARED for each in tokenizers_of(clip).values()
+        each.embedding_directory is not None and each.embedding_key not in COMPARED
+        for each in tokenizers_of(clip).values()
     )
 
 
