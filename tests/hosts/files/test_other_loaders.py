@@ -402,14 +402,19 @@ FOLLOWED_THERE = {
 
 
 def same_numbers(found, expected):
-    """Return whether these are the same changes, whatever the names of their layers."""
-
-    def rows(changes):
-        together = torch.cat([*changes.values(), torch.zeros(0, 2, dtype=torch.float64)])
-        return together[together[:, 0].argsort()]
-
-    one, other = rows(found), rows(expected)
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    """Return whether these are the same changes, one for one, whatever the names of their layers."""
+    left = list(expected.values())
+    for change in found.values():
+        close = (
+            place
+            for place, other in enumerate(left)
+            if other.shape == change.shape and torch.allclose(change, other, rtol=1e-4, atol=1e-4 * other.abs().max())
+        )
+        place = next(close, None)
+        if place is None:
+            return False
+        del left[place]
+    return not left
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -139,6 +139,8 @@ def in_three_formats(tiny):
         if name not in linear:
             continue
         algorithm, options, conf = next(turns)
+        if algorithm.startswith("int8") and ".experts." in name:  # comfy_kitchen's int8 on a CPU fails without any rows
+            continue
         packed = QuantizedTensor.from_float(tensor.clone(), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], **options)
         stored.update({key: part.clone() for key, part in packed.state_dict(name).items()})
         told = json.dumps({"format": algorithm, **conf}).encode()
