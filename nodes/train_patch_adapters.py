@@ -25,9 +25,9 @@ from ..blockskip_core.hosts.sampling.patch_training import GivenPictures, PatchT
 from ..blockskip_core.reporting.patch_pictures import error_chart
 from ..blockskip_core.reporting.pictures import as_image
 from . import widgets
+from .distillation_display import DistillationDisplay
 from .inputs import checked, connected
 from .load_patch_adapters import description
-from .page.distillation_display import DistillationDisplay
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .types import PatchAdaptersSocket

@@ -39,11 +39,11 @@ TABLE = {
     "hosts/families": "errors selection data adapters ralu model blocks accounting",
     "hosts/inputs": "errors data",
     "hosts/files": "errors names files locks adapters ddit",
-    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals accounting hosts/families hosts/inputs "
-    "hosts/files",
-    "hosts/sampling": "errors files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
+    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals distillation accounting hosts/families "
+    "hosts/inputs hosts/files",
+    "hosts/sampling": "errors units files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",
-    "hosts/words": "errors data zoodip hosts/inputs hosts/models",
+    "hosts/words": "errors zoodip accounting hosts/inputs hosts/models",
     "hosts/runs": "errors units version data adapters model residuals training runs accounting reporting hosts/families "
     "hosts/inputs hosts/files hosts/models hosts/sampling",
     "hosts/diffusers": "errors version names files locks selection data adapters model blocks residuals training runs api",

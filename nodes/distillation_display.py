@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ...blockskip_core.ddit.error_table import ErrorTable
-from ...blockskip_core.distillation.examples import LEVELS
-from ...blockskip_core.distillation.loop import DistillationResult
-from ...blockskip_core.distillation.settings import DistillationSettings
-from ...blockskip_core.hosts.runs.peak_memory import PeakMemory
-from ...blockskip_core.reporting.patch_pictures import error_chart
-from .live_chart import LiveChart
-from .progress import NodeProgress
+from ..blockskip_core.ddit.error_table import ErrorTable
+from ..blockskip_core.distillation.examples import LEVELS
+from ..blockskip_core.distillation.loop import DistillationResult
+from ..blockskip_core.distillation.settings import DistillationSettings
+from ..blockskip_core.hosts.runs.peak_memory import PeakMemory
+from ..blockskip_core.reporting.patch_pictures import error_chart
+from .page.live_chart import LiveChart
+from .page.progress import NodeProgress
 
 
 class DistillationDisplay:
