@@ -1,5 +1,7 @@
-"""Models in the formats in which they are shipped: LTX-2 and MiniMax H3 through ComfyUI's own loader, all that are followed
-with the layers that this loader would choose."""
+"""Followed models in the formats in which models are shipped.
+
+LTX-2 and MiniMax H3 go through ComfyUI's own loader, all others have the layers that this loader would choose.
+"""
 
 from __future__ import annotations
 
