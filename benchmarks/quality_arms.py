@@ -61,6 +61,7 @@ CARDS = "as the templates for cards: first blocks skipped, last blocks frozen"
 
 ARMS: tuple[Arm, ...] = (
     Arm(BASELINE, "upper bound", "Table 1", views="full"),
+    Arm("LoRA, all blocks, learning rate x 1.5", "upper bound", views="full", changes={"learning_rate": 1.5}),
     Arm("resize to small", "pictures", "Tables 2, 11", views="resize"),
     Arm("patches, low to high", "pictures", "Tables 2, 11"),
     Arm("patches, high to low", "pictures", "Table 11", views="high-to-low"),
@@ -118,6 +119,10 @@ ARMS: tuple[Arm, ...] = (
     ),
     Arm("first and last 50%, int8, full size", CARDS, "", "full", "preset", 0.5, "exact, int8"),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
+    *(
+        Arm(f"first and last 50%, {what} x {factor}, full size", CARDS, "", "full", "preset", 0.5, "exact", {key: factor})
+        for what, key, factor in (("rank", "rank", 2), ("learning rate", "learning_rate", 1.5))
+    ),
 )
 
 
