@@ -55,6 +55,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
         lr_schedule=settings.lr_schedule,
         seed=seed,
         checkpointing=False,
+        ema=arm.changes.get("ema", 0.0),
     )
     layers = dit.lora_layers(selection, "attention and mlp")
     shapes = {name: LinearShape(layer.in_features, layer.out_features) for name, layer in layers.items()}

@@ -40,7 +40,7 @@ class Arm:
         views: Pictures at full size, resized to the small size, or dynamic patches in an order.
         choice, ratio: How skipped blocks are chosen, and their share: of the number of blocks, or of their bytes.
         stand_in: What replaces the skipped blocks.
-        changes: What differs from the common settings: rank, learning_rate, draws, refreshes.
+        changes: What differs from the common settings: factors of rank, learning_rate and draws; refreshes, ema.
     """
 
     name: str
@@ -62,6 +62,7 @@ CARDS = "as the templates for cards: first blocks skipped, last blocks frozen"
 ARMS: tuple[Arm, ...] = (
     Arm(BASELINE, "upper bound", "Table 1", views="full"),
     Arm("LoRA, all blocks, learning rate x 1.5", "upper bound", views="full", changes={"learning_rate": 1.5}),
+    Arm("LoRA, all blocks, average 0.98", "upper bound", views="full", changes={"ema": 0.98}),
     Arm("resize to small", "pictures", "Tables 2, 11", views="resize"),
     Arm("patches, low to high", "pictures", "Tables 2, 11"),
     Arm("patches, high to low", "pictures", "Table 11", views="high-to-low"),
@@ -120,8 +121,12 @@ ARMS: tuple[Arm, ...] = (
     Arm("first and last 50%, int8, full size", CARDS, "", "full", "preset", 0.5, "exact, int8"),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
     *(
-        Arm(f"first and last 50%, {what} x {factor}, full size", CARDS, "", "full", "preset", 0.5, "exact", {key: factor})
-        for what, key, factor in (("rank", "rank", 2), ("learning rate", "learning_rate", 1.5))
+        Arm(f"first and last 50%, {what} {factor}, full size", CARDS, "", "full", "preset", 0.5, "exact", {key: value})
+        for what, factor, key, value in (
+            ("rank", "x 2", "rank", 2),
+            ("learning rate", "x 1.5", "learning_rate", 1.5),
+            ("average", "0.98", "ema", 0.98),
+        )
     ),
 )
 

@@ -68,7 +68,8 @@ are written, on diffusers' layers. *kohya* are the names and the alpha used by s
 their rules from ComfyUI's layer names; these programs themselves were not run.
 
 "Loads" means that every trained layer is found, with the right numbers, at the size of the published model and with the
-default targets; from LTX-Video on, models without a file, with small models of both programs' classes. If diffusers is not listed for a format, it does not always raise an error: it may recognise no layer,
+default targets. The rows from LTX-Video on are models without a file, tested with small models of the classes of both programs. If
+diffusers is not listed for a format, it does not always raise an error: it may recognise no layer,
 warn, and continue without effect.
 
 The file contains the same information: under `loads_in` in its metadata, shown by `info` of Apply BlockSkip LoRA.""",
