@@ -31,9 +31,11 @@ def load_devtool(name: str) -> ModuleType:
 
 
 def load_file(folder: str, name: str) -> ModuleType:
-    """Load a module of one of the repository's folders under a separate alias."""
+    """Load a module of one of the repository's folders under a separate alias; it may import the others of that folder."""
     alias = f"blockskip_{folder.replace('/', '_')}_{name}"
     if alias not in sys.modules:
+        if str(ROOT / folder) not in sys.path:
+            sys.path.append(str(ROOT / folder))  # last, so that it hides nothing
         spec = importlib.util.spec_from_file_location(alias, ROOT / folder / f"{name}.py")
         sys.modules[alias] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[alias])
