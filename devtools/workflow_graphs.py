@@ -904,6 +904,7 @@ turns with it in every step, which is slow: choose a smaller `resolution` or few
 One word changes FLUX.1 little, even with gradients. For the likeness of a thing train a LoRA: *BlockSkip 1*.""",
     headline="Train a word",
     subline="for FLUX.1 in fp8",
+    badge="FLUX.1",
     twin="train_word_flux",
 )
 

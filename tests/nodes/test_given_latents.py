@@ -53,7 +53,7 @@ def test_resolution_buckets_of_core_are_trained_whole(bench, tiny, run_node, com
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda latents: [*latents, torch.rand(1, 64, 64, 3)], "Input 2 of `images` is no LATENT of pictures"),
+        (lambda latents: [*latents, torch.rand(1, 64, 64, 3)], "Input 2 of `images` is no LATENT, and others are"),
         (lambda latents: [{"samples": torch.rand(1, 6, 8, 8)}], "latents of 4 channels, this VAE makes 6"),
         (lambda latents: [{"samples": torch.rand(1, 4, 8, 9)}], r"has 9 x 8 cells, .* multiples of 2. .* of 16 px"),
         (lambda latents: [{"samples": torch.full((1, 4, 8, 8), torch.nan)}], "`images` has latents with NaN"),

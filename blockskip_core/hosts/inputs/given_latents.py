@@ -57,11 +57,17 @@ class LatentRows:
         """
         rows: list[Tensor] = []
         for number, one in enumerate(given, 1):
-            samples = one.get(_SAMPLES) if isinstance(one, Mapping) else None
-            if not isinstance(samples, Tensor) or samples.ndim not in (4, 5) or 0 in samples.shape:
+            if not isinstance(one, Mapping):
                 raise InvalidInputError(
-                    f"Input {number} of `images` is no LATENT of pictures, and others are. Connect only IMAGEs, or only "
-                    "LATENTs such as those of Resolution Bucket."
+                    f"Input {number} of `images` is no LATENT, and others are. Connect only IMAGEs, or only LATENTs such as "
+                    "those of Resolution Bucket."
+                )
+            samples = one.get(_SAMPLES)
+            if not isinstance(samples, Tensor) or samples.ndim not in (4, 5) or 0 in samples.shape:
+                found = f"shape {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
+                raise InvalidInputError(
+                    f"Input {number} of `images` is a LATENT, but not of pictures: expected samples of shape (N, C, H, W) or "
+                    f"(N, C, F, H, W), got {found}. Connect IMAGEs, or LATENTs such as those of Resolution Bucket."
                 )
             rows += samples.split(1)
         return cls(rows, Labels(len(rows), (), "Latent"))
