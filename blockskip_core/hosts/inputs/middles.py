@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import comfy.utils
 from torch import Tensor
 
+from ...data.latents import in_batch
 from ...data.on_access import OnAccess
+from .encoding import encode_crops
 
 
 class Middles(OnAccess):
@@ -31,3 +34,19 @@ class Middles(OnAccess):
         planes = self._pictures[number].movedim(-1, 0)[None]
         part = comfy.utils.common_upscale(planes, self._width, self._height, "bicubic", "center").clamp(0.0, 1.0)
         return (part.flip(3) if mirrored else part)[0].movedim(0, -1).contiguous()
+
+
+def encoded_middles(vae: Any, model: Any, middles: Middles, progress: Callable[[int, int], None]) -> Tensor:
+    """Return the parts' latents in the model's own scale, (parts, C, height, width) in latent cells.
+
+    Args:
+        vae: The VAE.
+        model: The host's model that it belongs to.
+        middles: The parts.
+        progress: Called with (parts done, total); may raise to interrupt.
+
+    Raises:
+        InvalidInputError: If the VAE's latents do not fit the model, or are not finite.
+    """
+    latents = encode_crops(vae, model, middles, progress)
+    return in_batch(latents, range(len(latents)))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...adapters.lora import LoraSettings
-from ...data.latents import in_batch
 from ...ddit.coarse_estimate import CoarseAdapter
 from ...ddit.connection import PatchStatistics
 from ...ddit.error_table import ErrorTable
@@ -28,8 +27,7 @@ from ...training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_
 from ...units import format_bytes
 from ..files.folders import run_folder
 from ..inputs.conditioning import flatten_conditionings
-from ..inputs.encoding import encode_crops
-from ..inputs.middles import Middles
+from ..inputs.middles import Middles, encoded_middles
 from ..models.coarse_distillation import TrainedParts, distilling
 from ..models.coarse_forward import shape_of
 from ..models.counted_calls import counted_operations
@@ -168,10 +166,9 @@ class _PatchTraining:
         if self._given:
             size, model = self._request.latents, self._dit.patcher.model
             parts = Middles(self._given.pictures, size.width, size.height)
-            encoded = encode_crops(
+            latents = encoded_middles(
                 self._given.vae, model, parts, lambda done, total: progress("encoding pictures", done, total, "")
             )
-            latents = in_batch(encoded, range(len(encoded)))
             self._identity["pictures"] = tensors_identity([latents])
             return latents
         return own_latents(

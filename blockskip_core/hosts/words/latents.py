@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.latents import in_batch
 from ...errors import InvalidInputError
-from ..inputs.encoding import encode_crops
-from ..inputs.middles import Middles
+from ..inputs.middles import Middles, encoded_middles
 
 
 def square_latents(
@@ -26,5 +24,4 @@ def square_latents(
     if side % step:
         raise InvalidInputError(f"resolution must be a multiple of {step} px for this VAE, got {side}.")
     with torch.no_grad():
-        squares = encode_crops(vae, model, Middles(pictures, side, side, mirror), progress)
-    return in_batch(squares, range(len(squares)))
+        return encoded_middles(vae, model, Middles(pictures, side, side, mirror), progress)
