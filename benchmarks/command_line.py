@@ -51,6 +51,20 @@ def add_row(file: Path, row: Row) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
+def replace_rows(file: Path, part: str, rows: list[Row], made: str) -> None:
+    """Replace the rows of a part in a JSON-lines file by new ones.
+
+    Args:
+        file: The file.
+        part: The part's name.
+        rows: The new rows.
+        made: When and on what, as by :func:`about`.
+    """
+    kept = [row for row in rows_in(file) if row["part"] != part]
+    new = [{"part": part, **row, "about": made} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
+
+
 def about(*, host: bool = True, card: str = "no GPU") -> str:
     """Return date, machine and software, on one line.
 

@@ -8,13 +8,11 @@ Adapters are trained on the demo's model first, and kept beside the results with
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import command_line
-from command_line import rows_in
+from command_line import replace_rows, rows_in
 from quality_world import ROOT
 
 logger = logging.getLogger(__name__)
@@ -35,13 +33,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
-    """Replace a part's rows."""
-    kept = [row for row in rows_in(file) if row["part"] != part]
-    new = [{"part": part, **row, "about": command_line.about()} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
-
-
 def main() -> None:
     """Count, train and sample, then write the report."""
     options = parse()
@@ -51,7 +42,7 @@ def main() -> None:
 
     file = options.results / "ddit.jsonl"
     if "operations" in options.parts and not options.report:
-        add(file, "operations", ddit_operations.rows())
+        replace_rows(file, "operations", ddit_operations.rows(), command_line.about())
     if "pictures" in options.parts and not options.report:
         import ddit_world
         from ralu_pictures import World
@@ -61,11 +52,11 @@ def main() -> None:
             trained = ddit_world.load(options.keep)
         else:
             trained, rows = ddit_world.train(world, options.side, options.train_steps, options.train_prompts)
-            add(file, f"training, {options.side} px", rows)
+            replace_rows(file, f"training, {options.side} px", rows, command_line.about())
             if options.keep:
                 ddit_world.save(trained, options.keep)
         found = ddit_world.rows(world, trained, options.side, options.budgets, options.full_steps)
-        add(file, f"pictures, {options.side} px", found)
+        replace_rows(file, f"pictures, {options.side} px", found, command_line.about())
     ddit_report.write(rows_in(file), options.results)
 
 

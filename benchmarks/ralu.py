@@ -7,15 +7,13 @@ Every finished row is a line in ``results/ralu.jsonl``, so a run can be stopped 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import command_line
-from command_line import rows_in
+from command_line import replace_rows, rows_in
 from quality_world import ROOT
 
 logger = logging.getLogger(__name__)
@@ -48,13 +46,6 @@ def about() -> str:
     )
 
 
-def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
-    """Replace a part's rows."""
-    kept = [row for row in rows_in(file) if row["part"] != part]
-    new = [{"part": part, **row, "about": about()} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
-
-
 def main() -> None:
     """Count and sample, then write the report."""
     options = parse()
@@ -65,17 +56,21 @@ def main() -> None:
 
     file = options.results / "ralu.jsonl"
     if "operations" in options.parts and not options.report:
-        add(file, "operations", ralu_operations.rows())
+        replace_rows(file, "operations", ralu_operations.rows(), about())
     if "pictures" in options.parts and not options.report:
         world = ralu_pictures.World(options.assets, options.prompts)
-        add(file, "pictures", ralu_pictures.rows(world, options.steps, options.results / "ralu_samples.jpg"))
+        replace_rows(
+            file, "pictures", ralu_pictures.rows(world, options.steps, options.results / "ralu_samples.jpg"), about()
+        )
     if "caches" in options.parts and not options.report:
-        add(file, "caches", ralu_pictures.rows_with_cache(ralu_pictures.World(options.assets, options.prompts)))
+        replace_rows(
+            file, "caches", ralu_pictures.rows_with_cache(ralu_pictures.World(options.assets, options.prompts)), about()
+        )
     if "seconds" in options.parts and not options.report:
         import ralu_seconds
 
         found = ralu_seconds.rows(options.shape, options.side, options.plain_steps, options.repeats)
-        add(file, f"seconds, {options.shape}, {options.side} px", found)
+        replace_rows(file, f"seconds, {options.shape}, {options.side} px", found, about())
     if "panel" in options.parts:
         ralu_pictures.panel(ralu_pictures.World(options.assets, 4), ROOT / "web" / "docs" / "img" / "ralu.png")
     ralu_report.write(rows_in(file), options.results)

@@ -8,13 +8,11 @@ of them, after training adapters for DDiT on its model (``--keep`` keeps them). 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import command_line
-from command_line import rows_in
+from command_line import replace_rows, rows_in
 from quality_world import ROOT
 
 logger = logging.getLogger(__name__)
@@ -32,13 +30,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add(file: Path, part: str, rows: list[dict[str, Any]]) -> None:
-    """Replace a part's rows."""
-    kept = [row for row in rows_in(file) if row["part"] != part]
-    new = [{"part": part, **row, "about": command_line.about()} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
-
-
 def pictures(options: argparse.Namespace, file: Path) -> None:
     """Train the adapters unless they are kept, then sample in every way."""
     import ddit_world
@@ -50,10 +41,10 @@ def pictures(options: argparse.Namespace, file: Path) -> None:
         trained = ddit_world.load(options.keep)
     else:
         trained, rows = ddit_world.train(world, SIZE, options.train_steps, options.train_prompts)
-        add(file, "training", rows)
+        replace_rows(file, "training", rows, command_line.about())
         if options.keep:
             ddit_world.save(trained, options.keep)
-    add(file, "pictures", sampling_world.rows(world, trained))
+    replace_rows(file, "pictures", sampling_world.rows(world, trained), command_line.about())
 
 
 def main() -> None:
@@ -65,7 +56,7 @@ def main() -> None:
 
     file = options.results / "sampling.jsonl"
     if "counted" in options.parts and not options.report:
-        add(file, "counted", sampling_counted.rows())
+        replace_rows(file, "counted", sampling_counted.rows(), command_line.about())
     if "pictures" in options.parts and not options.report:
         pictures(options, file)
     sampling_report.write(rows_in(file), options.results)

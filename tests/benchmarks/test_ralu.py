@@ -60,13 +60,13 @@ def test_the_committed_report_is_that_of_the_committed_rows(bench, tmp_path):
 
 
 def test_a_part_takes_the_place_of_its_old_rows(bench, tmp_path):
-    ralu, file = bench("ralu"), tmp_path / "rows.jsonl"
-    ralu.add(file, "operations", [{"a": 1}])
-    ralu.add(file, "pictures", [{"b": 1}])
-    ralu.add(file, "operations", [{"a": 2}, {"a": 3}])
-    found = [{key: row[key] for key in row if key != "about"} for row in ralu.rows_in(file)]
+    lines, file = bench("command_line"), tmp_path / "rows.jsonl"
+    lines.replace_rows(file, "operations", [{"a": 1}], "today")
+    lines.replace_rows(file, "pictures", [{"b": 1}], "today")
+    lines.replace_rows(file, "operations", [{"a": 2}, {"a": 3}], "today")
+    found = [{key: row[key] for key in row if key != "about"} for row in lines.rows_in(file)]
     assert found == [{"part": "pictures", "b": 1}, {"part": "operations", "a": 2}, {"part": "operations", "a": 3}]
-    assert all(json.dumps(row) for row in ralu.rows_in(file))
+    assert all(json.dumps(row) for row in lines.rows_in(file))
 
 
 def test_seconds_of_plain_steps_are_worked_out_for_fifty(bench):
