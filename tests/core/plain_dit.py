@@ -298,11 +298,23 @@ def lora_tensors(adapters: LoraAdapters) -> dict[str, tuple[Tensor, Tensor, floa
     }
 
 
-class MemorySource:
-    """Residuals of all draws, precomputed and held in memory."""
+def all_blocks(dit) -> int:
+    """The room that lets all blocks be loaded at once, which takes one pass instead of one per block."""
+    return sum(block.num_bytes for block in dit.blocks)
 
-    def __init__(self, dit, chosen, plan, clean, **options) -> None:
-        self.computed = precompute_residuals(dit, plan, clean, chosen, range(len(plan)), **options)
+
+def needed(count: int, *, steps: int = 1, batch_size: int = 1, accumulation: int = 1, **_: object) -> range:
+    """The draws among ``count`` that a run with these settings goes through."""
+    return range(min(steps * batch_size * accumulation, count))
+
+
+class MemorySource:
+    """Residuals of draws, of all unless told which, precomputed with all blocks loaded at once and held in memory."""
+
+    def __init__(self, dit, chosen, plan, clean, draws=None, **options) -> None:
+        options.setdefault("room", all_blocks(dit))
+        draws = range(len(plan)) if draws is None else draws
+        self.computed = precompute_residuals(dit, plan, clean, chosen, draws, **options)
 
     def stretches(self, run, start=0):
         yield nullcontext(

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
 from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
+from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 from torch import Tensor
 
-from ..core.plain_dit import MemorySource, lora_for, schedule, selection, train
+from ..core.plain_dit import MemorySource, all_blocks, lora_for, needed, schedule, selection, train
 from .tiny_flux import tiny_flux
 
 PLAN = schedule((0.3, 0.9, 0.55, 0.7), (0, 2, 1, 2))
@@ -88,11 +89,6 @@ class TinyFamily:
     def num_blocks(self) -> int:
         return len(self.blocks)
 
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """All (front, back)."""
-        return [(n, m) for n in range(self.num_blocks) for m in range(self.num_blocks - n)]
-
     def chosen(self, front: int, back: int, tail: int = 0):
         """A selection."""
         return selection(front, back, self.num_blocks, tail)
@@ -142,10 +138,15 @@ class TinyFamily:
     def run(self, patcher, spans, *, source=None, on_step=None, adapters=None, **settings: Any):
         """Train; return (result, gradients of the last step, adapters)."""
         dit, clean = self.hosted(patcher), self.clean_latents()
-        source = source or MemorySource(dit, spans, PLAN, clean)
+        source = source or MemorySource(dit, spans, PLAN, clean, needed(len(PLAN), **settings))
         adapters = adapters or self.lora(dit, spans)
         result, gradients = train(dit, spans, source, adapters, plan=PLAN, clean=clean, on_step=on_step, **settings)
         return result, gradients, adapters
+
+
+def precomputed(dit, spans, clean, draws, plan=PLAN, **options: Any):
+    """Residuals of some draws, computed with all blocks loaded at once."""
+    return precompute_residuals(dit, plan, clean, spans, draws, **{"room": all_blocks(dit), **options})
 
 
 def replayed(dit, spans, residuals, clean, draws, adapters=None):

@@ -160,7 +160,7 @@ def test_with_only_a_front_skipped_gradients_are_those_of_the_whole_model(tiny, 
 @pytest.mark.parametrize("counts", [(1, 1, 0), (0, 1, 1)])
 def test_gradients_are_those_of_central_differences(tiny, exact, counts):
     spans, clean = tiny.chosen(*counts), tiny.clean_latents(torch.float64)
-    source, generator, directions = MemorySource(exact, spans, PLAN, clean), torch.Generator().manual_seed(3), {}
+    source, generator, directions = MemorySource(exact, spans, PLAN, clean, [0]), torch.Generator().manual_seed(3), {}
 
     def moved(distance):
         adapters = tiny.lora(exact, spans, zero=False)

@@ -16,7 +16,7 @@ from blockskip_pack.blockskip_core.data.flow_matching import noisy_batch
 from blockskip_pack.blockskip_core.hosts.diffusers import DiffusersDit
 from torch import Tensor
 
-from ...core.plain_dit import MemorySource, lora_for, schedule, selection, train
+from ...core.plain_dit import MemorySource, lora_for, needed, schedule, selection, train
 
 PLAN = schedule((0.3, 0.9, 0.55, 0.7), (0, 2, 1, 2))
 TEXT_LENGTHS = (5, 5, 3)  # of the captions
@@ -115,7 +115,7 @@ class TinyModel:
     def run(self, dit: DiffusersDit, spans, *, source=None, adapters=None, on_step=None, **settings: Any):
         """Train; return (result, gradients of the last step, adapters)."""
         clean = self.clean_latents(torch.promote_types(dit.dtype, torch.float32))
-        source = source or MemorySource(dit, spans, PLAN, clean)
+        source = source or MemorySource(dit, spans, PLAN, clean, needed(len(PLAN), **settings))
         adapters = adapters or self.lora(dit, spans)
         result, gradients = train(dit, spans, source, adapters, plan=PLAN, clean=clean, on_step=on_step, **settings)
         return result, gradients, adapters

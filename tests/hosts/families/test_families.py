@@ -15,7 +15,7 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 
 from ...core.plain_dit import MemorySource, train
-from ..tiny_families import FAMILIES, PLAN, TinyFamily, replayed
+from ..tiny_families import FAMILIES, PLAN, TinyFamily, precomputed, replayed
 from ..tiny_flux import assert_same_weights, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
@@ -54,9 +54,10 @@ def _model_is_left_as_it_was(comfyui, patcher):
     assert_same_weights(patcher, before)
 
 
-def some_spans(tiny: TinyFamily) -> list[tuple[int, int]]:
+def every_front_and_back(tiny: TinyFamily) -> list[tuple[int, int]]:
+    """(front, back) in which every front and every back of the family occurs."""
     last = tiny.num_blocks - 1
-    return [(0, 0), (1, 2), (last, 0), (0, last)]
+    return [(0, 0), (1, 1), *((front, last - front) for front in range(tiny.num_blocks))]
 
 
 # --- the numbers -------------------------------------------------------------------------------------------------
@@ -89,8 +90,9 @@ def test_every_weight_is_in_the_stem_the_blocks_or_the_head(tiny, patcher):
 def test_front_middle_and_back_together_are_the_full_model(tiny, patcher):
     dit, clean = tiny.hosted(patcher), tiny.clean_latents()
     full = [tiny.full_forward(dit, clean, [draw]) for draw in range(2)]
-    for front, back in tiny.spans:
-        computed = precompute_residuals(dit, PLAN, clean, tiny.chosen(front, back), range(2))
+    for front, back in every_front_and_back(tiny):
+        streamed = {"room": 0} if (front, back) == (1, 1) else {}  # block by block
+        computed = precomputed(dit, tiny.chosen(front, back), clean, range(2), **streamed)
         for draw in range(2):
             skipping = replayed(dit, tiny.chosen(front, back), computed.residuals, clean, [draw])
             assert skipping.shape == clean[:1].shape
@@ -98,7 +100,7 @@ def test_front_middle_and_back_together_are_the_full_model(tiny, patcher):
                 torch.testing.assert_close(skipping, full[draw], atol=1e-5, rtol=0.0, msg=f"{front}, {back}")
             else:
                 assert torch.equal(skipping, full[draw]), (front, back)  # no rounding: bit for bit
-        assert torch.equal(computed.reference.denoised, full[0])  # streamed block by block
+        assert torch.equal(computed.reference.denoised, full[0])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-6)], ids=str)
@@ -113,7 +115,7 @@ def test_a_span_before_a_tail_is_replayed_as_the_full_model(tiny, comfyui, dtype
         spans = tiny.chosen(int(front), tiny.num_blocks - front - tail - 1, tail)
         if not spans.back:
             continue
-        stored = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
+        stored = precomputed(dit, spans, clean, [0]).residuals
         assert (stored[0].back_txt is None) == (not tiny.num_text)
         torch.testing.assert_close(replayed(dit, spans, stored, clean, [0]), full, atol=tolerance, rtol=0.0)
 
@@ -129,7 +131,7 @@ def test_every_tensor_before_and_after_a_skipped_span_has_a_gradient(tiny, patch
 def test_without_the_stored_residual_the_output_is_another(tiny, patcher):
     dit, clean = tiny.hosted(patcher), tiny.clean_latents()
     spans = tiny.chosen(1, 1)
-    stored = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals[0]
+    stored = precomputed(dit, spans, clean, [0]).residuals[0]
     full = tiny.full_forward(dit, clean, [0])
     for other in (
         Residual(stored.front, torch.zeros_like(stored.back)),
@@ -140,7 +142,7 @@ def test_without_the_stored_residual_the_output_is_another(tiny, patcher):
 
 def test_the_stream_has_as_many_tokens_as_the_adapter_says(tiny, patcher):
     dit, clean = tiny.hosted(patcher), tiny.clean_latents()
-    stored = precompute_residuals(dit, PLAN, clean, tiny.chosen(1, 1), [1]).residuals[1]  # caption 2: three tokens
+    stored = precomputed(dit, tiny.chosen(1, 1), clean, [1]).residuals[1]  # caption 2: three tokens
     width = dit.width
     assert dit.text_tokens(2) == tiny.num_text
     assert dit.image_tokens(*tiny.latent_shape[1:]) == tiny.num_img
@@ -165,8 +167,8 @@ def test_texts_of_another_encoder_are_refused(tiny, patcher):
 
 def test_batches_of_captions_agree_with_single_rows(tiny, patcher):
     dit, clean, spans = tiny.hosted(patcher), tiny.clean_latents(), tiny.chosen(1, 2)
-    one = precompute_residuals(dit, PLAN, clean, spans, range(4)).residuals
-    many = precompute_residuals(dit, PLAN, clean, spans, range(4), batch_size=3).residuals
+    one = precomputed(dit, spans, clean, range(4)).residuals
+    many = precomputed(dit, spans, clean, range(4), batch_size=3).residuals
     for draw in range(4):
         for name, tensor in one[draw].tensors().items():
             torch.testing.assert_close(many[draw].tensors()[name], tensor, atol=1e-5, rtol=1e-5)
@@ -177,7 +179,7 @@ def test_batches_of_captions_agree_with_single_rows(tiny, patcher):
 def test_bf16_models_agree_within_their_rounding(tiny, comfyui):
     dit, clean = tiny.hosted(tiny.build(dtype=torch.bfloat16)), tiny.clean_latents()
     spans = tiny.chosen(1, 2)
-    residuals = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
+    residuals = precomputed(dit, spans, clean, [0]).residuals
     assert all(x.dtype == torch.bfloat16 for x in residuals[0].tensors().values())
     full = tiny.full_forward(dit, clean, [0])
     removed = noisy_batch(PLAN, clean, [0])[0] - full
@@ -189,10 +191,10 @@ def test_bf16_models_agree_within_their_rounding(tiny, comfyui):
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 0)])
 def test_gradients_are_those_of_finite_differences(tiny, comfyui, counts):
-    """In float64, along one random direction per tensor of the LoRA; ComfyUI rounds its output to float32."""
+    """In float64, along one random direction per kept block; ComfyUI rounds its output to float32."""
     dit, clean = tiny.hosted(tiny.build(dtype=torch.float64)), tiny.clean_latents(dtype=torch.float64)
     spans = tiny.chosen(*counts)
-    source = MemorySource(dit, spans, PLAN, clean)
+    source = MemorySource(dit, spans, PLAN, clean, [0])
     adapters = tiny.lora(dit, spans, zero=False, dtype=torch.float64)
     before = [p.detach().clone() for p in adapters.parameters()]
     _, gradients = train(dit, spans, source, adapters, plan=PLAN, clean=clean, learning_rate=1e-12)
@@ -204,26 +206,37 @@ def test_gradients_are_those_of_finite_differences(tiny, comfyui, counts):
         with adapters.attached(stand_ins.linears(), dit.weight_for_backward):
             stand_ins.replay(source.computed.residuals.__getitem__, [0], None)
 
-            def slope(parameter, value, direction, step):
+            def slope(moved, step):
                 total = 0.0
                 for distance, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # fourth-order error
-                    parameter.data.copy_(value + distance * step * direction)
+                    for _, parameter, value, direction in moved:
+                        parameter.data.copy_(value + distance * step * direction)
                     loss = velocity_loss(denoise(noisy, sigmas, [PLAN[0].caption]), target, sigmas).item()
                     total += weight * loss / (12 * step)
-                parameter.data.copy_(value)
+                for _, parameter, value, _ in moved:
+                    parameter.data.copy_(value)
                 return total
 
-            for parameter, value in zip(adapters.parameters(), before, strict=True):
-                parameter.data.copy_(value)
+            moved_in: dict[str, list] = {}
             keys = [f"{name}.{part}" for name in adapters.names for part in "AB"]
             for key, parameter, value in zip(keys, adapters.parameters(), before, strict=True):
+                parameter.data.copy_(value)
                 direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-                found = (gradients[key] * direction).sum().item()
-                allowed = 1e-4 * gradients[key].norm().item() * direction.norm().item() + 1e-6
+                moved_in.setdefault(block_of(tiny, key), []).append((key, parameter, value, direction))
+            assert list(moved_in) == [tiny.blocks[index] for index in spans.adapted]
+            for block, moved in moved_in.items():
+                found = sum((gradients[key] * direction).sum().item() for key, _, _, direction in moved)
+                size = sum(gradients[key].square().sum().item() for key, *_ in moved) ** 0.5
+                length = sum(direction.square().sum().item() for *_, direction in moved) ** 0.5
+                allowed = 1e-4 * size * length + 1e-6
                 # With a small gradient, small steps drown in ComfyUI's rounding; with a large one, large steps are
                 # not accurate enough. A wrong gradient agrees with neither.
-                errors = (slope(parameter, value, direction, step) - found for step in (1e-2, 4e-2))
-                assert any(abs(error) <= allowed for error in errors), key
+                errors = (slope(moved, step) - found for step in (1e-2, 4e-2))
+                assert any(abs(error) <= allowed for error in errors), block
+
+
+def block_of(tiny: TinyFamily, key: str) -> str:
+    return next(name for name in tiny.blocks if key.startswith(f"{name}."))
 
 
 def test_every_tensor_of_the_lora_has_a_gradient_whatever_is_kept(tiny, patcher):
@@ -251,7 +264,7 @@ def test_targets_are_the_layers_they_name(tiny, patcher):
 
 
 def test_checkpointing_gives_the_same_gradients_to_the_last_bit(tiny, patcher):
-    for counts in some_spans(tiny):
+    for counts in ((0, 0), (1, 2)):
         spans = tiny.chosen(*counts)
         dit = tiny.hosted(patcher)
         plain, other = (
@@ -265,8 +278,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_last_bit(tiny, patcher):
         assert all(torch.equal(other[1][key], gradient) for key, gradient in plain[1].items())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("tail", [0, 1])
+@pytest.mark.parametrize(("tail", "checkpointing"), [(0, True), (1, False)], ids=["checkpointed", "kept"])
 def test_an_exact_back_gives_the_gradients_of_the_whole_model(tiny, patcher, checkpointing, tail):
     """Both runs have the LoRA on the middle blocks; one replays the front and freezes the back, one skips nothing."""
     exact = tiny.chosen(1 - tail, 1, tail).with_exact_back()
@@ -274,7 +286,7 @@ def test_an_exact_back_gives_the_gradients_of_the_whole_model(tiny, patcher, che
     got = {}
     for spans, kind in ((exact, "exact"), (tiny.chosen(0, 0), "whole")):
         adapters = tiny.lora(dit, exact, zero=False)
-        source = MemorySource(dit, spans, PLAN, clean)
+        source = MemorySource(dit, spans, PLAN, clean, [0, 1])
         result, gradients = train(
             dit, spans, source, adapters, plan=PLAN, clean=clean, batch_size=2, checkpointing=checkpointing
         )
@@ -287,7 +299,7 @@ def test_an_exact_back_gives_the_gradients_of_the_whole_model(tiny, patcher, che
 
 
 def test_the_folded_form_gives_the_gradients_of_the_cached_one_while_the_lora_is_zero(tiny, patcher):
-    for counts in some_spans(tiny):
+    for counts in ((1, 2), (tiny.num_blocks - 1, 0)):
         spans = tiny.chosen(*counts)
         cached = tiny.run(patcher, spans, batch_size=2)
         folded = tiny.run(patcher, spans, batch_size=2, source=FoldedSource())
@@ -429,7 +441,8 @@ def test_no_parameter_of_a_skipped_block_is_loaded(watched, tiny, patcher):
     dit = tiny.hosted(patcher)
     precompute_residuals(dit, PLAN, tiny.clean_latents(), tiny.chosen(1, 2), range(2))
     assert watched == [{name} for name in tiny.blocks]
-    for counts in some_spans(tiny):
+    last = tiny.num_blocks - 1
+    for counts in ((0, 0), (1, 2), (last, 0), (0, last)):
         spans = tiny.chosen(*counts)
         tiny.run(patcher, spans)
         assert watched[-1] == {tiny.blocks[index] for index in spans.kept}
@@ -447,20 +460,26 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(tiny, patcher):
     assert comfy.model_management.in_training is False
 
 
+@pytest.fixture(scope="module")
+def trained(tiny, patcher):
+    """A LoRA that is not zero, as (adapters, the model's output with it, the output without it)."""
+    dit, clean, spans = tiny.hosted(patcher), tiny.clean_latents(), tiny.chosen(1, 0)
+    adapters = tiny.lora(dit, spans, zero=False)
+    residuals = precomputed(dit, spans, clean, [0]).residuals
+    return adapters, replayed(dit, spans, residuals, clean, [0], adapters), tiny.full_forward(dit, clean, [0])
+
+
 @pytest.mark.parametrize("form", ["peft", "kohya", "host"])
-def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(tiny, patcher, tmp_path, form):
+def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(tiny, patcher, trained, tmp_path, form):
     import comfy.sd
     import comfy.utils
     from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
     from blockskip_pack.blockskip_core.hosts.files.lora_files import save_lora
 
-    dit, clean, spans = tiny.hosted(patcher), tiny.clean_latents(), tiny.chosen(1, 0)
-    adapters = tiny.lora(dit, spans, zero=False)
+    (adapters, expected, plain), clean = trained, tiny.clean_latents()
     state = adapters.state_dict()
     tensors = to_host_lora(state, adapters.scale) if form == "host" else to_file_tensors(state, adapters.scale, form)
     save_lora(tensors, {"steps": 3}, tmp_path / "toy.safetensors")
-    residuals = precompute_residuals(dit, PLAN, clean, spans, [0]).residuals
-    expected = replayed(dit, spans, residuals, clean, [0], adapters)
 
     lora = comfy.utils.load_torch_file(str(tmp_path / "toy.safetensors"))
     loaded, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
@@ -469,7 +488,7 @@ def test_a_saved_lora_loads_through_the_hosts_loader_and_acts_as_in_training(tin
     ours, count, _ = apply_lora(patcher, lora, 1.0)
     assert count == len(adapters.names)
     assert torch.equal(tiny.full_forward(tiny.hosted(ours), clean, [0]), got)
-    assert not torch.allclose(got, tiny.full_forward(dit, clean, [0]), atol=1e-3)
+    assert not torch.allclose(got, plain, atol=1e-3)
 
 
 def test_crops_become_latents_without_an_axis_of_frames_in_the_models_scale(tiny, patcher):

@@ -99,7 +99,7 @@ def along_a_direction(tiny, dit, counts, distances, dtype=torch.float32):
     """Gradients of a step; what they say along a random direction; central differences; and the run of that step."""
     spans = selection(*counts, len(dit.blocks))
     clean = tiny.clean_latents(dtype=dtype)
-    source = MemorySource(dit, spans, PLAN, clean)
+    source = MemorySource(dit, spans, PLAN, clean, [0])
     generator = torch.Generator().manual_seed(3)
     directions: dict[str, torch.Tensor] = {}
 

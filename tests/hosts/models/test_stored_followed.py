@@ -59,7 +59,7 @@ def gradients(patcher, case, spans):
         dit, spans, wanted=dit.lora_layers(spans, "attention and mlp").__contains__, dtype=torch.float32, zero=False,
         size=0.05,
     )  # fmt: skip
-    source = MemorySource(dit, spans, PLAN, clean)
+    source = MemorySource(dit, spans, PLAN, clean, [0])
     result, found = train(dit, spans, source, adapters, plan=PLAN, clean=clean, learning_rate=1e-12)
     return result, found
 
@@ -170,7 +170,7 @@ def test_every_followed_class_is_trained_from_quantised_weights(tiny):
     found, expected = [], []
     for model, gradients_of in ((patcher, found), (twin, expected)):
         hosted = tiny.hosted(model)
-        source = MemorySource(hosted, spans, PLAN, clean)
+        source = MemorySource(hosted, spans, PLAN, clean, [0])
         _, gradients = train(
             hosted, spans, source, tiny.lora(hosted, spans, zero=False), plan=PLAN, clean=clean, learning_rate=1e-12
         )
