@@ -98,13 +98,13 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "guidance_embed": False, "axes_dim": [8, 8],
     }, latent_shape=(64, 3, 5), extra=_with_guidance),
     _family("kandinsky5", "Kandinsky5Image", {
-        "image_model": "kandinsky5", "model_dim": 32, "ff_dim": 64, "visual_embed_dim": 64, "num_text_blocks": 2,
-        "num_visual_blocks": 8, "axes_dims": (4, 6, 6), "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24,
+        "image_model": "kandinsky5", "model_dim": 32, "ff_dim": 64, "visual_embed_dim": 64, "num_text_blocks": 1,
+        "num_visual_blocks": 4, "axes_dims": (4, 6, 6), "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24,
         "rope_scale_factor": (1.0, 1.0, 1.0),
     }, frames=True, settings=_pooled, extra=_with_vector),
     TinyFamily(name="anima", family="anima", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=64, frames=True, settings=_t5_ids, build=partial(_small_anima, {
         "image_model": "anima", "max_img_h": 24, "max_img_w": 24, "max_frames": 8, "in_channels": 16, "out_channels": 16,
-        "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256, "num_blocks": 6, "num_heads": 2,
+        "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256, "num_blocks": 4, "num_heads": 2,
         "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8, "min_fps": 1, "max_fps": 30,
         "concat_padding_mask": True, "rope_enable_fps_modulation": False, "crossattn_emb_channels": 64,
     })),
@@ -118,7 +118,7 @@ FOLLOWED: tuple[TinyFamily, ...] = (
     }, latent_shape=(64, 3, 5)),
     _family("omnigen2", "Omnigen2", {
         "image_model": "omnigen2", "axes_dim_rope": [4, 4, 4], "axes_lens": [64, 64, 64], "hidden_size": 48,
-        "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 8,
+        "in_channels": 16, "multiple_of": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 4,
         "num_refiner_layers": 1, "patch_size": 2, "text_feat_dim": 20, "timestep_scale": 1000.0,
     }, settings=unmasked, extra=with_length, lengths=(5, 5, 5)),
     _family("ernie", "ErnieImage", {

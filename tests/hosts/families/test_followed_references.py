@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import UnsupportedModelError
-from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
 
 from ..edit_models import edit_model
 from ..followed_families import family
-from ..tiny_families import PLAN, replayed, selection
+from ..tiny_families import precomputed, replayed, selection
 from . import test_followed
 from .test_followed_text import Sampled
 
@@ -33,14 +32,14 @@ def test_front_middle_and_back_together_are_the_whole_model(tiny, patcher):
     count, full = len(dit.blocks), tiny.full_forward(dit, clean, [0])
     for front, back, tail in ((count - 1, 0, 0), (1, count - 2, 0), (1, 1, 1)):
         spans = selection(front, back, count, tail)
-        computed = precompute_residuals(dit, PLAN, clean, spans, [0])
+        computed = precomputed(dit, spans, clean, [0])
         skipping = replayed(dit, spans, computed.residuals, clean, [0])
         torch.testing.assert_close(skipping, full, atol=1e-5 if back else 0.0, rtol=0.0, msg=f"{front}, {back}, {tail}")
 
 
 def test_what_is_stored_is_what_the_adapter_says(tiny, patcher):
     dit, clean = tiny.hosted(patcher), tiny.clean_latents()
-    stored = precompute_residuals(dit, PLAN, clean, selection(1, 1, len(dit.blocks)), [0]).residuals[0]
+    stored = precomputed(dit, selection(1, 1, len(dit.blocks)), clean, [0]).residuals[0]
     assert stored.front.img.shape == stored.back.shape == (1, 15, dit.width)
     assert (0 if stored.front.txt is None else stored.front.txt.shape[1]) == dit.text_tokens(0)
     bare = family(tiny.name.removesuffix("_edit")).hosted(patcher)
@@ -75,7 +74,7 @@ def test_without_references_the_model_is_trained_as_before(tiny, patcher):
     tiny.hosted(patcher)
     bare, clean = family(tiny.name.removesuffix("_edit")), tiny.clean_latents()
     dit = bare.hosted(patcher)
-    computed = precompute_residuals(dit, PLAN, clean, selection(1, 0, len(dit.blocks)), [0])
+    computed = precomputed(dit, selection(1, 0, len(dit.blocks)), clean, [0])
     assert torch.equal(computed.reference.denoised, bare.full_forward(dit, clean, [0]))
 
 
