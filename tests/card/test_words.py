@@ -20,7 +20,6 @@ SETTINGS = {
     "captions": "a photo of {word} on grass", "like_word": "dog", "name": "word", "steps": 4, "seed": 3, "resolution": 64,
     "directions": 3, "check_perturbation": False, "resume": False,
 }  # fmt: skip
-WAYS = ("resident", "streamed", "few_pages")
 
 
 @pytest.fixture
@@ -60,8 +59,10 @@ def clip_on_card(folder: Any) -> Any:
     return clip_on(comfy.model_management.get_torch_device(), folder)
 
 
-@pytest.mark.parametrize("residency", ["together", "in turns"])
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize(
+    ("mode", "residency"),
+    [("resident", "together"), ("resident", "in turns"), ("streamed", "together"), ("few_pages", "in turns")],
+)
 def test_it_is_the_word_of_the_cpu(card, learn, embeddings, mode, residency):
     expected = learn(on_cpu(tiny_flux()), clip_on(torch.device("cpu"), embeddings))
     model, clip = tiny_flux(), clip_on_card(embeddings)

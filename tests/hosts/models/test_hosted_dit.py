@@ -15,7 +15,6 @@ from torch import nn
 from ...core.plain_dit import MemorySource, train
 from ..hosted_runs import (
     LATENT_SHAPE,
-    NUM_BLOCKS,
     PLAN,
     captions,
     chosen,
@@ -33,7 +32,7 @@ from ..tiny_flux import assert_same_weights, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-SPANS = [(n, m) for n in range(NUM_BLOCKS) for m in range(NUM_BLOCKS - n)]
+SPANS = [(0, 0), (1, 0), (0, 1), (1, 2), (2, 3), (3, 1), (5, 0), (0, 5)]  # (front, back)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_front_middle_and_back_together_are_the_full_model(model, front, back):
             assert torch.equal(computed.reference.denoised, full)  # streamed block by block
 
 
-@pytest.mark.parametrize("spans", [(2, 3), (0, 3), (3, 0), (1, 1)])
+@pytest.mark.parametrize("spans", [(2, 3), (3, 0)])
 def test_bf16_models_agree_within_their_rounding(comfyui, spans):
     dit, clean = hosted(tiny_flux(dtype=torch.bfloat16)), clean_latents()
     residuals = precompute_residuals(dit, PLAN, clean, chosen(*spans), range(4)).residuals
@@ -71,19 +70,9 @@ def test_bf16_models_agree_within_their_rounding(comfyui, spans):
         assert difference.norm() / removed.norm() <= (2e-2 if spans[1] else 0.0)
 
 
-def test_batches_of_captions_agree_with_single_rows(model):
-    dit, clean, spans = hosted(model), clean_latents(), chosen(1, 2)
-    one = precompute_residuals(dit, PLAN, clean, spans, range(4)).residuals
-    many = precompute_residuals(dit, PLAN, clean, spans, range(4), batch_size=3).residuals
-    for draw in range(4):
-        for name, tensor in one[draw].tensors().items():
-            torch.testing.assert_close(many[draw].tensors()[name], tensor, atol=1e-5, rtol=0.0)
-    together = replayed(dit, spans, one, clean, [1, 3])
-    torch.testing.assert_close(together, full_forward(dit, clean, [1, 3]), atol=1e-5, rtol=0.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spans", [(3, 0), (1, 2), (0, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "spans"), [(torch.float32, (1, 2)), (torch.bfloat16, (3, 0)), (torch.bfloat16, (0, 4))], ids=str
+)
 def test_blocks_that_are_loaded_together_leave_the_same_residuals_to_the_last_bit(comfyui, dtype, spans):
     dit, clean, spans = hosted(tiny_flux(dtype=dtype)), clean_latents(), chosen(*spans)
     one = precompute_residuals(dit, PLAN, clean, spans, range(4))
@@ -135,11 +124,11 @@ def test_blocks_are_listed_in_the_order_in_which_they_run(model):
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spans", [(0, 0), (1, 2), (3, 1), (0, 5), (5, 0)])
+@pytest.mark.parametrize("spans", [(1, 2), (0, 5), (5, 0)])
 def test_gradients_are_those_of_finite_differences(comfyui, spans):
     """In float64, along one random direction per tensor of the LoRA; ComfyUI rounds its output to float32."""
     dit, clean, spans = hosted(tiny_flux(dtype=torch.float64)), clean_latents(dtype=torch.float64), chosen(*spans)
-    source = MemorySource(dit, spans, PLAN, clean)
+    source = MemorySource(dit, spans, PLAN, clean, [0, 1])
     adapters = flux_lora(dit, spans, zero=False, dtype=torch.float64)
     before = [p.detach().clone() for p in adapters.parameters()]
     _, gradients = train(dit, spans, source, adapters, plan=PLAN, clean=clean, batch_size=2, learning_rate=1e-12)
