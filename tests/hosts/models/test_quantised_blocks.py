@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -139,9 +140,8 @@ def test_bytes_of_odd_shapes_are_predicted_and_need_no_memory(weight_format):
     assert predicted_bytes(large, "off") == 2 * 12288 * 3073
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize(("kind", "checkpointing"), zip(DTYPES, cycle((False, True)), strict=False))
 def test_gradients_are_those_of_the_written_out_weights(kind, weight_format, checkpointing):
     """Both use residuals of the model as loaded; the reference model holds the quantised numbers in float32."""
     patcher = flux(kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -23,10 +23,22 @@ GRID = (2, 3)  # of coarse tokens
 each_family = pytest.mark.parametrize("family", PLACED, ids=lambda family: family.name)
 
 
-def empty(family=FLUX, batch=1, patch=2):
+def each_family_with_one_of(name, values):
+    """Every family with one of the values, in turn."""
+    pairs = [(family, values[place % len(values)]) for place, family in enumerate(PLACED)]
+    return pytest.mark.parametrize(("family", name), pairs, ids=[f"{family.name}-{value}" for family, value in pairs])
+
+
+@cache
+def side_of_a_token(family):
+    """In cells of the latent."""
     from blockskip_pack.blockskip_core.hosts.families.sampled_families import positions_of
 
-    patch = positions_of(family.build())[1] if family is not FLUX else patch
+    return positions_of(family.build())[1]
+
+
+def empty(family=FLUX, batch=1, patch=2):
+    patch = side_of_a_token(family) if family is not FLUX else patch
     shape = (family.latent_shape[0], *((1,) if family.frames else ()), 2 * patch * GRID[0], 2 * patch * GRID[1])
     return torch.zeros(batch, *shape)
 
@@ -55,8 +67,7 @@ def core_euler(patcher, family, sigmas, latent, cfg, seed=3):
     )  # fmt: skip
 
 
-@each_family
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@each_family_with_one_of("cfg", (1.0, 4.0))
 def test_one_stage_is_core_s_euler_bit_for_bit(family, cfg):
     patcher, latent, plan = family.build(), empty(family, batch=2), solved_plan((4,), (1.0,))
     found = sample(patcher, family, plan=plan, latent=latent, cfg=cfg)
@@ -423,8 +434,7 @@ def test_a_cache_that_watches_the_step_sees_every_stage_begin():
 # --- cleaning up, and refused inputs ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0, 3, 6])
-@each_family
+@each_family_with_one_of("step", (0, 3, 6))
 def test_a_run_that_is_stopped_leaves_the_model_as_it_was(family, step):
     import comfy.model_management
 
