@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT / "demo" / "assets"
+
+
+@pytest.fixture(scope="module")
+def loaded(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The world, loaded once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("demo", "benchmarks"):
+            patch.syspath_prepend(str(ROOT / folder))
+        return importlib.import_module("quality_world").Bench(ASSETS, tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
-def small(bench: Callable[[str], ModuleType], tmp_path: Path) -> SimpleNamespace:
+def small(bench: Callable[[str], ModuleType], loaded: Any, tmp_path: Path) -> SimpleNamespace:
     """The benchmark with few steps, writing to a temporary folder."""
-    quality = bench("quality")
-    settings = bench("quality_world").Settings(steps=60, draws=120, held_out=3, prompts=1, sampling_steps=3)
-    return SimpleNamespace(
-        quality=quality, settings=settings, world=bench("quality_world").Bench(ASSETS, tmp_path), folder=tmp_path
-    )
+    settings = bench("quality_world").Settings(steps=40, draws=48, held_out=3, prompts=1, sampling_steps=3)
+    loaded.results = tmp_path
+    return SimpleNamespace(quality=bench("quality"), settings=settings, world=loaded, folder=tmp_path)
 
 
 def options(**changes: Any) -> SimpleNamespace:
@@ -34,7 +44,7 @@ def test_with_residuals_it_learns_and_without_it_does_not(small: SimpleNamespace
     arms, loss = bench("quality_arms"), {}
     with torch.no_grad():
         for stand_in in ("cached", "nothing"):
-            arm = arms.Arm(stand_in, "", choice="preset", ratio=0.5, stand_in=stand_in)
+            arm = arms.Arm(stand_in, "", views="resize", choice="preset", ratio=0.5, stand_in=stand_in)
             model, _ = small.quality.train(small.world, arm, "toby", 0, small.settings)
             loss[stand_in] = small.world.held_out_loss(model, "toby", arms.SMALL, small.settings)
         base = small.world.held_out_loss(small.world.model, "toby", arms.SMALL, small.settings)
@@ -56,7 +66,9 @@ def test_every_stand_in_trains_and_starts_from_the_full_model(small: SimpleNames
     few = bench("quality_world").Settings(steps=4, draws=8)
     with torch.no_grad():
         for stand_in in ("cached", "on the fly", "refreshed", "diagonal", "linear", "linear, refreshed", "new linear"):
-            arm = arms.Arm("one", "", choice="preset", ratio=0.5, stand_in=stand_in, changes={"refreshes": 1})
+            arm = arms.Arm(
+                "one", "", views="resize", choice="preset", ratio=0.5, stand_in=stand_in, changes={"refreshes": 1}
+            )
             _, costs = small.quality.train(small.world, arm, "pip", 0, few)
             assert math.isfinite(costs["loss"])
             assert (costs["front"], costs["back"]) == (4, 2)
@@ -73,7 +85,8 @@ def test_the_places_of_the_skipped_blocks_train_too(small: SimpleNamespace, benc
     spans = {}
     with torch.no_grad():
         for name in (arm.name for arm in arms.ARMS if arm.part == arms.WHERE):
-            _, costs = small.quality.train(small.world, arms.arm_named(name), "pip", 0, few)
+            arm = replace(arms.arm_named(name), views="resize")
+            _, costs = small.quality.train(small.world, arm, "pip", 0, few)
             assert math.isfinite(costs["loss"])
             spans[name] = bench("quality_report").spans_of(costs)
     assert spans["span before the last block"] == spans["span before the last block, new linear"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,19 +28,24 @@ def folders(comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "models"
 
 
-@pytest.fixture
-def loaded(folders: Path, demo: Callable[[str], ModuleType]) -> SimpleNamespace:
-    """MODEL, VAE and CLIP from the loader nodes."""
+@pytest.fixture(scope="module")
+def loaded(comfyui: Path) -> SimpleNamespace:
+    """MODEL, VAE and CLIP from the loader nodes, and the reader; all loaded once."""
+    import folder_paths
     import nodes
 
-    names = demo("host")
-    encoder = demo("blockskip_demo_nodes").LoadTextEncoder()
-    return SimpleNamespace(
-        model=nodes.UNETLoader().load_unet(names.DIT_FILE, "default")[0],
-        vae=nodes.VAELoader().load_vae(names.VAE_FILE)[0],
-        clip=encoder.load(names.TEXT_FILE)[0],
-        reader=demo("world_reader").load_reader(folders / names.READER_FILE),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ASSETS.parent))
+        for kind in ("diffusion_models", "vae", "text_encoders"):
+            patch.setitem(folder_paths.folder_names_and_paths, kind, ([str(ASSETS)], {".safetensors"}))
+        patch.setattr(folder_paths, "filename_list_cache", {})
+        names, encoders, readers = map(importlib.import_module, ("host", "blockskip_demo_nodes", "world_reader"))
+        return SimpleNamespace(
+            model=nodes.UNETLoader().load_unet(names.DIT_FILE, "default")[0],
+            vae=nodes.VAELoader().load_vae(names.VAE_FILE)[0],
+            clip=encoders.LoadTextEncoder().load(names.TEXT_FILE)[0],
+            reader=readers.load_reader(ASSETS / names.READER_FILE),
+        )
 
 
 def test_all_files_together_are_small() -> None:

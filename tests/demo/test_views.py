@@ -98,8 +98,8 @@ def test_rectangles_are_read_in_the_square_where_the_place_reads_the_same(demo, 
     scenes = demo("world_data").held_out_scenes(60)
     drawn = demo("world_data").to_tensor([world.render(scene, size) for scene in scenes]).float() / 255
     reader = reading.load_reader(ASSETS / "blockskip_world_reader.safetensors")
+    answers = reading.read(reader, evaluation.reading_windows(drawn, scenes))
     for name, least in (("shape", 0.98), ("place", 0.98), ("size", 0.98), ("finish", 0.98)):
-        answers = reading.read(reader, evaluation.reading_windows(drawn, scenes))
         right = [answer[name] == getattr(scene, name) for answer, scene in zip(answers, scenes, strict=True)]
         assert sum(right) / len(right) >= least, name
     elsewhere = [world.Scene(**{**vars(scene), "place": OPPOSITE[scene.place]}) for scene in scenes]

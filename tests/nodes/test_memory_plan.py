@@ -64,10 +64,16 @@ def test_the_node_shows_the_plan_as_set_and_as_run(plan, bench):
         assert shown["advice"].startswith("No change of settings")
 
 
-@pytest.mark.parametrize("residual_format", ["exact", "int8"])
-@pytest.mark.parametrize("back_residual", ["constant", "linear"])
-@pytest.mark.parametrize("storage", ["disk", "chunked"])
-@pytest.mark.parametrize("spans", [{}, {"front": 1, "back": 2, "tail": 1}], ids=["ends", "span"])
+ENDS, SPAN = {}, {"front": 1, "back": 2, "tail": 1}
+
+
+@pytest.mark.parametrize(
+    ("spans", "storage", "back_residual", "residual_format"),  # every pair of values
+    [
+        (ENDS, "disk", "constant", "exact"), (ENDS, "chunked", "linear", "int8"), (SPAN, "disk", "linear", "int8"),
+        (SPAN, "chunked", "constant", "int8"), (SPAN, "chunked", "linear", "exact"), (ENDS, "disk", "constant", "int8"),
+    ],
+)  # fmt: skip
 def test_the_bytes_on_disk_are_those_of_the_run(bench, nodes, residual_format, back_residual, storage, spans):
     settings = {"residual_format": residual_format, "back_residual": back_residual, "chunk_size": 4, "storage": storage}
     selection = bench.select(**spans)[0]

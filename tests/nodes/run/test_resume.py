@@ -24,8 +24,11 @@ def said(trained):
     return trained.ui["blockskip"][0]
 
 
-@pytest.mark.parametrize("spans", [{}, {"front": 1, "back": 2, "tail": 1}], ids=["ends", "span"])
-@pytest.mark.parametrize("storage", ["disk", "chunked", "on the fly"])
+@pytest.mark.parametrize(
+    ("storage", "spans"),
+    [("disk", {}), ("chunked", {}), ("on the fly", {}), ("disk", {"front": 1, "back": 2, "tail": 1})],
+    ids=["disk", "chunked", "on the fly", "disk-span"],
+)
 def test_queueing_again_after_cancel_goes_on_to_the_same_lora(bench, nodes, monkeypatch, storage, spans):
     residuals = bench.precompute(selection=bench.select(**spans)[0], storage=storage)[0]
     expected = uninterrupted(bench, residuals)
@@ -139,8 +142,7 @@ def earlier(bench):
     return trained
 
 
-@pytest.mark.parametrize("form", ["output", "peft", "kohya"])
-@pytest.mark.parametrize("alpha", [0.0, 8.0, 2.0])
+@pytest.mark.parametrize(("form", "alpha"), [("output", 0.0), ("peft", 8.0), ("kohya", 2.0), ("output", 2.0)])
 def test_a_lora_is_trained_further_from_where_it_was(bench, core, earlier, form, alpha):
     lora = earlier if form == "output" else core("hosts.files.lora_files").load_lora_file(f"{form}_00001_.safetensors")
     further = bench.train(steps=1, learning_rate=1e-8, alpha=alpha, weight_decay=0.0, start_from=dict(lora))[0]
