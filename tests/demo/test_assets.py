@@ -32,6 +32,7 @@ def folders(comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def loaded(comfyui: Path) -> SimpleNamespace:
     """MODEL, VAE and CLIP from the loader nodes, and the reader; all loaded once."""
     import folder_paths
+
     import nodes
 
     with pytest.MonkeyPatch.context() as patch:
