@@ -1,6 +1,6 @@
-"""The pack twice in one server, as after a git clone and an install by the Manager: one copy works, undisturbed.
+"""The pack twice in one server, as after two ways of installing it: one copy works, undisturbed.
 
-The second copy contains only the files of a release. It also runs by itself.
+Both contain only the files of a release, so what works here works with these.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def crowded(start_server: Callable[..., Any], demo_parts: dict[str, Any], release: Path) -> Iterator[Any]:
-    """A server with both copies."""
-    packs = {**demo_parts["packs"], "dit-blockskip-copy": release}
+    """A server with two copies of a release in the place of the working copy."""
+    packs = {**demo_parts["packs"], **dict.fromkeys(COPIES, release)}
     with start_server(host_or_skip("COMFYUI_PATH"), **{**demo_parts, "packs": packs}) as running:
         yield running
 
@@ -70,7 +70,7 @@ def test_the_nodes_of_one_copy_are_there_and_the_frontend_finds_their_pages(clie
     assert modules.pop().removeprefix("custom_nodes.") in COPIES
 
 
-def test_a_workflow_runs(client: Any, load_workflow: Callable[..., Any]) -> None:
+def test_the_files_of_a_release_are_enough_for_a_workflow(client: Any, load_workflow: Callable[..., Any]) -> None:
     prompt = load_workflow("my_first_lora")
     summary = output_of(succeed(client, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]
     assert (summary["steps"], summary["problems"]) == (4, [])
@@ -82,14 +82,3 @@ def test_the_frontend_opens_a_workflow_without_a_complaint(crowded: Any) -> None
     command = ["node", str(ROOT / "devtools" / "check_workflow.mjs"), crowded.url, str(template)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-
-
-def test_the_files_of_a_release_are_enough(
-    start_server: Callable[..., Any], demo_parts: dict[str, Any], release: Path, load_workflow: Callable[..., Any]
-) -> None:
-    packs = {**demo_parts["packs"], "dit-blockskip": release}  # instead of the working copy
-    prompt = load_workflow("my_first_lora")
-    with start_server(host_or_skip("COMFYUI_PATH"), **{**demo_parts, "packs": packs}) as server:
-        alone = load_devtool("comfy_client").ComfyClient(server.url)
-        assert alone.status("/extensions/dit-blockskip/docs/BlockSkip_TrainLora.md") == 200
-        assert output_of(succeed(alone, prompt), prompt, "Dynamic Patch Trainer")["blockskip"][0]["steps"] == 4
