@@ -120,7 +120,7 @@ def examples(count):
     return settings(max_examples=count, suppress_health_check=list(HealthCheck))
 
 
-@examples(300)
+@examples(105)
 @given(data=st.data())
 def test_select_blocks(world, data):
     node = world.nodes.SelectBlocks
@@ -141,7 +141,7 @@ def test_select_blocks(world, data):
     holds(world, node, **values)
 
 
-@examples(100)
+@examples(35)
 @given(data=st.data())
 def test_select_blocks_that_measures(world, data):
     node = world.nodes.SelectBlocks
@@ -162,7 +162,7 @@ def test_select_blocks_that_measures(world, data):
     holds(world, node, **values)
 
 
-@examples(25)
+@examples(10)
 @given(data=st.data())
 def test_memory_plan(world, data):
     node = world.nodes.MemoryPlan
@@ -181,7 +181,7 @@ def test_memory_plan(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(250)
+@examples(90)
 @given(data=st.data())
 def test_precompute_residuals(world, data):
     node = world.nodes.PrecomputeResiduals
@@ -204,7 +204,7 @@ def test_precompute_residuals(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(200)
+@examples(70)
 @given(data=st.data())
 def test_dynamic_patch_trainer(world, data):
     node = world.nodes.TrainLora
@@ -224,14 +224,14 @@ def test_dynamic_patch_trainer(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(80)
+@examples(30)
 @given(lora=st.data())
 def test_a_lora_to_start_from(world, lora):
     start = lora.draw(strategies.loras(world.lora))
     holds(world, world.nodes.TrainLora, **TRAIN, model=world.model, residuals=world.residuals, start_from=start)
 
 
-@examples(250)
+@examples(90)
 @given(data=st.data())
 def test_apply_lora(world, data):
     inputs = {
@@ -243,7 +243,7 @@ def test_apply_lora(world, data):
     holds(world, world.nodes.ApplyLora, **strategies.drawn(data, inputs, most_odd=1))
 
 
-@examples(60)
+@examples(20)
 @given(data=st.data())
 def test_compare_pictures(world, data):
     images = strategies.pictures()
@@ -253,7 +253,7 @@ def test_compare_pictures(world, data):
     holds(world, world.nodes.ComparePictures, **strategies.drawn(data, {"before": one, "after": one}))
 
 
-@examples(120)
+@examples(40)
 @given(data=st.data())
 def test_sample_while_training(world, data):
     node = next(node for node in world.nodes.NODE_CLASSES if node.__name__ == "SampleWhileTraining")
@@ -266,7 +266,7 @@ def test_sample_while_training(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(120)
+@examples(40)
 @given(data=st.data())
 def test_ralu_sampler(world, data):
     node = world.nodes.RaluSampler
@@ -292,7 +292,7 @@ def test_ralu_sampler(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(30)
+@examples(10)
 @given(data=st.data())
 def test_train_patch_adapters(world, data):
     node = world.nodes.TrainPatchAdapters
@@ -311,7 +311,7 @@ def test_train_patch_adapters(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(120)
+@examples(40)
 @given(data=st.data())
 def test_dynamic_patches(world, data):
     node = world.nodes.DynamicPatchesNode
@@ -327,20 +327,20 @@ def test_dynamic_patches(world, data):
     holds(world, node, **strategies.drawn(data, inputs))
 
 
-@examples(60)
+@examples(20)
 @given(name=strategies.NAMES)
 def test_load_patch_adapters(world, name):
     holds(world, world.nodes.LoadPatchAdapters, file=name)
 
 
-@examples(50)
+@examples(20)
 @given(folder=strategies.NAMES | strategies.STRANGERS | st.sampled_from(["toy", "../beside"]))
 def test_a_reference_folder(world, folder):
     outcome = holds(world, world.nodes.LoadTrainingFolder, folder="toy", reference_folder=folder)
     assert outcome == ("success" if folder == "none" else "InvalidInputError")
 
 
-@examples(100)
+@examples(35)
 @given(name=strategies.NAMES, absolute=st.booleans())
 def test_a_name_reaches_no_other_folder(world, name, absolute):
     """Absolute names point to a watched folder outside ComfyUI's."""
@@ -351,7 +351,7 @@ def test_a_name_reaches_no_other_folder(world, name, absolute):
     assert not absolute or ".." in name or outcome == "InvalidInputError"
 
 
-@examples(150)
+@examples(50)
 @given(
     folder=strategies.NAMES
     | strategies.STRANGERS

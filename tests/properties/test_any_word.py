@@ -30,7 +30,7 @@ def taught(world):  # noqa: F811
         yield world
 
 
-@examples(150)
+@examples(50)
 @given(data=st.data())
 def test_train_word(taught, data):
     node = taught.nodes.TrainWord
@@ -55,7 +55,7 @@ def test_train_word(taught, data):
     assert "load_model" not in vars(taught.clip)
 
 
-@examples(80)
+@examples(30)
 @given(name=strategies.NAMES, absolute=st.booleans())
 def test_a_words_name_reaches_no_other_folder(taught, name, absolute):
     """Absolute names point to a watched folder outside ComfyUI's."""
@@ -65,7 +65,7 @@ def test_a_words_name_reaches_no_other_folder(taught, name, absolute):
     assert not absolute or outcome == "InvalidInputError"
 
 
-@examples(60)
+@examples(20)
 @given(captions=st.text(max_size=60) | st.builds("{} {{word}} {}".format, st.text(max_size=20), st.text(max_size=20)),
        like=st.text(max_size=30) | strategies.NAMES)  # fmt: skip
 def test_any_caption_and_any_known_word(taught, captions, like):

@@ -85,13 +85,13 @@ def mixed(usual, odd, place):
     return [*usual[:place], odd, *usual[place:]], place + 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(pictures=st.lists(USUAL, min_size=1, max_size=3))
 def test_usual_pictures_are_taken_without_a_word(world, pictures):
     assert list(world.precompute(pictures).remarks) == []
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(usual=st.lists(USUAL, max_size=3), odd=REFUSED, place=st.integers(0, 3))
 def test_what_is_no_picture_is_refused_by_its_number(world, usual, odd, place):
     pictures, number = mixed(usual, odd, place)
@@ -102,7 +102,7 @@ def test_what_is_no_picture_is_refused_by_its_number(world, usual, odd, place):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(usual=st.lists(USUAL, max_size=3), odd=REFUSED, place=st.integers(0, 3))
 def test_what_is_no_picture_is_refused_by_its_file(world, usual, odd, place):
     pictures, number = mixed(usual, odd, place)
@@ -118,7 +118,7 @@ def test_what_is_no_picture_is_refused_by_its_file(world, usual, odd, place):
     assert named or unknown or as_latents or badly_shaped
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(usual=st.lists(USUAL, max_size=3), blank=BLANK, place=st.integers(0, 3))
 def test_a_picture_of_one_colour_is_named(world, usual, blank, place):
     pictures, number = mixed(usual, blank, place)
@@ -129,7 +129,7 @@ def test_a_picture_of_one_colour_is_named(world, usual, blank, place):
     )
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(usual=st.lists(USUAL, max_size=2), seed=SEEDS, hidden=st.floats(0.05, 1.0), place=st.integers(0, 2))
 def test_a_transparent_picture_is_named(world, usual, seed, hidden, place):
     alpha = torch.ones(1, SIDE, SIDE, 1)
@@ -139,7 +139,7 @@ def test_a_transparent_picture_is_named(world, usual, seed, hidden, place):
     assert remark.startswith(f"1 of {len(pictures)} pictures is partly transparent: number {number}. ")
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(which=st.lists(st.integers(0, 5), min_size=2, max_size=6))
 def test_captions_that_are_the_same_by_accident_are_noticed(world, which):
     """Two of many may well be equal."""
@@ -154,14 +154,14 @@ def test_captions_that_are_the_same_by_accident_are_noticed(world, which):
         assert remarks == []
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(repeats=st.integers(2, 4))
 def test_a_picture_that_is_repeated_repeats_its_caption(world, repeats):
     positive = world.listed(world.captions[:2] * repeats)
     assert list(world.precompute([noisy(0.0, 1.0, seed) for seed in (1, 2)] * repeats, positive).remarks) == []
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(texts=st.lists(st.sampled_from(["", "a toy", "a dog"]), min_size=2, max_size=6))
 def test_captions_that_are_empty_are_named(world, texts):
     files = [world.file(f"{index}.png", text) for index, text in enumerate(texts)]

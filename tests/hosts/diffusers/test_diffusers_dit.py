@@ -144,7 +144,7 @@ def gradients_of_the_whole_model(tiny, dit, adapters, clean):
     return {f"{name}.{part}": x.grad for name, pair in tensors.items() for part, x in zip("AB", pair[:2], strict=True)}
 
 
-@pytest.mark.parametrize("front", [0, 2])
+@pytest.mark.parametrize("front", [1])
 def test_with_only_a_front_skipped_gradients_are_those_of_the_whole_model(tiny, exact, front):
     spans, clean = tiny.chosen(front, 0), tiny.clean_latents(torch.float64)
     adapters = tiny.lora(exact, spans, zero=False)
@@ -160,28 +160,35 @@ def test_with_only_a_front_skipped_gradients_are_those_of_the_whole_model(tiny, 
 @pytest.mark.parametrize("counts", [(1, 1, 0), (0, 1, 1)])
 def test_gradients_are_those_of_central_differences(tiny, exact, counts):
     spans, clean = tiny.chosen(*counts), tiny.clean_latents(torch.float64)
-    source, generator, directions = MemorySource(exact, spans, PLAN, clean, [0]), torch.Generator().manual_seed(3), {}
+    source, generator = MemorySource(exact, spans, PLAN, clean, [0]), torch.Generator().manual_seed(3)
+    adapters = tiny.lora(exact, spans, zero=False)
+    tensors = {
+        f"{name}.{part}": tensor
+        for name in adapters.names
+        for part, tensor in (("A", adapters.down(name)), ("B", adapters.up(name)))
+    }
+    before = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    directions = {key: torch.randn(x.shape, generator=generator, dtype=x.dtype) for key, x in tensors.items()}
 
     def moved(distance):
-        adapters = tiny.lora(exact, spans, zero=False)
-        with torch.no_grad():
-            for name in adapters.names:
-                for part, tensor in (("A", adapters.down(name)), ("B", adapters.up(name))):
-                    if (name, part) not in directions:
-                        directions[name, part] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-                    tensor.add_(directions[name, part], alpha=distance)
+        for key, tensor in tensors.items():
+            tensor.data.copy_(before[key] + distance * directions[key])
         return adapters
 
-    def run(distance, **settings):
+    def gradients_of(**settings):
         settings = {"plan": PLAN, "clean": clean, "learning_rate": 1e-12, "max_grad_norm": 0.0, **settings}
-        return train(exact, spans, source, moved(distance), **settings)
+        return train(exact, spans, source, moved(0.0), **settings)[1]
 
-    _, gradients = run(0.0)
-    along = sum((gradients[f"{name}.{part}"] * x).sum() for (name, part), x in directions.items()).item()
+    def loss(distance):
+        _, target, sigmas = noisy_batch(PLAN, clean, [0])
+        denoised = replayed(exact, spans, source.computed.residuals, clean, [0], moved(distance))
+        return velocity_loss(denoised, target, sigmas).item()
+
+    gradients = gradients_of()
+    along = sum((gradients[key] * x).sum() for key, x in directions.items()).item()
     step = 1e-3  # larger than rounding: rotary positions are float32 in all of these classes
-    slope = (run(step)[0].losses[0] - run(-step)[0].losses[0]) / (2 * step)
-    assert slope == pytest.approx(along, rel=1e-3)
-    _, plain = run(0.0, checkpointing=False)
+    assert (loss(step) - loss(-step)) / (2 * step) == pytest.approx(along, rel=1e-3)
+    plain = gradients_of(checkpointing=False)
     assert all(torch.equal(plain[name], gradient) for name, gradient in gradients.items())
 
 

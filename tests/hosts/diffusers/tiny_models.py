@@ -6,6 +6,7 @@ The calls (``plain``) are an independent reference for the host's: packing and p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,13 +122,15 @@ class TinyModel:
         return result, gradients, adapters
 
 
-def replayed(dit: DiffusersDit, spans, residuals, clean: Tensor, draws: Sequence[int]) -> Tensor:
-    """The skipping model's output."""
+def replayed(dit: DiffusersDit, spans, residuals, clean: Tensor, draws: Sequence[int], adapters=None) -> Tensor:
+    """The skipping model's output, with the LoRA if there is one."""
     stand_ins = SkippingModel(dit, spans, checkpointed=False, folded=False)
     noisy, _, sigmas = noisy_batch(PLAN, clean, draws)
     with torch.no_grad(), dit.running(stand_ins.modules) as denoise:
         stand_ins.replay(residuals.__getitem__, draws, None)
-        return denoise(noisy, sigmas, [PLAN[draw].caption for draw in draws])
+        attached = adapters.attached(stand_ins.linears(), dit.weight_for_backward) if adapters else nullcontext()
+        with attached:
+            return denoise(noisy, sigmas, [PLAN[draw].caption for draw in draws])
 
 
 # --- the families ------------------------------------------------------------------------------------------------
