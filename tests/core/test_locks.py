@@ -22,9 +22,11 @@ LONGEST_WAIT_S = 60
 # A process that locks a target and reports it; then it waits, or lets a forked child wait.
 HOLDER = """
 import os, sys, time
-sys.path.insert(0, sys.argv[1])
-from blockskip_core.locks import try_lock
 from pathlib import Path
+from types import ModuleType
+package = sys.modules["blockskip_core"] = ModuleType("blockskip_core")  # without what it imports, which takes seconds
+package.__path__ = [str(Path(sys.argv[1]) / "blockskip_core")]
+from blockskip_core.locks import try_lock
 held = try_lock(Path(sys.argv[2]), shared=sys.argv[3] == "shared")
 child = os.fork() if sys.argv[4] == "fork" else None
 if child == 0:
