@@ -14,9 +14,9 @@ from . import tiny_graph
 
 SEED = 20
 STORAGES = ("disk", "chunked")
-KILLS_IN_TIME = 10
-KILLS_AT_EVENTS = 10
-KILLS_IN_A_ROW = 8
+KILLS_IN_TIME = 6
+KILLS_AT_EVENTS = 6
+KILLS_IN_A_ROW = 5
 AGE_S = 3600.0
 
 

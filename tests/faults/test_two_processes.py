@@ -16,8 +16,8 @@ from .fork_client import Order
 SEED = 30
 STORAGES = ("disk", "chunked", "on the fly")
 RATES = {"the same run": (1e-2, 1e-2), "two learning rates": (1e-2, 2e-2)}
-KILLS_OF_ONE = 12
-KILLS_OF_BOTH = 4
+KILLS_OF_ONE = 6
+KILLS_OF_BOTH = 3
 AGE_S = 3600.0
 
 
