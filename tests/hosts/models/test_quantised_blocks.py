@@ -141,7 +141,7 @@ def test_bytes_of_odd_shapes_are_predicted_and_need_no_memory(weight_format):
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize(("kind", "checkpointing"), zip(DTYPES, cycle((False, True)), strict=False))
+@pytest.mark.parametrize(("kind", "checkpointing"), list(zip(DTYPES, cycle((False, True)), strict=False)))
 def test_gradients_are_those_of_the_written_out_weights(kind, weight_format, checkpointing):
     """Both use residuals of the model as loaded; the reference model holds the quantised numbers in float32."""
     patcher = flux(kind)

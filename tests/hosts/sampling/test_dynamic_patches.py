@@ -83,7 +83,7 @@ def dynamic(patcher, text, trained=None, on_step=None, scales=(2,), family=FLUX)
     return DynamicPatches(patcher, trained, TypedWindows(text, list(trained.scales)), on_step).patcher
 
 
-@pytest.mark.parametrize(("sampler", "cfg"), zip(SAMPLERS, (1.0, 4.0, 4.0, 1.0), strict=True))
+@pytest.mark.parametrize(("sampler", "cfg"), list(zip(SAMPLERS, (1.0, 4.0, 4.0, 1.0), strict=True)))
 def test_steps_with_the_models_own_patches_are_the_plain_model_bit_for_bit(sampler, cfg):
     patcher, latent = tiny_flux(), empty(batch=2)
     plain = sampled(patcher, latent=latent, sampler=sampler, cfg=cfg)
