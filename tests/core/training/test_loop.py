@@ -16,6 +16,7 @@ from ..plain_dit import (
     latents,
     lora_for,
     lora_tensors,
+    needed,
     reference_denoise,
     schedule,
     selection,
@@ -58,16 +59,21 @@ def trained(front, back, tail=0, *, zero=False, dit=None, plan=None, clean=None,
     """Train one run and return (dit, selection, adapters before the run, result, gradients)."""
     dit, plan, chosen = dit or PlainDit(), plan or schedule(), selection(front, back, tail=tail)
     clean = latents(len(plan)) if clean is None else clean
-    source = source or MemorySource(dit, chosen, plan, clean)
+    source = source or MemorySource(dit, chosen, plan, clean, needed(len(plan), **settings))
     result, gradients = train(dit, chosen, source, lora_for(dit, chosen, zero=zero), plan=plan, clean=clean, **settings)
     return dit, chosen, lora_for(dit, chosen, zero=zero), result, gradients
+
+
+def each_with_one_of(names, spans, **options):
+    """Every span once, with the values of each option in turn."""
+    rows = [(*span, *(values[place % len(values)] for values in options.values())) for place, span in enumerate(spans)]
+    return pytest.mark.parametrize((*names, *options), rows)
 
 
 # --- gradients and losses ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize(("front", "back"), SPANS)
+@each_with_one_of(("front", "back"), SPANS, checkpointing=(False, True))
 def test_loss_and_gradients_are_those_of_plain_autograd(front, back, checkpointing):
     plan, clean = schedule(), latents()
     dit, chosen, adapters, result, got = trained(
@@ -79,9 +85,7 @@ def test_loss_and_gradients_are_those_of_plain_autograd(front, back, checkpointi
     assert any(gradient.any() for gradient in got.values())
 
 
-@pytest.mark.parametrize("source", [None, FoldedSource()], ids=["cached", "folded"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize(("front", "back"), SPANS)
+@each_with_one_of(("front", "back"), SPANS, checkpointing=(False, True), source=(None, None, FoldedSource()))
 def test_with_an_exact_back_loss_and_gradients_are_those_of_the_whole_model(front, back, checkpointing, source):
     """With any LoRA: the whole model by plain autograd, nothing skipped, with the LoRA on the middle blocks."""
     plan, clean, dit = schedule(), latents(), PlainDit()
@@ -107,8 +111,7 @@ def test_an_exact_back_is_what_the_papers_constant_is_not():
         assert_same_gradients(got, expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize(("front", "back", "tail"), SPANS_BEFORE_A_TAIL)
+@each_with_one_of(("front", "back", "tail"), SPANS_BEFORE_A_TAIL, checkpointing=(False, True))
 def test_with_a_tail_loss_and_gradients_are_those_of_plain_autograd(front, back, tail, checkpointing):
     """Image and text residuals of the span are constants, and the gradient passes them as if they were not there."""
     plan, clean = schedule(), latents()
@@ -133,8 +136,7 @@ def test_with_nothing_learned_the_tails_own_gradient_is_that_of_the_whole_model(
     assert_same_gradients(got, own)
 
 
-@pytest.mark.parametrize("source", [None, FoldedSource()], ids=["cached", "folded"])
-@pytest.mark.parametrize(("front", "back", "tail"), SPANS_BEFORE_A_TAIL)
+@each_with_one_of(("front", "back", "tail"), SPANS_BEFORE_A_TAIL, source=(None, FoldedSource()))
 def test_an_exact_back_before_a_tail_gives_the_gradients_of_the_whole_model(front, back, tail, source):
     plan, clean, dit = schedule(), latents(), PlainDit()
     chosen = selection(front, back, tail=tail).with_exact_back()
