@@ -24,10 +24,12 @@ from ...adapters.lora import LoraAdapters
 from ...blocks.weight_sharing import weight_sharing_copy
 from ...errors import InvalidInputError
 from ...model import Denoiser
+from ...residuals.content_hash import Digest
 from ...selection.selection import BlockSelection
 from ..inputs.conditioning import flatten_conditionings
 from ..inputs.frames import latent_channels, with_frames
 from ..models.hosted_dit import HostedDit
+from ..models.identity import captions_identity
 from ..models.residency import evict_others, unload
 from .likeness import Likeness
 from .plain_euler import euler_latent
@@ -96,6 +98,17 @@ class SampleRequest:
         if step == 0:
             return self.at_start
         return step % self.every == 0 or step == last
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of what determines the pictures beside the LoRA (not when they are made), and of what they are like."""
+        digest = Digest(samples=None)
+        digest.add(captions_identity([*self.positive, *filter(None, [self.negative])]), len(self.positive))
+        digest.add(self.width, self.height, self.steps, self.cfg, self.scheduler, self.seed)
+        return {
+            "samples_of": digest.hexdigest(),
+            "likeness_to": "" if self.likeness is None else self.likeness.identity,
+        }
 
 
 def require_guidance(cfg: float, has_negative: bool) -> None:
