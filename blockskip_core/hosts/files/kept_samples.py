@@ -50,7 +50,7 @@ def write_kept_samples(file: Path, asked: Mapping[str, str], samples: Sequence[K
 
     Args:
         file: The file.
-        asked: Hashes of what was sampled, and of what it was compared with.
+        asked: What was sampled (``samples_of``), and what it was compared with (``likeness_to``), as texts.
         samples: The samples; those outside the output folder are left out.
 
     Raises:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError
-from ...residuals.content_hash import tensors_identity
 from ..inputs.pictures import Pictures
+from ..models.identity import tensors_identity
 from ..models.residency import unload
 from .picture_embeddings import embedded, require_vectors
 

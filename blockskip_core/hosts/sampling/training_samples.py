@@ -24,7 +24,6 @@ from ...adapters.lora import LoraAdapters
 from ...blocks.weight_sharing import weight_sharing_copy
 from ...errors import InvalidInputError
 from ...model import Denoiser
-from ...residuals.content_hash import Digest
 from ...selection.selection import BlockSelection
 from ..inputs.conditioning import flatten_conditionings
 from ..inputs.frames import latent_channels, with_frames
@@ -101,12 +100,11 @@ class SampleRequest:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Hashes of what determines the pictures beside the LoRA (not when they are made), and of what they are like."""
-        digest = Digest(samples=None)
-        digest.add(captions_identity([*self.positive, *filter(None, [self.negative])]), len(self.positive))
-        digest.add(self.width, self.height, self.steps, self.cfg, self.scheduler, self.seed)
+        """What determines the pictures beside the LoRA (not when they are made), and what they are compared with."""
+        prompts = captions_identity([*self.positive, *filter(None, [self.negative])])
+        sampler = f"{self.steps} steps {self.scheduler} cfg {self.cfg} seed {self.seed}"
         return {
-            "samples_of": digest.hexdigest(),
+            "samples_of": f"{len(self.positive)} prompts {prompts} {self.width} x {self.height} {sampler}",
             "likeness_to": "" if self.likeness is None else self.likeness.identity,
         }
 
