@@ -36,6 +36,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     from blockskip_pack.blockskip_core.adapters.lora import LinearShape, LoraAdapters, LoraSettings
     from blockskip_pack.blockskip_core.adapters.lora_formats import to_host_lora
     from blockskip_pack.blockskip_core.hosts.files.applied_lora import apply_lora
+    from blockskip_pack.blockskip_core.hosts.inputs.empty_captions import with_empty_captions
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
     from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
     from blockskip_pack.blockskip_core.training.config import TrainingConfig
@@ -46,6 +47,9 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     photos, captions = bench.training_set(subject, settings)
     schedule = draw(bench, arm, len(photos), seed, settings)
     latents = bench.encoded(subject, photos, schedule)
+    captions, schedule, _ = with_empty_captions(
+        captions, schedule, bench.conditioning(""), arm.changes.get("caption_dropout", 0.0)
+    )
     dit = HostedDit(bench.model, captions, latents.shape[1:])
     selection = choose(bench, arm, subject, settings)
     config = TrainingConfig(

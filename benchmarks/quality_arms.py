@@ -40,7 +40,8 @@ class Arm:
         views: Pictures at full size, resized to the small size, or dynamic patches in an order.
         choice, ratio: How skipped blocks are chosen, and their share: of the number of blocks, or of their bytes.
         stand_in: What replaces the skipped blocks.
-        changes: What differs from the common settings: factors of rank, learning_rate and draws; refreshes, ema.
+        changes: What differs from the common settings: factors of rank, learning_rate and draws; refreshes, ema,
+            caption_dropout.
     """
 
     name: str
@@ -63,6 +64,7 @@ ARMS: tuple[Arm, ...] = (
     Arm(BASELINE, "upper bound", "Table 1", views="full"),
     Arm("LoRA, all blocks, learning rate x 1.5", "upper bound", views="full", changes={"learning_rate": 1.5}),
     Arm("LoRA, all blocks, average 0.98", "upper bound", views="full", changes={"ema": 0.98}),
+    Arm("LoRA, all blocks, captions dropped 0.1", "upper bound", views="full", changes={"caption_dropout": 0.1}),
     Arm("resize to small", "pictures", "Tables 2, 11", views="resize"),
     Arm("patches, low to high", "pictures", "Tables 2, 11"),
     Arm("patches, high to low", "pictures", "Table 11", views="high-to-low"),
@@ -126,6 +128,7 @@ ARMS: tuple[Arm, ...] = (
             ("rank", "x 2", "rank", 2),
             ("learning rate", "x 1.5", "learning_rate", 1.5),
             ("average", "0.98", "ema", 0.98),
+            ("captions dropped", "0.1", "caption_dropout", 0.1),
         )
     ),
 )

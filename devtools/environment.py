@@ -34,6 +34,7 @@ TEST_TOOLS = (
     "aiohttp>=3.11.8",
     "bitsandbytes>=0.49",
     "prodigyopt>=1.1.2",
+    "tensorboard>=2.18",
 )
 FINISHED = ".finished"  # a cache folder without this file is incomplete
 

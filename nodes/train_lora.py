@@ -11,6 +11,7 @@ from ..blockskip_core.data.flow_matching import LossWeighting
 from ..blockskip_core.hosts.files.lora_files import EXAMPLE_NAME, file_identity
 from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.hosts.runs.request import KEPT_WEIGHTS, RunRequest
+from ..blockskip_core.reporting.event_files import require_tensorboard
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS
 from . import widgets
@@ -54,10 +55,17 @@ class TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, output_name: Any = None) -> bool | str:
-        """Refuse a name that cannot be saved when the graph is queued, not after precomputing."""
+    def validate_inputs(cls, output_name: Any = None, tensorboard: Any = None) -> bool | str:
+        """Refuse a name that cannot be saved, and a missing package, when the graph is queued, not after precomputing."""
         name = single(output_name, "output_name")
-        return True if name is None else refusal(lambda: name_below(name, EXAMPLE_NAME))
+
+        def check() -> None:
+            if name is not None:
+                name_below(name, EXAMPLE_NAME)
+            if single(tensorboard, "tensorboard") is True:
+                require_tensorboard()
+
+        return refusal(check)
 
     @classmethod
     def fingerprint_inputs(cls, start_file: Any = (NO_FILE,), **_others: Any) -> str:
@@ -92,6 +100,11 @@ def later_inputs() -> list[io.Input]:
             "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True,
             tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last "
             "values: 0.99 averages at most about the last 100 steps. 0: off.",
+        ),
+        io.Boolean.Input(
+            "tensorboard", default=False, optional=True, advanced=True,
+            tooltip="Also write losses, learning rate, memory, likeness and samples for TensorBoard, into the folder "
+            "`tensorboard` beside the LoRA. Needs the Python package tensorboard.",
         ),
     ]  # fmt: skip
 

@@ -35,6 +35,8 @@ from ..locks import lock, remove_stale_locks, try_lock
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+SAMPLES_FILE = "samples.json"
+"""Name of the file beside the states that says where a run's samples are."""
 KEPT_RUNS = 3  # how many of the newest runs' folders to keep on disk
 _LOSSES = "losses"
 _LATER = "Start the run again when the disk is available, or turn resume off."
@@ -231,7 +233,7 @@ def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
     if not parent.is_dir():
         return
     try:
-        runs = [path for path in parent.iterdir() if path.name != exclude and any(path.glob("state-*.safetensors"))]
+        runs = [path for path in parent.iterdir() if path.name != exclude and _is_run(path)]
         for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
             held = try_lock(path)
             if held is None:
@@ -242,6 +244,10 @@ def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
         remove_stale_locks(parent)
     except (OSError, StorageError) as error:  # another program may be removing them too
         logger.warning("BlockSkip: cannot remove the states of old runs: %s", error)
+
+
+def _is_run(folder: Path) -> bool:
+    return any(folder.glob("state-*.safetensors")) or (folder / SAMPLES_FILE).is_file()
 
 
 def _step_of(path: Path) -> int:

@@ -101,6 +101,8 @@ def train_lora(
     place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
     try:
         loop.resume()
+        for observer in observers:
+            observer.started(result.steps)
         loop.pause_if_due()  # before the first step, or where an interrupted run should have paused
         for opening in source.stretches(loop.share, start=result.steps * loop.share.per_step):
             with opening as residuals:

@@ -10,6 +10,9 @@ from .result import StepReport
 class TrainingObserver:
     """Follows a training. Every method does nothing; override those that matter. Each may raise to interrupt the run."""
 
+    def started(self, step: int) -> None:
+        """Note that the training begins, or resumes after ``step`` steps; it may do so more than once."""
+
     def on_step(self, report: StepReport) -> None:
         """Look at the optimiser step that was just made; the model is still loaded."""
 

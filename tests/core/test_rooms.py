@@ -34,7 +34,7 @@ TABLE = {
     "examples": "model",
     "api": "errors files selection data adapters model blocks residuals training",
     "accounting": "errors units selection data adapters model blocks residuals training",
-    "reporting": "units files selection data ddit training",
+    "reporting": "errors units files selection data ddit training",
     "hosts": "",
     "hosts/families": "errors selection data adapters ralu model blocks accounting",
     "hosts/inputs": "errors data",
@@ -50,7 +50,7 @@ TABLE = {
     "nodes/types": "",
     "nodes/inputs": "errors selection ddit residuals hosts/files hosts/runs",
     "nodes/page": "reporting",
-    "nodes/run": "files adapters residuals training reporting hosts/files hosts/models hosts/sampling hosts/runs nodes/page",
+    "nodes/run": "errors files adapters residuals training reporting hosts/files hosts/models hosts/sampling hosts/runs nodes/page",
     "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words hosts/runs nodes/page",
     "nodes": "errors selection data adapters ralu ddit residuals training distillation accounting reporting hosts/inputs hosts/files "
     "hosts/models hosts/sampling hosts/words hosts/runs nodes/types nodes/inputs nodes/page nodes/run nodes/words",

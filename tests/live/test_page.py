@@ -96,6 +96,30 @@ def in_node(script: str, *modules: str) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
 
 
+TICKS = """
+const { ticks } = await import(process.argv[1]);
+console.log(JSON.stringify([[0.16, 0.49], [0.0000012, 0.0000034], [-1, 7], [0.33, 0.3301], [2e5, 9e5]].map((range) => ticks(...range))));
+"""
+ENDS = """
+const { lastStep } = await import(process.argv[1]);
+console.log(JSON.stringify([1, 9, 10, 37, 39, 79, 160].map((step) => lastStep(step, 160)).concat(lastStep(1, 0), lastStep(300, 160))));
+"""
+
+
+def test_the_curves_axis_has_round_numbers_within_its_range() -> None:
+    usual, small, wide, narrow, large = in_node(TICKS, "loss_plot.js")
+    assert [words for _, words in usual] == ["0.2", "0.3", "0.4"]
+    assert [words for _, words in small] == ["2.0e-6", "3.0e-6"]
+    assert [words for _, words in wide] == ["0", "2", "4", "6"]
+    assert all(0.33 <= value <= 0.3301 for value, _ in narrow)
+    assert len({words for _, words in narrow}) == len(narrow) >= 2
+    assert [words for _, words in large] == ["2.0e+5", "4.0e+5", "6.0e+5", "8.0e+5"]
+
+
+def test_the_curves_axis_ends_with_the_run_or_a_half_of_it() -> None:
+    assert in_node(ENDS, "loss_plot.js") == [10, 10, 20, 40, 80, 160, 160, 2, 300]
+
+
 SPOKEN = """
 const { LANGUAGES, say, speak, work } = await import(process.argv[1]);
 const gaps = (text) => [...text.matchAll(/\\{(\\w+)\\}/g)].map((gap) => gap[1]).sort().join();

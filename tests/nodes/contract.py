@@ -192,6 +192,7 @@ CONTRACT = {
             quantize_frozen COMBO? = int8 {host's}
             loss_table BOOLEAN? = False
             ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
+            tensorboard BOOLEAN? = False
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),
@@ -361,6 +362,7 @@ CONTRACT = {
             loss_table BOOLEAN? = False
             run_name STRING? = runs/blockskip
             ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
+            tensorboard BOOLEAN? = False
         """,
         [("run_file", "STRING"), ("command", "STRING")],
     ),

@@ -1,17 +1,14 @@
 // Puts the slider with both pictures on Compare Pictures; the node's output names the files. See nodes/compare.py.
 
-import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { openDialog } from "./dialog.js";
-import { nodeOfLocator } from "./graph_nodes.js";
+import { addElement, displayBox, showOutputs } from "./node_display.js";
 import { FITTED, LARGE, PictureSlider } from "./picture_slider.js";
 import { say } from "./words.js";
 
 const NODE = "BlockSkip_Compare";
 const HEIGHT = 300;
 const MOST_PAIRS = 1000;
-
-const shown = new WeakMap(); // node -> what takes its output
 
 /** The pairs of files in a node's output, each `[before, after]`; null if there are none. */
 export function readPairs(output) {
@@ -31,12 +28,7 @@ class Comparison {
   constructor() {
     this.pairs = [];
     this.place = 0;
-    this.element = document.createElement("div");
-    this.element.className = "blockskip-comparison";
-    this.element.style.cssText =
-      `min-height:${HEIGHT}px;height:100%;width:100%;box-sizing:border-box;padding:6px 8px;display:flex;flex-direction:column;` +
-      "gap:4px;overflow:hidden;border-radius:4px;font:11px/1.35 system-ui,sans-serif;color:var(--input-text,#ddd);" +
-      "background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#4e4e4e)";
+    this.element = displayBox("blockskip-comparison", HEIGHT, 4);
     this.slider = new PictureSlider(FITTED);
     this.row = document.createElement("div");
     this.row.style.cssText = "display:flex;gap:8px;align-items:baseline;flex:none";
@@ -90,35 +82,12 @@ function button(words, act) {
   return made;
 }
 
-function addComparison(node) {
-  const comparison = new Comparison();
-  const widget = node.addDOMWidget("comparison", "blockskip_comparison", comparison.element, {
-    serialize: false, // keeps it out of the prompt
-    hideOnZoom: false,
-    hideInPanel: true, // one element cannot be in the node and in the side panel
-    getMinHeight: () => HEIGHT,
-    getValue: () => "",
-    setValue: () => {},
-  });
-  widget.serialize = false; // keeps it out of saved workflows, which identify values by position
-  node.setSize([Math.max(node.size[0], 320), Math.max(node.size[1], node.computeSize()[1])]);
-  shown.set(node, (output) => comparison.take(readPairs(output)));
-  const { onExecuted } = node;
-  node.onExecuted = function (output) {
-    onExecuted?.apply(this, arguments);
-    comparison.take(readPairs(output));
-  };
-}
-
-const extension = {
+showOutputs({
   name: "BlockSkip.CompareNode",
-  nodeCreated(node) {
-    if (node.comfyClass === NODE) addComparison(node);
+  nodeClass: NODE,
+  add(node) {
+    const comparison = new Comparison();
+    addElement(node, comparison.element, { name: "comparison", type: "blockskip_comparison", height: HEIGHT, width: 320 });
+    return (output) => comparison.take(readPairs(output));
   },
-  onNodeOutputsUpdated(outputs) {
-    for (const [key, output] of Object.entries(outputs ?? {})) shown.get(nodeOfLocator(key) ?? {})?.(output);
-  },
-};
-
-// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
-if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
+});

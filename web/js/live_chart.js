@@ -9,7 +9,9 @@ import { allNodes, nodeOfExecution, nodeOfLocator, root } from "./graph_nodes.js
 import { openHelp } from "./help_page.js";
 import { LossChart, MIN_HEIGHT, ending, progress } from "./loss_chart.js";
 import "./more_settings.js"; // registered before this, so that its button is above the chart
+import { addElement, onOutput } from "./node_display.js";
 import { onFailure, toast } from "./notices.js";
+import { register } from "./register.js";
 import { extended, readRun } from "./run_data.js";
 import { say, speak } from "./words.js";
 
@@ -103,22 +105,11 @@ function addChart(node) {
   });
   charts.set(node, chart);
   shown.add(new WeakRef(chart));
-  const widget = node.addDOMWidget("loss_chart", "blockskip_chart", chart.element, {
-    serialize: false, // keeps it out of the prompt
-    hideOnZoom: false,
-    hideInPanel: true, // one element cannot be in the node and in the side panel
-    getMinHeight: () => MIN_HEIGHT,
-    getValue: () => "",
-    setValue: () => {},
-  });
-  widget.serialize = false; // keeps it out of saved workflows, which identify values by position
-  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-  const before = node.onExecuted;
-  node.onExecuted = function (output) {
-    before?.apply(this, arguments);
+  addElement(node, chart.element, { name: "loss_chart", type: "blockskip_chart", height: MIN_HEIGHT });
+  onOutput(node, (output) => {
     const run = readRun(output?.blockskip_chart?.[0]);
     if (run && run.run !== chart.run?.run) chart.show(run); // from the cache: the run behind the node's current outputs
-  };
+  });
   refreshAll();
 }
 
@@ -160,5 +151,4 @@ const extension = {
   },
 };
 
-// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
-if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
+register(extension);

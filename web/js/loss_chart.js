@@ -32,7 +32,7 @@ export class LossChart {
       className: "blockskip-message",
       style: "flex:none;max-height:5.4em;overflow:auto;pointer-events:auto;overflow-wrap:anywhere;user-select:text",
     });
-    const room = make("div", { style: "position:relative;flex:1 1 70px;min-height:60px" });
+    this.room = make("div", { style: "position:relative;flex:1 1 70px;min-height:60px" });
     this.canvas = make("canvas", { style: "position:absolute;inset:0;width:100%;height:100%" });
     this.canvas.setAttribute("role", "img");
     this.strip = new SampleStrip(address);
@@ -46,9 +46,9 @@ export class LossChart {
     this.sampleNow.className = "blockskip-sample-now";
     this.sampleNow.style.cssText += "text-decoration:none;border:1px solid var(--border-color,#4e4e4e);border-radius:4px;padding:1px 8px";
     this.help = link(() => openHelp(this.failure));
-    room.append(this.canvas);
-    this.element.append(this.head, this.message, room, this.strip.element, this.figures, this.sampleNow, this.summary);
-    new ResizeObserver(() => this.redraw()).observe(room);
+    this.room.append(this.canvas);
+    this.element.append(this.head, this.message, this.room, this.strip.element, this.figures, this.sampleNow, this.summary);
+    new ResizeObserver(() => this.redraw()).observe(this.room);
     this.redraw();
   }
 
@@ -84,6 +84,7 @@ export class LossChart {
   draw() {
     const { run, note } = this;
     this.tell();
+    this.room.style.display = run?.points.length ? "" : "none"; // without a curve what will be here follows the headline
     this.strip.show(run?.samples ?? []);
     this.figures.textContent = run ? figures(run) : say("chart.empty");
     this.summary.textContent = say("chart.summary");
@@ -178,7 +179,7 @@ function figures({ points, secondsPerStep, memoryNow, memoryPeak, memoryOf }) {
   const second = [
     known(memoryNow, (x) => say("figure.memory", { x: bytes(x) })),
     known(memoryPeak, (x) => say("figure.peak", { x: bytes(x) })),
-    memoryNow === null ? "" : memoryOf,
+    memoryNow === null ? "" : work(memoryOf),
   ];
   return [first, second].map((parts) => parts.filter(Boolean).join(" · ")).join("\n");
 }

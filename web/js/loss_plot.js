@@ -12,20 +12,20 @@ export const FONT = "11px system-ui, sans-serif";
 /** Draw axes, both losses, the learning rate, the likeness where it was measured, and a legend. */
 export function plot(pen, { points, steps, samples }, { width, height, ink, pale }) {
   const [left, right, top, bottom] = [MARGIN.left, width - MARGIN.right, MARGIN.top, height - MARGIN.bottom];
-  const end = Math.max(points.at(-1)[0], Math.min(steps ?? 0, points.at(-1)[0] * 4), 2);
+  const end = lastStep(points.at(-1)[0], steps ?? 0);
   const [low, high] = lossRange(points);
   const highestRate = Math.max(...points.map(([, , , rate]) => rate ?? 0));
   const x = (step) => left + ((step - 1) / (end - 1)) * (right - left);
   const y = (loss) => Math.min(bottom, Math.max(top, bottom - ((loss - low) / (high - low)) * (bottom - top)));
 
   pen.lineWidth = 1;
-  for (const share of [0, 0.5, 1]) {
-    const value = low + share * (high - low);
+  line(pen, [[left, bottom], [right, bottom]], pale, { alpha: 0.5 });
+  for (const [value, words] of ticks(low, high)) {
     line(pen, [[left, y(value)], [right, y(value)]], pale, { alpha: 0.25 });
-    label(pen, value.toPrecision(3), left - 5, y(value) + 4, pale, "right");
+    label(pen, words, left - 5, y(value) + 4, pale, "right");
   }
   label(pen, "1", left, height - 4, pale, "left");
-  label(pen, say("plot.step", { step: end }), right, height - 4, pale, "right");
+  label(pen, end < steps ? say("chart.step", { step: end, steps }) : say("plot.step", { step: end }), right, height - 4, pale, "right");
 
   line(pen, points.filter((p) => p[1] !== null).map((p) => [x(p[0]), y(p[1])]), ink, { alpha: 0.4 });
   if (highestRate > 0) {
@@ -36,11 +36,39 @@ export function plot(pen, { points, steps, samples }, { width, height, ink, pale
   const alike = likenessByStep(samples);
   if (alike.length) drawLikeness(pen, alike, (step) => Math.max(left, x(step)), { top, bottom, right });
 
+  legend(pen, curves(ink, alike.length), highestRate, { left, right, ink });
+}
+
+/** The right end of the axis: the whole run, or while it has few steps a half, a quarter, ... of it that holds them. */
+export function lastStep(step, steps) {
+  let end = Math.max(step, steps, 2);
+  while (end / 2 >= Math.max(1.05 * step, 10)) end /= 2;
+  return Math.ceil(end);
+}
+
+/** The names of the curves; if there is room, with the scale of the learning rate, which has no axis of its own. */
+function legend(pen, names, highestRate, { left, right, ink }) {
+  const scaled = names.map(([name, colour]) =>
+    colour === COLOURS.rate && highestRate > 0 ? [say("plot.highest", { name, x: highestRate.toExponential(1) }), colour] : [name, colour],
+  );
+  const width = (all) => all.reduce((sum, [name]) => sum + pen.measureText(name).width + 12, -12);
   let edge = left;
-  for (const [name, colour] of curves(ink, alike.length)) {
+  for (const [name, colour] of width(scaled) <= right - left ? scaled : names) {
     label(pen, name, edge, 10, colour, "left", colour === ink ? 0.6 : 1);
     edge += pen.measureText(name).width + 12;
   }
+}
+
+/** Round values within a range, `[value, words]`, at most five. */
+export function ticks(low, high) {
+  const least = (high - low) / 4;
+  const power = 10 ** Math.floor(Math.log10(least));
+  const size = [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= least) ?? 10 * power;
+  const digits = Math.max(0, -Math.floor(Math.log10(size) + 1e-9));
+  const words = (value) => (digits > 5 || Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(digits));
+  const found = [];
+  for (let number = Math.ceil(low / size); number * size <= high; number += 1) found.push([number * size, words(number * size)]);
+  return found;
 }
 
 /** A curve of its own height, from the lowest to the highest likeness, with a ring and the value at the best. */

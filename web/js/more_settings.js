@@ -5,6 +5,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { isOurs } from "./graph_nodes.js";
+import { register } from "./register.js";
 import { say } from "./words.js";
 
 const SHOW_ALL = "Comfy.Node.AlwaysShowAdvancedWidgets";
@@ -66,5 +67,4 @@ const extension = {
   },
 };
 
-// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
-if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
+register(extension);

@@ -6,6 +6,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { isOurs, nodeOfExecution } from "./graph_nodes.js";
 import { openHelp } from "./help_page.js";
+import { register } from "./register.js";
 import { say } from "./words.js";
 
 const MILLISECONDS = { error: 20_000, info: 12_000 };
@@ -90,5 +91,4 @@ const extension = {
   },
 };
 
-// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
-if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
+register(extension);

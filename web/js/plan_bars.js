@@ -2,9 +2,8 @@
 //
 // The numbers are those of the node's output; nodes/memory_plan.py counts them.
 
-import { app } from "../../../scripts/app.js";
-import { nodeOfLocator } from "./graph_nodes.js";
 import "./more_settings.js"; // registered before this, so that its button is above the bars
+import { addElement, displayBox, showOutputs } from "./node_display.js";
 import { bytes, say } from "./words.js";
 
 const PLAN = "BlockSkip_MemoryPlan";
@@ -12,8 +11,6 @@ const OUTPUT = "blockskip_plan";
 const HEIGHT = 178;
 const COLOURS = { fits: "#4a8fe7", tooMuch: "#d0543a" };
 const HATCHED = "repeating-linear-gradient(45deg,#8886 0 3px,transparent 3px 7px)";
-
-const shown = new WeakMap(); // node -> what takes its output
 
 const number = (value) => (typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : null);
 
@@ -97,51 +94,21 @@ function phaseName(phase) {
 }
 
 function addBars(node) {
-  const box = element(
-    `min-height:${HEIGHT}px;height:100%;width:100%;box-sizing:border-box;padding:6px 8px;display:flex;flex-direction:column;` +
-      "gap:2px;overflow:hidden;border-radius:4px;font:11px/1.35 system-ui,sans-serif;color:var(--input-text,#ddd);" +
-      "background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#4e4e4e)",
-  );
-  box.className = "blockskip-plan";
+  const box = displayBox("blockskip-plan", HEIGHT, 2);
   let plan = null;
   const isConnected = () => (node.outputs?.find(({ name }) => name === "settings")?.links ?? []).length > 0;
   const redraw = () => draw(box, plan, isConnected());
-  const widget = node.addDOMWidget("plan_bars", "blockskip_plan", box, {
-    serialize: false, // keeps it out of the prompt
-    hideOnZoom: false,
-    hideInPanel: true, // one element cannot be in the node and in the side panel
-    getMinHeight: () => HEIGHT,
-    getValue: () => "",
-    setValue: () => {},
-  });
-  widget.serialize = false; // keeps it out of saved workflows, which identify values by position
-  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-  const take = (output) => {
-    plan = readPlan(output?.[OUTPUT]?.[0]) ?? plan;
-    redraw();
-  };
-  shown.set(node, take);
-  const { onExecuted, onConnectionsChange } = node;
-  node.onExecuted = function (output) {
-    onExecuted?.apply(this, arguments);
-    take(output);
-  };
+  addElement(node, box, { name: "plan_bars", type: "blockskip_plan", height: HEIGHT });
+  const { onConnectionsChange } = node;
   node.onConnectionsChange = function () {
     onConnectionsChange?.apply(this, arguments);
     setTimeout(redraw);
   };
   redraw();
+  return (output) => {
+    plan = readPlan(output?.[OUTPUT]?.[0]) ?? plan;
+    redraw();
+  };
 }
 
-const extension = {
-  name: "BlockSkip.PlanBars",
-  nodeCreated(node) {
-    if (node.comfyClass === PLAN) addBars(node);
-  },
-  onNodeOutputsUpdated(outputs) {
-    for (const [key, output] of Object.entries(outputs ?? {})) shown.get(nodeOfLocator(key) ?? {})?.(output);
-  },
-};
-
-// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
-if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
+showOutputs({ name: "BlockSkip.PlanBars", nodeClass: PLAN, add: addBars });

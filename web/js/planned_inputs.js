@@ -5,6 +5,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { isOurs, root } from "./graph_nodes.js";
+import { register } from "./register.js";
 import { say } from "./words.js";
 
 const PLAN = "BlockSkip_MemoryPlan";
@@ -119,5 +120,4 @@ const extension = {
   afterConfigureGraph: updateSoon,
 };
 
-// If the pack is installed twice, the other copy has registered it; the frontend refuses duplicate names.
-if (!app.extensions?.some(({ name }) => name === extension.name)) app.registerExtension(extension);
+register(extension);

@@ -46,6 +46,7 @@ const ENGLISH = {
   "plot.loss": "loss",
   "plot.smoothed": "smoothed",
   "plot.rate": "learning rate",
+  "plot.highest": "{name}, highest {x}",
   "plot.likeness": "likeness",
   "plot.best": "{x} at step {step}",
   "plot.step": "step {step}",
@@ -118,6 +119,7 @@ const CHINESE = {
   "plot.loss": "损失",
   "plot.smoothed": "平滑",
   "plot.rate": "学习率",
+  "plot.highest": "{name}（最高 {x}）",
   "plot.likeness": "相似度",
   "plot.best": "第 {step} 步 {x}",
   "plot.step": "第 {step} 步",
@@ -125,7 +127,7 @@ const CHINESE = {
   "figure.smoothed": "平滑 {x}",
   "figure.rate": "学习率 {x}",
   "figure.pace": "每步 {x} 秒",
-  "figure.memory": "当前显存 {x}",
+  "figure.memory": "当前占用 {x}",
   "figure.peak": "峰值 {x}",
   "time.seconds": "{s} 秒",
   "time.minutes": "{m} 分 {s} 秒",
@@ -146,6 +148,8 @@ const CHINESE = {
 
 /** The server's names for parts of the work, in Chinese. */
 const CHINESE_WORK = {
+  "GPU memory allocated": "已分配的显存",
+  "process memory (RSS)": "进程内存 (RSS)",
   "encoding crops": "编码裁剪图",
   "encoding references": "编码参考图",
   "measuring blocks, sampler step": "测量块，采样步",

@@ -91,6 +91,22 @@ def _parts(path: Path) -> tuple[str, int]:
     return counted["name"], int(counted["counter"])
 
 
+def events_folder(lora: Path, key: str) -> Path:
+    """Return the folder of a run's files for TensorBoard, e.g. loras/tensorboard/toy-0123abcd for loras/toy_00001_.
+
+    Args:
+        lora: The LoRA's file; all of one name share the folder, whatever their number.
+        key: The run's content hash.
+
+    Raises:
+        InvalidInputError: If a link leads out of the output folder.
+    """
+    output = Path(folder_paths.get_output_directory())
+    folder = lora.parent / "tensorboard" / f"{_parts(lora)[0]}-{key[:8]}"
+    _require_no_link_out(output, PurePosixPath(Path(os.path.relpath(folder / "events", output)).as_posix()))
+    return folder
+
+
 class ReservedName:
     """Reserves a file's name, and all names that begin with it, against other runs until it is released.
 

@@ -100,7 +100,9 @@ def checkpoint_path(lora: Path, step: int) -> Path:
 
 def _saved_steps(outcome: RunOutcome) -> dict[int, str]:
     """Return the LoRA's file of every sampled step that has one."""
-    files = {sample.step: checkpoint_path(outcome.path, sample.step) for sample in outcome.samples}
+    # A run that resumes has another name for its LoRA than the run that made the earlier samples.
+    loras = {sample.step: sample.path.name.partition(f"step{sample.step:06}_")[0] for sample in outcome.samples}
+    files = {step: checkpoint_path(outcome.path.with_name(f"{lora}.safetensors"), step) for step, lora in loras.items()}
     kept = {step: path.name for step, path in files.items() if path.is_file()}
     return {**kept, outcome.result.steps: outcome.path.name}
 

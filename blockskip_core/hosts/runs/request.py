@@ -69,6 +69,7 @@ class RunRequest:
     quantize_frozen: str = default_for_frozen_blocks()
     loss_table: bool = False
     ema: float = 0.0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         self.config, self.lora  # noqa: B018 - each checks its part

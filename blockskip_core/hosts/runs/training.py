@@ -25,6 +25,7 @@ from ..models.out_of_memory import (
 )
 from ..models.quantised_blocks import QuantisedDit
 from ..models.residency import evict_others
+from .events import RunEvents
 from .figures import outcome_line
 from .files import RunFiles
 from .memory_check import MemoryCheck
@@ -107,7 +108,8 @@ class _Training:
         result.problems.extend([*self._run.residuals.remarks, *_on_ranks(self._run)])
         files = RunFiles(self._run, self._outcome)
         peak = self._memory_check.training_peak
-        self._observers = [files, *self._view.observers(self._run, self._outcome, peak)]
+        events = [RunEvents(self._run, self._outcome)] if self._run.request.tensorboard else []
+        self._observers = [files, *self._view.observers(self._run, self._outcome, peak), *events]
         try:
             self._train()
         except (TrainingError, OutOfMemoryError) as error:
@@ -122,6 +124,8 @@ class _Training:
             raise
         finally:
             self._view.ended()
+            for each in events:
+                each.close()
         if result.overflows:
             result.problems.append(
                 f"{result.overflows} steps were skipped because gradients overflowed in float16; a model in bf16 does "

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...errors import InvalidInputError
 from ..inputs.pictures import Pictures
+from ..models.identity import tensors_identity
 from ..models.residency import unload
-from .picture_embeddings import embedded
+from .picture_embeddings import embedded, require_vectors
 
 
 class Likeness:
@@ -33,10 +34,11 @@ class Likeness:
         on_picture: Called after every encoded picture with (done, total); may raise to interrupt.
 
     Raises:
-        InvalidInputError: If there is no picture, or one is not on the scale from 0 to 1.
+        InvalidInputError: If the encoder gives no vectors, there is no picture, or one is not on the scale from 0 to 1.
     """
 
     def __init__(self, clip_vision: Any, images: Sequence[Any], on_picture: Callable[[int, int], None]) -> None:
+        require_vectors(clip_vision)
         self._encoder = clip_vision
         pictures = Pictures(list({id(image): image for image in images}.values()), kind="Reference picture")
         total = torch.zeros(())
@@ -44,6 +46,11 @@ class Likeness:
             total = total + direction
             on_picture(done, len(pictures))
         self._mean = total / len(pictures)
+
+    @property
+    def identity(self) -> str:
+        """Content hash of what pictures are compared with, as this encoder sees it."""
+        return tensors_identity([self._mean])
 
     def of(self, pictures: Sequence[Tensor]) -> list[float]:
         """Return the likeness of every picture, from -1 to 1; each (H, W, 3) in [0, 1]."""

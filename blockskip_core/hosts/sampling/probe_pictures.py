@@ -19,7 +19,7 @@ from ..families.registry import adapter_for
 from ..inputs.frames import latent_shape, with_frames
 from ..models.hosted_dit import HostedDit
 from ..models.replay_check import TOLERANCE
-from .picture_embeddings import embedded, encoder_kind
+from .picture_embeddings import embedded, encoder_kind, require_vectors
 
 _WRAPPER = "blockskip_text_mask"
 
@@ -209,6 +209,7 @@ def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:
     """
     if vae is None or clip_vision is None:
         return PictureMetric("latents", lambda latent: latent)
+    require_vectors(clip_vision)
 
     def embed(latent: Tensor) -> Tensor:
         decoded = vae.decode(latent)

@@ -28,6 +28,7 @@ from ...selection.selection import BlockSelection
 from ..inputs.conditioning import flatten_conditionings
 from ..inputs.frames import latent_channels, with_frames
 from ..models.hosted_dit import HostedDit
+from ..models.identity import captions_identity
 from ..models.residency import evict_others, unload
 from .likeness import Likeness
 from .plain_euler import euler_latent
@@ -96,6 +97,16 @@ class SampleRequest:
         if step == 0:
             return self.at_start
         return step % self.every == 0 or step == last
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What determines the pictures beside the LoRA (not when they are made), and what they are compared with."""
+        prompts = captions_identity([*self.positive, *filter(None, [self.negative])])
+        sampler = f"{self.steps} steps {self.scheduler} cfg {self.cfg} seed {self.seed}"
+        return {
+            "samples_of": f"{len(self.positive)} prompts {prompts} {self.width} x {self.height} {sampler}",
+            "likeness_to": "" if self.likeness is None else self.likeness.identity,
+        }
 
 
 def require_guidance(cfg: float, has_negative: bool) -> None:

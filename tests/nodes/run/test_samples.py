@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+
+from ..trainings import cancelled_after
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def test_who_asks_for_a_sample_gets_it_after_the_step_and_changes_nothing(bench,
     assert [name.split("step")[1] for name in pictures(bench)] == ["000001_1.png", "000003_1.png"]
     trained = bench.train(residuals=residuals, steps=5, resume=True, samples=request)
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
-    assert [sample["step"] for sample in in_chart(trained)] == [5]
+    assert [sample["step"] for sample in in_chart(trained)] == [1, 3, 5]  # the first two by the interrupted run
     assert (trained.ui["blockskip_chart"][0]["wants_sample"], ask(nodes)) == (False, 409)
 
 
@@ -164,7 +167,7 @@ def test_cancel_while_sampling_keeps_what_was_learned(bench, nodes, sampling, mo
     assert said(trained)["resumed_at"] == 2
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in plain[0].items())
     steps = [sample["file"].split("step")[1][:6] for sample in in_chart(trained)]
-    assert steps == ["000002", "000004", "000005"]  # the one that Cancel prevented, and those after it
+    assert steps == ["000000", "000002", "000004", "000005"]  # the one that Cancel prevented is made now
 
 
 def test_the_state_is_kept_before_sampling(bench, nodes, sampling, monkeypatch):
@@ -245,3 +248,63 @@ def test_a_likeness_that_fails_is_told_and_ends_nothing_else(bench, sampling, en
     (problem,) = said(trained)["problems"]
     assert problem.startswith("The likeness after step 0 could not be computed (RuntimeError: out of eyes). This run")
     assert not list(bench.folders.loras.glob("*.csv"))
+
+
+def test_a_run_that_resumes_shows_the_samples_made_before(bench, nodes, sampling, encoder, monkeypatch):
+    residuals = bench.precompute()[0]
+    alike = {"clip_vision": encoder, "reference_images": bench.pictures}
+    asked = {"residuals": residuals, "resume": True, "save_every": 2, "steps": 5}
+    with cancelled_after(nodes, monkeypatch, 3):
+        bench.train(**asked, samples=sampling(**alike))
+    before = pictures(bench)
+    trained = bench.train(**asked, samples=sampling(**alike, every=4))  # when they are made does not matter
+    shown, stem = in_chart(trained), said(trained)["file"].removesuffix(".safetensors")
+    assert [sample["step"] for sample in shown] == [0, 2, 4, 5]
+    assert [sample["file"] for sample in shown[:2]] == before
+    assert {sample["subfolder"] for sample in shown} == {"loras"}
+    assert all(0.0 < sample["likeness"] < 1.0 for sample in shown)
+    rows = (bench.folders.loras / f"{stem}likeness.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[3] for row in rows] == pictures(bench)
+    page = (bench.folders.loras / said(trained)["summary_file"]).read_text()
+    assert page.count("<img ") == 4
+    first = before[0].split("step")[0]
+    assert f"most alike after step 2: {shown[1]['likeness']:.4f} ({first}step000002.safetensors)" in page or (
+        max(shown, key=lambda sample: sample["likeness"])["step"] != 2
+    )
+    again = bench.train(**asked, samples=sampling(**alike, every=4))  # finished: nothing is made twice
+    assert [sample["file"] for sample in in_chart(again)] == [sample["file"] for sample in shown]
+    others = bench.train(**asked, samples=sampling(seed=2))  # other pictures cannot be compared with these
+    assert [sample["step"] for sample in in_chart(others)] == [5]
+    fresh = bench.train(**{**asked, "resume": False}, samples=sampling())
+    assert len({sample["file"].split("step")[0] for sample in in_chart(fresh)}) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "loras/astep000001_1.png", None, {"file": 3}, {"step": 1, "prompt": 1, "file": "../astep000001_1.png"},
+        {"step": 1, "prompt": 1, "file": "/etc/passwd"}, {"step": 1, "prompt": 1, "file": "loras/a.png"},
+        {"step": 2, "prompt": 1, "file": "loras/astep000001_1.png"}, {"step": 9, "prompt": 1, "file": "astep000009_1.png"},
+        {"step": 1, "prompt": 1, "file": "loras/gonestep000001_1.png"}, {"step": 1, "prompt": 1, "file": "\0step000001_1.png"},
+        {"step": 1, "prompt": 1, "file": "loras/linkstep000001_1.png"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_of_the_names_of_earlier_samples_only_pictures_in_the_output_folder_count(nodes, core, folders, tmp_path, row):
+    kept = core("hosts.files.kept_samples")
+    asked, file = {"samples_of": "a", "likeness_to": ""}, tmp_path / "samples.json"
+    real, outside = folders.loras / "astep000001_1.png", tmp_path / "outsidestep000001_1.png"
+    for path in (real, outside, folders.output.parent / "astep000001_1.png", folders.output / "astep000009_1.png"):
+        Image.new("RGB", (4, 4)).save(path)
+    try:
+        (folders.loras / "linkstep000001_1.png").symlink_to(outside)
+    except OSError:
+        pytest.skip("this system lets nobody make links")
+    good = {"step": 1, "prompt": 1, "file": "loras/astep000001_1.png", "likeness": 0.5}
+    file.write_text(json.dumps({"version": 1, **asked, "samples": [row, good]}))
+    assert kept.read_kept_samples(file, asked, 8) == [kept.KeptSample(1, 1, real, 0.5)]
+    assert kept.read_kept_samples(file, {**asked, "likeness_to": "b"}, 8)[0].likeness is None
+    assert kept.read_kept_samples(file, {**asked, "samples_of": "b"}, 8) == []
+    for damaged in ("[" * 100_000, "{", "3", json.dumps({"version": 1, **asked, "samples": 3})):
+        file.write_text(damaged)
+        assert kept.read_kept_samples(file, asked, 8) == []
