@@ -66,12 +66,8 @@ def test_every_stand_in_trains_and_starts_from_the_full_model(small: SimpleNames
     few = bench("quality_world").Settings(steps=4, draws=8)
     with torch.no_grad():
         for stand_in in ("cached", "on the fly", "refreshed", "diagonal", "linear", "linear, refreshed", "new linear"):
-            arm = arms.Arm(
             changes = {"refreshes": 1, "caption_dropout": 0.5}
-            arm = arms.Arm(
-                "one", "", views="resize", choice="preset", ratio=0.5, stand_in=stand_in, changes=changes
-            )
-            )
+            arm = arms.Arm("one", "", views="resize", choice="preset", ratio=0.5, stand_in=stand_in, changes=changes)
             _, costs = small.quality.train(small.world, arm, "pip", 0, few)
             assert math.isfinite(costs["loss"])
             assert (costs["front"], costs["back"]) == (4, 2)
