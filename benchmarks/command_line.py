@@ -29,6 +29,22 @@ def parser(description: str | None, results: str = "where rows, table and plot g
     return made
 
 
+def of_adapters(description: str | None, parts: list[str]) -> argparse.ArgumentParser:
+    """Return a parser with the options of benchmarks that train DDiT's adapters on the demo's model.
+
+    Args:
+        description: Description of the benchmark, its module's docstring.
+        parts: What it does, all of it by default.
+    """
+    made = parser(description, "where rows and table go")
+    made.add_argument("--assets", type=Path, default=RESULTS.parents[1] / "demo" / "assets")
+    made.add_argument("--parts", nargs="+", default=parts)
+    made.add_argument("--train-steps", type=int, default=200, help="training steps of the adapters")
+    made.add_argument("--train-prompts", type=int, default=256, help="pictures of that training, a prompt each")
+    made.add_argument("--keep", type=Path, help="file to keep the adapters in, and to read them from")
+    return made
+
+
 def begin(options: argparse.Namespace, logger: logging.Logger) -> None:
     """Make the pack and its host importable, create the results folder, and log only this benchmark's messages."""
     from quality_world import use_pack
@@ -51,6 +67,12 @@ def add_row(file: Path, row: Row) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
+def remove_part(file: Path, part: str) -> None:
+    """Remove the rows of a part from a JSON-lines file."""
+    kept = [row for row in rows_in(file) if row["part"] != part]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
 def replace_rows(file: Path, part: str, rows: list[Row], made: str) -> None:
     """Replace the rows of a part in a JSON-lines file by new ones.
 
@@ -60,9 +82,9 @@ def replace_rows(file: Path, part: str, rows: list[Row], made: str) -> None:
         rows: The new rows.
         made: When and on what, as by :func:`about`.
     """
-    kept = [row for row in rows_in(file) if row["part"] != part]
-    new = [{"part": part, **row, "about": made} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *new)), encoding="utf-8")
+    remove_part(file, part)
+    for row in rows:
+        add_row(file, {"part": part, **row, "about": made})
 
 
 def about(*, host: bool = True, card: str = "no GPU") -> str:

@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 import command_line
 from command_line import replace_rows, rows_in
-from quality_world import ROOT
 
 logger = logging.getLogger(__name__)
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = command_line.parser(__doc__, "where rows and table go")
-    parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
-    parser.add_argument("--parts", nargs="+", default=["operations", "pictures"])
+    parser = command_line.of_adapters(__doc__, ["operations", "pictures"])
     parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels")
-    parser.add_argument("--train-steps", type=int, default=300, help="training steps")
-    parser.add_argument("--train-prompts", type=int, default=24, help="prompts of the training")
     parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 8, 12], help="operations, in plain steps")
     parser.add_argument("--full-steps", type=int, default=50, help="steps of plain sampling to compare pictures with")
-    parser.add_argument("--keep", type=Path, help="file to keep the adapters in, and to read them from")
     return parser.parse_args()
 
 
@@ -48,13 +41,9 @@ def main() -> None:
         from ralu_pictures import World
 
         world = World(options.assets, options.prompts)
-        if options.keep and options.keep.is_file():
-            trained = ddit_world.load(options.keep)
-        else:
-            trained, rows = ddit_world.train(world, options.side, options.train_steps, options.train_prompts)
+        trained, rows = ddit_world.kept_or_trained(world, options, options.side)
+        if rows:
             replace_rows(file, f"training, {options.side} px", rows, command_line.about())
-            if options.keep:
-                ddit_world.save(trained, options.keep)
         found = ddit_world.rows(world, trained, options.side, options.budgets, options.full_steps)
         replace_rows(file, f"pictures, {options.side} px", found, command_line.about())
     ddit_report.write(rows_in(file), options.results)

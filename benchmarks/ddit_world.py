@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import random
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import numpy as np
 import torch
 from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan, TypedWindows
 from blockskip_pack.blockskip_core.ddit.scheduler import SchedulerSettings
@@ -22,13 +24,14 @@ from blockskip_pack.blockskip_core.distillation.settings import DistillationSett
 from blockskip_pack.blockskip_core.files import open_tensors, write_atomically
 from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches, RunRecord
 from blockskip_pack.blockskip_core.hosts.sampling.own_latents import OwnLatents
-from blockskip_pack.blockskip_core.hosts.sampling.patch_training import PatchTraining, train_patches
+from blockskip_pack.blockskip_core.hosts.sampling.patch_training import GivenPictures, PatchTraining, train_patches
 from ralu_pictures import ASKED, BATCH, CELL, CFG, PATCH, SEED, World
 from safetensors.torch import save_file
 from torch import Tensor
 
 READ_AT = 256  # pixels; the reader knows this size
 SCALES = (2,)
+TRAIN_BATCH, TRAIN_RATE = 16, 1e-3
 AUTO_STEPS = 20
 WINDOW_STEPS = 12
 WINDOWS = {  # six coarse steps of twelve, about eight plain steps of work
@@ -40,14 +43,49 @@ WINDOWS = {  # six coarse steps of twelve, about eight plain steps of work
 logger = logging.getLogger("__main__")
 
 
-def train(world: World, side: int, steps: int, prompts: int) -> tuple[TrainedPatches, list[dict[str, Any]]]:
-    """Train adapters on the model's own latents; also return the rows of the report."""
+def kept_or_trained(
+    world: World, options: argparse.Namespace, side: int, scales: tuple[int, ...] = SCALES
+) -> tuple[TrainedPatches, list[dict[str, Any]]]:
+    """Return adapters from ``--keep``, or train them and keep them there; also the report's rows of a training.
+
+    Args:
+        world: The world.
+        options: With ``keep``, ``train_steps`` and ``train_prompts`` (``command_line.of_adapters``).
+        side: Of the training's pictures in pixels.
+        scales: Patch sizes.
+    """
+    if options.keep and options.keep.is_file():
+        return load(options.keep), []
+    trained, rows = train(world, side, options.train_steps, options.train_prompts, scales)
+    if options.keep:
+        save(trained, options.keep)
+    return trained, rows
+
+
+def described(trained: TrainedPatches) -> list[dict[str, Any]]:
+    """Return what adapters say of their own training, a row per patch size."""
+    return [
+        {
+            "scale": scale, "side": trained.notes["width"], "prompts": trained.notes["prompts"], "steps": entry.steps,
+            "batch": TRAIN_BATCH, "rate": TRAIN_RATE, "untrained": entry.fallback.errors, "trained": entry.errors.errors,
+        }
+        for scale, entry in trained.scales.items()
+    ]  # fmt: skip
+
+
+def train(
+    world: World, side: int, steps: int, prompts: int, scales: tuple[int, ...] = SCALES
+) -> tuple[TrainedPatches, list[dict[str, Any]]]:
+    """Train adapters on pictures that the world draws; also return the rows of the report."""
     rng = random.Random("ddit/training")
-    texts = [world.drawing.caption(world.drawing.random_scene(rng)) for _ in range(prompts)]
-    captions = [world._encode(text) for text in texts]
-    settings = DistillationSettings(steps=steps, batch_size=8, learning_rate=1.5e-4, validate_every=50, patience=3)
-    latents = OwnLatents(per_prompt=2, width=side, height=side, steps=20, cfg=CFG)
-    request = PatchTraining(scales=SCALES, latents=latents, settings=settings, checkpointing=False)
+    scenes = [world.drawing.random_scene(rng) for _ in range(prompts)]
+    captions = [world.conditioning(scene) for scene in scenes]
+    pictures = [torch.from_numpy(np.array(world.drawing.render(scene, side))).float() / 255 for scene in scenes]
+    settings = DistillationSettings(
+        steps=steps, batch_size=TRAIN_BATCH, learning_rate=TRAIN_RATE, validate_every=25, patience=4
+    )
+    latents = OwnLatents(per_prompt=1, width=side, height=side)
+    request = PatchTraining(scales=scales, latents=latents, settings=settings, checkpointing=False)
     last, results, started = [0.0], {}, time.perf_counter()
 
     def progress(phase: str, done: int, total: int, detail: str) -> None:
@@ -58,14 +96,16 @@ def train(world: World, side: int, steps: int, prompts: int) -> tuple[TrainedPat
     def seen(scale: int, result: DistillationResult) -> None:
         results[scale] = result
 
-    trained = train_patches(world.model, captions, [world._encode("")], request, progress, seen)
+    given = GivenPictures(pictures, world.vae)
+    with torch.inference_mode():  # as nodes run; the VAE would keep its activations otherwise
+        trained = train_patches(world.model, captions, [world.negative], request, progress, seen, given)
     seconds = round(time.perf_counter() - started)
     rows = [
         {
             "side": side, "scale": scale, "steps": result.steps, "best_step": result.best_step,
             "untrained": result.untrained, "start": result.measured[0][1], "trained": result.best_errors,
             "measured": [(step, sum(errors) / len(errors)) for step, errors in result.measured],
-            "prompts": prompts, "latents": 2 * prompts, "seconds": seconds,
+            "prompts": prompts, "batch": TRAIN_BATCH, "rate": TRAIN_RATE, "seconds": seconds,
         }
         for scale, result in results.items()
     ]  # fmt: skip

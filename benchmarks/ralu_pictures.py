@@ -48,12 +48,23 @@ class World:
         self.scenes = evaluate_world.held_out_scenes(prompts)
         self._encode = lambda text: sample_world.encode(self.clip, text)
         self._joined = evaluate_world.joined
-        caption = self._encode(world.caption(self.scenes[0]))
-        self._weightless = WeightlessDit.of(HostedDit(self.model, [caption], (16, PATCH, PATCH)))
+        self.negative = self._encode("")
+        self._weightless = WeightlessDit.of(
+            HostedDit(self.model, [self.conditioning(self.scenes[0])], (16, PATCH, PATCH))
+        )
+
+    def conditioning(self, scene: Any) -> list:
+        """Return the CONDITIONING of a scene's caption."""
+        return self._encode(self.drawing.caption(scene))
+
+    def encoded(self, pictures: Tensor) -> Tensor:
+        """Return latents of pictures (B, 3, H, W) in the model's own scale."""
+        with torch.no_grad():
+            return self.model.model.process_latent_in(self.vae.encode(pictures.movedim(1, -1))).float()
 
     def conditionings(self, scenes: list) -> tuple[list, list]:
         """Return the positive conditioning, one row per picture, and the negative one."""
-        return self._joined([self._encode(self.drawing.caption(scene)) for scene in scenes]), self._encode("")
+        return self._joined([self.conditioning(scene) for scene in scenes]), self.negative
 
     def operations(self, tokens: int) -> int:
         """Count the operations of the model's forward on ``tokens`` image tokens."""
@@ -62,9 +73,9 @@ class World:
             denoise(noisy, torch.empty(1, device="meta"), [0])
         return counting.operations
 
-    def drawn(self) -> Tensor:
-        """Return pictures of the prompts drawn by the world, shape (B, 3, H, W)."""
-        pictures = [np.array(self.drawing.render(scene, SIZE)) for scene in self.scenes]
+    def drawn(self, side: int = SIZE) -> Tensor:
+        """Return pictures of the prompts drawn by the world, shape (B, 3, side, side)."""
+        pictures = [np.array(self.drawing.render(scene, side)) for scene in self.scenes]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -95,8 +106,8 @@ def arms(world: World, full_steps: int) -> list[Arm]:
     return [*found, staged(world, "FLUX 5x", 0.0), naive(world, "FLUX 5x")]
 
 
-def plain(world: World, name: str, steps: int) -> Arm:
-    """Return the arm with Euler on the model's ordinary schedule."""
+def plain(world: World, name: str, steps: int, side: int = SIZE) -> Arm:
+    """Return the arm with Euler on the model's ordinary schedule, for pictures of ``side`` pixels."""
 
     def sample(noise: Tensor, positive: list, negative: list, seed: int) -> Tensor:
         return comfy.sample.sample(
@@ -104,12 +115,12 @@ def plain(world: World, name: str, steps: int) -> Arm:
             disable_pbar=True,
         )  # fmt: skip
 
-    return Arm(f"{name}, {steps} steps", steps, steps * world.operations((SIZE // TOKEN) ** 2), sample)
+    return Arm(f"{name}, {steps} steps", steps, steps * world.operations((side // TOKEN) ** 2), sample)
 
 
-def staged(world: World, preset: str, ratio: float) -> Arm:
-    """Return the arm with the three stages."""
-    plan, coarse = PRESETS[preset], (SIZE // TOKEN // 2) ** 2
+def staged(world: World, preset: str, ratio: float, side: int = SIZE) -> Arm:
+    """Return the arm with the three stages, for pictures of ``side`` pixels."""
+    plan, coarse = PRESETS[preset], (side // TOKEN // 2) ** 2
     tokens = (coarse, coarse + 3 * int(coarse * ratio), 4 * coarse)
 
     def sample(noise: Tensor, positive: list, negative: list, seed: int) -> Tensor:
@@ -143,13 +154,13 @@ def naive(world: World, preset: str) -> Arm:
     return Arm("naive upsampling after the first stage of FLUX 5x", plan.steps[0] + later, operations, sample)
 
 
-def pictures_of(world: World, arm: Arm) -> Tensor:
-    """Return pictures of all prompts, shape (B, 3, H, W)."""
+def pictures_of(world: World, arm: Arm, side: int = SIZE) -> Tensor:
+    """Return pictures of all prompts, shape (B, 3, side, side)."""
     made = []
     for start in range(0, len(world.scenes), BATCH):
         scenes = world.scenes[start : start + BATCH]
         positive, negative = world.conditionings(scenes)
-        empty = torch.zeros(len(scenes), 16, SIZE // CELL, SIZE // CELL)
+        empty = torch.zeros(len(scenes), 16, side // CELL, side // CELL)
         seed = SEED + start
         latent = arm.sample(comfy.sample.prepare_noise(empty, seed), positive, negative, seed)
         made.append(world.vae.decode(latent).permute(0, 3, 1, 2).clamp(0, 1).float())

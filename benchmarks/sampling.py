@@ -2,49 +2,55 @@
 """All ways to sample with fewer operations: fewer steps, EasyCache, RALU, DDiT and combinations, at equal operations.
 
 ``counted`` counts what the same ways cost on published models at full size; ``pictures`` samples the demo's world with each
-of them, after training adapters for DDiT on its model (``--keep`` keeps them). Rows go to ``results/sampling.jsonl``.
+of them, after training adapters for DDiT on its model (``--keep`` keeps them); ``sizes`` measures the adapters' error by the
+size of pictures, and how small it would have to be for coarse steps to be as good as fewer steps. Rows go to
+``results/sampling.jsonl`` one by one: ``--resume`` makes those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 import command_line
-from command_line import replace_rows, rows_in
-from quality_world import ROOT
+from command_line import add_row, remove_part, replace_rows, rows_in
 
 logger = logging.getLogger(__name__)
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = command_line.parser(__doc__, "where rows and table go")
-    parser.add_argument("--assets", type=Path, default=ROOT / "demo" / "assets")
-    parser.add_argument("--parts", nargs="+", default=["counted", "pictures"])
-    parser.add_argument("--prompts", type=int, default=10, help="number of pictures of each way")
-    parser.add_argument("--train-steps", type=int, default=100, help="training steps of the adapters")
-    parser.add_argument("--train-prompts", type=int, default=16, help="prompts of that training")
-    parser.add_argument("--keep", type=Path, help="file to keep the adapters in, and to read them from")
+    parser = command_line.of_adapters(__doc__, ["counted", "pictures", "sizes"])
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="sides of the pictures in pixels")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[8, 4], help="number of pictures of each way, by side"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the pictures' rows that are there")
     return parser.parse_args()
 
 
-def pictures(options: argparse.Namespace, file: Path) -> None:
-    """Train the adapters unless they are kept, then sample in every way."""
+def sampled(options: argparse.Namespace) -> None:
+    """Train the adapters unless they are kept, then sample in every way, and measure errors by size."""
+    import ddit_sizes
     import ddit_world
     import sampling_world
     from ralu_pictures import SIZE, World
 
-    world = World(options.assets, options.prompts)
-    if options.keep and options.keep.is_file():
-        trained = ddit_world.load(options.keep)
-    else:
-        trained, rows = ddit_world.train(world, SIZE, options.train_steps, options.train_prompts)
-        replace_rows(file, "training", rows, command_line.about())
-        if options.keep:
-            ddit_world.save(trained, options.keep)
-    replace_rows(file, "pictures", sampling_world.rows(world, trained), command_line.about())
+    file, about = options.results / "sampling.jsonl", command_line.about()
+    worlds = {side: World(options.assets, number) for side, number in zip(options.sides, options.prompts, strict=True)}
+    trained, _ = ddit_world.kept_or_trained(worlds[options.sides[0]], options, SIZE)
+    replace_rows(file, "training", ddit_world.described(trained), about)
+    for side, world in worlds.items() if "pictures" in options.parts else ():
+        part = f"pictures, {side} px"
+        if not options.resume:
+            remove_part(file, part)
+        done = {row["name"] for row in rows_in(file) if row["part"] == part}
+        for row in sampling_world.rows(world, trained, side, done):
+            add_row(file, {"part": part, **row, "about": about})
+    if "sizes" in options.parts:
+        world = World(options.assets, ddit_sizes.PICTURES)
+        replace_rows(file, "sizes", ddit_sizes.errors(world, trained), about)
+        replace_rows(file, "allowed", ddit_sizes.allowed(world, trained), about)
 
 
 def main() -> None:
@@ -57,8 +63,8 @@ def main() -> None:
     file = options.results / "sampling.jsonl"
     if "counted" in options.parts and not options.report:
         replace_rows(file, "counted", sampling_counted.rows(), command_line.about())
-    if "pictures" in options.parts and not options.report:
-        pictures(options, file)
+    if {"pictures", "sizes"} & set(options.parts) and not options.report:
+        sampled(options)
     sampling_report.write(rows_in(file), options.results)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Row = dict[str, Any]
 
 
 def write(rows: list[Row], folder: Path) -> None:
-    """Write ``sampling.md``."""
+    """Write ``sampling.md``, and ``sampling.png`` if there are pictures."""
     lines = ["# All ways to sample with fewer operations", ""]
-    for part, (title, table) in _PARTS.items():
-        own = [row for row in rows if row["part"] == part]
-        if own:
-            lines += [f"## {title}", "", *table(own), "", own[0]["about"], ""]
+    for kind, (title, table) in _PARTS.items():
+        for part in dict.fromkeys(row["part"] for row in rows if row["part"].split(",")[0] == kind):
+            own = [row for row in rows if row["part"] == part]
+            lines += [f"## {title.format(**own[0])}", "", *table(own), "", own[0]["about"], ""]
     (folder / "sampling.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -37,12 +39,11 @@ def counted(rows: list[Row]) -> list[str]:
 
 def training(rows: list[Row]) -> list[str]:
     """Return how DDiT's adapters were trained."""
-    (row,) = rows
-    errors = {name: sum(row[name]) / len(row[name]) for name in ("untrained", "start", "trained")}
     return [
-        f"Patches of {row['scale']}x, {row['side']} px, {row['latents']} latents of {row['prompts']} prompts, the best of "
-        f"{row['steps']} steps (step {row['best_step']}). Relative error of the velocity on held-out prompts: "
-        f"{errors['untrained']:.3f} without training, {errors['start']:.3f} with the connection, {errors['trained']:.3f} trained."
+        f"* Patches of {row['scale']}x: {row['prompts']} drawings of {row['side']} px, batch {row['batch']}, rate {row['rate']}, the "
+        f"best after {row['steps']} steps. Relative error of the velocity on held-out drawings: {mean(row['untrained']):.3f} "
+        f"without training, {mean(row['trained']):.3f} trained."
+        for row in rows
     ]
 
 
@@ -50,8 +51,8 @@ def pictures(rows: list[Row]) -> list[str]:
     """Return every way's pictures, by operations."""
     full = rows[0]
     lines = [
-        f"256 px, {full['prompts']} prompts, guidance 4. Operations in plain steps: of the calls that were made. Likeness to the "
-        "prompt's drawing and right answers: by the demo's reader. Difference: root mean square of pixels from "
+        f"{full['prompts']} prompts, guidance 4. Operations in plain steps: of the calls that were made. Likeness to the "
+        "prompt's drawing and right answers: by the demo's reader, who sees 256 px. Difference: root mean square of pixels from "
         f"{full['name']} with the same seeds.", "",
         "| Way | Operations | Likeness | Right | Difference |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -63,7 +64,66 @@ def pictures(rows: list[Row]) -> list[str]:
     return lines
 
 
+def sizes(rows: list[Row]) -> list[str]:
+    """Return the errors of coarse calls by size of the pictures, means over noise levels."""
+    lines = [
+        f"Relative error of a coarse call's velocity, mean over noise levels of 0.05 to 0.95; {rows[0]['pictures']} drawings of "
+        "prompts that were not trained on.", "",
+        "| Patches | Side | Without training | With the connection | Trained | Trained, by noise level |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    lines += [
+        f"| {row['scale']}x | {row['side']} px | {mean(row['untrained']):.3f} | {mean(row['start']):.3f} | {mean(row['trained']):.3f} | "
+        f"{', '.join(f'{error:.2f}' for error in row['trained'])} |"
+        for row in sorted(rows, key=lambda row: (row["scale"], row["side"]))
+    ]
+    return lines
+
+
+def allowed(rows: list[Row]) -> list[str]:
+    """Return how near runs with smaller errors come to many plain steps, and what share of the error would pay."""
+    lines = [
+        f"Relative difference of latents from 28 plain steps, {rows[0]['pictures']} prompts. Of a coarse call's error the given "
+        "share is left. Equal: the share with which the run is as near as plain steps with the same operations.", "",
+        "| Side | Run | Operations | Plain steps there | All | 1/2 | 1/4 | 1/10 | Equal |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for (side, name), run in _runs(rows).items():
+        plain = difference_of_plain([row for row in rows if row["side"] == side], run[0]["plain_steps"])
+        cells = " | ".join(f"{row['difference']:.3f}" for row in run)
+        share = equal_share([(row["share"], row["difference"]) for row in run], plain)
+        equal = "less than 1/10" if share is None else f"{share:.2f}"
+        lines.append(f"| {side} px | {name} | {run[0]['plain_steps']:.2f} | {plain:.3f} | {cells} | {equal} |")
+    return lines
+
+
+def _runs(rows: list[Row]) -> dict[tuple[int, str], list[Row]]:
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        if row["share"] is not None:
+            found.setdefault((row["side"], row["name"]), []).append(row)
+    return found
+
+
+def difference_of_plain(rows: list[Row], operations: float) -> float:
+    """Return the difference of plain steps with so many operations, interpolated between whole steps."""
+    points = sorted((row["plain_steps"], row["difference"]) for row in rows if row["share"] is None)
+    return float(np.interp(operations, *zip(*points, strict=True)))
+
+
+def equal_share(points: list[tuple[float, float]], difference: float) -> float | None:
+    """Return the share of the error with which a run has this difference; None if none of (share, difference) is as near."""
+    shares, differences = zip(*sorted(points), strict=True)
+    return None if difference < differences[0] else float(np.interp(difference, differences, shares))
+
+
+def mean(errors: list[float]) -> float:
+    """Return the mean over noise levels."""
+    return sum(errors) / len(errors)
+
+
 _PARTS = {
-    "counted": ("Counted at full size", counted), "pictures": ("Pictures of the demo's world", pictures),
-    "training": ("The adapters", training),
+    "counted": ("Counted at full size", counted), "pictures": ("Pictures of the demo's world, {side} px", pictures),
+    "training": ("The adapters", training), "sizes": ("The error of coarse steps by size", sizes),
+    "allowed": ("The error that would pay", allowed),
 }  # fmt: skip

@@ -30,3 +30,14 @@ def test_what_ralu_costs_is_what_its_own_benchmark_counted(bench, rows):
 def test_the_committed_report_is_that_of_the_committed_rows(bench, rows, tmp_path):
     bench("sampling_report").write(rows, tmp_path)
     assert (tmp_path / "sampling.md").read_text("utf-8") == (RESULTS / "sampling.md").read_text("utf-8")
+
+
+def test_the_share_of_the_error_that_pays(bench):
+    """Plain steps between whole ones, and the share at which a straight line meets them."""
+    report = bench("sampling_report")
+    plain = [{"share": None, "plain_steps": steps, "difference": 0.6 / steps} for steps in (2.0, 4.0)]
+    assert report.difference_of_plain(plain, 3.0) == pytest.approx((0.3 + 0.15) / 2)
+    line = [(share, 0.1 + 0.4 * share) for share in (1.0, 0.5, 0.1)]
+    assert report.equal_share(line, 0.2) == pytest.approx(0.25)
+    assert report.equal_share(line, 0.1) is None
+    assert report.equal_share(line, 0.9) == 1.0

@@ -27,6 +27,7 @@ from ..models.coarse_forward import CoarseForward, shape_of
 from ..models.identity import module_identity
 from ..models.patches import require_coarse_steps
 from ..models.residency import unload
+from .step_caches import StepCaches
 from .token_strips import require_only_text
 
 _KEY = "blockskip_dynamic_patches"
@@ -153,6 +154,8 @@ class DynamicPatches:
         self._require_own_model(executor)
         require_only_text("Coarse steps take", "Remove these, or set the mode to off.", c_concat, control, kwargs)
 
+        options = run.caches.options_for(run.scale, options)
+
         def denoise(reduced: Tensor, level: Tensor) -> Tensor:
             latent = with_frames(self._model, reduced)
             return without_frames(
@@ -185,6 +188,7 @@ class _Run:
         trained: The adapters, on the device.
         choice: Chooses the patch sizes.
         scale: s of the present step.
+        caches: The host's caches of coarse calls.
     """
 
     def __init__(
@@ -197,6 +201,7 @@ class _Run:
         self.trained, self.choice, self.scale = trained, choice, 1
         self._record, self._on_step = record, on_step
         self._step = -1
+        self.caches = StepCaches()
         self.remembered: dict[Any, Tensor] = {}
 
     def decide(self, sigma: float, latent: Tensor) -> None:
@@ -205,6 +210,7 @@ class _Run:
         A sampler that calls the model several times between two noise levels uses one size for these calls.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self.caches.next_prediction()
         levels = self._record.sigmas
         step = max((k for k, level in enumerate(levels[:-1]) if level >= sigma * (1.0 - _SAME_LEVEL)), default=0)
         if step == self._step:

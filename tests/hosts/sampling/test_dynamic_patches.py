@@ -220,23 +220,25 @@ def test_the_published_scheduler_runs():
         assert records[-1][-2] == 2
 
 
-@pytest.mark.filterwarnings("ignore:The 'warn' function:DeprecationWarning")  # the host's cache, when it starts over
-@pytest.mark.parametrize("first", ["cache", "patches"])
-def test_easy_cache_combines_in_either_order(first):
-    """It answers own and coarse steps, starts over at every switch, and a threshold of 0 changes nothing."""
+@pytest.mark.parametrize(
+    ("first", "windows", "start"),
+    [("cache", "6-11: 2", 0.0), ("patches", "6-11: 2", 0.3), ("cache", "2: 2, 4: 2, 6: 2, 8: 2, 10: 2, 12: 2", 0.3)],
+)
+def test_easy_cache_combines_in_either_order(first, windows, start):
+    """It answers own and coarse steps, also those that alternate, and a threshold of 0 changes nothing."""
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     def cached(model, threshold):
-        return EasyCacheNode.execute(model, threshold, 0.0, 1.0, False)[0]
+        return EasyCacheNode.execute(model, threshold, start, 1.0, False)[0]
 
     def made(threshold):
         if first == "cache":
-            return dynamic(cached(patcher, threshold), "6-11: 2", trained)
-        return cached(dynamic(patcher, "6-11: 2", trained), threshold)
+            return dynamic(cached(patcher, threshold), windows, trained)
+        return cached(dynamic(patcher, windows, trained), threshold)
 
     patcher = tiny_flux(dtype=torch.bfloat16)
     trained, seen = adapters(patcher), []
-    plain = sampled(dynamic(patcher, "6-11: 2", trained), steps=16)
+    plain = sampled(dynamic(patcher, windows, trained), steps=16)
     assert torch.equal(sampled(made(0.0), steps=16), plain)
     handle = patcher.model.diffusion_model.img_in.register_forward_hook(
         lambda _, args, output: seen.append(output.shape[1])
