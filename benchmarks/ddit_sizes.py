@@ -29,11 +29,11 @@ from ralu_pictures import CELL, SEED, TOKEN, World, plain
 from sampling_world import FULL, alternating
 from torch import Tensor
 
-PICTURES = 4
-SIDES = (128, 192, 256, 384, 512, 768)
+PICTURES = 3
+SIDES = (128, 192, 256, 384, 512)
 SHARES = (1.0, 0.5, 0.25, 0.1)  # of the coarse call's error that remains
-RUNS = {128: (12, 7), 256: (12, 7), 512: (12, 7)}  # side -> steps of runs in which every other step is coarse
-PLAIN = (4, 5, 6, 7, 8, 10)
+RUNS = {128: (10,), 256: (10,), 512: (10,)}  # side -> steps of runs in which every other step is coarse
+PLAIN = (5, 6, 7, 8)
 logger = logging.getLogger("__main__")
 
 
@@ -97,7 +97,7 @@ def allowed(world: World, trained: TrainedPatches) -> list[dict[str, Any]]:
         full = _latents(world, world.model, FULL, side)
         arms = [(f"plain, {steps} steps", world.model, steps, None, float(steps)) for steps in PLAIN]
         for steps in runs:
-            windows = alternating(2, steps - 1 + steps % 2)
+            windows = alternating(2, steps)
             cost = steps - steps // 2 * (1.0 - operations[2] / operations[1])
             arms += [
                 (

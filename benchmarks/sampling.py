@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
     parser = command_line.of_adapters(__doc__, ["counted", "pictures", "sizes"])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="sides of the pictures in pixels")
     parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[8, 4], help="number of pictures of each way, by side"
+        "--prompts", type=int, nargs="+", default=[6, 3], help="number of pictures of each way, by side"
     )
     parser.add_argument("--resume", action="store_true", help="keep the pictures' rows that are there")
     return parser.parse_args()
@@ -66,6 +66,7 @@ def main() -> None:
     if {"pictures", "sizes"} & set(options.parts) and not options.report:
         sampled(options)
     sampling_report.write(rows_in(file), options.results)
+    sampling_report.plot(rows_in(file), options.results / "sampling.png")
 
 
 if __name__ == "__main__":

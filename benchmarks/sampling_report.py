@@ -8,16 +8,60 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+_DRAWN = {"likeness": "likeness to the prompt", "from_full": "difference from 28 plain steps"}
+_KINDS = {  # kind -> colour, marker
+    "plain": ("black", "o"), "RALU": ("tab:blue", "s"), "EasyCache": ("tab:green", "^"), "DDiT": ("tab:red", "D"),
+    "two": ("tab:purple", "P"),
+}  # fmt: skip
+_NAMES = {**{kind: kind for kind in _KINDS}, "plain": "fewer plain steps", "two": "two of them together"}
 
 
 def write(rows: list[Row], folder: Path) -> None:
-    """Write ``sampling.md``, and ``sampling.png`` if there are pictures."""
+    """Write ``sampling.md``."""
     lines = ["# All ways to sample with fewer operations", ""]
     for kind, (title, table) in _PARTS.items():
         for part in dict.fromkeys(row["part"] for row in rows if row["part"].split(",")[0] == kind):
             own = [row for row in rows if row["part"] == part]
             lines += [f"## {title.format(**own[0])}", "", *table(own), "", own[0]["about"], ""]
     (folder / "sampling.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def plot(rows: list[Row], target: Path) -> None:
+    """Draw likeness and difference against operations, a column per size of the pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sides = list(dict.fromkeys(row["side"] for row in rows if row["part"].startswith("pictures")))
+    if not sides:
+        return
+    figure, axes = pyplot.subplots(2, len(sides), figsize=(4.6 * len(sides), 6.4), sharex=True, squeeze=False)
+    for column, side in enumerate(sides):
+        own = [row for row in rows if row["part"] == f"pictures, {side} px"]
+        for above, (measure, label) in zip(axes[:, column], _DRAWN.items(), strict=True):
+            for kind, (colour, marker) in _KINDS.items():
+                points = sorted((row["plain_steps"], row[measure]) for row in own if kind_of(row["name"]) == kind)
+                line = "-" if kind == "plain" else ""
+                above.plot(
+                    *zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, label=_NAMES[kind]
+                )
+            above.set(xscale="log", ylabel=label)
+            above.set_xticks([5, 7, 10, 14, 20, 28], labels=["5", "7", "10", "14", "20", "28"], minor=False)
+            above.minorticks_off()
+            above.grid(alpha=0.3)
+        axes[0, column].set_title(f"{side} px, {own[0]['prompts']} prompts")
+        axes[-1, column].set_xlabel("operations, in plain steps")
+    axes[0, -1].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a way by its name."""
+    kinds = [kind for kind in ("plain", "RALU", "EasyCache", "DDiT") if kind in name]
+    return kinds[0] if len(kinds) == 1 else "two"
 
 
 def counted(rows: list[Row]) -> list[str]:

@@ -23,7 +23,7 @@ class Distilled(Protocol):
         ...
 
     def teacher(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
-        """Return the estimate with the model's own patches; called without gradients."""
+        """Return the estimate with the model's own patches; called without gradients and outside :meth:`attached`."""
         ...
 
     def student(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:

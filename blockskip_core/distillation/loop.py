@@ -22,7 +22,7 @@ from ..errors import StorageError, TrainingError
 from ..training.checkpoints import Checkpoints, TrainingState
 from ..training.optimizers import build_optimizer, optimizer_state, restore_optimizer
 from .distilled import Distilled
-from .examples import Examples
+from .examples import Batch, Examples
 from .settings import DistillationSettings
 from .validation import HeldOut
 
@@ -130,9 +130,11 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate_after(self.result.steps)
         total = 0.0
-        for batch in batches_of_equal_text(numbers, self._text_length, settings.batch_size):
+        for chosen in batches_of_equal_text(numbers, self._text_length, settings.batch_size):
+            batch = self.examples.batch(chosen)
+            taught = self._taught(batch)  # before: the teacher is the model without what is attached
             with self.model.attached():
-                loss = self._loss(batch) / len(numbers)
+                loss = self._loss(batch, taught) / len(numbers)
                 total += loss.item()
                 self._require_finite(total, "loss")
                 loss.backward()
@@ -146,13 +148,19 @@ class _Loop:
         self.within_step = False
         self.result.seconds += time.perf_counter() - started
 
-    def _loss(self, numbers: Sequence[int]) -> Tensor:
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Tensor:
+        """Return the teacher's clean estimates."""
+        noisy, sigmas = self._on_device(batch)
+        return self.model.teacher(noisy, sigmas, batch.captions).float()
+
+    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
         """Return the summed loss of a batch."""
-        batch, device = self.examples.batch(numbers), self.model.device
-        noisy, sigmas = batch.noisy.to(device), batch.sigmas.to(device)
-        with torch.no_grad():
-            taught = self.model.teacher(noisy, sigmas, batch.captions).float()
+        noisy, sigmas = self._on_device(batch)
         return velocity_loss(self.model.student(noisy, sigmas, batch.captions).float(), taught, sigmas).sum()
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.noisy.to(self.model.device), batch.sigmas.to(self.model.device)
 
     def _text_length(self, number: int) -> int:
         return self.model.text_length(self.examples.caption_of(number))

@@ -40,7 +40,7 @@ from .own_latents import OwnLatents, own_latents
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2  # 1 had a teacher with what was trained
 _SCHEDULE = 100  # steps of the schedule through which training spreads over noise levels
 _KEPT_STATES = 2
 

@@ -28,7 +28,11 @@ class Tiny:
 
     def teacher(self, noisy, sigmas, captions):
         assert not torch.is_grad_enabled()
+        assert not self.inside, "what is trained must not act on the teacher"
         self.taught += len(noisy)
+        return self.right(noisy, captions)
+
+    def right(self, noisy, captions):
         return noisy * (0.5 + 0.1 * torch.tensor(captions) % 3)[:, None, None, None]
 
     def student(self, noisy, sigmas, captions):
@@ -138,9 +142,9 @@ def test_the_first_step_is_adam_s_on_the_mean_square_of_the_velocity():
     found, _ = run(steps=1, validate_every=1, warmup_steps=0)
     model = Tiny()
     batch = examples().batch(range(3))
-    model.inside = True
     with torch.no_grad():
         taught = model.teacher(batch.noisy, batch.sigmas, batch.captions)
+    model.inside = True
     sigma = batch.sigmas[:, None, None, None]
     error = (batch.noisy - model.student(batch.noisy, batch.sigmas, batch.captions)) / sigma
     target = (batch.noisy - taught) / sigma
@@ -181,8 +185,7 @@ def test_whole_prompts_are_held_out():
 def test_the_error_is_relative_to_the_velocity():
     model = Tiny()
     held = HeldOut(model, examples().held_out_batches(2))
-    model.inside = True
-    assert held.errors(lambda noisy, sigmas, captions: model.teacher(noisy, sigmas, captions)) == (0.0,) * len(LEVELS)
+    assert held.errors(lambda noisy, sigmas, captions: model.right(noisy, captions)) == (0.0,) * len(LEVELS)
     assert held.errors(lambda noisy, sigmas, captions: noisy) == pytest.approx((1.0,) * len(LEVELS))
 
 
