@@ -39,8 +39,8 @@ def of_adapters(description: str | None, parts: list[str]) -> argparse.ArgumentP
     made = parser(description, "where rows and table go")
     made.add_argument("--assets", type=Path, default=RESULTS.parents[1] / "demo" / "assets")
     made.add_argument("--parts", nargs="+", default=parts)
-    made.add_argument("--train-steps", type=int, default=150, help="training steps of the adapters")
-    made.add_argument("--train-prompts", type=int, default=128, help="pictures of that training, a prompt each")
+    made.add_argument("--train-steps", type=int, default=100, help="training steps of the adapters")
+    made.add_argument("--train-prompts", type=int, default=56, help="pictures of that training, a prompt each")
     made.add_argument("--keep", type=Path, help="file to keep the adapters in, and to read them from")
     return made
 

@@ -32,7 +32,7 @@ from torch import Tensor
 PICTURES = 3
 SIDES = (128, 192, 256, 384, 512)
 SHARES = (1.0, 0.5, 0.25, 0.1)  # of the coarse call's error that remains
-RUNS = {128: (10,), 256: (10,), 512: (10,)}  # side -> steps of runs in which every other step is coarse
+RUNS = {128: (10,), 256: (10,)}  # side -> steps of runs in which every other step is coarse
 PLAIN = (5, 6, 7, 8)
 logger = logging.getLogger("__main__")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 READ_AT = 256  # pixels; the reader knows this size
 SCALES = (2,)
-TRAIN_BATCH, TRAIN_RATE = 16, 1e-3
+TRAIN_BATCH, TRAIN_RATE = 8, 7e-4
 AUTO_STEPS = 20
 WINDOW_STEPS = 12
 WINDOWS = {  # six coarse steps of twelve, about eight plain steps of work

@@ -37,20 +37,21 @@ def sampled(options: argparse.Namespace) -> None:
     from ralu_pictures import SIZE, World
 
     file, about = options.results / "sampling.jsonl", command_line.about()
-    worlds = {side: World(options.assets, number) for side, number in zip(options.sides, options.prompts, strict=True)}
-    trained, _ = ddit_world.kept_or_trained(worlds[options.sides[0]], options, SIZE)
+    world = World(options.assets, max(options.prompts))
+    scenes = world.scenes
+    trained, _ = ddit_world.kept_or_trained(world, options, SIZE)
     replace_rows(file, "training", ddit_world.described(trained), about)
-    for side, world in worlds.items() if "pictures" in options.parts else ():
-        part = f"pictures, {side} px"
+    if "sizes" in options.parts:
+        world.scenes = scenes[: ddit_sizes.PICTURES]
+        replace_rows(file, "sizes", ddit_sizes.errors(world, trained), about)
+        replace_rows(file, "allowed", ddit_sizes.allowed(world, trained), about)
+    for side, number in zip(options.sides, options.prompts, strict=True) if "pictures" in options.parts else ():
+        part, world.scenes = f"pictures, {side} px", scenes[:number]
         if not options.resume:
             remove_part(file, part)
         done = {row["name"] for row in rows_in(file) if row["part"] == part}
         for row in sampling_world.rows(world, trained, side, done):
             add_row(file, {"part": part, **row, "about": about})
-    if "sizes" in options.parts:
-        world = World(options.assets, ddit_sizes.PICTURES)
-        replace_rows(file, "sizes", ddit_sizes.errors(world, trained), about)
-        replace_rows(file, "allowed", ddit_sizes.allowed(world, trained), about)
 
 
 def main() -> None:
