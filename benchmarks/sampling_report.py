@@ -42,7 +42,7 @@ def plot(rows: list[Row], target: Path) -> None:
         for above, (measure, label) in zip(axes[:, column], _DRAWN.items(), strict=True):
             for kind, (colour, marker) in _KINDS.items():
                 points = sorted((row["plain_steps"], row[measure]) for row in own if kind_of(row["name"]) == kind)
-                line = "-" if kind == "plain" else ""
+                line = "none" if kind == "two" else "-"
                 above.plot(
                     *zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, label=_NAMES[kind]
                 )
