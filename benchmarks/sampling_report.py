@@ -43,9 +43,8 @@ def plot(rows: list[Row], target: Path) -> None:
             for kind, (colour, marker) in _KINDS.items():
                 points = sorted((row["plain_steps"], row[measure]) for row in own if kind_of(row["name"]) == kind)
                 line = "none" if kind == "two" else "-"
-                above.plot(
-                    *zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, label=_NAMES[kind]
-                )
+                places, values = zip(*points, strict=True)
+                above.plot(places, values, linestyle=line, color=colour, marker=marker, label=_NAMES[kind])
             above.set(xscale="log", ylabel=label)
             above.set_xticks([5, 7, 10, 14, 20, 28], labels=["5", "7", "10", "14", "20", "28"], minor=False)
             above.minorticks_off()
