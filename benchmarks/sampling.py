@@ -21,10 +21,8 @@ logger = logging.getLogger(__name__)
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.of_adapters(__doc__, ["counted", "pictures", "sizes"])
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="sides of the pictures in pixels")
-    parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[6, 3], help="number of pictures of each way, by side"
-    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[256], help="sides of the pictures in pixels")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[5], help="number of pictures of each way, by side")
     parser.add_argument("--resume", action="store_true", help="keep the pictures' rows that are there")
     return parser.parse_args()
 
