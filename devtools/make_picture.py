@@ -21,9 +21,9 @@ WIDGETS = {
     "BlockSkip_SelectBlocks": {"skip_ratio": 0.5},
     "BlockSkip_MemoryPlan": {"draws": 1200},
     "BlockSkip_PrecomputeResiduals": {"draws": 1200},
-    "BlockSkip_SampleWhileTraining": {"every": 500, "sampler_steps": 24},
-    "BlockSkip_TrainLora": {"steps": 3000, "learning_rate": 0.0015, "save_every": 200},
-    "KSampler": {"steps": 24},
+    "BlockSkip_SampleWhileTraining": {"every": 500, "sampler_steps": 24, "cfg": 2.5},
+    "BlockSkip_TrainLora": {"steps": 3000, "learning_rate": 0.002, "save_every": 200},
+    "KSampler": {"steps": 24, "cfg": 2.5},
 }
 WIDTH, MARGIN, TITLE = 830, 14, 26  # px
 LEFT, RIGHT, COLUMNS = 186, 226, 2
