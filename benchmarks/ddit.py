@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser = command_line.of_adapters(__doc__, ["operations", "pictures"])
     parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels")
     parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
+    parser.add_argument("--scales", type=int, nargs="+", default=[2], help="patch sizes to train adapters for: 2 and 4")
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 8, 12], help="operations, in plain steps")
     parser.add_argument("--full-steps", type=int, default=50, help="steps of plain sampling to compare pictures with")
     return parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
         from ralu_pictures import World
 
         world = World(options.assets, options.prompts)
-        trained, rows = ddit_world.kept_or_trained(world, options, options.side)
+        trained, rows = ddit_world.kept_or_trained(world, options, options.side, tuple(options.scales))
         if rows:
             replace_rows(file, f"training, {options.side} px", rows, command_line.about())
         found = ddit_world.rows(world, trained, options.side, options.budgets, options.full_steps)
