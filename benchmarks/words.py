@@ -1,6 +1,6 @@
 """Can a word be learned from forward passes? Zeroth-order against gradient textual inversion on the demo's small world.
 
-    python dev.py benchmark words                 # about two hours on one core of a busy machine
+    python dev.py benchmark words                 # about three hours on one core of a busy machine
     python dev.py benchmark words -- --report     # only rewrite the table
 
 Every arm gets the same number of forward passes, through the same code as the node: ``hosts/words``, ``zoodip``.
@@ -25,7 +25,8 @@ import command_line
 import torch
 from quality_world import Bench
 from torch import Tensor
-from words_arms import ARMS, WordArm
+from words_arms import ARMS, NAMES, WordArm
+from words_curves import Curve
 from words_formats import FORMATS, in_format, signal
 from words_report import write_report
 
@@ -99,8 +100,9 @@ class Subject:
         return {"cosine": cosine, "recognised": sum(a["subject"] == self.name for a in answers) / SAMPLED}
 
 
-def learn(subject: Subject, arm: WordArm, seed: int) -> Tensor:
+def learn(subject: Subject, arm: WordArm, seed: int) -> tuple[Tensor, Curve]:
     """Return the word that an arm learns."""
+    from blockskip_pack.blockskip_core.training.observer import OnStep
     from blockskip_pack.blockskip_core.zoodip.examples import ExampleSchedule
     from blockskip_pack.blockskip_core.zoodip.settings import WordSettings
     from blockskip_pack.blockskip_core.zoodip.training import WordResult, WordTraining
@@ -112,15 +114,16 @@ def learn(subject: Subject, arm: WordArm, seed: int) -> Tensor:
     )
     result = WordResult()
     training = WordTraining(subject.losses, subject.layout, subject.first, examples, settings, result=result)
+    curve = Curve(steps, settings.passes_per_step)
     with subject.losses.loaded(settings.passes_per_step):
-        training.run()
+        training.run([OnStep(lambda report: curve.after(report.step, training.word))])
     assert result.forwards <= arm.forwards
-    return training.word
+    return training.word, curve
 
 
 def learn_by_gradient(
     subject: Subject, seed: int, forwards: int, batch: int, step_size: float, lowest: float = 0.0, highest: float = 1.0
-) -> Tensor:
+) -> tuple[Tensor, Curve]:
     """Return the word of gradient textual inversion: Adam, a cosine step size, ``batch`` examples per step."""
     from blockskip_pack.blockskip_core.zoodip.examples import ExampleSchedule
 
@@ -128,6 +131,7 @@ def learn_by_gradient(
     word = (subject.first / subject.layout.sizes).clone().requires_grad_()
     optimizer = torch.optim.Adam([word], lr=step_size)
     steps = forwards // batch
+    curve = Curve(steps, batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         drawn = [examples[step * batch + row] for row in range(batch)]
@@ -135,7 +139,8 @@ def learn_by_gradient(
         _loss(subject, word * subject.layout.sizes, drawn).backward()
         optimizer.step()
         schedule.step()
-    return word.detach() * subject.layout.sizes
+        curve.after(step + 1, word * subject.layout.sizes)
+    return word.detach() * subject.layout.sizes, curve
 
 
 def _loss(subject: Subject, word: Tensor, examples: list) -> Tensor:
@@ -172,18 +177,18 @@ def _differentiable(bench: Bench) -> Iterator[None]:
 
 def measure(subject: Subject, arm: WordArm | None, seed: int) -> dict[str, Any]:
     """Return the row of an arm; without one, that of the word at the start."""
-    started, word = time.perf_counter(), subject.first
+    started, word, curve = time.process_time(), subject.first, Curve(0, 0)
     if arm is not None and arm.gradient:
         with _differentiable(subject.bench):
-            word = learn_by_gradient(subject, seed, arm.forwards, **arm.settings)
+            word, curve = learn_by_gradient(subject, seed, arm.forwards, **arm.settings)
     elif arm is not None:
-        word = learn(subject, arm, seed)
-    seconds = time.perf_counter() - started
+        word, curve = learn(subject, arm, seed)
+    seconds = time.process_time() - started
     moved = ((word - subject.first) / subject.layout.sizes).square().mean().sqrt().item()
     return {
         "subject": subject.name, "arm": arm.name if arm else "start", "group": arm.group if arm else "start", "seed": seed,
         "forwards": arm.forwards if arm else 0, "loss": subject.held_out_loss(word), "seconds": round(seconds, 1),
-        "moved": round(moved, 3), **subject.likeness(word),
+        "moved": round(moved, 3), "curve": curve.measured(subject.held_out_loss), **subject.likeness(word),
     }  # fmt: skip
 
 
@@ -216,8 +221,8 @@ def _measure_memory(parts: list[str], comfyui: Path, file: Path, done: list[dict
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__, "where rows and table go")
-    parser.add_argument("--subjects", nargs="+", default=["toby", "pip"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--subjects", nargs="+", default=["mila", "zuzu", "nori", "toby", "pip"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="ARM", help="only these arms")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     return parser.parse_args()
@@ -236,7 +241,12 @@ def main() -> None:
     bench = Bench(host.ASSETS, options.results) if on_the_world else None
     cells = [
         (None, 0),
-        *((arm, seed) for seed in options.seeds for arm in ARMS if not options.only or arm.name in options.only),
+        *(
+            (arm, seed)
+            for seed in options.seeds
+            for arm in ARMS
+            if seed < arm.seeds and arm.name in (options.only or NAMES)
+        ),
     ]
     subjects = {name: Subject(bench, name) for name in options.subjects} if bench and "arms" in options.parts else {}
     for (arm, seed), name in itertools.product(cells, subjects):

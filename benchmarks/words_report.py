@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import command_line
+import words_curves
 
 Row = dict[str, Any]
 GROUPS = {
@@ -17,32 +18,32 @@ GROUPS = {
     "defaults": "This package's defaults",
     "ablations": "New examples in every step, and one more thing changed",
 }
-FIXED_FORWARDS = 1440
 
 
-def gains(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
-    """Return the gain of every row by (subject, arm, seed): 0 at the start, 1 for the subject's best gradient arm.
+def scale_of(rows: Sequence[Row]) -> words_curves.Scale:
+    """Return the held-out loss of each subject where the gain is 0, and that where it is 1.
 
-    The best one is that with the lowest mean loss over seeds and subjects, so it is the same arm for all.
+    It is 0 at the start and 1 for the mean of the subject's runs of the best gradient arm. The best one is that with the
+    lowest mean loss over seeds and subjects, of those that were run on all of them, so it is the same for all.
     """
-    start = {row["subject"]: row["loss"] for row in rows if row["group"] == "start"}
-    by_gradient: dict[str, dict[str, list[float]]] = {}
+    losses: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row["group"] == "gradient":
-            by_gradient.setdefault(row["arm"], {}).setdefault(row["subject"], []).append(row["loss"])
-    means = {
-        arm: {s: statistics.fmean(losses) for s, losses in by_subject.items()}
-        for arm, by_subject in by_gradient.items()
-    }
-    complete = [arm for arm in means if means[arm].keys() == start.keys()]
+            losses.setdefault(row["arm"], {}).setdefault(row["subject"], []).append(row["loss"])
+    means = {arm: {s: statistics.fmean(each) for s, each in own.items()} for arm, own in losses.items()}
+    subjects = {subject for own in means.values() for subject in own}
+    complete = [own for own in means.values() if own.keys() == subjects]
     if not complete:
         return {}
-    best = means[min(complete, key=lambda arm: sum(means[arm].values()))]
-    return {
-        (row["subject"], row["arm"], row["seed"]): (start[row["subject"]] - row["loss"])
-        / (start[row["subject"]] - best[row["subject"]])
-        for row in rows
-    }
+    best = min(complete, key=lambda own: sum(own.values()))
+    start = {row["subject"]: row["loss"] for row in rows if row["group"] == "start"}
+    return {subject: (start[subject], best[subject]) for subject in start if subject in best}
+
+
+def gain_of(row: Row, scale: words_curves.Scale) -> float:
+    """Return the gain of a row whose subject is on the scale."""
+    nothing, all_ = scale[row["subject"]]
+    return (nothing - row["loss"]) / (nothing - all_)
 
 
 def formats(rows: Sequence[Row]) -> list[str]:
@@ -107,10 +108,13 @@ def _gib(count: int) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return the table, group by group."""
-    rows = [row for row in rows if row["group"] in GROUPS]
-    found, subjects = gains(rows), sorted({row["subject"] for row in rows})
-    head = ["arm", "forward passes", *(f"gain, {subject}" for subject in subjects), "gain", "cosine", "recognised", "s"]
+    """Return the table, group by group; subjects without a gradient arm are left out."""
+    scale = scale_of([row for row in rows if row["group"] in GROUPS])
+    rows = [row for row in rows if row["group"] in GROUPS and row["subject"] in scale]
+    head = [
+        "arm", "forward passes", *(f"gain, {subject}" for subject in sorted(scale)), "gain", "cosine",
+        "gained per 1,000 passes", "recognised", "s",
+    ]  # fmt: skip
     lines: list[str] = []
     for group, title in GROUPS.items():
         own = [row for row in rows if row["group"] == group]
@@ -118,28 +122,40 @@ def table(rows: Sequence[Row]) -> list[str]:
             continue
         lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for arm in dict.fromkeys(row["arm"] for row in own):
-            lines.append(_line(arm, [row for row in own if row["arm"] == arm], subjects, found))
+            lines.append(_line(arm, [row for row in own if row["arm"] == arm], scale, _first_cosines(rows)))
         lines.append("")
     return lines
 
 
-def _line(arm: str, rows: Sequence[Row], subjects: Sequence[str], found: dict[tuple[str, str, int], float]) -> str:
-    by_subject = {s: [found.get((s, arm, row["seed"]), 0.0) for row in rows if row["subject"] == s] for s in subjects}
+def _first_cosines(rows: Sequence[Row]) -> dict[str, float]:
+    return {row["subject"]: row["cosine"] for row in rows if row["group"] == "start"}
+
+
+def _line(arm: str, rows: Sequence[Row], scale: words_curves.Scale, first: dict[str, float]) -> str:
     cells = [arm, f"{rows[0]['forwards']:,}"]
-    cells += [" ".join(f"{gain:.2f}" for gain in by_subject[s]) or "-" for s in subjects]
-    every = [gain for values in by_subject.values() for gain in values]
-    cells.append(f"**{statistics.fmean(every):.2f}**")
-    cells += [f"{statistics.fmean(row[name] for row in rows):.2f}" for name in ("cosine", "recognised")]
-    cells.append(f"{statistics.fmean(row['seconds'] for row in rows):.0f}")
+    for subject in sorted(scale):
+        values = [gain_of(row, scale) for row in rows if row["subject"] == subject]
+        cells.append(" ".join(f"{value:.2f}" for value in values) or "-")
+    cells.append(f"**{statistics.fmean(gain_of(row, scale) for row in rows):.2f}**")
+    cells.append(f"{statistics.fmean(row['cosine'] for row in rows):.2f}")
+    gained = statistics.fmean(row["cosine"] - first[row["subject"]] for row in rows)
+    cells.append(f"{1000 * gained / rows[0]['forwards']:.3f}" if rows[0]["forwards"] else "")
+    cells.append(f"{statistics.fmean(row['recognised'] for row in rows):.2f}")
+    timed = [row["seconds"] for row in rows if "curve" in row]
+    cells.append(f"{statistics.fmean(timed):.0f}" if timed else "-")
     return f"| {' | '.join(cells)} |"
 
 
 def write_report(path: Path, rows: Sequence[Row]) -> None:
-    """Write the table with date and machine."""
+    """Write the tables with date and machine, and the plot beside them."""
+    runs = [row for row in rows if row["group"] in GROUPS]
+    scale = scale_of(runs)
     text = [
         "# Words learned from forward passes", "", command_line.about(), "",
         "Gain: share of what the best gradient arm gains in held-out loss over the word at the start; one number per seed, and "
-        "the mean. Cosine and recognised: four sampled pictures each, seen by the world's reader. s: of a shared machine.", "",
-        *table(rows), *formats(rows), *memory(rows),
+        "the mean. Cosine and recognised: four sampled pictures each, seen by the world's reader. s: seconds of one core.", "",
+        *table(rows), *words_curves.table(runs, scale), *formats(rows), *memory(rows),
     ]  # fmt: skip
     path.write_text("\n".join(text), encoding="utf-8")
+    if words_curves.curves(runs, scale):
+        words_curves.plot(runs, scale, path.with_suffix(".png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 def row(group, arm, subject, seed, loss):
@@ -21,17 +22,39 @@ ROWS = [
 
 
 def test_gain_is_the_share_of_the_best_gradient_arms_mean(bench) -> None:
-    found = bench("words_report").gains(ROWS)
-    assert found["toby", "start", 0] == 0.0
-    assert found["pip", "better", 0] == pytest.approx(1.0)
-    assert found["toby", "defaults", 0] == pytest.approx(0.5)
-    assert found["toby", "defaults", 1] == pytest.approx(1.0)
+    report = bench("words_report")
+    scale = report.scale_of(ROWS)
+    assert scale == {"toby": pytest.approx((0.4, 0.2)), "pip": pytest.approx((0.6, 0.4))}
+    assert [report.gain_of(each, scale) for each in ROWS[-3:]] == pytest.approx([0.5, 1.0, 1.0])
+    assert report.scale_of([*ROWS, row("start", "start", "mila", 0, 0.5)]) == scale  # not yet with gradients
 
 
 def test_the_table_has_a_line_for_each_arm_and_a_number_for_each_seed(bench) -> None:
     lines = bench("words_report").table(ROWS)
-    assert "| defaults | 1,440 | 1.00 | 0.50 1.00 | **0.83** | 0.50 | 0.25 | 1 |" in lines
+    assert "| defaults | 1,440 | 1.00 | 0.50 1.00 | **0.83** | 0.50 | 0.000 | 0.25 | - |" in lines
     assert sum(line.startswith("## ") for line in lines) == 3
+
+
+def test_curves_are_mean_gains_and_tell_when_a_gain_is_reached(bench) -> None:
+    words_curves = bench("words_curves")
+    rows = [
+        {**row("defaults", "defaults", "toby", 0, 0.2), "curve": [[90, 0.4], [720, 0.3]]},
+        {**row("defaults", "defaults", "pip", 0, 0.4), "curve": [[90, 0.5], [720, 0.4]]},
+        row("defaults", "defaults", "toby", 1, 0.3),  # without a curve
+    ]
+    points = words_curves.curves(rows, {"toby": (0.4, 0.2), "pip": (0.6, 0.4)})["defaults"]
+    assert points == [(0, 0.0), (90, pytest.approx(0.25)), (720, pytest.approx(0.75)), (1440, pytest.approx(1.0))]
+    assert words_curves.passes_to(points, 0.5) == pytest.approx(405)
+    assert words_curves.passes_to(points, 1.1) is None
+    lines = words_curves.table(rows, {"toby": (0.4, 0.2), "pip": (0.6, 0.4)})
+    assert "| defaults (2) | 0.25 | 0.75 | 1.00 |" in lines
+
+
+def test_a_curve_keeps_words_at_shares_of_the_steps_and_measures_them_later(bench) -> None:
+    curve = bench("words_curves").Curve(steps=180, passes=8)
+    for step in range(1, 181):
+        curve.after(step, torch.tensor([float(step)]))
+    assert curve.measured(torch.Tensor.item) == [(n * 8, n) for n in (11, 22, 45, 90, 135)]
 
 
 def test_the_table_of_formats_says_what_is_refused(bench) -> None:
