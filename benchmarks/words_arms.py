@@ -27,6 +27,8 @@ class WordArm:
         settings: Changes to the defaults of ``WordSettings``.
         forwards: Forward passes.
         seeds: Number of seeds.
+        vectors: Vectors of the word.
+        way: What is learned in place of a word, a name of ``words_stronger.WAYS``.
     """
 
     name: str
@@ -35,6 +37,8 @@ class WordArm:
     gradient: bool = False
     forwards: int = FORWARDS
     seeds: int = 1
+    vectors: int = 1
+    way: str = ""
 
 
 def _gradient(name: str, step_size: float, **more: Any) -> WordArm:
@@ -49,11 +53,23 @@ def _ablation(name: str, seeds: int = 1, **changes: Any) -> WordArm:
     return WordArm(name, "ablations", {"pool": 0, **changes}, seeds=seeds)
 
 
+def _stronger(way: str, **changes: Any) -> WordArm:
+    return WordArm(way, "stronger", changes, way=way)
+
+
 ARMS = (
     _gradient("gradient, batch 4, step .2", 0.2, seeds=3),
     WordArm("defaults", "defaults", seeds=3),
     WordArm("defaults, twice the passes", "defaults", forwards=2 * FORWARDS, seeds=3),
     _paper("the paper's", seeds=3),
+    WordArm("word of 2 vectors", "stronger", vectors=2),
+    WordArm("word of 4 vectors", "stronger", vectors=4),
+    _stronger("2 vectors after the encoder"),
+    _stronger("8 vectors after the encoder"),
+    _stronger("shift of the pooled text"),
+    _stronger("shift of the modulation"),
+    _stronger("LoRA cores, 2 x 2"),
+    _stronger("LoRA cores, 4 x 4"),
     _gradient("gradient, equal time", 0.2, forwards=FORWARDS // 3, seeds=3),
     _ablation("new examples in every step", seeds=2),
     WordArm("new examples in every step, twice the passes", "ablations", {"pool": 0}, forwards=2 * FORWARDS),

@@ -16,6 +16,7 @@ GROUPS = {
     "gradient": "Gradient textual inversion, for comparison (a backward pass for each forward pass in addition)",
     "paper": "ZOODiP with the paper's settings, and without its parts",
     "defaults": "This package's defaults",
+    "stronger": "More than a word of one vector, with the defaults (cosine and gain are comparable: same pictures, same passes)",
     "ablations": "New examples in every step, and one more thing changed",
 }
 
