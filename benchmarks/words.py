@@ -32,7 +32,6 @@ from words_report import write_report
 from words_stronger import WAYS, StrongerSubject
 from words_subject import PICTURES, Subject
 
-
 logger = logging.getLogger("words")
 FILE = "words.jsonl"
 PARTS = ("arms", "formats", "memory", "card")

@@ -6,6 +6,7 @@ import io
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -21,8 +22,11 @@ OPTIONS = {
     "qwen25_7b_model_config": SMALL_QWEN, "qwen3_4b_model_config": SMALL_QWEN, "qwen25_3b_model_config": SMALL_QWEN,
     "umt5xxl_model_config": SMALL_T5, "gemma2_2b_model_config": SMALL_QWEN, "llama_model_config": {**SMALL_QWEN, "num_hidden_layers": 4},
 }  # fmt: skip
-OWN_OPTIONS = {  # this one reads layers up to the 27th
+OWN_OPTIONS = {  # the first three read layers up to the 27th, 30th and 35th
     "FLUX.2 Klein": {"qwen3_4b_model_config": {**SMALL_QWEN, "num_hidden_layers": 28}},
+    "FLUX.2": {"mistral3_24b_model_config": {**SMALL_QWEN, "num_hidden_layers": 31}},
+    "Krea 2": {"qwen3vl_4b_model_config": {**SMALL_QWEN, "num_hidden_layers": 36}},
+    "LTX-2": {"_model_config": {**SMALL_QWEN, "num_hidden_layers": 2}},
 }
 UNET = {
     "use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
@@ -38,6 +42,8 @@ def _classes(family: str) -> tuple[Any, Any]:
     import comfy.sdxl_clip
     import comfy.text_encoders.flux
     import comfy.text_encoders.hunyuan_video
+    import comfy.text_encoders.krea2
+    import comfy.text_encoders.lt
     import comfy.text_encoders.lumina2
     import comfy.text_encoders.omnigen2
     import comfy.text_encoders.pixart_t5
@@ -63,13 +69,16 @@ def _classes(family: str) -> tuple[Any, Any]:
             encoders.hunyuan_video.hunyuan_video_clip(torch.float32),
             encoders.hunyuan_video.HunyuanVideoTokenizer,
         ),
+        "FLUX.2": lambda: (encoders.flux.flux2_te(torch.float32), encoders.flux.Flux2Tokenizer),
+        "Krea 2": lambda: (encoders.krea2.te(torch.float32), encoders.krea2.Krea2Tokenizer),
+        "LTX-2": lambda: (encoders.lt.ltxav_te(torch.float32), encoders.lt.LTXAVGemmaTokenizer),
     }[family]()
 
 
 # SD3.5 without T5, as many load it; with it, ComfyUI joins both at T5's full width.
 FAMILIES = (
     "SD1.5", "SDXL", "SD3.5", "FLUX.1", "Z-Image", "Qwen-Image", "Wan", "Lumina 2", "OmniGen2", "FLUX.2 Klein", "Chroma",
-    "HunyuanVideo",
+    "HunyuanVideo", "FLUX.2", "Krea 2", "LTX-2",
 )  # fmt: skip
 LETTERS = "abcdefghijklmnopqrstuvwxyz, "
 
@@ -87,6 +96,28 @@ def vocabularies() -> dict[str, torch.Tensor]:
     return {"spiece_model": torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)}
 
 
+def _tekken(data: None) -> dict[str, Any]:
+    """Return what ComfyUI makes of Mistral's vocabulary: here a token for each byte, after the special ones."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return {"tokenizer_object": made, "legacy": False}
+
+
+def _without_pictures(encoder: torch.nn.Module) -> None:
+    """Replace what these tests do not need and is large: encoders of pictures, and LTX-2's projection at full width."""
+    for module in list(encoder.modules()):
+        for name in ("visual", "vision_model", "multi_modal_projector"):
+            if hasattr(module, name):
+                setattr(module, name, torch.nn.Identity())
+    if hasattr(encoder, "text_embedding_projection"):
+        encoder.text_embedding_projection = torch.nn.Linear(3 * WIDTH, WIDTH, bias=False)
+
+
 @lru_cache(maxsize=len(FAMILIES))
 @torch.inference_mode()
 def small_clip(family: str, embeddings: str) -> Any:
@@ -94,11 +125,16 @@ def small_clip(family: str, embeddings: str) -> Any:
     import comfy.sd
 
     encoder, tokenizer = _classes(family)
-    clip = comfy.sd.CLIP(
-        SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), embedding_directory=[embeddings],
-        model_options={**OPTIONS, **OWN_OPTIONS.get(family, {}), "dtype": torch.float32}, disable_dynamic=True,
-        tokenizer_data=vocabularies(),
-    )  # fmt: skip
+    cpu, nowhere = torch.device("cpu"), torch.device("meta")
+    device = {"load_device": cpu, "offload_device": cpu, "initial_device": nowhere}  # some are large at first
+    with patch("comfy.text_encoders.flux.load_mistral_tokenizer", _tekken):
+        clip = comfy.sd.CLIP(
+            SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), embedding_directory=[embeddings],
+            model_options={**OPTIONS, **OWN_OPTIONS.get(family, {}), **device, "dtype": torch.float32},
+            disable_dynamic=True, tokenizer_data=vocabularies(),
+        )  # fmt: skip
+    _without_pictures(clip.cond_stage_model)
+    clip.cond_stage_model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in clip.cond_stage_model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator) * (

@@ -119,5 +119,5 @@ def _require_all(caption: str, places: Sequence[_Place], parts: Sequence[WordPar
         if found != wanted:
             raise InvalidInputError(
                 f"{part.name} finds {found} of {wanted} vectors of the word in the caption {caption!r}. Put blanks around "
-                f"{PLACE}, or a comma after it, and shorten a very long caption."
+                f"{PLACE}, or a comma after it; with FLUX.2 another word before it. Shorten a very long caption."
             )

@@ -134,7 +134,7 @@ def known_word(clip: Any, word: str) -> tuple[list[WordPart], dict[str, Tensor]]
         UnsupportedModelError: If the CLIP has no encoder whose words can be replaced.
     """
     _require_tokenizers(clip)
-    clip.load_model()
+    clip.load_model(clip.tokenize(word))  # LTX-2 estimates memory from tokens, and fails without any
     parts, vectors = [], {}
     for name, tokenizer in tokenizers_of(clip).items():
         key, lookup = tokenizer.embedding_key, encoder_of(clip, name).transformer.get_input_embeddings()

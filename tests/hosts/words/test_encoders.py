@@ -13,6 +13,7 @@ KEYS = {
     "SD1.5": {"clip_l"}, "SDXL": {"clip_l", "clip_g"}, "SD3.5": {"clip_l", "clip_g"}, "FLUX.1": {"clip_l", "t5xxl"},
     "Z-Image": {"qwen3_4b"}, "Qwen-Image": {"qwen25_7b"}, "Wan": {"umt5xxl"}, "Lumina 2": {"gemma2_2b"},
     "OmniGen2": {"qwen25_3b"}, "FLUX.2 Klein": {"qwen3_4b"}, "Chroma": {"t5xxl"}, "HunyuanVideo": {"clip_l", "llama"},
+    "FLUX.2": {"mistral3_24b"}, "Krea 2": {"qwen3vl_4b"}, "LTX-2": {"gemma3_12b"},
 }  # fmt: skip
 CAPTIONS = ("a photo of {word} on the grass", "{word} on the grass", "a {word}, left", "a red {word}")
 
@@ -47,15 +48,17 @@ def test_vectors_in_a_caption_are_what_a_file_with_them_gives(words, clip_of, em
     clip = clip_of(family)
     before = {name: tensor.clone() for name, tensor in clip.cond_stage_model.state_dict().items()}
     tokenizers = dict(vars(clip.tokenizer))
+    clip.tokenize("")  # LTX-2's notes its template
     settings = {name: dict(vars(each)) for name, each in encoders.tokenizers_of(clip).items()}
     parts, vectors = encoders.known_word(clip, word)
     assert {part.name for part in parts} == KEYS[family]
     assert {part.width for part in parts} == {WIDTH}
     mine = learned(vectors)
-    found = captions.WordCaptions(clip, CAPTIONS, parts)
+    texts = [" " * (family == "FLUX.2") + caption for caption in CAPTIONS]  # its template ends without a blank
+    found = captions.WordCaptions(clip, texts, parts)
     save_file(mine, embeddings / "my-word_1.safetensors")
     taking = encoders.accepting_embeddings(clip, [str(embeddings)])
-    for number, caption in enumerate(CAPTIONS):
+    for number, caption in enumerate(texts):
         ours = found.clip.encode_from_tokens_scheduled(found.tokens(number, mine))
         theirs = taking.encode_from_tokens_scheduled(taking.tokenize(caption.replace("{word}", "embedding:my-word_1")))
         assert_equal(ours, theirs)
@@ -117,6 +120,15 @@ def test_a_caption_in_which_the_word_is_not_found_is_refused(words, clip_of, cap
     clip = clip_of("SD1.5")
     with pytest.raises(InvalidInputError, match="Every caption needs|finds 0 of 1 vectors"):
         captions.WordCaptions(clip, [caption], encoders.known_word(clip, "dog")[0])
+
+
+def test_flux2_finds_a_word_at_the_beginning_only_after_a_blank(words, clip_of):
+    captions, encoders = words
+    clip = clip_of("FLUX.2")
+    parts = encoders.known_word(clip, "dog")[0]
+    with pytest.raises(InvalidInputError, match=r"finds 0 of 3 vectors .* Put blanks around {word}"):
+        captions.WordCaptions(clip, ["{word} on the grass"], parts)
+    captions.WordCaptions(clip, [" {word} on the grass"], parts)
 
 
 @pytest.mark.parametrize("word", ["", "  ", "dog " * 40])
