@@ -31,6 +31,8 @@ class WordCell:
         directions: Words of a step.
         residency: As on the node.
         card: GiB of the card.
+        int8: Whether the linear layers of model and text encoder are in ComfyUI's int8; its own operations unpack a
+            layer for every use, as on a card without kernels for it.
     """
 
     model: str
@@ -38,10 +40,12 @@ class WordCell:
     directions: int
     residency: str
     card: float
+    int8: bool = False
 
 
 CELLS = (
     WordCell("SD1.5", 512, 3, "together", 4.0),
+    WordCell("SD1.5", 512, 3, "together", 4.0, int8=True),
     WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0),
 )
 
@@ -57,7 +61,7 @@ def seen_in(cell: WordCell, folder: Path, comfyui: Path) -> dict[str, Any]:
 
     folder_paths.output_directory = folder_paths.temp_directory = str(folder)
     folder_paths.folder_names_and_paths["embeddings"] = ([str(folder)], {".safetensors"})
-    model, clip = on_the_card(cell.model)
+    model, clip = on_the_card(cell.model, cell.int8)
     layout = layout_of(clip)  # the card has no numbers to look up
     nodes.words.prepare.known_word = lambda clip, word: (list(layout.parts), layout.split(torch.ones(layout.numbers)))
     peaks, calls = Peaks(card.memory, 0, 0), rows_of(model)
@@ -71,11 +75,12 @@ def seen_in(cell: WordCell, folder: Path, comfyui: Path) -> dict[str, Any]:
     return {**asdict(cell), "peak": max(peaks.bytes.values()), "rows_of_calls": sorted(calls), "told": told}
 
 
-def on_the_card(name: str) -> tuple[Any, Any]:
+def on_the_card(name: str, int8: bool) -> tuple[Any, Any]:
     """Return MODEL and CLIP whose weights are zeros without memory, to be loaded to the card."""
     import comfy.model_management
     import comfy.model_patcher
     import words_memory
+    from comfy.quant_ops import QuantizedTensor
 
     from devtools.card.shapes import zero
 
@@ -85,10 +90,32 @@ def on_the_card(name: str) -> tuple[Any, Any]:
         made = words_memory.model_of(name).model
         clip = words_memory.clip_of(name, torch.float8_e4m3fn)
         for module in (made, clip.cond_stage_model):
+            if int8:
+                pack(module)
             for tensor in (*module.parameters(), *module.buffers()):
-                zero(tensor)
+                if not isinstance(tensor, QuantizedTensor):
+                    zero(tensor)
     clip.patcher.load_device = device
     return comfy.model_patcher.ModelPatcher(made, load_device=device, offload_device=words_memory.CPU), clip
+
+
+def pack(module: torch.nn.Module) -> None:
+    """Put a module's linear layers into int8, as the host's files in that format have them."""
+    import comfy.ops
+    from blockskip_pack.blockskip_core.accounting.weight_formats import WEIGHT_FORMATS
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    packed = WEIGHT_FORMATS["int8"]
+    linear_class = comfy.ops.mixed_precision_ops({}, torch.float16, full_precision_mm=True).Linear
+    layout = QUANT_ALGOS[packed.algorithm]["comfy_tensor_layout"]
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            linear = linear_class(layer.in_features, layer.out_features, bias=False)
+            linear.quant_format, linear.layout_type = packed.algorithm, layout
+            weight = QuantizedTensor.from_float(torch.ones(layer.weight.shape), layout, **packed.options)
+            linear.weight = torch.nn.Parameter(weight.to(dtype=torch.float16), requires_grad=False)
+            linear._parameters["bias"] = layer.bias
+            module.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = linear
 
 
 def rows_of(model: Any) -> set[int]:

@@ -84,17 +84,21 @@ def memory(rows: Sequence[Row]) -> list[str]:
     if run := [row for row in rows if row["group"] == "card"]:
         lines += [
             "## Memory, emulated", "",
-            "The node on an emulated card whose tensors have shapes but no data, through ComfyUI's own memory management; SD1.5 in "
-            "fp16, FLUX.1-dev and its T5 in fp8. Highest: most GiB of tensors alive on the card. Rows: of the model's calls, as "
-            "ComfyUI splits them.", "",
-            "| model | px | directions | residency | card | highest | rows | the node said |", "|---" * 8 + "|",
+            "The node on an emulated card whose tensors have shapes but no data, through ComfyUI's own memory management; FLUX.1-dev's T5 "
+            "is in fp8, and int8 is unpacked layer by layer, as on a card without kernels for it. Highest: most GiB of tensors alive on "
+            "the card. Rows: of the model's calls, as ComfyUI splits them.", "",
+            "| model | weights | px | directions | residency | card | highest | rows | the node said |", "|---" * 9 + "|",
         ]  # fmt: skip
         lines += [
-            f"| {row['model']} | {row['side']} | {row['directions']} | {row['residency']} | {row['card']:g} GiB | "
+            f"| {row['model']} | {_weights(row)} | {row['side']} | {row['directions']} | {row['residency']} | {row['card']:g} GiB | "
             f"{_gib(row['peak'])} | {', '.join(map(str, row['rows_of_calls']))} | {row['told']} |"
             for row in run
         ] + [""]
     return lines
+
+
+def _weights(row: Row) -> str:
+    return "int8" if row["int8"] else "fp8" if row["model"] == "FLUX.1-dev" else "fp16"
 
 
 def _counted(row: Row) -> str:

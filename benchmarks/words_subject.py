@@ -22,7 +22,7 @@ class Subject:
     Args:
         bench: The world.
         name: Its name.
-        vectors: Vectors of the word, all with the numbers of the subject's name at the start.
+        vectors: Vectors of the word: at the start that of the subject's name, then zeros, as the world pads captions.
     """
 
     def __init__(self, bench: Bench, name: str, vectors: int = 1) -> None:
@@ -32,7 +32,7 @@ class Subject:
         self.bench, self.name = bench, name
         parts, first = known_word(bench.clip, " ".join([name] * vectors))
         self.layout = WordLayout(parts)
-        self.first = self.layout.join(first)
+        self.first = self.layout.join({key: torch.cat([one[:1], 0 * one[1:]]) for key, one in first.items()})
         self.losses = self._losses(bench.world.subject_scenes(name, PICTURES, seed=0))
         self.held_out_scenes = bench.held_out(name, HELD_OUT)
         self.held_out = self._losses(self.held_out_scenes)

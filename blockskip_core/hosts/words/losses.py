@@ -123,7 +123,7 @@ class WordLosses:
     def _evaluated(self, conditionings: Sequence[list], example: Example) -> Tensor:
         """Return the losses of encoded prompts."""
         if not self._together:
-            evict_others(self._patcher)
+            _make_room(self._patcher)
             self._load(self._patcher)
         device = self._patcher.load_device
         clean = self._model_latent(example.picture + self._pictures * example.mirrored).to(device)
@@ -148,7 +148,7 @@ class WordLosses:
 
     def _encoded(self, words: Tensor, caption: int) -> list[list]:
         if not self._together:
-            evict_others(self._clip.patcher)
+            _make_room(self._clip.patcher)
         tokens = [self._captions.tokens(caption, self._layout.split(word)) for word in words]
         return [self._clip.encode_from_tokens_scheduled(each, add_dict={"guidance": self._guidance}) for each in tokens]
 
@@ -158,6 +158,12 @@ class WordLosses:
             self._patcher.model.extra_conds, comfy.sampler_helpers.convert_cond(conditioning), noisy, noisy.device,
             "positive", latent_image=clean, denoise_mask=None, seed=0,
         )  # fmt: skip
+
+
+def _make_room(patcher: Any) -> None:
+    """Unload the other model, with the buffers through which its weights were streamed."""
+    evict_others(patcher)
+    drop_cast_buffers()
 
 
 def as_called(patcher: Any) -> Any:

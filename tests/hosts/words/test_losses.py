@@ -150,6 +150,7 @@ def test_a_run_needs_no_gradients_and_counts_its_passes(bench):
 
 def test_in_turns_gives_the_same_numbers(clip_of, model_of, monkeypatch):
     import comfy.model_management
+    from blockskip_pack.blockskip_core.hosts.words import losses
 
     clip, model = clip_of("SD1.5"), model_of("SD1.5")
     together, in_turns = Bench(clip, model, residency="together"), Bench(clip, model, residency="in turns")
@@ -159,8 +160,11 @@ def test_in_turns_gives_the_same_numbers(clip_of, model_of, monkeypatch):
     expected = together.train()[0].word
     assert calls == [2], "both are loaded once"
     calls.clear()
+    dropped = []
+    monkeypatch.setattr(losses, "drop_cast_buffers", lambda: dropped.append(len(calls)))
     assert torch.equal(in_turns.train()[0].word, expected)
     assert calls == [1] * 12, "three prompts and one model in each of three steps"
+    assert dropped == [0, 3, 4, 7, 8, 11, 12], "the other model's streaming buffers, before each turn and at the end"
 
 
 @pytest.mark.parametrize(("devices", "total", "together"), [
