@@ -75,6 +75,7 @@ ARMS = (
     _ablation("new examples in every step", seeds=2),
     WordArm("new examples in every step, twice the passes", "ablations", {"pool": 0}, forwards=2 * FORWARDS),
     WordArm("256 examples, step .2, twice the passes", "ablations", {"step_size": 0.2}, forwards=2 * FORWARDS),
+    WordArm("new examples, step .2, twice the passes", "ablations", {"pool": 0, "step_size": 0.2}, forwards=2 * FORWARDS),
     _ablation("subspace, tau 16", subspace_every=16),
     _ablation("levels .62 to .89", lowest=0.62, highest=0.89),
     _ablation("central, 4 directions", estimator="central", directions=4),

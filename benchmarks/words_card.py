@@ -31,8 +31,8 @@ class WordCell:
         directions: Words of a step.
         residency: As on the node.
         card: GiB of the card.
-        int8: Whether the linear layers of model and text encoder are in ComfyUI's int8; its own operations unpack a
-            layer for every use, as on a card without kernels for it.
+        int8: Whether the linear layers of model and text encoder are in ComfyUI's int8; they run in its plain
+            operations, which keep whole results in int32 and float32.
     """
 
     model: str

@@ -85,7 +85,7 @@ def memory(rows: Sequence[Row]) -> list[str]:
         lines += [
             "## Memory, emulated", "",
             "The node on an emulated card whose tensors have shapes but no data, through ComfyUI's own memory management; FLUX.1-dev's T5 "
-            "is in fp8, and int8 is unpacked layer by layer, as on a card without kernels for it. Highest: most GiB of tensors alive on "
+            "is in fp8. int8 runs in ComfyUI's plain operations, whose intermediate results a card's kernels do not keep. Highest: most GiB on "
             "the card. Rows: of the model's calls, as ComfyUI splits them.", "",
             "| model | weights | px | directions | residency | card | highest | rows | the node said |", "|---" * 9 + "|",
         ]  # fmt: skip
