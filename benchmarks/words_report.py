@@ -16,8 +16,8 @@ GROUPS = {
     "gradient": "Gradient textual inversion, for comparison (a backward pass for each forward pass in addition)",
     "paper": "ZOODiP with the paper's settings, and without its parts",
     "defaults": "This package's defaults",
-    "stronger": "More than a word of one vector, with the defaults (cosine and gain are comparable: same pictures, same passes)",
-    "ablations": "New examples in every step, and one more thing changed",
+    "stronger": "Something else in place of a word of one vector, with the defaults and the same number of passes",
+    "ablations": "The defaults with new examples in every step, unless 256 are named, and one more thing changed",
 }
 
 
