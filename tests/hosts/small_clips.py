@@ -125,12 +125,11 @@ def small_clip(family: str, embeddings: str) -> Any:
     import comfy.sd
 
     encoder, tokenizer = _classes(family)
-    cpu, nowhere = torch.device("cpu"), torch.device("meta")
-    device = {"load_device": cpu, "offload_device": cpu, "initial_device": nowhere}  # some are large at first
+    nowhere = {"initial_device": torch.device("meta")}  # some are large at first
     with patch("comfy.text_encoders.flux.load_mistral_tokenizer", _tekken):
         clip = comfy.sd.CLIP(
             SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), embedding_directory=[embeddings],
-            model_options={**OPTIONS, **OWN_OPTIONS.get(family, {}), **device, "dtype": torch.float32},
+            model_options={**OPTIONS, **OWN_OPTIONS.get(family, {}), **nowhere, "dtype": torch.float32},
             disable_dynamic=True, tokenizer_data=vocabularies(),
         )  # fmt: skip
     _without_pictures(clip.cond_stage_model)
