@@ -98,7 +98,7 @@ def plot(rows: Sequence[Row], scale: Scale, file: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("forward passes (gradient: and as many backward passes)")
     axes.set_ylabel("gain in held-out loss (1: gradient textual inversion)")
-    axes.set_ylim(bottom=min(-0.05, *(gain for points in found.values() for _, gain in points)))
+    axes.set_ylim(-1.0, 1.1)  # what is worse than that is not compared
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
