@@ -127,7 +127,7 @@ def test_a_training_lowers_the_held_out_error_and_leaves_the_model_as_it_was(fam
 
     patcher, dit, parts, clean = opened(family)
     before, result = weights(patcher), DistillationResult()
-    settings = DistillationSettings(steps=10, batch_size=2, learning_rate=8e-3, warmup_steps=1, validate_every=5)
+    settings = DistillationSettings(steps=20, batch_size=2, learning_rate=4e-3, warmup_steps=2, validate_every=10)
     examples = Examples(clean, [0, 0, 1, 1, 2, 2], lambda u: u, 0)
     with distilling(dit, parts) as model:
         distill(model, examples, settings, result=result)
