@@ -28,10 +28,14 @@ package = sys.modules["blockskip_core"] = ModuleType("blockskip_core")  # withou
 package.__path__ = [str(Path(sys.argv[1]) / "blockskip_core")]
 from blockskip_core.locks import try_lock
 held = try_lock(Path(sys.argv[2]), shared=sys.argv[3] == "shared")
+ready, begun = os.pipe()
 child = os.fork() if sys.argv[4] == "fork" else None
 if child == 0:
     sys.stdout.close()
+    os.write(begun, b".")
     time.sleep(600)
+if child:
+    os.read(ready, 1)  # the child is past what it does at its start
 print("held" if held else "refused", child, flush=True)
 time.sleep(600)
 """
