@@ -100,6 +100,30 @@ export async function settle(page, { quiet = 300 } = {}) {
   page.off("request", look).off("response", look);
 }
 
+/** Open a template of a pack, as the template browser does, which is slow to open. */
+export async function openTemplate(page, pack, name) {
+  await page.evaluate(async ([folder, title]) => {
+    const reply = await window.app.api.fetchApi(`/workflow_templates/${folder}/${encodeURIComponent(title)}.json`);
+    if (!reply.ok) throw new Error(`the template was answered with ${reply.status}`);
+    await window.app.loadGraphData(await reply.json(), true, true, title);
+  }, [pack, name]);
+  await settle(page);
+}
+
+/** Set widgets as typing does; `values` are by kind of node and widget. */
+export async function setWidgets(page, values) {
+  await page.evaluate((given) => {
+    for (const node of window.app.rootGraph.nodes) {
+      for (const [name, value] of Object.entries(given[node.comfyClass] ?? {})) {
+        const widget = node.widgets.find((one) => one.name === name);
+        if (!widget) throw new Error(`${node.comfyClass} has no widget ${name}`);
+        widget.value = value;
+        widget.callback?.(value);
+      }
+    }
+  }, values);
+}
+
 /** Open the frontend and wait until it is ready. */
 export async function open(page, server) {
   await page.goto(server);

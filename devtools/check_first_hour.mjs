@@ -7,7 +7,7 @@
 // summary, and compares a picture without and with the LoRA, all with the page's own buttons.
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
-import { settle } from "./browser.mjs";
+import { openTemplate, setWidgets } from "./browser.mjs";
 import { pageCheck } from "./page_check.mjs";
 
 const TEMPLATE = "BlockSkip 0 - Try it without a GPU";
@@ -27,7 +27,7 @@ const frame = pageCheck("first_hour", { needs: "the server's address", least: 1 
 const { problems, picture } = frame;
 
 async function main(page) {
-  await openTemplate(page);
+  await begin(page);
   await mistake(page);
   await cancelled(page);
   await resumed(page);
@@ -35,24 +35,13 @@ async function main(page) {
   await compared(page);
 }
 
-async function openTemplate(page) {
-  await page.evaluate(async (name) => { // as the template browser does, which is slow to open
-    const reply = await window.app.api.fetchApi(`/workflow_templates/blockskip_demo_nodes/${encodeURIComponent(name)}.json`);
-    if (!reply.ok) throw new Error(`the template was answered with ${reply.status}`);
-    await window.app.loadGraphData(await reply.json(), true, true, name);
-  }, TEMPLATE);
-  await settle(page);
-  await page.evaluate((small) => {
-    for (const node of window.app.rootGraph.nodes) {
-      for (const [name, value] of Object.entries(small[node.comfyClass] ?? {})) {
-        const widget = node.widgets.find((one) => one.name === name);
-        widget.value = value;
-        widget.callback?.(value);
-      }
-    }
+async function begin(page) {
+  await openTemplate(page, "blockskip_demo_nodes", TEMPLATE);
+  await setWidgets(page, SMALL);
+  await page.evaluate(() => {
     const seed = window.app.rootGraph.nodes.find((one) => one.comfyClass === "BlockSkip_TrainLora").widgets.find((one) => one.name === "seed");
     seed.value = Math.floor(Math.random() * 1e9); // no run of an earlier check
-  }, SMALL);
+  });
   await show(page, "BlockSkip_TrainLora");
 }
 

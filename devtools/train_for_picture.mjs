@@ -9,7 +9,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-import { NotChecked, settle } from "./browser.mjs";
+import { NotChecked, openTemplate, setWidgets } from "./browser.mjs";
 import { pageCheck } from "./page_check.mjs";
 
 const TEMPLATE = "BlockSkip 0 - Try it without a GPU";
@@ -20,13 +20,9 @@ const frame = pageCheck("train_for_picture", {
 
 async function main(page, [file, folder]) {
   const deadline = Date.now() + 60_000 * Number(frame.options.minutes);
-  await page.evaluate(async (name) => {
-    const reply = await window.app.api.fetchApi(`/workflow_templates/blockskip_demo_nodes/${encodeURIComponent(name)}.json`);
-    if (!reply.ok) throw new Error(`the template was answered with ${reply.status}`);
-    await window.app.loadGraphData(await reply.json(), true, true, name);
-  }, TEMPLATE);
-  await settle(page);
-  const steps = await page.evaluate(prepare, [JSON.parse(readFileSync(file, "utf8")), WIDTH]);
+  await openTemplate(page, "blockskip_demo_nodes", TEMPLATE);
+  await setWidgets(page, JSON.parse(readFileSync(file, "utf8")));
+  const steps = await page.evaluate(show, WIDTH);
   await page.evaluate(() => {
     window.app.api.addEventListener("execution_error", ({ detail }) => (window.failed = detail.exception_message));
     window.app.queuePrompt(0, 1);
@@ -40,17 +36,9 @@ async function main(page, [file, folder]) {
   }
 }
 
-/** Set the widgets, bring the trainer into view, and return its number of steps. */
-function prepare([values, width]) {
+/** Bring the trainer into view, and return its number of steps. */
+function show(width) {
   const { canvas, rootGraph } = window.app;
-  for (const one of rootGraph.nodes) {
-    for (const [name, value] of Object.entries(values[one.comfyClass] ?? {})) {
-      const widget = one.widgets.find((each) => each.name === name);
-      if (!widget) throw new Error(`${one.comfyClass} has no widget ${name}`);
-      widget.value = value;
-      widget.callback?.(value);
-    }
-  }
   window.trainer = rootGraph.nodes.find((one) => one.comfyClass === "BlockSkip_TrainLora");
   window.trainer.setSize([width, window.trainer.computeSize()[1] + 60]);
   Object.assign(canvas.ds, { scale: 1, offset: [-window.trainer.pos[0] + 200, -window.trainer.pos[1] + 220] });
