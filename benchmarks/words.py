@@ -38,10 +38,17 @@ PARTS = ("arms", "formats", "memory", "card")
 
 
 def subject_of(bench: Bench, name: str, arm: WordArm | None) -> Subject:
-    """Return a subject as an arm learns it; without an arm, as a word of one vector."""
+    """Return a subject as an arm's word is judged; without an arm, as a word of one vector."""
     if arm is not None and arm.way:
         return StrongerSubject(bench, name, WAYS[arm.way])
     return Subject(bench, name, arm.vectors if arm else 1)
+
+
+def _as_learned(subject: Subject, arm: WordArm) -> Subject:
+    """Return the subject with its model in the format in which an arm learns it."""
+    if arm.stored == "fp32":
+        return subject
+    return Subject(in_format(subject.bench, arm.stored), subject.name, arm.vectors)
 
 
 def learn(subject: Subject, arm: WordArm, seed: int) -> tuple[Tensor, Curve]:
@@ -126,7 +133,7 @@ def measure(subject: Subject, arm: WordArm | None, seed: int) -> dict[str, Any]:
         with _differentiable(subject.bench):
             word, curve = learn_by_gradient(subject, seed, arm.forwards, **arm.settings)
     elif arm is not None:
-        word, curve = learn(subject, arm, seed)
+        word, curve = learn(_as_learned(subject, arm), arm, seed)
     seconds = time.process_time() - started
     moved = ((word - subject.first) / subject.layout.sizes).square().mean().sqrt().item()
     return {

@@ -29,6 +29,8 @@ class WordArm:
         seeds: Number of seeds.
         vectors: Vectors of the word.
         way: What is learned in place of a word, a name of ``words_stronger.WAYS``.
+        stored: The format of the model's weights while the word is learned, a name of ``words_formats.FORMATS``; it is
+            judged in float32, as the others.
     """
 
     name: str
@@ -39,6 +41,7 @@ class WordArm:
     seeds: int = 1
     vectors: int = 1
     way: str = ""
+    stored: str = "fp32"
 
 
 def _gradient(name: str, step_size: float, **more: Any) -> WordArm:
@@ -53,6 +56,10 @@ def _ablation(name: str, seeds: int = 1, **changes: Any) -> WordArm:
     return WordArm(name, "ablations", {"pool": 0, **changes}, seeds=seeds)
 
 
+def _stored(stored: str) -> WordArm:
+    return WordArm(f"learned in {stored}", "stored", stored=stored)
+
+
 def _stronger(way: str, step_size: float = 0.4) -> WordArm:
     name = way if step_size == 0.4 else f"{way}, step {step_size:g}".replace("0.", ".")
     return WordArm(name, "stronger", {"step_size": step_size}, way=way)
@@ -63,6 +70,7 @@ ARMS = (
     WordArm("defaults", "defaults", seeds=3),
     WordArm("defaults, twice the passes", "defaults", forwards=2 * FORWARDS, seeds=3),
     _paper("the paper's", seeds=3),
+    *map(_stored, ("bf16", "fp8 scaled", "int8", "int8 convrot", "nvfp4")),
     WordArm("word of 2 vectors", "stronger", vectors=2),
     _stronger("2 vectors after the encoder"),
     _stronger("shift of the pooled text"),

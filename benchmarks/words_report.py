@@ -16,6 +16,7 @@ GROUPS = {
     "gradient": "Gradient textual inversion, for comparison (a backward pass for each forward pass in addition)",
     "paper": "ZOODiP with the paper's settings, and without its parts",
     "defaults": "This package's defaults",
+    "stored": "The defaults with the model's weights in another format while learning, judged in float32",
     "stronger": "Something else in place of a word of one vector, with the defaults and the same number of passes",
     "ablations": "The defaults with new examples in every step, unless 256 are named, and one more thing changed",
 }
