@@ -34,6 +34,22 @@ def operations(rows: list[dict[str, Any]]) -> list[str]:
     return lines[:-1]
 
 
+def seconds(rows: list[dict[str, Any]]) -> list[str]:
+    """Return measured and counted ratios."""
+    lines = [
+        f"Processor time of one sampled step, median of {rows[0]['repeats']}, all patch sizes in turns, with adapters, without "
+        f"guidance; random weights in float32, {rows[0]['text_tokens']} text tokens, {rows[0]['threads']} thread.", "",
+        "| Model | Size | Patches | Tokens | Seconds | Measured | Counted |", "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in rows:
+        patches = "own" if row["scale"] == 1 else f"{row['scale']}x"
+        lines.append(
+            f"| {row['model']} | {row['size']} | {patches} | {row['tokens']} | {row['seconds']:.2f} | 1/{row['measured']:.2f} | "
+            f"1/{row['counted']:.2f} |"
+        )
+    return lines
+
+
 def training(rows: list[dict[str, Any]]) -> list[str]:
     """Return the errors by noise level."""
     lines = [
@@ -69,4 +85,4 @@ def pictures(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-_TABLES = {"operations": operations, "training": training, "pictures": pictures}
+_TABLES = {"operations": operations, "seconds": seconds, "training": training, "pictures": pictures}

@@ -298,6 +298,7 @@ CONTRACT = {
             resume BOOLEAN? = True
             images IMAGE?
             vae VAE?
+            frames INT? = 1 [1, 1001]
         """,
         [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("errors", "IMAGE"), ("report", "STRING")],
     ),

@@ -83,11 +83,11 @@ def test_a_coarse_call_is_that_of_wan_with_patches_of_twice_the_side(wan, kind):
     assert not torch.allclose(velocity, elsewhere, atol=1e-4), "positions matter"
 
 
-@each_wan
-def test_a_training_on_clips_lowers_the_held_out_error_and_leaves_the_model_as_it_was(wan):
+def test_a_training_on_clips_lowers_the_held_out_error_and_leaves_the_model_as_it_was():
     from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import TrainedParts, distilling
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
+    wan = next(family for family in FAMILIES if family.name == "wan21")
     patcher, clean = wan.build(), clips(wan, count=3)
     before, result = weights(patcher), DistillationResult()
     dit = HostedDit(patcher.clone(), wan.captions((5, 5, 5)), clean.shape[1:])
@@ -96,7 +96,7 @@ def test_a_training_on_clips_lowers_the_held_out_error_and_leaves_the_model_as_i
         resizing, PatchStatistics.of(clean, resizing), PatchAdapter(wan.latent_shape[0] * 16, dit.width)
     )
     parts = TrainedParts(dit, coarse, LoraSettings(rank=2, alpha=2.0, targets="mlp"), 0)
-    settings = DistillationSettings(steps=20, batch_size=2, learning_rate=4e-3, warmup_steps=2, validate_every=20)
+    settings = DistillationSettings(steps=10, batch_size=2, learning_rate=8e-3, warmup_steps=2, validate_every=10)
     with distilling(dit, parts) as model:
         distill(model, Examples(clean, [0, 1, 2], lambda u: u, 0), settings, result=result)
     means = [sum(errors) / len(errors) for _, errors in result.measured]
