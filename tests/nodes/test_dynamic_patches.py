@@ -167,8 +167,19 @@ def test_clips_of_wan_are_trained_on_and_sampled(nodes, run_node, folders):
     wan = next(family for family in FAMILIES if family.name == "wan21")
     model, prompts = wan.build(), wan.captions((5, 5), seed=8)
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    clips = {"model": model, "positive": Listed(prompts), **TRAINING, "width": 32, "height": 64, "max_steps": 1, "frames": 9}
-    films = {"images": Listed([torch.rand(9, 70, 40, 3), torch.rand(20, 64, 32, 3)]), "vae": FamilyVae(model.model, True)}
+    clips = {
+        "model": model,
+        "positive": Listed(prompts),
+        **TRAINING,
+        "width": 32,
+        "height": 64,
+        "max_steps": 1,
+        "frames": 9,
+    }
+    films = {
+        "images": Listed([torch.rand(9, 70, 40, 3), torch.rand(20, 64, 32, 3)]),
+        "vae": FamilyVae(model.model, True),
+    }
 
     def trained(**changes):
         return run_node(nodes.TrainPatchAdapters, **{**clips, **changes}).args[0]
@@ -196,8 +207,14 @@ def test_clips_of_wan_are_trained_on_and_sampled(nodes, run_node, folders):
     for changes, message in (
         ({"frames": 8}, "`frames` must be a multiple of 4 plus 1 for this model, got 8. Try 5 or 9."),
         ({**films, "frames": 13}, "Film 1 of 2 has 9 pictures, and `frames` asks for clips of 13"),
-        ({**films, "images": Listed([torch.rand(9, 64, 32, 3), torch.rand(1, 64, 32, 3)])}, "Film 2 of 2 has 1 pictures"),
-        ({**films, "images": Listed(films["images"][:1])}, "There must be one clip for each of the 2 prompts, got 1 clips."),
+        (
+            {**films, "images": Listed([torch.rand(9, 64, 32, 3), torch.rand(1, 64, 32, 3)])},
+            "Film 2 of 2 has 1 pictures",
+        ),
+        (
+            {**films, "images": Listed(films["images"][:1])},
+            "There must be one clip for each of the 2 prompts, got 1 clips.",
+        ),
     ):
         with pytest.raises(Exception, match=re.escape(message)):
             trained(**changes)

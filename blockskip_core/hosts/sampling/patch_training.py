@@ -172,7 +172,10 @@ class _PatchTraining:
             size, model = self._request.latents, self._dit.patcher.model
             parts = Middles(self._given.pictures, size.width, size.height)
             latents = encoded_middles(
-                self._given.vae, model, parts, lambda done, total: progress("encoding pictures", done, total, ""),
+                self._given.vae,
+                model,
+                parts,
+                lambda done, total: progress("encoding pictures", done, total, ""),
                 self._frames,
             )
             self._identity["pictures"] = tensors_identity([latents])
