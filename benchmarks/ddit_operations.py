@@ -120,7 +120,8 @@ def rows(subjects: Sequence[Subject] = SUBJECTS) -> list[dict[str, Any]]:
     for subject in subjects:
         own, of = step(subject, 1), {"model": subject.name, "size": subject.size, "text_tokens": subject.text[0]}
         found.append({
-            **of, "what": "a step with the model's own patches", "operations": own, "ratio": 1.0, "tokens": subject.tokens,
+            **of, "what": "a step with the model's own patches", "operations": own, "ratio": 1.0, "call_by_call": 1.0,
+            "tokens": subject.tokens,
         })  # fmt: skip
         for scale in SCALES:
             if any(cells % (PATCH * scale) for cells in subject.cells):

@@ -22,11 +22,13 @@ def operations(rows: list[dict[str, Any]]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         lines += [
-            f"{model}, {own[0]['size']}, {own[0]['text_tokens']} text tokens, counted; the adapter's own products included.", "",
-            "| | Tokens | 10^12 operations | Fewer |", "| --- | --- | --- | --- |",
+            f"{model}, {own[0]['size']}, {own[0]['text_tokens']} text tokens, counted; the adapter's own products included. Call by "
+            "call: of the coarse call that sampling makes, at full size; otherwise by the number of tokens.", "",
+            "| | Tokens | 10^12 operations | Fewer | Call by call |", "| --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         lines += [
-            f"| {row['what']} | {row['tokens']} | {row['operations'] / 1e12:.2f} | 1/{row['ratio']:.2f} |"
+            f"| {row['what']} | {row['tokens']} | {row['operations'] / 1e12:.2f} | 1/{row['ratio']:.2f} | "
+            f"1/{row['call_by_call']:.2f} |"
             for row in own
             if "tokens" in row
         ]
