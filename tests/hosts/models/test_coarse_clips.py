@@ -6,11 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
 from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter
 from blockskip_pack.blockskip_core.ddit.coarse_noise import matched_noise
-from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
-from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
 from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
 from blockskip_pack.blockskip_core.distillation.examples import Examples
 from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
@@ -18,6 +15,7 @@ from blockskip_pack.blockskip_core.distillation.settings import DistillationSett
 
 from ..tiny_families import FAMILIES
 from ..tiny_flux import assert_same_weights, weights
+from .test_coarse_distillation import opened
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
@@ -84,21 +82,13 @@ def test_a_coarse_call_is_that_of_wan_with_patches_of_twice_the_side(wan, kind):
 
 
 def test_a_training_on_clips_lowers_the_held_out_error_and_leaves_the_model_as_it_was():
-    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import TrainedParts, distilling
-    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
 
-    wan = next(family for family in FAMILIES if family.name == "wan21")
-    patcher, clean = wan.build(), clips(wan, count=3)
+    patcher, dit, parts, clean = opened(next(one for one in FAMILIES if one.name == "wan21"), frames=FRAMES)
     before, result = weights(patcher), DistillationResult()
-    dit = HostedDit(patcher.clone(), wan.captions((5, 5, 5)), clean.shape[1:])
-    resizing = PatchResizing(2, 2, "nearest", FRAMES)
-    coarse = CoarseAdapter(
-        resizing, PatchStatistics.of(clean, resizing), PatchAdapter(wan.latent_shape[0] * 16, dit.width)
-    )
-    parts = TrainedParts(dit, coarse, LoraSettings(rank=2, alpha=2.0, targets="mlp"), 0)
     settings = DistillationSettings(steps=10, batch_size=2, learning_rate=8e-3, warmup_steps=2, validate_every=10)
     with distilling(dit, parts) as model:
-        distill(model, Examples(clean, [0, 1, 2], lambda u: u, 0), settings, result=result)
+        distill(model, Examples(clean[:3], [0, 1, 2], lambda u: u, 0), settings, result=result)
     means = [sum(errors) / len(errors) for _, errors in result.measured]
     assert means[-1] < means[0] < sum(result.untrained) / len(result.untrained)
     assert_same_weights(patcher, before)
