@@ -15,6 +15,7 @@ from comfy.model_management import InterruptProcessingException
 from server import PromptServer, web  # web: the host's own aiohttp.web, for the route's answers
 
 from ...blockskip_core.reporting.run_history import RunHistory
+from ...blockskip_core.residuals.chunks import COMPUTING, FITTING
 
 EVENT = "blockskip.train"
 ROUTE = "/blockskip/last_run"
@@ -34,6 +35,8 @@ LONGEST_MESSAGE = 1000
 NO_ID = "00000000-0000-0000-0000-000000000000"
 """The page's id for a graph that did not come from a workflow file; each reload gives such a graph another id."""
 TRAINER = "BlockSkip_TrainLora"
+PRECOMPUTING = (COMPUTING, FITTING)
+"""What the trainer itself precomputes, a chunk at a time."""
 
 HISTORY = RunHistory()
 
@@ -97,7 +100,7 @@ class LiveChart:
         """Show what the node is doing apart from training steps, which are shown by :meth:`step`."""
         if phase.startswith("training"):
             return
-        word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
+        word = "precomputing" if phase in PRECOMPUTING else "sampling" if phase.startswith("sampling") else "preparing"
         self._record.note(phase=word, detail=phase, done=done, total=total)
         self._send()
 
