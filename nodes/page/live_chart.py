@@ -15,7 +15,6 @@ from comfy.model_management import InterruptProcessingException
 from server import PromptServer, web  # web: the host's own aiohttp.web, for the route's answers
 
 from ...blockskip_core.reporting.run_history import RunHistory
-from ...blockskip_core.residuals.chunks import COMPUTING, FITTING
 
 EVENT = "blockskip.train"
 ROUTE = "/blockskip/last_run"
@@ -35,8 +34,8 @@ LONGEST_MESSAGE = 1000
 NO_ID = "00000000-0000-0000-0000-000000000000"
 """The page's id for a graph that did not come from a workflow file; each reload gives such a graph another id."""
 TRAINER = "BlockSkip_TrainLora"
-PRECOMPUTING = (COMPUTING, FITTING)
-"""What the trainer itself precomputes, a chunk at a time."""
+PRECOMPUTING = ("computing residuals", "fitting the linear back residual")
+"""Phases of a trainer that computes its residuals itself, a chunk at a time."""
 
 HISTORY = RunHistory()
 
