@@ -105,7 +105,9 @@ def show(options: argparse.Namespace) -> None:
             made.leave_out_present()
             say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
             if options.keep:
-                say("To train in the page: Templates, Extensions, blockskip_demo_nodes, BlockSkip 0 - Try it without a GPU")
+                say(
+                    "To train in the page: Templates, Extensions, blockskip_demo_nodes, BlockSkip 0 - Try it without a GPU"
+                )
                 keep(server)
         finally:
             keep_rest(client, made)

@@ -306,9 +306,7 @@ class TrainPatchesRequest:
                     events.seen(scale, result)
                     display.seen(scale, result)  # last, because Cancel ends the training here
 
-                trained = train_patches(
-                    model, positive, negative, training, progress, seen, given, tell, events.begun
-                )
+                trained = train_patches(model, positive, negative, training, progress, seen, given, tell, events.begun)
             save_patch_adapters(trained, name.renew())
         lines = [f"Saved {name.path.name} in {name.path.parent.name}."]
         return trained, "\n".join([*lines, description(trained), *told])
