@@ -38,6 +38,7 @@ class DistillationEvents:
         self._file, self._settings, self._told = file, settings, told
         self._memory = PeakMemory(device)
         self._events: StepEvents | None = None
+        self._is_open, self._known, self._measured = False, 0, 0
 
     def __enter__(self) -> DistillationEvents:
         return self
