@@ -31,8 +31,9 @@ INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pic
 PLACES = ("on water, right", "on bricks, left", "on water, top")  # none of these grounds is in the training pictures
 SETTINGS: dict[str, Json] = {
     "Select blocks": {"skip_ratio": 0.5},
-    "Precompute residuals": {"draws": 200, "patch_max": 256, "patch_order": "fixed", "back_residual": "exact"},
-    "Train": {"steps": 200, "learning_rate": 0.002, "checkpointing": False},
+    "Precompute residuals": {"draws": 240, "patch_max": 256, "patch_order": "fixed", "back_residual": "exact"},
+    "Train": {"steps": 300, "learning_rate": 0.003, "checkpointing": False},
+    "Picture size": {"batch_size": 1},
     "Sample before": {"cfg": 2.5},
     "Sample after": {"cfg": 2.5},
 }

@@ -67,7 +67,8 @@ def encode_crops(
             progress(len(latents), len(distinct))
     if not all(torch.isfinite(latent).all() for latent in latents.values()):
         raise InvalidInputError("The VAE made latents with NaN or Inf. Load it in fp32 or bf16.")
-    return joined(latents[index] for index in alike)
+    # Each its own memory: files of tensors refuse shared ones.
+    return joined(latents[first] if first == index else latents[first].clone() for index, first in enumerate(alike))
 
 
 def require_fitting(latent: Tensor, model: Any, frames: int) -> None:
