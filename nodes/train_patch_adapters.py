@@ -14,6 +14,7 @@ from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.ddit.error_table import ErrorTable
 from ..blockskip_core.ddit.patch_resizing import RESIZE_KINDS, ResizeKind
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
+from ..blockskip_core.distillation.loop import DistillationResult
 from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import ReservedName, output_path, require_writable
@@ -27,7 +28,8 @@ from ..blockskip_core.reporting.patch_pictures import error_chart
 from ..blockskip_core.reporting.pictures import as_image
 from . import widgets
 from .distillation_display import DistillationDisplay
-from .inputs import checked, connected
+from .distillation_events import DistillationEvents
+from .inputs import checked, connected, tensorboard_refusal
 from .load_patch_adapters import description
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
@@ -74,6 +76,11 @@ class TrainPatchAdapters(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, tensorboard: Any = None) -> bool | str:
+        """Refuse a missing package when the graph is queued."""
+        return tensorboard_refusal(tensorboard)
 
     @classmethod
     def execute(
@@ -214,6 +221,11 @@ def _given_inputs() -> list[io.Input]:
             "each. Their middle parts are used, in the size above.",
         ),
         io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for `images`."),
+        io.Boolean.Input(
+            "tensorboard", default=False, optional=True, advanced=True,
+            tooltip="Also write losses, learning rate, held-out error and memory for TensorBoard, into the folder `tensorboard` "
+            "beside the adapters, one run for each size. Needs the Python package tensorboard.",
+        ),
     ]  # fmt: skip
 
 
@@ -241,6 +253,7 @@ class TrainPatchesRequest:
     patience: int = 4
     save_every: int = 100
     resume: bool = True
+    tensorboard: bool = False
     frames: int = 1
 
     @property
@@ -296,7 +309,14 @@ class TrainPatchesRequest:
             ReservedName(path) as name,
             out_of_memory_explained("Training", "Lower `batch_size` or the size of the pictures."),
         ):
-            trained = train_patches(model, positive, negative, training, progress, display.seen, given, tell)
+            file, device = path if self.tensorboard else None, model.load_device
+            with DistillationEvents(file, training.settings, device, tell) as events:
+
+                def seen(scale: int, result: DistillationResult) -> None:
+                    events.seen(scale, result)
+                    display.seen(scale, result)  # last, because Cancel ends the training here
+
+                trained = train_patches(model, positive, negative, training, progress, seen, given, tell, events.begun)
             save_patch_adapters(trained, name.renew())
         lines = [f"Saved {name.path.name} in {name.path.parent.name}."]
         return trained, "\n".join([*lines, description(trained), *told])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from ..hosts.tiny_families import FAMILIES
 from .conftest import Listed
 from .test_families import FamilyVae
+from .trainings import shown_in_tensorboard
 
 TRAINING = {
     "patch_sizes": "2x", "width": 64, "height": 96, "max_steps": 4, "peak_learning_rate": 1e-2, "batch_size": 2, "seed": 3,
@@ -110,10 +112,11 @@ def test_the_chart_gets_every_step_of_every_size(nodes, model, prompts, run_node
     assert (shown["step"], shown["steps"], shown["status"], len(shown["points"])) == (4, 4, "done", 4)
 
 
-def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, monkeypatch):
+def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, folders, monkeypatch):
     import comfy.model_management
     from blockskip_pack.nodes.page import progress
 
+    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     whole = train(resume=False)[0].tensors()
     seen = []
 
@@ -125,11 +128,17 @@ def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, monk
     with monkeypatch.context() as patched:
         patched.setattr(progress.NodeProgress, "__call__", cancel)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            train(seed=4)
-    resumed = train(seed=4)[0].tensors()
+            train(seed=4, tensorboard=has_tensorboard)
+    resumed = train(seed=4, tensorboard=has_tensorboard)[0].tensors()
     again = train(seed=4, resume=False)[0].tensors()
     assert all(torch.equal(resumed[name], again[name]) for name in again)
     assert not all(torch.equal(whole[name], again[name]) for name in again)
+    if has_tensorboard:
+        (folder,) = folders.loras.glob("tensorboard/patch_adapters-????????")
+        figures = shown_in_tensorboard(folder)[0]
+        assert list(figures.pop("error/held_out")) == [0, 2, 4]
+        assert set(figures) >= {"training/loss", "training/learning_rate", "memory/GiB_peak"}
+        assert all(list(curve) == [1, 2, 3, 4] for curve in figures.values()), "one curve, each step once"
 
 
 def test_windows_off_and_budget(trained, use, model, prompt):

@@ -105,6 +105,7 @@ def train_patches(
     seen: Callable[[int, DistillationResult], None] = lambda scale, result: None,
     given: GivenPictures | None = None,
     told: Callable[[str], None] = lambda sentence: None,
+    begun: Callable[[int, str], None] = lambda scale, key: None,
 ) -> TrainedPatches:
     """Return adapters for a MODEL, which is left unchanged.
 
@@ -117,6 +118,7 @@ def train_patches(
         seen: Called with scale and result after every training step.
         given: Pictures to train on; None samples them.
         told: Called with a sentence on the memory that the training needs, before it.
+        begun: Called with scale and content hash of each size's training before its first step.
 
     Raises:
         InvalidInputError: If the prompts or the size cannot be used.
@@ -126,7 +128,7 @@ def train_patches(
     run = _PatchTraining(patcher, positive, negative, request, given)
     run.tell_memory(told)
     latents = run.latents(progress)
-    scales = {scale: run.trained(scale, latents, progress, seen) for scale in request.scales}
+    scales = {scale: run.trained(scale, latents, progress, seen, begun) for scale in request.scales}
     return TrainedPatches(run.base, scales, run.operations, run.notes)
 
 
@@ -207,8 +209,9 @@ class _PatchTraining:
         told(f"Counted before the training: {format_bytes(count.peak)}; {place} has {format_bytes(free)} free.")
 
     def trained(
-        self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None]
-    ) -> TrainedScale:
+        self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None],
+        begun: Callable[[int, str], None],
+    ) -> TrainedScale:  # fmt: skip
         """Train the adapter of one patch size."""
         request, result = self._request, DistillationResult()
         captions = [number // self._per_prompt for number in range(len(latents))]
@@ -220,7 +223,9 @@ class _PatchTraining:
             patches = PatchAdapter(numbers, self.base.width, seed=request.settings.seed)
             coarse = CoarseAdapter(resizing, statistics, patches)
             parts = TrainedParts(self._dit, coarse, request.lora, request.settings.seed)
-        checkpoints = self._checkpoints(scale)
+        identity = self._run_identity(scale)
+        checkpoints = self._checkpoints(identity)
+        begun(scale, identity.key)
 
         def on_step(now: DistillationResult) -> None:
             seen(scale, now)
@@ -247,7 +252,7 @@ class _PatchTraining:
 
         return level
 
-    def _checkpoints(self, scale: int) -> Checkpoints:
+    def _run_identity(self, scale: int) -> RunIdentity:
         request = self._request
         # The number of steps sets the learning rate of every step, so it belongs to the identity of a run.
         parts: Mapping[str, Any] = {
@@ -255,7 +260,10 @@ class _PatchTraining:
             "latents": request.latents.parts(), "settings": asdict(request.settings), "lora": asdict(request.lora),
             "checkpointing": request.checkpointing,
         }  # fmt: skip
-        identity = RunIdentity(parts)
+        return RunIdentity(parts)
+
+    def _checkpoints(self, identity: RunIdentity) -> Checkpoints:
+        request = self._request
         folder = run_folder(identity.key)
         remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key)
         return Checkpoints(folder, identity, every=request.save_every, keep=_KEPT_STATES, resume=request.resume)

@@ -213,6 +213,18 @@ def test_crops_are_encoded_in_the_models_scale_once(encoding):
     assert encoding.crop_multiple(Vae(), 2) == 16
 
 
+def test_equal_crops_are_encoded_once(encoding):
+    model, vae, seen = tiny_flux().model, Vae(), []
+    one, other = torch.rand(2, 16, 16, 3)
+    crops = [one, other, one, other, one]
+    plain = encoding.encode_crops(vae, model, crops)
+    latents = encoding.encode_crops(
+        vae, model, crops, lambda *count: seen.append(count), order=[1, 3, 0, 2, 4], alike=[0, 1, 0, 1, 0]
+    )
+    assert torch.equal(latents, plain)
+    assert seen == [(1, 2), (2, 2)]
+
+
 def test_a_vae_that_does_not_fit_is_refused(encoding):
     latents = SimpleNamespace(latent_channels=16, latent_dimensions=2)
     model = SimpleNamespace(process_latent_in=lambda x: x, latent_format=latents)
