@@ -29,7 +29,7 @@ TITLES = {
 MODELS = [tiny for tiny in (*FAMILIES, MINIMAX, *FOLLOWED) if tiny.name != "qwen_image21"]  # which 0.30.0 lacks
 COLUMNS = ["Model", "Clips", "References", "Text hidden", "RALU", "Dynamic patches", "Memory Plan"]
 CLIPS = {tiny.name for tiny in test_clips.VIDEO} | {"minimax"}  # a case of its tests
-REFERENCES = {name for name, _ in (*test_references.CASES, *test_followed_references.CASES)}
+REFERENCES = {name for name, _ in (*test_references.CASES, *test_followed_references.CASES)} | {"minimax"}  # likewise
 
 
 def has(works: bool) -> str:
