@@ -264,7 +264,7 @@ def arms_of(flux: Subject) -> list[Arm]:
     for weights in FORMATS:
         for size in SIZES:
             for ratio, skipped in spans.items():
-                if weights != "bf16" and ratio not in (0.0, 0.5):
+                if weights != "bf16" and ratio not in (0.0, 0.3, 0.5):
                     continue
                 for source in ("cached", "on the fly") if ratio == 0.5 else ("cached",):
                     arms += [

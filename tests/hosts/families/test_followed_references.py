@@ -14,7 +14,7 @@ from .test_followed_text import Sampled
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-CASES = [("omnigen2", None), ("boogu", None), ("mage_flow", None), ("krea2", "index_timestep_zero")]
+CASES = [("omnigen2", None), ("boogu", None), ("mage_flow", None), ("joyimage", None), ("krea2", "index_timestep_zero")]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case[0], scope="module")

@@ -25,9 +25,9 @@ def _references(generator: torch.Generator) -> dict:
     return {"reference_latents": [torch.randn(1, 24, 1, *side, generator=generator) for side in SIDES]}
 
 
-REFERENCES = replace(MINIMAX, name="references", settings=_references)
+REFERENCES = replace(CLIP, name="references", settings=_references)
 REFERENCE_TOKENS = {"references": 2 * 3 + 4 * 2}
-SOUND = {"minimax": 2, "curves": 2, "clip": 37, "references": 2}  # sound latents: 40 a second, 24 pictures a second
+SOUND = {"minimax": 2, "curves": 2, "clip": 37, "references": 37}  # sound latents: 40 a second, 24 pictures a second
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 
