@@ -47,7 +47,9 @@ class ArmBench(Bench):
     def select(self) -> Any:
         """Choose the arm's blocks."""
         arm = self._arm
-        return self._run("SelectBlocks", positive=self.caption, method="manual", skip_ratio=0.5, front=arm.front, back=arm.back)[0]
+        return self._run(
+            "SelectBlocks", positive=self.caption, method="manual", skip_ratio=0.5, front=arm.front, back=arm.back
+        )[0]
 
     def plan(self) -> Plan:
         """Count the arm's settings."""

@@ -165,7 +165,9 @@ def published_model(
         raise InvalidInputError(f"Expected one of {', '.join(PUBLISHED_SIZES)}, got {name!r}.")
     size = PUBLISHED_SIZES[name]
     if not is_known(name):
-        raise UnsupportedModelError(f"This ComfyUI has no {size.supported}, so it does not know {name}. Update ComfyUI.")
+        raise UnsupportedModelError(
+            f"This ComfyUI has no {size.supported}, so it does not know {name}. Update ComfyUI."
+        )
     supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
     supported.custom_operations = None
     supported.set_inference_dtype(dtype, cast_to)

@@ -175,7 +175,9 @@ def counted_captions(
     if settings.part == "same part":
         shown = [(patch_min, patch_min)] * len(sizes)
     largest = sorted(shown, key=math.prod)[-each:]
-    latents = [torch.zeros(1, latent_channels(model), *frame, rows // cell, columns // cell) for rows, columns in largest]
+    latents = [
+        torch.zeros(1, latent_channels(model), *frame, rows // cell, columns // cell) for rows, columns in largest
+    ]
     return [_carrying(caption, latents) for caption in captions]
 
 

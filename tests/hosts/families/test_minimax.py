@@ -119,7 +119,11 @@ def test_skipping_with_stored_residuals_is_the_whole_model(tiny, dit):
             torch.testing.assert_close(skipping, whole, atol=2e-5 if back else 0.0, rtol=0.0)
     stored = computed.residuals[0].front
     assert stored.img.shape[1] == dit.image_tokens(*tiny.latent_shape[1:]) == dit.frames * 15
-    assert stored.txt.shape[1] == dit.text_tokens(PLAN[0].caption) == 5 + 2 * SOUND[tiny.name] + REFERENCE_TOKENS.get(tiny.name, 0)
+    assert (
+        stored.txt.shape[1]
+        == dit.text_tokens(PLAN[0].caption)
+        == 5 + 2 * SOUND[tiny.name] + REFERENCE_TOKENS.get(tiny.name, 0)
+    )
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 0)])
