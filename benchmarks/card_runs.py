@@ -135,6 +135,16 @@ def loaded_model(cell: Cell) -> Any:
     return comfy.model_patcher.CoreModelPatcher(model, load_device=on_card, offload_device=CPU)
 
 
+def give_layout(cell: Cell, patcher: Any, caption: list) -> None:
+    """Tell the host how a followed model's blocks take their tokens, because one without values cannot be followed."""
+    from blockskip_pack.blockskip_core.hosts.models import hosted_dit
+    from memory_followed import is_followed, layout_of
+
+    if cell.model != TINY and is_followed(cell.model):
+        channels = patcher.model.latent_format.latent_channels
+        hosted_dit._LAYOUTS[patcher.model.diffusion_model] = layout_of(cell.model, caption, channels)
+
+
 def caption_for(name: str) -> list:
     """Return a conditioning of ones with the shape that the model's text encoder would give."""
     from memory_arms import FAMILIES, FLUX
@@ -202,7 +212,13 @@ class Bench:
         cell: What to run.
         card: The emulated card, with ComfyUI on it.
         folder: An empty folder for the nodes' files.
+
+    Attributes:
+        side, sides: Smallest and largest side in pixels of a training crop.
+        back: How the last skipped blocks are replaced, see Precompute Residuals.
     """
+
+    side, sides, back = CROP, 2 * CROP, BACK
 
     def __init__(self, cell: Cell, card: Any, folder: Path) -> None:
         import folder_paths
@@ -232,9 +248,8 @@ class Bench:
             self._pager = self._host.enter_context(host.dynamic_vram(card, page=FULL_PAGE))
             self.model = host.as_dynamic(self.model)
         self.caption = caption_for(cell.model)
-        self.selection = self._run(
-            "SelectBlocks", positive=self.caption, method="preset", skip_ratio=0.5, front=0, back=0
-        )[0]
+        give_layout(cell, self.model, self.caption)
+        self.selection = self.select()
 
     def __enter__(self) -> Bench:
         gc.freeze()  # every measurement collects garbage, and looks at nothing that was imported
@@ -243,6 +258,10 @@ class Bench:
     def __exit__(self, *error: object) -> None:
         self._host.close()
 
+    def select(self) -> Any:
+        """Choose half of the blocks, as the paper does."""
+        return self._run("SelectBlocks", positive=self.caption, method="preset", skip_ratio=0.5, front=0, back=0)[0]
+
     def chosen(self) -> tuple[int, int, int]:
         """Return the numbers of blocks skipped at the front and at the back, and of all blocks."""
         return self.selection.front, self.selection.back, self.selection.num_blocks
@@ -250,36 +269,41 @@ class Bench:
     def plan(self) -> Plan:
         """Get settings from Memory Plan that fit the free memory and use what is left; count what they need."""
         from blockskip_pack.blockskip_core.accounting.plan import fits, peak_of
+
+        text, as_set, _, settings = self._run(
+            "MemoryPlan", positive=self.caption, selection=self.selection, patch_min=self.side, draws=DRAWS, storage="disk",
+            rank=RANK, batch_size=1, checkpointing=True, quantize_kept="off", activation_budget=0.0,
+            card_memory=self.memory.free() / GIB, chunk_size=CHUNK, back_residual=self.back,
+        ).args  # fmt: skip
+        needs, streamed = self.counted(settings)
+        seen = {
+            "fits": as_set, "keeps_all": as_set and not settings.config.checkpointing, "settings_fit": fits(peak_of(settings, needs), self.memory.free()),
+            "says": text.splitlines()[0], "settings": settings.describe(),
+        }  # fmt: skip
+        return Plan(settings, needs, streamed, seen)
+
+    def counted(self, settings: Any) -> tuple[Any, int]:
+        """Count the needs of a run with such settings, and the bytes of weights on the card if all are streamed."""
         from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
         from blockskip_pack.blockskip_core.hosts.inputs.frames import latent_shape
         from blockskip_pack.blockskip_core.hosts.models.counted_run import CountedRun
         from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
-        text, as_set, _, settings = self._run(
-            "MemoryPlan", positive=self.caption, selection=self.selection, patch_min=CROP, draws=DRAWS, storage="disk",
-            rank=RANK, batch_size=1, checkpointing=True, quantize_kept="off", activation_budget=0.0,
-            card_memory=self.memory.free() / GIB, chunk_size=CHUNK, back_residual=BACK,
-        ).args  # fmt: skip
         dit = HostedDit(self.model, [self.caption], latent_shape(self.model.model, settings.patch_min))
         run = CountedRun(
             dit, self.selection, LoraSettings(rank=RANK, alpha=RANK), captions=1, draws=DRAWS, chunk_size=CHUNK
         )
-        needs = run.needs(settings)
-        seen = {
-            "fits": as_set, "keeps_all": as_set and not settings.config.checkpointing, "settings_fit": fits(peak_of(settings, needs), self.memory.free()),
-            "says": text.splitlines()[0], "settings": settings.describe(),
-        }  # fmt: skip
-        return Plan(settings, needs, run.streamed_bytes(settings), seen)
+        return run.needs(settings), run.streamed_bytes(settings)
 
     def precompute(self, plan: Plan) -> tuple[dict[str, Any], Any]:
         """Precompute a few examples to disk; return the measurements and the residuals."""
         counted = plan.needs.precomputing
-        seen: dict[str, Any] = {"counted": counted.peak, "counted_host": plan.needs.host}
+        seen: dict[str, Any] = {"counted": counted.peak if counted else 0, "counted_host": plan.needs.host}
         with self._watched(seen):
             residuals = self._run(
-                "PrecomputeResiduals", vae=NoVae(self.model.model), images=torch.rand(1, 2 * CROP, 2 * CROP, 3),
-                positive=self.caption, selection=self.selection, draws=DRAWS, patch_min=CROP, patch_max=2 * CROP,
-                storage="disk", seed=0, back_residual=BACK, memory_settings=plan.settings,
+                "PrecomputeResiduals", vae=NoVae(self.model.model), images=torch.rand(1, self.sides, self.sides, 3),
+                positive=self.caption, selection=self.selection, draws=DRAWS, patch_min=self.side, patch_max=self.sides,
+                storage="disk", seed=0, back_residual=self.back, memory_settings=plan.settings,
             )[0]  # fmt: skip
         return {**seen, "left": self._used()}, residuals
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Dynamic Patches (DDiT): operations counted for FLUX.1-dev, and pictures of the demo's world at equal operations.
+"""Dynamic Patches (DDiT): operations counted for FLUX.1-dev and Wan, seconds of a step, and pictures of the demo's world.
 
 Adapters are trained on the demo's model first, and kept beside the results with ``--keep``. Rows go to
 ``results/ddit.jsonl``.
@@ -18,12 +18,13 @@ logger = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = command_line.of_adapters(__doc__, ["operations", "pictures"])
+    parser = command_line.of_adapters(__doc__, ["operations", "seconds", "pictures"])
     parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels")
     parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
     parser.add_argument("--scales", type=int, nargs="+", default=[2], help="patch sizes to train adapters for: 2 and 4")
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 8, 12], help="operations, in plain steps")
     parser.add_argument("--full-steps", type=int, default=50, help="steps of plain sampling to compare pictures with")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each patch size whose seconds are taken")
     return parser.parse_args()
 
 
@@ -37,6 +38,10 @@ def main() -> None:
     file = options.results / "ddit.jsonl"
     if "operations" in options.parts and not options.report:
         replace_rows(file, "operations", ddit_operations.rows(), command_line.about())
+    if "seconds" in options.parts and not options.report:
+        import ddit_seconds
+
+        replace_rows(file, "seconds", ddit_seconds.rows(options.repeats), command_line.about())
     if "pictures" in options.parts and not options.report:
         import ddit_world
         from ralu_pictures import World

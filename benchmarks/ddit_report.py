@@ -22,16 +22,34 @@ def operations(rows: list[dict[str, Any]]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         lines += [
-            f"{model}, {own[0]['size']}, {own[0]['text_tokens']} text tokens, counted; the adapter's own products included.", "",
-            "| | Tokens | 10^12 operations | Fewer |", "| --- | --- | --- | --- |",
+            f"{model}, {own[0]['size']}, {own[0]['text_tokens']} text tokens, counted; the adapter's own products included. Call by "
+            "call: of the coarse call that sampling makes, at full size; otherwise by the number of tokens.", "",
+            "| | Tokens | 10^12 operations | Fewer | Call by call |", "| --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         lines += [
-            f"| {row['what']} | {row['tokens']} | {row['operations'] / 1e12:.2f} | 1/{row['ratio']:.2f} |"
+            f"| {row['what']} | {row['tokens']} | {row['operations'] / 1e12:.2f} | 1/{row['ratio']:.2f} | "
+            f"1/{row['call_by_call']:.2f} |"
             for row in own
             if "tokens" in row
         ]
         lines += ["", *(f"* {row['what']}: {row['steps']:.1f}." for row in own if "steps" in row), ""]
     return lines[:-1]
+
+
+def seconds(rows: list[dict[str, Any]]) -> list[str]:
+    """Return measured and counted ratios."""
+    lines = [
+        f"Processor time of one sampled step, median of {rows[0]['repeats']}, all patch sizes in turns, with adapters, without "
+        f"guidance; random weights in float32, {rows[0]['text_tokens']} text tokens, {rows[0]['threads']} thread.", "",
+        "| Model | Size | Patches | Tokens | Seconds | Measured | Counted |", "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in rows:
+        patches = "own" if row["scale"] == 1 else f"{row['scale']}x"
+        lines.append(
+            f"| {row['model']} | {row['size']} | {patches} | {row['tokens']} | {row['seconds']:.2f} | 1/{row['measured']:.2f} | "
+            f"1/{row['counted']:.2f} |"
+        )
+    return lines
 
 
 def training(rows: list[dict[str, Any]]) -> list[str]:
@@ -69,4 +87,4 @@ def pictures(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-_TABLES = {"operations": operations, "training": training, "pictures": pictures}
+_TABLES = {"operations": operations, "seconds": seconds, "training": training, "pictures": pictures}

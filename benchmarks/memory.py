@@ -37,8 +37,19 @@ def arms(parts: list[str]) -> list[Any]:
     if "full" in parts:
         found += memory_arms.arms_of(memory_arms.Subject(memory_arms.FLUX))
     if "families" in parts:
-        found += [arm for family in memory_arms.FAMILIES[1:] for arm in memory_arms.arms_of_family(family)]
+        found += [arm for family in known_families() for arm in memory_arms.arms_of_family(family)]
     return found
+
+
+def known_families() -> list[Any]:
+    """Return the published models beside FLUX.1-dev that this ComfyUI knows, and name the others."""
+    import memory_arms
+    from blockskip_pack.blockskip_core.hosts.families.published_sizes import is_known
+
+    for family in memory_arms.FAMILIES:
+        if not is_known(family.name):
+            logger.warning("%s is not counted: this ComfyUI does not know it. Pass a newer one's folder.", family.name)
+    return [family for family in memory_arms.FAMILIES[1:] if is_known(family.name)]
 
 
 def key_of(row: dict[str, Any]) -> tuple:

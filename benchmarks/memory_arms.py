@@ -68,6 +68,7 @@ FAMILIES = (
     FLUX,
     Published("FLUX.2-dev", 15360, channels=128, cell=16, halves=(14, 14)),
     Published("Qwen-Image", 3584, halves=(15, 15)),
+    Published("Qwen-Image-2.1", 4096, channels=64, cell=16, halves=(8, 8)),  # in ComfyUI from 0.37 on
     Published("Z-Image", 2560, halves=(8, 7)),
     Published("Wan2.1-T2V-14B", 4096, halves=(10, 10)),
     Published("Wan2.1-T2V-1.3B", 4096, halves=(8, 7)),
@@ -263,7 +264,7 @@ def arms_of(flux: Subject) -> list[Arm]:
     for weights in FORMATS:
         for size in SIZES:
             for ratio, skipped in spans.items():
-                if weights != "bf16" and ratio not in (0.0, 0.5):
+                if weights != "bf16" and ratio not in (0.0, 0.3, 0.5):
                     continue
                 for source in ("cached", "on the fly") if ratio == 0.5 else ("cached",):
                     arms += [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from blockskip_pack.blockskip_core.hosts.families import published_sizes
 from blockskip_pack.blockskip_core.hosts.families.block_lists import block_lists
-from blockskip_pack.blockskip_core.hosts.families.followed import FollowedAdapter
+from blockskip_pack.blockskip_core.hosts.families.followed import FollowedAdapter, ModelLayout
 from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
@@ -43,17 +43,32 @@ def followed_dits(
         dtypes: Of the weights; the host casts those of eight bits to bfloat16 for every use.
     """
     shallow = _shallow(name)
-    [[text, settings]] = caption
-    short = [[text[:, :TEXT], settings]]
-    adapter = HostedDit(shallow, [short], (latent_shape[0], SMALL, SMALL)).adapter
-    assert isinstance(adapter, FollowedAdapter)
+    layout = _followed(shallow, caption, latent_shape[0])
     arguments = HostedDit(shallow, [caption], latent_shape).arguments
     dits = []
     for dtype in dtypes:
         model = published_sizes.published_model(name, dtype, torch.bfloat16 if dtype.itemsize < 2 else None)
         dits.append(WeightlessDit(model, arguments, torch.device("cuda")))
-        dits[-1].adapter.layout = adapter.found  # type: ignore[attr-defined]
+        dits[-1].adapter.layout = layout  # type: ignore[attr-defined]
     return dits
+
+
+def layout_of(name: str, caption: list, channels: int) -> ModelLayout:
+    """Return the layout of a published model.
+
+    Args:
+        name: A key of ``published_sizes.PUBLISHED_SIZES``.
+        caption: A conditioning, ``[[tensor, settings]]``.
+        channels: Of its latents.
+    """
+    return _followed(_shallow(name), caption, channels)
+
+
+def _followed(shallow: Any, caption: list, channels: int) -> ModelLayout:
+    [[text, settings]] = caption
+    adapter = HostedDit(shallow, [[[text[:, :TEXT], settings]]], (channels, SMALL, SMALL)).adapter
+    assert isinstance(adapter, FollowedAdapter)
+    return adapter.found
 
 
 @torch.inference_mode()

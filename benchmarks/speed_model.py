@@ -93,14 +93,7 @@ def build_flux(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Any:
     import comfy.model_management
 
     model = _model_of(shape, dtype, comfy.model_management.unet_offload_device())
-    device = comfy.model_management.get_torch_device()
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan = parameter.shape[-1] ** -0.5
-            noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=dtype) * fan
-            parameter.copy_(1.0 + 0.1 * noise if name.endswith(("norm.scale", "norm.weight")) else noise)
-    model.requires_grad_(False)
+    randomise(model, dtype, seed)
 
     @torch.inference_mode(False)
     def again(disable_dynamic: bool = False) -> Any:
@@ -113,6 +106,20 @@ def build_flux(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Any:
     patcher = _patcher_of(model, False)
     patcher.cached_patcher_init = (again, ())
     return patcher
+
+
+def randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int = 0) -> None:
+    """Give a model random weights of a usual size, made on the device that runs it."""
+    import comfy.model_management
+
+    device = comfy.model_management.get_torch_device()
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan = parameter.shape[-1] ** -0.5
+            noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=dtype) * fan
+            parameter.copy_(1.0 + 0.1 * noise if name.endswith(("norm.scale", "norm.weight")) else noise)
+    model.requires_grad_(False)
 
 
 def _model_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -106,6 +107,15 @@ class ComfyClient:
     def interrupt(self) -> None:
         """Stop the running prompt; also allowed inside `on_event`."""
         self.post("/interrupt", {})
+
+    def stop(self, patience: float = 60.0) -> None:
+        """Forget what is queued, interrupt what runs, and wait until it has ended: a trainer first saves its LoRA."""
+        self.post("/queue", {"clear": True})
+        deadline = time.monotonic() + patience
+        if self.get_json("/queue")["queue_running"]:
+            self.interrupt()
+        while self.get_json("/queue")["queue_running"] and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def free(self) -> None:
         """Unload the models and forget cached results.

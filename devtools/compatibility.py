@@ -54,7 +54,7 @@ gradients against central differences, a falling loss, and a LoRA that ComfyUI's
 *Clips*: trained on several frames, too. *References*: edit models, trained with the pictures that they look at. *Text hidden*: Select Blocks
 can measure with *attention mask*. *RALU* and *Dynamic patches*: can be sampled so. *Memory Plan*: can be counted before a run.
 Qwen-Image 2.1 needs ComfyUI 0.37; its class passed the same tests once, on 2026-11-29, in a copy of ComfyUI 0.30.0
-([Models](models.md)).""",
+([Models](models.md#every-other-diffusion-transformer)).""",
     ),
     Section(
         title="LoRA files",

@@ -7,10 +7,12 @@ come from the nodes with the titles in `demo_report`, the numbers from the train
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,11 +24,23 @@ from typing import TextIO
 import demo_report
 from comfy_client import ComfyClient, Event, Json, RunResult, load_prompt, node_titled, titles_of, with_overrides
 from comfy_server import ROOT, ComfyServer, ServerProblem, demo_models, demo_pack
+from made_files import MadeFiles
 
 WORKFLOW = ROOT / "tests" / "workflows" / "train_lora.api.json"
 INPUT_FOLDER = "blockskip_toby"  # where the workflow looks for the training pictures, whatever their subject
 PLACES = ("on water, right", "on bricks, left", "on water, top")  # none of these grounds is in the training pictures
+SETTINGS: dict[str, Json] = {
+    "Select blocks": {"skip_ratio": 0.5},
+    "Precompute residuals": {"draws": 240, "patch_max": 256, "patch_order": "fixed", "back_residual": "exact"},
+    "Train": {"steps": 300, "learning_rate": 0.003, "checkpointing": False},
+    "Picture size": {"batch_size": 1},
+    "Sample before": {"cfg": 2.5},
+    "Sample after": {"cfg": 2.5},
+}
+"""What the demo changes in the workflow, which has the paper's way: the pack's default, half of the blocks skipped and the
+last ones frozen, on whole pictures, which takes a few minutes on two cores."""
 LOG = "server.log"
+COUNTED = re.compile(r"(.+): \d+ of \d+")  # how a node names the part of its work that its progress bar counts
 MARK = "made_by_the_demo.txt"  # only a folder that contains this file is ever emptied
 
 
@@ -76,6 +90,8 @@ def show(options: argparse.Namespace) -> None:
     if options.subject not in world.SUBJECTS:
         raise DemoProblem(f"There is no subject {options.subject!r}: choose one of {', '.join(world.SUBJECTS)}.")
     prompt = load_prompt(options.workflow)
+    if options.workflow == WORKFLOW:
+        prompt = with_overrides(prompt, SETTINGS)
     prompt = with_prompts(prompt, [f"{world.SUBJECTS[options.subject]} {place}" for place in PLACES])
     prompt = with_overrides(prompt, overrides(options.set))
     if options.pictures:
@@ -89,17 +105,33 @@ def show(options: argparse.Namespace) -> None:
     say(f"Starting ComfyUI from {host}")
     placed = {"packs": packs, "models": demo_models(), "inputs": [pictures]}
     with ComfyServer(host, **placed, log_file=output / LOG) as server:
-        start = time.monotonic()
-        client = ComfyClient(server.url)
-        result = run(client, prompt, options.timeout)
-        summary = {**training_summary(result), "wall_time_seconds": time.monotonic() - start}
-        loras = sorted((server.base / "output" / "loras").glob("*.*"))  # the LoRAs, and the summary of the last one
-        demo_report.write(output, prompt, result.outputs, client.view, loras, summary, pictures)
-        say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
         if options.keep:
-            say(f"ComfyUI is running at {server.url} (press Ctrl-C to stop it)")
-            say("To train in the page: Templates, Extensions, blockskip_demo_nodes, BlockSkip 0 - Try it without a GPU")
-            keep(server)
+            say(f"The page is at {server.url} until you press Ctrl-C; what you queue there runs after the demo")
+        made, client = MadeFiles(server.base / "output", output), ComfyClient(server.url)
+        try:
+            start = time.monotonic()
+            result = run(client, prompt, options.timeout)
+            summary = {**training_summary(result), "wall_time_seconds": time.monotonic() - start}
+            loras = sorted((server.base / "output" / "loras").glob("*.*"))  # the LoRAs, and the summary of the last one
+            demo_report.write(output, prompt, result.outputs, client.view, loras, summary, pictures)
+            made.leave_out_present()
+            say(f"\n{demo_report.table(summary)}\nThe results are in {output}")
+            if options.keep:
+                say(
+                    "To train in the page: Templates, Extensions, blockskip_demo_nodes, BlockSkip 0 - Try it without a GPU"
+                )
+                keep(server)
+        finally:
+            keep_rest(client, made)
+
+
+def keep_rest(client: ComfyClient, made: MadeFiles) -> None:
+    """End what still runs, and keep what was made and is not among the results yet: the server's folder is temporary."""
+    with contextlib.suppress(OSError):  # a server that has ended by itself makes nothing more
+        client.stop()
+    names = made.copy_new()
+    if names:
+        say(f"\nMade so far, and kept in {made.target}: {', '.join(names)}")
 
 
 def requirements(workflow: Path) -> tuple[Path, dict[str, Path]]:
@@ -226,7 +258,7 @@ class ProgressLine:
         self.stream = stream
         self.every = every
         self.start = time.monotonic()
-        self.node = ""
+        self.node = self.work = ""
         self.told = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -236,22 +268,25 @@ class ProgressLine:
             self._enter(data["node"])
             self._show("")
         elif event.kind == "progress" and data.get("node"):
-            self._enter(data["node"])
+            self._enter(data["node"], self.work if data["node"] == self.node else "")
             self._show(f"{data['value']:.0f}/{data['max']:.0f}")
+        elif event.kind == "text" and (counted := COUNTED.match(data["text"])):
+            self._enter(data["node"], counted[1])
 
     def end(self) -> None:
         """Finish the line."""
         if self.node and self.stream.isatty():
             print(file=self.stream)
 
-    def _enter(self, node: str) -> None:
-        if node != self.node:
+    def _enter(self, node: str, work: str = "") -> None:
+        if (node, work) != (self.node, self.work):
             self.end()
-            self.node, self.told = node, 0.0
+            self.node, self.work, self.told = node, work, 0.0
 
     def _show(self, state: str) -> None:
         elapsed = time.monotonic() - self.start
-        line = f"{elapsed:7.1f} s  {self.titles.get(self.node, self.node)}  {state}".rstrip()
+        name = self.titles.get(self.node, self.node) + (f", {self.work}" if self.work else "")
+        line = f"{elapsed:7.1f} s  {name}  {state}".rstrip()
         if self.stream.isatty():
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="", file=self.stream, flush=True)

@@ -111,6 +111,7 @@ def _surroundings(variables: Mapping[str, str]) -> dict[str, str]:
     """Return a program's environment variables."""
     own = {
         "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 8)),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait do not spin: beside other work that costs most of the time
         "PYTHONPYCACHEPREFIX": str(cache_folder() / "bytecode"),
         "MYPY_CACHE_DIR": str(cache_folder() / "mypy"),
     }

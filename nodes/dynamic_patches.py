@@ -202,9 +202,11 @@ def levels_of(sigmas: Tensor | None) -> list[float] | None:
 def planned(plan: PatchPlan, trained: TrainedPatches, sigmas: Sequence[float] | None) -> tuple[Sequence[int], str]:
     """Return the scale of every step, if it is known before sampling, and a report.
 
-    Operations are counted for a picture of ``REPORTED_SIDE`` pixels with 8 pixels per latent cell.
+    Operations are counted for a picture of ``REPORTED_SIDE`` pixels with 8 pixels per latent cell, or for a clip of the size
+    that adapters for clips were trained with.
     """
-    tokens = (REPORTED_SIDE // 8 // trained.base.patch) ** 2
+    of_clips = trained.notes.get("frames", 1) > 1
+    tokens = trained.notes["image_tokens"] if of_clips else (REPORTED_SIDE // 8 // trained.base.patch) ** 2
     operations = trained.operations_of(tokens)
     sizes = ", ".join(f"{scale}x: 1/{operations[1] / operations[scale]:.2f}" for scale in trained.scales)
     costs = (
@@ -231,8 +233,7 @@ def steps(scales: Sequence[int]) -> str:
 
 def show(progress: NodeProgress, trained: TrainedPatches, record: RunRecord) -> None:
     """Show the run so far under the node."""
-    patch, (rows, columns) = trained.base.patch, record.size
-    operations = trained.operations_of(rows // patch * (columns // patch))
+    operations = trained.operations_of(record.tokens)
     last = len(record.scales) == len(record.sigmas) - 1
     text = f"{summary(record.scales, operations)} {steps(record.scales)}"
     if last:

@@ -18,6 +18,7 @@ from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import NO_FILE as NO_FILE
 from ..blockskip_core.hosts.runs.request import require_memory_settings as require_memory_settings
+from ..blockskip_core.reporting.event_files import require_tensorboard
 from ..blockskip_core.residuals.residual_set import ResidualSet
 from ..blockskip_core.selection.selection import BlockSelection
 
@@ -152,3 +153,8 @@ def refusal(check: Callable[[], object]) -> bool | str:
     except BlockSkipError as error:
         return str(error)
     return True
+
+
+def tensorboard_refusal(value: Any) -> bool | str:
+    """Return what ``validate_inputs`` returns about the input ``tensorboard``: its package must be installed."""
+    return refusal(lambda: require_tensorboard() if single(value, "tensorboard") is True else None)

@@ -14,10 +14,12 @@ from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.ddit.error_table import ErrorTable
 from ..blockskip_core.ddit.patch_resizing import RESIZE_KINDS, ResizeKind
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
+from ..blockskip_core.distillation.loop import DistillationResult
 from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import ReservedName, output_path, require_writable
 from ..blockskip_core.hosts.files.patch_adapter_files import save_patch_adapters
+from ..blockskip_core.hosts.inputs.clips import FirstClips
 from ..blockskip_core.hosts.inputs.pictures import Pictures
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.sampling.own_latents import OwnLatents
@@ -26,7 +28,8 @@ from ..blockskip_core.reporting.patch_pictures import error_chart
 from ..blockskip_core.reporting.pictures import as_image
 from . import widgets
 from .distillation_display import DistillationDisplay
-from .inputs import checked, connected
+from .distillation_events import DistillationEvents
+from .inputs import checked, connected, tensorboard_refusal
 from .load_patch_adapters import description
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
@@ -54,7 +57,13 @@ class TrainPatchAdapters(io.ComfyNode):
             is_output_node=True,
             is_experimental=True,
             # Saved workflows store widget values by position: new inputs go to the end.
-            inputs=[*_what_inputs(), *_training_inputs(), *_picture_inputs(), *_advanced_inputs(), *_given_inputs()],
+            inputs=[
+                *_what_inputs(), *_training_inputs(), *_picture_inputs(), *_advanced_inputs(), *_given_inputs(),
+                widgets.frames(
+                    "Pictures of a clip, for Wan: the model samples clips of this length, or `images` are films. 1: single "
+                    "pictures. Otherwise a multiple of 4 plus 1."
+                ),
+            ],
             outputs=[
                 PatchAdaptersSocket.Output(
                     "patch_adapters", display_name="patch_adapters", tooltip="For Dynamic Patches (DDiT)."
@@ -69,29 +78,35 @@ class TrainPatchAdapters(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, tensorboard: Any = None) -> bool | str:
+        """Refuse a missing package when the graph is queued."""
+        return tensorboard_refusal(tensorboard)
+
+    @classmethod
     def execute(
         cls, model: Any, positive: Any, negative: Any = None, images: Any = None, vae: Any = None, **settings: Any
     ) -> io.NodeOutput:
         with LiveChart(cls.hidden) as live:
             request = TrainPatchesRequest(**checked(cls, **settings))
-            model, given = connected(model=model)["model"], given_pictures(images, vae)
+            model, given = connected(model=model)["model"], given_pictures(images, vae, request.frames)
             progress = NodeProgress(cls.hidden.unique_id, live.phase)
             trained, report = request.run(model, positive, negative, given, progress, live)
             progress.say(report.splitlines()[0])
         return io.NodeOutput(trained, as_image(chart(trained)), report, ui=live.output())
 
 
-def given_pictures(images: Any, vae: Any) -> GivenPictures | None:
-    """Return the pictures to train on, or None if none are connected.
+def given_pictures(images: Any, vae: Any, frames: int) -> GivenPictures | None:
+    """Return the pictures or clips to train on, or None if none are connected.
 
     Raises:
-        InvalidInputError: If there are pictures but no VAE, or a link is of the wrong kind.
+        InvalidInputError: If there are pictures but no VAE, a link is of the wrong kind, or a film is too short.
     """
     if images is None:
         return None
     if vae is None:
         raise InvalidInputError("images came in, but no VAE to encode them with. Connect the model's VAE to `vae`.")
-    return GivenPictures(Pictures(images), connected(vae=vae)["vae"])
+    pictures = Pictures(images) if frames == 1 else FirstClips(images, frames)
+    return GivenPictures(pictures, connected(vae=vae)["vae"])
 
 
 def chart(trained: TrainedPatches) -> Image.Image:
@@ -202,10 +217,15 @@ def _given_inputs() -> list[io.Input]:
     return [
         io.Image.Input(
             "images", optional=True,
-            tooltip="Pictures to train on instead of the model's own, one for each prompt. Their middle parts are used, in "
-            "the size above.",
+            tooltip="Pictures to train on instead of the model's own, one for each prompt, or with `frames` above 1 one film for "
+            "each. Their middle parts are used, in the size above.",
         ),
         io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for `images`."),
+        io.Boolean.Input(
+            "tensorboard", default=False, optional=True, advanced=True,
+            tooltip="Also write losses, learning rate, held-out error and memory for TensorBoard, into the folder `tensorboard` "
+            "beside the adapters, one run for each size. Needs the Python package tensorboard.",
+        ),
     ]  # fmt: skip
 
 
@@ -233,6 +253,8 @@ class TrainPatchesRequest:
     patience: int = 4
     save_every: int = 100
     resume: bool = True
+    tensorboard: bool = False
+    frames: int = 1
 
     @property
     def training(self) -> PatchTraining:
@@ -248,6 +270,7 @@ class TrainPatchesRequest:
             latents=OwnLatents(
                 per_prompt=self.pictures_per_prompt, width=self.width, height=self.height, steps=self.sampler_steps,
                 scheduler=self.scheduler, cfg=self.cfg, seed=self.seed,
+                frames=self.frames,
             ),
             settings=DistillationSettings(
                 steps=self.max_steps, batch_size=self.batch_size, learning_rate=self.peak_learning_rate, seed=self.seed,
@@ -286,7 +309,14 @@ class TrainPatchesRequest:
             ReservedName(path) as name,
             out_of_memory_explained("Training", "Lower `batch_size` or the size of the pictures."),
         ):
-            trained = train_patches(model, positive, negative, training, progress, display.seen, given, tell)
+            file, device = path if self.tensorboard else None, model.load_device
+            with DistillationEvents(file, training.settings, device, tell) as events:
+
+                def seen(scale: int, result: DistillationResult) -> None:
+                    events.seen(scale, result)
+                    display.seen(scale, result)  # last, because Cancel ends the training here
+
+                trained = train_patches(model, positive, negative, training, progress, seen, given, tell, events.begun)
             save_patch_adapters(trained, name.renew())
         lines = [f"Saved {name.path.name} in {name.path.parent.name}."]
         return trained, "\n".join([*lines, description(trained), *told])

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..blockskip_core.hosts.words.encoders import taking_embedding_files
 from ..blockskip_core.hosts.words.losses import RESIDENCIES
 from . import widgets
-from .inputs import checked, connected
+from .inputs import checked, connected, tensorboard_refusal
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .types import LossMapSocket
@@ -47,6 +47,11 @@ class TrainWord(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, tensorboard: Any = None) -> bool | str:
+        """Refuse a missing package when the graph is queued."""
+        return tensorboard_refusal(tensorboard)
 
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, images: Any, **settings: Any) -> io.NodeOutput:
@@ -160,5 +165,10 @@ def _run_inputs() -> list[io.Input]:
             "resume", default=True, optional=True,
             tooltip="Queueing the same graph again resumes an interrupted run where it stopped, and gives the same word. "
             "Off: start from the beginning.",
+        ),
+        io.Boolean.Input(
+            "tensorboard", default=False, optional=True, advanced=True,
+            tooltip="Also write losses, step size and memory of every step for TensorBoard, into the folder "
+            "`tensorboard` in ComfyUI's output folder. Needs the Python package tensorboard.",
         ),
     ]  # fmt: skip

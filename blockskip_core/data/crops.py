@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -44,10 +44,19 @@ class TrainingCrops(OnAccess):
         """Return draws in an order in which each picture is resized only once."""
         return sorted(draws, key=lambda index: self._schedule[index].picture)
 
+    def alike(self) -> list[int]:
+        """Return for every draw the first draw with the same crop, which is itself if there is none before it."""
+        first: dict[Hashable, int] = {}
+        return [first.setdefault(self._window(index), index) for index in range(len(self))]
+
     def taken(self, draws: Sequence[int]) -> list[Tensor]:
         """Return the crops of some draws, in their order."""
         made = {index: self.one(index) for index in self.by_picture(draws)}
         return [made[index] for index in draws]
+
+    def _window(self, index: int) -> Hashable:
+        draw = self._schedule[index]
+        return draw.picture, draw.top, draw.left, self._schedule.crop_of(draw)
 
     def _reference(self, picture: int) -> Tensor:
         if self._held is None or self._held[0] != picture:

@@ -18,5 +18,6 @@ trained_patches    the adapters of one model, and their tensors by name in files
 
 Noise levels (sigmas) are those of flow matching: latent = (1 - sigma) clean + sigma noise; the velocity is noise - clean.
 Axis legend: ``B`` batch, ``C`` channels, ``H`` and ``W`` latent cells, ``p`` side of the model's own patch in cells, ``s``
-scale, ``q = s p`` side of a coarse patch, ``N`` coarse tokens, ``n = C q q`` numbers of one.
+scale, ``q = s p`` side of a coarse patch, ``N`` coarse tokens, ``n = C q q`` numbers of one. In a clip ``C`` and ``N`` are those of
+each of ``F`` frames, unless said otherwise, and latents are (B, C F, H, W).
 """

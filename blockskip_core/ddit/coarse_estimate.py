@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class CoarseAdapter:
             patches = copy.deepcopy(patches).to(device)
         return CoarseAdapter(self.resizing, statistics, patches)
 
+    def of_clips(self, frames: int) -> CoarseAdapter:
+        """Return the same adapter for latents of so many frames."""
+        return replace(self, resizing=self.resizing.of_clips(frames))
+
 
 # (reduced latent, its noise levels, what is added to embedded tokens or None) -> (clean estimate of the reduced latent,
 # tokens as they enter the de-embedding)
@@ -56,7 +60,7 @@ def coarse_estimate(latent: Tensor, sigma: Tensor, adapter: CoarseAdapter, call:
     """Return the clean estimate of a full-size latent, (B, C, H, W), in the latent's dtype.
 
     Args:
-        latent: Noisy, (B, C, H, W).
+        latent: Noisy, (B, C, H, W); C counts the channels of all frames for which the adapter's patches are set.
         sigma: Noise levels, (B,).
         adapter: The patch size and what was trained for it.
         call: One forward of the model.

@@ -42,10 +42,13 @@ class PatchStatistics:
     @staticmethod
     @torch.no_grad()
     def of(latents: Tensor, resizing: PatchResizing) -> PatchStatistics:
-        """Measure them on clean latents, (B, C, H, W); float32, computed in float64."""
-        patches = resizing.tokens(latents.double()).flatten(0, 1)
-        mean = patches.mean(0)
-        covariance = (patches - mean).T @ (patches - mean) / len(patches)
+        """Measure them on clean latents, (B, C, H, W); float32, computed in float64, one latent at a time: clips are large."""
+        number = len(latents) * len(_patches(latents[0], resizing))
+        mean = torch.stack([_patches(latent, resizing).sum(0) for latent in latents]).sum(0) / number
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for latent in latents:
+            away = _patches(latent, resizing) - mean
+            covariance += away.T @ away / number
         spread = covariance.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
         variances, directions = torch.linalg.eigh((1.0 - _SHRINKAGE) * covariance + _SHRINKAGE * spread)
         found = mean, directions, variances.clamp_min(_SMALLEST_VARIANCE)
@@ -62,6 +65,11 @@ class PatchStatistics:
         mean, directions, variances = (x.to(patches) for x in (self.mean, self.directions, self.variances))
         gain = (1.0 - level) * variances / ((1.0 - level) ** 2 * variances + level**2)
         return mean + ((patches - (1.0 - level) * mean) @ directions * gain) @ directions.T
+
+
+def _patches(latent: Tensor, resizing: PatchResizing) -> Tensor:
+    """Return the patches of a latent (C, H, W), (N, n), in float64."""
+    return resizing.tokens(latent[None].double())[0]
 
 
 def around_the_model(latent: Tensor, sigma: Tensor, statistics: PatchStatistics, resizing: PatchResizing) -> Tensor:

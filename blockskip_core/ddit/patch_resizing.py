@@ -12,10 +12,14 @@ B B^+ is an orthogonal projection: it splits a latent into what the coarse token
 DDiT (arXiv 2602.16968) enlarges bilinearly. Difference from the paper: the default here copies every value ("nearest"), so
 B^+ is a mean over s x s cells. White noise stays white under it, as the model expects; under the bilinear B^+ neighbours
 become correlated (-0.23 at p = 2, s = 2).
+
+A clip's latent has its frames among the channels, channel by channel: (B, C F, H, W). Patches are cut from one frame each, so
+a coarse token covers s x s tokens of a frame.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, get_args
 
 import torch
@@ -46,6 +50,7 @@ class PatchResizing:
         patch: p.
         scale: s, at least 2.
         kind: How patches are enlarged.
+        frames: F, of the latents that are cut.
 
     Attributes:
         side: q.
@@ -55,15 +60,21 @@ class PatchResizing:
         InvalidInputError: If a number or the kind cannot be used.
     """
 
-    def __init__(self, patch: int, scale: int, kind: ResizeKind = "nearest") -> None:
+    def __init__(self, patch: int, scale: int, kind: ResizeKind = "nearest", frames: int = 1) -> None:
         if patch < 1 or scale < 2:
             raise InvalidInputError(f"A patch has at least 1 cell and a scale of at least 2, got {patch} and {scale}.")
         if kind not in RESIZE_KINDS:
             raise InvalidInputError(f"Patches are resized {' or '.join(RESIZE_KINDS)}, got {kind!r}.")
-        self.patch, self.scale, self.kind, self.side = patch, scale, kind, patch * scale
+        self.patch, self.scale, self.kind, self.side, self.frames = patch, scale, kind, patch * scale, frames
         self._up = enlarging_matrix(patch, self.side, kind)
         self._down = torch.linalg.pinv(self._up)
         self.noise_share = self._down.square().sum(1).mean().item()  # of both axes: a root of the product of two equals
+
+    def of_clips(self, frames: int) -> PatchResizing:
+        """Return the same patches for latents of so many frames."""
+        same = copy.copy(self)
+        same.frames = frames
+        return same
 
     def require_fitting(self, rows: int, columns: int) -> None:
         """Check that a latent is cut into whole coarse patches.
@@ -78,13 +89,15 @@ class PatchResizing:
             )
 
     def tokens(self, latent: Tensor) -> Tensor:
-        """Fold: (B, C, H, W) -> (B, N, n), tokens in raster order."""
-        return rearrange(latent, "b c (h i) (w j) -> b (h w) (c i j)", i=self.side, j=self.side)
+        """Fold: (B, C F, H, W) -> (B, F N, n), frame by frame, tokens in raster order."""
+        pattern = "b (c f) (h i) (w j) -> b (f h w) (c i j)"
+        return rearrange(latent, pattern, f=self.frames, i=self.side, j=self.side)
 
     def latent(self, tokens: Tensor, columns: int) -> Tensor:
         """Unfold: the inverse of :meth:`tokens` for a latent with ``columns`` cells in a row."""
         wide = columns // self.side
-        return rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", w=wide, i=self.side, j=self.side)
+        pattern = "b (f h w) (c i j) -> b (c f) (h i) (w j)"
+        return rearrange(tokens, pattern, f=self.frames, w=wide, i=self.side, j=self.side)
 
     def reduced(self, latent: Tensor) -> Tensor:
         """Apply B^+ to every coarse patch: (B, C, H, W) -> (B, C, H / s, W / s)."""
@@ -114,7 +127,7 @@ class PatchResizing:
         return torch.einsum("ip,dcpq,jq->dcij", spread, weight, spread)
 
     def places(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return row and column of every coarse token in units of the model's own tokens, each (1, N), float32.
+        """Return row and column of every coarse token in units of the model's own tokens, each (1, F N), float32.
 
         A coarse token is at the mean place of the tokens that it covers, e.g. 0.5, 2.5, ... for s = 2.
         """
@@ -123,4 +136,4 @@ class PatchResizing:
             for cells in (rows, columns)
         ]
         row, column = torch.meshgrid(*along, indexing="ij")
-        return row.reshape(1, -1), column.reshape(1, -1)
+        return row.reshape(1, -1).repeat(1, self.frames), column.reshape(1, -1).repeat(1, self.frames)

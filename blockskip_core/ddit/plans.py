@@ -20,7 +20,7 @@ class PatchChoice(Protocol):
     """The patch sizes of one run, step by step."""
 
     def decide(self, step: int, sigma: float, latent: Tensor) -> int:
-        """Return the scale of a step before it is made; ``latent`` is (B, C, H, W)."""
+        """Return the scale of a step before it is made; ``latent`` is (B, C, H, W), or (B, C F, H, W) of a clip."""
         ...
 
     def made(self, sigma: float, clean: Tensor) -> None:
@@ -31,12 +31,13 @@ class PatchChoice(Protocol):
 class PatchPlan(Protocol):
     """A way of choosing patch sizes."""
 
-    def begin(self, sigmas: Sequence[float], tokens: int) -> PatchChoice:
+    def begin(self, sigmas: Sequence[float], tokens: int, frames: int = 1) -> PatchChoice:
         """Return the choice of a run.
 
         Args:
             sigmas: Its noise levels, one more than steps.
-            tokens: Image tokens of a step with the model's own patches.
+            tokens: Image tokens of a step with the model's own patches, of all frames.
+            frames: Of the latent.
 
         Raises:
             InvalidInputError: If the plan does not fit the run.
@@ -73,7 +74,7 @@ class TypedWindows:
     text: str
     known: Sequence[int]
 
-    def begin(self, sigmas: Sequence[float], tokens: int) -> FixedScales:
+    def begin(self, sigmas: Sequence[float], tokens: int, frames: int = 1) -> FixedScales:
         return FixedScales(scales_in_windows(self.text, len(sigmas) - 1, self.known))
 
 
@@ -94,7 +95,7 @@ class ErrorBudget:
     first_own: int = 1
     last_own: int = 1
 
-    def begin(self, sigmas: Sequence[float], tokens: int) -> FixedScales:
+    def begin(self, sigmas: Sequence[float], tokens: int, frames: int = 1) -> FixedScales:
         operations = self.operations(tokens)
         found = scales_within_budget(
             sigmas, self.tables, operations, self.budget, first_own=self.first_own, last_own=self.last_own
@@ -114,5 +115,5 @@ class DecidedWhileSampling:
     settings: SchedulerSettings
     sides: Mapping[int, int]
 
-    def begin(self, sigmas: Sequence[float], tokens: int) -> DynamicScheduler:
-        return DynamicScheduler(self.settings, self.sides, len(sigmas) - 1)
+    def begin(self, sigmas: Sequence[float], tokens: int, frames: int = 1) -> DynamicScheduler:
+        return DynamicScheduler(self.settings, self.sides, len(sigmas) - 1, frames)

@@ -71,13 +71,14 @@ class DynamicScheduler:
         settings: See :class:`SchedulerSettings`.
         sides: Scale -> side of its patch in cells, for every coarse size.
         steps: Number of steps of the run.
+        frames: Of the latent.
 
     Attributes:
         variations: Per decision, scale -> variation, of the picture of the batch that varies most; for reports.
     """
 
-    def __init__(self, settings: SchedulerSettings, sides: Mapping[int, int], steps: int) -> None:
-        self._settings, self._sides, self._steps = settings, dict(sides), steps
+    def __init__(self, settings: SchedulerSettings, sides: Mapping[int, int], steps: int, frames: int = 1) -> None:
+        self._settings, self._sides, self._steps, self._frames = settings, dict(sides), steps, frames
         self._history = History()
         self._latents: list[Point] = []
         self._scale, self._held, self._run = 1, settings.hold, 0
@@ -111,7 +112,7 @@ class DynamicScheduler:
             return 1
         difference = literal(self._latents) if published else normalised(self._history.points)
         found = {
-            scale: float(variation(difference, side, self._settings.percentile).max())
+            scale: float(variation(difference, side, self._settings.percentile, self._frames).max())
             for scale, side in self._sides.items()
         }
         self.variations.append(found)

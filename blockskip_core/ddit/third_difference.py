@@ -71,21 +71,22 @@ def extrapolated(points: Sequence[Point], sigma: float) -> Tensor:
     return total
 
 
-def variation(difference: Tensor, side: int, percentile: float) -> Tensor:
-    """Return the percentile over all patches of the standard deviation in a patch (Eq. 5), one number per picture.
+def variation(difference: Tensor, side: int, percentile: float, frames: int = 1) -> Tensor:
+    """Return the percentile over all patches of the standard deviation in a patch (Eq. 5), one number per picture or clip.
 
     The paper says neither over which axes nor how pictures of a batch count; here: over pixels and channels together,
     unbiased, interpolated linearly between patches.
 
     Args:
-        difference: (B, C, H, W).
+        difference: (B, C F, H, W).
         side: Of a patch in cells.
         percentile: rho, between 0 and 1.
+        frames: F; a patch is within one of them.
 
     Returns:
         Shape (B,).
     """
-    patches = rearrange(difference, "b c (h i) (w j) -> b (h w) (c i j)", i=side, j=side)
+    patches = rearrange(difference, "b (c f) (h i) (w j) -> b (f h w) (c i j)", f=frames, i=side, j=side)
     return torch.quantile(patches.std(-1), percentile, dim=1)
 
 

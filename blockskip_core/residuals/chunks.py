@@ -18,6 +18,7 @@ from .residual_set import PhaseProgress, ResidualSet, wants_response
 
 logger = logging.getLogger(__name__)
 
+COMPUTING = "computing residuals"
 FITTING = "fitting the linear back residual"
 
 
@@ -40,7 +41,7 @@ def compute_chunk(
     response = fitted.response if fitted else None
     computed = _computed(
         residuals, dit, draws, response is not None,
-        lambda done, total: progress("precomputing residuals", done, total),
+        lambda done, total: progress(COMPUTING, done, total),
     )  # fmt: skip
     return computed if response is None else with_response(computed, residuals.schedule, response)
 

@@ -34,6 +34,8 @@ LONGEST_MESSAGE = 1000
 NO_ID = "00000000-0000-0000-0000-000000000000"
 """The page's id for a graph that did not come from a workflow file; each reload gives such a graph another id."""
 TRAINER = "BlockSkip_TrainLora"
+PRECOMPUTING = ("computing residuals", "fitting the linear back residual")
+"""Phases of a trainer that computes its residuals itself, a chunk at a time."""
 
 HISTORY = RunHistory()
 
@@ -97,7 +99,7 @@ class LiveChart:
         """Show what the node is doing apart from training steps, which are shown by :meth:`step`."""
         if phase.startswith("training"):
             return
-        word = next((word for word in ("precomputing", "sampling") if phase.startswith(word)), "preparing")
+        word = "precomputing" if phase in PRECOMPUTING else "sampling" if phase.startswith("sampling") else "preparing"
         self._record.note(phase=word, detail=phase, done=done, total=total)
         self._send()
 

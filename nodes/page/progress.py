@@ -34,6 +34,7 @@ class NodeProgress:
         self._tell = tell
         self._bar: comfy.utils.ProgressBar | None = None
         self._done = self._total = 0
+        self._phase = ""
         self._last_text = 0.0
 
     def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
@@ -46,10 +47,12 @@ class NodeProgress:
         if self._bar is None or total != self._total or done == 1:
             self._bar, self._total = comfy.utils.ProgressBar(total), total
         self._done = done
-        self._bar.update_absolute(done, total)
+        is_new, self._phase = phase != self._phase, phase
         if self._tell:
             self._tell(phase, done, total)
-        self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=done >= total)
+        # Before the bar, so that whoever follows both knows what the bar counts.
+        self._show(f"{phase}: {done} of {total}" + (f" · {detail}" if detail else ""), last=is_new or done >= total)
+        self._bar.update_absolute(done, total)
 
     def show(self, picture: Image.Image) -> None:
         """Show a picture on the node, as samplers do, without changing the progress bar."""

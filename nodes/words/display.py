@@ -20,18 +20,22 @@ STEPS_OF_PACE = 20
 
 
 class WordDisplay(TrainingObserver):
-    """Shows each step. It is the last observer, because Cancel ends a run here."""
+    """Shows each step. It is the last observer, because Cancel ends a run here.
+
+    Attributes:
+        memory: Of the run, sampled in every step.
+    """
 
     def __init__(
         self, settings: WordSettings, result: WordResult, progress: NodeProgress, chart: LiveChart, device: torch.device
     ) -> None:
         self._settings, self._result, self._progress, self._chart = settings, result, progress, chart
-        self._memory = PeakMemory(device)
+        self.memory = PeakMemory(device)
 
     @property
     def peak(self) -> str:
         """The most memory in use so far, in words."""
-        return f"{format_bytes(self._memory.peak)} ({self._memory.what})"
+        return f"{format_bytes(self.memory.peak)} ({self.memory.what})"
 
     def earlier(self) -> None:
         """Show the steps of an interrupted run on the chart."""
@@ -40,14 +44,14 @@ class WordDisplay(TrainingObserver):
 
     def on_step(self, report: StepReport) -> None:
         """Show a step."""
-        self._memory.sample()
+        self.memory.sample()
         latest = self._result.step_seconds[-STEPS_OF_PACE:]
         pace, steps = sum(latest) / len(latest), self._settings.steps
         left = timedelta(seconds=round(pace * (steps - report.step)))
         self._chart.step(
             report.step, steps, report.loss, report.learning_rate, seconds_per_step=pace,
-            seconds_left=left.total_seconds(), memory_now=self._memory.now, memory_peak=self._memory.peak,
-            memory_of=self._memory.what,
+            seconds_left=left.total_seconds(), memory_now=self.memory.now, memory_peak=self.memory.peak,
+            memory_of=self.memory.what,
         )  # fmt: skip
-        detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self._memory.peak)}"
+        detail = f"loss {report.loss:.4f} · {pace:.2f} s/step · {left} left · peak {format_bytes(self.memory.peak)}"
         self._progress("training step", report.step, steps, detail)

@@ -71,12 +71,16 @@ class PreparedWord:
         )  # fmt: skip
         return replace(self.settings, perturbation=signal.perturbation), signal
 
-    def checkpoints(self, settings: WordSettings) -> Checkpoints:
-        """Return the training states of the run with these settings; those of old runs are removed."""
+    def identity_with(self, settings: WordSettings) -> RunIdentity:
+        """Return what the run with these settings is."""
         values = asdict(settings)
         if settings.schedule == "constant":  # otherwise the step size depends on the length of the run
             del values["steps"]
-        identity = RunIdentity({**self.identity.parts, **values})
+        return RunIdentity({**self.identity.parts, **values})
+
+    def checkpoints(self, settings: WordSettings) -> Checkpoints:
+        """Return the training states of the run with these settings; those of old runs are removed."""
+        identity = self.identity_with(settings)
         folder = run_folder(identity.key)
         remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
         request = self.request

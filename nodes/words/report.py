@@ -31,6 +31,7 @@ def report(
         f"Perturbation {settings.perturbation:.3g}, step size {settings.step_size:.3g}; {_checked(signal)}.",
         f"Highest memory use {peak}.",
         run.memory,
+        *result.problems,
     ]
     return "\n".join(line for line in lines if line)
 

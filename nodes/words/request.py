@@ -48,6 +48,7 @@ class WordRequest:
     residency: Residency = "auto"
     save_every: int = 100
     resume: bool = True
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATOR_CHOICES:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from ...blockskip_core.zoodip.training import WordResult, WordTraining
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
 from .display import WordDisplay
+from .events import WordEvents
 from .prepare import PreparedWord, prepare
 from .report import report, summary_line
 from .request import WordRequest
@@ -73,15 +76,32 @@ def _learned(
     with checkpoints.to_itself(wait_for_another):
         training.resume()
         display.earlier()
-        word = _saved_however_it_ends(run, settings, training, result, display)
+        with _events(run, settings, result, display) as events:
+            word = _saved_however_it_ends(run, settings, training, result, [*events, display])
     progress.say(summary_line(word, settings, result))
     text = report(run, settings, signal, training, result, word, display.peak)
     return TrainedWord(word, result.losses, result.steps, text)
 
 
+@contextmanager
+def _events(
+    run: PreparedWord, settings: WordSettings, result: WordResult, display: WordDisplay
+) -> Iterator[list[WordEvents]]:
+    """Yield what writes the files for TensorBoard, if they are asked for."""
+    if not run.request.tensorboard:
+        yield []
+        return
+    events = WordEvents(run.request.name, run.identity_with(settings).key, settings.steps, result, display.memory)
+    try:
+        yield [events]
+    finally:
+        events.close()
+
+
 def _saved_however_it_ends(
-    run: PreparedWord, settings: WordSettings, training: WordTraining, result: WordResult, display: TrainingObserver
-) -> str:
+    run: PreparedWord, settings: WordSettings, training: WordTraining, result: WordResult,
+    observers: Sequence[TrainingObserver],
+) -> str:  # fmt: skip
     """Make the remaining steps and save the word; return what to write in a prompt."""
 
     def save() -> str:
@@ -89,7 +109,7 @@ def _saved_however_it_ends(
         return run.name.save(run.layout.split(training.word), about)
 
     try:
-        training.run([display])
+        training.run(observers)
     except (TrainingError, OutOfMemoryError) as error:
         if not result.steps:
             raise

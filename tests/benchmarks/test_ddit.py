@@ -32,6 +32,13 @@ def test_the_committed_counts_give_the_papers_ratio(bench):
         assert 50 * own / (steps * coarse + (50 - steps) * own) == pytest.approx(paper)
 
 
+def test_counts_by_tokens_are_those_of_the_calls_that_sampling_makes(bench):
+    rows = [row for row in bench("command_line").rows_in(RESULTS / "ddit.jsonl") if "call_by_call" in row]
+    assert {row["model"] for row in rows} == {"FLUX.1-dev", "Wan2.1-T2V-1.3B"}
+    for row in rows:  # the LoRA of FLUX.1's layers for one stream is counted on both
+        assert row["ratio"] == pytest.approx(row["call_by_call"], rel=5e-3 if row["model"].startswith("FLUX") else 1e-3)
+
+
 def test_the_committed_report_is_that_of_the_committed_rows(bench, tmp_path):
     report, rows = bench("ddit_report"), bench("command_line").rows_in(RESULTS / "ddit.jsonl")
     report.write(rows, tmp_path)

@@ -48,10 +48,10 @@ TABLE = {
     "hosts/inputs hosts/files hosts/models hosts/sampling",
     "hosts/diffusers": "errors version names files locks selection data adapters model blocks residuals training runs api",
     "nodes/types": "",
-    "nodes/inputs": "errors selection ddit residuals hosts/files hosts/runs",
+    "nodes/inputs": "errors selection ddit residuals reporting hosts/files hosts/runs",
     "nodes/page": "reporting",
     "nodes/run": "errors files adapters residuals training reporting hosts/files hosts/models hosts/sampling hosts/runs nodes/page",
-    "nodes/words": "errors units version training zoodip hosts/inputs hosts/files hosts/models hosts/words hosts/runs nodes/page",
+    "nodes/words": "errors units version training zoodip reporting hosts/inputs hosts/files hosts/models hosts/words hosts/runs nodes/page",
     "nodes": "errors selection data adapters ralu ddit residuals training distillation accounting reporting hosts/inputs hosts/files "
     "hosts/models hosts/sampling hosts/words hosts/runs nodes/types nodes/inputs nodes/page nodes/run nodes/words",
 }

@@ -126,3 +126,49 @@ def test_the_shipped_weights_are_whole(script: ModuleType) -> None:
     for files in script.demo_models().values():
         for file in files:
             script.require_whole(file)
+
+
+def test_the_parts_of_a_nodes_work_are_told_apart(script: ModuleType) -> None:
+    """The two bars of one node: crops, then residuals; the trainer's bar needs no name."""
+    stream = io.StringIO()
+    line = script.ProgressLine({"7": "Prepare", "8": "Train"}, stream)
+    events = [("executing", {"node": "7"})]
+    for work, total in (("encoding crops", 2), ("computing residuals", 24)):
+        for done in (1, 2):
+            events.append(("text", {"node": "7", "text": f"{work}: {done} of {total} · more"}))
+            events.append(("progress", {"node": "7", "value": done, "max": total}))
+    events += [("text", {"node": "7", "text": "Size 256 px."}), ("progress", {"node": "8", "value": 1, "max": 9})]
+    for kind, data in events:
+        line(script.Event(kind, data))
+    told = [text.split(" s  ")[1] for text in stream.getvalue().splitlines()]
+    assert told == ["Prepare", "Prepare, encoding crops  1/2", "Prepare, computing residuals  1/24", "Train  1/9"]
+
+
+def test_a_stopped_demo_keeps_what_it_made_and_says_where(script: ModuleType, tmp_path: Path, capsys) -> None:
+    source, target = tmp_path / "server", tmp_path / "out"
+    for name in (
+        "loras/toby_00001_.safetensors", "loras/toby_00001_.html", "blockskip/before_00001_.png",
+        "blockskip/residuals/ab/0.safetensors", "blockskip/runs/cd/step_00000010.safetensors", "loras/.lock",
+    ):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    stopped = []
+
+    class Client:
+        def stop(self) -> None:
+            stopped.append(True)
+            raise ConnectionRefusedError  # the server has ended too
+
+    made = script.MadeFiles(source, target)
+    script.keep_rest(Client(), made)
+    kept = ["blockskip/before_00001_.png", "loras/toby_00001_.html", "loras/toby_00001_.safetensors"]
+    assert stopped == [True]
+    assert capsys.readouterr().out == f"\nMade so far, and kept in {target}: {', '.join(kept)}\n"
+    assert sorted(file.relative_to(target).as_posix() for file in target.rglob("*.*")) == kept
+    (source / "loras" / "shown.png").touch()
+    made.leave_out_present()
+    (source / "loras" / "later.safetensors").touch()
+    script.keep_rest(Client(), made)
+    assert capsys.readouterr().out == f"\nMade so far, and kept in {target}: loras/later.safetensors\n"
+    script.keep_rest(Client(), made)
+    assert capsys.readouterr().out == ""

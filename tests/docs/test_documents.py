@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from .texts import messages, read, rows, section
+from .texts import ROOT, messages, read, rows, section
 
 MOST_WORDS = 970
 GIB = 2**30
@@ -84,3 +84,12 @@ def test_the_page_on_diffusers_quotes_messages_as_the_code_says_them():
     known = messages()
     assert len(quoted) == 12
     assert [q for q in quoted if not any(all(part in m for part in q.split("…")) for m in known)] == []
+
+
+def test_the_models_page_names_every_training_template():
+    text = " ".join(read("docs/models.md").split())
+    named = re.search(r"Templates named \*BlockSkip 2 - Train …\* load (.+?) from the files", text)[1]
+    start = "BlockSkip 2 - Train "
+    shipped = {path.stem.removeprefix(start) for path in (ROOT / "workflows").glob(f"{start}*.json")}
+    of_families = {name for name in shipped if not name.endswith(" GB")}
+    assert {name.removesuffix(" 5B") for name in re.split(", | and ", named)} == of_families

@@ -111,7 +111,7 @@ def test_damage_in_an_unfinished_cache_is_found_and_computed_anew(bench, nodes, 
     show = nodes.precompute_residuals.NodeProgress.__call__
 
     def cancel(self, phase, done, total, detail=""):
-        if phase == "precomputing residuals" and done > 0.7 * total:
+        if phase == "computing residuals" and done > 0.7 * total:
             raise comfy.model_management.InterruptProcessingException
         show(self, phase, done, total, detail)
 

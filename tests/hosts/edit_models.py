@@ -35,6 +35,7 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "boogu": _of("Flux"),
     "mage_flow": _of("Flux2"),
     "krea2": _of("Wan21"),
+    "joyimage": _of("Wan21"),
 }
 
 

@@ -140,6 +140,10 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "audio_connector_attention_head_dim": 16, "audio_connector_num_attention_heads": 2,
         "caption_proj_before_connector": True, "apply_gated_attention": True, "cross_attention_adaln": True,
     }, latent_shape=(128, 3, 5), frames=True),
+    _family("joyimage", "JoyImage", {  # whose heads are never narrower than 128
+        "image_model": "joyimage", "hidden_size": 256, "num_attention_heads": 2, "text_dim": 20, "num_layers": 4,
+        "mlp_width_ratio": 1.0,
+    }, frames=True),
 )  # fmt: skip
 
 

@@ -115,10 +115,11 @@ class TinyFamily:
         comfy.model_management.load_models_gpu([patcher])
         text = torch.cat([conditioning[0][0] for conditioning in conditionings])
         arguments = self.extra(text, [conditioning[0][1] for conditioning in conditionings])
-        latents = noisy[:, :, None] if self.frames else noisy
+        channels = patcher.model.latent_format.latent_channels
+        latents = noisy.unflatten(1, (channels, -1)) if self.frames else noisy
         with torch.inference_mode():
             denoised = patcher.model.apply_model(latents, sigmas, transformer_options={}, **arguments).clone()
-        return denoised[:, :, 0] if self.frames else denoised
+        return denoised.flatten(1, 2) if self.frames else denoised
 
     def clean_latents(self, count: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
         """Clean latents, shape (count, C, H, W)."""

@@ -153,6 +153,16 @@ def test_programs_are_compiled_once_and_not_in_the_checkout(processes, capsys, m
     assert capsys.readouterr().out.split() == [str(devtools("environment").cache_folder() / "bytecode"), "False"]
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(processes, capsys, monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    ask = [sys.executable, "-c", "import os; print(os.environ['OMP_WAIT_POLICY'])"]
+    assert processes.run_side_by_side([ask], {}, at_once=1) == [0]
+    assert capsys.readouterr().out.strip() == expected
+
+
 def test_every_folder_of_tests_is_in_one_process():
     chosen = devtools("pytest_processes")
     processes = chosen.arguments_of_each(["-q"])

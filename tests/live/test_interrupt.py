@@ -26,7 +26,7 @@ SETTINGS = {
 }  # fmt: skip
 MOMENTS = {  # node, value of its progress bar, and maximum of the bar
     "selecting": ("Select blocks", 5, None),
-    "encoding": ("Precompute residuals", 3, 4 * CHUNKS),
+    "encoding": ("Precompute residuals", 3, None),  # of all crops that differ
     "precomputing": ("Precompute residuals", BLOCKS + 4, BLOCKS * CHUNKS),
     "training": ("Train", 5, STEPS),
     "saving": ("Train", STEPS, STEPS),

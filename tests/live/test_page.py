@@ -120,6 +120,30 @@ def test_the_curves_axis_ends_with_the_run_or_a_half_of_it() -> None:
     assert in_node(ENDS, "loss_plot.js") == [10, 10, 20, 40, 80, 160, 160, 2, 300]
 
 
+THINNED = """
+const { opacity, thinned } = await import(process.argv[1]);
+const dense = Array.from({ length: 9000 }, (_, i) => [i / 30, (i * 7919) % 101]);
+const columns = (places) => Map.groupBy?.(places, ([x]) => Math.floor(x / 2)) ?? places.reduce(
+  (all, place) => all.set(Math.floor(place[0] / 2), [...(all.get(Math.floor(place[0] / 2)) ?? []), place]), new Map());
+const range = (places) => [...columns(places)].map(([, inside]) => [Math.min, Math.max].map((f) => f(...inside.map(([, y]) => y))));
+const few = [[0, 3], [1, 1], [5, 2]];
+console.log(JSON.stringify([
+  thinned(dense).length, JSON.stringify(range(thinned(dense))) === JSON.stringify(range(dense)),
+  thinned(dense).every(([x], i, all) => !i || x >= all[i - 1][0]), thinned(few), thinned([]),
+  [10, 150, 600, 2400, 1e6].map((count) => opacity(count, 300)),
+]));
+"""
+
+
+def test_a_long_curve_is_drawn_thinner_and_reaches_as_high_and_low() -> None:
+    count, same_range, ascending, few, none, alphas = in_node(THINNED, "thinning.js")
+    assert count <= 4 * 150
+    assert same_range
+    assert ascending
+    assert (few, none) == ([[0, 3], [1, 1], [5, 2]], [])
+    assert alphas == pytest.approx([0.4, 0.4, 0.2, 0.13, 0.13])
+
+
 SPOKEN = """
 const { LANGUAGES, say, speak, work } = await import(process.argv[1]);
 const gaps = (text) => [...text.matchAll(/\\{(\\w+)\\}/g)].map((gap) => gap[1]).sort().join();
@@ -127,7 +151,7 @@ const shapes = Object.values(LANGUAGES).map((texts) => Object.fromEntries(Object
 const told = [];
 for (const locale of ["en", "zh", "zh-TW", "fr", undefined]) {
   speak(locale);
-  told.push([say("chart.progress", { phase: say("phase.precomputing"), done: 8, total: 12 }), work("encoding crops")]);
+  told.push([say("chart.progress", { phase: say("phase.precomputing"), done: 8, total: 12 }), work("encoding crops"), work("computing residuals")]);
 }
 console.log(JSON.stringify({ shapes, told, chinese: Object.values(LANGUAGES.zh) }));
 """
@@ -138,5 +162,7 @@ def test_every_text_of_the_page_is_in_both_languages() -> None:
     english, chinese = found["shapes"]
     assert english == chinese, "the same keys, with the same inserted values"
     assert all(any("\u4e00" <= char <= "\u9fff" for char in text) for text in found["chinese"])
-    in_english, in_chinese = ["Precomputing 8 of 12", "encoding crops"], ["预计算 已完成 8 / 12", "编码裁剪图"]
+    in_english, in_chinese = (
+        ["Precomputing 8 of 12", "encoding crops", "computing residuals"], ["预计算 已完成 8 / 12", "编码裁剪图", "计算残差"],
+    )  # fmt: skip
     assert found["told"] == [in_english, in_chinese, in_chinese, in_english, in_english]

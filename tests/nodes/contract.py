@@ -266,6 +266,7 @@ CONTRACT = {
             residency COMBO? = auto {auto | together | in turns}
             save_every INT? = 100 [0, 1000000]
             resume BOOLEAN? = True
+            tensorboard BOOLEAN? = False
         """,
         [("word", "STRING"), ("clip", "CLIP"), ("loss_map", "LOSS_MAP"), ("steps", "INT"), ("report", "STRING")],
     ),
@@ -298,6 +299,8 @@ CONTRACT = {
             resume BOOLEAN? = True
             images IMAGE?
             vae VAE?
+            tensorboard BOOLEAN? = False
+            frames INT? = 1 [1, 1001]
         """,
         [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("errors", "IMAGE"), ("report", "STRING")],
     ),

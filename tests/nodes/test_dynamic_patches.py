@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
 import torch
 
+from ..hosts.tiny_families import FAMILIES
 from .conftest import Listed
+from .test_families import FamilyVae
+from .trainings import shown_in_tensorboard
 
 TRAINING = {
     "patch_sizes": "2x", "width": 64, "height": 96, "max_steps": 4, "peak_learning_rate": 1e-2, "batch_size": 2, "seed": 3,
@@ -108,10 +112,11 @@ def test_the_chart_gets_every_step_of_every_size(nodes, model, prompts, run_node
     assert (shown["step"], shown["steps"], shown["status"], len(shown["points"])) == (4, 4, "done", 4)
 
 
-def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, monkeypatch):
+def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, folders, monkeypatch):
     import comfy.model_management
     from blockskip_pack.nodes.page import progress
 
+    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     whole = train(resume=False)[0].tensors()
     seen = []
 
@@ -123,11 +128,17 @@ def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, monk
     with monkeypatch.context() as patched:
         patched.setattr(progress.NodeProgress, "__call__", cancel)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            train(seed=4)
-    resumed = train(seed=4)[0].tensors()
+            train(seed=4, tensorboard=has_tensorboard)
+    resumed = train(seed=4, tensorboard=has_tensorboard)[0].tensors()
     again = train(seed=4, resume=False)[0].tensors()
     assert all(torch.equal(resumed[name], again[name]) for name in again)
     assert not all(torch.equal(whole[name], again[name]) for name in again)
+    if has_tensorboard:
+        (folder,) = folders.loras.glob("tensorboard/patch_adapters-????????")
+        figures = shown_in_tensorboard(folder)[0]
+        assert list(figures.pop("error/held_out")) == [0, 2, 4]
+        assert set(figures) >= {"training/loss", "training/learning_rate", "memory/GiB_peak"}
+        assert all(list(curve) == [1, 2, 3, 4] for curve in figures.values()), "one curve, each step once"
 
 
 def test_windows_off_and_budget(trained, use, model, prompt):
@@ -157,6 +168,67 @@ def test_auto_is_shown_under_the_node(trained, use, prompt, monkeypatch):
     assert re.fullmatch(r"3 of 8 steps coarse: \d+% of the operations saved\. 1 1 1 1 2 2 2 1", said[-1])
 
 
+def test_clips_of_wan_are_trained_on_and_sampled(nodes, run_node, folders):
+    """The model's own clips and given films, decided before and while sampling; own steps are the plain model's."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    wan = next(family for family in FAMILIES if family.name == "wan21")
+    model, prompts = wan.build(), wan.captions((5, 5), seed=8)
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    clips = {
+        "model": model,
+        "positive": Listed(prompts),
+        **TRAINING,
+        "width": 32,
+        "height": 64,
+        "max_steps": 1,
+        "frames": 9,
+    }
+    films = {
+        "images": Listed([torch.rand(9, 70, 40, 3), torch.rand(20, 64, 32, 3)]),
+        "vae": FamilyVae(model.model, True),
+    }
+
+    def trained(**changes):
+        return run_node(nodes.TrainPatchAdapters, **{**clips, **changes}).args[0]
+
+    def sampled(used):
+        with torch.inference_mode():
+            return SamplerCustom.execute(
+                used, True, 7, 1.0, prompts[0], prompts[1], comfy.samplers.sampler_object("euler"), SIGMAS,
+                {"samples": torch.zeros(1, 16, 3, 8, 4)},
+            ).args[0]["samples"]  # fmt: skip
+
+    own, given = trained(), trained(**films)
+    assert [found.notes["image_tokens"] for found in (own, given)] == [3 * 4 * 2] * 2
+    assert sum("latents" in name for name in folders.files()) == 1
+    plain = sampled(model)
+    settings = {"model": model, "patch_adapters": own, "mode": "windows", "error_budget": 0.0, "sigmas": SIGMAS}
+    unchanged, _, report = run_node(nodes.DynamicPatchesNode, **settings).args
+    assert "counted for 24 image tokens" in report
+    assert torch.equal(sampled(unchanged), plain)
+    for changes in ({"patch_adapters": given, "windows": "3-5: 2"}, {"mode": "auto", "tau": 1000.0}):
+        changed = sampled(run_node(nodes.DynamicPatchesNode, **{**settings, **changes}).args[0])
+        assert changed.isfinite().all()
+        assert not torch.equal(changed, plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    for changes, message in (
+        ({"frames": 8}, "`frames` must be a multiple of 4 plus 1 for this model, got 8. Try 5 or 9."),
+        ({**films, "frames": 13}, "Film 1 of 2 has 9 pictures, and `frames` asks for clips of 13"),
+        (
+            {**films, "images": Listed([torch.rand(9, 64, 32, 3), torch.rand(1, 64, 32, 3)])},
+            "Film 2 of 2 has 1 pictures",
+        ),
+        (
+            {**films, "images": Listed(films["images"][:1])},
+            "There must be one clip for each of the 2 prompts, got 1 clips.",
+        ),
+    ):
+        with pytest.raises(Exception, match=re.escape(message)):
+            trained(**changes)
+
+
 def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prompt, folders, tiny, vae):
     from blockskip_pack.blockskip_core.errors import BlockSkipError
 
@@ -173,6 +245,7 @@ def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prom
         (lambda: train(images=torch.rand(2, 64, 64, 3)), "images came in, but no VAE"),
         (lambda: train(images=torch.rand(2, 64, 64, 3), vae=vae), "one picture for each of the 3 prompts, got 2"),
         (lambda: train(patch_sizes="3x"), "patch_sizes must be one of"),
+        (lambda: train(frames=5), "`frames` is 5, but this model makes pictures. Set it to 1."),
         (lambda: train(adapters_name="../x"), "must stay inside ComfyUI's output folder"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="none"), "No file was chosen"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="other.safetensors"), "There is no 'other.safetensors'"),

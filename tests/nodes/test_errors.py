@@ -399,8 +399,8 @@ def test_cancel_keeps_what_was_learned(bench, residuals, nodes, monkeypatch, cor
     assert (metadata["steps"], metadata["steps_planned"]) == (2, 3)
 
 
-@pytest.mark.parametrize(("storage", "phase"), [("disk", "encoding crops"), ("disk", "precomputing residuals"),
-                                                ("chunked", "precomputing residuals")])  # fmt: skip
+@pytest.mark.parametrize(("storage", "phase"), [("disk", "encoding crops"), ("disk", "computing residuals"),
+                                                ("chunked", "computing residuals")])  # fmt: skip
 def test_cancel_while_residuals_are_computed_leaves_nothing(bench, nodes, monkeypatch, storage, phase):
     import comfy.model_management
 

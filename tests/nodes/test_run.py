@@ -184,6 +184,14 @@ def test_ways_to_spend_or_save_memory_change_nothing_of_the_result(bench, settin
     assert all(torch.equal(trained[0][name], tensor) for name, tensor in expected[0].items())
 
 
+def test_equal_crops_of_several_shapes_are_encoded_once_and_stored(bench):
+    residuals, _ = bench.precompute(draws=9, patch_order="fixed", patch_shape="as pictures")
+    first = {}
+    for draw, latent in zip(residuals.schedule, residuals.latents, strict=True):
+        assert torch.equal(latent, first.setdefault((draw.picture, draw.top, draw.left), latent))
+    assert bench.vae.encoded == len(first) < 9
+
+
 @pytest.mark.parametrize("back_residual", ["constant", "linear"])
 def test_the_chunk_size_does_not_change_what_is_stored(bench, back_residual):
     asked = {"back_residual": back_residual}

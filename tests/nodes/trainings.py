@@ -27,6 +27,19 @@ def cancelled_after(nodes, monkeypatch, step):
             yield
 
 
+def shown_in_tensorboard(folder):
+    """What TensorBoard shows of a run: figure -> {step: value}, and picture -> steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    found = events.Tags()
+    curves = {name: [(point.step, point.value) for point in events.Scalars(name)] for name in found["scalars"]}
+    assert all(len(dict(points)) == len(points) for points in curves.values())  # no step twice
+    return {name: dict(points) for name, points in curves.items()}, {
+        name: [point.step for point in events.Images(name)] for name in found["images"]
+    }
+
+
 def assert_same(a, b):
     """Two results have the same tensors, bit for bit."""
     assert a.keys() == b.keys()

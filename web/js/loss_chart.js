@@ -145,7 +145,7 @@ function link(open) {
   return button;
 }
 
-/** A phase with its progress: "Precomputing 8 of 12", or with the part of it, "Precomputing · encoding crops 8 of 12". */
+/** A phase with its progress: "Sampling 8 of 12", or with the part of it, "Precomputing · encoding crops 8 of 12". */
 export function progress(phase, done, total, detail = "") {
   const name = PHASES.includes(phase) ? say(`phase.${phase}`) : phase;
   const parts = detail && !detail.startsWith(phase) ? [name, work(detail)] : [name];

@@ -1,6 +1,7 @@
 // The curve of a training run on a canvas: losses, learning rate and the samples' likeness. Independent of ComfyUI.
 
 import { likenessByStep, mostAlike } from "./run_data.js";
+import { opacity, thinned } from "./thinning.js";
 import { say } from "./words.js";
 
 export const ALIKE = "#3f9e6b"; // the colour of likeness
@@ -27,7 +28,8 @@ export function plot(pen, { points, steps, samples }, { width, height, ink, pale
   label(pen, "1", left, height - 4, pale, "left");
   label(pen, end < steps ? say("chart.step", { step: end, steps }) : say("plot.step", { step: end }), right, height - 4, pale, "right");
 
-  line(pen, points.filter((p) => p[1] !== null).map((p) => [x(p[0]), y(p[1])]), ink, { alpha: 0.4 });
+  const raw = points.filter((p) => p[1] !== null).map((p) => [x(p[0]), y(p[1])]);
+  line(pen, thinned(raw), ink, { alpha: opacity(raw.length, right - left) });
   if (highestRate > 0) {
     const rates = points.filter((p) => p[3] !== null);
     line(pen, rates.map((p) => [x(p[0]), bottom - (p[3] / highestRate) * (bottom - top) * 0.95]), COLOURS.rate, { dash: [4, 3] });

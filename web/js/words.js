@@ -151,6 +151,7 @@ const CHINESE_WORK = {
   "GPU memory allocated": "已分配的显存",
   "process memory (RSS)": "进程内存 (RSS)",
   "encoding crops": "编码裁剪图",
+  "computing residuals": "计算残差",
   "encoding references": "编码参考图",
   "measuring blocks, sampler step": "测量块，采样步",
   "layers quantised": "已量化的层",

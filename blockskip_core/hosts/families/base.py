@@ -44,7 +44,8 @@ class FamilyAdapter(ABC):
         clip_lengths: Lengths of its clips, if the host's format of its latents does not say them.
         call_options: Options of every call, which turn off what a model would keep from one call to the next.
         reads_noise_levels: Whether the model computes with noise levels as numbers, so that a pass without values needs some.
-        takes_references: Whether its models look at reference pictures, whose tokens follow the picture's.
+        takes_references: Whether its models look at reference pictures.
+        reference_argument: The argument of the host's models that holds them beside the text.
     """
 
     family: ClassVar[str]
@@ -65,6 +66,7 @@ class FamilyAdapter(ABC):
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     reads_noise_levels: bool = False
     takes_references: bool = False
+    reference_argument: ClassVar[str] = "ref_latents"
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         self._model: Any = diffusion_model  # of the host's class, which is untyped
@@ -102,6 +104,14 @@ class FamilyAdapter(ABC):
         """Return the number of tokens of reference latents, each (B, C, H, W) or (B, C, frames, H, W)."""
         frames = [1 if latent.ndim == 4 else latent.shape[2] for latent in latents]
         return sum(n * self.image_tokens(*latent.shape[-2:]) for n, latent in zip(frames, latents, strict=True))
+
+    def references_among(self, arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Return the reference latents among the arguments of a model, each (B, C, H, W) or (B, C, frames, H, W)."""
+        return arguments.get(self.reference_argument) or ()
+
+    def as_the_host_reads(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of a conditioning with its reference latents where the host's model looks for them."""
+        return settings
 
     def prepare_call(  # noqa: B027  # most calls say it themselves
         self, frames: int, rows: int, columns: int, references: int = 0

@@ -5,6 +5,9 @@ file, because it runs one example at a time. Training has pictures and clips but
 it gets silence (zeros, of the clip's length) mixed with noise as far as sampling would have mixed it at that noise level.
 Sound tokens are stored with the text's, and the loss does not look at them. What a LoRA trained so does to the sound of a
 real model has not been tried.
+
+Reference pictures are in the row too, between text and sound, and count as text. Keyframes are in the same place; they belong
+to a whole picture, and training shows parts of it, so there are none (``hosts/inputs/conditioning``).
 """
 
 from __future__ import annotations
@@ -16,18 +19,20 @@ import torch
 from torch import Tensor
 
 from ...data.clip_lengths import ClipLengths
+from ...errors import InvalidInputError
 from ...model import BlockInfo, CopiedCall, TokenStreams
-from .base import TEXT_TOKENS, FamilyAdapter, JoinedBlockIO, block_info
+from .base import REFERENCE_TOKENS, TEXT_TOKENS, FamilyAdapter, JoinedBlockIO, block_info
 
 PICTURES_PER_SECOND, SOUND_PER_SECOND = 24, 40
 SOUND_CHANNELS, STEREO = 32, 2
+REFERENCES, BLOCKS = "reference_latents", "minimax_refs"  # settings of the host: of all models, and what this one reads
 
 
 class OneRowBlockIO(JoinedBlockIO):
     """``block(tokens (N, D), t_emb, mod_segments, rope_freqs, ...) -> tokens``; the block overwrites its tokens."""
 
     def __init__(self) -> None:
-        super().__init__(lambda options: options[TEXT_TOKENS])
+        super().__init__(lambda options: options[TEXT_TOKENS] + options.get(REFERENCE_TOKENS, 0))
 
     def result(self, streams: TokenStreams, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         return super().result(streams, args, kwargs).squeeze(0)
@@ -58,6 +63,8 @@ class MiniMaxAdapter(FamilyAdapter):
     most_rows = 1
     clip_lengths = ClipLengths(shortest=5, shortest_latent=2, step=17, step_latent=5)
     reads_noise_levels = True
+    takes_references = True
+    reference_argument = "minimax_payload"
 
     @classmethod
     def matches(cls, diffusion_model: Any) -> bool:
@@ -71,6 +78,30 @@ class MiniMaxAdapter(FamilyAdapter):
     @property
     def patch_size(self) -> int:
         return self._model.patch_size[-1]
+
+    def references_among(self, arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+        return (arguments.get(self.reference_argument) or {}).get("cond_video_latents") or ()
+
+    def as_the_host_reads(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See the base class.
+
+        Raises:
+            InvalidInputError: If a reference cannot be cut into tokens.
+        """
+        if not settings.get(REFERENCES):
+            return settings
+        others = {name: value for name, value in settings.items() if name != REFERENCES}
+        return {**others, BLOCKS: [self._block(latent) for latent in settings[REFERENCES]]}
+
+    def _block(self, latent: Tensor) -> dict[str, Any]:
+        """Return the latent of a picture (1, C, 1, H, W) in the form in which the host's own node gives it."""
+        rows, columns = latent.shape[-2:]
+        if rows % self.patch_size or columns % self.patch_size:
+            raise InvalidInputError(
+                f"{self.title} reads references whose latents have even sides, got {columns} x {rows}. Make them with MiniMax "
+                "H3 Reference to Video, or scale the pictures to multiples of 32 px."
+            )
+        return {"kind": "image", "latent_h": rows, "latent_w": columns, "latent": latent.clone()}
 
     def sound_tokens(self, frames: int) -> int:
         return STEREO * _sound_length(frames)

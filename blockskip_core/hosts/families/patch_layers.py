@@ -18,16 +18,18 @@ class PatchLayers:
     """The layers of a model at both ends of its image tokens.
 
     Attributes:
-        embedding: Path of the module that embeds patches; its output is (B, N, D), or (B, D, 1, h, w) of a convolution.
+        embedding: Path of the module that embeds patches; its output is (B, N, D), or (B, D, F, h, w) of a convolution.
         deembedding: Path of the linear layer that turns tokens into patches.
         image_tokens: (tokens that enter the de-embedding, N) -> the image's, (B, N, D).
         between: Paths of modules between the embedding and the blocks that image tokens pass; gradients pass them too.
+        clips: Whether image tokens may be those of a clip, frame by frame in raster order.
     """
 
     embedding: str
     deembedding: str
     image_tokens: Callable[[Tensor, int], Tensor] = first_image_tokens
     between: tuple[str, ...] = ()
+    clips: bool = False
 
 
 def added_to(output: Tensor, change: Tensor) -> Tensor:

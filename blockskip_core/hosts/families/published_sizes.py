@@ -15,7 +15,7 @@ from typing import Any
 import comfy.supported_models
 import torch
 
-from ...errors import InvalidInputError
+from ...errors import InvalidInputError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,10 @@ _KREA_2 = {
     "image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48, "kvheads": 12,
     "txtlayers": 12, "txtdim": 2560,
 }  # fmt: skip
+_QWEN_IMAGE_21 = {
+    "image_model": "qwen_image_2.1", "num_layers": 32, "attention_head_dim": 128, "num_attention_heads": 32,
+    "context_in_dim": 4096,
+}  # fmt: skip
 _LTX_2 = {"image_model": "ltxav", "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
 
 PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
@@ -117,6 +121,7 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "FLUX.2-klein-4B": _flux2(3072, 7680, depth=5, depth_single=20, guidance=False),
         "FLUX.2-klein-9B": _flux2(4096, 12288, depth=8, depth_single=24, guidance=False),
         "Qwen-Image": PublishedSize("QwenImage", {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}),
+        "Qwen-Image-2.1": PublishedSize("QwenImage21", _QWEN_IMAGE_21),  # in ComfyUI from 0.37 on
         "Z-Image": PublishedSize("ZImage", _Z_IMAGE),
         "Wan2.1-T2V-1.3B": _wan(1536, 8960, num_layers=30),
         "Wan2.1-T2V-14B": _wan(5120, 13824, num_layers=40),
@@ -131,6 +136,11 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
     }
 )
 META = torch.device("meta")
+
+
+def is_known(name: str) -> bool:
+    """Return whether this ComfyUI has the class of a published model."""
+    return hasattr(comfy.supported_models, PUBLISHED_SIZES[name].supported)
 
 
 def published_model(
@@ -149,10 +159,15 @@ def published_model(
 
     Raises:
         InvalidInputError: If there is no such name.
+        UnsupportedModelError: If this ComfyUI is older than the model.
     """
     if name not in PUBLISHED_SIZES:
         raise InvalidInputError(f"Expected one of {', '.join(PUBLISHED_SIZES)}, got {name!r}.")
     size = PUBLISHED_SIZES[name]
+    if not is_known(name):
+        raise UnsupportedModelError(
+            f"This ComfyUI has no {size.supported}, so it does not know {name}. Update ComfyUI."
+        )
     supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
     supported.custom_operations = None
     supported.set_inference_dtype(dtype, cast_to)

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, text to video, used with one frame: image tokens only, which see the text by cross attention.
+"""Wan 2.1 and 2.2, text to video, for pictures and clips: image tokens only, which see the text by cross attention.
 
 Layout of ``comfy.ldm.wan.model.WanModel`` as of ComfyUI 0.18 to 0.30. The text is not part of the stream: every block
 gets the same embedded text.
@@ -76,7 +76,7 @@ class WanAdapter(FamilyAdapter, MasksText, PlacesTokens, EmbedsPatches):
         return RotaryPositions(self._model.rope_embedder, last_tokens, stretched=True)
 
     def patch_layers(self) -> PatchLayers:
-        return PatchLayers("patch_embedding", "head.head")
+        return PatchLayers("patch_embedding", "head.head", clips=True)
 
     def text_masking_wrapper(self, blocks: frozenset[int]) -> Callable[..., Any]:
         return wrap_options(lambda options, _: mask_by_block(options, blocks, lambda args: _SecondCallReturnsNothing()))

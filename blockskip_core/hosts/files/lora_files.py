@@ -101,8 +101,21 @@ def events_folder(lora: Path, key: str) -> Path:
     Raises:
         InvalidInputError: If a link leads out of the output folder.
     """
+    return events_folder_named(lora.with_name(_parts(lora)[0]), key)
+
+
+def events_folder_named(named: Path, key: str) -> Path:
+    """Return the folder for TensorBoard of a run whose results are not numbered files below the output folder.
+
+    Args:
+        named: Folder and name, absolute or below the output folder.
+        key: The run's content hash.
+
+    Raises:
+        InvalidInputError: If a link leads out of the output folder.
+    """
     output = Path(folder_paths.get_output_directory())
-    folder = lora.parent / "tensorboard" / f"{_parts(lora)[0]}-{key[:8]}"
+    folder = output / named.parent / "tensorboard" / f"{named.name}-{key[:8]}"
     _require_no_link_out(output, PurePosixPath(Path(os.path.relpath(folder / "events", output)).as_posix()))
     return folder
 

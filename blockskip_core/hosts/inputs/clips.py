@@ -47,10 +47,7 @@ class Clips(OnAccess):
         for number, film in enumerate(images):
             length = 1 if len(film) == 1 and has_films else frames
             if len(film) < length:
-                raise InvalidInputError(
-                    f"{films.full(number)} has {len(film)} pictures, and `frames` asks for clips of {frames}. Connect one "
-                    "film in each IMAGE batch, for example from Get Video Components, or lower `frames`."
-                )
+                raise _too_short(films.full(number), len(film), frames)
             for start in range(0, len(film) - length + 1, length):
                 self._clips.append(film[start : start + length])
                 self._starts.append(first + start)
@@ -89,3 +86,36 @@ class Clips(OnAccess):
         """Return one caption per clip if there is one per film; one caption for all stays as it is."""
         films = self.films[-1] + 1
         return [captions[film] for film in self.films] if len(captions) == films > 1 else captions
+
+
+class FirstClips(OnAccess):
+    """The first clip of every film, each (frames, H, W, 3), float32 in [0, 1] on the CPU.
+
+    Args:
+        images: IMAGEs, one film each.
+        frames: Number of pictures of a clip.
+
+    Raises:
+        InvalidInputError: If a film is shorter than a clip, or cannot be used.
+    """
+
+    def __init__(self, images: Sequence[Any], frames: int) -> None:
+        self._clips = Clips(images, frames)
+        if self._clips.stills:
+            number = [len(film) for film in images].index(1)
+            raise _too_short(f"Film {number + 1} of {len(images)}", 1, frames)
+        self._first = [self._clips.films.index(film) for film in range(len(images))]
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def one(self, index: int) -> Tensor:
+        """Return a clip."""
+        return self._clips[self._first[index]]
+
+
+def _too_short(film: str, pictures: int, frames: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"{film} has {pictures} pictures, and `frames` asks for clips of {frames}. Connect one film in each IMAGE batch, for "
+        "example from Get Video Components, or lower `frames`."
+    )

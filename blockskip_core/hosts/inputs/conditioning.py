@@ -21,15 +21,14 @@ _OF_OTHER_MEDIA = (
     "control", "reference_latents_text_embeds", "concat_latent_image", "concat_mask",
     "clip_vision_output", "clip_vision_outputs", "clip_vision_output_ref", "unclip_conditioning", "control_video",
     "vace_frames", "camera_conditions", "audio_embed", "ref_audio", "reference_motion", "face_video_pixels",
-    "pose_video_latent", "context_latents", "keyframe_idxs", "time_dim_concat", "time_dim_replace", "minimax_keyframes",
-    "minimax_refs",
+    "pose_video_latent", "context_latents", "keyframe_idxs", "time_dim_concat", "time_dim_replace",
 )  # fmt: skip
 REFERENCES = "reference_latents"
 """The setting of a CONDITIONING that holds reference latents: a list of what the VAE makes."""
 REFERENCE_METHOD = "reference_latents_method"
 """The setting of a CONDITIONING that says where their tokens are placed."""
-REFERENCE_ARGUMENT = "ref_latents"
-"""The argument of the host's models that looks at reference pictures beside the text."""
+_KEYFRAMES, _REFERENCE_BLOCKS = "minimax_keyframes", "minimax_refs"
+"""Settings of MiniMax H3: pictures that a clip begins or ends with; references, which may be pictures, clips or sounds."""
 _NOT_FOR_TRAINING = (*_OF_A_PART, *_OF_SAMPLING, *_OF_OTHER_MEDIA)
 _NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 """Settings that have no effect at this value, and that training cannot follow at any other. The strength of a single text
@@ -50,14 +49,18 @@ def flatten_conditionings(positive: Sequence[Any], *, with_references: bool = Fa
     given = [conditioning for conditioning in positive if _is_list(conditioning) and conditioning]
     if not given:
         raise InvalidInputError("No conditioning came in. Connect CLIP Text Encode or a dataset node to `positive`.")
+    singles = []
     for number, conditioning in enumerate(given, 1):
         if len(conditioning) > 1:
             raise InvalidInputError(
                 f"Conditioning {number} combines {len(conditioning)} texts, and training takes one text at a time. "
                 "Leave out Conditioning (Combine), or write both into one text."
             )
-        _require_trainable(number, conditioning[0], with_references)
-    return [[conditioning[0]] for conditioning in given]
+        _require_reference_pictures(number, _parts(conditioning[0])[1])
+        entry = _with_references(conditioning[0])
+        _require_trainable(number, entry, with_references)
+        singles.append([entry])
+    return singles
 
 
 def same_texts(captions: Sequence[list]) -> list[str]:
@@ -92,6 +95,16 @@ def number_of_texts(captions: Sequence[list]) -> int:
     return len({id(embedding) for [[embedding, _]] in captions})
 
 
+def _with_references(entry: Sequence[Any]) -> Sequence[Any]:
+    """Return an entry with MiniMax H3's reference pictures among its reference latents, where all other models' are."""
+    embedding, settings = _parts(entry)
+    if not settings.get(_REFERENCE_BLOCKS):
+        return entry
+    others = {name: value for name, value in settings.items() if name != _REFERENCE_BLOCKS}
+    latents = [block["latent"] for block in settings[_REFERENCE_BLOCKS]]
+    return [embedding, {**others, REFERENCES: [*(settings.get(REFERENCES) or ()), *latents]}]
+
+
 def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
     embedding, settings = _require_text(number, entry)
     refused = [name for name in _NOT_FOR_TRAINING if settings.get(name) is not None]
@@ -107,6 +120,20 @@ def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
     tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
+
+
+def _require_reference_pictures(number: int, settings: Mapping[str, Any]) -> None:
+    """Refuse what MiniMax H3 can look at besides text and reference pictures."""
+    if settings.get(_KEYFRAMES):
+        raise InvalidInputError(
+            f"Conditioning {number} carries keyframes. They belong to a whole picture, and training shows parts of it, so it "
+            "cannot follow them. Disconnect `first_frame` and `last_frame` from MiniMax H3 Image to Video."
+        )
+    if any(block["kind"] != "image" for block in settings.get(_REFERENCE_BLOCKS) or ()):
+        raise InvalidInputError(
+            f"Conditioning {number} carries reference clips or sounds, and training takes reference pictures only. "
+            "Disconnect them from MiniMax H3 Reference to Video."
+        )
 
 
 def _require_references(number: int, settings: Mapping[str, Any]) -> None:
@@ -225,7 +252,7 @@ def model_arguments(
 
 
 def arguments_for_each(
-    convert: Callable[[list], dict[str, Any]], conditionings: Sequence[list]
+    convert: Callable[[list], dict[str, Any]], conditionings: Sequence[list], of_references: str
 ) -> list[dict[str, Any]]:
     """Return the arguments of some conditionings; those that differ in their references alone share all others.
 
@@ -234,6 +261,7 @@ def arguments_for_each(
     Args:
         convert: Conditioning -> arguments, as :func:`model_arguments`.
         conditionings: Each ``[[tensor, settings]]``.
+        of_references: Name of the argument that holds the references.
     """
     of_text: dict[Any, dict[str, Any]] = {}
     rows = []
@@ -241,7 +269,7 @@ def arguments_for_each(
         made = convert(conditioning)
         [[embedding, settings]] = without_references(conditioning)
         shared = of_text.setdefault((id(embedding), *((name, id(value)) for name, value in settings.items())), made)
-        own = {name: made[name] for name in (REFERENCE_ARGUMENT,) if name in made}
+        own = {name: made[name] for name in (of_references,) if name in made}
         rows.append({**{name: value for name, value in shared.items() if name in made}, **own})
     return rows
 

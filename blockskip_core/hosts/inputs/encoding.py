@@ -37,6 +37,7 @@ def encode_crops(
     *,
     frames: Callable[[int], int] = lambda pictures: 1,
     order: Sequence[int] = (),
+    alike: Sequence[int] = (),
 ) -> Latents:
     """Return the crops' latents in the model's own scale, each (C * F, H, W), float32 on the CPU.
 
@@ -46,23 +47,28 @@ def encode_crops(
         vae: The VAE.
         model: The host's model that it belongs to.
         crops: Each (height, width, 3) in [0, 1], or a clip of these with a first axis.
-        progress: Called with (crops done, total); may raise to interrupt.
+        progress: Called with (different crops done, total); may raise to interrupt.
         frames: Number of pictures of a crop -> number of its latent frames.
         order: The order in which to read all crops; empty for their own order. The latents are in the crops' order.
+        alike: For each crop the first one that is the same, as of :meth:`TrainingCrops.alike`; each of these is encoded
+            once. Empty if all differ.
 
     Raises:
         InvalidInputError: If the VAE's latents do not fit the model, or are not finite.
     """
     latents: dict[int, Tensor] = {}
-    for index in order or range(len(crops)):
+    alike = alike or range(len(crops))
+    distinct = [index for index in order or range(len(crops)) if alike[index] == index]
+    for index in distinct:
         crop = crops[index]
         latent = encode_one(vae, model, crop, frames(len(crop) if crop.ndim == 4 else 1))
         latents[index] = without_frames(model, model.process_latent_in(latent))[0].float().cpu()
         if progress:
-            progress(len(latents), len(crops))
+            progress(len(latents), len(distinct))
     if not all(torch.isfinite(latent).all() for latent in latents.values()):
         raise InvalidInputError("The VAE made latents with NaN or Inf. Load it in fp32 or bf16.")
-    return joined(latents[index] for index in range(len(crops)))
+    # Each its own memory: files of tensors refuse shared ones.
+    return joined(latents[first] if first == index else latents[first].clone() for index, first in enumerate(alike))
 
 
 def require_fitting(latent: Tensor, model: Any, frames: int) -> None:

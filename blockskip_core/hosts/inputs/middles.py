@@ -1,4 +1,4 @@
-"""Pictures cut to the middle part of a wanted shape, and resized."""
+"""Pictures and clips cut to the middle part of a wanted shape, and resized."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .encoding import encode_crops
 
 
 class Middles(OnAccess):
-    """The middle parts of pictures, (height, width, 3) each; after all of them the mirrored ones.
+    """The middle parts of pictures, (height, width, 3) each, or of clips; after all of them the mirrored ones.
 
     Args:
-        pictures: Each (H, W, 3) in [0, 1].
+        pictures: Each (H, W, 3) in [0, 1], or a clip (frames, H, W, 3).
         width, height: In pixels.
         mirror: Whether the mirrored ones follow.
     """
@@ -31,12 +31,16 @@ class Middles(OnAccess):
     def one(self, index: int) -> Tensor:
         """Return a part."""
         mirrored, number = divmod(index, len(self._pictures))
-        planes = self._pictures[number].movedim(-1, 0)[None]
+        picture = self._pictures[number]
+        planes = (picture if picture.ndim == 4 else picture[None]).movedim(-1, 1)
         part = comfy.utils.common_upscale(planes, self._width, self._height, "bicubic", "center").clamp(0.0, 1.0)
-        return (part.flip(3) if mirrored else part)[0].movedim(0, -1).contiguous()
+        parts = (part.flip(3) if mirrored else part).movedim(1, -1)
+        return (parts if picture.ndim == 4 else parts[0]).contiguous()
 
 
-def encoded_middles(vae: Any, model: Any, middles: Middles, progress: Callable[[int, int], None]) -> Tensor:
+def encoded_middles(
+    vae: Any, model: Any, middles: Middles, progress: Callable[[int, int], None], frames: int = 1
+) -> Tensor:
     """Return the parts' latents in the model's own scale, (parts, C, height, width) in latent cells.
 
     Args:
@@ -44,9 +48,10 @@ def encoded_middles(vae: Any, model: Any, middles: Middles, progress: Callable[[
         model: The host's model that it belongs to.
         middles: The parts.
         progress: Called with (parts done, total); may raise to interrupt.
+        frames: Latent frames of each.
 
     Raises:
         InvalidInputError: If the VAE's latents do not fit the model, or are not finite.
     """
-    latents = encode_crops(vae, model, middles, progress)
+    latents = encode_crops(vae, model, middles, progress, frames=lambda pictures: frames)
     return in_batch(latents, range(len(latents)))

@@ -20,7 +20,7 @@ from ...model import BlockInfo, Denoiser, WeightPlacement, linear_names
 from ...selection.selection import BlockSelection
 from ..families.base import REFERENCE_TOKENS, TEXT_TOKENS
 from ..families.registry import adapter_for
-from ..inputs.conditioning import REFERENCE_ARGUMENT, join_arguments, on_tensors
+from ..inputs.conditioning import join_arguments, on_tensors
 from ..inputs.frames import frames_in, latent_frames, with_frames, without_frames
 
 
@@ -120,12 +120,15 @@ class AdaptedDit(ABC):
 
         The sound is that of the longest training example.
         """
-        others = self.adapter.reference_tokens(_references(self.arguments[caption]))
+        others = self.adapter.reference_tokens(self._references_of(caption))
         return self.adapter.text_tokens(self.text_length(caption)) + others + self.adapter.sound_tokens(self.frames)
 
     def batch_key(self, caption: int) -> Hashable:
         """Return the length of a caption's text and the shapes of its reference latents."""
-        return self.text_length(caption), *(tuple(latent.shape) for latent in _references(self.arguments[caption]))
+        return self.text_length(caption), *(tuple(latent.shape) for latent in self._references_of(caption))
+
+    def _references_of(self, caption: int) -> Sequence[Tensor]:
+        return self.adapter.references_among(self.arguments[caption])
 
     def image_tokens(self, rows: int, columns: int, channels: int | None = None) -> int:
         """Return the number of image tokens of a training example's latent, including the host's padding."""
@@ -184,7 +187,7 @@ class AdaptedDit(ABC):
             frames = frames_in(model, noisy.shape[1])
             text = self.adapter.text_tokens(joined["c_crossattn"].shape[1])
             call_options[TEXT_TOKENS] = text + self.adapter.sound_tokens(frames)
-            references = self.adapter.reference_tokens(_references(joined))
+            references = self.adapter.reference_tokens(self.adapter.references_among(joined))
             call_options |= {REFERENCE_TOKENS: references} if references else {}
             _, _, rows, columns = noisy.shape
             self.adapter.prepare_call(frames, rows, columns, references)
@@ -227,11 +230,6 @@ def _options_of_a_sampler(sigmas: Tensor, captions: Sequence[int]) -> dict[str, 
         "cond_or_uncond": [0] * len(conditionings),  # 0: the positive one
         "uuids": [uuid.UUID(int=caption) for caption in conditionings],
     }
-
-
-def _references(arguments: Mapping[str, Any]) -> Sequence[Tensor]:
-    """Return the reference latents among the arguments of a model."""
-    return arguments.get(REFERENCE_ARGUMENT) or ()
 
 
 def _to(value: Any, device: torch.device) -> Any:

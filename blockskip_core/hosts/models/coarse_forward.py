@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ...ddit.coarse_estimate import CoarseAdapter, coarse_estimate
 from ...ddit.trained_patches import ModelShape
-from ...errors import InvalidInputError
+from ...errors import InvalidInputError, UnsupportedModelError
 from ...ralu.token_grid import TokenPlaces
 from ..families.capabilities import EmbedsPatches, require
 from ..families.patch_layers import PatchLayers, added_to
 from ..families.registry import adapter_for
 from ..families.sampled_families import positions_of
 from ..families.token_positions import TablePositions
+from ..inputs.frames import frames_in
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 # (latent, noise levels (B,)) -> clean estimate, both (B, C, h, w)
@@ -67,7 +68,7 @@ class CoarseForward:
         options: Mapping[str, Any],
         remembered: dict[Any, Tensor] | None = None,
     ) -> Tensor:
-        """Return the clean estimate of a full-size latent, (B, C, H, W).
+        """Return the clean estimate of a full-size latent, (B, C, H, W); a clip's has its frames among the channels.
 
         Args:
             denoise: The model's own forward, for a latent of any size.
@@ -80,6 +81,7 @@ class CoarseForward:
         Raises:
             InvalidInputError: If the latent is not cut into whole coarse patches, or a cache answers a first call.
         """
+        adapter = adapter.of_clips(frames_in(self._patcher.model, latent.shape[1]))
         height, width = latent.shape[-2:]
         rows, columns = adapter.resizing.places(height, width)
         places = TokenPlaces(rows, columns, (height // self._patch, width // self._patch))
@@ -132,6 +134,19 @@ def _low_rank(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple, Tensor], 
         return output + nn.functional.linear(low, up.to(x)).to(output)
 
     return add
+
+
+def require_clips(patcher: Any) -> None:
+    """Check that the coarse steps of a MODEL may make clips.
+
+    Raises:
+        UnsupportedModelError: If they make pictures only.
+    """
+    adapter = adapter_for(patcher)
+    if not require(adapter, EmbedsPatches, "Sample it without dynamic patches.").patch_layers().clips:
+        raise UnsupportedModelError(
+            f"Dynamic patches make single pictures with {adapter.title} models, and clips with Wan. Set the length to 1."
+        )
 
 
 def shape_of(patcher: Any, identity: str) -> ModelShape:

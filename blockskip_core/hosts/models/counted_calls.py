@@ -18,13 +18,20 @@ def counted_operations(dit: HostedDit) -> StepOperations:
     Args:
         dit: The model, with at least one caption.
     """
-    weightless, patch = WeightlessDit.of(dit), dit.adapter.patch_size
-    channels = dit.patcher.model.latent_format.latent_channels
+    return operations_by_tokens(WeightlessDit.of(dit))
+
+
+def operations_by_tokens(dit: WeightlessDit) -> StepOperations:
+    """Return the operations of a call with the first caption of a model without weights.
+
+    They are counted on pictures: those of a clip depend on its number of tokens in the same way.
+    """
+    patch, channels = dit.adapter.patch_size, dit.patcher.model.latent_format.latent_channels
     counts = {}
-    with torch.inference_mode(False), torch.no_grad(), weightless.running({}) as denoise:
+    with torch.inference_mode(False), torch.no_grad(), dit.running({}) as denoise:
         for side in _SIDES:
             noisy = torch.empty(1, channels, side * patch, side * patch, device="meta")
             with Counting() as counting:
                 denoise(noisy, torch.empty(1, device="meta"), [0])
-            counts[dit.image_tokens(side * patch, side * patch)] = float(counting.operations)
+            counts[dit.image_tokens(side * patch, side * patch, channels)] = float(counting.operations)
     return StepOperations.through(counts, dit.text_tokens(0))

@@ -30,7 +30,7 @@ def counted_distillation(
 
     Args:
         dit: The model, with at least two captions; nothing of it is loaded.
-        shape: (C, H, W).
+        shape: (C, H, W), where C counts the channels of all frames.
         scale: The patch size, as a multiple of the model's own.
         lora, batch_size, resize, checkpointing: As in the training.
     """
@@ -39,12 +39,12 @@ def counted_distillation(
     other = (longest + 1) % len(dit.arguments)
     examples = OneMeasured(latents, [other, longest], lambda uniform: 0.5, seed=0)  # the first one is held out
     settings = DistillationSettings(steps=2, batch_size=batch_size, learning_rate=1e-4, validate_every=2)
-    resizing = PatchResizing(dit.adapter.patch_size, scale, resize)
+    resizing = PatchResizing(dit.adapter.patch_size, scale, resize, dit.frames)
     statistics = PatchStatistics.of(latents, resizing)
     after: list[int] = []
     with Counting() as counting:
         with torch.inference_mode(False), torch.device("meta"):
-            patches = PatchAdapter(shape[0] * resizing.side**2, dit.width, seed=0)
+            patches = PatchAdapter(shape[0] // dit.frames * resizing.side**2, dit.width, seed=0)
             parts = _PartsOnMeta(twin, CoarseAdapter(resizing, statistics, patches), lora, 0)
         with distilling(twin, parts, checkpointing=checkpointing) as model:
             weights = sum(tensor.nbytes for tensor in _tensors(twin.patcher.model.diffusion_model))

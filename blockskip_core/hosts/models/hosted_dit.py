@@ -190,7 +190,14 @@ class HostedDit(AdaptedDit):
         with torch.inference_mode(False), torch.no_grad():  # tensors that autograd may save
             latent = with_frames(model, torch.zeros(1, *shape))
             sound = self.adapter.sound(frames_in(model, shape[0]) if shape else 1, torch.ones(1))
-            return arguments_for_each(lambda caption: model_arguments(model, caption, latent, cpu, sound), captions)
+            return arguments_for_each(
+                lambda caption: model_arguments(model, self._as_the_host_reads(caption), latent, cpu, sound),
+                captions, self.adapter.reference_argument,
+            )  # fmt: skip
+
+    def _as_the_host_reads(self, caption: list) -> list:
+        [[embedding, settings]] = caption
+        return [[embedding, self.adapter.as_the_host_reads(settings)]]
 
     @property
     def _host_model(self) -> Any:

@@ -262,4 +262,5 @@ def _latents(
         lambda done, total: progress("encoding crops", done, total),
         frames=partial(frames_of_clip, model),
         order=crops.by_picture(range(len(crops))),
+        alike=crops.alike(),
     )

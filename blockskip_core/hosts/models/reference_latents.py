@@ -20,9 +20,9 @@ from ...data.schedule import TrainingSchedule
 from ...errors import InvalidInputError, UnsupportedModelError
 from ...residuals.residual_set import PhaseProgress
 from ..families.base import FamilyAdapter
-from ..inputs.conditioning import REFERENCE_ARGUMENT, REFERENCES, references_of
+from ..inputs.conditioning import REFERENCES, references_of
 from ..inputs.encoding import encode_one
-from ..inputs.frames import has_frames
+from ..inputs.frames import has_frames, latent_channels
 from ..inputs.references import References
 
 
@@ -49,7 +49,7 @@ def require_references(adapter: FamilyAdapter, model: Any, captions: Sequence[li
     latents = [latent for caption in captions for latent in references_of(caption)]
     if latents:
         require_takes_references(adapter)
-    channels, axes = model.latent_format.latent_channels, 5 if has_frames(model) else 4
+    channels, axes = latent_channels(model), 5 if has_frames(model) else 4
     for latent in latents:
         if latent.shape[1] != channels or latent.ndim != axes:
             raise InvalidInputError(
@@ -67,7 +67,7 @@ def require_references_read(
         UnsupportedModelError: If the host drops them.
     """
     for caption, given in zip(captions, arguments, strict=True):
-        if references_of(caption) and REFERENCE_ARGUMENT not in given:
+        if references_of(caption) and not adapter.references_among(given):
             raise UnsupportedModelError(
                 f"This version of ComfyUI passes no reference pictures to {adapter.title} models. Update ComfyUI, or "
                 "disconnect them."
@@ -175,7 +175,9 @@ def counted_captions(
     if settings.part == "same part":
         shown = [(patch_min, patch_min)] * len(sizes)
     largest = sorted(shown, key=math.prod)[-each:]
-    latents = [torch.zeros(1, form.latent_channels, *frame, rows // cell, columns // cell) for rows, columns in largest]
+    latents = [
+        torch.zeros(1, latent_channels(model), *frame, rows // cell, columns // cell) for rows, columns in largest
+    ]
     return [_carrying(caption, latents) for caption in captions]
 
 

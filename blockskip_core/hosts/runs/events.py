@@ -5,18 +5,18 @@ All LoRAs that one run saves under one name share a folder, so a run that resume
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-
-from ...reporting.event_files import EventFiles, require_tensorboard
-from ...reporting.loss_curve import ExponentialMean, smoothing_span
+from ...reporting.step_events import StepEvents
 from ...training.observer import TrainingObserver
 from ...training.result import StepReport
 from ..files.lora_files import events_folder
 from .outcome import RunOutcome, Sample
+from .peak_memory import PeakMemory
 from .prepare import PreparedRun
 
-logger = logging.getLogger(__name__)
+
+def memory_figures(memory: PeakMemory) -> dict[str, float | None]:
+    """Return memory's figures by their names in event files."""
+    return {"memory/GiB_now": memory.now / 2**30, "memory/GiB_peak": memory.peak / 2**30}
 
 
 class RunEvents(TrainingObserver):
@@ -31,76 +31,36 @@ class RunEvents(TrainingObserver):
     """
 
     def __init__(self, run: PreparedRun, outcome: RunOutcome) -> None:
-        require_tensorboard()
-        self._folder = events_folder(outcome.path, run.identity.key)
         self._config, self._outcome = run.request.config, outcome
-        self._file: EventFiles | None = None
+        folder = events_folder(outcome.path, run.identity.key)
+        self._events = StepEvents(folder, self._config.steps, outcome.result.problems.append)
         self._num_samples = 0
 
     def started(self, step: int) -> None:
         """Continue the files after ``step`` steps, or begin them with the losses of these steps."""
-        self.close()
-        self._guarded(lambda: self._open(step))
+        size, losses = self._config.accumulation, self._outcome.result.losses
+        parts = [losses[earlier * size : (earlier + 1) * size] for earlier in range(step)]
+        if self._events.begin([sum(part) / len(part) for part in parts]):
+            self._num_samples = len(self._outcome.samples)
 
     def on_step(self, report: StepReport) -> None:
         """Write a step, after the samples that were made before it."""
-        self._guarded(lambda: self._add(report))
+        self._add_samples()
+        figures = {
+            "training/learning_rate": report.learning_rate,
+            "training/gradient_norm": report.grad_norm,
+            **memory_figures(self._outcome.memory),
+        }
+        self._events.add(report.step, report.loss, figures)
 
     def close(self) -> None:
         """Write everything to the disk."""
-        self._guarded(self._close)
-        self._file = None
+        self._add_samples()
+        self._events.close()
 
-    def _open(self, step: int) -> None:
-        config, losses = self._config, self._outcome.result.losses
-        self._smoothed = ExponentialMean(smoothing_span(config.steps))
-        self._file = file = EventFiles(self._folder, step + 1 if step else 0)
-        for earlier in range(step):
-            part = losses[earlier * config.accumulation : (earlier + 1) * config.accumulation]
-            figures = self._losses(sum(part) / len(part))
-            if not file.continues:
-                file.add(earlier + 1, figures)
-        if file.continues:
-            self._num_samples = len(self._outcome.samples)
-
-    def _add(self, report: StepReport) -> None:
-        if self._file is None:
-            return
-        self._add_samples(self._file)
-        memory = self._outcome.memory
-        self._file.add(
-            report.step,
-            {
-                **self._losses(report.loss),
-                "training/learning_rate": report.learning_rate,
-                "training/gradient_norm": report.grad_norm,
-                "memory/GiB_now": memory.now / 2**30,
-                "memory/GiB_peak": memory.peak / 2**30,
-            },
-        )
-
-    def _losses(self, loss: float) -> dict[str, float | None]:
-        return {"training/loss": loss, "training/loss_smoothed": self._smoothed.add(loss)}
-
-    def _add_samples(self, file: EventFiles) -> None:
+    def _add_samples(self) -> None:
         samples: list[Sample] = self._outcome.samples[self._num_samples :]
         for sample in samples:
-            file.add(sample.step, {f"likeness/prompt_{sample.prompt}": sample.likeness})
-            file.add_picture(sample.step, f"samples/prompt_{sample.prompt}", sample.path)
+            self._events.add_figures(sample.step, {f"likeness/prompt_{sample.prompt}": sample.likeness})
+            self._events.add_picture(sample.step, f"samples/prompt_{sample.prompt}", sample.path)
         self._num_samples += len(samples)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._add_samples(self._file)
-            self._file.close()
-
-    def _guarded(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            logger.exception("BlockSkip: the files for TensorBoard cannot be written")
-            self._file = None
-            self._outcome.result.problems.append(
-                f"The files for TensorBoard cannot be written ({error}). This run writes no more of them; the training "
-                "continues."
-            )

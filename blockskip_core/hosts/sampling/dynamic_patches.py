@@ -23,7 +23,7 @@ from ...ddit.plans import PatchChoice, PatchPlan
 from ...ddit.trained_patches import TrainedPatches
 from ...errors import InvalidInputError, PatchAdapterError
 from ..inputs.frames import with_frames, without_frames
-from ..models.coarse_forward import CoarseForward, shape_of
+from ..models.coarse_forward import CoarseForward, require_clips, shape_of
 from ..models.identity import module_identity
 from ..models.patches import require_coarse_steps
 from ..models.residency import unload
@@ -47,11 +47,11 @@ class RunRecord:
     Attributes:
         scales: s of every step so far, one entry per noise level of the sampler.
         sigmas: Noise levels of the run, one more than steps.
-        size: Rows and columns of the latent in cells.
+        tokens: Image tokens of a step with the model's own patches, of all frames.
     """
 
     sigmas: Sequence[float]
-    size: tuple[int, int]
+    tokens: int
     scales: list[int] = field(default_factory=list)
 
 
@@ -95,26 +95,31 @@ class DynamicPatches:
         levels = [float(sigma) for sigma in sigmas]
         if len(levels) < 2:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        size = self._size(noise)
-        patch = self._trained.base.patch
-        choice = self._plan.begin(levels, size[0] // patch * (size[1] // patch))
+        self._require_fitting_size(noise)
+        patch, frames = self._trained.base.patch, noise.shape[2] if noise.ndim == 5 else 1
+        tokens = frames * (noise.shape[-2] // patch) * (noise.shape[-1] // patch)
+        choice = self._plan.begin(levels, tokens, frames)
         trained = self._trained.on(self.patcher.load_device)
-        self._run = _Run(trained, choice, RunRecord(levels, size), self._on_step)
+        self._run = _Run(trained, choice, RunRecord(levels, tokens), self._on_step)
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             self._run = None
 
-    def _size(self, noise: Tensor) -> tuple[int, int]:
-        """Return rows and columns of the latent.
+    def _require_fitting_size(self, noise: Tensor) -> None:
+        """Check that a latent can be cut into patches of every size.
 
         Raises:
-            InvalidInputError: If it is a video's, or not cut into whole patches of every size.
+            InvalidInputError: If it cannot, or is that of several things at once, such as of a video with sound.
+            UnsupportedModelError: If it is a clip's, and coarse steps of this model make pictures only.
         """
-        if noise.is_nested or noise.ndim not in (4, 5) or (noise.ndim == 5 and noise.shape[2] != 1):
+        if noise.is_nested or noise.ndim not in (4, 5):
             raise InvalidInputError(
-                f"Dynamic patches make single pictures, got a latent of shape {tuple(noise.shape)}. Set its length to 1."
+                f"Dynamic patches make pictures and clips, got a latent of shape {tuple(noise.shape)}. Connect the empty latent "
+                "that belongs to the model."
             )
+        if noise.ndim == 5 and noise.shape[2] > 1:
+            require_clips(self.patcher)
         cells = self._model.latent_format.spacial_downscale_ratio
         side = max(self._trained.scales) * self._trained.base.patch * cells
         height, width = (length * cells for length in noise.shape[-2:])
@@ -123,7 +128,6 @@ class DynamicPatches:
                 f"Expected a width and a height that are multiples of {side} px, because the largest patches of these "
                 f"adapters are that large, got {width} x {height}."
             )
-        return noise.shape[-2], noise.shape[-1]
 
     def _around_a_prediction(
         self, executor: Callable[..., Tensor], x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import comfy.samplers
 import torch
@@ -31,10 +32,11 @@ class OwnLatents:
     """What to sample.
 
     Attributes:
-        per_prompt: Pictures of each prompt.
+        per_prompt: Pictures or clips of each prompt.
         width, height: Pixels.
         steps, scheduler, cfg: Of the host's Euler.
         seed: Of the first picture; the others count up.
+        frames: Pictures of a clip; 1 for single pictures.
 
     Raises:
         InvalidInputError: If a setting is out of range.
@@ -47,6 +49,7 @@ class OwnLatents:
     scheduler: str = "simple"
     cfg: float = 1.0
     seed: int = 0
+    frames: int = 1
 
     def __post_init__(self) -> None:
         for name in ("per_prompt", "steps"):
@@ -59,9 +62,16 @@ class OwnLatents:
                 f"scheduler must be one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}, got {self.scheduler!r}."
             )
 
+    def parts(self) -> dict[str, Any]:
+        """Return everything that decides what is sampled, as JSON."""
+        parts = asdict(self)
+        if self.frames == 1:
+            del parts["frames"]  # pictures are named as they were before there were clips
+        return parts
+
     def key(self, identity: str) -> str:
         """Return the content hash of these latents of a model with prompts of this identity."""
-        parts = {"version": _VERSION, "identity": identity, **asdict(self)}
+        parts = {"version": _VERSION, "identity": identity, **self.parts()}
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -78,7 +88,7 @@ def own_latents(
     Args:
         dit: The model; its first ``num_prompts`` captions are the prompts, and the next one is the negative.
         request: What to sample.
-        shape: (C, H, W).
+        shape: (C, H, W), where C counts the channels of all frames.
         num_prompts: Number of prompts.
         identity: Of model and captions; latents of the same identity and request are read from disk.
         on_step: Called after every sampler step with (done, total); may raise to interrupt.

@@ -28,8 +28,9 @@ from ...units import format_bytes
 from ..files.folders import run_folder
 from ..inputs.conditioning import flatten_conditionings
 from ..inputs.middles import Middles, encoded_middles
+from ..models.adapted_dit import frames_of_clip
 from ..models.coarse_distillation import TrainedParts, distilling
-from ..models.coarse_forward import shape_of
+from ..models.coarse_forward import require_clips, shape_of
 from ..models.counted_calls import counted_operations
 from ..models.counted_distillation import counted_distillation
 from ..models.counted_run import room_on
@@ -84,10 +85,10 @@ class PatchTraining:
 
 @dataclass(frozen=True)
 class GivenPictures:
-    """Pictures to train on in the place of the model's own, one for each prompt.
+    """Pictures or clips to train on in the place of the model's own, one for each prompt.
 
     Attributes:
-        pictures: Each (H, W, 3) in [0, 1].
+        pictures: Each (H, W, 3) in [0, 1], or a clip of as many of these as ``OwnLatents.frames`` says.
         vae: The model's VAE.
     """
 
@@ -104,6 +105,7 @@ def train_patches(
     seen: Callable[[int, DistillationResult], None] = lambda scale, result: None,
     given: GivenPictures | None = None,
     told: Callable[[str], None] = lambda sentence: None,
+    begun: Callable[[int, str], None] = lambda scale, key: None,
 ) -> TrainedPatches:
     """Return adapters for a MODEL, which is left unchanged.
 
@@ -116,6 +118,7 @@ def train_patches(
         seen: Called with scale and result after every training step.
         given: Pictures to train on; None samples them.
         told: Called with a sentence on the memory that the training needs, before it.
+        begun: Called with scale and content hash of each size's training before its first step.
 
     Raises:
         InvalidInputError: If the prompts or the size cannot be used.
@@ -125,7 +128,7 @@ def train_patches(
     run = _PatchTraining(patcher, positive, negative, request, given)
     run.tell_memory(told)
     latents = run.latents(progress)
-    scales = {scale: run.trained(scale, latents, progress, seen) for scale in request.scales}
+    scales = {scale: run.trained(scale, latents, progress, seen, begun) for scale in request.scales}
     return TrainedPatches(run.base, scales, run.operations, run.notes)
 
 
@@ -139,6 +142,8 @@ class _PatchTraining:
         if given and len(given.pictures) != len(prompts):
             raise InvalidInputError(
                 f"There must be one picture for each of the {len(prompts)} prompts, got {len(given.pictures)} pictures."
+                if request.latents.frames == 1
+                else f"There must be one clip for each of the {len(prompts)} prompts, got {len(given.pictures)} clips."
             )
         if request.latents.cfg != 1.0 and not against and not given:
             raise InvalidInputError(
@@ -150,7 +155,8 @@ class _PatchTraining:
         own = for_training(patcher).clone()
         identity = model_identity(own)
         self.base: ModelShape = shape_of(own, module_identity(own.model.diffusion_model))
-        self._shape = _latent_shape(own, self.base, request)
+        self._frames = _latent_frames(own, request)
+        self._shape = _latent_shape(own, self.base, request, self._frames)
         self._dit = HostedDit(own, [*prompts, *against], self._shape)
         self._identity = {
             "model": identity, "captions": conditionings_identity([*prompts, *against]), "host": host_identity(),
@@ -158,7 +164,8 @@ class _PatchTraining:
         self.operations = counted_operations(self._dit)
         self.notes = {
             "prompts": len(prompts), "width": request.latents.width, "height": request.latents.height,
-            "rank": request.lora.rank, "targets": request.lora.targets,
+            "rank": request.lora.rank, "targets": request.lora.targets, "frames": request.latents.frames,
+            "image_tokens": self._dit.image_tokens(*self._shape[1:]),
         }  # fmt: skip
 
     def latents(self, progress: Progress) -> Tensor:
@@ -167,7 +174,11 @@ class _PatchTraining:
             size, model = self._request.latents, self._dit.patcher.model
             parts = Middles(self._given.pictures, size.width, size.height)
             latents = encoded_middles(
-                self._given.vae, model, parts, lambda done, total: progress("encoding pictures", done, total, "")
+                self._given.vae,
+                model,
+                parts,
+                lambda done, total: progress("encoding pictures", done, total, ""),
+                self._frames,
             )
             self._identity["pictures"] = tensors_identity([latents])
             return latents
@@ -198,20 +209,23 @@ class _PatchTraining:
         told(f"Counted before the training: {format_bytes(count.peak)}; {place} has {format_bytes(free)} free.")
 
     def trained(
-        self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None]
-    ) -> TrainedScale:
+        self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None],
+        begun: Callable[[int, str], None],
+    ) -> TrainedScale:  # fmt: skip
         """Train the adapter of one patch size."""
         request, result = self._request, DistillationResult()
         captions = [number // self._per_prompt for number in range(len(latents))]
         examples = Examples(latents, captions, self._level(), request.settings.seed, self._negative)
-        resizing = PatchResizing(self.base.patch, scale, request.resize)
+        resizing = PatchResizing(self.base.patch, scale, request.resize, self._frames)
         statistics = PatchStatistics.of(latents[examples.trained], resizing)
         numbers = self.base.channels * resizing.side**2
         with torch.inference_mode(False):
             patches = PatchAdapter(numbers, self.base.width, seed=request.settings.seed)
             coarse = CoarseAdapter(resizing, statistics, patches)
             parts = TrainedParts(self._dit, coarse, request.lora, request.settings.seed)
-        checkpoints = self._checkpoints(scale)
+        identity = self._run_identity(scale)
+        checkpoints = self._checkpoints(identity)
+        begun(scale, identity.key)
 
         def on_step(now: DistillationResult) -> None:
             seen(scale, now)
@@ -238,22 +252,38 @@ class _PatchTraining:
 
         return level
 
-    def _checkpoints(self, scale: int) -> Checkpoints:
+    def _run_identity(self, scale: int) -> RunIdentity:
         request = self._request
         # The number of steps sets the learning rate of every step, so it belongs to the identity of a run.
         parts: Mapping[str, Any] = {
             "kind": "patch adapters", "version": _VERSION, **self._identity, "scale": scale, "resize": request.resize,
-            "latents": asdict(request.latents), "settings": asdict(request.settings), "lora": asdict(request.lora),
+            "latents": request.latents.parts(), "settings": asdict(request.settings), "lora": asdict(request.lora),
             "checkpointing": request.checkpointing,
         }  # fmt: skip
-        identity = RunIdentity(parts)
+        return RunIdentity(parts)
+
+    def _checkpoints(self, identity: RunIdentity) -> Checkpoints:
+        request = self._request
         folder = run_folder(identity.key)
         remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key)
         return Checkpoints(folder, identity, every=request.save_every, keep=_KEPT_STATES, resume=request.resume)
 
 
-def _latent_shape(patcher: Any, base: ModelShape, request: PatchTraining) -> tuple[int, int, int]:
-    """Return (C, H, W) of the latents.
+def _latent_frames(patcher: Any, request: PatchTraining) -> int:
+    """Return the number of latent frames of an example.
+
+    Raises:
+        InvalidInputError: If the model makes pictures, or its clips have other lengths.
+        UnsupportedModelError: If its coarse steps make pictures only.
+    """
+    frames = frames_of_clip(patcher, request.latents.frames)
+    if frames > 1:
+        require_clips(patcher)
+    return frames
+
+
+def _latent_shape(patcher: Any, base: ModelShape, request: PatchTraining, frames: int) -> tuple[int, int, int]:
+    """Return (C, H, W) of the latents, where C counts the channels of all frames.
 
     Raises:
         InvalidInputError: If they are not cut into whole patches of every size.
@@ -265,7 +295,7 @@ def _latent_shape(patcher: Any, base: ModelShape, request: PatchTraining) -> tup
         raise InvalidInputError(
             f"width and height must be multiples of {side} px for these patch sizes, got {width} x {height}."
         )
-    return base.channels, height // cells, width // cells
+    return base.channels * frames, height // cells, width // cells
 
 
 def _detail(result: DistillationResult) -> str:

@@ -56,6 +56,25 @@ def test_a_new_adapter_changes_nothing(kind):
     assert torch.equal(plain, new)
 
 
+def test_a_clip_is_its_frames_if_the_model_treats_them_alone():
+    clean, noise, sigma = tensors()
+    clips = [torch.stack((x, x.flip(-1), 2.0 * x), 2).flatten(1, 2) for x in (clean, noise)]
+    resizing, generator = PatchResizing(1, 2), torch.Generator().manual_seed(0)
+    adapter = PatchAdapter(3 * 4, WIDTH)
+    with torch.no_grad():
+        for tensor in adapter.parameters():
+            tensor += torch.randn(tensor.shape, generator=generator) * 0.1
+    coarse = CoarseAdapter(resizing, PatchStatistics.of(clean, resizing), adapter)
+
+    def call(latent, level, added):
+        return latent * 0.5, torch.tanh(added)
+
+    x = noisy(*clips, sigma)
+    found = coarse_estimate(x, sigma, coarse.of_clips(3), call).unflatten(1, (3, 3))
+    for number, frame in enumerate(x.unflatten(1, (3, 3)).unbind(2)):
+        torch.testing.assert_close(found[:, :, number], coarse_estimate(frame, sigma, coarse, call))
+
+
 def test_every_tensor_gets_a_gradient_after_one_step():
     """The layers behind the zeros get theirs as soon as those have moved."""
     clean, noise, sigma = tensors()

@@ -29,6 +29,18 @@ def test_tokens_are_in_raster_order_and_hold_their_own_cells():
         assert torch.equal(token.reshape(2, 3, 4, 4), x[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4])
 
 
+def test_a_clip_is_cut_frame_by_frame():
+    """Frames are among the channels, channel by channel; tokens are those of the first frame, then of the second one."""
+    resizing, x = PatchResizing(2, 2), latent(8, 12, channels=6)
+    of_clips = resizing.of_clips(3)
+    tokens = of_clips.tokens(x)
+    frames = x.unflatten(1, (2, 3)).unbind(2)
+    assert torch.equal(tokens, torch.cat([resizing.tokens(frame) for frame in frames], 1))
+    assert torch.equal(of_clips.latent(tokens, 12), x)
+    for single, several in zip(resizing.places(8, 12), of_clips.places(8, 12), strict=True):
+        assert torch.equal(several, torch.cat([single] * 3, 1))
+
+
 @each_size
 def test_embedding_an_enlarged_patch_with_the_new_weight_is_embedding_the_patch(patch, scale, kind):
     """FlexiViT's condition: <B x, w'> = <x, w>; and w' is the one of least norm."""

@@ -99,6 +99,13 @@ def test_variation_against_brute_force():
             assert found.item() == pytest.approx(expected)
 
 
+def test_the_patches_of_a_clip_are_those_of_its_frames():
+    """Frames are among the channels; here they are laid out side by side."""
+    clip = torch.randn(2, 3, 4, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    side_by_side = torch.cat(clip.unbind(2), -1)
+    torch.testing.assert_close(variation(clip.flatten(1, 2), 4, 0.4, 4), variation(side_by_side, 4, 0.4))
+
+
 @pytest.mark.parametrize("steps", [20, 50])
 def test_a_switch_to_patches_with_a_constant_error_of_their_own_is_not_seen(steps):
     """On a cubic every value stays the same, before, at and after the switches."""

@@ -315,7 +315,7 @@ def test_an_interrupted_cache_resumes_with_the_maps_that_it_has(tmp_path, monkey
 
     def stop(phase, done, total):
         calls.append(phase)
-        if phase == "precomputing residuals" and done > total // 2:
+        if phase == "computing residuals" and done > total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -323,7 +323,7 @@ def test_an_interrupted_cache_resumes_with_the_maps_that_it_has(tmp_path, monkey
     assert "fitting the linear back residual" in calls
     again = []
     write_cache(part, PlainDit(), lambda phase, done, total: again.append(phase))
-    assert set(again) == {"precomputing residuals"}
+    assert set(again) == {"computing residuals"}
     for draw in range(len(PLAN)):
         stored = [ResidualCache(each.folder, each.identity).read(draw) for each in (whole, part)]
         assert stored[0].keys() == stored[1].keys()

@@ -142,7 +142,7 @@ def test_a_finished_cache_is_not_computed_again(tmp_path):
 def test_progress_runs_over_all_chunks(tmp_path):
     calls = []
     write_cache(residual_set(tmp_path, chunk_size=2), PlainDit(), lambda *report: calls.append(report))
-    assert calls == [("precomputing residuals", done, 15) for done in range(1, 16)]
+    assert calls == [("computing residuals", done, 15) for done in range(1, 16)]
 
 
 @pytest.mark.parametrize("spans", [(1, 2), (2, 0), (0, 2), (0, 0), (3, 1)])
@@ -316,7 +316,7 @@ def test_one_that_ended_early_is_continued(tmp_path, impatient):
         held.release()
 
     assert write_cache(residuals, PlainDit(), progress)
-    assert calls[:2] == [(WAITING, 1, 3), ("precomputing residuals", 1, 10)]
+    assert calls[:2] == [(WAITING, 1, 3), ("computing residuals", 1, 10)]
 
 
 @pytest.mark.parametrize("act", [lambda r, p: write_cache(r, PlainDit(), p), stored_latents], ids=["write", "read"])
@@ -379,7 +379,7 @@ def stop_in_chunk(number):
     """A progress callback that stops within a chunk of the five-block model."""
 
     def progress(phase, done, total):
-        if phase == "precomputing residuals" and done == 5 * number + 2:
+        if phase == "computing residuals" and done == 5 * number + 2:
             raise Stopped
 
     return progress

@@ -24,12 +24,12 @@ TITLES = {
     "sd35": "SD3.5", "minimax": "MiniMax H3", "auraflow": "AuraFlow", "mage_flow": "Mage-Flow", "lens": "Lens",
     "boogu": "Boogu", "hunyuan_video": "HunyuanVideo", "hunyuan_image": "HunyuanImage 2.1",
     "kandinsky5": "Kandinsky 5 (picture)", "anima": "Anima", "krea2": "Krea 2", "omnigen2": "OmniGen2",
-    "ernie": "Ernie-Image", "hidream": "HiDream-I1", "ltxv": "LTX-Video", "ltx2": "LTX-2", "qwen_image21": "Qwen-Image 2.1",
+    "ernie": "Ernie-Image", "hidream": "HiDream-I1", "ltxv": "LTX-Video", "ltx2": "LTX-2", "joyimage": "JoyImage", "qwen_image21": "Qwen-Image 2.1",
 }  # fmt: skip
 MODELS = [tiny for tiny in (*FAMILIES, MINIMAX, *FOLLOWED) if tiny.name != "qwen_image21"]  # which 0.30.0 lacks
 COLUMNS = ["Model", "Clips", "References", "Text hidden", "RALU", "Dynamic patches", "Memory Plan"]
 CLIPS = {tiny.name for tiny in test_clips.VIDEO} | {"minimax"}  # a case of its tests
-REFERENCES = {name for name, _ in (*test_references.CASES, *test_followed_references.CASES)}
+REFERENCES = {name for name, _ in (*test_references.CASES, *test_followed_references.CASES)} | {"minimax"}  # likewise
 
 
 def has(works: bool) -> str:

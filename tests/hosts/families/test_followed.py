@@ -12,6 +12,7 @@ from torch import nn
 
 from ...core.plain_dit import MemorySource, train
 from ..followed_families import FOLLOWED, family
+from ..sampled_families import built
 from ..tiny_families import PLAN, TinyFamily, precomputed, replayed, selection
 from ..tiny_flux import assert_same_weights, weights
 
@@ -232,6 +233,14 @@ def test_models_of_other_noise_or_of_sound_are_not_followed(comfyui, monkeypatch
     else:
         monkeypatch.setattr(type(patcher.model.latent_format), "latent_dimensions", 1)
     with pytest.raises(UnsupportedModelError, match="Expected a diffusion transformer of a supported family"):
+        adapter_for(patcher)
+
+
+def test_pixart_is_refused_by_name(comfyui):
+    from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
+
+    patcher = built("PixArtAlpha", {"image_model": "pixart_alpha", "hidden_size": 48, "depth": 4, "num_heads": 2})
+    with pytest.raises(UnsupportedModelError, match=r"supported family \(.*\), got PixArtMS\. Load one of these"):
         adapter_for(patcher)
 
 

@@ -14,7 +14,8 @@ from .test_followed_text import Sampled
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-CASES = [("omnigen2", None), ("boogu", None), ("mage_flow", None), ("krea2", "index_timestep_zero")]
+CASES = [("omnigen2", None), ("boogu", None), ("mage_flow", None), ("joyimage", None), ("krea2", "index_timestep_zero")]
+SINGLE = ("joyimage_edit",)  # ComfyUI's kernel that rotates its queries knows no float64
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case[0], scope="module")
@@ -56,11 +57,13 @@ def test_training_lowers_the_loss(tiny, patcher):
 
 def test_gradients_are_those_of_central_differences(tiny):
     """In float64; ComfyUI rounds its output to float32."""
-    dit = tiny.hosted(tiny.build(dtype=torch.float64))
+    single = tiny.name in SINGLE
+    dtype, distances = (torch.float32, (1e-3, 4e-3)) if single else (torch.float64, (5e-4,))
+    dit = tiny.hosted(tiny.build(dtype=dtype))
     counts = (1, len(dit.blocks) - 3)
-    gradients, along, [slope], _ = test_followed.along_a_direction(tiny, dit, counts, (5e-4,), torch.float64)
+    gradients, along, slopes, _ = test_followed.along_a_direction(tiny, dit, counts, distances, dtype)
     assert all(gradient.any() for gradient in gradients.values())
-    assert slope == pytest.approx(along, rel=3e-4)
+    assert any(slope == pytest.approx(along, rel=5e-3 if single else 3e-4) for slope in slopes)
 
 
 def test_a_hidden_text_reaches_the_picture_by_no_reference_either(tiny):

@@ -18,11 +18,20 @@ from .test_followed import along_a_direction
 
 CLIP_FRAMES = 7  # latent frames of 22 pictures
 CLIP = replace(MINIMAX, name="clip", latent_shape=(CLIP_FRAMES * 24, 6, 10))
-SOUND = {"minimax": 2, "curves": 2, "clip": 37}  # sound latents: 40 a second, 24 pictures a second
+SIDES = ((4, 6), (8, 4))  # rows and columns of reference pictures in latent cells
+
+
+def _references(generator: torch.Generator) -> dict:
+    return {"reference_latents": [torch.randn(1, 24, 1, *side, generator=generator) for side in SIDES]}
+
+
+REFERENCES = replace(CLIP, name="references", settings=_references)
+REFERENCE_TOKENS = {"references": 2 * 3 + 4 * 2}
+SOUND = {"minimax": 2, "curves": 2, "clip": 37, "references": 37}  # sound latents: 40 a second, 24 pictures a second
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 
-@pytest.fixture(params=[MINIMAX, MINIMAX_CURVES, CLIP], ids=lambda tiny: tiny.name, scope="module")
+@pytest.fixture(params=[MINIMAX, MINIMAX_CURVES, CLIP, REFERENCES], ids=lambda tiny: tiny.name, scope="module")
 def tiny(request) -> TinyFamily:
     return request.param
 
@@ -59,6 +68,36 @@ def test_the_model_is_called_as_when_sampling(tiny, dit):
     torch.testing.assert_close(got, as_sampled(tiny, dit, noisy, sigma, 0), atol=2e-5, rtol=0.0)
 
 
+def test_references_reach_the_model_as_from_the_hosts_own_node(comfyui):
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+    patcher = REFERENCES.build()
+    (caption,) = REFERENCES.captions((5,))
+    dit = HostedDit(patcher, [caption], REFERENCES.latent_shape)
+    [[_, settings]] = caption
+    blocks = [
+        {"kind": "image", "latent_h": rows, "latent_w": columns, "latent": latent}
+        for (rows, columns), latent in zip(SIDES, settings["reference_latents"], strict=True)
+    ]
+    host = patcher.model.extra_conds(minimax_refs=blocks)["minimax_payload"].cond
+    given = dit.arguments[0]["minimax_payload"]
+    assert [{**block, "latent": 0} for block in given["refs"]] == [{**block, "latent": 0} for block in host["refs"]]
+    assert all(map(torch.equal, given["cond_video_latents"], host["cond_video_latents"]))
+    clean = REFERENCES.clean_latents(1)
+    outputs = []
+    for changed in (0.0, 1.0):
+        settings["reference_latents"][0] += changed
+        with torch.no_grad(), HostedDit(patcher, [caption], REFERENCES.latent_shape).running({}) as denoise:
+            outputs.append(denoise(clean, torch.tensor([0.4]), [0]))
+    assert not torch.allclose(*outputs, atol=1e-3)
+
+
+def test_references_of_odd_sides_are_refused(comfyui):
+    odd = replace(REFERENCES, settings=lambda generator: {"reference_latents": [torch.zeros(1, 24, 1, 3, 4)]})
+    with pytest.raises(InvalidInputError, match="whose latents have even sides, got 4 x 3"):
+        odd.hosted(odd.build()).arguments  # noqa: B018
+
+
 def test_silence_is_as_noisy_as_the_hosts_schedule_makes_it(dit):
     for sigma in (0.0, 0.3, 0.9, 1.0):
         sound = dit.adapter.sound(7, torch.tensor([sigma]))
@@ -80,7 +119,11 @@ def test_skipping_with_stored_residuals_is_the_whole_model(tiny, dit):
             torch.testing.assert_close(skipping, whole, atol=2e-5 if back else 0.0, rtol=0.0)
     stored = computed.residuals[0].front
     assert stored.img.shape[1] == dit.image_tokens(*tiny.latent_shape[1:]) == dit.frames * 15
-    assert stored.txt.shape[1] == dit.text_tokens(PLAN[0].caption) == 5 + 2 * SOUND[tiny.name]
+    assert (
+        stored.txt.shape[1]
+        == dit.text_tokens(PLAN[0].caption)
+        == 5 + 2 * SOUND[tiny.name] + REFERENCE_TOKENS.get(tiny.name, 0)
+    )
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 0)])

@@ -65,6 +65,30 @@ def test_settings_that_training_cannot_follow_are_refused_by_name(conditioning, 
     assert len(conditioning.flatten_conditionings(made)) == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"minimax_keyframes": [{"resolved_frame_index": 0}]}, "Conditioning 2 carries keyframes. They belong to a whole picture"),
+     ({"minimax_refs": [{"kind": "image"}, {"kind": "audio"}]}, "reference clips or sounds, and training takes reference")],
+)  # fmt: skip
+def test_what_minimax_sees_besides_text_and_reference_pictures_is_refused(conditioning, settings, message):
+    made = captions((5, 3))
+    made[1][0][1].update(settings)
+    with pytest.raises(InvalidInputError, match=message):
+        conditioning.flatten_conditionings(made, with_references=True)
+
+
+def test_reference_pictures_of_minimax_are_among_the_reference_latents(conditioning):
+    made, latent = captions((5,)), torch.ones(1, 24, 1, 4, 4)
+    before = dict(made[0][0][1], minimax_refs=[{"kind": "image", "latent_h": 4, "latent_w": 4, "latent": latent}])
+    made[0][0][1].update(before)
+    [[[_, settings]]] = conditioning.flatten_conditionings(made, with_references=True)
+    assert settings["reference_latents"] == [latent]
+    assert "minimax_refs" not in settings
+    assert made[0][0][1] == before
+    with pytest.raises(InvalidInputError, match="carries reference_latents, which training cannot follow"):
+        conditioning.flatten_conditionings(made)
+
+
 def test_settings_that_say_nothing_are_taken(conditioning):
     made = captions((5,))
     made[0][0][1].update(strength=1.0, start_percent=0.0, end_percent=1.0)
@@ -163,7 +187,7 @@ def test_captions_that_differ_in_their_references_share_all_else(conditioning):
     def convert(caption):
         return conditioning.model_arguments(model, caption, torch.zeros(1, *LATENT_SHAPE), torch.device("cpu"))
 
-    shared = conditioning.arguments_for_each(convert, [*rows, captions((5,), seed=2)[0]])
+    shared = conditioning.arguments_for_each(convert, [*rows, captions((5,), seed=2)[0]], "ref_latents")
     for made, row in zip(shared, rows, strict=False):
         alone = convert(row)
         assert made.keys() == alone.keys()
@@ -211,6 +235,18 @@ def test_crops_are_encoded_in_the_models_scale_once(encoding):
     torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0.0)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert encoding.crop_multiple(Vae(), 2) == 16
+
+
+def test_equal_crops_are_encoded_once(encoding):
+    model, vae, seen = tiny_flux().model, Vae(), []
+    one, other = torch.rand(2, 16, 16, 3)
+    crops = [one, other, one, other, one]
+    plain = encoding.encode_crops(vae, model, crops)
+    latents = encoding.encode_crops(
+        vae, model, crops, lambda *count: seen.append(count), order=[1, 3, 0, 2, 4], alike=[0, 1, 0, 1, 0]
+    )
+    assert torch.equal(latents, plain)
+    assert seen == [(1, 2), (2, 2)]
 
 
 def test_a_vae_that_does_not_fit_is_refused(encoding):

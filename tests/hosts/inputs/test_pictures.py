@@ -117,3 +117,19 @@ def test_pictures_are_held_once(flattened):
             crops[index]
     assert counting.peak(torch.device("cpu")) < 4 * one
     assert all(picture.data_ptr() == batch.data_ptr() for picture, batch in zip(pictures, images[:-1], strict=False))
+
+
+@pytest.mark.parametrize(("order", "most"), [("fixed", 3), ("low-to-high", 60)])
+def test_draws_with_the_same_crop_are_known(order, most):
+    pictures = [torch.rand(96, 96, 3) for _ in range(3)]
+    schedule = draw_schedule(
+        [(96, 96)] * 3, num_captions=1, num_draws=60, patches=PatchConfig(patch_min=32, patch_max=96, order=order),
+        sample_sigmas=lambda number, generator: torch.rand(number, generator=generator), seed=1,
+    )  # fmt: skip
+    crops = TrainingCrops(pictures, schedule)
+    alike = crops.alike()
+    assert all(torch.equal(crops[index], crops[first]) for index, first in enumerate(alike))
+    for index, first in enumerate(alike):
+        assert first <= index
+        assert not any(torch.equal(crops[index], crops[other]) for other in range(first))
+    assert len(set(alike)) <= most

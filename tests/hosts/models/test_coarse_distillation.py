@@ -20,18 +20,19 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-def opened(family, *, seed=0, moved=False, rank=2):
+def opened(family, *, seed=0, moved=False, rank=2, frames=1):
     """A model, its parts for patches of twice the side, and clean latents."""
     from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import TrainedParts
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     patcher = family.build()
     patch = 1 if family.latent_shape[1] < 6 else 2
-    shape = (family.latent_shape[0], 4 * patch, 6 * patch)
+    channels = family.latent_shape[0]
+    shape = (channels * frames, 4 * patch, 6 * patch)
     dit = HostedDit(patcher.clone(), family.captions((5, 5, 5)), shape)
     clean = torch.randn(6, *shape, generator=torch.Generator().manual_seed(5))
-    resizing = PatchResizing(patch, 2)
-    patches = PatchAdapter(shape[0] * resizing.side**2, dit.width, seed=seed)
+    resizing = PatchResizing(patch, 2, "nearest", frames)
+    patches = PatchAdapter(channels * resizing.side**2, dit.width, seed=seed)
     coarse = CoarseAdapter(resizing, PatchStatistics.of(clean, resizing), patches)
     parts = TrainedParts(dit, coarse, LoraSettings(rank=rank, alpha=float(rank), targets="mlp"), seed)
     if moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,7 +23,9 @@ from ..tiny_flux import assert_same_weights, tiny_flux, weights
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+WAN, FRAMES = next(family for family in FAMILIES if family.name == "wan21"), 3
+CLIPS = replace(WAN, name="wan21, clips")
+each_family = pytest.mark.parametrize("family", [*FAMILIES, CLIPS], ids=lambda family: family.name)
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "uni_pc")
 TABLE = ErrorTable((0.2, 0.8), (0.3, 0.1))
 
@@ -55,7 +58,7 @@ def adapters(patcher, family=FLUX, scales=(2,), seed=0, lora=True):
 
 
 def empty(family=FLUX, batch=1, patch=2, scale=4):
-    frames = (1,) if family.frames else ()
+    frames = (FRAMES if family is CLIPS else 1,) if family.frames else ()
     return torch.zeros(batch, family.latent_shape[0], *frames, 2 * scale * patch, 3 * scale * patch)
 
 
@@ -83,13 +86,16 @@ def dynamic(patcher, text, trained=None, on_step=None, scales=(2,), family=FLUX)
     return DynamicPatches(patcher, trained, TypedWindows(text, list(trained.scales)), on_step).patcher
 
 
-@pytest.mark.parametrize(("sampler", "cfg"), list(zip(SAMPLERS, (1.0, 4.0, 4.0, 1.0), strict=True)))
-def test_steps_with_the_models_own_patches_are_the_plain_model_bit_for_bit(sampler, cfg):
-    patcher, latent = tiny_flux(), empty(batch=2)
-    plain = sampled(patcher, latent=latent, sampler=sampler, cfg=cfg)
-    assert torch.equal(sampled(dynamic(patcher, ""), latent=latent, sampler=sampler, cfg=cfg), plain)
-    assert not torch.equal(sampled(dynamic(patcher, "3: 2"), latent=latent, sampler=sampler, cfg=cfg), plain)
-    assert torch.equal(sampled(patcher, latent=latent, sampler=sampler, cfg=cfg), plain)
+@pytest.mark.parametrize(
+    ("sampler", "cfg", "family"),
+    [*zip(SAMPLERS, (1.0, 4.0, 4.0, 1.0), [FLUX] * 4, strict=True), ("euler", 4.0, CLIPS)],
+)
+def test_steps_with_the_models_own_patches_are_the_plain_model_bit_for_bit(sampler, cfg, family):
+    patcher, settings = family.build(), {"latent": empty(family, batch=2), "sampler": sampler, "cfg": cfg}
+    plain = sampled(patcher, family, **settings)
+    assert torch.equal(sampled(dynamic(patcher, "", family=family), family, **settings), plain)
+    assert not torch.equal(sampled(dynamic(patcher, "3: 2", family=family), family, **settings), plain)
+    assert torch.equal(sampled(patcher, family, **settings), plain)
 
 
 def test_the_plain_model_with_a_lora_too():
@@ -122,7 +128,7 @@ def test_coarse_steps_on_every_family(family):
         handle.remove()
     assert picture.shape == latent.shape
     assert bool(picture.isfinite().all())
-    assert [*dict.fromkeys(seen)] == [96, 24, 6]
+    assert [*dict.fromkeys(seen)] == [tokens * (FRAMES if family is CLIPS else 1) for tokens in (96, 24, 6)]
     assert torch.equal(sampled(found, family, latent=latent, cfg=4.0, steps=5), picture)
 
 
@@ -147,7 +153,7 @@ def test_euler_with_coarse_steps_is_a_hand_written_loop(family):
     latent = empty(family, patch=trained.base.patch, scale=2)
     found = sampled(dynamic(patcher, "1-2: 2, 5: 2", trained), family, latent=latent, cfg=3.0)
     x = comfy.sample.prepare_noise(latent, 3)
-    x = x[:, :, 0] if family.frames else x
+    x = x.flatten(1, 2) if family.frames else x
     positive, negative = family.captions((5, 5), seed=4)
     patcher = family.build()
     coarse, sigmas = CoarseForward(patcher), torch.linspace(1, 0, 7)
@@ -166,7 +172,7 @@ def test_euler_with_coarse_steps_is_a_hand_written_loop(family):
         towards, away = estimate(positive, step), estimate(negative, step)
         clean = away + 3.0 * (towards - away)
         x = x + (x - clean) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
-    expected = patcher.model.process_latent_out(x[:, :, None] if family.frames else x)
+    expected = patcher.model.process_latent_out(x.reshape(latent.shape))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -195,8 +201,8 @@ def test_decisions_while_sampling_see_latents_and_estimates_after_guidance():
             seen.append(clean.clone())
 
     class Plan:
-        def begin(self, sigmas, tokens):
-            assert (len(sigmas), tokens) == (7, 96)
+        def begin(self, sigmas, tokens, frames):
+            assert (len(sigmas), tokens, frames) == (7, 96, 1)
             return Choice()
 
     sampled(DynamicPatches(patcher, adapters(patcher), Plan()).patcher, cfg=4.0)
@@ -209,15 +215,18 @@ def test_decisions_while_sampling_see_latents_and_estimates_after_guidance():
     assert all(torch.equal(a, b) for a, b in zip(estimates, plain, strict=True))
 
 
-def test_the_published_scheduler_runs():
+@pytest.mark.parametrize("family", [FLUX, CLIPS], ids=lambda family: family.name)
+def test_the_published_scheduler_runs(family):
     from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches
 
-    patcher, records = tiny_flux(), []
+    patcher, records = family.build(), []
     for criterion in ("third difference", "third difference (as published)"):
         plan = DecidedWhileSampling(SchedulerSettings(tau=100.0, criterion=criterion, first_own=0), {2: 4})
-        made = DynamicPatches(patcher, adapters(patcher), plan, lambda record: records.append(list(record.scales)))
-        sampled(made.patcher, steps=8)
-        assert records[-1][-2] == 2
+        trained = adapters(patcher, family)
+        made = DynamicPatches(patcher, trained, plan, lambda record: records.append((record.tokens, [*record.scales])))
+        sampled(made.patcher, family, latent=empty(family), steps=8)
+        assert records[-1][1][-2] == 2
+        assert records[-1][0] == 96 * (FRAMES if family is CLIPS else 1)
 
 
 @pytest.mark.parametrize(
@@ -329,15 +338,17 @@ def test_every_sampler_on_the_list_runs():
             assert bool(sampled(made, sampler=name).isfinite().all()), name
 
 
-def test_odd_sizes_videos_and_other_inputs_are_refused():
+def test_odd_sizes_clips_of_picture_models_and_other_inputs_are_refused():
     made = dynamic(tiny_flux(), "2: 2")
     with pytest.raises(InvalidInputError, match="multiples of 32 px, .* got 240 x 128"):
         sampled(made, latent=torch.zeros(1, 4, 16, 30))
     with pytest.raises(InvalidInputError, match="not within the steps 1 to 3"):
         sampled(dynamic(tiny_flux(), "5: 2"), steps=3)
-    wan = next(family for family in FAMILIES if family.name == "wan21")
-    with pytest.raises(InvalidInputError, match="Set its length to 1"):
-        sampled(dynamic(wan.build(), "2: 2", family=wan), wan, latent=torch.zeros(1, 16, 2, 16, 24))
+    qwen = next(family for family in FAMILIES if family.name == "qwen_image")
+    with pytest.raises(UnsupportedModelError, match=r"single pictures with Qwen-Image models, .* Set the length to 1"):
+        sampled(dynamic(qwen.build(), "2: 2", family=qwen), qwen, latent=torch.zeros(1, 16, 2, 16, 24))
+    with pytest.raises(InvalidInputError, match="pictures and clips, got a latent of shape"):
+        sampled(made, latent=torch.zeros(1, 4, 96))
     ((text, settings),) = FLUX.captions((5,))[0]
     pictured = [[text, {**settings, "reference_latents": [torch.zeros(1, 4, 8, 8)]}]]
     with pytest.raises(InvalidInputError, match="Coarse steps take text conditionings only, got ref_latents"):

@@ -7,25 +7,12 @@ import sys
 
 import pytest
 
-from ..trainings import cancelled_after
+from ..trainings import cancelled_after, shown_in_tensorboard
 
 FIGURES = {
     "training/loss", "training/loss_smoothed", "training/learning_rate", "training/gradient_norm", "memory/GiB_now",
     "memory/GiB_peak",
 }  # fmt: skip
-
-
-def read(folder):
-    """What TensorBoard shows of a run: figure -> {step: value}, and picture -> steps."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-    found = events.Tags()
-    curves = {name: [(point.step, point.value) for point in events.Scalars(name)] for name in found["scalars"]}
-    assert all(len(dict(points)) == len(points) for points in curves.values())  # no step twice
-    return {name: dict(points) for name, points in curves.items()}, {
-        name: [point.step for point in events.Images(name)] for name in found["images"]
-    }
 
 
 def folder_of(bench):
@@ -51,7 +38,7 @@ def test_a_run_that_resumes_continues_its_curves(tensorboard, bench, nodes, run_
     state.unlink()  # a crash would not have written this one, but the figures of its step
     assert folder_of(bench).name.startswith("toy-")
     trained = bench.train(**asked, samples=samples, save_every=2, tensorboard=True, loss_table=True)
-    figures, pictures = read(folder_of(bench))
+    figures, pictures = shown_in_tensorboard(folder_of(bench))
     assert set(figures) == FIGURES
     assert all(sorted(points) == [1, 2, 3, 4, 5] for points in figures.values())
     losses = trained[1]["loss"]
@@ -65,14 +52,14 @@ def test_a_run_that_resumes_continues_its_curves(tensorboard, bench, nodes, run_
     assert set(pictures["samples/prompt_1"]) == {0, 2, 4, 5}
     again = bench.train(**asked, tensorboard=True)  # nothing left to train
     assert again.ui["blockskip"][0]["problems"] == []
-    assert read(folder_of(bench))[0] == figures
+    assert shown_in_tensorboard(folder_of(bench))[0] == figures
 
 
 def test_files_that_begin_late_have_the_earlier_losses(tensorboard, bench):
     residuals = bench.precompute()[0]
     bench.train(residuals=residuals, steps=2, resume=True)
     trained = bench.train(residuals=residuals, steps=3, resume=True, tensorboard=True)
-    figures, _ = read(folder_of(bench))
+    figures, _ = shown_in_tensorboard(folder_of(bench))
     assert list(figures["training/loss"].values()) == pytest.approx(trained[1]["loss"], rel=1e-6)
     assert list(figures["training/learning_rate"]) == [3]  # that of earlier steps is not known
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ..trainings import assert_same, cancelled_after
+from ..trainings import assert_same, cancelled_after, shown_in_tensorboard
 
 
 def saved(words, number=1):
@@ -69,6 +69,22 @@ def test_queueing_again_after_cancel_goes_on_to_the_same_word(words, nodes, monk
     assert not torch.equal(saved(words, 2)["clip_l"], saved(words, 1)["clip_l"])
     assert done[2] == expected[2]
     assert "2 of them by an earlier run" in done[4]
+
+
+def test_tensorboard_shows_a_run_that_resumes_as_one_curve(words, nodes, monkeypatch):
+    pytest.importorskip("tensorboard")
+    with cancelled_after(nodes, monkeypatch, 2):
+        words.train(name="new/my_dog", tensorboard=True)
+    losses = words.train(name="new/my_dog", tensorboard=True)[2]["loss"]
+    (folder,) = words.folders.output.glob("new/tensorboard/my_dog-????????")
+    figures, pictures = shown_in_tensorboard(folder)
+    assert pictures == {}
+    assert list(figures["training/loss"].values()) == pytest.approx(losses, rel=1e-6)
+    assert set(figures) == {
+        "training/loss", "training/loss_smoothed", "training/step_size", "training/gradient_norm", "memory/GiB_now",
+        "memory/GiB_peak",
+    }  # fmt: skip
+    assert all(list(curve) == [1, 2, 3, 4] for curve in figures.values())
 
 
 def test_cancel_before_the_first_step_leaves_nothing(words, monkeypatch):

@@ -1,0 +1,24 @@
+"""The benchmark beside another trainer: its table, and the sentence where ComfyUI lacks the model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+
+def test_the_table_has_a_row_for_every_arm_that_was_run(bench):
+    rival = bench("rival")
+    run = {"counted": 9_000_000_000, "peak": 8_500_000_000, "resident": 7_000_000_000}
+    rows = [{**asdict(arm), "about": "today", "resident": run} for arm in rival.ARMS]
+    text = rival.report(rows)
+    assert "| LoRA on all | int8 | 9.00 | 8.50 | 7.00 | 9.9 |" in text
+    assert "| first 8 skipped, last 8 frozen | 4-bit | 9.00 | 8.50 | 7.00 |  |" in text
+    assert text.count("| 8.50 |") == len(rival.ARMS) == 6
+
+
+def test_a_comfyui_without_the_model_is_named_and_nothing_is_written(bench, tmp_path, monkeypatch, caplog):
+    rival = bench("rival")
+    monkeypatch.setattr(sys, "argv", ["rival.py", "--comfyui", str(tmp_path), "--results", str(tmp_path / "results")])
+    rival.main()
+    assert "Nothing was run: Qwen-Image-2.1 needs ComfyUI 0.37 or newer." in caplog.text
+    assert not list((tmp_path / "results").iterdir())
