@@ -120,6 +120,7 @@ class Family:
 2. Make a folder `my_subject` inside ComfyUI's `input` folder, with 4 to 20 pictures of *one* thing. Press **R**, then choose
    the folder.
 3. *sks* will be its name. For a dog write *a photo of sks dog*, here and in the prompt of the samples.
+   For a caption of every picture, ComfyUI's **Generate Text** can describe `images`, with a CLIP that sees pictures.
 4. Press **Run**. **Memory Plan** says whether your card is large enough, and makes it fit.
 5. The chart shows a picture of the prompt every 100 steps. **Cancel** saves the LoRA so far, and **Run** continues. It goes to
    `output/loras`; load it with Load LoRA.

@@ -37,7 +37,7 @@ class Graph:
         columns: The nodes' arrangement, from left to right.
         note: Text of the note at the left.
         headline, subline: Text of the thumbnail.
-        shows: A picture of the help pages and the part of it for the thumbnail; None for the graph itself.
+        shows: A picture of the help pages and the parts of it for the thumbnail, side by side; none for the graph itself.
         twin: Name of the same graph with the demo's small models in ``tests/workflows``; "" if that is hand-written.
         muted: Nodes that do not run until the user unmutes them.
         badge: A few letters that fill the thumbnail's lower part instead of the graph, e.g. the size of a card.
@@ -50,7 +50,7 @@ class Graph:
     note: str
     headline: str
     subline: str
-    shows: tuple[str, tuple[int, int, int, int]] | None = None
+    shows: tuple[str | tuple[int, int, int, int], ...] = ()
     twin: str = ""
     muted: frozenset[str] = field(default=frozenset())
     badge: str = ""
@@ -329,6 +329,7 @@ TRAIN = Graph(
 
 1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
    `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
+   ComfyUI's **Generate Text** can write captions from `images`, with a CLIP that sees pictures.
 2. Queue. **Precompute Residuals** runs once: 500 training examples (`draws`) take about 2.2 GiB of disk. Training then
    loads only the 28 kept blocks of 57. 500 steps with 4 examples each (`accumulation`) use every example four times;
    more examples take more disk.
@@ -440,6 +441,7 @@ def card(
 
 1. Make a folder in ComfyUI's `input` folder with 4 to 20 pictures of your subject, 512 px or more, and for each a
    `.txt` of the same name with a caption such as *a photo of sks toy on a table*. Choose it in **Pictures and captions**.
+   ComfyUI's **Generate Text** can write captions from `images`, with a CLIP that sees pictures.
 2. Queue. **Memory Plan** first makes the run fit into {room:g} GiB, which leaves the rest for the screen and other
    programs, and uses spare memory for speed. It counts {counted:g} GiB; no GPU has confirmed that yet.
 3. Every 100 steps, the trainer shows a picture of the prompt in **6 Try it**.
@@ -733,7 +735,7 @@ prompt are sampled from the plain model and from the model with the LoRA. Drag o
 Nothing is skipped here: sampling uses the whole model, so the LoRA also works in every other loader.""",
     headline="Apply and compare",
     subline="the same prompt and seed\nwithout and with the LoRA",
-    shows=("before_after.png", (280, 237, 804, 493)),
+    shows=("first_lora.png", (590, 40, 816, 266), (590, 306, 816, 532)),
 )
 
 RALU = Graph(

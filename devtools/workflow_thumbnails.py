@@ -36,13 +36,23 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     if graph.badge:
         _draw_badge(pen, graph.badge)
         return image
-    shown = Image.open(PICTURES / graph.shows[0]).crop(graph.shows[1]) if graph.shows else Image.open(screenshot)
-    shown = shown.convert("RGB")
+    shown = _parts(*graph.shows) if graph.shows else Image.open(screenshot).convert("RGB")
     width, height = SIDE - 2 * MARGIN, SIDE - LOWER - MARGIN
     scale = min(width / shown.width, height / shown.height)
     shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
     image.paste(shown, ((SIDE - shown.width) // 2, LOWER + (height - shown.height) // 2))
     return image
+
+
+def _parts(name: str, *boxes: tuple[int, int, int, int]) -> Image.Image:
+    """Return parts of one height of a help picture, side by side."""
+    parts = [Image.open(PICTURES / name).convert("RGB").crop(box) for box in boxes]
+    left, gap = 0, 16
+    row = Image.new("RGB", (sum(part.width + gap for part in parts) - gap, parts[0].height), GROUND)
+    for part in parts:
+        row.paste(part, (left, 0))
+        left += part.width + gap
+    return row
 
 
 def _draw_badge(pen: ImageDraw.ImageDraw, badge: str) -> None:
