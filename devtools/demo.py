@@ -17,12 +17,23 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
 import demo_report
-from comfy_client import ComfyClient, Event, Json, RunResult, load_prompt, node_titled, titles_of, with_overrides
+from comfy_client import (
+    ComfyClient,
+    Event,
+    Json,
+    RequestRefused,
+    RunResult,
+    load_prompt,
+    node_titled,
+    titles_of,
+    with_overrides,
+)
 from comfy_server import ROOT, ComfyServer, ServerProblem, demo_models, demo_pack
 from made_files import MadeFiles
 
@@ -127,9 +138,13 @@ def show(options: argparse.Namespace) -> None:
 
 def keep_rest(client: ComfyClient, made: MadeFiles) -> None:
     """End what still runs, and keep what was made and is not among the results yet: the server's folder is temporary."""
-    with contextlib.suppress(OSError):  # a server that has ended by itself makes nothing more
-        client.stop()
-    names = made.copy_new()
+    try:
+        with contextlib.suppress(
+            OSError, HTTPException, ValueError, RequestRefused
+        ):  # it has ended, or is ending, by itself
+            client.stop()
+    finally:
+        names = made.copy_new()
     if names:
         say(f"\nMade so far, and kept in {made.target}: {', '.join(names)}")
 

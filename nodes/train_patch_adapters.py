@@ -105,7 +105,7 @@ def given_pictures(images: Any, vae: Any, frames: int) -> GivenPictures | None:
         return None
     if vae is None:
         raise InvalidInputError("images came in, but no VAE to encode them with. Connect the model's VAE to `vae`.")
-    pictures = Pictures(images) if frames == 1 else FirstClips(images, frames)
+    pictures = Pictures(images) if frames <= 1 else FirstClips(images, frames)
     return GivenPictures(pictures, connected(vae=vae)["vae"])
 
 

@@ -139,11 +139,22 @@ class TrainedPatches:
         try:
             base = ModelShape(**{name: about[name] for name in ("family", "identity", "patch", "channels", "width")})
             scales = {int(scale): _scale(tensors, int(scale), base, entry) for scale, entry in about["scales"].items()}
-            return TrainedPatches(base, scales, StepOperations(**about["operations"]), about["notes"])
+            return TrainedPatches(base, scales, StepOperations(**about["operations"]), _notes(about["notes"]))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise PatchAdapterError(
                 f"The patch adapters are damaged ({type(error).__name__}: {error}). Train or download them again."
             ) from error
+
+
+def _notes(notes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a file says about its training, if the numbers that are used are numbers."""
+    for name in ("frames", "image_tokens"):
+        value = notes.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}")
+    if notes.get("frames", 1) > 1 and "image_tokens" not in notes:
+        raise ValueError("image_tokens is missing")
+    return notes
 
 
 def _scale(tensors: Mapping[str, Tensor], scale: int, base: ModelShape, entry: Mapping[str, Any]) -> TrainedScale:

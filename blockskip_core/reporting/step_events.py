@@ -29,6 +29,11 @@ class StepEvents:
         self._folder, self._steps, self._told = folder, steps, told
         self._file: EventFiles | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a file to write to."""
+        return self._file is not None
+
     def begin(self, losses: Sequence[float] = ()) -> bool:
         """Continue the files after these steps, or begin them with the steps' losses; return whether they continue."""
         self.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ...blockskip_core.hosts.files.lora_files import events_folder_named
 from ...blockskip_core.hosts.runs.events import memory_figures
@@ -27,7 +27,7 @@ class WordEvents(TrainingObserver):
         InvalidInputError: If the package tensorboard is missing, or a folder is a link out of the output folder.
     """
 
-    def __init__(self, name: str, key: str, steps: int, result: WordResult, memory: PeakMemory) -> None:
+    def __init__(self, name: PurePath, key: str, steps: int, result: WordResult, memory: PeakMemory) -> None:
         self._memory = memory
         self._events = StepEvents(events_folder_named(Path(name), key), steps, result.problems.append)
         self._events.begin(result.losses)

@@ -91,7 +91,7 @@ def _events(
     if not run.request.tensorboard:
         yield []
         return
-    events = WordEvents(run.request.name, run.identity_with(settings).key, settings.steps, result, display.memory)
+    events = WordEvents(run.name.name, run.identity_with(settings).key, settings.steps, result, display.memory)
     try:
         yield [events]
     finally:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import comfy.sd1_clip
@@ -57,6 +57,11 @@ class EmbeddingName:
                 f"{self._name.parent} is a link out of ComfyUI's embeddings folder, and nothing is saved through it."
             )
         self._require_writable()
+
+    @property
+    def name(self) -> PurePosixPath:
+        """Folders and name, without a number, as they mean on every system."""
+        return self._name
 
     def _require_writable(self) -> None:
         pattern = re.compile(rf"{re.escape(self._name.name)}_\d{{5,}}\.safetensors\.[0-9a-f]{{8}}\.(part|trial)")

@@ -112,24 +112,35 @@ def _require_trainable(number: int, entry: Any, with_references: bool) -> None:
         refused.append(REFERENCES)
     refused += [name for name, neutral in _NEUTRAL.items() if not _has_no_effect(settings.get(name), neutral)]
     if refused:
-        raise InvalidInputError(
-            f"Conditioning {number} carries {', '.join(refused)}, which training cannot follow. "
-            "Connect a plain text conditioning."
-        )
+        raise _cannot_follow(number, refused)
     _require_references(number, settings)
     tensors = [embedding, *(value for value in settings.values() if isinstance(value, Tensor))]
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise InvalidInputError(f"Conditioning {number} contains NaN or Inf. Check the text encoder.")
 
 
+def _cannot_follow(number: int, names: Sequence[str]) -> InvalidInputError:
+    return InvalidInputError(
+        f"Conditioning {number} carries {', '.join(names)}, which training cannot follow. "
+        "Connect a plain text conditioning."
+    )
+
+
 def _require_reference_pictures(number: int, settings: Mapping[str, Any]) -> None:
     """Refuse what MiniMax H3 can look at besides text and reference pictures."""
-    if settings.get(_KEYFRAMES):
+    keyframes, blocks = settings.get(_KEYFRAMES), settings.get(_REFERENCE_BLOCKS)
+    if keyframes is not None and not (_is_list(keyframes) and not keyframes):
         raise InvalidInputError(
             f"Conditioning {number} carries keyframes. They belong to a whole picture, and training shows parts of it, so it "
             "cannot follow them. Disconnect `first_frame` and `last_frame` from MiniMax H3 Image to Video."
         )
-    if any(block["kind"] != "image" for block in settings.get(_REFERENCE_BLOCKS) or ()):
+    if blocks is None:
+        return
+    if not _is_list(blocks) or not all(
+        isinstance(block, Mapping) and {"kind", "latent"} <= block.keys() for block in blocks
+    ):
+        raise _cannot_follow(number, [_REFERENCE_BLOCKS])
+    if any(block["kind"] != "image" for block in blocks):
         raise InvalidInputError(
             f"Conditioning {number} carries reference clips or sounds, and training takes reference pictures only. "
             "Disconnect them from MiniMax H3 Reference to Video."

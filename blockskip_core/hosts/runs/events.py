@@ -38,6 +38,8 @@ class RunEvents(TrainingObserver):
 
     def started(self, step: int) -> None:
         """Continue the files after ``step`` steps, or begin them with the losses of these steps."""
+        if self._events.is_open:  # the run begins anew, with samples that were made since its last step
+            self._add_samples()
         size, losses = self._config.accumulation, self._outcome.result.losses
         parts = [losses[earlier * size : (earlier + 1) * size] for earlier in range(step)]
         if self._events.begin([sum(part) / len(part) for part in parts]):

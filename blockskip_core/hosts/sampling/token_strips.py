@@ -28,6 +28,7 @@ _PICTURES = (
     "ref_contexts",
     "image_cond",
     "ref_latent",
+    "denoise_mask",  # of models that tell each token its own noise level: Wan 2.2 5B and LTX, image to video
 )
 
 

@@ -54,7 +54,18 @@ def test_a_missing_tensor_is_one_sentence(missing):
         TrainedPatches.read(tensors, trained().description())
 
 
-@pytest.mark.parametrize("change", [{"patch": 2}, {"scales": {"x": {}}}, {"operations": None}, {"width": 9}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patch": 2},
+        {"scales": {"x": {}}},
+        {"operations": None},
+        {"width": 9},
+        {"notes": []},
+        {"notes": {"frames": "many", "image_tokens": 9}},
+        {"notes": {"frames": 5}},
+    ],
+)
 def test_metadata_that_does_not_fit_is_one_sentence(change):
     about = {**trained().description(), **change}
     with pytest.raises(PatchAdapterError, match="The patch adapters are damaged"):

@@ -68,7 +68,10 @@ def test_settings_that_training_cannot_follow_are_refused_by_name(conditioning, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"minimax_keyframes": [{"resolved_frame_index": 0}]}, "Conditioning 2 carries keyframes. They belong to a whole picture"),
-     ({"minimax_refs": [{"kind": "image"}, {"kind": "audio"}]}, "reference clips or sounds, and training takes reference")],
+     ({"minimax_refs": [{"kind": "image"}]}, "Conditioning 2 carries minimax_refs, which training cannot follow"),
+     ({"minimax_refs": torch.ones(2)}, "Conditioning 2 carries minimax_refs, which training cannot follow"),
+     ({"minimax_keyframes": torch.ones(2)}, "Conditioning 2 carries keyframes"),
+     ({"minimax_refs": [{"kind": "image", "latent": 0}, {"kind": "audio", "latent": 0}]}, "reference clips or sounds, and training takes reference")],
 )  # fmt: skip
 def test_what_minimax_sees_besides_text_and_reference_pictures_is_refused(conditioning, settings, message):
     made = captions((5, 3))

@@ -107,3 +107,15 @@ def test_a_count_of_pictures_gives_the_operations_of_a_clip(wan):
         denoise(noisy, torch.empty(1, device="meta"), [0])
     assert dit.image_tokens(8, 12) == FRAMES * 24
     assert counted_operations(dit).own(FRAMES * 24) == pytest.approx(counting.operations, rel=1e-6)
+
+
+def test_a_first_frame_that_is_given_is_refused_in_a_coarse_step():
+    """Wan 2.2 5B's image to video: that frame is clean and has a noise level of its own, so it must not be rescaled."""
+    from ..sampling.test_dynamic_patches import dynamic, sampled
+
+    wan = next(one for one in FAMILIES if one.name == "wan22")
+    latent = clips(wan, count=1, rows=16, columns=24).unflatten(1, (-1, FRAMES))
+    mask = torch.ones(1, 1, FRAMES, 16, 24)
+    mask[:, :, 0] = 0.0
+    with pytest.raises(ValueError, match="Coarse steps take text conditionings only, got denoise_mask"):
+        sampled(dynamic(wan.build(), "2-4: 2", family=wan), wan, latent=latent, noise_mask=mask)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from ..trainings import cancelled_after, shown_in_tensorboard
 
@@ -53,6 +55,26 @@ def test_a_run_that_resumes_continues_its_curves(tensorboard, bench, nodes, run_
     again = bench.train(**asked, tensorboard=True)  # nothing left to train
     assert again.ui["blockskip"][0]["problems"] == []
     assert shown_in_tensorboard(folder_of(bench))[0] == figures
+
+
+def test_samples_of_the_step_at_which_a_run_begins_anew_are_written(tensorboard, core, tmp_path, monkeypatch):
+    """The trainer begins anew after running out of memory, perhaps right after a sample."""
+    events, samples = core("hosts.runs.events"), []
+    monkeypatch.setattr(events, "events_folder", lambda path, key: tmp_path / key)
+    outcome = SimpleNamespace(path=None, samples=samples, result=SimpleNamespace(losses=[0.5], problems=[]))
+    run = SimpleNamespace(
+        identity=SimpleNamespace(key="a"), request=SimpleNamespace(config=SimpleNamespace(steps=4, accumulation=1))
+    )
+    written = events.RunEvents(run, outcome)
+    written.started(0)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    samples.append(SimpleNamespace(step=1, prompt=1, likeness=0.25, path=tmp_path / "one.png"))
+    written.started(1)
+    written.close()
+    figures, pictures = shown_in_tensorboard(tmp_path / "a")
+    assert outcome.result.problems == []
+    assert figures["likeness/prompt_1"] == {1: 0.25}
+    assert list(pictures["samples/prompt_1"]) == [1]
 
 
 def test_files_that_begin_late_have_the_earlier_losses(tensorboard, bench):

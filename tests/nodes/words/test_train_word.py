@@ -74,7 +74,7 @@ def test_queueing_again_after_cancel_goes_on_to_the_same_word(words, nodes, monk
 def test_tensorboard_shows_a_run_that_resumes_as_one_curve(words, nodes, monkeypatch):
     pytest.importorskip("tensorboard")
     with cancelled_after(nodes, monkeypatch, 2):
-        words.train(name="new/my_dog", tensorboard=True)
+        words.train(name="new\\my_dog", tensorboard=True)
     losses = words.train(name="new/my_dog", tensorboard=True)[2]["loss"]
     (folder,) = words.folders.output.glob("new/tensorboard/my_dog-????????")
     figures, pictures = shown_in_tensorboard(folder)
