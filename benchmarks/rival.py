@@ -43,11 +43,14 @@ model management, on a card whose tensors have shapes but no data. **Counted**: 
 pictures of {side} px, batch 1, rank 16, AdamW, checkpointing, 512 text tokens; the weights were loaded in bf16 and trained in the given
 format, the frozen ones in the same. Bytes are those of all tensors alive on the card at the same time. A real allocator's rounding and
 fragmentation, kernels' workspaces and the CUDA context are not included; quantised weights are unpacked by torch's own operations,
-which take more than a card's kernels. The other trainer's are its own published figures, **measured on a card**, LoRA on all blocks; they
-are in GB (10⁹ bytes), ours in GB too, so that they can be compared.
+which take more than a card's kernels. The other trainer is [Fizgig](https://github.com/shootthesound/Fizgig) (its page on Qwen-Image 2.1),
+whose figures are **measured on a card**, LoRA on all blocks, int8 and NF4; our 4-bit is NVFP4. All are in GB (10⁹ bytes).
 
-| Blocks, of 32 | weights | counted, GB | emulated, GB | of that, weights | the other trainer's, GB |
-| --- | --- | --- | --- | --- | --- |
+Counted and emulated are those of training. Before it, the base model is read to compute what the skipped blocks give, one block at a time
+if memory is short: that is the count. This card had 80 GiB, so ComfyUI kept the whole model in bf16 there meanwhile.
+
+| Blocks, of 32 | weights | training: counted, GB | emulated, GB | of that, weights | the other trainer's, GB | before it: counted, GB | emulated on 80 GiB, GB |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 """
@@ -94,7 +97,11 @@ def table_row(row: dict[str, Any]) -> str:
         blocks = f"first {arm.front} skipped, last {arm.back} {'frozen' if arm.back_residual == 'exact' else 'skipped'}"
     published = "" if arm.front else PUBLISHED[arm.weights]
     numbers = (f"{run[name] / 1e9:.2f}" for name in ("counted", "peak", "resident"))
-    return f"| {blocks} | {arm.weights} | {' | '.join(numbers)} | {published} |"
+    before = row["precompute"]
+    counted = f"{before['counted'] / 1e9:.2f}" if before["counted"] else "-"
+    return (
+        f"| {blocks} | {arm.weights} | {' | '.join(numbers)} | {published} | {counted} | {before['peak'] / 1e9:.2f} |"
+    )
 
 
 def report(rows: list[dict[str, Any]]) -> str:

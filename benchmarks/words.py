@@ -1,6 +1,6 @@
 """Can a word be learned from forward passes? Zeroth-order against gradient textual inversion on the demo's small world.
 
-    python dev.py benchmark words                 # about three hours on one core of a busy machine
+    python dev.py benchmark words                 # about four hours on one core of a busy machine
     python dev.py benchmark words -- --report     # only rewrite the table
 
 Every arm gets the same number of forward passes, through the same code as the node: ``hosts/words``, ``zoodip``.

@@ -9,10 +9,11 @@ from dataclasses import asdict
 def test_the_table_has_a_row_for_every_arm_that_was_run(bench):
     rival = bench("rival")
     run = {"counted": 9_000_000_000, "peak": 8_500_000_000, "resident": 7_000_000_000}
-    rows = [{**asdict(arm), "about": "today", "resident": run} for arm in rival.ARMS]
+    before = {"counted": 0, "peak": 14_000_000_000}
+    rows = [{**asdict(arm), "about": "today", "resident": run, "precompute": before} for arm in rival.ARMS]
     text = rival.report(rows)
-    assert "| LoRA on all | int8 | 9.00 | 8.50 | 7.00 | 9.9 |" in text
-    assert "| first 8 skipped, last 8 frozen | 4-bit | 9.00 | 8.50 | 7.00 |  |" in text
+    assert "| LoRA on all | int8 | 9.00 | 8.50 | 7.00 | 9.9 | - | 14.00 |" in text
+    assert "| first 8 skipped, last 8 frozen | 4-bit | 9.00 | 8.50 | 7.00 |  | - | 14.00 |" in text
     assert text.count("| 8.50 |") == len(rival.ARMS) == 6
 
 
