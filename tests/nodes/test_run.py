@@ -348,7 +348,7 @@ def test_precomputing_twice_encodes_and_writes_once(bench):
     bench.precompute()
     assert (manifest.stat().st_mtime_ns, bench.vae.encoded) == (written, encoded)
     bench.precompute(seed=4)
-    assert bench.vae.encoded == 2 * encoded
+    assert bench.vae.encoded > encoded, "another seed takes other crops"
     assert len(list(bench.folders.output.glob("blockskip/residuals/*"))) == 2
 
 
