@@ -66,30 +66,48 @@ def in_three_formats(tiny):
     return patcher, plain
 
 
+def in_fp8(tiny):
+    """A MODEL as Load Diffusion Model makes it with an fp8 ``weight_dtype``, norms and biases too, and its float32 twin."""
+    patcher, plain = tiny.build(dtype=torch.float8_e4m3fn, cast_to=torch.float32), tiny.build()
+    written_out = {name: tensor.float() for name, tensor in patcher.model.diffusion_model.state_dict().items()}
+    with torch.inference_mode():
+        plain.model.diffusion_model.load_state_dict(written_out)
+    return patcher, plain
+
+
 def formats_of(block):
-    return {layer.quant_format for layer in block.modules() if getattr(layer, "quant_format", None)}
+    return {getattr(layer, "quant_format", None) for layer in block.modules()}
 
 
-@pytest.mark.parametrize("tiny", [*WIDE, *FOLLOWED], ids=lambda tiny: tiny.name)
-def test_every_class_is_trained_from_quantised_weights(tiny):
-    """One model has all three formats; int8 rounds what enters a layer too, so its gradients are only near."""
-    patcher, twin = in_three_formats(tiny)
+def gradients(tiny, patcher, spans):
+    dit, clean = tiny.hosted(patcher), tiny.clean_latents()
+    source = MemorySource(dit, spans, PLAN, clean, [0])
+    _, found = train(dit, spans, source, tiny.lora(dit, spans, zero=False), plan=PLAN, clean=clean, learning_rate=1e-12)
+    return torch.cat([gradient.flatten() for gradient in found.values()])
+
+
+@pytest.mark.parametrize(
+    ("tiny", "made", "bound"),
+    [
+        *(pytest.param(tiny, in_three_formats, 0.05, id=f"{tiny.name}-three") for tiny in (*WIDE, *FOLLOWED)),
+        *(pytest.param(tiny, in_fp8, 1e-3, id=f"{tiny.name}-fp8") for tiny in WIDE),
+    ],
+)
+def test_every_class_is_trained_from_quantised_weights(tiny, made, bound):
+    """Of the three formats only int8 rounds what enters a layer too, so its gradients are only near."""
+    patcher, twin = made(tiny)
     dit, clean = tiny.hosted(patcher), tiny.clean_latents()
     count = len(dit.blocks)
-    assert formats_of(dit.module(dit.blocks[1].name)) >= {"float8_e4m3fn", "int8_tensorwise", "nvfp4"}, "a kept block"
+    kept = dit.module(dit.blocks[1].name)
+    if made is in_three_formats:
+        assert formats_of(kept) >= {"float8_e4m3fn", "int8_tensorwise", "nvfp4"}
+    else:
+        assert {parameter.dtype for parameter in kept.parameters()} == {torch.float8_e4m3fn}
     spans = selection(1, count - 3, count)
     computed = precompute_residuals(dit, PLAN, clean, spans, [0])
     whole = computed.reference.denoised
     torch.testing.assert_close(replayed(dit, spans, computed.residuals, clean, [0]), whole, atol=1e-3, rtol=1e-3)
-    found, expected = [], []
-    for model, gradients_of in ((patcher, found), (twin, expected)):
-        hosted = tiny.hosted(model)
-        source = MemorySource(hosted, spans, PLAN, clean, [0])
-        _, gradients = train(
-            hosted, spans, source, tiny.lora(hosted, spans, zero=False), plan=PLAN, clean=clean, learning_rate=1e-12
-        )
-        gradients_of.extend(gradient.flatten() for gradient in gradients.values())
-    found, expected = torch.cat(found), torch.cat(expected)
+    found, expected = gradients(tiny, patcher, spans), gradients(tiny, twin, spans)
     assert found.isfinite().all()
-    error = ((found - expected).norm() / expected.norm()).item()
-    assert error < 0.05, error
+    assert found.any()
+    assert (found - expected).norm() <= bound * expected.norm(), (found - expected).norm() / expected.norm()
