@@ -243,8 +243,9 @@ def test_a_file_of_flux_has_diffusers_names_unless_it_is_asked_otherwise(bench, 
 
 def test_a_lora_that_is_on_the_model_while_it_is_trained_is_not_in_the_file(bench):
     """A training adapter: in force during training, and no part of what is saved, on whichever layers it is."""
-    import nodes as host_nodes
     from safetensors.torch import save_file
+
+    import nodes as host_nodes
 
     adapter, generator = {}, torch.Generator().manual_seed(3)
     for name, layer in bench.model.model.diffusion_model.named_modules():
