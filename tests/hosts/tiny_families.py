@@ -7,7 +7,7 @@ reference for the package's conversion from CONDITIONING to arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -301,3 +301,25 @@ FAMILIES: tuple[TinyFamily, ...] = (
         text_outputs=frozenset({"context_block.attn.proj", "context_block.mlp.fc1", "context_block.mlp.fc2"}),
     ),
 )  # fmt: skip
+
+# --- in any format -----------------------------------------------------------------------------------------------
+
+_FLUX_16 = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16, "context_in_dim": 16,
+    "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 4, "axes_dim": [16, 8, 8],
+    "theta": 10000, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+}  # fmt: skip
+_WIDER: dict[str, dict[str, Any]] = {
+    "wan21": {"dim": 32, "ffn_dim": 64}, "wan22": {"dim": 32, "ffn_dim": 64}, "lumina2": {"dim": 64, "axes_dims": [8, 4, 4]},
+}  # fmt: skip
+
+
+def _wide(tiny: TinyFamily) -> TinyFamily:
+    if tiny is FLUX:
+        return replace(tiny, build=partial(tiny_model, "FluxSchnell", _FLUX_16), latent_shape=(16, 6, 10))
+    supported, config = tiny.build.args
+    return replace(tiny, build=partial(tiny_model, supported, {**config, **_WIDER.get(tiny.name, {})}))
+
+
+WIDE: tuple[TinyFamily, ...] = tuple(map(_wide, FAMILIES))
+"""The same, built with any layers (``operations``), whose widths are multiples of the 32 numbers that share a scale."""

@@ -6,6 +6,7 @@ where the pack's own ``nodes`` would hide ComfyUI's.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -76,10 +77,14 @@ def start_server() -> Callable[..., Any]:
     return watched
 
 
-PACK_NAMES = re.compile(
-    r"block[_-]?skip|ApplyLora|TrainLora|TrainWord|AcceptEmbeddings|SelectBlocks|Precompute|MemoryPlan|RALU",
-    re.IGNORECASE,
-)
+def node_classes() -> list[str]:
+    """The names in ``NODE_CLASSES`` of the pack, from the source: only a ComfyUI can import it."""
+    source = (ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")
+    (listed,) = (line.value for line in ast.parse(source).body if isinstance(line, ast.AnnAssign))
+    return [name.id for name in listed.elts]
+
+
+PACK_NAMES = re.compile("|".join(("block[_-]?skip", "RALU", *node_classes())), re.IGNORECASE)
 ANSWERS = re.compile(  # refused prompts and exceptions in nodes, which tests check in the response itself
     r"!!! Exception during processing !!!|Traceback \(most recent call last\)|"
     r"Failed to validate prompt|\* \(prompt\):|\* \w+ [\w:]+:|  - |invalid prompt"

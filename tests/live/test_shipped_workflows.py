@@ -87,14 +87,31 @@ def test_the_twins_are_up_to_date(graphs: dict[str, Any], maker: ModuleType) -> 
             assert twin == maker.twin_of(maker.numbered(graph)), "run devtools/make_workflows.py"
 
 
-@pytest.mark.parametrize(
-    ("seed", "twin"),
-    [
-        (71, "my_first_lora"), (72, "train_8_gb"), (73, "train_12_gb"), (74, "train_24_gb"), (76, "z_image_turbo"),
-        (77, "qwen_image"), (78, "qwen_image_edit"),
-    ],
-)  # fmt: skip
-def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..., Any], seed: int, twin: str) -> None:
+RUN = {
+    "my_first_lora": 71, "train_8_gb": 72, "train_12_gb": 73, "train_24_gb": 74, "z_image_turbo": 76, "qwen_image": 77,
+    "qwen_image_edit": 78, "ltx_2": 79,
+}  # fmt: skip
+
+
+def apart_from_name_and_cfg(prompt: dict[str, Any]) -> list[Any]:
+    """A family's twin without its title, the name of its LoRA, and the CFG of its samples."""
+    left_out = {"BlockSkip_TrainLora": "output_name", "BlockSkip_SampleWhileTraining": "cfg"}
+    return [
+        (key, spec["class_type"], {k: v for k, v in spec["inputs"].items() if k != left_out.get(spec["class_type"])})
+        for key, spec in sorted(prompt.items())
+    ]
+
+
+def test_a_twin_that_is_not_run_is_one_that_is_run_under_another_name(
+    load_workflow: Callable[..., Any], maker: ModuleType
+) -> None:
+    twins = {graph.twin for graph in maker.FAMILIES}
+    run = [apart_from_name_and_cfg(load_workflow(twin)) for twin in twins & RUN.keys()]
+    assert [twin for twin in twins - RUN.keys() if apart_from_name_and_cfg(load_workflow(twin)) not in run] == []
+
+
+@pytest.mark.parametrize(("twin", "seed"), RUN.items(), ids=list(RUN))
+def test_a_twin_plans_trains_and_samples(client: Any, load_workflow: Callable[..., Any], twin: str, seed: int) -> None:
     prompt = load_workflow(twin, {"Dynamic Patch Trainer": {"seed": seed}})  # or one would resume another's run
     result = succeed(client, prompt)
     summary = output_of(result, prompt, "Dynamic Patch Trainer")["blockskip"][0]
@@ -177,16 +194,17 @@ def test_resume_goes_on_with_the_run_of_the_training_workflow(
     assert (further["resumed_at"], further["steps"], further["problems"]) == (0, 4, [])
 
 
-def test_a_word_is_learned_saved_and_sampled_with(client: Any, load_workflow: Callable[..., Any]) -> None:
-    prompt = load_workflow("train_word", {"Train Word (ZOODiP)": {"name": "live/word", "seed": 75}})
+@pytest.mark.parametrize("twin", ["train_word", "train_word_flux"])
+def test_a_word_is_learned_saved_and_sampled_with(client: Any, load_workflow: Callable[..., Any], twin: str) -> None:
+    prompt = load_workflow(twin, {"Train Word (ZOODiP)": {"name": f"live/{twin}", "seed": 75}})
     result = succeed(client, prompt)
     report = output_of(result, prompt, "Report")["text"][0]
     word = report.split()[1]
-    assert word.startswith("embedding:live/word_0000")
+    assert word.startswith(f"embedding:live/{twin}_0000")
     chart = output_of(result, prompt, "Train Word (ZOODiP)")["blockskip_chart"][0]
     assert (chart["step"], chart["status"], len(chart["points"])) == (2, "done", 2)
     learned = pixels(client.view(output_of(result, prompt, "Your subject")["images"][0]))
-    typed = load_workflow("train_word", {"Prompt": {"text": f"a big orange {word}"}})
+    typed = load_workflow(twin, {"Prompt": {"text": f"a big orange {word}"}})
     part = part_of(typed, "Your subject")
     assert not any(node["class_type"] == "BlockSkip_TrainWord" for node in part.values())
     again = pixels(client.view(output_of(succeed(client, part), typed, "Your subject")["images"][0]))

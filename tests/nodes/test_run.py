@@ -241,6 +241,36 @@ def test_a_file_of_flux_has_diffusers_names_unless_it_is_asked_otherwise(bench, 
             assert prefix in opened.keys()
 
 
+def test_a_lora_that_is_on_the_model_while_it_is_trained_is_not_in_the_file(bench):
+    """A training adapter: in force during training, and no part of what is saved, on whichever layers it is."""
+    from safetensors.torch import save_file
+
+    import nodes as host_nodes
+
+    adapter, generator = {}, torch.Generator().manual_seed(3)
+    for name, layer in bench.model.model.diffusion_model.named_modules():
+        if "_blocks." in name and hasattr(layer, "in_features"):
+            for factor, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
+                adapter[f"diffusion_model.{name}.lora_{factor}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    save_file(adapter, bench.folders.loras / "training_adapter.safetensors")
+    (with_adapter,) = host_nodes.LoraLoaderModelOnly().load_lora_model_only(
+        bench.model, "training_adapter.safetensors", 1.0
+    )
+    losses = []
+    for model in (bench.model, with_adapter):
+        residuals = bench.precompute(model=model)[0]
+        trained = bench.train(model=model, residuals=residuals, learning_rate=1e-6)  # so that nothing is learned
+        losses.append(trained[1]["loss"][0])
+        assert trained.ui["blockskip"][0]["self_check"] < 1e-4
+        file = bench.folders.loras / trained.ui["blockskip"][0]["file"]
+        saved = patched_weights(bench.apply(lora_name=file.name)[0])
+        assert len(saved) == KEPT_LAYERS
+        plain = bench.model.model.state_dict()
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensor, plain[name], atol=1e-4, rtol=0.0, msg=name)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
 def test_other_programs_find_the_base_model_in_the_file(bench):
     file = bench.train(output_name="loras/toy").ui["blockskip"][0]["file"]
     with safe_open(bench.folders.loras / file, framework="pt") as opened:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
@@ -242,6 +244,21 @@ def test_pixart_is_refused_by_name(comfyui):
     patcher = built("PixArtAlpha", {"image_model": "pixart_alpha", "hidden_size": 48, "depth": 4, "num_heads": 2})
     with pytest.raises(UnsupportedModelError, match=r"supported family \(.*\), got PixArtMS\. Load one of these"):
         adapter_for(patcher)
+
+
+@pytest.mark.parametrize(
+    ("like", "supported", "config"),
+    [
+        ("hunyuan_video", "HunyuanVideo15", {"in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1]}),
+        ("kandinsky5", "Kandinsky5", {"visual_embed_dim": 4 * 33}),
+    ],
+)
+def test_video_models_that_always_take_a_picture_or_a_mask_are_refused(comfyui, like, supported, config):
+    """ComfyUI gives them empty ones where a graph has none."""
+    tiny, patcher = family(like), built(supported, {**family(like).build.args[1], **config})
+    tiny = replace(tiny, latent_shape=(patcher.model.latent_format.latent_channels, 6, 10))
+    with pytest.raises(UnsupportedModelError, match="models take a picture or a mask besides the text"):
+        tiny.hosted(patcher)
 
 
 def test_lists_of_other_modules_are_not_taken_for_blocks():

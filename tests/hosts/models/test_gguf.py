@@ -1,4 +1,4 @@
-"""Models that are followed, from GGUF files through the real ComfyUI-GGUF."""
+"""Every class of model from GGUF files through the real ComfyUI-GGUF."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from blockskip_pack.blockskip_core.residuals.precompute import precompute_residu
 from ...core.plain_dit import MemorySource, train
 from ..followed_families import FOLLOWED
 from ..gguf_files import plain_weights, stored
-from ..tiny_families import PLAN, TinyFamily, replayed, selection
+from ..tiny_families import PLAN, WIDE, TinyFamily, replayed, selection
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
@@ -22,8 +22,8 @@ def gradients(tiny: TinyFamily, patcher, spans):
     return result.losses, found
 
 
-@pytest.mark.parametrize("tiny", FOLLOWED, ids=lambda tiny: tiny.name)
-def test_a_followed_model_is_trained_from_its_packed_weights(tmp_path, tiny):
+@pytest.mark.parametrize("tiny", [*WIDE, *FOLLOWED], ids=lambda tiny: tiny.name)
+def test_a_model_is_trained_from_its_packed_weights(tmp_path, tiny):
     patcher = stored(tiny, tmp_path / "model.gguf")
     before = {
         name: parameter.data.as_subclass(torch.Tensor).clone() for name, parameter in patcher.model.named_parameters()

@@ -1,21 +1,15 @@
-"""Followed models in the formats in which models are shipped.
-
-LTX-2 and MiniMax H3 go through ComfyUI's own loader, all others have the layers that this loader would choose.
-"""
+"""LTX-2, which is followed, and MiniMax H3 in the formats in which models are shipped, through ComfyUI's own loader."""
 
 from __future__ import annotations
 
 import json
-from itertools import cycle
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.hosts.families.block_lists import block_lists
 from blockskip_pack.blockskip_core.residuals.precompute import precompute_residuals
-from torch import nn
 
 from ...core.plain_dit import MemorySource, lora_for, train
-from ..followed_families import FOLLOWED, family
+from ..followed_families import family
 from ..stored_flux import known_format, load, write
 from ..tiny_families import PLAN, replayed, selection
 from ..tiny_minimax import MINIMAX
@@ -103,79 +97,3 @@ def test_gradients_are_those_of_the_written_out_weights(tmp_path, case):
     for layer, gradient in found.items():
         difference = (gradient - expected[layer]).norm() / expected[layer].norm()
         assert difference < 1e-3, layer
-
-
-# --- all classes that are followed -------------------------------------------------------------------------------
-
-EMULATED = {"float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4"}  # by ComfyUI on a CPU
-GROUP = 16  # of ConvRot, small enough for tiny models
-
-
-def in_three_formats(tiny):
-    """A MODEL whose blocks' matrices are in fp8, int8 with ConvRot and NVFP4 by turns, and the same written out in float32.
-
-    ComfyUI does not tell so small a model's class from its file, so it is given.
-    """
-    import comfy.ops
-    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-
-    plain = tiny.build()
-    model = plain.model.diffusion_model
-    lists = tuple(f"{name}." for name in block_lists(model))
-    linear = {
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if name.startswith(lists)
-        and isinstance(layer, nn.Linear)
-        and not (layer.in_features % GROUP or layer.out_features % GROUP)
-    }
-    turns = cycle((
-        ("float8_e4m3fn", {"scale": "recalculate"}, {}),
-        ("int8_tensorwise", {"per_channel": True, "convrot": True, "convrot_groupsize": GROUP},
-         {"convrot": True, "convrot_groupsize": GROUP}),
-        ("nvfp4", {}, {}),
-    ))  # fmt: skip
-    stored, written_out = {}, {}
-    for name, tensor in model.state_dict().items():
-        written_out[name] = stored[name] = tensor.clone()
-        if name not in linear:
-            continue
-        algorithm, options, conf = next(turns)
-        if algorithm.startswith("int8") and ".experts." in name:  # comfy_kitchen's int8 on a CPU fails without any rows
-            continue
-        packed = QuantizedTensor.from_float(tensor.clone(), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], **options)
-        stored.update({key: part.clone() for key, part in packed.state_dict(name).items()})
-        told = json.dumps({"format": algorithm, **conf}).encode()
-        stored[name.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
-        written_out[name] = packed.dequantize()
-    with torch.inference_mode():
-        patcher = tiny.build(
-            operations=comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.float32, disabled=EMULATED)
-        )
-        patcher.model.load_model_weights(stored)
-        model.load_state_dict(written_out)
-    return patcher, plain
-
-
-@pytest.mark.parametrize("tiny", FOLLOWED, ids=lambda tiny: tiny.name)
-def test_every_followed_class_is_trained_from_quantised_weights(tiny):
-    """One model has all three formats; int8 rounds what enters a layer too, so its gradients are only near."""
-    patcher, twin = in_three_formats(tiny)
-    dit, clean = tiny.hosted(patcher), tiny.clean_latents()
-    count = len(dit.blocks)
-    spans = selection(1, count - 3, count)
-    computed = precompute_residuals(dit, PLAN, clean, spans, [0])
-    whole = computed.reference.denoised
-    torch.testing.assert_close(replayed(dit, spans, computed.residuals, clean, [0]), whole, atol=1e-3, rtol=1e-3)
-    found, expected = [], []
-    for model, gradients_of in ((patcher, found), (twin, expected)):
-        hosted = tiny.hosted(model)
-        source = MemorySource(hosted, spans, PLAN, clean, [0])
-        _, gradients = train(
-            hosted, spans, source, tiny.lora(hosted, spans, zero=False), plan=PLAN, clean=clean, learning_rate=1e-12
-        )
-        gradients_of.extend(gradient.flatten() for gradient in gradients.values())
-    found, expected = torch.cat(found), torch.cat(expected)
-    assert found.isfinite().all()
-    error = ((found - expected).norm() / expected.norm()).item()
-    assert error < 0.05, error
