@@ -294,7 +294,7 @@ def test_a_run_on_it_can_be_counted_before_it_starts(tmp_path, name):
     assert 0.3 < 2 * needs.training.saved / result.saved_bytes < 3.0  # the run's batch size is two
 
 
-@pytest.mark.parametrize("name", ["fp8 cast", "fp8 scaled", "int8 convrot", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8 scaled", "int8 convrot", "nvfp4"])
 def test_coarse_patches_on_it_are_those_of_the_written_out_weights(tmp_path, name):
     """A coarse call of a sampler with adapters that are not zero, and two steps of their training."""
     patcher = make(tmp_path, name)
@@ -328,7 +328,7 @@ def coarse(patcher):
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
     generator, resizing, prompts = torch.Generator().manual_seed(6), PatchResizing(2, 2), captions((5, 5, 3))
-    clean = torch.randn(4, 16, 8, 12, generator=generator)
+    clean = torch.randn(4, 16, 8, 8, generator=generator)
     dit = HostedDit(patcher.clone(), prompts, clean.shape[1:])
     patches = PatchAdapter(16 * resizing.side**2, dit.width)
     adapter = CoarseAdapter(resizing, PatchStatistics.of(clean, resizing), patches)
@@ -344,7 +344,7 @@ def coarse(patcher):
         ).clone()  # fmt: skip
     states, result = [], DistillationResult()
     settings = DistillationSettings(steps=2, batch_size=2, learning_rate=1e-3, warmup_steps=0)
-    examples = Examples(clean, [0, 0, 1, 2], lambda uniform: 0.2 + 0.7 * uniform, 0)
+    examples = Examples(clean, [0, 1, 1, 2], lambda uniform: 0.2 + 0.7 * uniform, 0)
     with distilling(dit, parts) as model:
         distill(
             model, examples, settings, result=result, on_step=lambda _: states.append(model.state_dict())
