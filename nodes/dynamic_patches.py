@@ -232,11 +232,12 @@ def steps(scales: Sequence[int]) -> str:
 
 
 def show(progress: NodeProgress, trained: TrainedPatches, record: RunRecord) -> None:
-    """Show the run so far under the node."""
-    operations = trained.operations_of(record.tokens)
-    last = len(record.scales) == len(record.sigmas) - 1
-    text = f"{summary(record.scales, operations)} {steps(record.scales)}"
-    if last:
+    """Show the run so far on the node: the strip of steps, and the same as a line under it."""
+    saved = summary(record.scales, trained.operations_of(record.tokens))
+    done, total = len(record.scales), len(record.sigmas) - 1
+    progress.show_while_another_runs(done, total, patch_strip(record.scales, saved, total))
+    text = f"{saved} {steps(record.scales)}"
+    if done == total:
         progress.say(text)
     else:
         progress.note(text, last=False)

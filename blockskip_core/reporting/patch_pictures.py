@@ -13,14 +13,15 @@ _WIDTH, _HEIGHT, _MARGIN = 640, 300, 44
 _SHADES = (KEPT, (129, 89, 164), (238, 150, 75), (178, 24, 43))
 
 
-def patch_strip(scales: Sequence[int], text: str) -> Image.Image:
+def patch_strip(scales: Sequence[int], text: str, steps: int = 0) -> Image.Image:
     """Return a picture of a schedule: a square per step, cut into patches of the step's size, with a line of text.
 
     Args:
         scales: s of every step; empty if it is not known.
         text: Under the strip.
+        steps: Of the whole run, if more are to come: these are outlined.
     """
-    shown = max(len(scales), 1)
+    shown = max(len(scales), steps, 1)
     cell = max(10, min(40, (_WIDTH - 16) // shown))
     picture = Image.new("RGB", (max(_WIDTH, shown * cell + 16), cell + 40), BACKGROUND)
     draw = ImageDraw.Draw(picture)
@@ -32,6 +33,8 @@ def patch_strip(scales: Sequence[int], text: str) -> Image.Image:
             place = part * (cell - 3) // parts
             draw.line((left + place, top, left + place, top + cell - 3), fill=BACKGROUND)
             draw.line((left, top + place, left + cell - 3, top + place), fill=BACKGROUND)
+    for left in range(8 + len(scales) * cell, 8 + steps * cell, cell):
+        draw.rectangle((left, 8, left + cell - 3, 8 + cell - 3), outline=FAINT)
     draw.text((8, cell + 16), text, fill=INK)
     return picture
 

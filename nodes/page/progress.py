@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.progress import get_progress_state
 from PIL import Image
 from server import PromptServer
 
@@ -58,6 +59,18 @@ class NodeProgress:
         """Show a picture on the node, as samplers do, without changing the progress bar."""
         self._bar = self._bar or comfy.utils.ProgressBar(1)
         self._bar.update_absolute(self._done, preview=("JPEG", picture, LARGEST_PREVIEW))
+
+    def show_while_another_runs(self, done: int, total: int, picture: Image.Image) -> None:
+        """Show a picture and ``done`` of ``total`` steps on this node, whose own run is over, while a sampler runs.
+
+        The host draws a bar without an id on the running node, so without an id nothing is shown.
+        """
+        if self._node_id is None:
+            return
+        bar = comfy.utils.ProgressBar(total, node_id=self._node_id)
+        bar.update_absolute(done, preview=("JPEG", picture, LARGEST_PREVIEW))
+        if bar.hook is not None and done >= total:  # the host ends a node's progress only with the node's own run
+            get_progress_state().finish_progress(self._node_id)
 
     def say(self, text: str) -> None:
         """Show a sentence that stays under the node after the run, and log it."""

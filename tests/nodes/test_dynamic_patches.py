@@ -157,15 +157,43 @@ def test_windows_off_and_budget(trained, use, model, prompt):
     assert torch.equal(sampled(model, prompt), plain)
 
 
-def test_auto_is_shown_under_the_node(trained, use, prompt, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "planned", "steps"),
+    [
+        ({"mode": "auto", "tau": 1000.0, "first_own": 0}, "decided while sampling", "1 1 1 1 2 2 2 1"),
+        ({"windows": "2-4: 2"}, "3 of 8 steps coarse", "1 2 2 2 1 1 1 1"),
+    ],
+    ids=["auto", "windows"],
+)
+def test_the_strip_on_the_node_grows_while_a_sampler_runs(trained, use, prompt, monkeypatch, settings, planned, steps):
+    import comfy.utils
+    import comfy_execution.progress
+    from blockskip_pack.blockskip_core.reporting.pictures import BACKGROUND
     from blockskip_pack.nodes.page import progress
 
-    said = []
+    said, shown = [], []
+
+    def hook(value, total, preview, prompt_id=None, node_id=None):
+        if node_id == "1":
+            shown.append((value, total, preview[1]))
+
+    monkeypatch.setattr(comfy_execution.progress, "global_progress_registry", None)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     monkeypatch.setattr(progress.NodeProgress, "say", lambda self, text: said.append(text))
-    changed, _, report = use(trained, mode="auto", tau=1000.0, first_own=0, sigmas=SIGMAS)
-    assert "decided while sampling" in report
+    changed, _, report = use(trained, sigmas=SIGMAS, **settings)
+    assert planned in report
+    assert shown == []
     sampled(changed, prompt)
-    assert re.fullmatch(r"3 of 8 steps coarse: \d+% of the operations saved\. 1 1 1 1 2 2 2 1", said[-1])
+    assert re.fullmatch(rf"3 of 8 steps coarse: \d+% of the operations saved\. {steps}", said[-1])
+    assert [entry[:2] for entry in shown] == [(done, 8) for done in range(1, 9)]
+    own, coarse = (shown[-1][2].getpixel((9 + 40 * steps.split().index(size), 9)) for size in "12")
+    assert len({own, coarse, BACKGROUND}) == 3
+    for done, _, strip in shown:
+        squares = [strip.getpixel((9 + 40 * step, 9)) for step in range(8)]
+        made = [own if size == "1" else coarse for size in steps.split()[:done]]
+        assert squares == [*made, *[BACKGROUND] * (8 - done)]
+    state = comfy_execution.progress.get_progress_state().nodes["1"]["state"]
+    assert state is comfy_execution.progress.NodeState.Finished
 
 
 def test_clips_of_wan_are_trained_on_and_sampled(nodes, run_node, folders):

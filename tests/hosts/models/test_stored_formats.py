@@ -292,3 +292,62 @@ def test_a_run_on_it_can_be_counted_before_it_starts(tmp_path, name):
     assert needs.training.weights == run.trained_weights(settings) < needs.training.peak
     result, _ = trained(make(tmp_path, name), SPANS, checkpointing=False)
     assert 0.3 < 2 * needs.training.saved / result.saved_bytes < 3.0  # the run's batch size is two
+
+
+@pytest.mark.parametrize("name", ["fp8 scaled", "int8 convrot", "nvfp4"])
+def test_coarse_patches_on_it_are_those_of_the_written_out_weights(tmp_path, name):
+    """A coarse call of a sampler with adapters that are not zero, and two steps of their training."""
+    patcher = make(tmp_path, name)
+    twin = dequantised_twin(tmp_path, patcher)
+    if FORMATS[name].rounds_inputs:
+        give_host_numbers(twin, patcher)
+    before = parameters(patcher)
+    call, losses, changed = coarse(patcher)
+    expected_call, expected_losses, _ = coarse(twin)
+    close = 5e-2 if FORMATS[name].rounds_inputs else 1e-4
+    torch.testing.assert_close(call, expected_call, atol=close, rtol=0.0)
+    assert len(losses) == 2
+    assert losses == pytest.approx(expected_losses, rel=1e-2 if FORMATS[name].rounds_inputs else 1e-4)
+    assert [part for part, has_changed in changed.items() if not has_changed] == []
+    after = parameters(patcher)
+    assert all(torch.equal(after[key][1], raw) for key, (_, raw) in before.items())
+
+
+def coarse(patcher):
+    """Return a coarse call's clean estimate, the losses of two steps of training, and what these changed, by part."""
+    from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+    from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter
+    from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
+    from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
+    from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
+    from blockskip_pack.blockskip_core.distillation.examples import Examples
+    from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
+    from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import TrainedParts, distilling
+    from blockskip_pack.blockskip_core.hosts.models.coarse_forward import CoarseForward
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+    generator, resizing, prompts = torch.Generator().manual_seed(6), PatchResizing(2, 2), captions((5, 5, 3))
+    clean = torch.randn(4, 16, 8, 8, generator=generator)
+    dit = HostedDit(patcher.clone(), prompts, clean.shape[1:])
+    patches = PatchAdapter(16 * resizing.side**2, dit.width)
+    adapter = CoarseAdapter(resizing, PatchStatistics.of(clean, resizing), patches)
+    parts = TrainedParts(dit, adapter, LoraSettings(rank=2, alpha=2.0, targets="mlp"), 0)
+    with torch.no_grad():
+        for tensor in parts.parameters():
+            tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
+    sampling = CoarseForward(patcher)
+    with torch.inference_mode():
+        call = sampling(
+            lambda x, sigma: plain_forward(patcher, x, sigma, prompts[:2]), clean[:2], torch.full((2,), 0.6),
+            adapter, parts.low_rank(), {},
+        ).clone()  # fmt: skip
+    states, result = [], DistillationResult()
+    settings = DistillationSettings(steps=2, batch_size=2, learning_rate=1e-3, warmup_steps=0)
+    examples = Examples(clean, [0, 1, 1, 2], lambda uniform: 0.2 + 0.7 * uniform, 0)
+    with distilling(dit, parts) as model:
+        distill(
+            model, examples, settings, result=result, on_step=lambda _: states.append(model.state_dict())
+        )  # fmt: skip
+    changed = {part: not torch.equal(value, states[-1][part]) for part, value in states[0].items()}
+    return call, result.losses, changed

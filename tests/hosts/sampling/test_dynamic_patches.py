@@ -187,6 +187,22 @@ def test_one_decision_for_both_passes_and_for_all_calls_of_a_step():
     assert [len(scales) for scales in records] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("family", [FLUX, CLIPS], ids=lambda family: family.name)
+def test_previews_of_coarse_steps_are_the_full_size_estimates_that_euler_follows(family):
+    patcher, seen = family.build(), []
+    sampled(
+        dynamic(patcher, "2-4: 2", family=family), family, cfg=4.0,
+        callback=lambda step, clean, x, total: seen.append((step, total, clean.clone(), x.clone())),
+    )  # fmt: skip
+    assert [entry[:2] for entry in seen] == [(step, 6) for step in range(6)]
+    sigmas = torch.linspace(1, 0, 7)
+    for (step, _, clean, x), (*_, following) in zip(seen, seen[1:], strict=False):
+        assert clean.shape == empty(family).shape
+        assert bool(clean.isfinite().all())
+        expected = x + (x - clean) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
+        torch.testing.assert_close(following, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_decisions_while_sampling_see_latents_and_estimates_after_guidance():
     from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches
 
