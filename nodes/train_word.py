@@ -9,11 +9,11 @@ from comfy_api.latest import io
 from ..blockskip_core.hosts.words.encoders import taking_embedding_files
 from ..blockskip_core.hosts.words.losses import RESIDENCIES
 from . import widgets
-from .inputs import checked, connected, tensorboard_refusal
+from .inputs import checked, connected, refusal, singles, tensorboard_refusal
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .types import LossMapSocket
-from .words.request import ESTIMATOR_CHOICES, WordRequest
+from .words.request import ESTIMATOR_CHOICES, WordRequest, require_usable
 from .words.training import train_word
 
 
@@ -49,9 +49,16 @@ class TrainWord(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, tensorboard: Any = None) -> bool | str:
-        """Refuse a missing package when the graph is queued."""
-        return tensorboard_refusal(tensorboard)
+    def validate_inputs(
+        cls, captions: Any = None, name: Any = None, estimator: Any = None, noise_from: Any = None, noise_to: Any = None,
+        tensorboard: Any = None,
+    ) -> bool | str:  # fmt: skip
+        """Refuse captions, names and noise levels that no run can use, and a missing package, when the graph is queued."""
+        known = {
+            "captions": captions, "name": name, "estimator": estimator, "noise_from": noise_from, "noise_to": noise_to,
+        }  # fmt: skip
+        usable = refusal(lambda: require_usable(**singles(**known)))
+        return tensorboard_refusal(tensorboard) if usable is True else usable
 
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, images: Any, **settings: Any) -> io.NodeOutput:
