@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from ...blockskip_core.errors import InvalidInputError
 from ...blockskip_core.hosts.files.embedding_files import embedding_name
-from ...blockskip_core.hosts.words.captions import require_place
+from ...blockskip_core.hosts.sampling.training_samples import MAX_PROMPTS, SampleRequest, require_request
+from ...blockskip_core.hosts.words.captions import PLACE, require_place
 from ...blockskip_core.hosts.words.losses import RESIDENCIES, Residency
 from ...blockskip_core.zoodip.examples import ExampleSchedule
 from ...blockskip_core.zoodip.settings import WordSettings, paper_settings
@@ -88,17 +89,25 @@ class WordRequest:
     save_every: int = 100
     resume: bool = True
     tensorboard: bool = False
+    sample_prompts: str = ""
+    samples: SampleRequest | None = None
 
     def __post_init__(self) -> None:
         require_estimator(self.estimator)
         if self.residency not in RESIDENCIES:
             raise InvalidInputError(f"residency must be one of {', '.join(RESIDENCIES)}, got {self.residency!r}.")
-        for name in ("captions", "like_word"):
+        for name in ("captions", "like_word", "sample_prompts"):
             if any("\ud800" <= char <= "\udfff" for char in getattr(self, name)):  # no tokenizer takes these
                 raise InvalidInputError(f"{name} contains half of a character. Type it again.")
         if not self.guidance >= 0.0:
             raise InvalidInputError(f"guidance must not be negative, got {self.guidance}.")
         lines_of(self.captions)
+        require_request(self.samples)
+        for prompt in self.prompts:
+            if PLACE not in prompt:
+                raise InvalidInputError(
+                    f"Every line of sample_prompts needs {PLACE} where the new word is, got {prompt!r}."
+                )
         settings = self.settings(is_flow=True)
         self.examples(settings, 1)
         SubspaceGradient(1, settings.subspace_every, settings.subspace_share)
@@ -107,6 +116,14 @@ class WordRequest:
     def caption_lines(self) -> list[str]:
         """The captions: one for all pictures, or one for each."""
         return lines_of(self.captions)
+
+    @property
+    def prompts(self) -> list[str]:
+        """What is sampled while training; nothing without a request, and captions, each once, without other prompts."""
+        if self.samples is None:
+            return []
+        typed = [line.strip() for line in self.sample_prompts.splitlines() if line.strip()]
+        return typed or list(dict.fromkeys(self.caption_lines))[:MAX_PROMPTS]
 
     def settings(self, *, is_flow: bool) -> WordSettings:
         """Return the settings of the training.

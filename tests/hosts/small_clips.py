@@ -161,6 +161,7 @@ def small_sdxl() -> Any:
 
     vector = WIDTH + 6 * 256  # the host's embedding of a size has 256 numbers
     changes = {"context_dim": 2 * WIDTH, "adm_in_channels": vector, "num_classes": "sequential"}
+    changes["model_channels"] = 64  # one head, which the host makes 64 wide
     supported = comfy.supported_models.SDXL({**UNET, **changes})
     return _with_random_weights(supported, comfy.model_base.SDXL, comfy.model_base.ModelType.EPS)
 
