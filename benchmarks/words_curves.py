@@ -12,8 +12,11 @@ from torch import Tensor
 Row = dict[str, Any]
 Points = list[tuple[int, float]]  # (forward passes, gain)
 Scale = dict[str, tuple[float, float]]  # subject -> held-out loss where the gain is 0 and where it is 1
-PLOTTED = ("gradient", "paper", "defaults", "stronger")
-"""Groups of the plot."""
+STYLES = {
+    "gradient": ("--", "o"), "defaults": ("-", "o"), "stored": ((0, (1, 2)), "x"), "paper": (":", "s"), "stronger": ("-.", "^"),
+}  # fmt: skip
+"""Groups of the plot, in the order of its legend, and their lines and markers; within a group colours differ."""
+NEW_EXAMPLES = "new examples in every step"
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of a run's steps, after which the held-out loss is measured too."""
 
@@ -82,6 +85,11 @@ def table(rows: Sequence[Row], scale: Scale) -> list[str]:
     return [*lines, ""]
 
 
+def plotted_as(row: Row) -> str:
+    """Return the group in which a row's arm is plotted: with new examples in every step beside the defaults."""
+    return "defaults" if row["arm"].startswith(NEW_EXAMPLES) else str(row["group"])
+
+
 def plot(rows: Sequence[Row], scale: Scale, file: Path) -> None:
     """Plot the curves of the arms that are compared with gradients."""
     import matplotlib
@@ -89,12 +97,19 @@ def plot(rows: Sequence[Row], scale: Scale, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = curves([row for row in rows if row["group"] in PLOTTED], scale)
-    groups = {row["arm"]: row["group"] for row in rows if "arm" in row}
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for arm, points in found.items():
-        dashed = "--" if groups[arm] == "gradient" else "-"
-        axes.plot(*zip(*points, strict=True), dashed, marker="o", markersize=3, label=arm)
+    groups = {row["arm"]: plotted_as(row) for row in rows if "arm" in row}
+    found = curves([row for row in rows if groups.get(row.get("arm")) in STYLES], scale)
+    figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    for group, (line, marker) in STYLES.items():
+        for number, arm in enumerate(arm for arm in found if groups[arm] == group):
+            axes.plot(
+                *zip(*found[arm], strict=True),
+                linestyle=line,
+                marker=marker,
+                markersize=3,
+                color=f"C{number}",
+                label=arm,
+            )
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("forward passes (gradient: and as many backward passes)")
     axes.set_ylabel("gain in held-out loss (1: gradient textual inversion)")

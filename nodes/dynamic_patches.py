@@ -13,11 +13,12 @@ from ..blockskip_core.ddit.operations import share_saved
 from ..blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, FixedScales, PatchPlan, TypedWindows
 from ..blockskip_core.ddit.scheduler import CRITERIA, Criterion, SchedulerSettings
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
+from ..blockskip_core.ddit.windows import typed_windows
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches, RunRecord
 from ..blockskip_core.reporting.patch_pictures import patch_strip
 from ..blockskip_core.reporting.pictures import as_image
-from .inputs import checked, connected, connected_if_any
+from .inputs import checked, connected, connected_if_any, refusal
 from .page.progress import NodeProgress
 from .types import PatchAdaptersSocket
 
@@ -50,6 +51,19 @@ class DynamicPatchesNode(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, mode: Any, windows: Any = "") -> bool | str:
+        """Refuse windows that are not written as such when the graph is queued."""
+        if None in (mode, windows):  # linked inputs are known only when the node runs
+            return True
+
+        def check() -> None:
+            require_mode(mode)
+            if mode == "windows":
+                typed_windows(windows)
+
+        return refusal(check)
 
     @classmethod
     def execute(cls, model: Any, patch_adapters: Any = None, sigmas: Any = None, **settings: Any) -> io.NodeOutput:
@@ -122,6 +136,12 @@ def _auto_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
+def require_mode(mode: str) -> None:
+    """Raise InvalidInputError for an unknown mode."""
+    if mode not in MODES:
+        raise InvalidInputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicPatchesRequest:
     """The node's widgets by their ids; defaults are those of the widgets."""
@@ -138,8 +158,7 @@ class DynamicPatchesRequest:
     last_own: int = 1
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InvalidInputError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        require_mode(self.mode)
 
     def applied(
         self, model: Any, *, patch_adapters: TrainedPatches | None, sigmas: Any, progress: NodeProgress

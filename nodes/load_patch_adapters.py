@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import file_identity
-from ..blockskip_core.hosts.files.patch_adapter_files import load_patch_adapters
-from .inputs import NO_FILE, checked
+from ..blockskip_core.hosts.files.patch_adapter_files import load_patch_adapters, require_patch_adapters
+from .inputs import NO_FILE, checked, refusal
 from .types import PatchAdaptersSocket
 
 
@@ -45,6 +45,11 @@ class LoadPatchAdapters(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, file: Any = NO_FILE) -> bool | str:
+        """Refuse a graph without a file, or with one that is gone, when it is queued; a linked one is None then."""
+        return True if file is None else refusal(lambda: require_chosen(file))
+
+    @classmethod
     def fingerprint_inputs(cls, file: Any = NO_FILE, **_others: Any) -> str:
         """Run again when the chosen file has changed; ComfyUI compares its name but not its content."""
         return file_identity(file)
@@ -55,6 +60,13 @@ class LoadPatchAdapters(io.ComfyNode):
         return io.NodeOutput(trained, description(trained))
 
 
+def require_chosen(file: str) -> None:
+    """Raise InvalidInputError if no file was chosen, and PatchAdapterError if it is gone."""
+    if file == NO_FILE:
+        raise InvalidInputError("No file was chosen. Train adapters first, then choose their file in `file`.")
+    require_patch_adapters(file)
+
+
 def chosen(file: str) -> TrainedPatches:
     """Return the adapters of a file.
 
@@ -62,8 +74,7 @@ def chosen(file: str) -> TrainedPatches:
         InvalidInputError: If none was chosen.
         PatchAdapterError: If it cannot be read as one.
     """
-    if file == NO_FILE:
-        raise InvalidInputError("No file was chosen. Train adapters first, then choose their file in `file`.")
+    require_chosen(file)
     return load_patch_adapters(file)
 
 

@@ -33,7 +33,7 @@ class SampleWhileTraining(io.ComfyNode):
             is_experimental=True,
             inputs=[*_schedule_inputs(), *_sampler_inputs()],
             outputs=[
-                SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer."),
+                SamplesSocket.Output("samples", display_name="samples", tooltip="For Dynamic Patch Trainer or Train Word."),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
@@ -71,7 +71,7 @@ class SampleWhileTraining(io.ComfyNode):
 def _schedule_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input(
-            "positive", tooltip="The prompts; each gives one picture. Use other words than in the captions."
+            "positive", tooltip="The prompts; each gives one picture. Use other words than in the captions. Train Word has its own."
         ),
         io.Vae.Input("vae", tooltip="The VAE of the model."),
         io.Int.Input(

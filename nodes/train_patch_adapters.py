@@ -17,7 +17,8 @@ from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.distillation.loop import DistillationResult
 from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.errors import InvalidInputError
-from ..blockskip_core.hosts.files.lora_files import ReservedName, output_path, require_writable
+from ..blockskip_core.hosts.files.lora_files import EXAMPLE_NAME, ReservedName, output_path, require_writable
+from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.hosts.files.patch_adapter_files import save_patch_adapters
 from ..blockskip_core.hosts.inputs.clips import FirstClips
 from ..blockskip_core.hosts.inputs.pictures import Pictures
@@ -29,7 +30,7 @@ from ..blockskip_core.reporting.pictures import as_image
 from . import widgets
 from .distillation_display import DistillationDisplay
 from .distillation_events import DistillationEvents
-from .inputs import checked, connected, tensorboard_refusal
+from .inputs import checked, connected, refusal, single, tensorboard_refusal
 from .load_patch_adapters import description
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
@@ -78,9 +79,16 @@ class TrainPatchAdapters(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, tensorboard: Any = None) -> bool | str:
-        """Refuse a missing package when the graph is queued."""
-        return tensorboard_refusal(tensorboard)
+    def validate_inputs(cls, adapters_name: Any = None, tensorboard: Any = None) -> bool | str:
+        """Refuse a name that cannot be saved, and a missing package, when the graph is queued."""
+
+        def check() -> None:
+            name = single(adapters_name, "adapters_name")
+            if name is not None:
+                name_below(name, EXAMPLE_NAME)
+
+        usable = refusal(check)
+        return tensorboard_refusal(tensorboard) if usable is True else usable
 
     @classmethod
     def execute(

@@ -9,11 +9,11 @@ from comfy_api.latest import io
 from ..blockskip_core.hosts.words.encoders import taking_embedding_files
 from ..blockskip_core.hosts.words.losses import RESIDENCIES
 from . import widgets
-from .inputs import checked, connected, tensorboard_refusal
+from .inputs import checked, connected, refusal, single, singles, tensorboard_refusal
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
-from .types import LossMapSocket
-from .words.request import ESTIMATOR_CHOICES, WordRequest
+from .types import LossMapSocket, SamplesSocket
+from .words.request import ESTIMATOR_CHOICES, WordRequest, require_usable
 from .words.training import train_word
 
 
@@ -49,15 +49,25 @@ class TrainWord(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, tensorboard: Any = None) -> bool | str:
-        """Refuse a missing package when the graph is queued."""
-        return tensorboard_refusal(tensorboard)
+    def validate_inputs(
+        cls, captions: Any = None, name: Any = None, estimator: Any = None, noise_from: Any = None, noise_to: Any = None,
+        tensorboard: Any = None,
+    ) -> bool | str:  # fmt: skip
+        """Refuse captions, names and noise levels that no run can use, and a missing package, when the graph is queued."""
+        known = {
+            "captions": captions, "name": name, "estimator": estimator, "noise_from": noise_from, "noise_to": noise_to,
+        }  # fmt: skip
+        usable = refusal(lambda: require_usable(**singles(**known)))
+        return tensorboard_refusal(tensorboard) if usable is True else usable
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, vae: Any, images: Any, **settings: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, clip: Any, vae: Any, images: Any, samples: Any = None, **settings: Any
+    ) -> io.NodeOutput:
         model, clip, vae = connected(model=model, clip=clip, vae=vae).values()
         with LiveChart(cls.hidden) as chart:
-            request, progress = WordRequest(**checked(cls, **settings)), NodeProgress(cls.hidden.unique_id, chart.phase)
+            request = WordRequest(**checked(cls, **settings), samples=single(samples, "samples"))
+            progress = NodeProgress(cls.hidden.unique_id, chart.phase)
             done = train_word(model, clip, vae, images, request, progress, chart)
         outputs = (done.word, taking_embedding_files(clip), {"loss": done.losses}, done.steps, done.report)
         return io.NodeOutput(*outputs, ui=chart.output())
@@ -170,5 +180,13 @@ def _run_inputs() -> list[io.Input]:
             "tensorboard", default=False, optional=True, advanced=True,
             tooltip="Also write losses, step size and memory of every step for TensorBoard, into the folder "
             "`tensorboard` in ComfyUI's output folder. Needs the Python package tensorboard.",
+        ),
+        io.String.Input(
+            "sample_prompts", default="", multiline=True, optional=True,
+            tooltip="What `samples` shows: one prompt on each line, with {word} where the new word is. Empty: the captions.",
+        ),
+        SamplesSocket.Input(
+            "samples", optional=True,
+            tooltip="From Sample While Training: pictures while training, of `sample_prompts`.",
         ),
     ]  # fmt: skip

@@ -10,12 +10,43 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ..errors import InvalidInputError
 from .error_table import ErrorTable
 
 _GRAINS = 4000  # the budget is this many units; errors are rounded up to whole units
 _WINDOW = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?:\s*(\d+)\s*")
+
+
+class Window(NamedTuple):
+    """Steps with one patch size.
+
+    Attributes:
+        text: As typed.
+        first, last: Its steps, from 1.
+        scale: Their patch size, in multiples of the model's own.
+    """
+
+    text: str
+    first: int
+    last: int
+    scale: int
+
+
+def typed_windows(text: str) -> list[Window]:
+    """Return the windows in text such as ``"2-9: 2, 12-14: 4"``, whatever their steps and scales.
+
+    Raises:
+        InvalidInputError: If it is not such a text.
+    """
+    windows = []
+    for part in map(str.strip, filter(str.strip, text.split(","))):
+        found = _WINDOW.fullmatch(part)
+        if not found:
+            raise InvalidInputError(f"Windows are written like `2-9: 2, 12-14: 4`, got {part!r}.")
+        windows.append(Window(part, int(found[1]), int(found[2] or found[1]), int(found[3])))
+    return windows
 
 
 def scales_in_windows(text: str, steps: int, known: Sequence[int]) -> list[int]:
@@ -25,20 +56,16 @@ def scales_in_windows(text: str, steps: int, known: Sequence[int]) -> list[int]:
         InvalidInputError: If it is not such a text, names a step twice or out of range, or an unknown scale.
     """
     scales = [0] * steps
-    for part in filter(str.strip, text.split(",")):
-        found = _WINDOW.fullmatch(part)
-        if not found:
-            raise InvalidInputError(f"Windows are written like `2-9: 2, 12-14: 4`, got {part.strip()!r}.")
-        first, last, scale = int(found[1]), int(found[2] or found[1]), int(found[3])
+    for part, first, last, scale in typed_windows(text):
         if not 1 <= first <= last <= steps:
-            raise InvalidInputError(f"The window {part.strip()!r} is not within the steps 1 to {steps} of this run.")
+            raise InvalidInputError(f"The window {part!r} is not within the steps 1 to {steps} of this run.")
         if scale not in known:
             raise InvalidInputError(
-                f"The window {part.strip()!r} asks for patches of {scale} times the model's side, the adapters are for "
+                f"The window {part!r} asks for patches of {scale} times the model's side, the adapters are for "
                 f"{', '.join(map(str, known))}."
             )
         if any(scales[first - 1 : last]):
-            raise InvalidInputError(f"The window {part.strip()!r} overlaps another. Give every step one patch size.")
+            raise InvalidInputError(f"The window {part!r} overlaps another. Give every step one patch size.")
         scales[first - 1 : last] = [scale] * (last - first + 1)
     return [scale or 1 for scale in scales]
 

@@ -93,16 +93,31 @@ class WordTraining:
         Raises:
             TrainingError: If a loss is not finite, before it changes the word.
         """
+        for observer in observers:
+            observer.started(self._result.steps)
         try:
+            self._pause_if_due(observers)
             while self._result.steps < self._settings.steps:
                 report = self._step(self._result.steps)
                 if self._checkpoints and self._checkpoints.is_due(report.step):
                     self._checkpoints.save(self._state())
                 for observer in observers:
                     observer.on_step(report)
+                self._pause_if_due(observers)
         finally:
-            if self._checkpoints and self._result.steps:
-                self._checkpoints.save(self._state())
+            self._save()
+
+    def _pause_if_due(self, observers: Sequence[TrainingObserver]) -> None:
+        """Let observers work if due, e.g. sample; the state is saved first, because that may run out of memory."""
+        due = [observer for observer in observers if observer.is_due(self._result.steps)]
+        if due:
+            self._save()
+        for observer in due:
+            observer.between_steps(self._result.steps)
+
+    def _save(self) -> None:
+        if self._checkpoints and self._result.steps:
+            self._checkpoints.save(self._state())
 
     def _step(self, step: int) -> StepReport:
         started, settings = time.perf_counter(), self._settings

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import folder_paths
 from comfy.model_management import InterruptProcessingException
@@ -16,73 +17,92 @@ from ...blockskip_core.errors import StorageError
 from ...blockskip_core.files import write_atomically
 from ...blockskip_core.hosts.files.folders import run_folder
 from ...blockskip_core.hosts.files.kept_samples import KeptSample, read_kept_samples, sample_path, write_kept_samples
-from ...blockskip_core.hosts.runs.outcome import RunOutcome, Sample
-from ...blockskip_core.hosts.runs.prepare import PreparedRun
-from ...blockskip_core.hosts.sampling.training_samples import TrainingSampler
+from ...blockskip_core.hosts.runs.outcome import Sample
+from ...blockskip_core.hosts.runs.peak_memory import PeakMemory
+from ...blockskip_core.hosts.sampling.training_samples import SampleRequest
 from ...blockskip_core.reporting.pictures import as_picture
 from ...blockskip_core.reporting.run_report import sample_of
 from ...blockskip_core.training.checkpoints import SAMPLES_FILE
 from ...blockskip_core.training.observer import TrainingObserver
+from ...blockskip_core.training.result import TrainingResult
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
 
 logger = logging.getLogger(__name__)
 
 
+class SampledOutcome(Protocol):
+    """The result of a run, as far as its samples need it; see ``hosts.runs.outcome``."""
+
+    memory: PeakMemory
+    samples: list[Sample]
+
+    @property
+    def path(self) -> Path:
+        """Beside which pictures are saved."""
+        ...
+
+    @property
+    def result(self) -> TrainingResult:
+        """Of the training loop."""
+        ...
+
+
+class Pictures(Protocol):
+    """Makes the pictures."""
+
+    def __call__(self, *, on_step: Callable[[int, int], None]) -> list[Tensor]:
+        """Return one picture per prompt; ``on_step`` gets (done, total)."""
+        ...
+
+
 class RunSamples(TrainingObserver):
     """Samples between steps when due.
 
     Args:
-        run: The run; pictures are saved beside its LoRA.
         outcome: Receives the pictures, and a sentence if sampling fails; then the training continues without sampling.
+            They are saved beside its path.
         progress: The node's progress.
         chart: Shows the pictures.
-        sampler: Makes the pictures.
-        training_peak: Counted bytes that the training needs on the device.
+        request: What is sampled, and when.
+        pictures: Makes one picture per prompt.
+        steps: Of the whole run.
+        key: The run's content hash.
     """
 
     def __init__(
-        self,
-        run: PreparedRun,
-        outcome: RunOutcome,
-        progress: NodeProgress,
-        chart: LiveChart,
-        sampler: TrainingSampler,
-        *,
-        training_peak: int,
-    ) -> None:
-        self._run, self._outcome, self._progress, self._chart = run, outcome, progress, chart
-        self._sampler, self._training_peak = sampler, training_peak
+        self, outcome: SampledOutcome, progress: NodeProgress, chart: LiveChart, request: SampleRequest,
+        pictures: Pictures, *, steps: int, key: str,
+    ) -> None:  # fmt: skip
+        self._outcome, self._progress, self._chart = outcome, progress, chart
+        self._request, self._pictures, self._steps = request, pictures, steps
         self._failed = self._likeness_failed = False
-        self._names = run_folder(run.identity.key) / SAMPLES_FILE
+        self._names = run_folder(key) / SAMPLES_FILE
 
     def started(self, step: int) -> None:
         """Show the samples that the interrupted run made up to ``step``."""
-        self._chart.offer_samples(step < self._run.request.steps)
+        self._chart.offer_samples(step < self._steps)
         if step and not self._outcome.samples:
-            for sample in read_kept_samples(self._names, self._sampler.request.identity, step):
+            for sample in read_kept_samples(self._names, self._request.identity, step):
                 self._show_again(sample)
 
     def is_due(self, step: int) -> bool:
         """Return whether pictures are due after ``step`` steps and not there yet, or a user has asked for them."""
-        request = self._sampler.request
         made = sum(sample.step == step for sample in self._outcome.samples)
-        due = request.is_due(step, self._run.request.steps) and made < len(request.positive)
+        due = self._request.is_due(step, self._steps) and made < len(self._request.positive)
         return (due or self._chart.wants_sample) and not self._failed
 
     def between_steps(self, step: int) -> None:
         """Sample, save and show. Cancel ends the run as usual; any other failure ends only the sampling."""
         try:
             with self._outcome.memory.apart():
-                pictures = self._sampler.pictures(
-                    self._run.adapters,
-                    training_peak=self._training_peak,
-                    on_step=lambda done, total: self._progress(f"sampling after step {step}", done, total),
+                pictures = self._pictures(
+                    on_step=lambda done, total: self._progress(f"sampling after step {step}", done, total)
                 )
             for prompt, (picture, likeness) in enumerate(zip(pictures, self._likeness(pictures, step), strict=True), 1):
                 self._keep(as_picture(picture), step, prompt, likeness)
             self._keep_names()
-            self._chart.offer_samples(step < self._run.request.steps)
+            self._chart.offer_samples(step < self._steps)
         except InterruptProcessingException:
             raise
         except Exception as error:
@@ -96,7 +116,7 @@ class RunSamples(TrainingObserver):
 
     def _likeness(self, pictures: Sequence[Tensor], step: int) -> Sequence[float | None]:
         """Return how alike every picture is to the training pictures; if that fails, nothing else does."""
-        likeness = self._sampler.request.likeness
+        likeness = self._request.likeness
         if likeness is not None and not self._likeness_failed:
             try:
                 with self._outcome.memory.apart():
@@ -121,7 +141,7 @@ class RunSamples(TrainingObserver):
         """Write where the samples are, for the run that may have to resume this one."""
         kept = [KeptSample(made.step, made.prompt, made.path, made.likeness) for made in self._outcome.samples]
         try:
-            write_kept_samples(self._names, self._sampler.request.identity, kept)
+            write_kept_samples(self._names, self._request.identity, kept)
         except StorageError as error:
             logger.exception("BlockSkip: the names of the samples cannot be kept")
             self._outcome.result.problems.append(f"{error} A run that resumes this one will not show its samples.")
@@ -136,7 +156,7 @@ class RunSamples(TrainingObserver):
     def _show(self, picture: Image.Image, sample: KeptSample) -> None:
         """Put a picture into the summary and the chart."""
         step, prompt, path, likeness = sample
-        label = f"step {step:,}" + (f", prompt {prompt}" if len(self._sampler.request.positive) > 1 else "")
+        label = f"step {step:,}" + (f", prompt {prompt}" if len(self._request.positive) > 1 else "")
         label += "" if likeness is None else f", likeness {likeness:.4f}"
         self._outcome.samples.append(Sample(step, prompt, path, sample_of(picture, label), likeness))
         subfolder = _below_output(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,18 @@ class NodeView(RunView):
         self._chart = RunChart(run, outcome, self._live)
         shown: list[TrainingObserver] = [self._chart, ProgressLine(run, outcome, self._progress)]
         if run.sampler is not None:
-            shown.append(RunSamples(run, outcome, self._progress, self._live, run.sampler, training_peak=training_peak))
+            pictures = partial(run.sampler.pictures, run.adapters, training_peak=training_peak)
+            shown.append(
+                RunSamples(
+                    outcome,
+                    self._progress,
+                    self._live,
+                    run.sampler.request,
+                    pictures,
+                    steps=run.request.steps,
+                    key=run.identity.key,
+                )  # fmt: skip
+            )
         return shown
 
     def saved(self) -> None:

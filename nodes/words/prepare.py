@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,11 +18,12 @@ from ...blockskip_core.hosts.words.encoders import known_word
 from ...blockskip_core.hosts.words.latents import square_latents
 from ...blockskip_core.hosts.words.losses import WordLosses
 from ...blockskip_core.hosts.words.noise_levels import is_flow
+from ...blockskip_core.hosts.words.samples import WordSampler
 from ...blockskip_core.training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
 from ...blockskip_core.version import VERSION
 from ...blockskip_core.zoodip.settings import WordSettings
 from ...blockskip_core.zoodip.signal import PAIRS, Signal, measure_signal
-from ...blockskip_core.zoodip.word import WordLayout
+from ...blockskip_core.zoodip.word import WordLayout, WordPart
 from ..page.progress import NodeProgress
 from .memory import counted_memory
 from .request import WordRequest
@@ -44,6 +45,7 @@ class PreparedWord:
         num_pictures: Number of pictures.
         identity: What the run is, apart from its perturbation.
         memory: What it needs and what there is, as a sentence; may be empty.
+        sampler: Samples pictures while training, or None.
     """
 
     request: WordRequest
@@ -55,6 +57,7 @@ class PreparedWord:
     num_pictures: int
     identity: RunIdentity
     memory: str
+    sampler: WordSampler | None
 
     def measured(self, progress: NodeProgress) -> tuple[WordSettings, Signal | None]:
         """Return the settings with a perturbation that the model's loss follows, and what was measured.
@@ -87,6 +90,21 @@ class PreparedWord:
         return Checkpoints(folder, identity, every=request.save_every, keep=KEPT_STATES, resume=request.resume)
 
 
+def encoded(captions: WordCaptions, vectors: Mapping[str, Tensor]) -> list[list]:
+    """Return the CONDITIONINGs of captions with a word's vectors."""
+    return [captions.clip.encode_from_tokens_scheduled(captions.tokens(i, vectors)) for i in range(len(captions))]
+
+
+def sampler_for(
+    request: WordRequest, losses: WordLosses, clip: Any, parts: Sequence[WordPart], vectors: Mapping[str, Tensor]
+) -> WordSampler | None:
+    """Return what samples the request's prompts, or None if it asks for none."""
+    if request.samples is None:
+        return None
+    prompts = WordCaptions(clip, request.prompts, parts)
+    return WordSampler(losses, prompts, request.samples, encoded(prompts, vectors))
+
+
 def prepare(
     model: Any, clip: Any, vae: Any, images: Sequence[Any], request: WordRequest, progress: NodeProgress
 ) -> PreparedWord:
@@ -114,10 +132,10 @@ def prepare(
     )
     memory = counted_memory(model, captions, layout, latents.shape[1:], settings, request.guidance, progress)
     first = layout.join(vectors)
-    texts = [captions.clip.encode_from_tokens_scheduled(captions.tokens(i, vectors)) for i in range(len(captions))]
+    texts = encoded(captions, vectors)
     return PreparedWord(
         request=request, name=name, layout=layout, first=first, losses=losses, settings=settings,
-        num_pictures=len(pictures), memory=memory,
+        num_pictures=len(pictures), memory=memory, sampler=sampler_for(request, losses, clip, parts, vectors),
         identity=RunIdentity({
             "kind": "word", "model": identity, "texts": conditionings_identity(texts), "latents": tensors_identity([latents]),
             "first": tensors_identity([first]), "guidance": request.guidance, "made by": f"BlockSkip {VERSION}",

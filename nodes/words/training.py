@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...blockskip_core.errors import TrainingError
+from ...blockskip_core.hosts.files.lora_files import word_samples
 from ...blockskip_core.hosts.models.out_of_memory import OutOfMemoryError, out_of_memory_explained
+from ...blockskip_core.hosts.runs.outcome import Sample
+from ...blockskip_core.hosts.runs.peak_memory import PeakMemory
+from ...blockskip_core.training.checkpoints import RunIdentity
 from ...blockskip_core.training.observer import TrainingObserver
 from ...blockskip_core.zoodip.settings import WordSettings
 from ...blockskip_core.zoodip.signal import Signal
 from ...blockskip_core.zoodip.training import WordResult, WordTraining
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
+from ..run.samples import RunSamples
 from .display import WordDisplay
 from .events import WordEvents
 from .prepare import PreparedWord, prepare
@@ -77,10 +85,45 @@ def _learned(
         training.resume()
         display.earlier()
         with _events(run, settings, result, display) as events:
-            word = _saved_however_it_ends(run, settings, training, result, [*events, display])
+            samples = _samples(run, settings, training, result, display.memory, progress, chart)
+            word = _saved_however_it_ends(run, settings, training, result, [*events, *samples, display])
     progress.say(summary_line(word, settings, result))
     text = report(run, settings, signal, training, result, word, display.peak)
     return TrainedWord(word, result.losses, result.steps, text)
+
+
+@dataclass
+class WordOutcome:
+    """The result of a run, for its samples.
+
+    Attributes:
+        memory: Memory use of the device.
+        path: Beside which pictures are saved.
+        result: The training loop's result.
+        samples: Pictures, in order.
+    """
+
+    memory: PeakMemory
+    path: Path
+    result: WordResult
+    samples: list[Sample] = field(default_factory=list)
+
+
+def _samples(
+    run: PreparedWord, settings: WordSettings, training: WordTraining, result: WordResult, memory: PeakMemory,
+    progress: NodeProgress, chart: LiveChart,
+) -> list[RunSamples]:  # fmt: skip
+    """Return what samples while training, if it is asked for."""
+    sampler, key = run.sampler, run.identity_with(settings).key
+    if sampler is None:
+        return []
+    pictures = RunIdentity({"run": key, **sampler.request.identity}).key  # other prompts do not replace their files
+    outcome = WordOutcome(memory, word_samples(Path(run.request.name), pictures), result)
+
+    def sampled(*, on_step: Callable[[int, int], None]) -> list[Tensor]:
+        return sampler.pictures(training.word, on_step=on_step)
+
+    return [RunSamples(outcome, progress, chart, sampler.request, sampled, steps=settings.steps, key=key)]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ TABLE = {
     "hosts/inputs hosts/files",
     "hosts/sampling": "errors units files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",
-    "hosts/words": "errors zoodip accounting hosts/inputs hosts/models",
+    "hosts/words": "errors zoodip accounting hosts/inputs hosts/models hosts/sampling",
     "hosts/runs": "errors units version data adapters model residuals training runs accounting reporting hosts/families "
     "hosts/inputs hosts/files hosts/models hosts/sampling",
     "hosts/diffusers": "errors version names files locks selection data adapters model blocks residuals training runs api",
@@ -51,7 +51,8 @@ TABLE = {
     "nodes/inputs": "errors selection ddit residuals reporting hosts/files hosts/runs",
     "nodes/page": "reporting",
     "nodes/run": "errors files adapters residuals training reporting hosts/files hosts/models hosts/sampling hosts/runs nodes/page",
-    "nodes/words": "errors units version training zoodip reporting hosts/inputs hosts/files hosts/models hosts/words hosts/runs nodes/page",
+    "nodes/words": "errors units version training zoodip reporting hosts/inputs hosts/files hosts/models hosts/sampling hosts/words "
+    "hosts/runs nodes/page nodes/run",
     "nodes": "errors selection data adapters ralu ddit residuals training distillation accounting reporting hosts/inputs hosts/files "
     "hosts/models hosts/sampling hosts/words hosts/runs nodes/types nodes/inputs nodes/page nodes/run nodes/words",
 }

@@ -147,14 +147,32 @@ def small_clip(family: str, embeddings: str) -> Any:
 def small_unet(prediction: str = "EPS", context: int = WIDTH) -> Any:
     """Return a MODEL around a random U-Net like SD1.5's, for latents (B, 4, 8, 8)."""
     import comfy.model_base
-    import comfy.model_management
-    import comfy.model_patcher
     import comfy.supported_models
 
     supported = comfy.supported_models.SD15({**UNET, "context_dim": context})
+    return _with_random_weights(supported, comfy.model_base.BaseModel, comfy.model_base.ModelType[prediction])
+
+
+@torch.inference_mode()
+def small_sdxl() -> Any:
+    """Return a MODEL around a random U-Net like SDXL's: the text of two encoders, and pooled text with six sizes as ``y``."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    vector = WIDTH + 6 * 256  # the host's embedding of a size has 256 numbers
+    changes = {"context_dim": 2 * WIDTH, "adm_in_channels": vector, "num_classes": "sequential"}
+    changes["model_channels"] = 64  # one head, which the host makes 64 wide
+    supported = comfy.supported_models.SDXL({**UNET, **changes})
+    return _with_random_weights(supported, comfy.model_base.SDXL, comfy.model_base.ModelType.EPS)
+
+
+def _with_random_weights(supported: Any, kind: Any, prediction: Any) -> Any:
+    import comfy.model_management
+    import comfy.model_patcher
+
     supported.custom_operations = None
     supported.set_inference_dtype(torch.float32, None)
-    model = comfy.model_base.BaseModel(supported, model_type=comfy.model_base.ModelType[prediction], device="cpu")
+    model = kind(supported, model_type=prediction, device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.diffusion_model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator) * max(1, parameter[0].numel()) ** -0.5

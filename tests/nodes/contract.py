@@ -267,6 +267,8 @@ CONTRACT = {
             save_every INT? = 100 [0, 1000000]
             resume BOOLEAN? = True
             tensorboard BOOLEAN? = False
+            sample_prompts STRING? =
+            samples BLOCKSKIP_SAMPLES?
         """,
         [("word", "STRING"), ("clip", "CLIP"), ("loss_map", "LOSS_MAP"), ("steps", "INT"), ("report", "STRING")],
     ),

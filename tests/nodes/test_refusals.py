@@ -19,6 +19,25 @@ import pytest
         ("ApplyLora", {}, "No LoRA was given"),
         ("ApplyLora", {"lora_name": "gone.safetensors"}, "There is no 'gone.safetensors'"),
         ("PrecomputeResiduals", {"patch_min": [512], "patch_max": [256]}, "must not be larger than patch_max"),
+        ("TrainWord", {"name": ["../elsewhere"]}, "must stay inside"),
+        ("TrainWord", {"name": ["my dog"]}, "at which a prompt ends a word's name"),
+        (
+            "TrainWord",
+            {"captions": ["a {word}\na dog"]},
+            "Every caption needs {word} where the new word is, got 'a dog'",
+        ),
+        ("TrainWord", {"captions": [" \n"]}, "captions is empty"),
+        ("TrainWord", {"estimator": ["central"], "noise_from": [0.5], "noise_to": [0.2]}, "got 0.5 and 0.2"),
+        ("TrainWord", {"estimator": ["newton"]}, "estimator must be one of"),
+        ("TrainPatchAdapters", {"adapters_name": ["../elsewhere"]}, "must stay inside ComfyUI's output folder"),
+        (
+            "DynamicPatchesNode",
+            {"mode": "windows", "windows": "2 to 9"},
+            "written like `2-9: 2, 12-14: 4`, got '2 to 9'",
+        ),
+        ("DynamicPatchesNode", {"mode": "another"}, "mode must be one of"),
+        ("LoadPatchAdapters", {}, "No file was chosen"),
+        ("LoadPatchAdapters", {"file": "gone.safetensors"}, "There is no 'gone.safetensors'"),
     ],
     ids=str,
 )
@@ -44,6 +63,17 @@ def test_refused_with_a_sentence(nodes, node, widgets, match):
         ("PrecomputeResiduals", {"patch_min": [512], "patch_max": [256], "memory_settings": [None]}),
         ("ApplyLora", {"lora": None}),
         ("ApplyLora", {"lora_name": None}),
+        ("TrainWord", {"name": ["dogs/rex"], "captions": ["a {word}"], "estimator": ["central"]}),
+        (
+            "TrainWord",
+            {"name": [None], "captions": [None], "estimator": [None], "noise_from": [0.5], "noise_to": [0.2]},
+        ),
+        ("TrainWord", {"estimator": ["paper"], "noise_from": [0.5], "noise_to": [0.2]}),  # it brings its own levels
+        ("TrainPatchAdapters", {"adapters_name": [None]}),
+        ("DynamicPatchesNode", {"mode": "auto", "windows": "2 to 9"}),
+        ("DynamicPatchesNode", {"mode": "windows", "windows": "2-9: 2, 12: 4"}),
+        ("DynamicPatchesNode", {"mode": None, "windows": "2 to 9"}),
+        ("LoadPatchAdapters", {"file": None}),
     ],
     ids=str,
 )

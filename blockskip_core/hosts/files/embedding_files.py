@@ -30,6 +30,20 @@ _ENDS_A_NAME = re.compile(r"[^\w./\\-]")
 """What the host's tokenizers take as the end of a name, or as a weight: blanks, commas, brackets, colons."""
 
 
+def embedding_name(typed: str) -> PurePosixPath:
+    """Return a word's name, perhaps with folders, after checking that a file and a prompt can have it.
+
+    Raises:
+        InvalidInputError: If it is not a name on every system, leads out of the folder, or cannot be written in a prompt.
+    """
+    found = _ENDS_A_NAME.search(typed)
+    if found:
+        raise InvalidInputError(
+            f"The name {typed!r} has {found[0]!r} in it, at which a prompt ends a word's name. Use letters, digits, _ and -."
+        )
+    return name_below(typed, EXAMPLE)
+
+
 class EmbeddingName:
     """Where a word will be saved, checked before a long run.
 
@@ -43,12 +57,7 @@ class EmbeddingName:
     """
 
     def __init__(self, typed: str) -> None:
-        found = _ENDS_A_NAME.search(typed)
-        if found:
-            raise InvalidInputError(
-                f"The name {typed!r} has {found[0]!r} in it, at which a prompt ends a word's name. Use letters, digits, _ and -."
-            )
-        self._name = name_below(typed, EXAMPLE)
+        self._name = embedding_name(typed)
         folders = folder_paths.get_folder_paths("embeddings")
         self._root = Path(folders[0])
         self._folder = self._root / self._name.parent

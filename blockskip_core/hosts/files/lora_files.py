@@ -120,6 +120,22 @@ def events_folder_named(named: Path, key: str) -> Path:
     return folder
 
 
+def word_samples(named: Path, key: str) -> Path:
+    """Return the path beside which pictures of a word are saved, as beside a LoRA: in a folder of the output folder.
+
+    Args:
+        named: The word's folder and name.
+        key: What the pictures depend on, as a content hash.
+
+    Raises:
+        InvalidInputError: If a link leads out of the output folder.
+    """
+    output = Path(folder_paths.get_output_directory())
+    name = PurePosixPath((named.parent / "words" / f"{named.name}-{key[:8]}_.safetensors").as_posix())
+    _require_no_link_out(output, name)
+    return output / name
+
+
 class ReservedName:
     """Reserves a file's name, and all names that begin with it, against other runs until it is released.
 

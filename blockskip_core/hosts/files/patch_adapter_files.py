@@ -28,17 +28,27 @@ def save_patch_adapters(trained: TrainedPatches, path: Path) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def require_patch_adapters(name: str) -> Path:
+    """Return the file of a name in the loras folders.
+
+    Raises:
+        PatchAdapterError: If there is none.
+    """
+    path = folder_paths.get_full_path("loras", name)
+    if path is None or name not in folder_paths.get_filename_list("loras"):
+        raise PatchAdapterError(f"There is no {name!r} in ComfyUI's loras folders. Refresh the list and choose again.")
+    return Path(path)
+
+
 def load_patch_adapters(name: str) -> TrainedPatches:
     """Read a file from the loras folders.
 
     Raises:
         PatchAdapterError: If it is missing, damaged, or holds something else.
     """
-    path = folder_paths.get_full_path("loras", name)
-    if path is None or name not in folder_paths.get_filename_list("loras"):
-        raise PatchAdapterError(f"There is no {name!r} in ComfyUI's loras folders. Refresh the list and choose again.")
+    path = require_patch_adapters(name)
     try:
-        with open_tensors(Path(path)) as file:
+        with open_tensors(path) as file:
             about = _description(name, file.metadata())
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:

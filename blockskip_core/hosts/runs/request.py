@@ -19,7 +19,7 @@ from ...training.config import LearningRateSchedule, TrainingConfig
 from ...training.optimizers import OptimizerName
 from ..files.lora_files import NO_FILE
 from ..models.quantised_blocks import default_for_frozen_blocks
-from ..sampling.training_samples import SampleRequest
+from ..sampling.training_samples import SampleRequest, require_request
 
 KeptWeights = Literal["resident", "streamed"]
 KEPT_WEIGHTS: tuple[str, ...] = get_args(KeptWeights)
@@ -79,10 +79,7 @@ class RunRequest:
         ):
             if value not in known:
                 raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-        if self.samples is not None and not isinstance(self.samples, SampleRequest):
-            raise InvalidInputError(
-                f"samples must come from Sample While Training, got a {type(self.samples).__name__}."
-            )
+        require_request(self.samples)
         if self.memory_settings is not None:
             require_memory_settings(self.memory_settings)
 

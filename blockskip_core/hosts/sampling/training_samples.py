@@ -109,6 +109,12 @@ class SampleRequest:
         }
 
 
+def require_request(samples: Any) -> None:
+    """Raise InvalidInputError for anything but a request or None."""
+    if samples is not None and not isinstance(samples, SampleRequest):
+        raise InvalidInputError(f"samples must come from Sample While Training, got a {type(samples).__name__}.")
+
+
 def require_guidance(cfg: float, has_negative: bool) -> None:
     """Raise InvalidInputError for a guidance scale out of range, or above 1 without a negative prompt."""
     if not 1.0 <= cfg <= 100.0:
@@ -206,9 +212,14 @@ class TrainingSampler:
 
     def _decoded(self, latent: Tensor) -> Tensor:
         model = self._dit.patcher.model
-        picture = self.request.vae.decode(model.process_latent_out(with_frames(model, latent)))
-        picture = picture[0, 0] if picture.ndim == 5 else picture[0]
-        return picture[..., :3].float().cpu().clamp(0.0, 1.0)
+        return decoded(self.request.vae, model.process_latent_out(with_frames(model, latent)))
+
+
+def decoded(vae: Any, latent: Tensor) -> Tensor:
+    """Return the picture that a VAE makes of one latent as the host's samplers return it: (H, W, 3) in [0, 1], on the CPU."""
+    picture = vae.decode(latent)
+    picture = picture[0, 0] if picture.ndim == 5 else picture[0]
+    return picture[..., :3].float().cpu().clamp(0.0, 1.0)
 
 
 def _shapes_beside_text(model: Any, prompt: list) -> dict[str, list[list[int]]]:

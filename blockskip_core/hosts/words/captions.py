@@ -29,6 +29,13 @@ STAND_IN = "blockskip_stand_in"
 _Place = tuple[str, int, int, str, int]  # key of the tokens, row, column, part, vector
 
 
+def require_place(captions: Sequence[str]) -> None:
+    """Raise InvalidInputError if a caption does not contain :data:`PLACE`."""
+    for caption in captions:
+        if PLACE not in caption:
+            raise InvalidInputError(f"Every caption needs {PLACE} where the new word is, got {caption!r}.")
+
+
 class WordCaptions:
     """Captions in which the word's vectors can be put.
 
@@ -46,9 +53,7 @@ class WordCaptions:
     """
 
     def __init__(self, clip: Any, captions: Sequence[str], parts: Sequence[WordPart]) -> None:
-        for caption in captions:
-            if PLACE not in caption:
-                raise InvalidInputError(f"Every caption needs {PLACE} where the new word is, got {caption!r}.")
+        require_place(captions)
         names = {name: each.embedding_key for name, each in tokenizers_of(clip).items()}
         markers = _markers(parts)
         with _stand_in(markers) as folder:

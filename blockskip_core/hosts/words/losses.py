@@ -89,16 +89,33 @@ class WordLosses:
         self._together = self._fit_together(needed) if self._residency == "auto" else self._residency == "together"
         try:
             self._needed = needed
-            if self._together:
-                self._load(self._clip.patcher, self._patcher)
-                # The host asks for 1 GiB of room at each load_model, and may unload the model for it, in every step.
-                self._clip.load_model = lambda tokens={}: self._clip.patcher  # on our own clone
-            self._patcher.pre_run()
+            self._hold()
             yield
         finally:
-            vars(self._clip).pop("load_model", None)
-            self._patcher.cleanup()
-            drop_cast_buffers()
+            self._let_go()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[Any]:
+        """Leave both models to the host for the duration of a ``with`` block inside :meth:`loaded`; provide the model."""
+        self._let_go()
+        try:
+            if not self._together:
+                _make_room(self._patcher)
+            yield self._patcher
+        finally:
+            self._hold()
+
+    def _hold(self) -> None:
+        if self._together:
+            self._load(self._clip.patcher, self._patcher)
+            # The host asks for 1 GiB of room at each load_model, and may unload the model for it, in every step.
+            self._clip.load_model = lambda tokens={}: self._clip.patcher  # on our own clone
+        self._patcher.pre_run()
+
+    def _let_go(self) -> None:
+        vars(self._clip).pop("load_model", None)
+        self._patcher.cleanup()
+        drop_cast_buffers()
 
     def _load(self, *patchers: Any) -> None:
         comfy.model_management.load_models_gpu(list(patchers), memory_required=self._needed)
@@ -139,6 +156,11 @@ class WordLosses:
         """Return the CONDITIONING of a caption with a word, as from CLIP Text Encode."""
         return self._encoded(word[None], caption)[0]
 
+    def prompts(self, captions: WordCaptions, word: Tensor) -> list[list]:
+        """Return the CONDITIONINGs of all of other captions of the same CLIP with a word."""
+        self._make_room_for_text()
+        return [self._text(captions, caption, word) for caption in range(len(captions))]
+
     @property
     def _options(self) -> dict[str, Any]:
         return self._patcher.model_options["transformer_options"]
@@ -147,10 +169,17 @@ class WordLosses:
         return with_frames(self._patcher.model, self._latents[index : index + 1])
 
     def _encoded(self, words: Tensor, caption: int) -> list[list]:
+        self._make_room_for_text()
+        return [self._text(self._captions, caption, word) for word in words]
+
+    def _make_room_for_text(self) -> None:
         if not self._together:
             _make_room(self._clip.patcher)
-        tokens = [self._captions.tokens(caption, self._layout.split(word)) for word in words]
-        return [self._clip.encode_from_tokens_scheduled(each, add_dict={"guidance": self._guidance}) for each in tokens]
+
+    def _text(self, captions: WordCaptions, caption: int, word: Tensor) -> list:
+        tokens = captions.tokens(caption, self._layout.split(word))
+        encoded: list = self._clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": self._guidance})
+        return encoded
 
     def _prepared(self, conditioning: Sequence[Any], noisy: Tensor, clean: Tensor) -> list[dict[str, Any]]:
         """Return a conditioning with the model's own arguments, as the host's samplers make them."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ..small_clips import small_clip, small_unet
+from ..small_clips import small_clip, small_sdxl, small_unet
 from ..tiny_flux import tiny_flux
 
 
@@ -33,4 +33,5 @@ def clip_of(embeddings: Any) -> Any:
 @pytest.fixture
 def model_of(comfyui: Any) -> Any:
     """Make a MODEL that takes the conditionings of a family's CLIP."""
-    return lambda family: tiny_flux() if family == "FLUX.1" else small_unet()
+    makers = {"FLUX.1": tiny_flux, "SDXL": small_sdxl, "SD1.5": small_unet}
+    return lambda family: makers[family]()

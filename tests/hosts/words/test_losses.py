@@ -48,7 +48,7 @@ class Bench:
         return training, result
 
 
-@pytest.fixture(params=["SD1.5", "FLUX.1"])
+@pytest.fixture(params=["SD1.5", "SDXL", "FLUX.1"])
 def bench(request, clip_of, model_of):
     return Bench(clip_of(request.param), model_of(request.param))
 

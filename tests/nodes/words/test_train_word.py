@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -138,6 +139,113 @@ def test_the_chart_gets_every_step(words):
     run = words.train().ui["blockskip_chart"][0]
     assert (run["step"], run["steps"], run["status"]) == (4, 4, "done")
     assert len(run["points"]) == 4
+
+
+@pytest.fixture
+def sampling(words, vae, nodes, run_node):
+    """Sample While Training; its own prompt is one without the word."""
+
+    def request(**changes):
+        prompt = words.clip.encode_from_tokens_scheduled(words.clip.tokenize("a plain prompt"))
+        ordinary = {
+            "positive": prompt, "vae": vae, "every": 2, "at_start": True, "width": 64, "height": 32, "sampler_steps": 2,
+            "cfg": 1.0, "scheduler": "simple", "seed": 1,
+        }  # fmt: skip
+        return run_node(nodes.SampleWhileTraining, **{**ordinary, **changes})[0]
+
+    return request
+
+
+def sampled(trained):
+    """(step, prompt) of the pictures that the chart shows."""
+    return [(shown["step"], shown["prompt"]) for shown in trained.ui["blockskip_chart"][0]["samples"]]
+
+
+@pytest.mark.parametrize("residency", ["together", "in turns"])
+def test_samples_while_training_show_the_word_and_change_nothing(words, sampling, residency):
+    plain = words.train(steps=5, resume=False)
+    prompts = {"sample_prompts": "a {word} in the sea\n\n{word} on grass"}
+    trained = words.train(steps=5, resume=False, samples=sampling(), residency=residency, **prompts)
+    assert_same(saved(words, 1), saved(words, 2))
+    assert trained[2] == plain[2]
+    assert "failed" not in trained[4]
+    assert sampled(trained) == [(step, prompt) for step in (0, 2, 4, 5) for prompt in (1, 2)]
+    files = [
+        words.folders.output / shown["subfolder"] / shown["file"]
+        for shown in trained.ui["blockskip_chart"][0]["samples"]
+    ]
+    assert {path.parent for path in files} == {words.folders.output / "words"}
+    with Image.open(files[0]) as first, Image.open(files[1]) as other, Image.open(files[-2]) as last:
+        assert first.size == (64, 32)
+        assert first.tobytes() != last.tobytes(), "the word has changed the picture"
+        assert first.tobytes() != other.tobytes(), "the prompts differ"
+    assert "load_model" not in vars(words.clip)
+    assert words.model.model.current_patcher is None
+
+
+def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(words, sampling, vae):
+    """Encoded, sampled and decoded by ComfyUI's own functions."""
+    import comfy.sample
+
+    trained = words.train(samples=sampling(), sample_prompts="a {word} in the sea")
+    tokens = words.clip.tokenize("a embedding:my_dog_00001 in the sea")
+    with torch.inference_mode():
+        prompt = words.clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": 1.0})
+        empty = comfy.sample.fix_empty_latent_channels(words.model, torch.zeros(1, 4, 4, 8))
+        noise = comfy.sample.prepare_noise(empty, 1)
+        latent = comfy.sample.sample(words.model, noise, 2, 1.0, "euler", "simple", prompt, prompt, empty, seed=1)
+        picture = (vae.decode(latent)[0] * 255.0).round().clamp(0, 255).to(torch.uint8)
+    shown = trained.ui["blockskip_chart"][0]["samples"][-1]
+    with Image.open(words.folders.output / shown["subfolder"] / shown["file"]) as last:
+        assert (
+            torch.frombuffer(bytearray(last.tobytes()), dtype=torch.uint8).int() - picture.flatten().int()
+        ).abs().max() <= 1
+
+
+def test_cancel_while_sampling_keeps_the_word_and_a_run_that_resumes_shows_the_samples(
+    words, nodes, sampling, monkeypatch
+):
+    import comfy.model_management
+
+    words.train(steps=5, resume=False)
+    for path in words.folders.output.glob("blockskip/runs/*/*"):
+        path.unlink()
+    show = nodes.page.progress.NodeProgress.__call__
+
+    def cancelling(self, phase, done, total, detail=""):
+        if phase == "sampling after step 2":
+            raise comfy.model_management.InterruptProcessingException
+        show(self, phase, done, total, detail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes.page.progress.NodeProgress, "__call__", cancelling)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            words.train(steps=5, samples=sampling())
+    assert len(words.files()) == 2, "the word so far"
+    trained = words.train(steps=5, samples=sampling())
+    assert_same(saved(words, 1), saved(words, 3))
+    assert "2 of them by an earlier run" in trained[4]
+    assert sampled(trained) == [(0, 1), (2, 1), (4, 1), (5, 1)]
+    assert sampled(words.train(steps=5, samples=sampling())) == sampled(trained), "nothing is made twice"
+
+
+def test_sampling_that_fails_is_told_and_ends_nothing(words, sampling, vae, monkeypatch):
+    def broken(latent):
+        raise RuntimeError("out of paint")
+
+    words.train(resume=False)
+    monkeypatch.setattr(vae, "decode", broken)
+    report = words.train(samples=sampling(), resume=False)[4]
+    assert "Sampling after step 0 failed (RuntimeError: out of paint). This run samples no more pictures" in report
+    assert_same(saved(words, 1), saved(words, 2))
+
+
+def test_samples_are_refused_with_a_sentence(words, sampling):
+    refused(words, "samples must come from Sample While Training, got a str", samples="every 100 steps")
+    refused(
+        words, "Every line of sample_prompts needs {word} where the new word is, got 'a dog'", samples=sampling(),
+        sample_prompts="{word}\na dog",
+    )  # fmt: skip
 
 
 def refused(words, match, **changes):

@@ -1,0 +1,71 @@
+"""Pictures while a word is learned: prompts with the word so far, through the host's own Euler.
+
+They are sampled from the model as the losses use it, in any format and of any kind, U-Nets included. Text encoder and model
+are those that are loaded already; the prompts are encoded first, so they can take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..inputs.frames import latent_channels, with_frames
+from ..sampling.training_samples import SampleRequest, decoded
+from .captions import WordCaptions
+from .losses import WordLosses
+
+
+class WordSampler:
+    """Samples pictures of prompts with a word; call it inside :meth:`WordLosses.loaded`.
+
+    Args:
+        losses: Of the run; its model and text encoders are used.
+        prompts: The prompts, with the word in each.
+        request: Size, sampler and schedule. Its own prompts are not used, because the word is not in them.
+        texts: The prompts encoded with the word at the start, each ``[[tensor, settings]]``; they name the samples.
+
+    Attributes:
+        request: The request, with these texts.
+
+    Raises:
+        InvalidInputError: If there are too many prompts.
+    """
+
+    def __init__(
+        self, losses: WordLosses, prompts: WordCaptions, request: SampleRequest, texts: Sequence[list]
+    ) -> None:
+        self._losses, self._prompts = losses, prompts
+        self.request = replace(request, positive=list(texts))
+
+    @torch.no_grad()
+    def pictures(self, word: Tensor, *, on_step: Callable[[int, int], None]) -> list[Tensor]:
+        """Return one picture per prompt, each (H, W, 3) in [0, 1], on the CPU.
+
+        Args:
+            word: The word, shape (numbers,).
+            on_step: Called after every sampler step with (done, total); may raise to interrupt.
+        """
+        prompts = self._losses.prompts(self._prompts, word)
+        with self._losses.set_aside() as patcher:
+            steps = self.request.steps
+            return [
+                self._picture(patcher, prompt, lambda done, at=number: on_step(at * steps + done, len(prompts) * steps))
+                for number, prompt in enumerate(prompts)
+            ]
+
+    def _picture(self, patcher: Any, prompt: list, on_step: Callable[[int], None]) -> Tensor:
+        request, model = self.request, patcher.model
+        cell = model.latent_format.spacial_downscale_ratio
+        shape = (1, latent_channels(model), request.height // cell, request.width // cell)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+        latent = comfy.sample.sample(
+            patcher, with_frames(model, noise), request.steps, request.cfg, "euler", request.scheduler, prompt,
+            request.negative or prompt, with_frames(model, torch.zeros(shape)), seed=request.seed, disable_pbar=True,
+            callback=lambda step, *_: on_step(step + 1),
+        )  # fmt: skip
+        return decoded(request.vae, latent)
