@@ -78,6 +78,11 @@ class WordLosses:
         """The model's device."""
         return self._patcher.load_device
 
+    @property
+    def cell(self) -> int:
+        """Pixels along the side of a latent cell."""
+        return int(self._patcher.model.latent_format.spacial_downscale_ratio)
+
     @contextmanager
     def loaded(self, rows: int) -> Iterator[None]:
         """Load both models for the duration of a ``with`` block; afterwards the host may do with them what it likes.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.sample
 import torch
 from torch import Tensor
 
+from ...errors import InvalidInputError
 from ..inputs.frames import latent_channels, with_frames
 from ..sampling.training_samples import SampleRequest, decoded
 from .captions import WordCaptions
@@ -33,13 +35,18 @@ class WordSampler:
         request: The request, with these texts.
 
     Raises:
-        InvalidInputError: If there are too many prompts.
+        InvalidInputError: If there are too many prompts, or the model's latents cannot have that size.
     """
 
     def __init__(
         self, losses: WordLosses, prompts: WordCaptions, request: SampleRequest, texts: Sequence[list]
     ) -> None:
         self._losses, self._prompts = losses, prompts
+        if request.width % losses.cell or request.height % losses.cell:
+            raise InvalidInputError(
+                f"width and height must be multiples of {losses.cell} px for this model, got {request.width} and "
+                f"{request.height}."
+            )
         self.request = replace(request, positive=list(texts))
 
     @torch.no_grad()
@@ -50,17 +57,19 @@ class WordSampler:
             word: The word, shape (numbers,).
             on_step: Called after every sampler step with (done, total); may raise to interrupt.
         """
-        prompts = self._losses.prompts(self._prompts, word)
+        prompts, steps = self._losses.prompts(self._prompts, word), self.request.steps
+
+        def made(before: int, done: int) -> None:
+            on_step(before + done, len(prompts) * steps)
+
         with self._losses.set_aside() as patcher:
-            steps = self.request.steps
             return [
-                self._picture(patcher, prompt, lambda done, at=number: on_step(at * steps + done, len(prompts) * steps))
-                for number, prompt in enumerate(prompts)
+                self._picture(patcher, prompt, partial(made, number * steps)) for number, prompt in enumerate(prompts)
             ]
 
     def _picture(self, patcher: Any, prompt: list, on_step: Callable[[int], None]) -> Tensor:
         request, model = self.request, patcher.model
-        cell = model.latent_format.spacial_downscale_ratio
+        cell = self._losses.cell
         shape = (1, latent_channels(model), request.height // cell, request.width // cell)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
         latent = comfy.sample.sample(
