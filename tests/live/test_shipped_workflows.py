@@ -139,6 +139,12 @@ def test_the_twin_of_dynamic_patches_trains_and_samples(client: Any, load_workfl
     result = succeed(client, prompt)
     assert output_of(result, prompt, "Errors by noise level")["images"]
     assert "Operations of a coarse step" in output_of(result, prompt, "What is planned")["text"][0]
+    node = next(key for key, own in prompt.items() if own["_meta"]["title"] in windows)
+    strips = [event for event in result.of_kind("preview") if event.data["display_node_id"] == node]
+    assert len(strips) == 2, "one for each step of the sampler"
+    states = [event.data["nodes"].get(node, {}) for event in result.of_kind("progress_state")]
+    assert [state["state"] for state in states if (state.get("value"), state.get("max")) == (1, 2)][0] == "running"
+    assert (states[-1]["state"], states[-1]["max"]) == ("finished", 2)
     coarse = pixels(client.view(output_of(result, prompt, "Picture")["images"][0]))
     own = load_workflow("dynamic_patches", {"Dynamic Patches (DDiT)": {"mode": "off"}})
     plain = pixels(client.view(output_of(succeed(client, own), own, "Picture")["images"][0]))
