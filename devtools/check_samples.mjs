@@ -67,7 +67,7 @@ async function run(page) {
 
 function checkHeads(heads) {
   if (!heads.includes("execution_success")) problems.push(`the run ended with ${heads.at(-1)}`);
-  for (const wanted of [/^Precomputing \d+ of \d+$/, /^Sampling \d+ of \d+/, /^Training · step \d+ of \d+ · .+ left$/]) {
+  for (const wanted of [/^Precomputing · computing residuals \d+ of \d+$/, /^Sampling \d+ of \d+/, /^Training · step \d+ of \d+ · .+ left$/]) {
     if (!heads.some((head) => wanted.test(head))) problems.push(`no headline is like ${wanted}: ${JSON.stringify(heads)}`);
   }
 }
