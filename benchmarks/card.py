@@ -9,10 +9,7 @@ cell is a line in ``results/card.jsonl``, so a run can be stopped at any time an
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -52,15 +49,11 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 def run_cell(cell: Cell, comfyui: Path, *counts: Path) -> dict[str, Any]:
     """Run a cell in a separate process and return its row, or one with the error if the process failed."""
-    done = subprocess.run(
-        [sys.executable, RUN, json.dumps(asdict(cell)), *counts], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    logger.error("%s", done.stderr.strip())
-    reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-    return {**asdict(cell), "failed": reason}
+    try:
+        return command_line.row_of_process(RUN, cell, comfyui, *counts)
+    except RuntimeError as error:
+        logger.error("%s", error)
+        return {**asdict(cell), "failed": str(error).splitlines()[-1]}
 
 
 def rows_in(file: Path) -> list[dict[str, Any]]:

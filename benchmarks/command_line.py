@@ -1,4 +1,4 @@
-"""Shared by the benchmarks' commands: options, logging, importing the pack, rows in JSON-lines files."""
+"""Shared by the benchmarks' commands: options, logging, importing the pack, rows in JSON-lines files and of other processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import platform
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,27 @@ def add_row(file: Path, row: Row) -> None:
     """Append a row to a JSON-lines file."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
+
+
+def row_of_process(script: Path, cell: Any, comfyui: Path, *more: Path) -> Row:
+    """Run a cell in a process of its own, because an emulated card cannot be removed again, and return its row.
+
+    Args:
+        script: Takes the cell as JSON, then ``more``; the last line that it prints is the row.
+        cell: A dataclass.
+        comfyui: ComfyUI's folder.
+        more: Further arguments.
+
+    Raises:
+        RuntimeError: If the process failed, with what it said.
+    """
+    done = subprocess.run(
+        [sys.executable, script, json.dumps(asdict(cell)), *more], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip() or f"status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def remove_part(file: Path, part: str) -> None:

@@ -9,12 +9,7 @@ run. Every finished arm is a line in ``results/rival.jsonl``.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +69,6 @@ def arm_of(row: dict[str, Any]) -> Arm:
     return Arm(**{name: row[name] for name in Arm.__dataclass_fields__})
 
 
-def run_arm(arm: Arm, comfyui: Path) -> dict[str, Any]:
-    """Run an arm in a separate process and return its row.
-
-    Raises:
-        RuntimeError: If the process failed.
-    """
-    done = subprocess.run(
-        [sys.executable, RUN, json.dumps(asdict(arm))], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table_row(row: dict[str, Any]) -> str:
     """Return the row of the table."""
     arm, run = arm_of(row), row["resident"]
@@ -125,7 +105,7 @@ def main() -> None:
         done = {arm_of(row) for row in rows_in(file)}
         for arm in ARMS:
             if arm not in done:
-                command_line.add_row(file, row := run_arm(arm, options.comfyui))
+                command_line.add_row(file, row := command_line.row_of_process(RUN, arm, options.comfyui))
                 logger.info("%s", table_row(row))
     file.with_suffix(".md").write_text(report(rows_in(file)), encoding="utf-8")
 

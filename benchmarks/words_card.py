@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import command_line
 import torch
 
 STEPS = 2
@@ -136,16 +136,7 @@ def run(node: Any, inputs: dict[str, Any]) -> Any:
 
 def rows(comfyui: Path) -> list[dict[str, Any]]:
     """Run all cells, each in a process of its own."""
-    found = []
-    for cell in CELLS:
-        done = subprocess.run(
-            [sys.executable, __file__, json.dumps(asdict(cell))], env={**os.environ, "COMFYUI_PATH": str(comfyui)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+    return [command_line.row_of_process(Path(__file__), cell, comfyui) for cell in CELLS]
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 
+import pytest
+
 
 def test_the_table_has_a_row_for_every_arm_that_was_run(bench):
     rival = bench("rival")
@@ -23,3 +25,18 @@ def test_a_comfyui_without_the_model_is_named_and_nothing_is_written(bench, tmp_
     rival.main()
     assert "Nothing was run: Qwen-Image-2.1 needs ComfyUI 0.37 or newer." in caplog.text
     assert not list((tmp_path / "results").iterdir())
+
+
+def test_a_process_gives_its_last_line_as_a_row_or_says_why_not(bench, tmp_path):
+    rival, script = bench("rival"), tmp_path / "cell.py"
+    script.write_text(
+        "import json, os, sys\nprint('loading')\nprint(json.dumps([json.loads(sys.argv[1])['weights'], os.environ['COMFYUI_PATH']]))"
+    )
+    run = rival.command_line.row_of_process
+    assert run(script, rival.ARMS[0], tmp_path) == ["int8", str(tmp_path)]
+    script.write_text("raise SystemExit('no card')")
+    with pytest.raises(RuntimeError, match="^no card$"):
+        run(script, rival.ARMS[0], tmp_path)
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="^status 3$"):
+        run(script, rival.ARMS[0], tmp_path)
