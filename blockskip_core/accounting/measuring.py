@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .meta_results import result_on_meta
+from .meta_results import result_on_meta, tensors_in
 
 aten = torch.ops.aten
 _META = torch.device("meta")
+_WHOLE: set[Any] = set()  # operations that torch does not compose of others, as far as they have been met
 
 
 class Counting(TorchDispatchMode):
@@ -69,25 +71,37 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket not in _FORMULAS:
+        formula = _FORMULAS.get(func.overloadpacket)
+        if formula is None and func not in _WHOLE:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = _without_values(func, args, kwargs)
-        if func.overloadpacket in _FORMULAS:
-            self.operations += _FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
-        given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+            _WHOLE.add(func)
+        result = _placeholder(func, args, kwargs)
+        if result is None:
+            result = result_on_meta(func, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
+            self._watch_new(func, result, (*args, *kwargs.values()))
+        elif isinstance(result, Tensor):
+            self._watch(result)
+        if formula is not None:
+            self.operations += formula(*args, **kwargs, out_val=result)
+        return result
+
+    def _watch_new(self, func: Any, result: Any, inputs: Sequence[Any]) -> None:
+        """Count the tensors of a result that share no memory with the operation's inputs."""
+        given = {_identity(tensor) for tensor in tensors_in(inputs)}
         if func is aten.lift_fresh.default and result.ndim:
             given = set()  # torch.tensor passes on what it has just created; single numbers are left out
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _identity(tensor) not in given:
+        for tensor in tensors_in(result):
+            if _identity(tensor) not in given:
                 self._watch(tensor)
-        return result
 
     def _watch(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed."""
-        if is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; the tensors inside it do
+        if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; the tensors inside it do
             parts: Any = tensor
             for name in parts.__tensor_flatten__()[0]:
                 self._watch(getattr(tensor, name))
@@ -111,14 +125,13 @@ def _identity(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Run an operation, or return a placeholder if it needs the values of a ``meta`` tensor."""
+def _placeholder(func: Any, args: tuple, kwargs: dict) -> float | Tensor | None:
+    """Return what an operation gives that needs the values of a ``meta`` tensor; None if it needs none."""
     if func is aten._local_scalar_dense.default and args[0].is_meta:
         return 1.0
     if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", _META).type == "cpu":
         return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-    known = result_on_meta(func, args, kwargs)
-    return func(*args, **kwargs) if known is None else known
+    return None
 
 
 def _attention_operations(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

@@ -69,7 +69,7 @@ def _form_of_result(func: Any, args: tuple[Hashable, ...], kwargs: tuple[tuple[s
     if len(schema.returns) != 1 or any(given.alias_info for given in (*schema.arguments, *schema.returns)):
         return None
     inputs, named = [_made(arg) for arg in args], {name: _made(arg) for name, arg in kwargs}
-    given = {tensor.untyped_storage()._cdata for tensor in _tensors((inputs, list(named.values())))}
+    given = {tensor.untyped_storage()._cdata for tensor in tensors_in((inputs, list(named.values())))}
     if not given:
         return None  # it creates a tensor, which is as fast
     result = func(*inputs, **named)
@@ -110,9 +110,10 @@ def _is_plain(value: Any) -> bool:
     return not (value.is_conj() or value.is_neg())
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments or results, and in lists of them."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
