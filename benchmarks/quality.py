@@ -53,7 +53,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     dit = HostedDit(bench.model, captions, latents.shape[1:])
     selection = choose(bench, arm, subject, settings)
     config = TrainingConfig(
-        steps=settings.steps,
+        steps=round(settings.steps * arm.changes.get("steps", 1)),
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate * arm.changes.get("learning_rate", 1),
         lr_schedule=settings.lr_schedule,

@@ -40,7 +40,7 @@ class Arm:
         views: Pictures at full size, resized to the small size, or dynamic patches in an order.
         choice, ratio: How skipped blocks are chosen, and their share: of the number of blocks, or of their bytes.
         stand_in: What replaces the skipped blocks.
-        changes: What differs from the common settings: factors of rank, learning_rate and draws; refreshes, ema,
+        changes: What differs from the common settings: factors of rank, learning_rate, steps and draws; refreshes, ema,
             caption_dropout.
     """
 
@@ -65,6 +65,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("LoRA, all blocks, learning rate x 1.5", "upper bound", views="full", changes={"learning_rate": 1.5}),
     Arm("LoRA, all blocks, average 0.98", "upper bound", views="full", changes={"ema": 0.98}),
     Arm("LoRA, all blocks, captions dropped 0.1", "upper bound", views="full", changes={"caption_dropout": 0.1}),
+    Arm("LoRA, all blocks, steps x 1.4", "upper bound", views="full", changes={"steps": 1.4}),
     Arm("resize to small", "pictures", "Tables 2, 11", views="resize"),
     Arm("patches, low to high", "pictures", "Tables 2, 11"),
     Arm("patches, high to low", "pictures", "Table 11", views="high-to-low"),
@@ -129,6 +130,7 @@ ARMS: tuple[Arm, ...] = (
             ("learning rate", "x 1.5", "learning_rate", 1.5),
             ("average", "0.98", "ema", 0.98),
             ("captions dropped", "0.1", "caption_dropout", 0.1),
+            ("steps", "x 1.4", "steps", 1.4),
         )
     ),
 )
