@@ -123,6 +123,7 @@ ARMS: tuple[Arm, ...] = (
     ),
     Arm("first and last 50%, int8, full size", CARDS, "", "full", "preset", 0.5, "exact, int8"),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
+    Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
     *(
         Arm(f"first and last 50%, {what} {factor}, full size", CARDS, "", "full", "preset", 0.5, "exact", {key: value})
         for what, factor, key, value in (
