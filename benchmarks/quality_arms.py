@@ -121,7 +121,10 @@ ARMS: tuple[Arm, ...] = (
         )
         for views, view in (("full size", "full"), ("patches", "low-to-high"))
     ),
-    Arm("first and last 50%, int8, full size", CARDS, "", "full", "preset", 0.5, "exact, int8"),
+    *(
+        Arm(f"first and last {ratio:.0%}, int8, full size", CARDS, "", "full", "preset", ratio, "exact, int8")
+        for ratio in (0.5, 0.3)
+    ),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
     *(
