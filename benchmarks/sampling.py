@@ -24,8 +24,10 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.of_adapters(__doc__, ["counted", "pictures", "sizes", "lora"])
     parser.add_argument("--sides", type=int, nargs="+", default=[256], help="sides of the pictures in pixels")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[12], help="number of pictures of each way, by side")
-    parser.add_argument("--lora", type=Path, help="a LoRA that `python dev.py demo` has made; without it no rows of one")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8], help="number of pictures of each way, by side")
+    parser.add_argument(
+        "--lora", type=Path, help="a LoRA that `python dev.py demo` has made; without it no rows of one"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the pictures' rows that are there")
     return parser.parse_args()
 

@@ -15,7 +15,8 @@ from ralu_pictures import World
 from sampling_ways import FULL, MIXED, Way, every_other, plain
 from sampling_world import sampled
 
-SUBJECT, PICTURES = "toby", 8
+SUBJECT, PICTURES = "toby", 5
+WORK = (25, 10)  # plain steps
 logger = logging.getLogger("__main__")
 
 
@@ -23,9 +24,9 @@ def ways() -> Iterator[tuple[bool, Way]]:
     """Yield whether the LoRA is on the model, and the way of sampling; the first row of those with it has all steps."""
     yield False, plain(25)
     yield True, plain(FULL)
-    for work, steps in MIXED.items():
+    for work in WORK:
         yield True, plain(work)
-        yield True, every_other(steps)
+        yield True, every_other(MIXED[work])
 
 
 def rows(world: World, trained: TrainedPatches, side: int, file: Path) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 FULL = 50
 BUDGETS = (25, 17, 10)  # plain steps of work: 1/2, 1/3 and 1/5 of all
-PLAIN = (FULL, 28, 25, 17, 14, 12, 10, 9, 7, 5)
 MIXED = {25: 37, 17: 25, 10: 15}  # plain steps of work -> steps that cost as much if every other one is coarse
 
 
@@ -146,14 +145,15 @@ def decided(steps: int, work: float, criterion: Criterion = "third difference") 
 
 
 WAYS = (  # the first is what the others are compared with
-    *(plain(steps) for steps in PLAIN),
-    *(every_other(steps) for steps in (*MIXED.values(), 21, 13, 10, 7)),
-    *(by_error(steps, work) for work, steps in MIXED.items()), by_error(FULL, 25),
-    *(decided(steps, work) for work, steps in MIXED.items()), decided(37, 25, "third difference (as published)"),
-    cached(FULL, 0.05), cached(FULL, 0.1), cached(FULL, 0.2), cached(28, 0.1), cached(15, 0.2), cached(12, 0.3), cached(9, 0.3),
-    staged("FLUX 4x", 18), staged("FLUX 5x", 15), staged("FLUX 7x", 10),
-    Way("RALU, FLUX 5x, and EasyCache 0.2", 15, preset="FLUX 5x", cache=0.2),
+    *(plain(steps) for steps in (FULL, *BUDGETS, 14)),
+    *(every_other(steps) for steps in (*MIXED.values(), 21)),
+    cached(FULL, 0.03), cached(FULL, 0.1), cached(15, 0.2),
+    by_error(37, 25), by_error(15, 10), every_other(37, 0.1),
+    plain(7), plain(5), every_other(7), every_other(10),
+    decided(15, 10), decided(37, 25),
     Way("RALU, FLUX 5x, first stage by DDiT", 11, preset="FLUX 5x", stage="first", windows="1-4: 2"),
     Way("RALU, FLUX 5x, last stage with DDiT", 15, preset="FLUX 5x", stage="last"),
-    every_other(FULL, 0.1), every_other(37, 0.1), every_other(37, 0.2), every_other(20, 0.2),
+    staged("FLUX 5x", 15), staged("FLUX 7x", 10), Way("RALU, FLUX 5x, and EasyCache 0.2", 15, preset="FLUX 5x", cache=0.2),
+    cached(12, 0.3), cached(9, 0.3), by_error(25, 17), decided(25, 17), every_other(20, 0.2),
+    decided(37, 25, "third difference (as published)"), plain(28),
 )  # fmt: skip

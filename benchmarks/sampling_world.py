@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import comfy.sample
 import comfy.samplers
@@ -20,14 +21,15 @@ import ddit_world
 import ralu_pictures
 import torch
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
+from blockskip_pack.blockskip_core.hosts.sampling import region_adaptive
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, solved_plan
 from ralu_pictures import CELL, CFG, SEED, SIZE, TOKEN, World, measures
 from sampling_ways import WAYS, Way
 from torch import Tensor
 
-TUNED_ON = 3  # prompts whose runs choose the threshold of a decision
-TUNINGS = 7
-LOWEST_TAU, HIGHEST_TAU = 1e-4, 1e3
+TUNED_ON = 1  # prompts whose runs choose the threshold of a decision
+TUNINGS = 6
+LOWEST_TAU, HIGHEST_TAU = 1e-3, 1e2
 logger = logging.getLogger("__main__")
 
 
@@ -89,8 +91,9 @@ def sampled(world: World, trained: TrainedPatches, way: Way, side: int, tau: flo
     plan = way.plan(trained, ddit_world.sigmas_of(world, way.steps), tokens, tau or 0.0)
     try:
         world.model = way.model(own, trained, plan)
+        sample = _arm(world, way, side)  # before calls are counted, because it counts operations by a call of its own
         with torch.inference_mode(), counted_calls(world) as calls:
-            pictures = _pictures(world, _arm(world, way, side), side, 1 if way.decides else len(world.scenes))
+            pictures = _pictures(world, sample, side, 1 if way.decides else len(world.scenes))
     finally:
         world.model = own
     cost = plain_steps(world, way, calls, trained, len(pictures), side)
@@ -117,9 +120,22 @@ def _arm(world: World, way: Way, side: int) -> Callable[..., Tensor]:
     """Return (noise, positive, negative, seed) -> latents."""
     if way.stage == "first":
         return _without_a_smaller_picture(world, way)
+    if way.stage == "last":
+        return _with_coarse_steps(ralu_pictures.staged(world, way.preset, 0.2, side).sample)
     if way.preset:
         return ralu_pictures.staged(world, way.preset, 0.2, side).sample
     return ralu_pictures.plain(world, "", way.steps, side).sample
+
+
+def _with_coarse_steps(sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return RALU with a sampler that Dynamic Patches takes; the nodes refuse RALU's own, which it does not know by name."""
+    named = type("euler", (region_adaptive.EulerFrom,), {})
+
+    def renamed(*given: Any) -> Tensor:
+        with mock.patch.object(region_adaptive, "EulerFrom", named):
+            return sample(*given)
+
+    return renamed
 
 
 def _without_a_smaller_picture(world: World, way: Way) -> Callable[..., Tensor]:

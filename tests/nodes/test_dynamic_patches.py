@@ -281,11 +281,18 @@ def test_a_pair_of_models_that_share_the_noise_levels(nodes, run_node, folders):
     def sampled(*windows):
         euler, latent = comfy.samplers.sampler_object("euler"), {"samples": torch.zeros(1, 16, 3, 8, 4)}
         for part, (model, own, window) in enumerate(zip(pair, adapters, windows, strict=True)):
-            settings = {"model": model, "patch_adapters": own, "mode": "windows" if window else "off", "error_budget": 0.0}
+            settings = {
+                "model": model,
+                "patch_adapters": own,
+                "mode": "windows" if window else "off",
+                "error_budget": 0.0,
+            }
             used = run_node(nodes.DynamicPatchesNode, **settings, windows=window).args[0]
             levels = SIGMAS[4 * part : 4 * part + 5]
             with torch.inference_mode():
-                latent = SamplerCustom.execute(used, not part, 7, 1.0, prompts[0], prompts[1], euler, levels, latent).args[0]
+                latent = SamplerCustom.execute(
+                    used, not part, 7, 1.0, prompts[0], prompts[1], euler, levels, latent
+                ).args[0]
         return latent["samples"]
 
     coarse = [sampled(*windows) for windows in (("", ""), ("2-3: 2", ""), ("", "2-3: 2"), ("2-3: 2", "2-3: 2"))]
