@@ -12,7 +12,7 @@ import comfy.sd
 import comfy.utils
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
 from ralu_pictures import World
-from sampling_ways import FULL, MIXED, Way, every_other, plain
+from sampling_ways import MIXED, Way, every_other, plain
 from sampling_world import sampled
 
 SUBJECT, PICTURES = "toby", 5
@@ -21,9 +21,8 @@ logger = logging.getLogger("__main__")
 
 
 def ways() -> Iterator[tuple[bool, Way]]:
-    """Yield whether the LoRA is on the model, and the way of sampling; the first row of those with it has all steps."""
-    yield False, plain(25)
-    yield True, plain(FULL)
+    """Yield whether the LoRA is on the model, and the way of sampling; the others are compared with the first that has it."""
+    yield False, plain(WORK[-1])
     for work in WORK:
         yield True, plain(work)
         yield True, every_other(MIXED[work])

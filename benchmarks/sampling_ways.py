@@ -146,14 +146,12 @@ def decided(steps: int, work: float, criterion: Criterion = "third difference") 
 
 WAYS = (  # the first is what the others are compared with
     *(plain(steps) for steps in (FULL, *BUDGETS, 14)),
-    *(every_other(steps) for steps in (*MIXED.values(), 21)),
-    cached(FULL, 0.03), cached(FULL, 0.1), cached(15, 0.2),
-    by_error(37, 25), by_error(15, 10), every_other(37, 0.1),
-    plain(7), plain(5), every_other(7), every_other(10),
-    decided(15, 10), decided(37, 25),
+    *(every_other(steps) for steps in MIXED.values()),
+    cached(FULL, 0.03), cached(FULL, 0.1),
+    by_error(37, 25), every_other(37, 0.1), decided(15, 10),
     Way("RALU, FLUX 5x, first stage by DDiT", 11, preset="FLUX 5x", stage="first", windows="1-4: 2"),
+    cached(15, 0.2), by_error(15, 10), plain(7), staged("FLUX 5x", 15), decided(37, 25),
     Way("RALU, FLUX 5x, last stage with DDiT", 15, preset="FLUX 5x", stage="last"),
-    staged("FLUX 5x", 15), staged("FLUX 7x", 10), Way("RALU, FLUX 5x, and EasyCache 0.2", 15, preset="FLUX 5x", cache=0.2),
-    cached(12, 0.3), cached(9, 0.3), by_error(25, 17), decided(25, 17), every_other(20, 0.2),
-    decided(37, 25, "third difference (as published)"), plain(28),
+    by_error(25, 17), decided(25, 17), staged("FLUX 7x", 10), Way("RALU, FLUX 5x, and EasyCache 0.2", 15, preset="FLUX 5x", cache=0.2),
+    every_other(21), every_other(20, 0.2), decided(37, 25, "third difference (as published)"), plain(5), every_other(7), plain(28),
 )  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
 from blockskip_pack.blockskip_core.hosts.sampling import region_adaptive
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, solved_plan
-from ralu_pictures import CELL, CFG, SEED, SIZE, TOKEN, World, measures
+from ralu_pictures import ASKED, CELL, CFG, SEED, SIZE, TOKEN, World
 from sampling_ways import WAYS, Way
 from torch import Tensor
 
@@ -190,11 +190,11 @@ def judged(world: World, pictures: Tensor, drawn: Tensor, full: Tensor) -> dict[
     seen = torch.nn.functional.interpolate(pictures, size=(SIZE, SIZE), mode="area")  # the reader knows this size
     likeness = world.reading.similarity(world.reader, seen, drawn)
     apart = (pictures - full).square().flatten(1).mean(1)
-    right = measures(world, seen, drawn)
-    names = ("shape", "colour", "ground", "place", "size", "finish")
+    answers = zip(world.reading.read(world.reader, seen), world.scenes, strict=True)
+    right = [answer[name] == getattr(scene, name) for answer, scene in answers for name in ASKED]
     return {
         "likeness": likeness.mean().item(), "likeness_error": (likeness.std() / len(likeness) ** 0.5).item(),
-        "right": sum(right[name] for name in names) / len(names), "from_full": apart.mean().sqrt().item(),
+        "right": sum(right) / len(right), "from_full": apart.mean().sqrt().item(),
         "likeness_each": [round(value, 4) for value in likeness.tolist()],
         "from_full_each": [round(value, 4) for value in apart.sqrt().tolist()],
     }  # fmt: skip
