@@ -38,7 +38,7 @@ def plot(rows: list[Row], target: Path) -> None:
     sides = list(dict.fromkeys(row["side"] for row in rows if row["part"].startswith("pictures")))
     if not sides:
         return
-    figure, axes = pyplot.subplots(2, len(sides), figsize=(6.0 * len(sides), 7.2), sharex=True, squeeze=False)
+    figure, axes = pyplot.subplots(2, len(sides), figsize=(6.0 * len(sides), 8.0), sharex=True, squeeze=False)
     for column, side in enumerate(sides):
         own = [row for row in rows if row["part"] == f"pictures, {side} px"]
         for above, (measure, label) in zip(axes[:, column], _DRAWN.items(), strict=True):
@@ -54,8 +54,8 @@ def plot(rows: list[Row], target: Path) -> None:
             above.grid(alpha=0.3)
         axes[0, column].set_title(f"{side} px, {own[0]['prompts']} prompts")
         axes[-1, column].set_xlabel("operations, in plain steps")
-    axes[0, -1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=2)
+    figure.tight_layout(rect=(0.0, 0.13, 1.0, 1.0))
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
 
