@@ -17,7 +17,6 @@ from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, Typed
 from blockskip_pack.blockskip_core.ddit.scheduler import SchedulerSettings
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches, TrainedScale
 from blockskip_pack.blockskip_core.errors import InvalidInputError, PatchAdapterError, UnsupportedModelError
-from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import require_deterministic
 
 from ..tiny_families import FAMILIES, FLUX
 from ..tiny_flux import assert_same_weights, tiny_flux, weights
@@ -337,6 +336,7 @@ def test_samplers_that_add_noise_are_refused(sampler):
 
 
 def test_the_stages_of_ralu_are_refused():
+    from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import require_deterministic
     from blockskip_pack.blockskip_core.hosts.sampling.region_adaptive import EulerFrom
 
     with pytest.raises(InvalidInputError, match="Give RALU Sampler the MODEL without Dynamic Patches"):
