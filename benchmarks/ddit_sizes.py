@@ -26,11 +26,12 @@ from blockskip_pack.blockskip_core.hosts.models.coarse_forward import CoarseForw
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches, RunRecord
 from ralu_pictures import CELL, SEED, TOKEN, World, plain
-from sampling_world import FULL, alternating
+from sampling_ways import alternating
 from torch import Tensor
 
 PICTURES = 3
 SIDES = (128, 192, 256, 384, 512)
+FULL = 28
 SHARES = (1.0, 0.5, 0.25, 0.1)  # of the coarse call's error that remains
 RUNS = {128: (10,), 256: (10,)}  # side -> steps of runs in which every other step is coarse
 PLAIN = (5, 6, 7, 8)

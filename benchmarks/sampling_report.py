@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-_DRAWN = {"likeness": "likeness to the prompt", "from_full": "difference from 28 plain steps"}
-_KINDS = {  # kind -> colour, marker
-    "plain": ("black", "o"), "RALU": ("tab:blue", "s"), "EasyCache": ("tab:green", "^"), "DDiT": ("tab:red", "D"),
-    "two": ("tab:purple", "P"),
+_DRAWN = {"likeness": "likeness to the prompt", "from_full": "difference from 50 plain steps"}
+_KINDS = {  # kind -> colour, marker, name
+    "plain": ("black", "o", "fewer plain steps"), "RALU": ("tab:blue", "s", "RALU"), "EasyCache": ("tab:green", "^", "EasyCache"),
+    "every other": ("tab:red", "D", "DDiT, every other step"), "by error": ("tab:orange", "v", "DDiT, by the adapters' errors"),
+    "third difference": ("tab:brown", "X", "DDiT, decided while sampling"), "two": ("tab:purple", "P", "two of them together"),
 }  # fmt: skip
-_NAMES = {**{kind: kind for kind in _KINDS}, "plain": "fewer plain steps", "two": "two of them together"}
+_WORK = (25, 17, 10)  # plain steps of work: 1/2, 1/3 and 1/5 of 50
+_NEAR = 0.08  # of it, that a way may cost more or less
 
 
 def write(rows: list[Row], folder: Path) -> None:
@@ -36,31 +38,34 @@ def plot(rows: list[Row], target: Path) -> None:
     sides = list(dict.fromkeys(row["side"] for row in rows if row["part"].startswith("pictures")))
     if not sides:
         return
-    figure, axes = pyplot.subplots(2, len(sides), figsize=(4.6 * len(sides), 6.4), sharex=True, squeeze=False)
+    figure, axes = pyplot.subplots(2, len(sides), figsize=(6.0 * len(sides), 8.0), sharex=True, squeeze=False)
     for column, side in enumerate(sides):
         own = [row for row in rows if row["part"] == f"pictures, {side} px"]
         for above, (measure, label) in zip(axes[:, column], _DRAWN.items(), strict=True):
-            for kind, (colour, marker) in _KINDS.items():
+            for kind, (colour, marker, name) in _KINDS.items():
                 points = sorted((row["plain_steps"], row[measure]) for row in own if kind_of(row["name"]) == kind)
                 line = "none" if kind == "two" else "-"
-                places, values = zip(*points, strict=True)
-                above.plot(places, values, linestyle=line, color=colour, marker=marker, label=_NAMES[kind])
+                places, values = zip(*points, strict=True) if points else ((), ())
+                above.plot(places, values, linestyle=line, color=colour, marker=marker, label=name)
             above.set(xscale="log", ylabel=label)
-            above.set_xticks([5, 7, 10, 14, 20, 28], labels=["5", "7", "10", "14", "20", "28"], minor=False)
+            ticks = (5, 7, 10, 14, 17, 25, 50)
+            above.set_xticks(ticks, labels=map(str, ticks), minor=False)
             above.minorticks_off()
             above.grid(alpha=0.3)
         axes[0, column].set_title(f"{side} px, {own[0]['prompts']} prompts")
         axes[-1, column].set_xlabel("operations, in plain steps")
-    axes[0, -1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=2)
+    figure.tight_layout(rect=(0.0, 0.13, 1.0, 1.0))
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
 
 
 def kind_of(name: str) -> str:
     """Return the kind of a way by its name."""
-    kinds = [kind for kind in ("plain", "RALU", "EasyCache", "DDiT") if kind in name]
-    return kinds[0] if len(kinds) == 1 else "two"
+    methods = [method for method in ("plain", "RALU", "EasyCache", "DDiT") if method in name]
+    if len(methods) > 1:
+        return "two"
+    return next(kind for kind in _KINDS if kind in name)
 
 
 def counted(rows: list[Row]) -> list[str]:
@@ -96,7 +101,24 @@ def pictures(rows: list[Row]) -> list[str]:
     lines = [
         f"{full['prompts']} prompts, guidance 4. Operations in plain steps: of the calls that were made. Likeness to the "
         "prompt's drawing and right answers: by the demo's reader, who sees 256 px. Difference: root mean square of pixels from "
-        f"{full['name']} with the same seeds.", "",
+        f"{full['name']} with the same seeds. Gains of likeness are prompt by prompt, with the standard error of their "
+        "mean; plain steps at equal operations are interpolated between whole ones.", "",
+        f"| Way | Operations | Likeness | Against {full['name']} | Against plain at equal operations | Right | Difference | Of plain at "
+        "equal operations |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    lines += [_compared(row, rows) for row in sorted(rows, key=lambda row: -row["plain_steps"])]
+    for work in _WORK:
+        names = [row["name"] for row in near(rows, work)]
+        lines += ["", f"At the work of {work} plain steps, best likeness first: {'; '.join(names)}."]
+    return lines
+
+
+def earlier(rows: list[Row]) -> list[str]:
+    """Return the ways of a run before there were 50 steps, which has more of the cheap ones."""
+    full = rows[0]
+    lines = [
+        f"{full['prompts']} prompts, with the same adapters. Difference: from {full['name']}.", "",
         "| Way | Operations | Likeness | Right | Difference |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [
@@ -104,6 +126,62 @@ def pictures(rows: list[Row]) -> list[str]:
         f"{row['right']:.3f} | {row['from_full']:.3f} |"
         for row in sorted(rows, key=lambda row: -row["plain_steps"])
     ]
+    return lines
+
+
+def near(rows: list[Row], work: float) -> list[Row]:
+    """Return the ways that cost about as much as so many plain steps, best likeness first."""
+    found = [row for row in rows if abs(row["plain_steps"] / work - 1.0) <= _NEAR]
+    return sorted(found, key=lambda row: -row["likeness"])
+
+
+def _compared(row: Row, rows: list[Row]) -> str:
+    plain = plain_at(rows, row["plain_steps"])
+    cells = [
+        row["name"], f"{row['plain_steps']:.2f}", f"{row['likeness']:.3f} (± {row['likeness_error']:.3f})",
+        gain(row["likeness_each"], rows[0]["likeness_each"]),
+        "" if kind_of(row["name"]) == "plain" else gain(row["likeness_each"], plain["likeness_each"]), f"{row['right']:.3f}",
+        f"{row['from_full']:.3f}", f"{plain['from_full']:.3f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def gain(own: list[float], other: list[float]) -> str:
+    """Return by how much a measure is higher than another, prompt by prompt: mean and its standard error."""
+    apart = np.subtract(own, other)
+    if not apart.any():
+        return ""
+    return f"{apart.mean():+.3f} (± {apart.std(ddof=1) / len(apart) ** 0.5:.3f})"
+
+
+def plain_at(rows: list[Row], operations: float) -> Row:
+    """Return measures of plain steps with so many operations, interpolated between whole steps."""
+    own = sorted((row for row in rows if kind_of(row["name"]) == "plain"), key=lambda row: row["plain_steps"])
+    steps = [row["plain_steps"] for row in own]
+    each = np.array([row["likeness_each"] for row in own])
+    return {
+        "likeness_each": [float(np.interp(operations, steps, prompt)) for prompt in each.T],
+        "from_full": float(np.interp(operations, steps, [row["from_full"] for row in own])),
+    }
+
+
+def lora(rows: list[Row]) -> list[str]:
+    """Return how like its drawings a LoRA's subject is, with and without coarse steps."""
+    lines = [
+        f"The demo's LoRA of {rows[0]['subject']}, {rows[0]['prompts']} prompts on grounds that are not in its training pictures, "
+        f"{rows[0]['side']} px, guidance 4; adapters were trained without it. Likeness to the subject drawn there, and how often the "
+        "reader names it. Difference: from 25 plain steps with the LoRA.", "",
+        "| | Way | Operations | Likeness | Against plain there | Named | Difference |", "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in rows:
+        plain = [other for other in rows if other["lora"] and "plain" in other["name"]]
+        other = min(plain, key=lambda other: abs(other["plain_steps"] - row["plain_steps"]))
+        less = "" if other is row else gain(row["likeness_each"], other["likeness_each"])
+        difference = "" if row["from_full"] is None else f"{row['from_full']:.3f}"
+        lines.append(
+            f"| {'with' if row['lora'] else 'without'} the LoRA | {row['name']} | {row['plain_steps']:.2f} | {row['likeness']:.3f} "
+            f"(± {row['likeness_error']:.3f}) | {less} | {row['recognised']:.2f} | {difference} |"
+        )
     return lines
 
 
@@ -167,6 +245,7 @@ def mean(errors: list[float]) -> float:
 
 _PARTS = {
     "counted": ("Counted at full size", counted), "pictures": ("Pictures of the demo's world, {side} px", pictures),
+    "earlier": ("An earlier run with fewer operations, {side} px", earlier), "lora": ("With a LoRA", lora),
     "training": ("The adapters", training), "sizes": ("The error of coarse steps by size", sizes),
     "allowed": ("The error that would pay", allowed),
 }  # fmt: skip

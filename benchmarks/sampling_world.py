@@ -7,82 +7,47 @@ each call has. So calls that a cache spares are not counted, whatever the cache.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
-import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
 import ddit_world
+import ralu_pictures
 import torch
-from blockskip_pack.blockskip_core.ddit.plans import TypedWindows
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
-from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches
-from ralu_pictures import SIZE, TOKEN, World, measures, pictures_of, plain, staged
+from blockskip_pack.blockskip_core.hosts.sampling import region_adaptive
+from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS, solved_plan
+from ralu_pictures import ASKED, CELL, CFG, SEED, SIZE, TOKEN, World
+from sampling_ways import WAYS, Way
 from torch import Tensor
 
-FULL = 28
+TUNED_ON = 1  # prompts whose runs choose the threshold of a decision
+TUNINGS = 6
+LOWEST_TAU, HIGHEST_TAU = 1e-3, 1e2
 logger = logging.getLogger("__main__")
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way of sampling.
+@dataclass
+class Made:
+    """What a way has made.
 
     Attributes:
-        name: Readable name.
-        steps: Steps of the sampler.
-        preset: RALU's preset; None for Euler on the ordinary schedule.
-        cache: EasyCache's threshold; 0 for none.
-        windows: The coarse steps, as typed on Dynamic Patches; empty for none.
+        pictures: (B, 3, H, W).
+        calls: Rows that entered the model, by their number of image tokens.
+        plain_steps: Their operations, in plain steps of one picture with guidance.
+        tau: The threshold of a decision while sampling; 0 without one.
     """
 
-    name: str
-    steps: int
-    preset: str | None = None
-    cache: float = 0.0
-    windows: str = ""
-
-    def model(self, own: Any, trained: TrainedPatches) -> Any:
-        """Return the MODEL with what this way puts on it."""
-        from comfy_extras.nodes_easycache import EasyCacheNode
-
-        model = own
-        if self.cache:
-            model = own.clone()
-            wrapper = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-            model.add_wrapper_with_key(wrapper, "own latent", _with_own_latent)
-            model = EasyCacheNode.execute(model, self.cache, 0.15, 0.95, False)[0]
-        if self.windows:
-            model = DynamicPatches(model, trained, TypedWindows(self.windows, ddit_world.SCALES)).patcher
-        return model
-
-
-def _with_own_latent(executor: Callable[..., Tensor], latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Call the model on a copy: in float32 EasyCache writes into its caller's latent."""
-    return executor(latent.clone(), *args, **kwargs)
-
-
-def alternating(first: int, last: int) -> str:
-    """Return windows in which every other step from ``first`` to ``last`` is coarse."""
-    return ", ".join(f"{step}: 2" for step in range(first, last + 1, 2))
-
-
-WAYS = (  # the first is what the others are compared with
-    *(Way(f"plain, {steps} steps", steps) for steps in (FULL, 9, 7, 5)),
-    Way("RALU, FLUX 5x", 15, preset="FLUX 5x"),
-    Way("RALU, FLUX 7x", 10, preset="FLUX 7x"),
-    Way("EasyCache 0.2, 15 steps", 15, cache=0.2),
-    Way("EasyCache 0.3, 9 steps", 9, cache=0.3),
-    Way("DDiT, every other of 13 steps", 13, windows=alternating(2, 12)),
-    Way("DDiT, every other of 10 steps", 10, windows=alternating(2, 10)),
-    Way("DDiT, every other of 7 steps", 7, windows=alternating(2, 6)),
-    Way("RALU, FLUX 5x, and EasyCache 0.2", 15, preset="FLUX 5x", cache=0.2),
-    Way("DDiT, every other of 20 steps, and EasyCache 0.2", 20, windows=alternating(2, 20), cache=0.2),
-    Way("EasyCache 0.3, 12 steps", 12, cache=0.3),
-    Way("plain, 12 steps", 12),
-)
+    pictures: Tensor
+    calls: dict[int, int]
+    plain_steps: float
+    tau: float = 0.0
 
 
 @contextmanager
@@ -104,53 +69,132 @@ def counted_calls(world: World) -> Iterator[dict[int, int]]:
 def plain_steps(
     world: World, way: Way, rows: dict[int, int], trained: TrainedPatches, pictures: int, side: int
 ) -> float:
-    """Return the operations of counted rows, in plain steps of one picture with guidance."""
+    """Return the operations of counted rows, in plain steps of one picture with guidance.
+
+    RALU's first stage has as many tokens as a coarse call; only one of the two is in a way.
+    """
     own = (side // TOKEN) ** 2
     coarse = {own // scale**2: operations for scale, operations in trained.operations_of(own).items()}
-    known = coarse if way.windows else {}
+    known = coarse if way.has_coarse_steps and way.stage != "last" else {}
     total = sum(number * known.get(tokens, world.operations(tokens)) for tokens, number in rows.items())
+    if way.stage == "last":  # its coarse calls have as many tokens as RALU's first stage, and the adapters' products
+        late = rows[own // 4] - 2 * pictures * PRESETS[way.preset].steps[0]
+        total += late * (coarse[own // 4] - world.operations(own // 4))
     return total / (2 * pictures * world.operations(own))
+
+
+def sampled(world: World, trained: TrainedPatches, way: Way, side: int, tau: float | None = None) -> Made:
+    """Return a way's pictures of all prompts; its threshold is found first, unless given."""
+    if way.decides and tau is None:
+        tau = tuned(world, trained, way, side)
+    own, tokens = world.model, (side // TOKEN) ** 2
+    plan = way.plan(trained, ddit_world.sigmas_of(world, way.steps), tokens, tau or 0.0)
+    try:
+        world.model = way.model(own, trained, plan)
+        sample = _arm(world, way, side)  # before calls are counted, because it counts operations by a call of its own
+        with torch.inference_mode(), counted_calls(world) as calls:
+            pictures = _pictures(world, sample, side, 1 if way.decides else len(world.scenes))
+    finally:
+        world.model = own
+    cost = plain_steps(world, way, calls, trained, len(pictures), side)
+    return Made(pictures, dict(sorted(calls.items())), cost, tau or 0.0)
+
+
+def tuned(world: World, trained: TrainedPatches, way: Way, side: int) -> float:
+    """Return the threshold at which the first prompts' pictures cost what the way should, by bisection."""
+    scenes, low, high = world.scenes, math.log(LOWEST_TAU), math.log(HIGHEST_TAU)
+    world.scenes = scenes[:TUNED_ON]
+    found: list[tuple[float, float]] = []
+    try:
+        for _ in range(TUNINGS):
+            middle = 0.5 * (low + high)
+            cost = sampled(world, trained, way, side, math.exp(middle)).plain_steps
+            found.append((abs(cost - way.work), math.exp(middle)))
+            low, high = (middle, high) if cost > way.work else (low, middle)
+    finally:
+        world.scenes = scenes
+    return min(found)[1]
+
+
+def _arm(world: World, way: Way, side: int) -> Callable[..., Tensor]:
+    """Return (noise, positive, negative, seed) -> latents."""
+    if way.stage == "first":
+        return _without_a_smaller_picture(world, way)
+    if way.stage == "last":
+        return _with_coarse_steps(ralu_pictures.staged(world, way.preset, 0.2, side).sample)
+    if way.preset:
+        return ralu_pictures.staged(world, way.preset, 0.2, side).sample
+    return ralu_pictures.plain(world, "", way.steps, side).sample
+
+
+def _with_coarse_steps(sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return RALU with a sampler that Dynamic Patches takes; the nodes refuse RALU's own, which it does not know by name."""
+    named = type("euler", (region_adaptive.EulerFrom,), {})
+
+    def renamed(*given: Any) -> Tensor:
+        with mock.patch.object(region_adaptive, "EulerFrom", named):
+            return sample(*given)
+
+    return renamed
+
+
+def _without_a_smaller_picture(world: World, way: Way) -> Callable[..., Tensor]:
+    """Return sampling with the levels of a preset's first stage, and from there to the end on the ordinary schedule."""
+    first = list(PRESETS[way.preset].sigmas[0])
+    (schedule,) = (torch.tensor(levels) for levels in solved_plan((1000,), (1.0,)).sigmas)
+    rest = schedule[schedule < first[-1]]
+    later = rest[torch.linspace(0, len(rest) - 1, way.steps - len(first) + 2).round().long()[1:]]
+    sigmas = torch.cat([torch.tensor(first), later]).float()
+
+    def sample(noise: Tensor, positive: list, negative: list, seed: int) -> Tensor:
+        return comfy.sample.sample_custom(
+            world.model, noise, CFG, comfy.samplers.sampler_object("euler"), sigmas, positive, negative,
+            torch.zeros_like(noise), disable_pbar=True, seed=seed,
+        )  # fmt: skip
+
+    return sample
+
+
+def _pictures(world: World, sample: Callable[..., Tensor], side: int, batch: int) -> Tensor:
+    """Return pictures of all prompts; a picture's noise does not depend on the batch."""
+    noise = comfy.sample.prepare_noise(torch.zeros(len(world.scenes), 16, side // CELL, side // CELL), SEED)
+    made = []
+    for start in range(0, len(world.scenes), batch):
+        positive, negative = world.conditionings(world.scenes[start : start + batch])
+        latent = sample(noise[start : start + batch], positive, negative, SEED)
+        made.append(world.vae.decode(latent).permute(0, 3, 1, 2).clamp(0, 1).float())
+    return torch.cat(made)
 
 
 def rows(world: World, trained: TrainedPatches, side: int, done: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield a row per way for pictures of ``side`` pixels, without the ways in ``done``."""
-    own, drawn, full = world.model, world.drawn(), None
+    drawn, full = world.drawn(), None
     missing = [way for way in WAYS if way.name not in done]
     for way in (WAYS[0], *(way for way in missing if way is not WAYS[0])) if missing else ():
         started = time.perf_counter()
-        try:
-            world.model = way.model(own, trained)
-            arm = staged(world, way.preset, 0.2, side) if way.preset else plain(world, "", way.steps, side)
-            with torch.inference_mode(), counted_calls(world) as calls:
-                pictures = pictures_of(world, arm, side)
-        finally:
-            world.model = own
-        full = pictures if full is None else full
+        made = sampled(world, trained, way, side)
+        full = made.pictures if full is None else full
         row = {
-            "side": side, "name": way.name, "steps": way.steps, "calls": {str(tokens): n for tokens, n in sorted(calls.items())},
-            "plain_steps": round(plain_steps(world, way, calls, trained, len(drawn), side), 2), "prompts": len(drawn),
-            "from_full": _difference(pictures, full), "seconds": round(time.perf_counter() - started, 1),
-            **_judged(world, as_read(pictures), drawn),
+            "side": side, "name": way.name, "steps": way.steps, "tau": made.tau,
+            "calls": {str(tokens): number for tokens, number in made.calls.items()},
+            "plain_steps": round(made.plain_steps, 2), "prompts": len(drawn),
+            "seconds": round(time.perf_counter() - started, 1), **judged(world, made.pictures, drawn, full),
         }  # fmt: skip
-        logger.info("%s", row)
+        logger.info("%s", {key: value for key, value in row.items() if not isinstance(value, list)})
         if way in missing:
             yield row
 
 
-def as_read(pictures: Tensor) -> Tensor:
-    """Return pictures at the size that the reader knows."""
-    return torch.nn.functional.interpolate(pictures, size=(SIZE, SIZE), mode="area")
-
-
-def _difference(pictures: Tensor, others: Tensor) -> float:
-    return (pictures - others).square().mean().sqrt().item()
-
-
-def _judged(world: World, pictures: Tensor, drawn: Tensor) -> dict[str, float]:
-    likeness = world.reading.similarity(world.reader, pictures, drawn)
-    right = measures(world, pictures, drawn)
-    names = ("shape", "colour", "ground", "place", "size", "finish")
+def judged(world: World, pictures: Tensor, drawn: Tensor, full: Tensor) -> dict[str, Any]:
+    """Return likeness to the drawings, right answers, and the difference from other pictures; also picture by picture."""
+    seen = torch.nn.functional.interpolate(pictures, size=(SIZE, SIZE), mode="area")  # the reader knows this size
+    likeness = world.reading.similarity(world.reader, seen, drawn)
+    apart = (pictures - full).square().flatten(1).mean(1)
+    answers = zip(world.reading.read(world.reader, seen), world.scenes, strict=True)
+    right = [answer[name] == getattr(scene, name) for answer, scene in answers for name in ASKED]
     return {
         "likeness": likeness.mean().item(), "likeness_error": (likeness.std() / len(likeness) ** 0.5).item(),
-        "right": sum(right[name] for name in names) / len(names),
+        "right": sum(right) / len(right), "from_full": apart.mean().sqrt().item(),
+        "likeness_each": [round(value, 4) for value in likeness.tolist()],
+        "from_full_each": [round(value, 4) for value in apart.sqrt().tolist()],
     }  # fmt: skip

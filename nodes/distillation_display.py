@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ..blockskip_core.ddit.error_table import ErrorTable
-from ..blockskip_core.distillation.examples import LEVELS
 from ..blockskip_core.distillation.loop import DistillationResult
 from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.hosts.runs.peak_memory import PeakMemory
@@ -55,7 +54,7 @@ class DistillationDisplay:
             self._measured[scale] = len(result.measured)
             step, errors = result.measured[-1]
             tables = {
-                f"{scale}x, step {step}": ErrorTable(LEVELS, errors),
-                f"{scale}x, without training": ErrorTable(LEVELS, result.untrained),
+                f"{scale}x, step {step}": ErrorTable(result.levels, errors),
+                f"{scale}x, without training": ErrorTable(result.levels, result.untrained),
             }
             self._progress.show(error_chart(tables))

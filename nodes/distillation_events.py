@@ -1,4 +1,4 @@
-"""The training of patch adapters in TensorBoard: one folder for each patch size."""
+"""The training of patch adapters in TensorBoard: one folder for each patch size, which its name says."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DistillationEvents:
         if self._file is None:
             return
         self.__exit__()
-        self._events = StepEvents(events_folder(self._file, key), self._settings.steps, self._told)
+        self._events = StepEvents(events_folder(self._file, key, f"{scale}x"), self._settings.steps, self._told)
         self._is_open = False
 
     def seen(self, scale: int, result: DistillationResult) -> None:

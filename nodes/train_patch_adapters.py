@@ -64,6 +64,8 @@ class TrainPatchAdapters(io.ComfyNode):
                     "Pictures of a clip, for Wan: the model samples clips of this length, or `images` are films. 1: single "
                     "pictures. Otherwise a multiple of 4 plus 1."
                 ),
+                widgets.noise_from("Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875."),
+                widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),
             ],
             outputs=[
                 PatchAdaptersSocket.Output(
@@ -263,6 +265,8 @@ class TrainPatchesRequest:
     resume: bool = True
     tensorboard: bool = False
     frames: int = 1
+    noise_from: float = 0.0
+    noise_to: float = 1.0
 
     @property
     def training(self) -> PatchTraining:
@@ -286,6 +290,7 @@ class TrainPatchesRequest:
             ),
             lora=LoraSettings(rank=self.lora_rank, alpha=float(self.lora_rank), targets=self.lora_targets),
             resize=self.resize, checkpointing=self.checkpointing, save_every=self.save_every, resume=self.resume,
+            noise=(self.noise_from, self.noise_to),
         )  # fmt: skip
 
     def run(

@@ -27,6 +27,15 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
+def require_noise_range(low: float, high: float) -> None:
+    """Raise InvalidInputError unless these are the lowest and the highest of some noise levels."""
+    if not 0.0 <= low < high <= 1.0:
+        raise InvalidInputError(
+            f"noise_from and noise_to must be a range within 0 to 1, got {low:g} to {high:g}. Leave them at 0 and 1 to train "
+            "on all noise levels."
+        )
+
+
 def sigma_sampler(
     distribution: TimestepDistribution,
     *,
@@ -56,11 +65,7 @@ def sigma_sampler(
         raise InvalidInputError(f"The timestep shift must be positive, got {shift}.")
 
     low, high = within
-    if not 0.0 <= low < high <= 1.0:
-        raise InvalidInputError(
-            f"noise_from and noise_to must be a range within 0 to 1, got {low:g} to {high:g}. Leave them at 0 and 1 to train "
-            "on all noise levels."
-        )
+    require_noise_range(low, high)
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
         sigmas = draw(count, generator)

@@ -11,11 +11,18 @@ from torch import Tensor
 from ..errors import InvalidInputError
 
 SMALLEST_SIGMA = 0.02  # a velocity is a difference divided by sigma: below this, it is mostly rounding error
-LEVELS = tuple((k + 0.5) / 10 for k in range(10))
-"""Noise levels at which the held-out error is measured."""
+_NUM_LEVELS = 10  # noise levels at which the held-out error is measured
 _HELD_OUT = 8  # every eighth prompt's latents are held out, at least one
 _WITH_NEGATIVE = 5
 _MIXED = 0x9E3779B97F4A7C15  # odd, so that neighbouring examples get generators that are far apart
+
+
+def levels_within(low: float, high: float) -> tuple[float, ...]:
+    """Return the noise levels at which the held-out error is measured, rising: the middles of equal parts of a range."""
+    return tuple(low + (high - low) * ((part + 0.5) / _NUM_LEVELS) for part in range(_NUM_LEVELS))
+
+
+LEVELS = levels_within(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Examples:
         seed: Of noise levels and noise.
         negative: A caption that takes the place of the latent's own in every fifth example, for models that are sampled
             with guidance; None for none.
+        levels: Noise levels at which the held-out error is measured.
 
     Raises:
         InvalidInputError: If there are fewer than two captions, one of which would be held out.
@@ -57,6 +65,7 @@ class Examples:
         level: Callable[[float], float],
         seed: int,
         negative: int | None = None,
+        levels: Sequence[float] = LEVELS,
     ) -> None:
         different = list(dict.fromkeys(captions))
         if len(different) < 2:
@@ -65,7 +74,7 @@ class Examples:
             )
         held = set(different[:: min(_HELD_OUT, len(different))])
         self._latents, self._captions, self._level, self._seed = latents, list(captions), level, seed
-        self._negative = negative
+        self._negative, self.levels = negative, tuple(levels)
         self.trained = [index for index, caption in enumerate(captions) if caption not in held]
         self.held_out = [index for index, caption in enumerate(captions) if caption in held]
 
@@ -81,7 +90,7 @@ class Examples:
         return self._captions[self._drawn(number)[0]]
 
     def held_out_batches(self, most: int) -> list[Batch]:
-        """Return held-out examples, a batch of one per latent and level of ``LEVELS``, level by level.
+        """Return held-out examples, a batch of one per latent and level of ``levels``, level by level.
 
         Args:
             most: Latents, at most.
@@ -89,7 +98,7 @@ class Examples:
         chosen = list(enumerate(self.held_out[:most]))
         return [
             self._noisy([(index, level, self._seed ^ (number * _MIXED))])
-            for level in LEVELS
+            for level in self.levels
             for number, index in chosen
         ]
 

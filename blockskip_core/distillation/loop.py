@@ -41,6 +41,7 @@ class DistillationResult:
         losses: Of every step.
         steps: Optimiser steps done.
         resumed_at: Of these, made by an earlier run.
+        levels: Noise levels at which errors are measured, rising.
         untrained: Error by level of coarse calls with nothing trained or measured.
         measured: (step, error by level) of every measurement; the first is before the first step.
         best_step: Step of the adapters that are kept.
@@ -52,6 +53,7 @@ class DistillationResult:
     losses: list[float] = field(default_factory=list)
     steps: int = 0
     resumed_at: int = 0
+    levels: tuple[float, ...] = ()
     untrained: tuple[float, ...] = ()
     measured: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     best_step: int = 0
@@ -118,6 +120,7 @@ class _Loop:
         self.optimizer = build_optimizer(
             "AdamW", model.parameters(), learning_rate=settings.learning_rate, weight_decay=0.0
         )
+        result.levels = examples.levels
         self.held_out = HeldOut(model, examples.held_out_batches(HELD_OUT_LATENTS))
         self.best: dict[str, Tensor] = model.state_dict()
         self.within_step = False

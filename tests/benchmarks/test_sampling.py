@@ -41,3 +41,25 @@ def test_the_share_of_the_error_that_pays(bench):
     assert report.equal_share(line, 0.2) == pytest.approx(0.25)
     assert report.equal_share(line, 0.1) is None
     assert report.equal_share(line, 0.9) == 1.0
+
+
+def test_gains_are_prompt_by_prompt_and_plain_steps_are_interpolated(bench):
+    report = bench("sampling_report")
+    assert report.gain([0.5, 0.9], [0.4, 0.6]) == "+0.200 (± 0.100)"
+    assert report.gain([0.5, 0.9], [0.5, 0.9]) == ""
+    rows = [
+        {"name": f"plain, {steps:g} steps", "plain_steps": steps, "likeness": each[0], "likeness_each": each, "from_full": 1 / steps}
+        for steps, each in ((4.0, [0.8, 0.6]), (2.0, [0.4, 0.6]))
+    ]  # fmt: skip
+    between = report.plain_at(rows, 3.0)
+    assert between["likeness_each"] == pytest.approx([0.6, 0.6])
+    assert between["from_full"] == pytest.approx(0.375)
+    assert [row["name"] for row in report.near([*rows, {**rows[0], "name": "other", "likeness": 0.9}], 4.1)] == [
+        "other", "plain, 4 steps",
+    ]  # fmt: skip
+    names = {
+        "plain": "plain, 5 steps", "every other": "DDiT, every other of 7 steps", "by error": "DDiT, by error, 37 steps at 25",
+        "third difference": "DDiT, third difference (as published), 37 steps at 25", "EasyCache": "EasyCache 0.1, 50 steps",
+        "RALU": "RALU, FLUX 5x", "two": "RALU, FLUX 5x, first stage by DDiT",
+    }  # fmt: skip
+    assert {kind: report.kind_of(name) for kind, name in names.items()} == {kind: kind for kind in names}

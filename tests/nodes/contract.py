@@ -303,6 +303,8 @@ CONTRACT = {
             vae VAE?
             tensorboard BOOLEAN? = False
             frames INT? = 1 [1, 1001]
+            noise_from FLOAT? = 0.0 [0.0, 1.0] step 0.001
+            noise_to FLOAT? = 1.0 [0.0, 1.0] step 0.001
         """,
         [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("errors", "IMAGE"), ("report", "STRING")],
     ),

@@ -134,7 +134,7 @@ def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, fold
     assert all(torch.equal(resumed[name], again[name]) for name in again)
     assert not all(torch.equal(whole[name], again[name]) for name in again)
     if has_tensorboard:
-        (folder,) = folders.loras.glob("tensorboard/patch_adapters-????????")
+        (folder,) = folders.loras.glob("tensorboard/patch_adapters_2x-????????")
         figures = shown_in_tensorboard(folder)[0]
         assert list(figures.pop("error/held_out")) == [0, 2, 4]
         assert set(figures) >= {"training/loss", "training/learning_rate", "memory/GiB_peak"}
@@ -257,6 +257,53 @@ def test_clips_of_wan_are_trained_on_and_sampled(nodes, run_node, folders):
             trained(**changes)
 
 
+def test_a_pair_of_models_that_share_the_noise_levels(nodes, run_node, folders):
+    """Adapters for each of the pair on its own levels, used in one run of two samplers, as of Wan 2.2 14B."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    wan, border = next(family for family in FAMILIES if family.name == "wan21"), 0.5
+    prompts, pair = wan.captions((5, 5), seed=8), (wan.build(), wan.build(seed=9))
+    films = {"images": Listed(torch.rand(2, 9, 64, 32, 3)), "vae": FamilyVae(pair[0].model, True)}
+    sizes = {"width": 32, "height": 64, "max_steps": 1, "frames": 9, "adapters_name": "loras/pair"}
+
+    def trained(model, **levels):
+        given = {"model": model, "positive": Listed(prompts), **films, **TRAINING, **sizes, **levels}
+        return run_node(nodes.TrainPatchAdapters, **given).args[0]
+
+    adapters = trained(pair[0], noise_from=border), trained(pair[1], noise_to=border)
+    for found, low, high in ((adapters[0], border, 1.0), (adapters[1], 0.0, border)):
+        errors = found.scales[2].errors
+        assert low < errors.sigmas[0] < errors.sigmas[-1] < high
+        assert all(error > 0.0 for error in errors.errors)
+    assert (adapters[0].notes["noise_from"], adapters[1].notes["noise_to"]) == (border, border)
+
+    def sampled(*windows):
+        euler, latent = comfy.samplers.sampler_object("euler"), {"samples": torch.zeros(1, 16, 3, 8, 4)}
+        for part, (model, own, window) in enumerate(zip(pair, adapters, windows, strict=True)):
+            settings = {
+                "model": model,
+                "patch_adapters": own,
+                "mode": "windows" if window else "off",
+                "error_budget": 0.0,
+            }
+            used = run_node(nodes.DynamicPatchesNode, **settings, windows=window).args[0]
+            levels = SIGMAS[4 * part : 4 * part + 5]
+            with torch.inference_mode():
+                latent = SamplerCustom.execute(
+                    used, not part, 7, 1.0, prompts[0], prompts[1], euler, levels, latent
+                ).args[0]
+        return latent["samples"]
+
+    coarse = [sampled(*windows) for windows in (("", ""), ("2-3: 2", ""), ("", "2-3: 2"), ("2-3: 2", "2-3: 2"))]
+    assert all(made.isfinite().all() for made in coarse)
+    assert not any(torch.equal(a, b) for k, a in enumerate(coarse) for b in coarse[:k])
+    for part, window in ((0, ""), (1, "2-3: 2")):  # nothing of one run stays on the models of the next
+        assert torch.equal(sampled("", window), coarse[2 * part])
+    with pytest.raises(Exception, match="trained for other weights of a wan"):
+        run_node(nodes.DynamicPatchesNode, model=pair[1], patch_adapters=adapters[0], mode="windows", error_budget=0.1)
+
+
 def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prompt, folders, tiny, vae):
     from blockskip_pack.blockskip_core.errors import BlockSkipError
 
@@ -273,6 +320,7 @@ def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prom
         (lambda: train(images=torch.rand(2, 64, 64, 3)), "images came in, but no VAE"),
         (lambda: train(images=torch.rand(2, 64, 64, 3), vae=vae), "one picture for each of the 3 prompts, got 2"),
         (lambda: train(patch_sizes="3x"), "patch_sizes must be one of"),
+        (lambda: train(noise_from=0.5, noise_to=0.5), "must be a range within 0 to 1, got 0.5 to 0.5"),
         (lambda: train(frames=5), "`frames` is 5, but this model makes pictures. Set it to 1."),
         (lambda: train(adapters_name="../x"), "must stay inside ComfyUI's output folder"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="none"), "No file was chosen"),

@@ -91,17 +91,19 @@ def _parts(path: Path) -> tuple[str, int]:
     return counted["name"], int(counted["counter"])
 
 
-def events_folder(lora: Path, key: str) -> Path:
+def events_folder(lora: Path, key: str, part: str = "") -> Path:
     """Return the folder of a run's files for TensorBoard, e.g. loras/tensorboard/toy-0123abcd for loras/toy_00001_.
 
     Args:
         lora: The LoRA's file; all of one name share the folder, whatever their number.
         key: The run's content hash.
+        part: Which training this is, if several write to one file; follows the name, as in toy_2x-0123abcd.
 
     Raises:
         InvalidInputError: If a link leads out of the output folder.
     """
-    return events_folder_named(lora.with_name(_parts(lora)[0]), key)
+    name = "_".join(filter(None, (_parts(lora)[0], part)))
+    return events_folder_named(lora.with_name(name), key)
 
 
 def events_folder_named(named: Path, key: str) -> Path:

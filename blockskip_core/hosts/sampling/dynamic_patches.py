@@ -27,6 +27,7 @@ from ..models.coarse_forward import CoarseForward, require_clips, shape_of
 from ..models.identity import module_identity
 from ..models.patches import require_coarse_steps
 from ..models.residency import unload
+from .region_adaptive import EulerFrom
 from .step_caches import StepCaches
 from .token_strips import require_only_text
 
@@ -254,6 +255,11 @@ def require_deterministic(sampler: Any) -> None:
     Raises:
         InvalidInputError: If not, or if it is not one of those that are known to do so.
     """
+    if type(sampler) is EulerFrom:
+        raise InvalidInputError(
+            "Dynamic patches need a sampler without stages, but the MODEL is on RALU Sampler, which has tokens of two sizes of its "
+            "own. Give RALU Sampler the MODEL without Dynamic Patches (DDiT), or use another sampler."
+        )
     function = getattr(sampler, "sampler_function", sampler)
     name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_")
     options: Mapping[str, Any] = getattr(sampler, "extra_options", {})

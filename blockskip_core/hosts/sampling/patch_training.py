@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import comfy.samplers
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...adapters.lora import LoraSettings
+from ...data.timesteps import require_noise_range
 from ...ddit.coarse_estimate import CoarseAdapter
 from ...ddit.connection import PatchStatistics
 from ...ddit.error_table import ErrorTable
 from ...ddit.patch_adapter import PatchAdapter
 from ...ddit.patch_resizing import PatchResizing, ResizeKind
 from ...ddit.trained_patches import ModelShape, TrainedPatches, TrainedScale
-from ...distillation.examples import LEVELS, Examples
+from ...distillation.examples import Examples, levels_within
 from ...distillation.loop import DistillationResult, distill
 from ...distillation.settings import DistillationSettings
 from ...errors import InvalidInputError
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 2  # 1 had a teacher with what was trained
 _SCHEDULE = 100  # steps of the schedule through which training spreads over noise levels
 _KEPT_STATES = 2
+ALL_LEVELS = (0.0, 1.0)
 
 # (phase, parts done, all parts, one line of detail); may raise to interrupt
 Progress = Callable[[str, int, int, str], None]
@@ -61,11 +64,12 @@ class PatchTraining:
         resize: How patches are reduced; see ``ddit.patch_resizing``.
         checkpointing: Recompute activations in backward.
         weights: Where the host keeps the weights.
+        noise: Lowest and highest noise level to train on, for models that share the noise levels between them.
         save_every: Steps between two saved states.
         resume: Whether to continue an interrupted training.
 
     Raises:
-        InvalidInputError: If the scales cannot be used.
+        InvalidInputError: If the scales or the noise levels cannot be used.
     """
 
     scales: tuple[int, ...]
@@ -77,10 +81,12 @@ class PatchTraining:
     weights: WeightPlacement = "as fits"
     save_every: int = 50
     resume: bool = True
+    noise: tuple[float, float] = ALL_LEVELS
 
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) < 2 or len(set(self.scales)) != len(self.scales):
             raise InvalidInputError(f"Patch sizes must be different multiples of at least 2, got {self.scales}.")
+        require_noise_range(*self.noise)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class _PatchTraining:
         self.notes = {
             "prompts": len(prompts), "width": request.latents.width, "height": request.latents.height,
             "rank": request.lora.rank, "targets": request.lora.targets, "frames": request.latents.frames,
-            "image_tokens": self._dit.image_tokens(*self._shape[1:]),
+            "image_tokens": self._dit.image_tokens(*self._shape[1:]), **self._noise(),
         }  # fmt: skip
 
     def latents(self, progress: Progress) -> Tensor:
@@ -215,7 +221,8 @@ class _PatchTraining:
         """Train the adapter of one patch size."""
         request, result = self._request, DistillationResult()
         captions = [number // self._per_prompt for number in range(len(latents))]
-        examples = Examples(latents, captions, self._level(), request.settings.seed, self._negative)
+        levels = levels_within(*request.noise)
+        examples = Examples(latents, captions, self._level(), request.settings.seed, self._negative, levels)
         resizing = PatchResizing(self.base.patch, scale, request.resize, self._frames)
         statistics = PatchStatistics.of(latents[examples.trained], resizing)
         numbers = self.base.channels * resizing.side**2
@@ -236,17 +243,19 @@ class _PatchTraining:
             distilling(self._dit, parts, checkpointing=request.checkpointing, weights=request.weights) as model,
         ):
             distill(model, examples, request.settings, result=result, checkpoints=checkpoints, on_step=on_step)
-        errors, untrained = ErrorTable(LEVELS, result.best_errors), ErrorTable(LEVELS, result.untrained)
+        errors, untrained = ErrorTable(levels, result.best_errors), ErrorTable(levels, result.untrained)
         patches.requires_grad_(False)
         return TrainedScale(coarse, parts.low_rank(), errors, untrained, result.best_step)
 
     def _level(self) -> Callable[[float], float]:
-        """Return the map from uniform numbers to noise levels: through the sampler's own schedule."""
+        """Return the map from uniform numbers to noise levels: through the part of the sampler's schedule in the range."""
         sampling = self._dit.patcher.get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(sampling, self._request.latents.scheduler, _SCHEDULE).tolist()
+        lowest, highest = self._request.noise
+        start, end = (_SCHEDULE - np.interp([highest, lowest], sigmas[::-1], range(_SCHEDULE + 1))).tolist()
 
         def level(uniform: float) -> float:
-            place = uniform * _SCHEDULE
+            place = start + uniform * (end - start)
             first = min(int(place), _SCHEDULE - 1)
             return sigmas[first] + (place - first) * (sigmas[first + 1] - sigmas[first])
 
@@ -258,9 +267,14 @@ class _PatchTraining:
         parts: Mapping[str, Any] = {
             "kind": "patch adapters", "version": _VERSION, **self._identity, "scale": scale, "resize": request.resize,
             "latents": request.latents.parts(), "settings": asdict(request.settings), "lora": asdict(request.lora),
-            "checkpointing": request.checkpointing,
+            "checkpointing": request.checkpointing, **self._noise(),
         }  # fmt: skip
         return RunIdentity(parts)
+
+    def _noise(self) -> dict[str, float]:
+        """Return the range of noise levels, or nothing if it is all of them, as of a training before there were ranges."""
+        lowest, highest = self._request.noise
+        return {} if self._request.noise == ALL_LEVELS else {"noise_from": lowest, "noise_to": highest}
 
     def _checkpoints(self, identity: RunIdentity) -> Checkpoints:
         request = self._request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from blockskip_pack.blockskip_core.distillation import loop as module
-from blockskip_pack.blockskip_core.distillation.examples import LEVELS, SMALLEST_SIGMA, Examples
+from blockskip_pack.blockskip_core.distillation.examples import LEVELS, SMALLEST_SIGMA, Examples, levels_within
 from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
 from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
 from blockskip_pack.blockskip_core.distillation.validation import HeldOut
@@ -180,6 +180,16 @@ def test_whole_prompts_are_held_out():
     assert [round(float(batch.sigmas[0]), 3) for batch in batches] == [level for level in LEVELS for _ in range(3)]
     with pytest.raises(InvalidInputError, match="At least 2 prompts are needed, .* got 1"):
         Examples(torch.zeros(3, 1, 4, 4), [0, 0, 0], lambda u: u, 0)
+
+
+def test_errors_are_measured_within_a_range_of_noise_levels():
+    own = examples()
+    found = Examples(own._latents, own._captions, lambda u: u, 3, levels=levels_within(0.6, 0.8))
+    sigmas = [float(batch.sigmas[0]) for batch in found.held_out_batches(1)]
+    assert sigmas == pytest.approx([0.61, 0.63, 0.65, 0.67, 0.69, 0.71, 0.73, 0.75, 0.77, 0.79])
+    assert levels_within(0.0, 1.0) == tuple((k + 0.5) / 10 for k in range(10))
+    errors = HeldOut(Tiny(), found.held_out_batches(2)).errors(lambda noisy, sigmas, captions: noisy)
+    assert errors == pytest.approx((1.0,) * 10)
 
 
 def test_the_error_is_relative_to_the_velocity():

@@ -335,6 +335,14 @@ def test_samplers_that_add_noise_are_refused(sampler):
         sampled(dynamic(tiny_flux(), "2: 2"), sampler=sampler)
 
 
+def test_the_stages_of_ralu_are_refused():
+    from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import require_deterministic
+    from blockskip_pack.blockskip_core.hosts.sampling.region_adaptive import EulerFrom
+
+    with pytest.raises(InvalidInputError, match="Give RALU Sampler the MODEL without Dynamic Patches"):
+        require_deterministic(EulerFrom(None))
+
+
 def test_churn_is_refused():
     import comfy.samplers
 
