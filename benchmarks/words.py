@@ -161,9 +161,12 @@ def _measure_memory(parts: list[str], comfyui: Path, file: Path, done: list[dict
     import words_card
     import words_memory
 
-    ways = {"memory": words_memory.rows, "card": lambda: words_card.rows(comfyui)}
-    missing = [name for name in ways if name in parts and not any(row.get("group") == name for row in done)]
-    for name in missing:
+    counted = any(row.get("group") == "memory" for row in done)
+    ways = {
+        "memory": lambda: () if counted else words_memory.rows(),
+        "card": lambda: words_card.rows(comfyui, list(done)),
+    }
+    for name in (name for name in ways if name in parts):
         for row in ways[name]():
             command_line.add_row(file, {"group": name, **row})
             done.append({"group": name, **row})

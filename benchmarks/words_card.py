@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class WordCell:
         card: GiB of the card.
         weights: "fp16" or "fp8" as published, or the format of the model's linear layers: "int8" or "4-bit", which run in
             ComfyUI's plain operations, whose intermediate results are in int32 and float32. In int8 the text encoders' are too.
+        fused: Whether int8 layers take the memory of fused kernels instead, which keep no intermediate results.
     """
 
     model: str
@@ -41,6 +43,7 @@ class WordCell:
     residency: str
     card: float
     weights: str
+    fused: bool = False
 
 
 CELLS = (
@@ -48,7 +51,9 @@ CELLS = (
     WordCell("SD1.5", 512, 3, "together", 4.0, "int8"),
     WordCell("SDXL", 1024, 3, "together", 6.0, "int8"),
     WordCell("SDXL", 1024, 8, "in turns", 6.0, "int8"),
+    WordCell("SDXL", 1024, 8, "in turns", 6.0, "int8", fused=True),
     WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0, "fp8"),
+    WordCell("FLUX.1-dev", 512, 8, "in turns", 12.0, "4-bit"),
     WordCell("FLUX.1-dev", 512, 8, "in turns", 8.0, "4-bit"),
 )
 
@@ -67,6 +72,8 @@ def seen_in(cell: WordCell, folder: Path, comfyui: Path) -> dict[str, Any]:
     model, clip = on_the_card(cell.model, cell.weights)
     layout = layout_of(clip)  # the card has no numbers to look up
     nodes.words.prepare.known_word = lambda clip, word: (list(layout.parts), layout.split(torch.ones(layout.numbers)))
+    if cell.fused:
+        fuse_int8()
     peaks, calls = Peaks(card.memory, 0, 0), rows_of(model)
     report = run(nodes.TrainWord, {
         "model": model, "clip": clip, "vae": NoVae(model.model), "images": torch.rand(1, cell.side, cell.side, 3),
@@ -125,14 +132,23 @@ def pack(module: torch.nn.Module, weight_format: str) -> None:
 
 
 def without_numbers(weight: Any) -> Any:
-    """Return a quantised weight on the CPU that takes no memory, from one on torch's ``meta`` device."""
-    from devtools.card.shapes import zero
-
+    """Return a weight on the CPU, not written and so without memory, from a quantised one on torch's ``meta`` device."""
     names, about = weight.__tensor_flatten__()
     parts = {name: torch.empty_like(getattr(weight, name), device="cpu") for name in names}
-    for part in parts.values():
-        zero(part)
     return type(weight).__tensor_unflatten__(parts, about, weight.shape, weight.stride())
+
+
+def fuse_int8() -> None:
+    """Let int8 layers take the memory that they take in fused kernels: inputs in int8, and the result, without numbers."""
+    from comfy_kitchen.backends import eager
+
+    def fused(
+        x: torch.Tensor, weight: torch.Tensor, scale: Any, bias: Any = None, out_dtype: Any = torch.bfloat16, **more: Any
+    ) -> torch.Tensor:
+        packed = torch.empty_like(x, dtype=torch.int8)
+        return packed.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+    eager.int8_linear = fused
 
 
 def rows_of(model: Any) -> set[int]:
@@ -151,9 +167,11 @@ def run(node: Any, inputs: dict[str, Any]) -> Any:
         return clone.EXECUTE_NORMALIZED(**{name: [value] for name, value in inputs.items()}).args
 
 
-def rows(comfyui: Path) -> list[dict[str, Any]]:
-    """Run all cells, each in a process of its own."""
-    return [command_line.row_of_process(Path(__file__), cell, comfyui) for cell in CELLS]
+def rows(comfyui: Path, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Run the cells of which there is no row yet, each in a process of its own."""
+    for cell in CELLS:
+        if not any(asdict(cell).items() <= row.items() for row in done if row.get("group") == "card"):
+            yield command_line.row_of_process(Path(__file__), cell, comfyui)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -78,3 +80,25 @@ def test_every_arm_is_valid_and_takes_about_the_same_number_of_forward_passes(be
         if not arm.gradient:
             passes = WordSettings(steps=1, **arm.settings).passes_per_step
             assert arm.forwards - passes < arm.forwards // passes * passes <= arm.forwards
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "4-bit"])
+def test_a_layer_packed_for_the_card_has_the_bytes_that_are_counted(bench, weight_format) -> None:
+    from blockskip_pack.blockskip_core.accounting.weight_formats import predicted_bytes, stored_bytes
+
+    model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.LayerNorm(80)).half()
+    counted = predicted_bytes(model, weight_format)
+    bench("words_card").pack(model, weight_format)
+    assert sum(map(stored_bytes, model.parameters())) == counted
+
+
+def test_only_the_missing_cells_of_the_card_are_run_and_what_is_wanted_is_that_of_the_count(bench, monkeypatch) -> None:
+    card = bench("words_card")
+    monkeypatch.setattr(card.command_line, "row_of_process", lambda script, cell, comfyui: asdict(cell))
+    first, *others = (asdict(cell) for cell in card.CELLS)
+    run = {"group": "card", **first, "weights": "int8", "peak": 2**31, "rows_of_calls": [3], "told": "Counted"}
+    assert list(card.rows(None, [{**run, "weights": first["weights"]}])) == others
+    names = ("rows", "text_weights", "model_weights", "text_peak", "model_peak", "together", "in_turns", "limit")
+    counted = {"group": "memory", "model": first["model"], "side": first["side"], "format": "int8"}
+    lines = bench("words_report").memory([{**counted, **dict.fromkeys(names, 2**30)}, run])
+    assert "| SD1.5 | int8 | 512 | 3 | together | 4 GiB | 2.00 | 1.00 | 3 | Counted |" in lines
