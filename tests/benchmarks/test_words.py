@@ -102,3 +102,17 @@ def test_only_the_missing_cells_of_the_card_are_run_and_what_is_wanted_is_that_o
     counted = {"group": "memory", "model": first["model"], "side": first["side"], "format": "int8"}
     lines = bench("words_report").memory([{**counted, **dict.fromkeys(names, 2**30)}, run])
     assert "| SD1.5 | int8 | 512 | 3 | together | 4 GiB | 2.00 | 1.00 | 3 | Counted |" in lines
+
+
+def test_orthogonal_directions_are_right_on_average_and_vary_less(bench) -> None:
+    """With mean square d / n in place of (d + n + 1) / n, for a gradient of length 1."""
+    numbers, count, times = 6, 4, 4000
+    normal = torch.randn(times, count, numbers, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([bench("words_orthogonal").orthogonal(each) for each in normal])
+    gram = drawn @ drawn.mT
+    torch.testing.assert_close(gram, numbers * torch.eye(count, dtype=torch.float64).expand_as(gram))
+    gradient = torch.nn.functional.normalize(torch.arange(1.0, 1.0 + numbers, dtype=torch.float64), dim=0)
+    for directions, square in ((normal, (numbers + count + 1) / count), (drawn, numbers / count)):
+        found = torch.einsum("tin,ti->tn", directions, directions @ gradient) / count
+        torch.testing.assert_close(found.mean(0), gradient, atol=0.05, rtol=0.0)
+        assert found.square().sum(1).mean().item() == pytest.approx(square, rel=0.05)
