@@ -143,7 +143,12 @@ def fuse_int8() -> None:
     from comfy_kitchen.backends import eager
 
     def fused(
-        x: torch.Tensor, weight: torch.Tensor, scale: Any, bias: Any = None, out_dtype: Any = torch.bfloat16, **more: Any
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: Any,
+        bias: Any = None,
+        out_dtype: Any = torch.bfloat16,
+        **more: Any,
     ) -> torch.Tensor:
         packed = torch.empty_like(x, dtype=torch.int8)
         return packed.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)

@@ -74,6 +74,7 @@ def test_a_word_is_learned_from_packed_weights(clip_of, tmp_path, monkeypatch, n
     with losses.loaded(settings.passes_per_step):
         training.run()
         before, after = (
-            torch.cat([losses(word[None], examples[step]) for step in range(2)]).mean() for word in (first, training.word)
+            torch.cat([losses(word[None], examples[step]) for step in range(2)]).mean()
+            for word in (first, training.word)
         )
     assert after < before
