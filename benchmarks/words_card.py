@@ -142,14 +142,7 @@ def fuse_int8() -> None:
     """Let int8 layers take the memory that they take in fused kernels: inputs in int8, and the result, without numbers."""
     from comfy_kitchen.backends import eager
 
-    def fused(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: Any,
-        bias: Any = None,
-        out_dtype: Any = torch.bfloat16,
-        **more: Any,
-    ) -> torch.Tensor:
+    def fused(*, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype, **more: Any) -> torch.Tensor:
         packed = torch.empty_like(x, dtype=torch.int8)
         return packed.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 

@@ -92,6 +92,17 @@ def test_a_layer_packed_for_the_card_has_the_bytes_that_are_counted(bench, weigh
     assert sum(map(stored_bytes, model.parameters())) == counted
 
 
+def test_an_int8_layer_as_in_a_fused_kernel_gives_a_result_of_the_right_shape(bench, monkeypatch) -> None:
+    from comfy_kitchen.backends import eager
+
+    monkeypatch.setattr(eager, "int8_linear", eager.int8_linear)  # put back afterwards
+    model = torch.nn.Sequential(torch.nn.Linear(96, 80)).half()
+    bench("words_card").pack(model, "int8")
+    bench("words_card").fuse_int8()
+    found = model(torch.ones(2, 3, 96, dtype=torch.float16))
+    assert (found.shape, found.dtype) == ((2, 3, 80), torch.float16)
+
+
 def test_only_the_missing_cells_of_the_card_are_run_and_what_is_wanted_is_that_of_the_count(bench, monkeypatch) -> None:
     card = bench("words_card")
     monkeypatch.setattr(card.command_line, "row_of_process", lambda script, cell, comfyui: asdict(cell))
