@@ -18,6 +18,14 @@ PAIRS = 12
 STEPS = 6
 
 
+@pytest.fixture
+def clip(clip_of, monkeypatch):
+    """A CLIP of FLUX.1 whose T5 fills up no caption: int8 in plain torch takes its time for each token."""
+    made = clip_of("FLUX.1")
+    monkeypatch.setattr(made.tokenizer.t5xxl, "min_length", 1)
+    return made
+
+
 def losses_of(clip, model):
     """The losses of a word, its layout and first value."""
     from blockskip_pack.blockskip_core.hosts.words.captions import WordCaptions
@@ -40,15 +48,15 @@ def measured(clip, model, perturbation=0.2):
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp8 scaled", "int8", "nvfp4"])
-def test_a_format_with_signal_is_used_as_loaded(clip_of, tmp_path, name):
-    signal = measured(clip_of("FLUX.1"), stored_flux(tmp_path, name))
+def test_a_format_with_signal_is_used_as_loaded(clip, tmp_path, name):
+    signal = measured(clip, stored_flux(tmp_path, name))
     assert signal.perturbation == 0.2
     assert signal.agreement[0.2] > 0.9
 
 
-def test_four_bit_weights_with_four_bit_inputs_are_refused(clip_of, tmp_path):
+def test_four_bit_weights_with_four_bit_inputs_are_refused(clip, tmp_path):
     with pytest.raises(TrainingError, match="with 4-bit weights and 4-bit inputs it moves in jumps"):
-        measured(clip_of("FLUX.1"), stored_flux(tmp_path, "convrot w4a4"))
+        measured(clip, stored_flux(tmp_path, "convrot w4a4"))
 
 
 def test_int8_needs_a_larger_perturbation_and_gets_it(clip_of, tmp_path):
@@ -61,10 +69,8 @@ def test_int8_needs_a_larger_perturbation_and_gets_it(clip_of, tmp_path):
 
 @pytest.mark.parametrize("name", ["int8 convrot", "GGUF"])
 @torch.no_grad()
-def test_a_word_is_learned_from_packed_weights(clip_of, tmp_path, monkeypatch, name):
+def test_a_word_is_learned_from_packed_weights(clip, tmp_path, name):
     """A few steps lower the loss of two fixed examples."""
-    clip = clip_of("FLUX.1")
-    monkeypatch.setattr(clip.tokenizer.t5xxl, "min_length", 1)  # int8 in plain torch takes its time for each token
     flux = WIDE[0]
     model = gguf_files.stored(flux, tmp_path / "model.gguf") if name == "GGUF" else stored_flux(tmp_path, name)
     losses, layout, first = losses_of(clip, model)
