@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import command_line
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from words_arms import ARMS, NAMES, WordArm
 from words_curves import Curve
 from words_formats import FORMATS, in_format, signal
+from words_orthogonal import orthogonal
 from words_report import write_report
 from words_stronger import WAYS, StrongerSubject
 from words_subject import PICTURES, Subject
@@ -51,6 +53,17 @@ def _as_learned(subject: Subject, arm: WordArm) -> Subject:
     return Subject(in_format(subject.bench, arm.stored), subject.name, arm.vectors)
 
 
+@contextmanager
+def _directions_of(arm: WordArm) -> Iterator[None]:
+    """Draw an arm's directions for the duration of a ``with`` block."""
+    from blockskip_pack.blockskip_core.zoodip import training
+    from blockskip_pack.blockskip_core.zoodip.directions import directions
+
+    drawn = (lambda *which: orthogonal(directions(*which))) if arm.orthogonal else directions
+    with patch.object(training, "directions", drawn):
+        yield
+
+
 def learn(subject: Subject, arm: WordArm, seed: int) -> tuple[Tensor, Curve]:
     """Return the word that an arm learns."""
     from blockskip_pack.blockskip_core.training.observer import OnStep
@@ -66,7 +79,7 @@ def learn(subject: Subject, arm: WordArm, seed: int) -> tuple[Tensor, Curve]:
     result = WordResult()
     training = WordTraining(subject.losses, subject.layout, subject.first, examples, settings, result=result)
     curve = Curve(steps, settings.passes_per_step)
-    with subject.losses.loaded(settings.passes_per_step):
+    with _directions_of(arm), subject.losses.loaded(settings.passes_per_step):
         training.run([OnStep(lambda report: curve.after(report.step, training.word))])
     assert result.forwards <= arm.forwards
     return training.word, curve
@@ -161,9 +174,12 @@ def _measure_memory(parts: list[str], comfyui: Path, file: Path, done: list[dict
     import words_card
     import words_memory
 
-    ways = {"memory": words_memory.rows, "card": lambda: words_card.rows(comfyui)}
-    missing = [name for name in ways if name in parts and not any(row.get("group") == name for row in done)]
-    for name in missing:
+    counted = any(row.get("group") == "memory" for row in done)
+    ways = {
+        "memory": lambda: () if counted else words_memory.rows(),
+        "card": lambda: words_card.rows(comfyui, list(done)),
+    }
+    for name in (name for name in ways if name in parts):
         for row in ways[name]():
             command_line.add_row(file, {"group": name, **row})
             done.append({"group": name, **row})

@@ -31,6 +31,7 @@ class WordArm:
         way: What is learned in place of a word, a name of ``words_stronger.WAYS``.
         stored: The format of the model's weights while the word is learned, a name of ``words_formats.FORMATS``; it is
             judged in float32, as the others.
+        orthogonal: Whether a step's directions are orthogonal (``words_orthogonal``).
     """
 
     name: str
@@ -42,6 +43,7 @@ class WordArm:
     vectors: int = 1
     way: str = ""
     stored: str = "fp32"
+    orthogonal: bool = False
 
 
 def _gradient(name: str, step_size: float, **more: Any) -> WordArm:
@@ -90,6 +92,7 @@ ARMS = (
     _ablation("forward difference, 8 directions", estimator="forward difference"),
     _ablation("4 directions", directions=4),
     _ablation("16 directions", directions=16),
+    WordArm("256 examples, orthogonal directions", "ablations", orthogonal=True),
     _ablation("constant step", schedule="constant"),
     _paper("the paper's without subspace", subspace_every=0),
     _paper("the paper's without partial levels", lowest=0.0, highest=1.0),

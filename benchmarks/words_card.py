@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ class WordCell:
         directions: Words of a step.
         residency: As on the node.
         card: GiB of the card.
-        int8: Whether the linear layers of model and text encoder are in ComfyUI's int8; they run in its plain
-            operations, which keep whole results in int32 and float32.
+        weights: "fp16" or "fp8" as published, or the format of the model's linear layers: "int8" or "4-bit", which run in
+            ComfyUI's plain operations, whose intermediate results are in int32 and float32. In int8 the text encoders' are too.
+        fused: Whether int8 layers take the memory of fused kernels instead, which keep no intermediate results.
     """
 
     model: str
@@ -40,13 +42,19 @@ class WordCell:
     directions: int
     residency: str
     card: float
-    int8: bool = False
+    weights: str
+    fused: bool = False
 
 
 CELLS = (
-    WordCell("SD1.5", 512, 3, "together", 4.0),
-    WordCell("SD1.5", 512, 3, "together", 4.0, int8=True),
-    WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0),
+    WordCell("SD1.5", 512, 3, "together", 4.0, "fp16"),
+    WordCell("SD1.5", 512, 3, "together", 4.0, "int8"),
+    WordCell("SDXL", 1024, 3, "together", 6.0, "int8"),
+    WordCell("SDXL", 1024, 8, "in turns", 6.0, "int8"),
+    WordCell("SDXL", 1024, 8, "in turns", 6.0, "int8", fused=True),
+    WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0, "fp8"),
+    WordCell("FLUX.1-dev", 512, 8, "in turns", 12.0, "4-bit"),
+    WordCell("FLUX.1-dev", 512, 8, "in turns", 8.0, "4-bit"),
 )
 
 
@@ -61,9 +69,11 @@ def seen_in(cell: WordCell, folder: Path, comfyui: Path) -> dict[str, Any]:
 
     folder_paths.output_directory = folder_paths.temp_directory = str(folder)
     folder_paths.folder_names_and_paths["embeddings"] = ([str(folder)], {".safetensors"})
-    model, clip = on_the_card(cell.model, cell.int8)
+    model, clip = on_the_card(cell.model, cell.weights)
     layout = layout_of(clip)  # the card has no numbers to look up
     nodes.words.prepare.known_word = lambda clip, word: (list(layout.parts), layout.split(torch.ones(layout.numbers)))
+    if cell.fused:
+        fuse_int8()
     peaks, calls = Peaks(card.memory, 0, 0), rows_of(model)
     report = run(nodes.TrainWord, {
         "model": model, "clip": clip, "vae": NoVae(model.model), "images": torch.rand(1, cell.side, cell.side, 3),
@@ -75,7 +85,7 @@ def seen_in(cell: WordCell, folder: Path, comfyui: Path) -> dict[str, Any]:
     return {**asdict(cell), "peak": max(peaks.bytes.values()), "rows_of_calls": sorted(calls), "told": told}
 
 
-def on_the_card(name: str, int8: bool) -> tuple[Any, Any]:
+def on_the_card(name: str, weights: str) -> tuple[Any, Any]:
     """Return MODEL and CLIP whose weights are zeros without memory, to be loaded to the card."""
     import comfy.model_management
     import comfy.model_patcher
@@ -89,9 +99,11 @@ def on_the_card(name: str, int8: bool) -> tuple[Any, Any]:
     with torch.inference_mode():  # as the host loads
         made = words_memory.model_of(name).model
         clip = words_memory.clip_of(name, torch.float8_e4m3fn)
+        if weights in ("int8", "4-bit"):
+            pack(made, weights)
+        if weights == "int8":
+            pack(clip.cond_stage_model, weights)
         for module in (made, clip.cond_stage_model):
-            if int8:
-                pack(module)
             for tensor in (*module.parameters(), *module.buffers()):
                 if not isinstance(tensor, QuantizedTensor):
                     zero(tensor)
@@ -99,23 +111,42 @@ def on_the_card(name: str, int8: bool) -> tuple[Any, Any]:
     return comfy.model_patcher.ModelPatcher(made, load_device=device, offload_device=words_memory.CPU), clip
 
 
-def pack(module: torch.nn.Module) -> None:
-    """Put a module's linear layers into int8, as the host's files in that format have them."""
+def pack(module: torch.nn.Module, weight_format: str) -> None:
+    """Put a module's linear layers into a format, as the host's files in that format have them, without numbers."""
     import comfy.ops
     from blockskip_pack.blockskip_core.accounting.weight_formats import WEIGHT_FORMATS
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-    packed = WEIGHT_FORMATS["int8"]
+    packed = WEIGHT_FORMATS[weight_format]
     linear_class = comfy.ops.mixed_precision_ops({}, torch.float16, full_precision_mm=True).Linear
     layout = QUANT_ALGOS[packed.algorithm]["comfy_tensor_layout"]
     for name, layer in list(module.named_modules()):
         if isinstance(layer, torch.nn.Linear):
             linear = linear_class(layer.in_features, layer.out_features, bias=False)
             linear.quant_format, linear.layout_type = packed.algorithm, layout
-            weight = QuantizedTensor.from_float(torch.ones(layer.weight.shape), layout, **packed.options)
-            linear.weight = torch.nn.Parameter(weight.to(dtype=torch.float16), requires_grad=False)
+            shape = torch.empty(layer.weight.shape, dtype=torch.float16, device="meta")
+            weight = without_numbers(QuantizedTensor.from_float(shape, layout, **packed.options))
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             linear._parameters["bias"] = layer.bias
             module.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = linear
+
+
+def without_numbers(weight: Any) -> Any:
+    """Return a weight on the CPU, not written and so without memory, from a quantised one on torch's ``meta`` device."""
+    names, about = weight.__tensor_flatten__()
+    parts = {name: torch.empty_like(getattr(weight, name), device="cpu") for name in names}
+    return type(weight).__tensor_unflatten__(parts, about, weight.shape, weight.stride())
+
+
+def fuse_int8() -> None:
+    """Let int8 layers take the memory that they take in fused kernels: inputs in int8, and the result, without numbers."""
+    from comfy_kitchen.backends import eager
+
+    def fused(*, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype, **more: Any) -> torch.Tensor:
+        packed = torch.empty_like(x, dtype=torch.int8)
+        return packed.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+    eager.int8_linear = fused
 
 
 def rows_of(model: Any) -> set[int]:
@@ -134,9 +165,11 @@ def run(node: Any, inputs: dict[str, Any]) -> Any:
         return clone.EXECUTE_NORMALIZED(**{name: [value] for name, value in inputs.items()}).args
 
 
-def rows(comfyui: Path) -> list[dict[str, Any]]:
-    """Run all cells, each in a process of its own."""
-    return [command_line.row_of_process(Path(__file__), cell, comfyui) for cell in CELLS]
+def rows(comfyui: Path, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Run the cells of which there is no row yet, each in a process of its own."""
+    for cell in CELLS:
+        if not any(asdict(cell).items() <= row.items() for row in done if row.get("group") == "card"):
+            yield command_line.row_of_process(Path(__file__), cell, comfyui)
 
 
 def main() -> None:

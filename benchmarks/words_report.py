@@ -86,20 +86,18 @@ def memory(rows: Sequence[Row]) -> list[str]:
         lines += [
             "## Memory, emulated", "",
             "The node on an emulated card whose tensors have shapes but no data, through ComfyUI's own memory management; FLUX.1-dev's T5 "
-            "is in fp8. int8 runs in ComfyUI's plain operations, whose intermediate results a card's kernels do not keep. Highest: most GiB on "
-            "the card. Rows: of the model's calls, as ComfyUI splits them.", "",
-            "| model | weights | px | directions | residency | card | highest | rows | the node said |", "|---" * 9 + "|",
+            "is in fp8. int8 and 4-bit run in ComfyUI's plain operations, whose intermediate results a card's kernels do not keep; fused: without "
+            "them. Highest: most GiB on the card. Rows: of the model's calls, as ComfyUI splits them.", "",
+            "| model | weights | px | directions | residency | card | highest | wanted | rows | the node said |", "|---" * 10 + "|",
         ]  # fmt: skip
+        limits = {(row["model"], row["side"], row["format"]): _gib(row["limit"]) for row in counted}
         lines += [
-            f"| {row['model']} | {_weights(row)} | {row['side']} | {row['directions']} | {row['residency']} | {row['card']:g} GiB | "
-            f"{_gib(row['peak'])} | {', '.join(map(str, row['rows_of_calls']))} | {row['told']} |"
+            f"| {row['model']} | {row['weights']}{', fused' * row['fused']} | {row['side']} | {row['directions']} | {row['residency']} | {row['card']:g} GiB | "
+            f"{_gib(row['peak'])} | {limits.get((row['model'], row['side'], row['weights']), '')} | "
+            f"{', '.join(map(str, row['rows_of_calls']))} | {row['told']} |"
             for row in run
         ] + [""]
     return lines
-
-
-def _weights(row: Row) -> str:
-    return "int8" if row["int8"] else "fp8" if row["model"] == "FLUX.1-dev" else "fp16"
 
 
 def _counted(row: Row) -> str:

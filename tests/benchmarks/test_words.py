@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -78,3 +80,50 @@ def test_every_arm_is_valid_and_takes_about_the_same_number_of_forward_passes(be
         if not arm.gradient:
             passes = WordSettings(steps=1, **arm.settings).passes_per_step
             assert arm.forwards - passes < arm.forwards // passes * passes <= arm.forwards
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "4-bit"])
+def test_a_layer_packed_for_the_card_has_the_bytes_that_are_counted(bench, weight_format) -> None:
+    from blockskip_pack.blockskip_core.accounting.weight_formats import predicted_bytes, stored_bytes
+
+    model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.LayerNorm(80)).half()
+    counted = predicted_bytes(model, weight_format)
+    bench("words_card").pack(model, weight_format)
+    assert sum(map(stored_bytes, model.parameters())) == counted
+
+
+def test_an_int8_layer_as_in_a_fused_kernel_gives_a_result_of_the_right_shape(bench, monkeypatch) -> None:
+    from comfy_kitchen.backends import eager
+
+    monkeypatch.setattr(eager, "int8_linear", eager.int8_linear)  # put back afterwards
+    model = torch.nn.Sequential(torch.nn.Linear(96, 80)).half()
+    bench("words_card").pack(model, "int8")
+    bench("words_card").fuse_int8()
+    found = model(torch.ones(2, 3, 96, dtype=torch.float16))
+    assert (found.shape, found.dtype) == ((2, 3, 80), torch.float16)
+
+
+def test_only_the_missing_cells_of_the_card_are_run_and_what_is_wanted_is_that_of_the_count(bench, monkeypatch) -> None:
+    card = bench("words_card")
+    monkeypatch.setattr(card.command_line, "row_of_process", lambda script, cell, comfyui: asdict(cell))
+    first, *others = (asdict(cell) for cell in card.CELLS)
+    run = {"group": "card", **first, "weights": "int8", "peak": 2**31, "rows_of_calls": [3], "told": "Counted"}
+    assert list(card.rows(None, [{**run, "weights": first["weights"]}])) == others
+    names = ("rows", "text_weights", "model_weights", "text_peak", "model_peak", "together", "in_turns", "limit")
+    counted = {"group": "memory", "model": first["model"], "side": first["side"], "format": "int8"}
+    lines = bench("words_report").memory([{**counted, **dict.fromkeys(names, 2**30)}, run])
+    assert "| SD1.5 | int8 | 512 | 3 | together | 4 GiB | 2.00 | 1.00 | 3 | Counted |" in lines
+
+
+def test_orthogonal_directions_are_right_on_average_and_vary_less(bench) -> None:
+    """With mean square d / n in place of (d + n + 1) / n, for a gradient of length 1."""
+    numbers, count, times = 6, 4, 4000
+    normal = torch.randn(times, count, numbers, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([bench("words_orthogonal").orthogonal(each) for each in normal])
+    gram = drawn @ drawn.mT
+    torch.testing.assert_close(gram, numbers * torch.eye(count, dtype=torch.float64).expand_as(gram))
+    gradient = torch.nn.functional.normalize(torch.arange(1.0, 1.0 + numbers, dtype=torch.float64), dim=0)
+    for directions, square in ((normal, (numbers + count + 1) / count), (drawn, numbers / count)):
+        found = torch.einsum("tin,ti->tn", directions, directions @ gradient) / count
+        torch.testing.assert_close(found.mean(0), gradient, atol=0.05, rtol=0.0)
+        assert found.square().sum(1).mean().item() == pytest.approx(square, rel=0.05)

@@ -183,23 +183,34 @@ def test_samples_while_training_show_the_word_and_change_nothing(words, sampling
     assert words.model.model.current_patcher is None
 
 
-def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(words, sampling, vae):
-    """Encoded, sampled and decoded by ComfyUI's own functions."""
+@pytest.mark.parametrize(("family", "cfg"), [("FLUX.1", 1.0), ("SD1.5", 4.0)])
+def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(
+    words, sampling, small, vae, monkeypatch, family, cfg
+):
+    """Encoded, sampled and decoded by ComfyUI's own functions; a U-Net with guidance away from another prompt too."""
     import comfy.sample
 
-    trained = words.train(samples=sampling(), sample_prompts="a {word} in the sea")
-    tokens = words.clip.tokenize("a embedding:my_dog_00001 in the sea")
+    latents, decode = [], vae.decode
+    monkeypatch.setattr(vae, "decode", lambda latent: latents.append(latent) or decode(latent))
+    model = words.model if family == "FLUX.1" else small.small_unet()
+    clip = small.small_clip(family, str(words.folder))
     with torch.inference_mode():
-        prompt = words.clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": 1.0})
-        empty = comfy.sample.fix_empty_latent_channels(words.model, torch.zeros(1, 4, 4, 8))
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize("a cloud"))
+    request = sampling(cfg=cfg, negative=negative)
+    trained = words.train(model=model, clip=clip, samples=request, sample_prompts="a {word} in the sea")
+    tokens = clip.tokenize("a embedding:my_dog_00001 in the sea")
+    with torch.inference_mode():
+        prompt = clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": 1.0})
+        empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 4, 8))
         noise = comfy.sample.prepare_noise(empty, 1)
-        latent = comfy.sample.sample(words.model, noise, 2, 1.0, "euler", "simple", prompt, prompt, empty, seed=1)
-        picture = (vae.decode(latent)[0] * 255.0).round().clamp(0, 255).to(torch.uint8)
+        latent = comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", prompt, negative, empty, seed=1)
+        picture = (decode(latent)[0] * 255.0).round().clamp(0, 255).to(torch.uint8)
+    torch.testing.assert_close(latents[-1], latent)
+    assert not torch.allclose(latents[0], latent), "the word has changed the picture"
     shown = trained.ui["blockskip_chart"][0]["samples"][-1]
     with Image.open(words.folders.output / shown["subfolder"] / shown["file"]) as last:
-        assert (
-            torch.frombuffer(bytearray(last.tobytes()), dtype=torch.uint8).int() - picture.flatten().int()
-        ).abs().max() <= 1
+        found = torch.frombuffer(bytearray(last.tobytes()), dtype=torch.uint8)
+    assert (found.int() - picture.flatten().int()).abs().max() <= 1
 
 
 def test_cancel_while_sampling_keeps_the_word_and_a_run_that_resumes_shows_the_samples(
