@@ -38,8 +38,8 @@ def arms(parts: list[str], names: list[str] | None = None) -> list[Any]:
     if "full" in parts:
         found += memory_arms.arms_of(memory_arms.Subject(memory_arms.FLUX))
     if "families" in parts:
-        families = [family for family in known_families() if not names or family.name in names]
-        found += [arm for family in families for arm in memory_arms.arms_of_family(family)]
+        known = {family.name: family for family in known_families()}
+        found += [arm for name in names or known for arm in memory_arms.arms_of_family(known[name])]
     return found
 
 

@@ -21,11 +21,10 @@ from blockskip_pack.blockskip_core.hosts.models.weightless_dit import Weightless
 
 META = torch.device("meta")
 DEPTHS = (
-    "layers", "num_layers", "n_layers", "depth", "depth_single_blocks", "n_double_layers", "num_double_stream_layers",
-    "num_visual_blocks", "num_blocks",
+    "layers", "num_layers", "n_layers", "depth", "depth_single_blocks", "num_double_stream_layers", "num_visual_blocks",
+    "num_blocks",
 )  # fmt: skip  # the lists' lengths in a configuration
-TOGETHER = ("n_layers",)  # the length of two lists together
-REFINERS = ("num_refiner_layers", "num_text_blocks")  # lists that only prepare the tokens; one block of each is enough
+PREPARING = ("num_refiner_layers", "num_text_blocks", "n_double_layers")  # of lists that only prepare the tokens: one is enough
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 
@@ -100,7 +99,7 @@ def _with_blocks(name: str, blocks: int, device: torch.device) -> Any:
     import comfy.supported_models
 
     size = published_sizes.PUBLISHED_SIZES[name]
-    depths = {key: (1 + (key in TOGETHER)) * blocks for key in DEPTHS} | dict.fromkeys(REFINERS, 1)
+    depths = dict.fromkeys(DEPTHS, blocks) | dict.fromkeys(PREPARING, 1)
     config = {**size.config, **{key: depths[key] for key in depths.keys() & size.config.keys()}}
     described = getattr(comfy.supported_models, size.supported)(config)
     described.custom_operations = None

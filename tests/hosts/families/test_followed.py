@@ -49,7 +49,7 @@ def precise(comfyui, tiny):
     return tiny.hosted(tiny.build(dtype=torch.float32 if tiny.name in SINGLE else torch.float64))
 
 
-SINGLE = ("joyimage",)  # ComfyUI's kernels that rotate their queries know no float64
+SINGLE = ("anima", "ernie", "ltx2", "joyimage")  # ComfyUI's kernels that rotate their queries know no float64
 PREPARED = ("anima", "ltx2")  # ComfyUI prepares their texts before sampling
 OTHER_KERNEL = ("ltxv", "ltx2")  # ComfyUI rotates queries and keys by another kernel while they are trained
 
@@ -135,13 +135,14 @@ def along_a_direction(tiny, dit, counts, distances, dtype=torch.float32):
 def test_gradients_are_those_of_central_differences(tiny, precise, counts):
     """In float64; ComfyUI rounds its output to float32."""
     single = tiny.name in SINGLE
-    dtype, distances = (torch.float32, (1e-3, 4e-3)) if single else (torch.float64, (5e-4,))
+    dtype, distances = (torch.float32, (1e-3, 4e-3)) if single else (torch.float64, (5e-4, 2e-3))
     gradients, along, slopes, again = along_a_direction(tiny, precise, counts, distances, dtype)
     _, plain = again(checkpointing=False)
     assert all(torch.equal(plain[key], gradient) for key, gradient in gradients.items())
     idle = {key for key, gradient in gradients.items() if not gradient.any()}
     assert not {key for key in idle if ".experts." not in key}  # not every expert is chosen
-    assert any(slope == pytest.approx(along, rel=5e-3 if single else 3e-4) for slope in slopes)
+    errors = [abs(slope / along - 1) for slope in slopes]
+    assert min(errors) < (5e-3 if single else 1e-3), errors
 
 
 def test_a_back_in_float64_is_the_whole_model_up_to_the_rounding_of_its_output(tiny, precise):
