@@ -24,7 +24,11 @@ DEPTHS = (
     "layers", "num_layers", "n_layers", "depth", "depth_single_blocks", "num_double_stream_layers", "num_visual_blocks",
     "num_blocks",
 )  # fmt: skip  # the lists' lengths in a configuration
-PREPARING = ("num_refiner_layers", "num_text_blocks", "n_double_layers")  # of lists that only prepare the tokens: one is enough
+PREPARING = (
+    "num_refiner_layers",
+    "num_text_blocks",
+    "n_double_layers",
+)  # of lists that only prepare the tokens: one is enough
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 

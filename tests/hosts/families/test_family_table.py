@@ -12,9 +12,9 @@ from blockskip_pack.blockskip_core.errors import UnsupportedModelError
 
 from ...compatibility.recorded import FOLDER, assert_recorded
 from ..followed_families import FOLLOWED
+from ..models import test_gguf, test_stored_families, test_stored_followed
 from ..tiny_families import FAMILIES, TinyFamily
 from ..tiny_minimax import MINIMAX
-from ..models import test_gguf, test_stored_families, test_stored_followed
 from . import test_clips, test_followed, test_followed_references, test_references
 
 pytestmark = pytest.mark.usefixtures("comfyui")

@@ -21,7 +21,7 @@ from ..tiny_flux import assert_same_weights, weights
 NOT_COUNTED = {
     "anima": "its text adapter asks torch for the autocast of its device, which tensors without values do not have",
     "hidream": "its experts are chosen by the tokens' values, so it does not run without them",
-    "ernie": "its attention is not given the options of a call, so the kernel that works without values cannot be chosen",
+    "ernie": "its attention is not given the options of a call, so on a CPU the host's own kernel runs, which needs values",
 }
 SLOWER = {"qwen_image21": 0.995}  # its gates are small in a random model
 TEXT_APART = ("qwen_image21",)
@@ -176,17 +176,32 @@ def test_cores_loader_patches_every_layer(tiny, patcher, dit):
     assert len(comfy.lora.load_lora(tensors, keys)) == len(adapters.names) > 0
 
 
-def test_a_run_can_be_counted_before_it_starts(tiny, dit):
+def assert_counted(tiny, dit):
+    """A call of the model runs without values, on the same parts."""
     from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 
-    if tiny.name in NOT_COUNTED:
-        pytest.skip(NOT_COUNTED[tiny.name])
     twin = WeightlessDit.of(dit)
     assert [block.name for block in twin.blocks] == [block.name for block in dit.blocks]
     assert (list(twin.frozen_stem), list(twin.trainable_head)) == (list(dit.frozen_stem), list(dit.trainable_head))
     with torch.no_grad(), twin.running({}) as denoise:
         output = denoise(torch.empty(1, *tiny.latent_shape, device="meta"), torch.empty(1, device="meta"), [0])
     assert output.shape == (1, *tiny.latent_shape)
+
+
+def test_a_run_can_be_counted_before_it_starts(tiny, dit):
+    if tiny.name in NOT_COUNTED:
+        pytest.skip(NOT_COUNTED[tiny.name])
+    assert_counted(tiny, dit)
+
+
+def test_ernie_is_counted_where_the_hosts_attention_is_torchs(comfyui, monkeypatch):
+    """As on NVIDIA cards by default."""
+    from comfy.ldm.ernie import model
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    monkeypatch.setattr(model, "optimized_attention", attention_pytorch)
+    tiny = family("ernie")
+    assert_counted(tiny, tiny.hosted(tiny.build()))
 
 
 def test_text_that_sees_no_picture_and_no_noise_is_the_same_for_every_draw(tiny, dit):
