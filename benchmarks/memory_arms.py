@@ -87,7 +87,7 @@ FAMILIES = (
     Published("LTX-Video-2B", 4096, channels=128, cell=32, halves=(7, 7), masked=True),
     Published("LTX-Video-13B", 4096, channels=128, cell=32, halves=(12, 12), masked=True),
     Published("HunyuanImage-2.1", 3584, channels=64, cell=32, halves=(20, 10)),
-    Published("AuraFlow", 2048, channels=4, halves=(8, 8)),
+    Published("AuraFlow", 2048, channels=4, halves=(9, 9)),
     Published("Mage-Flow", 2560, channels=128, cell=16, halves=(3, 3)),
     Published("Lens", 11520, channels=128, cell=16, halves=(12, 12)),
     Published("Boogu-Image", 4096, halves=(10, 10), masked=True),

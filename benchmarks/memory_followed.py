@@ -21,7 +21,7 @@ from blockskip_pack.blockskip_core.hosts.models.weightless_dit import Weightless
 
 META = torch.device("meta")
 DEPTHS = (
-    "layers", "num_layers", "n_layers", "depth", "depth_single_blocks", "num_double_stream_layers", "num_visual_blocks",
+    "layers", "num_layers", "n_layers", "n_double_layers", "depth", "depth_single_blocks", "num_double_stream_layers", "num_visual_blocks",
     "num_blocks",
 )  # fmt: skip  # the lists' lengths in a configuration
 PREPARING = (
@@ -103,7 +103,7 @@ def _with_blocks(name: str, blocks: int, device: torch.device) -> Any:
     import comfy.supported_models
 
     size = published_sizes.PUBLISHED_SIZES[name]
-    depths = dict.fromkeys(DEPTHS, blocks) | dict.fromkeys(PREPARING, 1)
+    depths = dict.fromkeys(DEPTHS, blocks) | dict.fromkeys(TOGETHER, 2 * blocks) | dict.fromkeys(PREPARING, 1)
     config = {**size.config, **{key: depths[key] for key in depths.keys() & size.config.keys()}}
     described = getattr(comfy.supported_models, size.supported)(config)
     described.custom_operations = None

@@ -29,7 +29,7 @@ SIZES = {
     "LTX-Video-2B": (3.58, {"transformer_blocks": 28}),
     "LTX-Video-13B": (24.29, {"transformer_blocks": 48}),
     "HunyuanImage-2.1": (32.46, {"double_blocks": 20, "single_blocks": 40}),
-    "AuraFlow": (12.75, {"single_layers": 32}),  # its four double layers are too few to be skipped
+    "AuraFlow": (12.75, {"double_layers": 4, "single_layers": 32}),
     "Mage-Flow": (7.67, {"transformer_blocks": 12}),
     "Lens": (7.64, {"transformer_blocks": 48}),
     "Boogu-Image": (19.17, {"double_stream_layers": 8, "single_stream_layers": 32}),
