@@ -29,6 +29,7 @@ PREPARING = (
     "num_text_blocks",
     "n_double_layers",
 )  # of lists that only prepare the tokens: one is enough
+NOT_IN_FILE = {"Ernie-Image": {"num_layers"}}  # lengths that the host does not read from the file
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 
@@ -103,8 +104,9 @@ def _with_blocks(name: str, blocks: int, device: torch.device) -> Any:
     import comfy.supported_models
 
     size = published_sizes.PUBLISHED_SIZES[name]
+    named = size.config.keys() | NOT_IN_FILE.get(name, set())
     depths = dict.fromkeys(DEPTHS, blocks) | dict.fromkeys(TOGETHER, 2 * blocks) | dict.fromkeys(PREPARING, 1)
-    config = {**size.config, **{key: depths[key] for key in depths.keys() & size.config.keys()}}
+    config = {**size.config, **{key: depths[key] for key in depths.keys() & named}}
     described = getattr(comfy.supported_models, size.supported)(config)
     described.custom_operations = None
     described.set_inference_dtype(torch.float32, None)
