@@ -21,14 +21,11 @@ from blockskip_pack.blockskip_core.hosts.models.weightless_dit import Weightless
 
 META = torch.device("meta")
 DEPTHS = (
-    "layers", "num_layers", "n_layers", "n_double_layers", "depth", "depth_single_blocks", "num_double_stream_layers", "num_visual_blocks",
-    "num_blocks",
+    "layers", "num_layers", "n_layers", "n_double_layers", "depth", "depth_single_blocks", "num_double_stream_layers",
+    "num_visual_blocks", "num_blocks",
 )  # fmt: skip  # the lists' lengths in a configuration
-PREPARING = (
-    "num_refiner_layers",
-    "num_text_blocks",
-    "n_double_layers",
-)  # of lists that only prepare the tokens: one is enough
+TOGETHER = ("n_layers",)  # the length of two lists together
+PREPARING = ("num_refiner_layers", "num_text_blocks")  # of lists that only prepare the tokens: one block is enough
 NOT_IN_FILE = {"Ernie-Image": {"num_layers"}}  # lengths that the host does not read from the file
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
