@@ -24,12 +24,13 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.parser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["real", "full", "families"], help="real, full, families; or gpu")
+    parser.add_argument("--families", nargs="+", help="published models to count, by name; all if not given")
     parser.add_argument("--again", action="store_true", help="count everything again")
     return parser.parse_args()
 
 
-def arms(parts: list[str]) -> list[Any]:
-    """Return the arms of some parts; models are built when the first of their arms is counted."""
+def arms(parts: list[str], names: list[str] | None = None) -> list[Any]:
+    """Return the arms of some parts, of families those with these names; models are built when first counted."""
     import memory_arms
     import memory_real
 
@@ -37,7 +38,8 @@ def arms(parts: list[str]) -> list[Any]:
     if "full" in parts:
         found += memory_arms.arms_of(memory_arms.Subject(memory_arms.FLUX))
     if "families" in parts:
-        found += [arm for family in known_families() for arm in memory_arms.arms_of_family(family)]
+        known = {family.name: family for family in known_families()}
+        found += [arm for name in names or known for arm in memory_arms.arms_of_family(known[name])]
     return found
 
 
@@ -81,6 +83,13 @@ def run(found: list[Any], file: Path, about: str) -> None:
         logger.info("%s, %s, %d px: %.2f GiB", arm.part, arm.name, arm.size, row.get("peak", 0) / 2**30)
 
 
+def use_torch_attention() -> None:
+    """Make the host choose torch's attention, its default on a card, for blocks that do not pass the override on (Ernie-Image)."""
+    from comfy.cli_args import args
+
+    args.use_pytorch_cross_attention = True
+
+
 def measure_on_gpu(results: Path) -> None:
     """Measure on this machine's card, and write a separate report."""
     import memory_gpu
@@ -97,6 +106,8 @@ def main() -> None:
     """Count, then write the report."""
     options = parse()
     command_line.begin(options, logger)
+    if "real" not in options.parts:
+        use_torch_attention()
     import memory_report
 
     if options.parts == ["gpu"]:
@@ -105,7 +116,7 @@ def main() -> None:
     if options.again:
         file.unlink(missing_ok=True)
     if not options.report:
-        run(arms(options.parts), file, command_line.about())
+        run(arms(options.parts, options.families), file, command_line.about())
     memory_report.write(rows_in(file), options.results)
 
 

@@ -54,6 +54,7 @@ class Published:
         text_width: Features of a text token.
         channels, cell: Channels of its latents, and pixels per cell.
         halves: (front, back) with half of the blocks skipped: the paper's choice, or else the same from each end.
+        masked: Whether the model asks for the text's attention mask.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Published:
     channels: int = 16
     cell: int = CELL
     halves: tuple[int, int] = (0, 0)
+    masked: bool = False
 
 
 FLUX = Published("FLUX.1-dev", 4096, halves=PAPER_FLUX_SELECTIONS[0.5])
@@ -82,6 +84,18 @@ FAMILIES = (
     Published("Chroma", 4096, halves=(14, 14)),
     Published("SD3.5-Large", 4096, halves=(10, 9)),
     Published("SD3.5-Medium", 4096, halves=(6, 6)),
+    Published("LTX-Video-2B", 4096, channels=128, cell=32, halves=(7, 7), masked=True),
+    Published("LTX-Video-13B", 4096, channels=128, cell=32, halves=(12, 12), masked=True),
+    Published("HunyuanImage-2.1", 3584, channels=64, cell=32, halves=(20, 10)),
+    Published("AuraFlow", 2048, channels=4, halves=(9, 9)),
+    Published("Mage-Flow", 2560, channels=128, cell=16, halves=(3, 3)),
+    Published("Lens", 11520, channels=128, cell=16, halves=(12, 12)),
+    Published("Boogu-Image", 4096, halves=(10, 10), masked=True),
+    Published("Kandinsky-5-Image-Lite", 3584, halves=(13, 12)),
+    Published("OmniGen2", 2048, halves=(8, 8), masked=True),
+    Published("JoyAI-Image-Edit", 4096, halves=(10, 10)),
+    Published("Anima", 1024, halves=(7, 7)),  # the text as its adapter has prepared it
+    Published("Ernie-Image", 3072, channels=128, cell=16, halves=(9, 9)),
 )
 
 
@@ -112,13 +126,21 @@ class Arm:
     host_copies: int = 0
 
 
+def caption_for(published: Published) -> list:
+    """Return a conditioning with everything that the host's text encoders give some families beside the text."""
+    pooled = torch.zeros(1, 2048 if "SD3" in published.name else 768)
+    settings = {"pooled_output": pooled, "guidance": 3.5}
+    if published.masked:
+        settings["attention_mask"] = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
+    return [[torch.zeros(1, TEXT_TOKENS, published.text_width), settings]]
+
+
 class Subject:
     """A published model in two forms: weights in bfloat16, and in eight bits that are unpacked for every use."""
 
     def __init__(self, published: Published) -> None:
         self.published = published
-        text = torch.zeros(1, TEXT_TOKENS, published.text_width)
-        caption = [[text, {"pooled_output": torch.zeros(1, 2048 if "SD3" in published.name else 768), "guidance": 3.5}]]
+        caption = caption_for(published)
         shape, dtypes = self.latent_shape(256), (torch.bfloat16, torch.float8_e4m3fn)
         if is_followed(published.name):
             dits = followed_dits(published.name, caption, shape, dtypes)
@@ -164,18 +186,20 @@ class Subject:
         return count_training(dit, shape, selection, adapters, config, residual)
 
     def exact(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
-        """Count a step whose last blocks run frozen, in :data:`FROZEN`, instead of being skipped.
-
-        All weights are counted as unpacked for every use, because the largest layer of a step is packed anyway.
-        """
-        dit, shape, selection = self._form(False), self.latent_shape(size), self.selection(*spans).with_exact_back()
-        adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
-        residual = residual_of_zeros(token_shapes(dit, shape, block=max(0, spans[0] - 1)), selection)
-        count = count_training(dit, shape, selection, adapters, TrainingConfig(steps=1), residual)
+        """Count a step whose last blocks run frozen, in :data:`FROZEN`, instead of being skipped."""
+        selection = self.selection(*spans).with_exact_back()
         trained, frozen = self.stored(weights), self.stored(FROZEN)
         blocks = [trained.blocks[index] for index in selection.adapted]
         blocks += [frozen.blocks[index] for index in selection.frozen_span]
-        return count.with_weights(sum(blocks) + trained.others)
+        return self._exact(size, spans).with_weights(sum(blocks) + trained.others)
+
+    @cache  # noqa: B019  formats differ only in the bytes of weights
+    def _exact(self, size: int, spans: tuple[int, int]) -> PhaseCount:
+        """All weights are counted as unpacked for every use, because the largest layer of a step is packed anyway."""
+        dit, shape, selection = self._form(False), self.latent_shape(size), self.selection(*spans).with_exact_back()
+        adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
+        residual = residual_of_zeros(token_shapes(dit, shape, block=max(0, spans[0] - 1)), selection)
+        return count_training(dit, shape, selection, adapters, TrainingConfig(steps=1), residual)
 
     def precompute(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
         """Count precomputing one draw."""

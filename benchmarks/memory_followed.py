@@ -20,7 +20,13 @@ from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 
 META = torch.device("meta")
-DEPTHS = ("layers", "num_layers", "depth", "depth_single_blocks")  # the lists' lengths in a configuration
+DEPTHS = (
+    "layers", "num_layers", "n_layers", "n_double_layers", "depth", "depth_single_blocks", "num_double_stream_layers",
+    "num_visual_blocks", "num_blocks",
+)  # fmt: skip  # the lists' lengths in a configuration
+TOGETHER = ("n_layers",)  # the length of two lists together
+PREPARING = ("num_refiner_layers", "num_text_blocks")  # of lists that only prepare the tokens: one block is enough
+NOT_IN_FILE = {"Ernie-Image": {"num_layers"}}  # lengths that the host does not read from the file
 SPREAD = 0.02  # standard deviation of the weights
 SMALL, TEXT = 4, 16  # cells per side of the latents, and text tokens, with which a model is followed
 
@@ -66,7 +72,8 @@ def layout_of(name: str, caption: list, channels: int) -> ModelLayout:
 
 def _followed(shallow: Any, caption: list, channels: int) -> ModelLayout:
     [[text, settings]] = caption
-    adapter = HostedDit(shallow, [[[text[:, :TEXT], settings]]], (channels, SMALL, SMALL)).adapter
+    shorter = {**settings, **{key: settings[key][:, :TEXT] for key in ("attention_mask",) if key in settings}}
+    adapter = HostedDit(shallow, [[[text[:, :TEXT], shorter]]], (channels, SMALL, SMALL)).adapter
     assert isinstance(adapter, FollowedAdapter)
     return adapter.found
 
@@ -94,7 +101,9 @@ def _with_blocks(name: str, blocks: int, device: torch.device) -> Any:
     import comfy.supported_models
 
     size = published_sizes.PUBLISHED_SIZES[name]
-    config = {**size.config, **{key: blocks for key in DEPTHS if key in size.config}}
+    named = size.config.keys() | NOT_IN_FILE.get(name, set())
+    depths = dict.fromkeys(DEPTHS, blocks) | dict.fromkeys(TOGETHER, 2 * blocks) | dict.fromkeys(PREPARING, 1)
+    config = {**size.config, **{key: depths[key] for key in depths.keys() & named}}
     described = getattr(comfy.supported_models, size.supported)(config)
     described.custom_operations = None
     described.set_inference_dtype(torch.float32, None)

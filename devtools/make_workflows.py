@@ -44,10 +44,12 @@ def _files(directory: str, *paths: str) -> list[tuple[str, str, str]]:
 
 
 _COMFY = "Comfy-Org/{}/resolve/main/"
-_QWEN, _KREA, _Z_IMAGE, _WAN_22, _MINIMAX = (
+_QWEN, _QWEN_21, _KREA, _Z_IMAGE, _WAN_22, _MINIMAX = (
     _COMFY.format(name)
-    for name in ("Qwen-Image_ComfyUI", "Krea-2", "z_image_turbo", "Wan_2.2_ComfyUI_Repackaged", "MiniMax-H3")
-)
+    for name in (
+        "Qwen-Image_ComfyUI", "Qwen-Image-2.1", "Krea-2", "z_image_turbo", "Wan_2.2_ComfyUI_Repackaged", "MiniMax-H3"
+    )
+)  # fmt: skip
 _QWEN_EDIT = f"{_COMFY.format('Qwen-Image-Edit_ComfyUI')}split_files/diffusion_models/qwen_image_edit_2509_fp8_e4m3fn.safetensors"
 _FLUX_TEXT = "comfyanonymous/flux_text_encoders/resolve/main/"
 _KLEIN = "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors"
@@ -60,6 +62,7 @@ MODELS = {
         f"{_Z_IMAGE}split_files/diffusion_models/z_image_turbo_bf16.safetensors",
         f"{_QWEN}split_files/diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
         _QWEN_EDIT,
+        f"{_QWEN_21}diffusion_models/qwen_image_2.1_int8_convrot.safetensors",
         f"{_KREA}diffusion_models/krea2_turbo_int8_convrot.safetensors",
         _KLEIN,
         f"{_WAN_22}split_files/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
@@ -76,6 +79,7 @@ MODELS = {
         "text_encoders",
         f"{_Z_IMAGE}split_files/text_encoders/qwen_3_4b.safetensors",
         f"{_QWEN}split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        f"{_QWEN_21}text_encoders/qwen3vl_8b_int8_convrot.safetensors",
         f"{_KREA}text_encoders/qwen3vl_4b_fp8_scaled.safetensors",
         f"{_WAN_21}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
         f"{_MINIMAX}text_encoders/qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors",
@@ -91,6 +95,7 @@ MODELS = {
         "vae",
         f"{_COMFY.format('Lumina_Image_2.0_Repackaged')}split_files/vae/ae.safetensors",
         f"{_QWEN}split_files/vae/qwen_image_vae.safetensors",
+        f"{_QWEN_21}vae/qwen_image_2.1_vae_bf16.safetensors",
         f"{_COMFY.format('flux2-dev')}split_files/vae/flux2-vae.safetensors",
         f"{_WAN_22}split_files/vae/wan2.2_vae.safetensors",
         f"{_MINIMAX}vae/minimax_h3_video_vae_fp16.safetensors",
@@ -105,6 +110,7 @@ TOGETHER = {
     "z_image_turbo_bf16.safetensors": "about 21 GB",
     "qwen_image_fp8_e4m3fn.safetensors": "about 30 GB",
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors": "about 30 GB",
+    "qwen_image_2.1_int8_convrot.safetensors": "about 17 GB",
     "krea2_turbo_int8_convrot.safetensors": "about 19 GB",
     "flux-2-klein-base-4b-fp8.safetensors": "about 12 GB",
     "wan2.2_ti2v_5B_fp16.safetensors": "about 18 GB",
@@ -113,7 +119,7 @@ TOGETHER = {
 }
 """Model -> the size of it, its text encoders and its VAE, as ComfyUI's own templates with these files state it.
 
-That of LTX-2 has further files.
+That of LTX-2 has further files; that of Qwen-Image 2.1 is the sum of the published files (7.26, 9.35 and 0.68 GB, read on 2026-11-30).
 """
 
 

@@ -9,6 +9,7 @@ Enter them inside the counted module: a recomputation in backward does not see c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,15 +47,25 @@ class FusedRmsNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def with_fused_rms_norm(module: nn.Module) -> None:
-    """Make a module without weights, and its copies, run inside :class:`FusedRmsNorm`; its class keeps its name."""
+def with_fused_kernels(module: nn.Module, rms_norm: bool) -> None:
+    """Make a module without weights, and its copies, run with fused kernels; its class keeps its name.
+
+    Args:
+        module: On ``meta``.
+        rms_norm: Whether RMS norm is fused too; see :func:`has_fused_rms_norm`.
+    """
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": _inside(kind.forward), "__module__": kind.__module__})
+    modes = (FusedAttention, FusedRmsNorm) if rms_norm else (FusedAttention,)
+    module.__class__ = type(
+        kind.__name__, (kind,), {"forward": _inside(modes, kind.forward), "__module__": kind.__module__}
+    )
 
 
-def _inside(forward: Any) -> Any:
+def _inside(modes: Sequence[type[TorchFunctionMode]], forward: Any) -> Any:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with FusedRmsNorm():
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode())
             return forward(self, *args, **kwargs)
 
     return run

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from ..core.plain_dit import MemorySource, needed
 from ..hosts.edit_models import edit_model
 from ..hosts.followed_families import family as followed
-from ..hosts.tiny_families import FAMILIES, FLUX, TinyFamily
+from ..hosts.tiny_families import FAMILIES, FLUX, PLAN, TinyFamily, selection
 from ..hosts.tiny_minimax import MINIMAX
 from .modes import MODES
 from .runs import Outcome, Runs, leaving_nothing, on_cpu
@@ -77,6 +79,34 @@ def test_where_all_weights_fit(compare, family):
 def test_models_without_a_file(compare, name, mode):
     """Their layout is found on the card, with the weights wherever the host has them."""
     compare(followed(name), mode)
+
+
+@pytest.mark.parametrize("name", ["krea2", "hunyuan_video", "kandinsky5"])
+def test_skipped_weights_of_a_followed_model_are_not_on_the_card(card, monkeypatch, name):
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+    family, running, loaded = followed(name), HostedDit.running, []
+
+    @contextmanager
+    def watching(self: Any, replacements: Any, **options: Any) -> Iterator[Any]:
+        before = card.memory.settled()
+        with running(self, replacements, **options) as denoise:
+            tree = self.patcher.model.diffusion_model
+            loaded.append((card.memory.settled() - before, {name for name, p in tree.named_parameters() if p.is_cuda}))
+            yield denoise
+
+    patcher = family.build()
+    dit = family.hosted(patcher)
+    spans = selection(1, 1, len(dit.blocks))
+    computed = MemorySource(dit, spans, PLAN, family.clean_latents(), needed(len(PLAN)))
+    monkeypatch.setattr(HostedDit, "running", watching)
+    family.run(patcher, spans, source=computed, adapters=family.lora(dit, spans), steps=1)
+    [(num_bytes, names)] = loaded
+    own = {name: parameter.nbytes for name, parameter in patcher.model.diffusion_model.named_parameters()}
+    skipped = [dit.blocks[index] for index in sorted({*range(len(dit.blocks))} - {*spans.kept})]
+    assert names == {name for name in own if not name.startswith(tuple(f"{block.name}." for block in skipped))}
+    beside = num_bytes - sum(own[name] for name in names)  # the LoRA and the captions
+    assert 0 <= beside < min(block.num_bytes for block in skipped)
 
 
 @pytest.mark.parametrize("mode", ["streamed", "few_pages"])

@@ -23,6 +23,10 @@ KEPT_IN_MODELS = {
     "LTX-2 (its": ["LTX-2"],
     "HunyuanVideo": ["HunyuanVideo"],
     "SD3.5": ["SD3.5-Large"],
+    "LTX-Video 2B": ["LTX-Video-2B", "LTX-Video-13B"],
+    "Mage-Flow": ["Mage-Flow"],
+    "OmniGen2": ["OmniGen2"],
+    "Anima": ["Anima"],
 }  # the start of a row in docs/models.md -> parts of the benchmark
 
 

@@ -51,7 +51,7 @@ def _t5_ids(generator: torch.Generator) -> dict[str, Any]:
 
 
 _HUNYUAN = {
-    "image_model": "hunyuan_video", "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 4,
+    "image_model": "hunyuan_video", "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 4,
     "depth_single_blocks": 6, "theta": 256, "qkv_bias": True, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip

@@ -9,7 +9,8 @@ from blockskip_pack.blockskip_core.errors import InvalidInputError, UnsupportedM
 from PIL import Image
 
 from ..hosts.tiny_families import FAMILIES
-from .conftest import TRAINING, Listed
+from ..hosts.tiny_minimax import MINIMAX
+from .conftest import PATCHES, TRAINING, Listed
 from .test_families import FamilyVae
 
 WHOLE = {"patch_min": 32, "patch_max": 48, "reference_size": 48}
@@ -74,6 +75,22 @@ def test_training_with_references_starts_as_the_whole_model(bench, before, pictu
     ).args
     trained = bench.train(residuals=residuals, batch_size=2)
     assert storage == "on the fly" or trained.ui["blockskip"][0]["self_check"] < 1e-5
+    assert len(trained[1]["loss"]) == TRAINING["steps"]
+
+
+def test_minimax_h3_is_trained_with_references(nodes, run_node, pictures, folders, before):
+    model, positive = MINIMAX.build(), MINIMAX.captions((5,))[0]
+    skipped = {"method": "manual", "skip_ratio": 0.5, "front": 1, "back": 1}
+    selection, *_ = run_node(nodes.SelectBlocks, model=model, positive=positive, **skipped).args
+    settings = {**PATCHES, **WHOLE, "patch_max": 32, "draws": 3}
+    residuals, _ = run_node(
+        nodes.PrecomputeResiduals, model=model, vae=FamilyVae(model.model, frames=True), images=pictures, positive=positive,
+        selection=selection, references=before, **settings,
+    ).args  # fmt: skip
+    shapes = [tuple(references_of(caption)[0].shape) for caption in residuals.captions]
+    assert shapes == [(1, 24, 1, 2, 2), (1, 24, 1, 2, 4), (1, 24, 1, 2, 4)]  # the model wants even sides
+    trained = run_node(nodes.TrainLora, model=model, residuals=residuals, **TRAINING)
+    assert trained.ui["blockskip"][0]["self_check"] < 1e-5
     assert len(trained[1]["loss"]) == TRAINING["steps"]
 
 

@@ -3,6 +3,10 @@
 Every model is one of the host's own classes on the meta device, where a tensor has a shape and a dtype but no memory.
 The sizes are those that the host's ``model_detection`` reads from the published files: number of blocks, widths, text
 features; values that it hard-codes for a kind of model (heads, axes, theta) are the same here.
+
+Source: where the host's own classes do not have them as defaults, the configurations published with the files, read on
+2026-11-29: AuraFlow's ``transformer/config.json``, ``config_t2i.yaml`` of Kandinsky 5, ``transformer/config.json`` of
+JoyAI-Image; LTX-Video's and HunyuanImage's from diffusers.
 """
 
 from __future__ import annotations
@@ -112,6 +116,54 @@ _QWEN_IMAGE_21 = {
     "context_in_dim": 4096,
 }  # fmt: skip
 _LTX_2 = {"image_model": "ltxav", "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
+_AURAFLOW = {"max_seq": 4096, "cond_seq_dim": 2048, "n_double_layers": 4, "n_layers": 36}
+_LENS = {
+    "image_model": "lens", "in_channels": 128, "out_channels": 32, "num_layers": 48, "num_attention_heads": 24,
+    "enc_hidden_dim": 2880, "multi_layer_encoder_feature": True, "selected_layer_index": (0, 1, 2, 3),
+}  # fmt: skip
+_BOOGU = {
+    "image_model": "boogu", "hidden_size": 3360, "num_layers": 32, "num_double_stream_layers": 8, "num_refiner_layers": 2,
+    "instruction_feat_dim": 4096,
+}  # fmt: skip
+_HUNYUAN_IMAGE = {
+    **_HUNYUAN_VIDEO, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "vec_in_dim": None, "axes_dim": [64, 64],
+    "context_in_dim": 3584, "hidden_size": 3584, "num_heads": 28, "byt5": True, "guidance_embed": False,
+}  # fmt: skip
+_KANDINSKY_5_IMAGE = {
+    "image_model": "kandinsky5", "model_dim": 2560, "axes_dims": (32, 48, 48), "rope_scale_factor": (1.0, 1.0, 1.0),
+    "time_dim": 512, "ff_dim": 10240, "visual_embed_dim": 64, "num_text_blocks": 2, "num_visual_blocks": 50,
+}  # fmt: skip
+_OMNIGEN_2 = {
+    "image_model": "omnigen2", "axes_dim_rope": [40, 40, 40], "axes_lens": [1024, 1664, 1664], "ffn_dim_multiplier": None,
+    "hidden_size": 2520, "in_channels": 16, "multiple_of": 256, "norm_eps": 1e-5, "num_attention_heads": 21,
+    "num_kv_heads": 7, "num_layers": 32, "num_refiner_layers": 2, "out_channels": None, "patch_size": 2,
+    "text_feat_dim": 2048, "timestep_scale": 1000.0,
+}  # fmt: skip
+_JOYIMAGE = {
+    "image_model": "joyimage", "in_channels": 16, "hidden_size": 4096, "patch_size": [1, 2, 2], "num_layers": 40,
+    "num_attention_heads": 32, "text_dim": 4096,
+}  # fmt: skip
+_HIDREAM_I1 = {
+    "image_model": "hidream", "attention_head_dim": 128, "axes_dims_rope": [64, 32, 32], "caption_channels": [4096, 4096],
+    "max_resolution": [128, 128], "in_channels": 16, "llama_layers": [*range(32), *[31] * 16], "num_attention_heads": 20,
+    "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 16, "num_single_layers": 32, "out_channels": 16,
+    "patch_size": 2, "text_emb_dim": 2048,
+}  # fmt: skip
+_ANIMA = {
+    "image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
+    "patch_spatial": 2, "patch_temporal": 1, "model_channels": 2048, "concat_padding_mask": True,
+    "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop",
+    "min_fps": 1, "max_fps": 30, "use_adaln_lora": True, "adaln_lora_dim": 256, "num_blocks": 28, "num_heads": 16,
+    "extra_per_block_abs_pos_emb": False, "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0,
+    "rope_t_extrapolation_ratio": 1.0, "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0,
+    "extra_t_extrapolation_ratio": 1.0, "rope_enable_fps_modulation": False,
+}  # fmt: skip
+
+
+def _ltx_video(num_layers: int, attention_head_dim: int) -> PublishedSize:
+    config = {"image_model": "ltxv", "num_layers": num_layers, "attention_head_dim": attention_head_dim}
+    return PublishedSize("LTXV", {**config, "cross_attention_dim": 32 * attention_head_dim})
+
 
 PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
     {
@@ -128,11 +180,24 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "Wan2.2-TI2V-5B": _wan(3072, 14336, num_layers=30, channels=48),
         "Krea-2": PublishedSize("Krea2", _KREA_2),
         "LTX-2": PublishedSize("LTXAV", _LTX_2),
+        "LTX-Video-2B": _ltx_video(28, 64),
+        "LTX-Video-13B": _ltx_video(48, 128),
         "HunyuanVideo": PublishedSize("HunyuanVideo", _HUNYUAN_VIDEO),
+        "HunyuanImage-2.1": PublishedSize("HunyuanImage21", _HUNYUAN_IMAGE),
         "MiniMax-H3": PublishedSize("MiniMaxH3", _MINIMAX_H3),
         "Chroma": PublishedSize("Chroma", _CHROMA),
         "SD3.5-Large": _sd35(38, 192, []),
         "SD3.5-Medium": _sd35(24, 384, list(range(13))),
+        "AuraFlow": PublishedSize("AuraFlow", _AURAFLOW),
+        "Mage-Flow": PublishedSize("MageFlow", {"image_model": "mage_flow", "in_channels": 128, "num_layers": 12}),
+        "Lens": PublishedSize("Lens", _LENS),
+        "Boogu-Image": PublishedSize("Boogu", _BOOGU),
+        "Kandinsky-5-Image-Lite": PublishedSize("Kandinsky5Image", _KANDINSKY_5_IMAGE),
+        "OmniGen2": PublishedSize("Omnigen2", _OMNIGEN_2),
+        "JoyAI-Image-Edit": PublishedSize("JoyImage", _JOYIMAGE),
+        "HiDream-I1": PublishedSize("HiDream", _HIDREAM_I1),
+        "Anima": PublishedSize("Anima", _ANIMA),
+        "Ernie-Image": PublishedSize("ErnieImage", {"image_model": "ernie"}),
     }
 )
 META = torch.device("meta")

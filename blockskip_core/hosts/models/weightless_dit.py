@@ -18,7 +18,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ...accounting.fused_kernels import FusedAttention, has_fused_rms_norm, with_fused_rms_norm
+from ...accounting.fused_kernels import FusedAttention, has_fused_rms_norm, with_fused_kernels
 from ...accounting.weightless import PACKED, replaced, weightless_copy
 from ...model import Denoiser, WeightPlacement, is_linear
 from ..families.followed import FollowedAdapter
@@ -52,9 +52,8 @@ class WeightlessDit(AdaptedDit):
         self._arguments = [{name: _shape_of(value) for name, value in row.items()} for row in arguments]
         if self.adapter.reads_noise_levels:  # the model is ours, so the hook is nobody else's
             model.diffusion_model.register_forward_pre_hook(_with_some_noise_level, with_kwargs=True)
-        if has_fused_rms_norm(runs_on):
-            for block in self.blocks:
-                with_fused_rms_norm(self.module(block.name))
+        for block in self.blocks:
+            with_fused_kernels(self.module(block.name), has_fused_rms_norm(runs_on))
 
     @classmethod
     def of(cls, dit: HostedDit) -> WeightlessDit:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.accounting.fused_kernels import FusedRmsNorm, has_fused_rms_norm, with_fused_rms_norm
+from blockskip_pack.blockskip_core.accounting.fused_kernels import FusedRmsNorm, has_fused_rms_norm, with_fused_kernels
 from blockskip_pack.blockskip_core.accounting.measuring import Counting
 from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
 from torch import nn
@@ -67,7 +67,7 @@ def test_tensors_with_numbers_are_left_to_torch():
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_module_is_counted_so_in_its_recomputation_too(copied):
     module = nn.Sequential(nn.RMSNorm(WIDTH, device="meta", dtype=torch.bfloat16))
-    with_fused_rms_norm(module)
+    with_fused_kernels(module, rms_norm=True)
     module = copy.copy(module) if copied else module
     assert type(module).__name__ == "Sequential"
     assert isinstance(module, nn.Sequential)

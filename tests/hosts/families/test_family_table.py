@@ -12,6 +12,7 @@ from blockskip_pack.blockskip_core.errors import UnsupportedModelError
 
 from ...compatibility.recorded import FOLDER, assert_recorded
 from ..followed_families import FOLLOWED
+from ..models import test_gguf, test_stored_families, test_stored_followed
 from ..tiny_families import FAMILIES, TinyFamily
 from ..tiny_minimax import MINIMAX
 from . import test_clips, test_followed, test_followed_references, test_references
@@ -27,8 +28,13 @@ TITLES = {
     "ernie": "Ernie-Image", "hidream": "HiDream-I1", "ltxv": "LTX-Video", "ltx2": "LTX-2", "joyimage": "JoyImage", "qwen_image21": "Qwen-Image 2.1",
 }  # fmt: skip
 MODELS = [tiny for tiny in (*FAMILIES, MINIMAX, *FOLLOWED) if tiny.name != "qwen_image21"]  # which 0.30.0 lacks
-COLUMNS = ["Model", "Clips", "References", "Text hidden", "RALU", "Dynamic patches", "Memory Plan"]
+COLUMNS = [
+    "Model", "Clips", "References", "Text hidden", "RALU", "Dynamic patches", "Memory Plan", "fp8 scaled", "int8 ConvRot",
+    "nvfp4", "GGUF",
+]  # fmt: skip
 CLIPS = {tiny.name for tiny in test_clips.VIDEO} | {"minimax"}  # a case of its tests
+QUANTISED = {tiny.name for tiny in test_stored_families.TRAINED} | test_stored_followed.CASES.keys()  # in three formats
+GGUF = {tiny.name for tiny in test_gguf.TRAINED}
 REFERENCES = {name for name, _ in (*test_references.CASES, *test_followed_references.CASES)} | {"minimax"}  # likewise
 
 
@@ -45,6 +51,12 @@ def is_counted(tiny: TinyFamily, dit) -> bool:
     with torch.no_grad(), WeightlessDit.of(dit).running({}) as denoise:
         output = denoise(torch.empty(1, *tiny.latent_shape, device="meta"), torch.empty(1, device="meta"), [0])
     return output.shape == (1, *tiny.latent_shape)
+
+
+def formats(name: str) -> list[str]:
+    """The cells of the formats, from the lists of the tests that train a model of the class from them."""
+    quantised = has(name in QUANTISED)
+    return [quantised, test_stored_families.WITHOUT_INT8.get(name, quantised), quantised, has(name in GGUF)]
 
 
 def is_hidden(adapter) -> bool:
@@ -79,7 +91,7 @@ def test_what_works_is_what_the_table_says(tiny):
         tiny.name in CLIPS, tiny.name in REFERENCES, is_hidden(dit.adapter), is_placed(patcher),
         isinstance(dit.adapter, EmbedsPatches), is_counted(tiny, dit),
     )  # fmt: skip
-    assert_recorded("families.json", COLUMNS, [TITLES[tiny.name], *map(has, found)])
+    assert_recorded("families.json", COLUMNS, [TITLES[tiny.name], *map(has, found), *formats(tiny.name)])
 
 
 def test_the_table_has_no_other_model():

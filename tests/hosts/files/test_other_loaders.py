@@ -389,7 +389,7 @@ FOLLOWED_THERE = {
         "joint_attention_dim": 20, "caption_projection_dim": 64, "pos_embed_max_size": 256,
     }),
     "hunyuan_video": FollowedInDiffusers("HunyuanVideo", "HunyuanVideo", "HunyuanVideoTransformer3DModel", lambda _: {
-        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "num_single_layers": 6, "mlp_ratio": 2.0,
+        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "num_single_layers": 6, "mlp_ratio": 4.0,
         "text_embed_dim": 20, "pooled_projection_dim": 16, "rope_axes_dim": (4, 6, 6),
     }),
     "kandinsky5": FollowedInDiffusers(

@@ -12,6 +12,7 @@ from ..gguf_files import plain_weights, stored
 from ..tiny_families import PLAN, WIDE, TinyFamily, replayed, selection
 
 pytestmark = pytest.mark.usefixtures("comfyui")
+TRAINED = (*WIDE, *FOLLOWED)
 
 
 def gradients(tiny: TinyFamily, patcher, spans):
@@ -22,7 +23,7 @@ def gradients(tiny: TinyFamily, patcher, spans):
     return result.losses, found
 
 
-@pytest.mark.parametrize("tiny", [*WIDE, *FOLLOWED], ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize("tiny", TRAINED, ids=lambda tiny: tiny.name)
 def test_a_model_is_trained_from_its_packed_weights(tmp_path, tiny):
     patcher = stored(tiny, tmp_path / "model.gguf")
     before = {

@@ -18,6 +18,8 @@ from ..tiny_families import PLAN, WIDE, replayed, selection
 pytestmark = pytest.mark.usefixtures("comfyui")
 EMULATED = {"float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4"}  # by ComfyUI on a CPU
 GROUP = 16  # of ConvRot, small enough for tiny models
+TRAINED = (*WIDE, *FOLLOWED)
+WITHOUT_INT8 = {"hidream": "yes, but its experts"}  # comfy_kitchen's int8 on a CPU fails without any rows
 
 
 def in_three_formats(tiny):
@@ -50,7 +52,7 @@ def in_three_formats(tiny):
         if name not in linear:
             continue
         algorithm, options, conf = next(turns)
-        if algorithm.startswith("int8") and ".experts." in name:  # comfy_kitchen's int8 on a CPU fails without any rows
+        if algorithm.startswith("int8") and tiny.name in WITHOUT_INT8 and ".experts." in name:
             continue
         packed = QuantizedTensor.from_float(tensor.clone(), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], **options)
         stored.update({key: part.clone() for key, part in packed.state_dict(name).items()})
@@ -89,7 +91,7 @@ def gradients(tiny, patcher, spans):
 @pytest.mark.parametrize(
     ("tiny", "made", "bound"),
     [
-        *(pytest.param(tiny, in_three_formats, 0.05, id=f"{tiny.name}-three") for tiny in (*WIDE, *FOLLOWED)),
+        *(pytest.param(tiny, in_three_formats, 0.05, id=f"{tiny.name}-three") for tiny in TRAINED),
         *(pytest.param(tiny, in_fp8, 1e-3, id=f"{tiny.name}-fp8") for tiny in WIDE),
     ],
 )
