@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workflow_families import WHICH_BLOCKS, three_files
+from workflow_families import three_files
 from workflow_graphs import (
     BLUE,
     FROM_PLAN,
@@ -64,7 +64,7 @@ EDIT = Graph(
         "images": _folder(),
         # the key that the shared parts link to
         "guidance": instruction("Instruction and picture before the edit", ["images", 1], ["images", 3]),
-        "select": chosen(FILES, ["guidance", 0], 0.5, "cost and influence", front=1, back=1, tail=0),
+        "select": chosen(FILES, ["guidance", 0], 0.5, front=1, back=1),
         **_plan(),
         "residuals": residuals(FILES, ["images", 0], ["images", 2], draws=200, **FROM_PLAN, **BEFORE),
         "try": training_folder("Pictures to try it on", "my_edit_try"),
@@ -87,7 +87,7 @@ EDIT = Graph(
         Column("3  Prepare", YELLOW, ("residuals", "try", "guided", "negative"), 340),
         Column("4  Train", PURPLE, ("samples", "train"), 420),
     ),
-    f"""## Teach Qwen-Image-Edit an edit
+    """## Teach Qwen-Image-Edit an edit
 
 1. Are files missing? Press *View details*, then *Download*. They are those of ComfyUI's own template.
 2. Make three folders inside ComfyUI's `input` folder. `my_edit`: 10 or more pictures as they are *after* the edit, and for each a
@@ -101,7 +101,8 @@ The model sees every picture before the edit whole (`reference_size`, 512 px). I
 `reference_part` to *same part* on **Precompute Residuals** and **Memory Plan**: less memory, and exact places. For FLUX.1 Kontext and
 FLUX.2 the graph is the same with CLIP Text Encode for the instructions.
 
-{WHICH_BLOCKS}""",
+Which blocks matter has been measured for FLUX.1 only, by its paper; the choice is scaled to this model. Nothing here has been tried on
+the real model on a GPU yet: please tell us how it went.""",
     headline="Qwen-Image-Edit",
     subline="before, after\nand an instruction",
     twin="qwen_image_edit",

@@ -56,16 +56,6 @@ LTX_2_FILES = Loaders(
 )
 
 
-UNTRIED = "Nothing here has been tried on the real model on a GPU yet: please tell us how it went."
-FRONT = """\
-**Select Blocks** skips half of the blocks' bytes at the start of the model, which is exact. Which blocks matter has been measured for FLUX.1
-only, by its paper."""
-WHICH_BLOCKS = f"""\
-{FRONT} To measure it on this model, once, set its `method` to *attention mask* and press Run: it samples many small
-pictures with the whole model. Then set it back to *cost and influence*, which uses what was measured. {UNTRIED}"""
-NOT_MEASURED = f"{FRONT} On this model it cannot be measured. {UNTRIED}"
-
-
 @dataclass(frozen=True)
 class Family:
     """What differs between the workflows.
@@ -76,7 +66,6 @@ class Family:
         twin: Name of the twin.
         steps, cfg: Of the samples while training.
         about: What to know about training it, one or two sentences.
-        which_blocks: How its blocks are chosen.
     """
 
     name: str
@@ -85,7 +74,6 @@ class Family:
     steps: int
     cfg: float
     about: str
-    which_blocks: str = WHICH_BLOCKS
 
     def graph(self) -> Graph:
         """The workflow."""
@@ -102,7 +90,7 @@ class Family:
                 "images": training_folder("Pictures of your subject"),
                 # the keys that the shared parts link to
                 "guidance": text("One caption for all pictures", "a photo of sks toy", loaders.link("clip")),
-                "select": chosen(loaders, ["guidance", 0], 0.5, "cost and influence", front=1, back=1, tail=0),
+                "select": chosen(loaders, ["guidance", 0], 0.5, front=1, back=1),
                 **memory_plan(loaders, "off", draws=200),
                 "residuals": residuals(loaders, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
                 "guided": text("Prompt of the samples", "a photo of sks toy on the beach", loaders.link("clip")),
@@ -137,7 +125,9 @@ class Family:
 5. The chart shows a picture of the prompt every 100 steps. **Cancel** saves the LoRA so far, and **Run** continues. It goes to
    `output/loras`; load it with Load LoRA.
 
-{self.which_blocks}""",
+The first blocks are skipped, which is exact; the last ones run without adapters, in eight bits or fewer. Which blocks matter has been measured
+for FLUX.1 only, by its paper; the choice is scaled to this model. Nothing here has been tried on the real model on a GPU yet:
+please tell us how it went.""",
             headline=self.name,
             subline="a first LoRA\non ComfyUI's own files",
             twin=self.twin,
@@ -256,7 +246,6 @@ FAMILIES = tuple(
             "33 billion weights, in int8. This trains on pictures, with silence for their sound, one at a time (`batch_size` 1). To "
             "train on clips, put videos into the folder and set `frames` (More settings) to 22 on **Load Training Folder**, "
             "**Precompute Residuals** and **Memory Plan**.",
-            NOT_MEASURED,
         ),
     )
 )
