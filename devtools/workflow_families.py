@@ -66,6 +66,7 @@ class Family:
         twin: Name of the twin.
         steps, cfg: Of the samples while training.
         about: What to know about training it, one or two sentences.
+        badge: Its name on the thumbnail, if not the name's first word.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Family:
     steps: int
     cfg: float
     about: str
+    badge: str = ""
 
     def graph(self) -> Graph:
         """The workflow."""
@@ -131,7 +133,7 @@ please tell us how it went.""",
             headline=self.name,
             subline="a first LoRA\non ComfyUI's own files",
             twin=self.twin,
-            badge=self.name.split()[0],
+            badge=self.badge or self.name.split()[0],
         )
 
 
@@ -177,6 +179,7 @@ FAMILIES = tuple(
             1.0,
             "**Needs ComfyUI 0.37 or newer**; an older one opens this, but cannot load the model. 7 billion weights, in int8. How its "
             "blocks are laid out is found by a few small calls first, which takes some seconds.",
+            "Qwen 2.1",
         ),
         Family(
             "Krea 2",

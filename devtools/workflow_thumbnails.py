@@ -16,7 +16,7 @@ GROUND, HEAD, SAID = (24, 27, 33), (240, 242, 246), (176, 182, 194)
 FRONT, TRAINED, BACK = (240, 150, 60), (64, 142, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
 ACCENTS = {  # a colour for each badge; a card and its Resume have the same hue
     "CPU": (92, 98, 112), "1": (196, 74, 110), "8 GB": (46, 125, 90), "12 GB": (38, 98, 168), "24 GB": (120, 74, 170),
-    "Z-Image": (150, 88, 40), "Qwen-Image": (70, 70, 160), "Krea": (40, 120, 130), "FLUX.1": (150, 104, 30), "FLUX.2": (140, 50, 60),
+    "Z-Image": (150, 88, 40), "Qwen-Image": (70, 70, 160), "Qwen 2.1": (36, 96, 190), "Krea": (40, 120, 130), "FLUX.1": (150, 104, 30), "FLUX.2": (140, 50, 60),
     "Edit": (110, 60, 140), "Wan": (100, 110, 30), "LTX-2": (60, 90, 60), "MiniMax": (150, 60, 110), "+ 8 GB": (30, 84, 60),
     "+ 12 GB": (26, 66, 114), "+ 24 GB": (80, 50, 114),
 }  # fmt: skip

@@ -41,7 +41,7 @@ TABLE = {
     "hosts/files": "errors names files locks adapters ddit",
     "hosts/models": "errors selection data adapters ralu ddit model blocks residuals distillation accounting hosts/families "
     "hosts/inputs hosts/files",
-    "hosts/sampling": "errors units files locks selection adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
+    "hosts/sampling": "errors units files locks selection data adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",
     "hosts/words": "errors zoodip accounting hosts/inputs hosts/models hosts/sampling",
     "hosts/runs": "errors units version data adapters model residuals training runs accounting reporting hosts/families "
