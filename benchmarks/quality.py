@@ -137,7 +137,7 @@ def _chosen(bench: Bench, arm: Arm, subject: str, settings: Settings) -> Any:
     if arm.choice in ("front, by bytes", "cost and influence"):
         known = None if arm.choice == "front, by bytes" else influence(bench, blocks, None, settings)
         return affordable_selection(arm.ratio, "flux", bench.block_bytes, known)
-    spans = {"none": (0, 0), "first only": (count, 0), "last only": (0, count)}
+    spans = {"none": (0, 0), "first only": (count, 0), "last only": (0, count), "by hand": arm.spans}
     if arm.choice in spans:
         front, back = spans[arm.choice]
     else:

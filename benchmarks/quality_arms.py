@@ -10,7 +10,7 @@ FULL, SMALL = 256, 128  # the world's full picture size, and the smaller trainin
 Views = Literal["full", "resize", "low-to-high", "high-to-low", "random"]
 Choice = Literal[
     "none", "measured", "measured on a trained model", "preset", "first only", "last only",
-    "measured, before the last block", "front, by bytes", "cost and influence",
+    "measured, before the last block", "front, by bytes", "cost and influence", "by hand",
 ]  # fmt: skip
 StandIn = Literal[
     "cached",
@@ -39,6 +39,7 @@ class Arm:
         source: Where it is in the paper; empty for our own arms.
         views: Pictures at full size, resized to the small size, or dynamic patches in an order.
         choice, ratio: How skipped blocks are chosen, and their share: of the number of blocks, or of their bytes.
+        spans: First and last blocks, if they are chosen by hand.
         stand_in: What replaces the skipped blocks.
         changes: What differs from the common settings: factors of rank, learning_rate, steps and draws; refreshes, ema,
             caption_dropout.
@@ -50,6 +51,7 @@ class Arm:
     views: Views = "low-to-high"
     choice: Choice = "none"
     ratio: float = 0.0
+    spans: tuple[int, int] = (0, 0)
     stand_in: StandIn = "cached"
     changes: dict[str, float] = field(default_factory=dict)
 
@@ -113,7 +115,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("front only, half of the bytes", WHERE, choice="front, by bytes", ratio=0.5),
     Arm("cost and influence, half of the bytes", WHERE, choice="cost and influence", ratio=0.5),
     *(
-        Arm(f"first and last {ratio:.0%}{weights}, {views}", CARDS, "", view, "preset", ratio, stand_in)
+        Arm(f"first and last {ratio:.0%}{weights}, {views}", CARDS, "", view, "preset", ratio, stand_in=stand_in)
         for ratio, stand_in, weights in (
             (0.5, "exact", ""),
             (0.5, "exact, 4-bit", ", 4-bit"),
@@ -122,13 +124,22 @@ ARMS: tuple[Arm, ...] = (
         for views, view in (("full size", "full"), ("patches", "low-to-high"))
     ),
     *(
-        Arm(f"first and last {ratio:.0%}, int8, full size", CARDS, "", "full", "preset", ratio, "exact, int8")
+        Arm(f"first and last {ratio:.0%}, int8, full size", CARDS, "", "full", "preset", ratio, stand_in="exact, int8")
         for ratio in (0.5, 0.3)
     ),
+    Arm("first 3, last 6, int8, full size", CARDS, "", "full", "by hand", spans=(3, 6), stand_in="exact, int8"),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
     *(
-        Arm(f"first and last 50%, {what} {factor}, full size", CARDS, "", "full", "preset", 0.5, "exact", {key: value})
+        Arm(
+            f"first and last 50%, {what} {factor}, full size",
+            CARDS,
+            views="full",
+            choice="preset",
+            ratio=0.5,
+            stand_in="exact",
+            changes={key: value},
+        )
         for what, factor, key, value in (
             ("rank", "x 2", "rank", 2),
             ("learning rate", "x 1.5", "learning_rate", 1.5),

@@ -51,6 +51,8 @@ CLAIMS = (  # claim, the arm that should be better, the one that should be worse
      "first and last 50%, full size"),
     ("only the front, by bytes, against the same in int8 (full size)", "front only, half of the bytes, full size",
      "first and last 50%, int8, full size"),
+    ("fewer skipped and more frozen, in fewer bytes, against the same in int8 (full size)",
+     "first 3, last 6, int8, full size", "first and last 50%, int8, full size"),
     ("the same with patches: 4-bit against unquantised", "first and last 50%, 4-bit, patches",
      "first and last 50%, patches"),
     ("first skipped, last frozen in 4-bit, beats the paper's choice, scaled (patches)",
