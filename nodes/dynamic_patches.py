@@ -10,7 +10,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..blockskip_core.ddit.operations import share_saved
-from ..blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, FixedScales, PatchPlan, TypedWindows
+from ..blockskip_core.ddit.plans import (
+    DecidedWhileSampling,
+    ErrorBudget,
+    EveryOther,
+    FixedScales,
+    PatchPlan,
+    TypedWindows,
+)
 from ..blockskip_core.ddit.scheduler import CRITERIA, Criterion, SchedulerSettings
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.ddit.windows import typed_windows
@@ -22,7 +29,7 @@ from .inputs import checked, connected, connected_if_any, refusal
 from .page.progress import NodeProgress
 from .types import PatchAdaptersSocket
 
-MODES = ("windows", "auto", "off")
+MODES = ("every other", "windows", "auto", "off")
 REPORTED_SIDE = 1024  # pixels for which the report counts operations
 
 
@@ -45,7 +52,7 @@ class DynamicPatchesNode(io.ComfyNode):
                 io.Model.Output("model", display_name="model", tooltip="For a sampler."),
                 io.Image.Output(
                     "patches", display_name="patches",
-                    tooltip="The patch size of every step, if `sigmas` is connected and the mode is windows.",
+                    tooltip="The patch size of every step, if `sigmas` is connected and the mode is not auto.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="What is planned, and the operations it saves."),
             ],
@@ -78,9 +85,10 @@ def _main_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The model that the adapters were trained on; LoRAs may be on it."),
         io.Combo.Input(
-            "mode", options=list(MODES), default="windows",
-            tooltip="windows: the steps in `windows`, or if that is empty as many as `error_budget` allows. auto: decided "
-            "while sampling, by how fast the picture changes (the paper's way). off: the plain model.",
+            "mode", options=list(MODES), default="every other",
+            tooltip="every other: every second step is coarse. windows: the steps in `windows`, or if that is empty as many as "
+            "`error_budget` allows. auto: decided while sampling, by how fast the picture changes (the paper's way). off: the "
+            "plain model.",
         ),
         io.Float.Input(
             "error_budget", default=0.1, min=0.0, max=1.0, step=0.005, round=0.0001,
@@ -194,6 +202,8 @@ class DynamicPatchesRequest:
             )  # fmt: skip
             sides = {scale: entry.coarse.resizing.side for scale, entry in trained.scales.items()}
             return DecidedWhileSampling(settings, sides)
+        if self.mode == "every other":
+            return EveryOther(min(trained.scales), self.first_own, self.last_own)
         if self.windows.strip():
             return TypedWindows(self.windows, sorted(trained.scales))
         if not 0.0 <= self.error_budget <= 1.0:

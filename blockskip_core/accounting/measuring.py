@@ -101,7 +101,9 @@ class Counting(TorchDispatchMode):
 
     def _watch(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed."""
-        if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):  # its own storage has no memory; the tensors inside it do
+        if type(tensor) is not Tensor and is_traceable_wrapper_subclass(
+            tensor
+        ):  # its own storage has no memory; the tensors inside it do
             parts: Any = tensor
             for name in parts.__tensor_flatten__()[0]:
                 self._watch(getattr(tensor, name))

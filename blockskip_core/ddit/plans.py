@@ -79,6 +79,29 @@ class TypedWindows:
 
 
 @dataclass(frozen=True)
+class EveryOther:
+    """Every other step is coarse, so that a step with the model's own patches follows each.
+
+    Not the paper's, which decides while sampling; of what was compared at equal operations it kept the most likeness
+    (``docs/ddit.md``).
+
+    Attributes:
+        scale: Of the coarse steps.
+        first_own, last_own: Steps of the model's own size at the start and at the end, at least.
+    """
+
+    scale: int
+    first_own: int = 1
+    last_own: int = 1
+
+    def begin(self, sigmas: Sequence[float], tokens: int, frames: int = 1) -> FixedScales:
+        scales = [1] * (len(sigmas) - 1)
+        for step in range(self.first_own, len(scales) - self.last_own, 2):
+            scales[step] = self.scale
+        return FixedScales(scales)
+
+
+@dataclass(frozen=True)
 class ErrorBudget:
     """The most coarse steps that an error budget allows.
 

@@ -318,7 +318,7 @@ CONTRACT = {
     "BlockSkip_DDiT": Contract(
         """
             model MODEL
-            mode COMBO = windows {windows | auto | off}
+            mode COMBO = every other {every other | windows | auto | off}
             error_budget FLOAT = 0.1 [0.0, 1.0] step 0.005 round 0.0001
             patch_adapters BLOCKSKIP_PATCH_ADAPTERS?
             sigmas SIGMAS?

@@ -141,7 +141,7 @@ def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, fold
         assert all(list(curve) == [1, 2, 3, 4] for curve in figures.values()), "one curve, each step once"
 
 
-def test_windows_off_and_budget(trained, use, model, prompt):
+def test_every_other_windows_off_and_budget(trained, use, model, prompt):
     plain = sampled(model, prompt)
     changed, strip, report = use(trained, windows="2-4: 2", sigmas=SIGMAS)
     assert report.startswith("3 of 8 steps coarse: ")
@@ -153,6 +153,10 @@ def test_windows_off_and_budget(trained, use, model, prompt):
     assert report == "Off: the plain model."
     assert torch.equal(sampled(use(trained, error_budget=0.0)[0], prompt), plain)
     assert re.match(r"[3-6] of 8 steps coarse", use(trained, error_budget=1.0, sigmas=SIGMAS)[2])
+    every_other = use(trained, mode="every other", sigmas=SIGMAS)
+    assert "Patch of every step: 1 2 1 2 1 2 1 1." in every_other[2]
+    typed = use(trained, windows="2: 2, 4: 2, 6: 2")[0]
+    assert torch.equal(sampled(every_other[0], prompt), sampled(typed, prompt))
     assert "connect `sigmas` to see them here" in use(trained)[2]
     assert torch.equal(sampled(model, prompt), plain)
 

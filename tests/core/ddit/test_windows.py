@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from blockskip_pack.blockskip_core.ddit.error_table import ErrorTable, spent
+from blockskip_pack.blockskip_core.ddit.plans import EveryOther
 from blockskip_pack.blockskip_core.ddit.windows import scales_in_windows, scales_within_budget
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 
@@ -74,3 +75,11 @@ def test_a_budget_out_of_range_is_refused():
         scales_within_budget([1.0, 0.0], TABLES, OPERATIONS, 1.5)
     with pytest.raises(InvalidInputError, match="Noise levels must fall"):
         scales_within_budget([1.0, 1.0], TABLES, OPERATIONS, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("first_own", "last_own", "scales"),
+    [(1, 1, [1, 2, 1, 2, 1, 1]), (0, 0, [2, 1, 2, 1, 2, 1]), (2, 2, [1, 1, 2, 1, 1, 1]), (4, 4, [1] * 6)],
+)
+def test_every_other_step(first_own, last_own, scales):
+    assert EveryOther(2, first_own, last_own).begin([1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0], 16).scales == scales
