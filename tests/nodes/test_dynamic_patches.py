@@ -313,7 +313,7 @@ def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prom
 
     cases = [
         (lambda: use(None), "No patch adapters came in"),
-        (lambda: use(trained, mode="fast"), "mode must be one of windows, auto, off"),
+        (lambda: use(trained, mode="fast"), "mode must be one of every other, windows, auto, off"),
         (lambda: use(trained, error_budget=2.0), "error_budget must be between 0 and 1"),
         (lambda: use(trained, mode="auto", tau=0.0), "tau must be positive"),
         (lambda: use("no"), "must be patch adapters, from Load Patch Adapters"),
