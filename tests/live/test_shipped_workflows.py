@@ -134,12 +134,12 @@ def test_a_cards_resume_template_continues_its_run(client: Any, load_workflow: C
 
 
 def test_the_twin_of_dynamic_patches_trains_and_samples(client: Any, load_workflow: Callable[..., Any]) -> None:
-    windows = {"Dynamic Patches (DDiT)": {"windows": "1: 2"}}
-    prompt = load_workflow("dynamic_patches", windows)
+    first_coarse = {"Dynamic Patches (DDiT)": {"first_own": 0}}  # of two steps, every other one
+    prompt = load_workflow("dynamic_patches", first_coarse)
     result = succeed(client, prompt)
     assert output_of(result, prompt, "Errors by noise level")["images"]
     assert "Operations of a coarse step" in output_of(result, prompt, "What is planned")["text"][0]
-    node = next(key for key, own in prompt.items() if own["_meta"]["title"] in windows)
+    node = next(key for key, own in prompt.items() if own["_meta"]["title"] in first_coarse)
     strips = [event for event in result.of_kind("preview") if event.data["display_node_id"] == node]
     assert len(strips) == 2, "one for each step of the sampler"
     states = [event.data["nodes"].get(node, {}) for event in result.of_kind("progress_state")]
