@@ -15,18 +15,16 @@ from typing import Any
 
 import comfy.patcher_extension
 import comfy.sample
-import ddit_world
 import torch
 from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter
 from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
-from blockskip_pack.blockskip_core.ddit.plans import TypedWindows
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
 from blockskip_pack.blockskip_core.distillation.examples import LEVELS
 from blockskip_pack.blockskip_core.hosts.models.coarse_forward import CoarseForward
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import DynamicPatches, RunRecord
 from ralu_pictures import CELL, SEED, TOKEN, World, plain
-from sampling_ways import alternating
+from sampling_ways import EVERY_OTHER
 from torch import Tensor
 
 PICTURES = 3
@@ -98,12 +96,11 @@ def allowed(world: World, trained: TrainedPatches) -> list[dict[str, Any]]:
         full = _latents(world, world.model, FULL, side)
         arms = [(f"plain, {steps} steps", world.model, steps, None, float(steps)) for steps in PLAIN]
         for steps in runs:
-            windows = alternating(2, steps)
             cost = steps - steps // 2 * (1.0 - operations[2] / operations[1])
             arms += [
                 (
                     f"DDiT, every other of {steps} steps",
-                    less_wrong(world.model, trained, windows, share),
+                    less_wrong(world.model, trained, share),
                     steps,
                     share,
                     cost,
@@ -132,8 +129,8 @@ def _latents(world: World, model: Any, steps: int, side: int) -> Tensor:
         world.model = own
 
 
-def less_wrong(own: Any, trained: TrainedPatches, windows: str, share: float) -> Any:
-    """Return a MODEL with dynamic patches of whose coarse calls' error only a share remains."""
+def less_wrong(own: Any, trained: TrainedPatches, share: float) -> Any:
+    """Return a MODEL with every other step coarse, of whose coarse calls' error only a share remains."""
     scales: list[int] = []
 
     def note(record: RunRecord) -> None:
@@ -148,4 +145,4 @@ def less_wrong(own: Any, trained: TrainedPatches, windows: str, share: float) ->
 
     model = own.clone()
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "between", between)  # outermost
-    return DynamicPatches(model, trained, TypedWindows(windows, ddit_world.SCALES), note).patcher
+    return DynamicPatches(model, trained, EVERY_OTHER, note).patcher

@@ -11,6 +11,7 @@ import ddit_world
 from blockskip_pack.blockskip_core.ddit.plans import (
     DecidedWhileSampling,
     ErrorBudget,
+    EveryOther,
     FixedScales,
     PatchPlan,
     TypedWindows,
@@ -22,6 +23,7 @@ from torch import Tensor
 
 FULL = 50
 BUDGETS = (25, 17, 10)  # plain steps of work: 1/2, 1/3 and 1/5 of all
+EVERY_OTHER = EveryOther(2, last_own=0)  # from the second step on; the last of an even number is coarse too
 MIXED = {25: 37, 17: 25, 10: 15}  # plain steps of work -> steps that cost as much if every other one is coarse
 
 
@@ -36,7 +38,7 @@ class Way:
         stage: Where a preset's stage has coarse patches: in the first, which then is not a smaller picture, or in the last.
         cache: EasyCache's threshold; 0 for none.
         windows: The coarse steps, as typed on Dynamic Patches; empty for none.
-        chosen: How coarse steps are chosen if they are not typed: by the adapters' errors, or while sampling.
+        chosen: How coarse steps are chosen if they are not typed: every other, by the adapters' errors, or while sampling.
         work: What they are chosen to cost, in plain steps.
     """
 
@@ -46,7 +48,7 @@ class Way:
     stage: Literal["", "first", "last"] = ""
     cache: float = 0.0
     windows: str = ""
-    chosen: Literal["", "by error"] | Criterion = ""
+    chosen: Literal["", "every other", "by error"] | Criterion = ""
     work: float = 0.0
 
     @property
@@ -84,6 +86,8 @@ class Way:
             return TypedWindows(self.windows, ddit_world.SCALES)
         if self.stage == "last":
             return EveryOtherOfTheLastStage()
+        if self.chosen == "every other":
+            return EVERY_OTHER
         if self.chosen == "by error":
             tables = {scale: entry.errors for scale, entry in trained.scales.items()}
             within = ddit_world.budget_at(sigmas, tables, trained.operations_of(tokens), self.work)
@@ -100,7 +104,7 @@ class EveryOtherOfTheLastStage:
 
     def begin(self, sigmas: Sequence[float], tokens: int, frames: int = 1) -> FixedScales:
         """Return the scales of one stage."""
-        return FixedScales([2 if sigmas[-1] == 0.0 and step % 2 else 1 for step in range(len(sigmas) - 1)])
+        return EVERY_OTHER.begin(sigmas, tokens) if sigmas[-1] == 0.0 else FixedScales([1] * (len(sigmas) - 1))
 
 
 def _with_own_latent(executor: Callable[..., Tensor], latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -108,15 +112,10 @@ def _with_own_latent(executor: Callable[..., Tensor], latent: Tensor, *args: Any
     return executor(latent.clone(), *args, **kwargs)
 
 
-def alternating(first: int, last: int) -> str:
-    """Return windows in which every other step from ``first`` to ``last`` is coarse."""
-    return ", ".join(f"{step}: 2" for step in range(first, last + 1, 2))
-
-
 def every_other(steps: int, cache: float = 0.0) -> Way:
     """Return DDiT with every other step coarse, from the second on."""
     more = f", and EasyCache {cache:g}" if cache else ""
-    return Way(f"DDiT, every other of {steps} steps{more}", steps, windows=alternating(2, steps), cache=cache)
+    return Way(f"DDiT, every other of {steps} steps{more}", steps, chosen="every other", cache=cache)
 
 
 def plain(steps: int) -> Way:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-LEAST_SHARE = (
-    0.2  # of the largest list; smaller ones (text refiners and the like, up to 0.07 of it) are not worth skipping
-)
+LEAST_SHARE = 0.2  # of the largest list; smaller ones (text refiners and the like, up to 0.07) are not worth skipping
 LEAST_OF_MODEL = 0.5  # in U-Nets, no list has half of the weights
 
 
