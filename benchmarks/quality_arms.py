@@ -61,6 +61,8 @@ HALF = {"choice": "measured", "ratio": 0.5}
 DEEP = "beyond the paper, 50 % skipped, patches"
 WHERE = "other places, 50 % skipped, patches"
 CARDS = "as the templates for cards: first blocks skipped, last blocks frozen"
+SPANS = ((3, 6), (3, 7), (3, 8), (2, 8), (3, 4), (2, 6), (1, 8), (4, 6))
+"""Numbers of first blocks that are skipped and of last blocks that are frozen, of the world's 12."""
 
 ARMS: tuple[Arm, ...] = (
     Arm(BASELINE, "upper bound", "Table 1", views="full"),
@@ -127,7 +129,11 @@ ARMS: tuple[Arm, ...] = (
         Arm(f"first and last {ratio:.0%}, int8, full size", CARDS, "", "full", "preset", ratio, stand_in="exact, int8")
         for ratio in (0.5, 0.3)
     ),
-    Arm("first 3, last 6, int8, full size", CARDS, "", "full", "by hand", spans=(3, 6), stand_in="exact, int8"),
+    *(
+        Arm(f"first {n}, last {m}, int8, full size", CARDS, "", "full", "by hand", spans=(n, m), stand_in="exact, int8")
+        for n, m in SPANS
+    ),
+    Arm("first 3, last 7, 4-bit, full size", CARDS, "", "full", "by hand", spans=(3, 7), stand_in="exact, 4-bit"),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
     *(

@@ -46,23 +46,29 @@ function show() {
   return [...node.size];
 }
 
-/** Run the trainer; return every headline of its chart. */
+/** Run the trainer; return every headline of its chart, also those between two frames of a busy page. */
 async function run(page) {
-  return page.evaluate(
-    () =>
-      new Promise((resolve) => {
-        const heads = new Set();
-        const look = setInterval(() => heads.add(document.querySelector(".blockskip-head")?.textContent ?? ""), 30);
-        for (const kind of ["execution_success", "execution_error", "execution_interrupted"]) {
-          window.app.api.addEventListener(kind, ({ detail }) => {
-            clearInterval(look);
-            heads.add(detail.exception_message ?? kind);
-            resolve([...heads]);
-          });
-        }
-        window.app.queuePrompt(0, 1, [String(window.trainer.id)]);
-      }),
-  );
+  return page.evaluate(async () => {
+    const heads = new Set();
+    const module = performance.getEntriesByType("resource").find(({ name }) => name.includes("/loss_chart.js")).name;
+    const chart = (await import(module)).LossChart.prototype;
+    const { redraw } = chart;
+    chart.redraw = function () {
+      this.tell();
+      heads.add(this.head.textContent);
+      redraw.call(this);
+    };
+    return new Promise((resolve) => {
+      for (const kind of ["execution_success", "execution_error", "execution_interrupted"]) {
+        window.app.api.addEventListener(kind, ({ detail }) => {
+          chart.redraw = redraw;
+          heads.add(detail.exception_message ?? kind);
+          resolve([...heads]);
+        });
+      }
+      window.app.queuePrompt(0, 1, [String(window.trainer.id)]);
+    });
+  });
 }
 
 function checkHeads(heads) {
