@@ -305,11 +305,15 @@ def test_lists_of_other_modules_are_not_taken_for_blocks():
     assert block_lists(model) == []
 
 
-def test_texts_that_the_model_cannot_read_are_refused(comfyui):
+@pytest.mark.parametrize("lacks", [False, True])
+def test_texts_that_the_model_cannot_read_are_refused(comfyui, monkeypatch, lacks):
+    """Of another width, or without something that the model wants beside them."""
     tiny = family("auraflow")
     patcher = tiny.build()
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
+    if lacks:
+        monkeypatch.setattr(patcher.model, "extra_conds", lambda **settings: settings["embeds"])
     with pytest.raises(InvalidInputError, match="AuraFlow could not be run with these captions .* Encode them"):
         HostedDit(patcher, [[[torch.zeros(1, 5, 7), {}]]], tiny.latent_shape)
 
