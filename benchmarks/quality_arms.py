@@ -135,15 +135,21 @@ ARMS: tuple[Arm, ...] = (
     ),
     *(
         Arm(
-            f"first 3, last {m}, int8, learning rate x {factor:g}, full size",
+            f"first {n}, last {m}, {frozen}, learning rate x {factor:g}, full size",
             CARDS,
             views="full",
             choice="by hand",
-            spans=(3, m),
-            stand_in="exact, int8",
+            spans=(n, m),
+            stand_in=stand_in,
             changes={"learning_rate": factor},
         )
-        for m, factor in ((6, 2), (7, 2), (4, 1.5))
+        for n, m, frozen, stand_in, factor in (
+            (3, 6, "int8", "exact, int8", 2),
+            (3, 7, "int8", "exact, int8", 2),
+            (3, 4, "int8", "exact, int8", 1.5),
+            (2, 5, "int8", "exact, int8", 2),
+            (3, 6, "4-bit", "exact, 4-bit", 2),
+        )
     ),
     Arm(
         "first and last 50%, int8, learning rate x 2, full size",

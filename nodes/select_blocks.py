@@ -99,7 +99,7 @@ def _choice_inputs() -> list[io.Input]:
             "`a photo of a toy on a table`. Several prompts (a list) make the measurement more reliable.",
         ),
         io.Combo.Input(
-            "method", options=list(METHODS), default=MEASURED,
+            "method", options=list(METHODS), default=FROZEN,
             tooltip="attention mask: measure on this model (samples many small pictures once and keeps the results). "
             "preset: the paper's choice for FLUX.1, scaled for other models; instant. manual: `front`, `back` and "
             "`tail` below. cost and influence: skip that share of the bytes, at the front if possible because it "
