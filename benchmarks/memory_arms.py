@@ -31,6 +31,7 @@ from blockskip_pack.blockskip_core.data.flow_matching import velocity_loss
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
 from blockskip_pack.blockskip_core.selection.presets import PAPER_FLUX_SELECTIONS
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.selection.skip_and_freeze import skip_and_freeze
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
 from memory_followed import followed_dits, is_followed
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ WHOLE_RUN = "a whole run: 400 draws, 64 at a time"
 FORMATS = ("bf16", "fp8", "int8", "4-bit")
 FROZEN = "4-bit"
 EXACT = f"half skipped, the last ones frozen in {FROZEN}"
+OURS_FROZEN, OURS_RATIO = "int8", 0.5
+DEFAULT = f"skip and freeze {OURS_RATIO}: a quarter skipped, half frozen in {OURS_FROZEN}"
 SIZES = (512, 256)
 TEXT_TOKENS, RANK, CELL = 512, 16, 8  # CELL: pixels per latent cell
 
@@ -187,12 +190,17 @@ class Subject:
         config = TrainingConfig(steps=1, checkpointing=checkpointing)
         return count_training(dit, shape, selection, adapters, config, residual)
 
-    def exact(self, size: int, spans: tuple[int, int], weights: str) -> PhaseCount:
-        """Count a step whose last blocks run frozen, in :data:`FROZEN`, instead of being skipped."""
+    def default(self, size: int, weights: str) -> PhaseCount:
+        """Count a step of the nodes' default."""
+        selection = skip_and_freeze(OURS_RATIO, len(self.dit.blocks), self.dit.family)
+        return self.exact(size, (selection.front, selection.frozen), weights, OURS_FROZEN)
+
+    def exact(self, size: int, spans: tuple[int, int], weights: str, frozen_format: str = FROZEN) -> PhaseCount:
+        """Count a step whose last blocks run frozen in a format, or as loaded if that is smaller, instead of being skipped."""
         selection = self.selection(*spans).with_exact_back()
-        trained, frozen = self.stored(weights), self.stored(FROZEN)
+        trained, frozen = self.stored(weights), self.stored(frozen_format)
         blocks = [trained.blocks[index] for index in selection.adapted]
-        blocks += [frozen.blocks[index] for index in selection.frozen_span]
+        blocks += [min(frozen.blocks[index], trained.blocks[index]) for index in selection.frozen_span]
         return self._exact(size, spans).with_weights(sum(blocks) + trained.others)
 
     @cache  # noqa: B019  formats differ only in the bytes of weights
@@ -303,6 +311,10 @@ def arms_of(flux: Subject) -> list[Arm]:
         Arm(part=OURS, name=EXACT, size=256, checkpointing=True, weights=weights, skipped=(19, 10), source="cached",
             count=lambda weights=weights: flux.exact(256, (19, 10), weights))
         for weights in FORMATS
+    ] + [
+        Arm(part=OURS, name=DEFAULT, size=256, checkpointing=True, weights=weights, source="cached",
+            count=lambda weights=weights: flux.default(256, weights))
+        for weights in FORMATS
     ]  # fmt: skip
     arms += [
         Arm(part=PREPARE, name="precomputing, 50% skipped", size=size, weights=weights, skipped=(19, 10),
@@ -340,6 +352,10 @@ def arms_of_family(published: Published) -> list[Arm]:
             skipped=published.halves, source="cached",
             count=lambda weights=weights: subject().exact(256, published.halves, weights))
         for weights in FORMATS if published.halves[1]
+    ] + [
+        Arm(part=published.name, name=DEFAULT, size=256, checkpointing=True, weights=weights, source="cached",
+            count=lambda weights=weights: subject().default(256, weights))
+        for weights in FORMATS
     ]  # fmt: skip
 
 

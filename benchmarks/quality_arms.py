@@ -61,7 +61,7 @@ HALF = {"choice": "measured", "ratio": 0.5}
 DEEP = "beyond the paper, 50 % skipped, patches"
 WHERE = "other places, 50 % skipped, patches"
 CARDS = "as the templates for cards: first blocks skipped, last blocks frozen"
-SPANS = ((3, 6), (3, 7), (3, 8), (2, 8), (3, 4), (2, 6), (1, 8), (4, 6))
+SPANS = ((3, 6), (3, 7), (3, 4), (4, 4))
 """Numbers of first blocks that are skipped and of last blocks that are frozen, of the world's 12."""
 
 ARMS: tuple[Arm, ...] = (
@@ -133,7 +133,33 @@ ARMS: tuple[Arm, ...] = (
         Arm(f"first {n}, last {m}, int8, full size", CARDS, "", "full", "by hand", spans=(n, m), stand_in="exact, int8")
         for n, m in SPANS
     ),
-    Arm("first 3, last 7, 4-bit, full size", CARDS, "", "full", "by hand", spans=(3, 7), stand_in="exact, 4-bit"),
+    *(
+        Arm(
+            f"first {n}, last {m}, {frozen}, learning rate x {factor:g}, full size",
+            CARDS,
+            views="full",
+            choice="by hand",
+            spans=(n, m),
+            stand_in=stand_in,
+            changes={"learning_rate": factor},
+        )
+        for n, m, frozen, stand_in, factor in (
+            (3, 6, "int8", "exact, int8", 2),
+            (3, 7, "int8", "exact, int8", 2),
+            (3, 4, "int8", "exact, int8", 1.5),
+            (2, 5, "int8", "exact, int8", 2),
+            (3, 6, "4-bit", "exact, 4-bit", 2),
+        )
+    ),
+    Arm(
+        "first and last 50%, int8, learning rate x 2, full size",
+        CARDS,
+        views="full",
+        choice="preset",
+        ratio=0.5,
+        stand_in="exact, int8",
+        changes={"learning_rate": 2},
+    ),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
     *(

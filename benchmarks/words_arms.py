@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FORWARDS = 1440
+WORD_WIDTH = 64  # of the world's text encoder
 PAPER = {
     "estimator": "forward difference", "directions": 2, "perturbation": 0.072, "step_size": 0.36, "schedule": "constant",
     "lowest": 0.62, "highest": 0.89, "subspace_every": 128, "mirror": False, "pool": 0,
@@ -50,6 +51,17 @@ def _gradient(name: str, step_size: float, **more: Any) -> WordArm:
     return WordArm(name, "gradient", {"batch": 4, "step_size": step_size}, gradient=True, **more)
 
 
+def _as_informed(passes: int, step_size: float) -> WordArm:
+    """Return a gradient arm that learns as many numbers about the slope as the defaults do in so many forward passes.
+
+    A step with n directions tells n - 1 numbers; a gradient tells one for each of the word's :data:`WORD_WIDTH`.
+    """
+    directions = 8
+    known = passes // directions * (directions - 1) // WORD_WIDTH
+    name = f"{known} gradients, as informed as {passes:,} passes, step {step_size:g}".replace("0.", ".")
+    return WordArm(name, "limit", {"batch": 1, "step_size": step_size}, gradient=True, forwards=known, seeds=3)
+
+
 def _paper(name: str, seeds: int = 1, **changes: Any) -> WordArm:
     return WordArm(name, "paper", {**PAPER, **changes}, seeds=seeds)
 
@@ -82,6 +94,7 @@ ARMS = (
     _stronger("LoRA cores, 2 x 2"),
     _stronger("LoRA cores, 2 x 2", 0.1),
     _gradient("gradient, equal time", 0.2, forwards=FORWARDS // 3, seeds=3),
+    *(_as_informed(passes, step_size) for passes in (FORWARDS, 2 * FORWARDS) for step_size in (0.2, 0.4)),
     _ablation("new examples in every step", seeds=3),
     WordArm("new examples in every step, twice the passes", "ablations", {"pool": 0}, forwards=2 * FORWARDS),
     WordArm("256 examples, step .2, twice the passes", "ablations", {"step_size": 0.2}, forwards=2 * FORWARDS),

@@ -14,6 +14,7 @@ Row = dict[str, Any]
 GROUPS = {
     "start": "Before training",
     "gradient": "Gradient textual inversion, for comparison (a backward pass for each forward pass in addition)",
+    "limit": "What a gradient gets from as many numbers about the slope as the defaults get from their passes",
     "paper": "ZOODiP with the paper's settings, and without its parts",
     "defaults": "This package's defaults",
     "stored": "The defaults with the model's weights in another format while learning, judged in float32",

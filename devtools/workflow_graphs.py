@@ -151,7 +151,7 @@ def chosen(
     loaders: Loaders,
     positive: Link,
     skip_ratio: float,
-    method: str = "preset",
+    method: str = "skip and freeze",
     front: int = 19,
     back: int = 10,
     **more: Any,
@@ -170,7 +170,7 @@ def chosen(
     )
 
 
-def select(loaders: Loaders, skip_ratio: float, method: str = "preset", **more: Any) -> Prompt:
+def select(loaders: Loaders, skip_ratio: float, method: str = "skip and freeze", **more: Any) -> Prompt:
     """Choose the blocks and show them."""
     return {
         "probe": text("Probe prompt", "a photo of a toy on a table", loaders.link("clip")),
@@ -312,7 +312,7 @@ TRAIN = Graph(
         **THREE_FILES.prompt,
         **dataset(),
         **captions(THREE_FILES, ["dataset", 1]),
-        **select(THREE_FILES, 0.5),
+        **select(THREE_FILES, 0.5, "preset"),
         **prepared(THREE_FILES, ["dataset", 0], ["dataset", 2], back_residual="constant"),
         **trained(THREE_FILES),
         **sampled(THREE_FILES),
@@ -350,7 +350,7 @@ FIRST = Graph(
         **ONE_FP8_FILE.prompt,
         "images": training_folder("Pictures of your subject"),
         **captions(ONE_FP8_FILE, "a photo of sks toy", "One caption for all pictures"),
-        "select": chosen(ONE_FP8_FILE, ["guidance", 0], 0.5),
+        "select": chosen(ONE_FP8_FILE, ["guidance", 0], 0.6),
         **memory_plan(ONE_FP8_FILE, "off", draws=200),
         "residuals": residuals(ONE_FP8_FILE, ["images", 0], ["images", 2], draws=200, **FROM_PLAN),
         "prompt": text("Prompt of the samples", "a photo of sks toy on the beach", ONE_FP8_FILE.link("clip")),
@@ -423,7 +423,7 @@ def card(
             **select(loaders, skip_ratio),
             **memory_plan(loaders, f"{size} GB", patch_min=patch_min),
             **prepared(loaders, ["dataset", 0], ["dataset", 2], **FROM_PLAN),
-            **watched(loaders, **FROM_PLAN),
+            **watched(loaders, learning_rate=2e-4, **FROM_PLAN),
             **sampled(loaders),
         },
         (
@@ -531,7 +531,7 @@ RESUME = Graph(
         **THREE_FILES.prompt,
         **dataset(),
         **captions(THREE_FILES, ["dataset", 1]),
-        **select(THREE_FILES, 0.5),
+        **select(THREE_FILES, 0.5, "preset"),
         **prepared(THREE_FILES, ["dataset", 0], ["dataset", 2], back_residual="constant"),
         **watched(THREE_FILES, title="Continue: more steps", steps=1000),
         "other residuals": residuals(THREE_FILES, ["dataset", 0], ["dataset", 2], seed=1, back_residual="constant"),

@@ -13,14 +13,16 @@ from workflow_graphs import Graph
 PICTURES = Path(__file__).resolve().parents[1] / "web" / "docs" / "img"
 SIDE, MARGIN, LOWER = 720, 40, 330  # px; LOWER: the top of the graph or other picture
 GROUND, HEAD, SAID = (24, 27, 33), (240, 242, 246), (176, 182, 194)
-FRONT, TRAINED, BACK = (240, 150, 60), (64, 142, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
+FRONT, TRAINED, FROZEN, BACK = (240, 150, 60), (64, 142, 226), (160, 196, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
 ACCENTS = {  # a colour for each badge; a card and its Resume have the same hue
     "CPU": (92, 98, 112), "1": (196, 74, 110), "8 GB": (46, 125, 90), "12 GB": (38, 98, 168), "24 GB": (120, 74, 170),
     "Z-Image": (150, 88, 40), "Qwen-Image": (70, 70, 160), "Qwen 2.1": (36, 96, 190), "Krea": (40, 120, 130), "FLUX.1": (150, 104, 30), "FLUX.2": (140, 50, 60),
     "Edit": (110, 60, 140), "Wan": (100, 110, 30), "LTX-2": (60, 90, 60), "MiniMax": (150, 60, 110), "+ 8 GB": (30, 84, 60),
     "+ 12 GB": (26, 66, 114), "+ 24 GB": (80, 50, 114),
 }  # fmt: skip
-FLUX_BLOCKS, SKIPPED = 57, {0.5: (19, 10), 0.4: (13, 10), 0.3: (7, 10)}  # first and last: the paper's choice
+FLUX_BLOCKS = 57
+PAPER = (19, 10)  # skipped at the front and at the back with a ratio of 0.5
+SKIPPED_AND_FROZEN = {0.5: (14, 29), 0.6: (17, 34)}
 
 
 def draw(graph: Graph, screenshot: Path) -> Image.Image:
@@ -31,8 +33,12 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     for place, line in enumerate(graph.subline.split("\n")):
         _write(pen, line, 134 + 46 * place, 38, SAID)
     blocks = graph.prompt.get("select", {}).get("inputs", {})
-    if blocks.get("method") == "preset" and blocks["front"] == 19:  # FLUX.1's blocks
-        _draw_blocks(pen, *SKIPPED[blocks["skip_ratio"]])
+    if blocks.get("front") == PAPER[0]:  # FLUX.1's blocks
+        if blocks["method"] == "preset":
+            _draw_blocks(pen, *PAPER, frozen=0)
+        elif blocks["method"] == "skip and freeze":
+            front, frozen = SKIPPED_AND_FROZEN[blocks["skip_ratio"]]
+            _draw_blocks(pen, front, 0, frozen)
     if graph.badge:
         _draw_badge(pen, graph.badge)
         return image
@@ -73,12 +79,13 @@ def _write(pen: ImageDraw.ImageDraw, words: str, top: int, size: int, colour: tu
     pen.text((MARGIN, top), words, fill=colour, font=ImageFont.load_default(size))
 
 
-def _draw_blocks(pen: ImageDraw.ImageDraw, front: int, back: int) -> None:
-    """Draw FLUX.1's blocks in a row: filled if trained, outlined if skipped."""
+def _draw_blocks(pen: ImageDraw.ImageDraw, front: int, back: int, frozen: int) -> None:
+    """Draw FLUX.1's blocks in a row: filled if they run, outlined if skipped."""
     pitch = (SIDE - 2 * MARGIN) / FLUX_BLOCKS
     for block in range(FLUX_BLOCKS):
         left = MARGIN + block * pitch
         kept = front <= block < FLUX_BLOCKS - back
-        colour = TRAINED if kept else FRONT if block < front else BACK
+        runs = TRAINED if block < FLUX_BLOCKS - back - frozen else FROZEN
+        colour = runs if kept else FRONT if block < front else BACK
         box = (left, 242 if kept else 250, left + pitch - 3, 306 if kept else 298)
         pen.rectangle(box, fill=colour if kept else None, outline=colour, width=2)

@@ -17,6 +17,7 @@ from ..blockskip_core.reporting import pictures
 from ..blockskip_core.selection.cost_and_influence import TAILS, affordable_selection
 from ..blockskip_core.selection.presets import preset_selection
 from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection, num_skipped
+from ..blockskip_core.selection.skip_and_freeze import skip_and_freeze
 from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
 from . import widgets
 from .inputs import checked, connected, connected_if_any, refusal, single
@@ -24,7 +25,9 @@ from .page.live_chart import announcer
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket
 
-MEASURED, PRESET, MANUAL, AFFORDABLE = METHODS = ("attention mask", "preset", "manual", "cost and influence")
+MEASURED, PRESET, MANUAL, AFFORDABLE, FROZEN = METHODS = (
+    "attention mask", "preset", "manual", "cost and influence", "skip and freeze",
+)  # fmt: skip
 BY_METHOD = -1  # of `tail`
 
 
@@ -96,16 +99,18 @@ def _choice_inputs() -> list[io.Input]:
             "`a photo of a toy on a table`. Several prompts (a list) make the measurement more reliable.",
         ),
         io.Combo.Input(
-            "method", options=list(METHODS), default=MEASURED,
+            "method", options=list(METHODS), default=FROZEN,
             tooltip="attention mask: measure on this model (samples many small pictures once and keeps the results). "
             "preset: the paper's choice for FLUX.1, scaled for other models; instant. manual: `front`, `back` and "
             "`tail` below. cost and influence: skip that share of the bytes, at the front if possible because it "
-            "is exact there; uses what attention mask has measured with the same settings, samples nothing.",
+            "is exact there; uses what attention mask has measured with the same settings, samples nothing. skip and "
+            "freeze: skip half of that share of the blocks at the start and freeze all of it at the end; instant.",
         ),
         io.Float.Input(
             "skip_ratio", default=0.5, min=0.0, max=MAX_SKIP_RATIO, step=0.05,
-            tooltip="Share of the blocks to skip; for cost and influence, share of their bytes. 0.3 is close to full "
-            "quality; 0.5 saves the most memory of the ratios that the paper tested. Ignored by `manual`.",
+            tooltip="Share of the blocks to skip; for cost and influence, share of their bytes; for skip and freeze, share "
+            "to freeze, up to 0.6. 0.3 is close to full quality; 0.5 saves the most memory of the ratios that the paper "
+            "tested. Ignored by `manual`.",
         ),
         io.Int.Input(
             "front", default=19, min=0, max=1000,
@@ -158,7 +163,7 @@ def _probe_inputs() -> list[io.Input]:
         io.Int.Input(
             "tail", default=BY_METHOD, min=BY_METHOD, max=1000, optional=True, advanced=True,
             tooltip="Last blocks to keep and train after skipped ones. -1: by method, 1 to 3 for cost and influence "
-            "and 0 for manual. 0 for `back_residual` exact. Ignored by attention mask and preset, as in the paper.",
+            "and 0 for manual. 0 for `back_residual` exact. Only used by these two.",
         ),
     ]  # fmt: skip
 
@@ -251,6 +256,8 @@ def _measured(model: Any, dit: HostedDit, choice: Choice, progress: NodeProgress
 def _without_measuring(dit: HostedDit, choice: Choice) -> BlockSelection:
     if choice.method == PRESET:
         return preset_selection(choice.skip_ratio, len(dit.blocks), dit.family, dit.block_bytes)
+    if choice.method == FROZEN:
+        return skip_and_freeze(choice.skip_ratio, len(dit.blocks), dit.family, dit.block_bytes)
     if choice.method == MANUAL:
         return BlockSelection(
             front=choice.front,

@@ -18,7 +18,7 @@ from ..selection.text_influence import TextInfluence, window_length
 from ..units import format_bytes
 
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
-FRONT, KEPT, BACK = (238, 150, 75), (62, 124, 177), (129, 89, 164)  # distinguishable in grey too
+FRONT, KEPT, FROZEN, BACK = (238, 150, 75), (62, 124, 177), (168, 203, 228), (129, 89, 164)  # distinguishable in grey too
 MAX_CROPS = 64
 TOO_MUCH = (178, 24, 43)
 PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
@@ -77,7 +77,7 @@ def selection_heatmap(
     height = 150 + 54 * len(rows) + 70
     picture = Image.new("RGB", (left + width + 40, height), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    draw.text((20, 14), "Blocks: skipped at the front, trained, skipped at the back", fill=INK, font=drawing_font(18))
+    draw.text((20, 14), _title(selection), fill=INK, font=drawing_font(18))
     draw.text((20, 40), _bytes_line(selection), fill=INK, font=drawing_font(14))
     _draw_blocks(draw, selection, block_names, left, 72, cell)
     for number, (label, values) in enumerate(rows):
@@ -87,9 +87,18 @@ def selection_heatmap(
     return picture
 
 
+def _title(selection: BlockSelection) -> str:
+    """Return the heading, which names the spans in order."""
+    ends = ["frozen"] * bool(selection.frozen) + ["skipped at the back"] * bool(selection.back or not selection.frozen)
+    return f"Blocks: skipped at the front, trained, {', '.join(ends)}"
+
+
 def _bytes_line(selection: BlockSelection) -> str:
     back = f"{selection.back} before the last {selection.tail}" if selection.tail else f"last {selection.back}"
-    counts = f"first {selection.front}, {back} of {selection.num_blocks} skipped"
+    ends = [f"first {selection.front}", *([back] if selection.back or not selection.frozen else [])]
+    counts = f"{', '.join(ends)} of {selection.num_blocks} skipped"
+    if selection.frozen:
+        counts += f", {selection.frozen} frozen"
     if not selection.block_bytes:
         return counts
     return (
@@ -117,12 +126,18 @@ def _draw_blocks(
 ) -> None:
     draw.text((20, top + 10), f"{selection.family} blocks", fill=INK, font=drawing_font(14))
     for index in range(selection.num_blocks):
-        colour = KEPT if index in selection.kept else FRONT if index < selection.front else BACK
+        colour = _colour(selection, index)
         x = left + index * cell
         draw.rectangle((x + 1, top, x + cell - 2, top + 34), fill=colour)
         if index == 0 or names[index].split(".")[0] != names[index - 1].split(".")[0]:
             draw.line((x, top - 4, x, top + 42), fill=INK, width=2)
             draw.text((x + 4, top + 38), names[index].split(".")[0].replace("_", " "), fill=INK, font=drawing_font(12))
+
+
+def _colour(selection: BlockSelection, index: int) -> tuple[int, int, int]:
+    if index in selection.frozen_span:
+        return FROZEN
+    return KEPT if index in selection.kept else FRONT if index < selection.front else BACK
 
 
 def _draw_profile(

@@ -31,7 +31,7 @@ from ..units import format_bytes
 MAX_SKIP_RATIO = 0.9
 
 
-SelectionMethod = Literal["attention mask", "preset", "manual", "cost and influence"]
+SelectionMethod = Literal["attention mask", "preset", "manual", "cost and influence", "skip and freeze"]
 
 
 def num_skipped(skip_ratio: float, num_blocks: int) -> int:
@@ -173,7 +173,7 @@ class BlockSelection:
     def skipped_words(self) -> str:
         """Which blocks are skipped, in words."""
         back = f"{self.back} in front of the last {self.tail}" if self.back_has_text else f"the last {self.back}"
-        return f"the first {self.front} and {back} of {self.num_blocks}"
+        return f"the first {self.front}{f' and {back}' if self.back else ''} of {self.num_blocks}"
 
     def describe(self) -> str:
         """Return the selection in blocks and bytes, several lines."""

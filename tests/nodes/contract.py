@@ -59,7 +59,7 @@ CONTRACT = {
         """
             model MODEL
             positive CONDITIONING
-            method COMBO = attention mask {attention mask | preset | manual | cost and influence}
+            method COMBO = skip and freeze {attention mask | preset | manual | cost and influence | skip and freeze}
             skip_ratio FLOAT = 0.5 [0.0, 0.9] step 0.05
             front INT = 19 [0, 1000]
             back INT = 10 [0, 1000]

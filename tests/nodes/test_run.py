@@ -131,6 +131,18 @@ def test_a_span_in_front_of_last_blocks_that_are_trained(bench, storage, back_re
     assert "kept last: 1" in bench.apply(lora=trained[0]).args[1]
 
 
+@pytest.mark.parametrize("back_residual", ["constant", "exact"])
+def test_skip_and_freeze_leaves_nothing_to_be_approximated(bench, back_residual):
+    selection, heatmap, report = bench.select(method="skip and freeze", skip_ratio=0.4).args
+    assert "Skip the first 1 of 6 blocks (17%); train 3.\nThe last 2 also run in training, without adapters." in report
+    assert_picture(heatmap)
+    residuals = bench.precompute(selection=selection, back_residual=back_residual)[0]
+    trained = bench.train(residuals=residuals, quantize_frozen="off")
+    figures = trained.ui["blockskip"][0]
+    assert (figures["skipped_first"], figures["skipped_last"], figures["frozen_last"]) == (1, 0, 2)
+    assert figures["self_check"] < 1e-6
+
+
 def test_cost_and_influence_reads_what_was_measured_and_samples_nothing(bench, nodes, monkeypatch):
     probe = {"probe_size": 32, "probe_steps": 1, "window_profile": False}
     first, _, report = bench.select(method="cost and influence", skip_ratio=0.4, **probe).args

@@ -31,6 +31,12 @@ def test_every_block_has_the_colour_of_its_span(front, back):
     assert colours_of_blocks(heatmap(front, back)) == expected
 
 
+def test_frozen_blocks_have_a_colour_of_their_own():
+    frozen = BlockSelection(front=1, back=0, frozen=3, num_blocks=6)
+    picture = pictures.selection_heatmap(frozen, None, NAMES)
+    assert colours_of_blocks(picture) == [pictures.FRONT] + [pictures.KEPT] * 2 + [pictures.FROZEN] * 3
+
+
 def test_a_measurement_adds_its_profiles():
     influence = TextInfluence(6)
     for run in influence.missing(3):

@@ -213,31 +213,39 @@ def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(
     assert (found.int() - picture.flatten().int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize(("family", "cfg"), [("FLUX.1", 1.0), ("SD1.5", 4.0)])
 def test_cancel_while_sampling_keeps_the_word_and_a_run_that_resumes_shows_the_samples(
-    words, nodes, sampling, monkeypatch
+    words, nodes, sampling, small, monkeypatch, family, cfg
 ):
     import comfy.model_management
 
-    words.train(steps=5, resume=False)
+    model = words.model if family == "FLUX.1" else small.small_unet()
+    clip = small.small_clip(family, str(words.folder))
+    with torch.inference_mode():
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize("a cloud"))
+    common = {"model": model, "clip": clip, "steps": 5}
+    words.train(**common, resume=False)
     for path in words.folders.output.glob("blockskip/runs/*/*"):
         path.unlink()
     show = nodes.page.progress.NodeProgress.__call__
 
     def cancelling(self, phase, done, total, detail=""):
-        if phase == "sampling after step 2":
+        if phase == "sampling after step 2" and done:
             raise comfy.model_management.InterruptProcessingException
         show(self, phase, done, total, detail)
 
+    common["samples"] = sampling(cfg=cfg, negative=negative)
     with monkeypatch.context() as patch:
         patch.setattr(nodes.page.progress.NodeProgress, "__call__", cancelling)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            words.train(steps=5, samples=sampling())
+            words.train(**common)
     assert len(words.files()) == 2, "the word so far"
-    trained = words.train(steps=5, samples=sampling())
+    assert model.model.current_patcher is None
+    trained = words.train(**common)
     assert_same(saved(words, 1), saved(words, 3))
     assert "2 of them by an earlier run" in trained[4]
     assert sampled(trained) == [(0, 1), (2, 1), (4, 1), (5, 1)]
-    assert sampled(words.train(steps=5, samples=sampling())) == sampled(trained), "nothing is made twice"
+    assert sampled(words.train(**common)) == sampled(trained), "nothing is made twice"
 
 
 def test_sampling_that_fails_is_told_and_ends_nothing(words, sampling, vae, monkeypatch):
