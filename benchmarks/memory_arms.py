@@ -100,6 +100,7 @@ FAMILIES = (
     Published("OmniGen2", 2048, halves=(8, 8), masked=True),
     Published("JoyAI-Image-Edit", 4096, halves=(10, 10)),
     Published("Anima", 1024, halves=(7, 7)),  # the text as its adapter has prepared it
+    Published("Ideogram-4", 53248, channels=128, cell=16, halves=(9, 8)),
     Published("Ernie-Image", 3072, channels=128, cell=16, halves=(9, 9)),
 )
 

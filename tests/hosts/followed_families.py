@@ -96,6 +96,22 @@ def _ltx25(config: dict[str, Any], **settings: Any):
     return built("LTXAV", config, **settings)
 
 
+_IDEOGRAM = {
+    "num_attention_heads": 2, "attention_head_dim": 32, "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 20,
+    "rope_theta": 5000000, "mrope_section": [6, 5, 5], "norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def _small_ideogram(config: dict[str, Any], **settings: Any):
+    """Ideogram 4, whose widths ComfyUI does not take from a configuration."""
+    import comfy.supported_models
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(comfy.supported_models, "Ideogram4"):
+            patch.setattr(comfy.supported_models.Ideogram4, "unet_extra_config", _IDEOGRAM)
+        return built("Ideogram4", config, **settings)
+
+
 _JOINT = {"num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2}
 _BY_NAME = {family.name: family for family in SAMPLED_ONLY}
 
@@ -155,6 +171,10 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 4, "ffn_hidden_size": 48,
         "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
     }, latent_shape=(128, 3, 5)),
+    replace(
+        _family("ideogram4", "Ideogram4", {}, latent_shape=(128, 3, 5)),
+        build=partial(_small_ideogram, {"image_model": "ideogram4", "in_channels": 128, "num_layers": 4}),
+    ),
     _BY_NAME["hidream"],
     _family("ltxv", "LTXV", {
         "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,

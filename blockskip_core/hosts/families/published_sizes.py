@@ -167,6 +167,7 @@ _ANIMA = {
     "rope_t_extrapolation_ratio": 1.0, "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0,
     "extra_t_extrapolation_ratio": 1.0, "rope_enable_fps_modulation": False,
 }  # fmt: skip
+_IDEOGRAM_4 = {"image_model": "ideogram4", "in_channels": 128, "num_layers": 34}
 
 
 def _ltx_video(num_layers: int, attention_head_dim: int) -> PublishedSize:
@@ -208,6 +209,7 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "JoyAI-Image-Edit": PublishedSize("JoyImage", _JOYIMAGE),
         "HiDream-I1": PublishedSize("HiDream", _HIDREAM_I1),
         "Anima": PublishedSize("Anima", _ANIMA),
+        "Ideogram-4": PublishedSize("Ideogram4", _IDEOGRAM_4),
         "Ernie-Image": PublishedSize("ErnieImage", {"image_model": "ernie"}),
     }
 )

@@ -26,7 +26,7 @@ TITLES = {
     "boogu": "Boogu", "hunyuan_video": "HunyuanVideo", "hunyuan_image": "HunyuanImage 2.1",
     "kandinsky5": "Kandinsky 5 (picture)", "kandinsky5_video": "Kandinsky 5 (video)", "hunyuan_video15": "HunyuanVideo 1.5", "anima": "Anima", "krea2": "Krea 2", "omnigen2": "OmniGen2",
     "ernie": "Ernie-Image", "hidream": "HiDream-I1", "ltxv": "LTX-Video", "ltx2": "LTX-2", "joyimage": "JoyImage", "qwen_image21": "Qwen-Image 2.1",
-    "ltx25": "LTX-2.5",
+    "ltx25": "LTX-2.5", "ideogram4": "Ideogram 4",
 }  # fmt: skip
 NEWER = ("qwen_image21", "ltx25")  # than 0.30.0
 MODELS = [tiny for tiny in (*FAMILIES, MINIMAX, *FOLLOWED) if tiny.name not in NEWER]

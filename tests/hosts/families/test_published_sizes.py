@@ -40,6 +40,7 @@ SIZES = {
     "JoyAI-Image-Edit": (30.29, {"double_blocks": 40}),
     "HiDream-I1": (31.86, {"double_stream_blocks": 16, "single_stream_blocks": 32}),
     "Anima": (3.89, {"blocks": 28}),
+    "Ideogram-4": (17.28, {"layers": 34}),
     "Ernie-Image": (14.96, {"layers": 36}),
 }
 
@@ -91,8 +92,8 @@ def test_every_published_model_has_an_adapter_that_lists_its_blocks():
             assert len(adapter.blocks()) == sum(SIZES[name][1].values())
             assert sum(block.num_bytes for block in adapter.blocks()) / 2**30 < SIZES[name][0]
     followed = [
-        "anima", "auraflow", "boogu", "ernieimage", "hidream", "hunyuanimage21", "hunyuanvideo", "hunyuanvideo15", "joyimage",
-        "kandinsky5", "kandinsky5image", "krea2", "lens", "ltxav", "ltxv", "mageflow", "omnigen2",
+        "anima", "auraflow", "boogu", "ernieimage", "hidream", "hunyuanimage21", "hunyuanvideo", "hunyuanvideo15",
+        "ideogram4", "joyimage", "kandinsky5", "kandinsky5image", "krea2", "lens", "ltxav", "ltxv", "mageflow", "omnigen2",
     ]  # fmt: skip
     assert sorted({*families.values()} - {"qwenimage21"}) == sorted(
         ["chroma", "flux", "flux2", "lumina2", "minimax", "qwen_image", "sd3", "wan", *followed]
