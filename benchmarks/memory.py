@@ -76,6 +76,8 @@ def run(found: list[Any], file: Path, about: str) -> None:
         try:
             row.update(vars(arm.count()))
         except RuntimeError as error:  # if another trainer does not run, that is a result too
+            if "can't allocate memory" in str(error):
+                raise  # of this machine
             row["failed"] = str(error).splitlines()[0]
         row.update(seconds=round(time.perf_counter() - start, 2), about=about)
         command_line.add_row(file, row)

@@ -89,15 +89,18 @@ FAMILIES = (
     Published("SD3.5-Medium", 4096, halves=(6, 6)),
     Published("LTX-Video-2B", 4096, channels=128, cell=32, halves=(7, 7), masked=True),
     Published("LTX-Video-13B", 4096, channels=128, cell=32, halves=(12, 12), masked=True),
+    Published("HunyuanVideo-1.5", 3584, channels=32, cell=16, halves=(14, 13)),
     Published("HunyuanImage-2.1", 3584, channels=64, cell=32, halves=(20, 10)),
     Published("AuraFlow", 2048, channels=4, halves=(9, 9)),
     Published("Mage-Flow", 2560, channels=128, cell=16, halves=(3, 3)),
     Published("Lens", 11520, channels=128, cell=16, halves=(12, 12)),
     Published("Boogu-Image", 4096, halves=(10, 10), masked=True),
     Published("Kandinsky-5-Image-Lite", 3584, halves=(13, 12)),
+    Published("Kandinsky-5-T2V-Lite", 3584, halves=(8, 8)),
     Published("OmniGen2", 2048, halves=(8, 8), masked=True),
     Published("JoyAI-Image-Edit", 4096, halves=(10, 10)),
     Published("Anima", 1024, halves=(7, 7)),  # the text as its adapter has prepared it
+    Published("Ideogram-4", 53248, channels=128, cell=16, halves=(9, 8)),
     Published("Ernie-Image", 3072, channels=128, cell=16, halves=(9, 9)),
 )
 

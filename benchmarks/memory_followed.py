@@ -101,7 +101,7 @@ def _with_blocks(name: str, blocks: int, device: torch.device) -> Any:
     import comfy.supported_models
 
     size = published_sizes.PUBLISHED_SIZES[name]
-    named = size.config.keys() | NOT_IN_FILE.get(name, set())
+    named = {key for key, value in size.config.items() if value != 0} | NOT_IN_FILE.get(name, set())
     depths = dict.fromkeys(DEPTHS, blocks) | dict.fromkeys(TOGETHER, 2 * blocks) | dict.fromkeys(PREPARING, 1)
     config = {**size.config, **{key: depths[key] for key in depths.keys() & named}}
     described = getattr(comfy.supported_models, size.supported)(config)

@@ -170,7 +170,7 @@ def _detail_inputs() -> list[io.Input]:
         ),
         widgets.frames(
             "1: train on single pictures. More: every IMAGE batch is a film, and is cut into clips of this many pictures. "
-            "Wan and HunyuanVideo need a multiple of 4 plus 1, LTX a multiple of 8 plus 1."
+            "Wan, HunyuanVideo and Kandinsky 5 need a multiple of 4 plus 1, LTX a multiple of 8 plus 1."
         ),
         widgets.noise_from("Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875."),
         widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),

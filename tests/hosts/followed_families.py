@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,12 @@ _HUNYUAN = {
 }  # fmt: skip
 
 
+_KANDINSKY = {
+    "image_model": "kandinsky5", "model_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 4,
+    "axes_dims": (4, 6, 6), "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24, "rope_scale_factor": (1.0, 1.0, 1.0),
+}  # fmt: skip
+
+
 _ADAPTER = {"source_dim": 64, "target_dim": 64, "model_dim": 64, "num_layers": 1, "num_heads": 2}
 
 
@@ -67,6 +74,42 @@ def _small_anima(config: dict[str, Any], **settings: Any):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anima, "LLMAdapter", partial(anima.LLMAdapter, **_ADAPTER))
         return built("Anima", config, **settings)
+
+
+_LTX2 = {
+    "image_model": "ltxav", "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 64,
+    "audio_cross_attention_dim": 32, "attention_head_dim": 32, "audio_attention_head_dim": 16,
+    "num_attention_heads": 2, "audio_num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
+    "positional_embedding_max_pos": [20, 2048, 2048], "audio_positional_embedding_max_pos": [20],
+    "connector_attention_head_dim": 32, "connector_num_attention_heads": 2, "connector_num_layers": 1,
+    "audio_connector_attention_head_dim": 16, "audio_connector_num_attention_heads": 2,
+    "caption_proj_before_connector": True, "apply_gated_attention": True, "cross_attention_adaln": True,
+}  # fmt: skip
+
+
+def _ltx25(config: dict[str, Any], **settings: Any):
+    """LTX-2.5: LTX-2's class, with settings that an older one would ignore."""
+    from comfy.ldm.lightricks.model import LTXBaseModel
+
+    if "ff_bias" not in inspect.signature(LTXBaseModel).parameters:
+        pytest.skip("this ComfyUI has no LTX-2.5")
+    return built("LTXAV", config, **settings)
+
+
+_IDEOGRAM = {
+    "num_attention_heads": 2, "attention_head_dim": 32, "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 20,
+    "rope_theta": 5000000, "mrope_section": [6, 5, 5], "norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def _small_ideogram(config: dict[str, Any], **settings: Any):
+    """Ideogram 4, whose widths ComfyUI does not take from a configuration."""
+    import comfy.supported_models
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(comfy.supported_models, "Ideogram4"):
+            patch.setattr(comfy.supported_models.Ideogram4, "unet_extra_config", _IDEOGRAM)
+        return built("Ideogram4", config, **settings)
 
 
 _JOINT = {"num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2}
@@ -97,11 +140,14 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         **_HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "vec_in_dim": None,
         "guidance_embed": False, "axes_dim": [8, 8],
     }, latent_shape=(64, 3, 5), extra=_with_guidance),
-    _family("kandinsky5", "Kandinsky5Image", {
-        "image_model": "kandinsky5", "model_dim": 32, "ff_dim": 64, "visual_embed_dim": 64, "num_text_blocks": 1,
-        "num_visual_blocks": 4, "axes_dims": (4, 6, 6), "in_text_dim": 20, "in_text_dim2": 16, "time_dim": 24,
-        "rope_scale_factor": (1.0, 1.0, 1.0),
-    }, frames=True, settings=_pooled, extra=_with_vector),
+    _family("hunyuan_video15", "HunyuanVideo15", {
+        **_HUNYUAN, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None,
+        "guidance_embed": False, "axes_dim": [4, 6, 6], "use_cond_type_embedding": True, "vision_in_dim": 24,
+    }, latent_shape=(32, 3, 5), frames=True, empty=33, extra=_with_guidance),
+    _family("kandinsky5", "Kandinsky5Image", {**_KANDINSKY, "visual_embed_dim": 64}, frames=True, settings=_pooled, extra=_with_vector),
+    _family("kandinsky5_video", "Kandinsky5", {
+        **_KANDINSKY, "visual_embed_dim": 132,
+    }, frames=True, empty=17, settings=_pooled, extra=_with_vector),
     TinyFamily(name="anima", family="anima", blocks=(), layers=frozenset(), latent_shape=(16, 6, 10), text_width=64, frames=True, settings=_t5_ids, build=partial(_small_anima, {
         "image_model": "anima", "max_img_h": 24, "max_img_w": 24, "max_frames": 8, "in_channels": 16, "out_channels": 16,
         "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256, "num_blocks": 4, "num_heads": 2,
@@ -125,21 +171,23 @@ FOLLOWED: tuple[TinyFamily, ...] = (
         "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 4, "ffn_hidden_size": 48,
         "text_in_dim": 20, "rope_axes_dim": (4, 6, 6),
     }, latent_shape=(128, 3, 5)),
+    replace(
+        _family("ideogram4", "Ideogram4", {}, latent_shape=(128, 3, 5)),
+        build=partial(_small_ideogram, {"image_model": "ideogram4", "in_channels": 128, "num_layers": 4}),
+    ),
     _BY_NAME["hidream"],
     _family("ltxv", "LTXV", {
         "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
         "num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
         "positional_embedding_max_pos": [20, 2048, 2048],
     }, latent_shape=(128, 3, 5), frames=True, settings=unmasked, extra=_with_frames, lengths=(5, 5, 5)),
-    _family("ltx2", "LTXAV", {
-        "image_model": "ltxav", "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 64,
-        "audio_cross_attention_dim": 32, "attention_head_dim": 32, "audio_attention_head_dim": 16,
-        "num_attention_heads": 2, "audio_num_attention_heads": 2, "caption_channels": 20, "num_layers": 4,
-        "positional_embedding_max_pos": [20, 2048, 2048], "audio_positional_embedding_max_pos": [20],
-        "connector_attention_head_dim": 32, "connector_num_attention_heads": 2, "connector_num_layers": 1,
-        "audio_connector_attention_head_dim": 16, "audio_connector_num_attention_heads": 2,
-        "caption_proj_before_connector": True, "apply_gated_attention": True, "cross_attention_adaln": True,
-    }, latent_shape=(128, 3, 5), frames=True),
+    _family("ltx2", "LTXAV", _LTX2, latent_shape=(128, 3, 5), frames=True),
+    replace(
+        _family("ltx25", "LTXAV", _LTX2, latent_shape=(128, 3, 5), frames=True),  # in ComfyUI from 0.32 on
+        build=partial(_ltx25, {
+            **_LTX2, "ff_bias": False, "audio_ff_bias": False, "use_keyframes_abs_pos_embedding": True
+        }),
+    ),
     _family("joyimage", "JoyImage", {  # whose heads are never narrower than 128
         "image_model": "joyimage", "hidden_size": 256, "num_attention_heads": 2, "text_dim": 20, "num_layers": 4,
         "mlp_width_ratio": 1.0,

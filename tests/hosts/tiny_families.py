@@ -64,6 +64,7 @@ class TinyFamily:
         settings: Generator -> settings of a CONDITIONING apart from its text.
         extra: (text (B, L, text_width), settings of each row) -> arguments of ``apply_model`` by name.
         frames: Whether ComfyUI's latents have a frame axis.
+        empty: Channels of the empty picture and mask that ComfyUI gives the model beside the latents.
         text_outputs: Layers of a block that only affect its text output.
         layers: Linear layers of the first block that get an adapter.
         num_text: Text tokens in the stream for a text of three tokens.
@@ -80,6 +81,7 @@ class TinyFamily:
     settings: Callable[[torch.Generator], dict[str, Any]] = lambda generator: {"pooled_output": None}
     extra: Callable[[Tensor, Sequence[dict]], dict[str, Any]] = lambda text, rows: {"c_crossattn": text}
     frames: bool = False
+    empty: int = 0
     text_outputs: frozenset[str] = frozenset()
     num_text: int = 3
     num_img: int = 15
@@ -117,6 +119,8 @@ class TinyFamily:
         arguments = self.extra(text, [conditioning[0][1] for conditioning in conditionings])
         channels = patcher.model.latent_format.latent_channels
         latents = noisy.unflatten(1, (channels, -1)) if self.frames else noisy
+        if self.empty:
+            arguments["c_concat"] = torch.zeros(len(latents), self.empty, *latents.shape[2:], dtype=latents.dtype)
         with torch.inference_mode():
             denoised = patcher.model.apply_model(latents, sigmas, transformer_options={}, **arguments).clone()
         return denoised.flatten(1, 2) if self.frames else denoised

@@ -85,7 +85,10 @@ def test_the_nodes_on_families_whose_text_cannot_be_hidden(nodes, run_node, pict
     assert_trained_and_applied(nodes, run_node, pictures, folders, tiny, model, selection)
 
 
-@pytest.mark.parametrize(("name", "beside"), [("wan21", False), ("wan21", True), ("ltx2", True)])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [("wan21", False), ("wan21", True), ("ltx2", True), ("hunyuan_video15", False), ("kandinsky5_video", True)],
+)
 def test_the_nodes_on_clips(nodes, run_node, folders, name, beside):
     """With ``beside`` there is a picture beside the films, and training pictures are as their pictures."""
     tiny = next((one for one in FAMILIES if one.name == name), None) or family(name)

@@ -6,7 +6,7 @@ features; values that it hard-codes for a kind of model (heads, axes, theta) are
 
 Source: where the host's own classes do not have them as defaults, the configurations published with the files, read on
 2026-11-29: AuraFlow's ``transformer/config.json``, ``config_t2i.yaml`` of Kandinsky 5, ``transformer/config.json`` of
-JoyAI-Image; LTX-Video's and HunyuanImage's from diffusers.
+JoyAI-Image; those of LTX-Video, HunyuanImage and HunyuanVideo 1.5 from diffusers.
 """
 
 from __future__ import annotations
@@ -107,6 +107,11 @@ _HUNYUAN_VIDEO = {
     "num_heads": 24, "depth": 20, "depth_single_blocks": 40, "theta": 256, "qkv_bias": True, "byt5": False,
     "guidance_embed": True, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
+_HUNYUAN_VIDEO_15 = {
+    **_HUNYUAN_VIDEO, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None,
+    "context_in_dim": 3584, "hidden_size": 2048, "num_heads": 16, "depth": 54, "depth_single_blocks": 0, "byt5": True,
+    "guidance_embed": False, "use_cond_type_embedding": True, "vision_in_dim": 1152, "meanflow_sum": True,
+}  # fmt: skip
 _KREA_2 = {
     "image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48, "kvheads": 12,
     "txtlayers": 12, "txtdim": 2560,
@@ -133,6 +138,10 @@ _KANDINSKY_5_IMAGE = {
     "image_model": "kandinsky5", "model_dim": 2560, "axes_dims": (32, 48, 48), "rope_scale_factor": (1.0, 1.0, 1.0),
     "time_dim": 512, "ff_dim": 10240, "visual_embed_dim": 64, "num_text_blocks": 2, "num_visual_blocks": 50,
 }  # fmt: skip
+_KANDINSKY_5_VIDEO = {
+    "image_model": "kandinsky5", "model_dim": 1792, "axes_dims": (16, 24, 24), "time_dim": 512, "ff_dim": 7168,
+    "visual_embed_dim": 132, "num_text_blocks": 2, "num_visual_blocks": 32,
+}  # fmt: skip
 _OMNIGEN_2 = {
     "image_model": "omnigen2", "axes_dim_rope": [40, 40, 40], "axes_lens": [1024, 1664, 1664], "ffn_dim_multiplier": None,
     "hidden_size": 2520, "in_channels": 16, "multiple_of": 256, "norm_eps": 1e-5, "num_attention_heads": 21,
@@ -158,6 +167,7 @@ _ANIMA = {
     "rope_t_extrapolation_ratio": 1.0, "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0,
     "extra_t_extrapolation_ratio": 1.0, "rope_enable_fps_modulation": False,
 }  # fmt: skip
+_IDEOGRAM_4 = {"image_model": "ideogram4", "in_channels": 128, "num_layers": 34}
 
 
 def _ltx_video(num_layers: int, attention_head_dim: int) -> PublishedSize:
@@ -183,6 +193,7 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "LTX-Video-2B": _ltx_video(28, 64),
         "LTX-Video-13B": _ltx_video(48, 128),
         "HunyuanVideo": PublishedSize("HunyuanVideo", _HUNYUAN_VIDEO),
+        "HunyuanVideo-1.5": PublishedSize("HunyuanVideo15", _HUNYUAN_VIDEO_15),
         "HunyuanImage-2.1": PublishedSize("HunyuanImage21", _HUNYUAN_IMAGE),
         "MiniMax-H3": PublishedSize("MiniMaxH3", _MINIMAX_H3),
         "Chroma": PublishedSize("Chroma", _CHROMA),
@@ -193,10 +204,12 @@ PUBLISHED_SIZES: Mapping[str, PublishedSize] = MappingProxyType(
         "Lens": PublishedSize("Lens", _LENS),
         "Boogu-Image": PublishedSize("Boogu", _BOOGU),
         "Kandinsky-5-Image-Lite": PublishedSize("Kandinsky5Image", _KANDINSKY_5_IMAGE),
+        "Kandinsky-5-T2V-Lite": PublishedSize("Kandinsky5", _KANDINSKY_5_VIDEO),
         "OmniGen2": PublishedSize("Omnigen2", _OMNIGEN_2),
         "JoyAI-Image-Edit": PublishedSize("JoyImage", _JOYIMAGE),
         "HiDream-I1": PublishedSize("HiDream", _HIDREAM_I1),
         "Anima": PublishedSize("Anima", _ANIMA),
+        "Ideogram-4": PublishedSize("Ideogram4", _IDEOGRAM_4),
         "Ernie-Image": PublishedSize("ErnieImage", {"image_model": "ernie"}),
     }
 )
@@ -236,4 +249,8 @@ def published_model(
     supported = getattr(comfy.supported_models, size.supported)(dict(size.config))
     supported.custom_operations = None
     supported.set_inference_dtype(dtype, cast_to)
-    return supported.get_model({}, "", device=device)
+    model = supported.get_model({}, "", device=device)
+    for layer in model.diffusion_model.modules():
+        if any(parameter.device.type != device.type for parameter in layer.parameters(recurse=False)):
+            layer.to(device)  # the host creates a table of HunyuanVideo 1.5 without a device
+    return model

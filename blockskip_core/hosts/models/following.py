@@ -100,7 +100,7 @@ class _Watched(TrainedBlock):
     Attributes:
         args, kwargs: The arguments of the call; what may be tokens has a graph of its own.
         plain: What the block returns if nothing is changed about how it runs.
-        attention: Its attention calls.
+        attention_calls: Its attention calls. Not ``attention``, as Ideogram 4 names a layer of its blocks.
         result: What it returns, with its graph.
         spoiled: Whether it has overwritten a tensor that its gradient needs.
     """
@@ -111,13 +111,13 @@ class _Watched(TrainedBlock):
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
         self.plain: Any = None
-        self.attention = AttentionCalls()
+        self.attention_calls = AttentionCalls()
         self.result: Any = None
         self.spoiled = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.args, self.kwargs = _with_tensors(args, kwargs, lambda x: x.detach().clone().requires_grad_())
-        given, named = self.attention.watched(
+        given, named = self.attention_calls.watched(
             *_with_tensors(self.args, self.kwargs, lambda x: x.detach().clone())
         )  # fmt: skip
         with torch.no_grad():
@@ -208,7 +208,7 @@ class _Calls:
                     raise UnsupportedModelError(f"The block {block} was never called, so it cannot be skipped.")
         if isinstance(without, str):
             return without
-        seen = watched.attention.seen
+        seen = watched.attention_calls.seen
         if None not in seen:
             self.text_keys[block.rpartition(".")[0]] = tuple(keys for keys in seen if keys is not None)
         has_text = found.num_txt is not None

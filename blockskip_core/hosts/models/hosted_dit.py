@@ -54,6 +54,8 @@ _MORE_THAN_ANY_DEVICE_HAS = 10**20  # bytes to keep free; the host's own trainer
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, ModelLayout] = WeakKeyDictionary()
 _WITH_REFERENCES: WeakKeyDictionary[nn.Module, ModelLayout] = WeakKeyDictionary()
+_PICTURE_MAY_BE_EMPTY = ("HunyuanVideo15", "Kandinsky5")
+"""The host's models that make clips from text too: it gives them a picture and a mask of zeros then."""
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
@@ -108,13 +110,9 @@ class HostedDit(AdaptedDit):
         """Return the layout of a model that no family file describes; found once per model and process."""
         tree = self.patcher.model.diffusion_model
         if tree not in _LAYOUTS:
-            if any("c_concat" in arguments for arguments in self.arguments):
-                raise UnsupportedModelError(
-                    f"{self.adapter.title} models take a picture or a mask besides the text, which training does not "
-                    "support. Load a model that makes pictures from text."
-                )
             assert isinstance(self.adapter, FollowedAdapter)
             try:
+                self._require_no_picture()
                 self.adapter.layout = follow(self, tree, self._latent_shape)
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as problem:
                 if isinstance(problem, (BlockSkipError, torch.OutOfMemoryError)):
@@ -126,6 +124,14 @@ class HostedDit(AdaptedDit):
             require_replay(self, self._latent_shape)
             _LAYOUTS[tree] = self.adapter.layout
         return _LAYOUTS[tree]
+
+    def _require_no_picture(self) -> None:
+        given = any("c_concat" in arguments for arguments in self.arguments)
+        if given and type(self.patcher.model).__name__ not in _PICTURE_MAY_BE_EMPTY:
+            raise UnsupportedModelError(
+                f"{self.adapter.title} models take a picture or a mask besides the text, which training does not "
+                "support. Load a model that makes pictures from text."
+            )
 
     @property
     def num_texts(self) -> int:

@@ -22,7 +22,7 @@ def clips_of(tiny: TinyFamily) -> TinyFamily:
 
 
 VIDEO = [one for one in FAMILIES if one.name in ("wan21", "wan22")] + [
-    family(n) for n in ("hunyuan_video", "ltxv", "ltx2")
+    family(n) for n in ("hunyuan_video", "hunyuan_video15", "kandinsky5_video", "ltxv", "ltx2")
 ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from blockskip_pack.blockskip_core.adapters.lora_formats import to_file_tensors
@@ -25,7 +23,7 @@ NOT_COUNTED = {
 }
 SLOWER = {"qwen_image21": 0.995}  # its gates are small in a random model
 TEXT_APART = ("qwen_image21",)
-OVERWRITING = ("ltxv", "ltx2", "qwen_image21")
+OVERWRITING = ("ltxv", "ltx2", "ltx25", "qwen_image21")
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 
@@ -49,9 +47,9 @@ def precise(comfyui, tiny):
     return tiny.hosted(tiny.build(dtype=torch.float32 if tiny.name in SINGLE else torch.float64))
 
 
-SINGLE = ("anima", "ernie", "ltx2", "joyimage")  # ComfyUI's kernels that rotate their queries know no float64
-PREPARED = ("anima", "ltx2")  # ComfyUI prepares their texts before sampling
-OTHER_KERNEL = ("ltxv", "ltx2")  # ComfyUI rotates queries and keys by another kernel while they are trained
+SINGLE = ("anima", "ernie", "ltx2", "ltx25", "joyimage")  # ComfyUI's kernels that rotate their queries know no float64
+PREPARED = ("anima", "ltx2", "ltx25")  # ComfyUI prepares their texts before sampling
+OTHER_KERNEL = ("ltxv", "ltx2", "ltx25")  # ComfyUI rotates queries and keys by another kernel while they are trained
 
 
 def whole(tiny, dit, clean):
@@ -283,14 +281,13 @@ def test_pixart_is_refused_by_name(comfyui):
 @pytest.mark.parametrize(
     ("like", "supported", "config"),
     [
-        ("hunyuan_video", "HunyuanVideo15", {"in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1]}),
-        ("kandinsky5", "Kandinsky5", {"visual_embed_dim": 4 * 33}),
+        ("hunyuan_video15", "HunyuanVideo15_SR_Distilled", {"in_channels": 98}),
+        ("hunyuan_video", "HunyuanVideoI2V", {"in_channels": 33}),
     ],
 )
-def test_video_models_that_always_take_a_picture_or_a_mask_are_refused(comfyui, like, supported, config):
-    """ComfyUI gives them empty ones where a graph has none."""
+def test_models_that_need_a_picture_are_refused(comfyui, like, supported, config):
+    """ComfyUI gives them an empty one where a graph has none, which they were not trained on."""
     tiny, patcher = family(like), built(supported, {**family(like).build.args[1], **config})
-    tiny = replace(tiny, latent_shape=(patcher.model.latent_format.latent_channels, 6, 10))
     with pytest.raises(UnsupportedModelError, match="models take a picture or a mask besides the text"):
         tiny.hosted(patcher)
 
@@ -308,11 +305,15 @@ def test_lists_of_other_modules_are_not_taken_for_blocks():
     assert block_lists(model) == []
 
 
-def test_texts_that_the_model_cannot_read_are_refused(comfyui):
+@pytest.mark.parametrize("lacks", [False, True])
+def test_texts_that_the_model_cannot_read_are_refused(comfyui, monkeypatch, lacks):
+    """Of another width, or without something that the model wants beside them."""
     tiny = family("auraflow")
     patcher = tiny.build()
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
+    if lacks:
+        monkeypatch.setattr(patcher.model, "extra_conds", lambda **settings: settings["embeds"])
     with pytest.raises(InvalidInputError, match="AuraFlow could not be run with these captions .* Encode them"):
         HostedDit(patcher, [[[torch.zeros(1, 5, 7), {}]]], tiny.latent_shape)
 

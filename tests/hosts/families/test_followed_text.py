@@ -13,7 +13,14 @@ from ..followed_families import FOLLOWED, family
 pytestmark = pytest.mark.usefixtures("comfyui")
 
 CANNOT = {"ernie": "its attention is not given the options of a call"}
-CROSS = ("kandinsky5", "anima", "ltxv", "ltx2")  # attention to the text is a call of its own
+CROSS = (
+    "kandinsky5",
+    "kandinsky5_video",
+    "anima",
+    "ltxv",
+    "ltx2",
+    "ltx25",
+)  # attention to the text is a call of its own
 IMAGE_FIRST = ("lens", "hidream", "joyimage")
 HIDDEN = [tiny for tiny in FOLLOWED if tiny.name not in CANNOT]
 

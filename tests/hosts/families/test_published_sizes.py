@@ -28,16 +28,19 @@ SIZES = {
     "SD3.5-Medium": (4.18, {"joint_blocks": 24}),
     "LTX-Video-2B": (3.58, {"transformer_blocks": 28}),
     "LTX-Video-13B": (24.29, {"transformer_blocks": 48}),
+    "HunyuanVideo-1.5": (15.51, {"double_blocks": 54}),
     "HunyuanImage-2.1": (32.46, {"double_blocks": 20, "single_blocks": 40}),
     "AuraFlow": (12.75, {"double_layers": 4, "single_layers": 32}),
     "Mage-Flow": (7.67, {"transformer_blocks": 12}),
     "Lens": (7.64, {"transformer_blocks": 48}),
     "Boogu-Image": (19.17, {"double_stream_layers": 8, "single_stream_layers": 32}),
     "Kandinsky-5-Image-Lite": (11.22, {"visual_transformer_blocks": 50}),
+    "Kandinsky-5-T2V-Lite": (3.74, {"visual_transformer_blocks": 32}),
     "OmniGen2": (7.39, {"layers": 32}),
     "JoyAI-Image-Edit": (30.29, {"double_blocks": 40}),
     "HiDream-I1": (31.86, {"double_stream_blocks": 16, "single_stream_blocks": 32}),
     "Anima": (3.89, {"blocks": 28}),
+    "Ideogram-4": (17.28, {"layers": 34}),
     "Ernie-Image": (14.96, {"layers": 36}),
 }
 
@@ -89,8 +92,8 @@ def test_every_published_model_has_an_adapter_that_lists_its_blocks():
             assert len(adapter.blocks()) == sum(SIZES[name][1].values())
             assert sum(block.num_bytes for block in adapter.blocks()) / 2**30 < SIZES[name][0]
     followed = [
-        "anima", "auraflow", "boogu", "ernieimage", "hidream", "hunyuanimage21", "hunyuanvideo", "joyimage", "kandinsky5image",
-        "krea2", "lens", "ltxav", "ltxv", "mageflow", "omnigen2",
+        "anima", "auraflow", "boogu", "ernieimage", "hidream", "hunyuanimage21", "hunyuanvideo", "hunyuanvideo15",
+        "ideogram4", "joyimage", "kandinsky5", "kandinsky5image", "krea2", "lens", "ltxav", "ltxv", "mageflow", "omnigen2",
     ]  # fmt: skip
     assert sorted({*families.values()} - {"qwenimage21"}) == sorted(
         ["chroma", "flux", "flux2", "lumina2", "minimax", "qwen_image", "sd3", "wan", *followed]
