@@ -54,7 +54,7 @@ DEMO = Graph(
         "captions": text("Encode the captions", ["images", 1], WORLD.link("clip")),
         "select": node(
             "BlockSkip_SelectBlocks", "Select Blocks (attention mask)", model=WORLD.link("model"),
-            positive=["captions", 0], method="preset", skip_ratio=0.3, front=4, back=2,
+            positive=["captions", 0], method="skip and freeze", skip_ratio=0.5, front=4, back=2,
         ),
         **_plan(),
         "residuals": node(
@@ -71,7 +71,7 @@ DEMO = Graph(
         ),
         "train": node(
             "BlockSkip_TrainLora", "Dynamic Patch Trainer", model=WORLD.link("model"), residuals=["residuals", 0],
-            steps=160, learning_rate=3e-3, rank=16, seed=0, batch_size=4, lr_schedule="cosine",
+            steps=160, learning_rate=6e-3, rank=16, seed=0, batch_size=4, lr_schedule="cosine",
             output_name="loras/toby", samples=["samples", 0], **FROM_PLAN,
         ),
         **_compared(),

@@ -127,9 +127,9 @@ class Family:
 5. The chart shows a picture of the prompt every 100 steps. **Cancel** saves the LoRA so far, and **Run** continues. It goes to
    `output/loras`; load it with Load LoRA.
 
-The first blocks are skipped, which is exact; the last ones run without adapters, in eight bits or fewer. Which blocks matter has been measured
-for FLUX.1 only, by its paper; the choice is scaled to this model. Nothing here has been tried on the real model on a GPU yet:
-please tell us how it went.""",
+A quarter of the blocks, the first, are skipped, which is exact; the last half run without adapters, in eight bits or fewer. On our
+small model that is the best choice; on this one nobody has measured it, and nothing here has been tried on a GPU yet: please tell us
+how it went.""",
             headline=self.name,
             subline="a first LoRA\non ComfyUI's own files",
             twin=self.twin,

@@ -21,8 +21,7 @@ ACCENTS = {  # a colour for each badge; a card and its Resume have the same hue
     "+ 12 GB": (26, 66, 114), "+ 24 GB": (80, 50, 114),
 }  # fmt: skip
 FLUX_BLOCKS = 57
-PAPER = (19, 10)  # skipped at the front and at the back with a ratio of 0.5
-SKIPPED_AND_FROZEN = {0.5: (14, 29), 0.6: (17, 34)}
+PAPER, OURS = (19, 10), (14, 29)  # the first and the last blocks with a ratio of 0.5: *preset*, and *skip and freeze*
 
 
 def draw(graph: Graph, screenshot: Path) -> Image.Image:
@@ -33,12 +32,9 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     for place, line in enumerate(graph.subline.split("\n")):
         _write(pen, line, 134 + 46 * place, 38, SAID)
     blocks = graph.prompt.get("select", {}).get("inputs", {})
-    if blocks.get("front") == PAPER[0]:  # FLUX.1's blocks
-        if blocks["method"] == "preset":
-            _draw_blocks(pen, *PAPER, frozen=0)
-        elif blocks["method"] == "skip and freeze":
-            front, frozen = SKIPPED_AND_FROZEN[blocks["skip_ratio"]]
-            _draw_blocks(pen, front, 0, frozen)
+    if blocks.get("front") == PAPER[0] and blocks["method"] in ("preset", "skip and freeze"):  # FLUX.1's blocks
+        exact = graph.prompt.get("residuals", {}).get("inputs", {}).get("back_residual") == "exact"
+        _draw_blocks(pen, *(PAPER if blocks["method"] == "preset" else OURS), is_frozen=exact)
     if graph.badge:
         _draw_badge(pen, graph.badge)
         return image
@@ -79,13 +75,13 @@ def _write(pen: ImageDraw.ImageDraw, words: str, top: int, size: int, colour: tu
     pen.text((MARGIN, top), words, fill=colour, font=ImageFont.load_default(size))
 
 
-def _draw_blocks(pen: ImageDraw.ImageDraw, front: int, back: int, frozen: int) -> None:
+def _draw_blocks(pen: ImageDraw.ImageDraw, front: int, back: int, is_frozen: bool) -> None:
     """Draw FLUX.1's blocks in a row: filled if they run, outlined if skipped."""
     pitch = (SIDE - 2 * MARGIN) / FLUX_BLOCKS
     for block in range(FLUX_BLOCKS):
         left = MARGIN + block * pitch
-        kept = front <= block < FLUX_BLOCKS - back
-        runs = TRAINED if block < FLUX_BLOCKS - back - frozen else FROZEN
-        colour = runs if kept else FRONT if block < front else BACK
+        is_back = block >= FLUX_BLOCKS - back
+        kept = front <= block and (is_frozen or not is_back)
+        colour = FRONT if block < front else TRAINED if not is_back else FROZEN if is_frozen else BACK
         box = (left, 242 if kept else 250, left + pitch - 3, 306 if kept else 298)
         pen.rectangle(box, fill=colour if kept else None, outline=colour, width=2)

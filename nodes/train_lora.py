@@ -118,8 +118,9 @@ def _required_inputs() -> list[io.Input]:
             tooltip="Optimiser steps. 500 is reported for the paper (batch 1, accumulation 4).",
         ),
         io.Float.Input(
-            "learning_rate", default=1e-4, min=1e-8, max=1.0, step=1e-6, round=1e-8,
-            tooltip="The optimiser's learning rate. 1e-4 is reported for the paper; tiny models take more. 1 for Prodigy.",
+            "learning_rate", default=2e-4, min=1e-8, max=1.0, step=1e-6, round=1e-8,
+            tooltip="The optimiser's learning rate. 2e-4 for `skip and freeze` of Select Blocks, where few blocks are trained; "
+            "1e-4 for more blocks, as is reported for the paper; tiny models take more. 1 for Prodigy.",
         ),
         widgets.rank("Rank of the LoRA: 8 to 32 is usual for one subject."),
         widgets.seed("Determines the LoRA's initial values."),

@@ -47,6 +47,8 @@ def _nvfp4_bytes(rows: int, columns: int) -> int:
     return rows * columns // 2 + _up_to(rows, 128) * _up_to(columns // 16, 4) + 4
 
 
+SMALLER = 0.9
+"""A weight is rounded once more only to become smaller than this share of itself."""
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     "fp8": WeightFormat("float8_e4m3fn", lambda rows, columns: rows * columns + 4, {"scale": "recalculate"}),
     "int8": WeightFormat("int8_tensorwise", lambda rows, columns: rows * columns + 4 * rows, {"per_channel": True}),
@@ -63,26 +65,42 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def is_quantizable(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a layer is a linear one whose weight is a plain matrix of more than one byte per number."""
+    """Return whether a layer is a linear one whose weight is a matrix of at least a byte per number that can be read.
+
+    That is a plain matrix, or one of the host's quantised ones. Layers whose inputs are scaled too are not, nor those that
+    are packed by other packs.
+    """
     if not is_linear(layer):
         return False
     weight: Any = getattr(layer, "weight", None)  # packed layers of other packs may have none
-    return type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.dtype.itemsize > 1
+    if type(weight) in (Tensor, nn.Parameter):
+        is_readable = weight.is_floating_point()
+    else:
+        is_readable = is_host_quantised(weight) and getattr(layer, "pre_quant_scale", None) is None
+    return is_readable and weight.dim() == 2 and stored_bytes(weight) >= weight.numel()
+
+
+def is_host_quantised(weight: Any) -> bool:
+    """Return whether a weight is one of the host's quantised tensors, which ``dequantize`` gives in 16 or 32 bits."""
+    return isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize")
 
 
 def is_shrunk(layer: nn.Module, weight_format: str) -> TypeGuard[nn.Linear]:
-    """Return whether a layer would take fewer bytes in a format; other layers are left unchanged."""
+    """Return whether a layer would take fewer bytes in a format; other layers are left unchanged.
+
+    A model in eight bits is not changed by a format of eight bits, only by one of four.
+    """
     if not is_quantizable(layer):
         return False
     rows, columns = layer.weight.shape
-    return WEIGHT_FORMATS[weight_format].num_bytes(rows, columns) < layer.weight.nbytes
+    return WEIGHT_FORMATS[weight_format].num_bytes(rows, columns) < SMALLER * stored_bytes(layer.weight)
 
 
 def predicted_bytes(block: nn.Module, weight_format: str) -> int:
     """Return the bytes that a block's weights would take with its linear layers quantised.
 
-    Only shapes and dtypes are read, so the block may be on the meta device. Layers that are already quantised, biases
-    and norms stay unchanged.
+    Only shapes and dtypes are read, so the block may be on the meta device. Biases, norms, and layers that would hardly
+    become smaller stay unchanged.
 
     Args:
         block: The block as loaded.
@@ -93,4 +111,4 @@ def predicted_bytes(block: nn.Module, weight_format: str) -> int:
         return total
     weights = [layer.weight for layer in block.modules() if is_shrunk(layer, weight_format)]
     num_bytes = WEIGHT_FORMATS[weight_format].num_bytes
-    return total + sum(num_bytes(*weight.shape) - weight.nbytes for weight in weights)
+    return total + sum(num_bytes(*weight.shape) - stored_bytes(weight) for weight in weights)

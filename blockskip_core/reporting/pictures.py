@@ -13,12 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..selection.selection import BlockSelection
+from ..selection.selection import BlockRole, BlockSelection
 from ..selection.text_influence import TextInfluence, window_length
 from ..units import format_bytes
 
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
 FRONT, KEPT, FROZEN, BACK = (238, 150, 75), (62, 124, 177), (168, 203, 228), (129, 89, 164)  # distinguishable in grey too
+COLOURS: dict[BlockRole, tuple[int, int, int]] = {"front": FRONT, "trained": KEPT, "frozen": FROZEN, "back": BACK}
 MAX_CROPS = 64
 TOO_MUCH = (178, 24, 43)
 PROFILE_LOW, PROFILE_HIGH = np.array((236, 240, 245)), np.array((178, 24, 43))
@@ -126,18 +127,12 @@ def _draw_blocks(
 ) -> None:
     draw.text((20, top + 10), f"{selection.family} blocks", fill=INK, font=drawing_font(14))
     for index in range(selection.num_blocks):
-        colour = _colour(selection, index)
+        colour = COLOURS[selection.role_of(index)]
         x = left + index * cell
         draw.rectangle((x + 1, top, x + cell - 2, top + 34), fill=colour)
         if index == 0 or names[index].split(".")[0] != names[index - 1].split(".")[0]:
             draw.line((x, top - 4, x, top + 42), fill=INK, width=2)
             draw.text((x + 4, top + 38), names[index].split(".")[0].replace("_", " "), fill=INK, font=drawing_font(12))
-
-
-def _colour(selection: BlockSelection, index: int) -> tuple[int, int, int]:
-    if index in selection.frozen_span:
-        return FROZEN
-    return KEPT if index in selection.kept else FRONT if index < selection.front else BACK
 
 
 def _draw_profile(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.schedule import Draw
-from ..selection.selection import BlockSelection
+from ..selection.selection import BlockRole, BlockSelection
 from ..units import format_bytes
 from .loss_curve import ExponentialMean, smoothing_span
 from .markup import Markup, element, joined, place
@@ -19,38 +19,39 @@ from .pictures import evenly
 WIDTH = 480  # units of every drawing; on a phone one unit is about 0.7 px
 LEFT, RIGHT, TOP, BOTTOM = 66, 10, 10, 28  # margins
 MAX_RAW, MAX_SMOOTH, MAX_CROPS = 400, 300, 400  # points
+WHAT: dict[BlockRole, str] = {
+    "front": "skipped at the front", "trained": "trained", "frozen": "run without adapters", "back": "skipped near the end",
+}  # fmt: skip
 NO_SPREAD = 1e-6  # values that differ by less than this fraction are drawn as equal
 
 
 def block_row(selection: BlockSelection, names: Sequence[str]) -> Markup:
-    """Return the model's blocks in order, trained ones taller. Every block has a tooltip that says what it is."""
+    """Return the model's blocks in order, those that run taller. Every block has a tooltip that says what it is."""
     cell = min(40.0, WIDTH / selection.num_blocks)
     shapes = []
     for index in range(selection.num_blocks):
-        if index in selection.kept:
-            top, height, kind, what = 4, 44, "kept", "trained"
-        else:
-            at_front = index < selection.front
-            top, height, kind = 14, 24, "front" if at_front else "back"
-            what = "skipped near the end" if selection.tail and not at_front else f"skipped at the {kind}"
+        role = selection.role_of(index)
+        top, height = (4, 44) if index in selection.kept else (14, 24)
         size = f", {format_bytes(selection.block_bytes[index])}" if selection.block_bytes else ""
         rect = element(
             "rect",
-            element("title", f"{names[index]}: {what}{size}"),
+            element("title", f"{names[index]}: {WHAT[role]}{size}"),
             x=place(index * cell + cell * 0.08),
             y=top,
             width=place(cell * 0.84),
             height=height,
-            class_=kind,
+            class_=role,
         )
         shapes.append(rect)
     for number, index in enumerate(_first_of_each_kind(names)):
         x, y = index * cell, 67 + 18 * (number % 2)  # in two rows, because a kind may be narrow
         shapes.append(element("line", x1=place(x), y1=50, x2=place(x), y2=y, class_="axis"))
         shapes.append(element("text", _kind(names[index]), x=place(x + 3), y=y, class_="label"))
-    between = len(selection.kept) - selection.tail
-    counts = f"{selection.front} skipped, {between} trained, {selection.back} skipped"
-    counts += f", {selection.tail} trained" if selection.tail else ""
+    spans = [
+        (selection.front, "skipped"), (len(selection.middle), "trained"), (selection.frozen, "frozen"),
+        (selection.back, "skipped"), (selection.tail, "trained"),
+    ]  # fmt: skip
+    counts = ", ".join(f"{count} {what}" for count, what in spans if count)
     return _drawing(f"Blocks in order: {counts}", 90, shapes)
 
 

@@ -27,8 +27,8 @@ from ..training.result import TrainingResult
 from ..units import format_bytes
 from .loss_curve import smoothing_span
 from .markup import Markup, element, joined
-from .pictures import BACK, FRONT, KEPT, evenly
-from .run_charts import block_row, crop_chart, loss_chart
+from .pictures import BACK, FRONT, FROZEN, KEPT, evenly
+from .run_charts import WHAT, block_row, crop_chart, loss_chart
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -76,8 +76,8 @@ class RunReport:
         config: The settings that the training loop uses.
         result: The training loop's result.
         peak_bytes, peak_of: Peak memory, and what it was measured on.
-        kept_parameters, all_parameters: Number of weights in the trained blocks, and in all blocks.
-        kept_bytes, all_bytes: Their bytes: of the trained blocks as trained, of all blocks as loaded.
+        kept_parameters, all_parameters: Number of weights in the blocks that ran, and in all blocks.
+        kept_bytes, all_bytes: Their bytes: of the blocks that ran as they ran, of all blocks as loaded.
         lora_parameters: Number of trainable parameters.
         versions: Software -> version that the run used.
         written: Readable date of the summary.
@@ -154,7 +154,7 @@ def figures(report: RunReport) -> dict[str, str]:
         "Time per step": _pace(result.step_seconds),
         "Peak memory": f"{format_bytes(report.peak_bytes)} ({report.peak_of})",
         "Kept for the backward pass": _saved(result.saved_bytes),
-        "Weights of the trained blocks": f"{format_bytes(report.kept_bytes)} of {format_bytes(report.all_bytes)} "
+        "Weights of the blocks that ran": f"{format_bytes(report.kept_bytes)} of {format_bytes(report.all_bytes)} "
         f"({report.kept_parameters:,} of {report.all_parameters:,} parameters)",
         "LoRA": f"{format_bytes(report.file_bytes)} on disk, {report.lora_parameters:,} parameters",
         "Loss, mean of the first and the last tenth": ends,
@@ -173,8 +173,8 @@ def _headline(report: RunReport) -> str:
         done += ", all by an earlier run"
     elif result.resumed_at:
         done += f", the first {result.resumed_at:,} by an earlier run"
-    kept = len(report.selection.kept)
-    return f"LoRA for {report.family}, trained on {kept} of {report.selection.num_blocks} blocks: {done}."
+    trained = len(report.selection.adapted)
+    return f"LoRA for {report.family}, trained on {trained} of {report.selection.num_blocks} blocks: {done}."
 
 
 def _problems(problems: Sequence[str]) -> Markup:
@@ -221,12 +221,8 @@ def _samples(samples: Sequence[ReportSample], likeness: str) -> Markup:
 def _blocks(report: RunReport) -> list[Markup]:
     selection = report.selection
     legend = [
-        element("span", element("span", "", class_=f"key {kind}"), f" {what} ({count})")
-        for kind, what, count in (
-            ("front", "skipped at the front", selection.front),
-            ("kept", "trained", len(selection.kept)),
-            ("back", "skipped near the end" if selection.tail else "skipped at the back", selection.back),
-        )
+        element("span", element("span", "", class_=f"key {role}"), f" {WHAT[role]} ({count})")
+        for role, count in Counter(map(selection.role_of, range(selection.num_blocks))).items()
     ]
     rows = {
         "Model family": report.family,
@@ -310,9 +306,10 @@ def _css(colour: Sequence[int]) -> str:
 # Contains neither & nor <, so that HTML, which reads it unescaped, and XML see the same text.
 _STYLE = f"""
 :root {{ color-scheme: light dark; --paper: #fafafc; --ink: #202228; --faint: #666c78; --line: #d9dce2; --alarm: #b2182b;
-  --card: #ffffff; --raw: #b9c4d2; --front: {_css(FRONT)}; --kept: {_css(KEPT)}; --back: {_css(BACK)}; }}
+  --card: #ffffff; --raw: #b9c4d2; --front: {_css(FRONT)}; --kept: {_css(KEPT)}; --frozen: {_css(FROZEN)};
+  --back: {_css(BACK)}; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --paper: #16181d; --ink: #e4e6eb; --faint: #9aa1ad; --line: #343944;
-  --card: #1e2127; --alarm: #ff7d85; --raw: #4d5a6b; --kept: #6aa9dd; --back: #a98acb; }} }}
+  --card: #1e2127; --alarm: #ff7d85; --raw: #4d5a6b; --kept: #6aa9dd; --frozen: #43617c; --back: #a98acb; }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }}
 main {{ max-width: 46rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }}
@@ -330,12 +327,13 @@ th {{ width: 40%; padding-right: 1rem; color: var(--faint); }}
 .note + table, .legend + table {{ margin-top: 0.75rem; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; margin: 0.25rem 0 0; font-size: 0.9rem; }}
 .key {{ display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; }}
-.key.front {{ background: var(--front); }} .key.kept {{ background: var(--kept); }} .key.back {{ background: var(--back); }}
+.key.front {{ background: var(--front); }} .key.trained {{ background: var(--kept); }}
+.key.frozen {{ background: var(--frozen); }} .key.back {{ background: var(--back); }}
 .samples {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.75rem; }}
 figure {{ margin: 0; font-size: 0.9rem; color: var(--faint); }}
 figure img {{ display: block; width: 100%; border-radius: 6px; }}
 .drawing {{ display: block; width: 100%; height: auto; }}
-.front {{ fill: var(--front); }} .kept {{ fill: var(--kept); }} .back {{ fill: var(--back); }}
+.front {{ fill: var(--front); }} .trained {{ fill: var(--kept); }} .frozen {{ fill: var(--frozen); }} .back {{ fill: var(--back); }}
 .label {{ fill: var(--faint); font-size: 14px; }}
 .grid {{ stroke: var(--line); }} .axis {{ stroke: var(--faint); }}
 .mark {{ stroke: var(--alarm); stroke-dasharray: 4 3; }}

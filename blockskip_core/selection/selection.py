@@ -31,6 +31,7 @@ from ..units import format_bytes
 MAX_SKIP_RATIO = 0.9
 
 
+BlockRole = Literal["front", "trained", "frozen", "back"]
 SelectionMethod = Literal["attention mask", "preset", "manual", "cost and influence", "skip and freeze"]
 
 
@@ -120,6 +121,14 @@ class BlockSelection:
     def tail_span(self) -> range:
         """Indices of the trained blocks after the back."""
         return range(self.num_blocks - self.tail, self.num_blocks)
+
+    def role_of(self, index: int) -> BlockRole:
+        """Return what becomes of a block: skipped at the front, trained, frozen, or skipped near the end."""
+        if index in self.adapted:
+            return "trained"
+        if index in self.frozen_span:
+            return "frozen"
+        return "front" if index < self.front else "back"
 
     def with_exact_back(self) -> BlockSelection:
         """Return the selection with its back frozen instead of skipped, so that nothing is approximated.

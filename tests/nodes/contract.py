@@ -162,7 +162,7 @@ CONTRACT = {
             model MODEL
             residuals BLOCKSKIP_RESIDUALS
             steps INT = 500 [1, 1000000]
-            learning_rate FLOAT = 0.0001 [1e-08, 1.0] step 1e-06 round 1e-08
+            learning_rate FLOAT = 0.0002 [1e-08, 1.0] step 1e-06 round 1e-08
             rank INT = 16 [1, 1024]
             seed INT = 0 [0, 18446744073709551615] control
             alpha FLOAT? = 0.0 [0.0, 1024.0] step 0.5
@@ -339,7 +339,7 @@ CONTRACT = {
             model MODEL
             residuals BLOCKSKIP_RESIDUALS
             steps INT = 500 [1, 1000000]
-            learning_rate FLOAT = 0.0001 [1e-08, 1.0] step 1e-06 round 1e-08
+            learning_rate FLOAT = 0.0002 [1e-08, 1.0] step 1e-06 round 1e-08
             rank INT = 16 [1, 1024]
             seed INT = 0 [0, 18446744073709551615] control
             alpha FLOAT? = 0.0 [0.0, 1024.0] step 0.5

@@ -30,7 +30,7 @@ import comfyui_version
 import torch
 from torch import Tensor, nn
 
-from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_shrunk, predicted_bytes, stored_bytes
+from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_host_quantised, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraTargets
 from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError
@@ -215,7 +215,8 @@ class QuantisedDit(WrappedDit):
         if key in patcher.patches:
             weight = patcher.patch_weight_to_device(key, device_to=self._dit.device, return_weight=True)
             self._baked.add(key)
-        return weight.detach().to(device=self._dit.device, dtype=torch.float32)
+        weight = weight.detach().to(device=self._dit.device)
+        return (weight.dequantize() if is_host_quantised(weight) else weight).to(torch.float32)
 
 
 def bytes_to_unpack(numbers: int, dtype: torch.dtype) -> int:

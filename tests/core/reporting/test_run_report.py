@@ -209,7 +209,7 @@ def test_the_numbers_are_right():
     assert found["Time per step"] == "1.500 s on average, 0:00:03 in total (steps timed: 2)"
     assert found["Peak memory"] == "1.25 GiB (process memory (RSS))"
     assert found["Kept for the backward pass"].startswith("1.5 MiB ")
-    assert found["Weights of the trained blocks"] == "3.0 MiB of 6.0 MiB (2,670,000 of 4,360,000 parameters)"
+    assert found["Weights of the blocks that ran"] == "3.0 MiB of 6.0 MiB (2,670,000 of 4,360,000 parameters)"
     assert found["LoRA"] == "2.0 MiB on disk, 12,345 parameters"
     assert found["Loss, mean of the first and the last tenth"] == "1.5, 0.5"
     assert found["Self-check"].startswith("5.6e-07 ")
@@ -235,6 +235,14 @@ def test_a_span_in_front_of_trained_blocks_is_said():
     assert rows(page)["Skipped"] == "the first 1 and 1 in front of the last 1 of 6"
     assert "Blocks in order: 1 skipped, 3 trained, 1 skipped, 1 trained" in page
     assert "skipped near the end (1)" in page
+
+
+def test_frozen_blocks_are_not_said_to_be_trained():
+    page = report_page(replace(made([0.5] * 4), selection=replace(SELECTION, front=1, back=0, frozen=3)))
+    assert "trained on 2 of 6 blocks" in page
+    assert "Blocks in order: 1 skipped, 2 trained, 3 frozen" in page
+    assert "run without adapters (3)" in page
+    assert rows(page)["Skipped"] == "the first 1 of 6"
 
 
 @pytest.mark.parametrize(
@@ -292,10 +300,10 @@ def test_hostile_text_stays_text_wherever_it_comes_in():
 def test_every_block_is_drawn_as_what_it_was():
     tree = ElementTree.fromstring(report_page(made()))
     rects = list(tree.iter("rect"))
-    assert [rect.get("class") for rect in rects] == ["front"] * 2 + ["kept"] * 3 + ["back"]
+    assert [rect.get("class") for rect in rects] == ["front"] * 2 + ["trained"] * 3 + ["back"]
     assert rects[0].find("title").text == "double_blocks.0: skipped at the front, 1.0 MiB"
     assert rects[2].find("title").text == "single_blocks.0: trained, 1.0 MiB"
-    assert rects[5].find("title").text == "single_blocks.3: skipped at the back, 1.0 MiB"
+    assert rects[5].find("title").text == "single_blocks.3: skipped near the end, 1.0 MiB"
     assert len({rect.get("height") for rect in rects}) == 2  # distinguishable without colours too
     labels = [text.text for text in next(tree.iter("svg")).iter("text")]
     labels += [text.text for text in tree.iter("text") if text.text not in labels]

@@ -298,24 +298,55 @@ def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_form
         one_run(dit, source=source)
 
 
-def test_weights_that_are_quantised_already_are_left_as_they_are(tmp_path):
+EIGHT_BITS = ["fp8 cast", "fp8 scaled", "mxfp8", "int8", "int8 convrot"]
+
+
+@pytest.mark.parametrize(("name", "wanted"), [*((name, "int8") for name in EIGHT_BITS), ("nvfp4", "4-bit"), ("nvfp4 smoothed", "4-bit"), ("convrot w4a4", "4-bit")])  # fmt: skip
+def test_weights_that_are_small_already_are_left_as_they_are(tmp_path, name, wanted):
     from ..stored_flux import stored_flux
     from .test_stored_formats import NUM_BLOCKS
     from .test_stored_formats import hosted as hosted_file
 
     from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit  # isort: skip
 
-    for name in ("fp8 scaled", "fp8 cast", "int8"):
-        dit = hosted_file(stored_flux(tmp_path, name))
-        again = QuantisedDit(dit, {block.name: "4-bit" for block in dit.blocks})
-        assert len(again.blocks) == NUM_BLOCKS
-        assert [block.num_bytes for block in again.blocks] == [block.num_bytes for block in dit.blocks]
-        for block in dit.blocks:
-            assert not any(is_quantizable(layer) for layer in dit.module(block.name).modules())
-            own = dict(dit.module(block.name).named_modules())
-            for path, layer in again.module(block.name).named_modules():
-                assert type(layer) is type(own[path])
-        assert again.known_error == 0.0
+    dit = hosted_file(stored_flux(tmp_path, name))
+    again = QuantisedDit(dit, {block.name: wanted for block in dit.blocks})
+    assert len(again.blocks) == NUM_BLOCKS
+    assert [block.num_bytes for block in again.blocks] == [block.num_bytes for block in dit.blocks]
+    for block in dit.blocks:
+        own = dict(dit.module(block.name).named_modules())
+        for path, layer in again.module(block.name).named_modules():
+            assert type(layer) is type(own[path])
+    assert again.known_error == 0.0
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_weights_in_eight_bits_are_packed_into_four(tmp_path, name):
+    """From what the host reads in them: the error is that of four bits, against the weights as loaded."""
+    from ..stored_flux import stored_flux
+    from .test_stored_formats import hosted as hosted_file
+
+    from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit  # isort: skip
+
+    dit = hosted_file(stored_flux(tmp_path, name))
+    small = QuantisedDit(dit, {block.name: "4-bit" for block in dit.blocks})
+    block = dit.blocks[0]
+    own, packed = dit.module(block.name), small.module(block.name)
+    assert sum(map(stored_bytes, packed.parameters())) == small.blocks[0].num_bytes < 0.7 * block.num_bytes
+    changed = 0
+    for path, layer in packed.named_modules():
+        if small.layer_errors.get(f"{block.name}.{path}") is None:
+            continue
+        weight = own.get_submodule(path).weight
+        loaded = (weight.dequantize() if name != "fp8 cast" else weight).float()
+        found = layer.weight.dequantize().float()
+        assert WEIGHT_ERROR["4-bit"][0] < (found - loaded).norm() / loaded.norm() < WEIGHT_ERROR["4-bit"][1]
+        tokens = torch.randn(3, loaded.shape[1], dtype=dit.dtype)
+        bias = None if layer.bias is None else layer.bias.float()
+        expected = torch.nn.functional.linear(tokens.float(), found, bias)
+        assert (layer(tokens).float() - expected).norm() < 0.01 * expected.norm()
+        changed += 1
+    assert changed == len([module for module in own.modules() if is_quantizable(module)]) > 3
 
 
 def test_a_layers_place_in_virtual_memory_is_used_again():
@@ -365,3 +396,39 @@ def test_adapters_find_the_same_layers():
     dit = quantised(flux(), "fp8")
     plain = hosted(flux())
     assert lora_for(dit, SPANS).names == lora_for(plain, SPANS).names
+
+
+@pytest.mark.parametrize("name", ["fp8 cast", "fp8 scaled", "int8 convrot"])
+def test_a_model_in_eight_bits_trains_with_frozen_blocks_in_four(tmp_path, name):
+    """Loss and gradients are those of the model whose frozen block was replaced by what four bits hold of it."""
+    from ..stored_flux import stored_flux
+    from . import test_stored_formats as stored
+
+    from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit  # isort: skip
+
+    spans, clean = stored.SPANS.with_exact_back(), stored.clean_latents()
+    dit = stored.hosted(stored_flux(tmp_path, name))
+    frozen = dit.blocks[spans.frozen_span[0]].name
+    small = QuantisedDit(dit, {frozen: "4-bit"})
+    before = MemorySource(dit, spans, stored.PLAN, clean)
+
+    def run(model, source):
+        adapters = lora_for(
+            dit, spans, wanted=lambda layer: dit.adapter.is_lora_target(layer, "attention and mlp"),
+            dtype=torch.float32, zero=False, size=0.05,
+        )  # fmt: skip
+        return train(model, spans, source, adapters, plan=stored.PLAN, clean=clean, batch_size=2)
+
+    result, gradients = run(small, before)
+    assert 0.001 < result.self_check < 2 * max(small.layer_errors.values())
+    block = dit.module(frozen)
+    with torch.inference_mode():
+        for path, layer in list(block.named_modules()):
+            if f"{frozen}.{path}" in small.layer_errors:
+                layer.weight = torch.nn.Parameter(
+                    small.module(frozen).get_submodule(path).weight.dequantize().to(dit.dtype), requires_grad=False
+                )
+    expected, wanted = run(dit, MemorySource(dit, spans, stored.PLAN, clean))
+    assert result.losses == pytest.approx(expected.losses, rel=2e-2)
+    for key, gradient in wanted.items():
+        assert (gradients[key] - gradient).norm() < 0.05 * gradient.norm().clamp_min(1e-12), key

@@ -63,7 +63,7 @@ def test_it_lies_beside_the_lora_and_says_what_the_node_says(bench):
     assert found["Loss, mean of the first and the last tenth"] == f"{first}, {last}"
     assert (
         f"{said['kept_parameters']:,} of {said['all_parameters']:,} parameters"
-        in found["Weights of the trained blocks"]
+        in found["Weights of the blocks that ran"]
     )
     assert f", {said['lora_parameters']:,} parameters" in found["LoRA"]
     assert said["peak_memory_of"] in found["Peak memory"]
