@@ -92,6 +92,15 @@ class WeightlessDit(AdaptedDit):
         """The model's arguments besides latent and sigma, for each caption; shapes only."""
         return self._arguments
 
+    def arguments_of(self, caption: int, shape: tuple[int, ...]) -> Mapping[str, Any]:
+        """Return a caption's :attr:`arguments`; a picture beside the latent has the latent's shape."""
+        row = self.arguments[caption]
+        if "c_concat" not in row:
+            return row
+        _, channels, *frames, _, _ = row["c_concat"].shape
+        frames = [frames_in(self.model, shape[0])] * len(frames)
+        return {**row, "c_concat": row["c_concat"].new_empty(1, channels, *frames, *shape[1:])}
+
     @property
     def _host_model(self) -> Any:
         return self.model
