@@ -60,9 +60,9 @@ gradients against central differences, a falling loss, and a LoRA that ComfyUI's
 *Clips*: trained on several frames, too. *References*: edit models, trained with the pictures that they look at. *Text hidden*: Select Blocks
 can measure with *attention mask*. *RALU* and *Dynamic patches*: can be sampled so. *Memory Plan*: can be counted before a run.
 The last four columns: trained with its blocks in that format, in ComfyUI's own layers; from GGUF files (Q8_0, Q4_0, Q5_1) through
-ComfyUI-GGUF, which runs only where it is installed, last on 2026-11-29.
-LTX-2.5 needs ComfyUI 0.32; it passed the same tests with 0.33.0, but for GGUF. Qwen-Image 2.1 needs 0.37; its class passed the same tests once, on 2026-11-29, in a copy of ComfyUI 0.30.0
-([Models](models.md#every-other-diffusion-transformer)).""",
+ComfyUI-GGUF, which runs only where it is installed, last on 2026-11-29 and 30.
+LTX-2.5 needs ComfyUI 0.32; with 0.33.0 it passed the tests that stand before this table. Qwen-Image 2.1 needs 0.37; its class passed
+the same tests once, on 2026-11-29, in a copy of ComfyUI 0.30.0 ([Models](models.md#every-other-diffusion-transformer)).""",
     ),
     Section(
         title="LoRA files",
