@@ -18,6 +18,7 @@ from blockskip_pack.blockskip_core.hosts.families.followed import FollowedAdapte
 from blockskip_pack.blockskip_core.hosts.families.registry import adapter_for
 from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+from torch import nn
 
 META = torch.device("meta")
 DEPTHS = (
@@ -80,14 +81,28 @@ def _followed(shallow: Any, caption: list, channels: int) -> ModelLayout:
 
 @torch.inference_mode()
 def _shallow(name: str) -> Any:
-    """Return a MODEL with few blocks of full width."""
+    """Return a MODEL with few blocks of full width, those of a list with the same weights."""
     import comfy.model_patcher
 
     cpu = torch.device("cpu")
     model = _with_blocks(name, _fewest_blocks(name), cpu)
-    for tensor in model.diffusion_model.state_dict().values():
+    tree = model.diffusion_model
+    for blocks in map(tree.get_submodule, block_lists(tree)):
+        first, *others = blocks.children()
+        for other in others:
+            _share_weights(first, other)
+    for tensor in {tensor.data_ptr(): tensor for tensor in tree.state_dict().values()}.values():
         tensor.normal_(0.0, SPREAD)
     return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def _share_weights(first: nn.Module, other: nn.Module) -> None:
+    """Give a block another one's weights, where their shapes are equal; several at full width take too much memory."""
+    for path, layer in other.named_modules():
+        twins = first.get_submodule(path)._parameters
+        for key, tensor in layer._parameters.items():
+            if tensor is not None and tensor.shape == twins[key].shape:
+                layer._parameters[key] = nn.Parameter(twins[key].data, tensor.requires_grad)  # counts by itself
 
 
 def _fewest_blocks(name: str) -> int:

@@ -43,9 +43,11 @@ INTRODUCTION = """\
 What works together with BlockSkip, and what does not. Every cell is a test result; `devtools/compatibility.py` writes
 this file, so do not edit it.
 
-The tests run with ComfyUI 0.30.0, and five workflows with 0.18.2 too. With 0.33.0 (comfy-kitchen 0.2.31, comfy-aimdo 0.4.13) the twins of
-eight templates ran once through its API on 2026-11-30: FLUX.1 (first LoRA, 8, 12 and 24 GB), Z-Image Turbo, Qwen-Image, Qwen-Image-Edit and
-LTX-2, each planned, trained and sampled with the demo's models, without a warning or an error of ours in the log. No newer ComfyUI was run."""
+The tests run with ComfyUI 0.30.0, and five workflows with 0.18.2 too. With 0.33.0, the newest that could be had (its source of
+2026-08-22, comfy-kitchen 0.2.31, comfy-aimdo 0.4.13, frontend 1.49.6), a part ran once, on 2026-11-30: start, workflows and two copies in one
+server (`tests/live`: 62 passed, and one failed only because two packages of ComfyUI's own were too old there); the tests of its rotations, of
+MiniMax H3, LTX-2, LTX-2.5 and HunyuanVideo 1.5 (86 passed); and through its API the twins of eight templates: FLUX.1 (first LoRA, 8, 12 and
+24 GB), Z-Image Turbo, Qwen-Image, Qwen-Image-Edit and LTX-2, without a warning or an error of ours in the log. No newer ComfyUI was run."""
 
 SECTIONS: Sequence[Section] = (
     Section(
@@ -59,7 +61,7 @@ gradients against central differences, a falling loss, and a LoRA that ComfyUI's
 can measure with *attention mask*. *RALU* and *Dynamic patches*: can be sampled so. *Memory Plan*: can be counted before a run.
 The last four columns: trained with its blocks in that format, in ComfyUI's own layers; from GGUF files (Q8_0, Q4_0, Q5_1) through
 ComfyUI-GGUF, which runs only where it is installed, last on 2026-11-29.
-Qwen-Image 2.1 needs ComfyUI 0.37; its class passed the same tests once, on 2026-11-29, in a copy of ComfyUI 0.30.0
+LTX-2.5 needs ComfyUI 0.32; it passed the same tests with 0.33.0, but for GGUF. Qwen-Image 2.1 needs 0.37; its class passed the same tests once, on 2026-11-29, in a copy of ComfyUI 0.30.0
 ([Models](models.md#every-other-diffusion-transformer)).""",
     ),
     Section(
