@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write ``ddit.md``."""
@@ -87,4 +89,51 @@ def pictures(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-_TABLES = {"operations": operations, "seconds": seconds, "training": training, "pictures": pictures}
+def clips(rows: list[dict[str, Any]]) -> list[str]:
+    """Return how near to many plain steps coarse steps and fewer plain steps come, sorted by operations."""
+    lines = [
+        f"{rows[0]['clips']} clips of prompts that were not trained on, guidance 3. Difference of the final latents from "
+        f"{rows[0]['name']} with the same noise, relative to these, and that of plain steps at equal operations, interpolated "
+        "between whole ones; mean of the clips, with its standard error. Moves: the share of clips whose shape moves in the "
+        "prompt's direction.", "",
+        "| Way | Operations | Difference | Of plain there | More than plain | Moves | Patches |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in sorted(rows, key=lambda row: -row["plain_steps"]):
+        plain = plain_at(rows, row["plain_steps"])
+        more, scales = np.subtract(row["difference_each"], plain), f"`{row['scales']}`"
+        is_plain = set(row["scales"]) == {"1"}
+        lines.append(
+            f"| {row['name']} | {row['plain_steps']:.2f} | {_mean(row['difference_each'])} | {_mean(plain)} | "
+            f"{'' if is_plain else _mean(more, '+')} | {row['moves']:.2f} | {'' if is_plain else scales} |"
+        )
+    return lines
+
+
+def plain_at(rows: list[dict[str, Any]], operations: float) -> np.ndarray:
+    """Return the differences, clip by clip, of plain steps with so many operations, interpolated between whole steps."""
+    plain = sorted((row for row in rows if set(row["scales"]) == {"1"}), key=lambda row: row["plain_steps"])
+    steps, each = [row["plain_steps"] for row in plain], np.array([row["difference_each"] for row in plain])
+    return np.array([np.interp(operations, steps, clip) for clip in each.T])
+
+
+def _mean(values: Any, sign: str = "") -> str:
+    values = np.asarray(values)
+    return f"{values.mean():{sign}.3f} (± {values.std(ddof=1) / len(values) ** 0.5:.3f})"
+
+
+def clip_model(rows: list[dict[str, Any]]) -> list[str]:
+    """Return how the small Wan was trained."""
+    (row,) = rows
+    return [
+        f"A Wan 2.1 of ComfyUI's own class with {row['weights']:,} weights, {row['tokens']} image tokens for a clip of "
+        f"{row['frames']} frames of {row['side']} px; {row['steps']} steps from scratch, batch {row['batch']}, new drawings in "
+        f"every step, {row['seconds']} processor seconds. Mean square error of the velocity over the last 50 steps: "
+        f"{row['loss']:.3f}."
+    ]  # fmt: skip
+
+
+_TABLES = {
+    "operations": operations, "seconds": seconds, "training": training, "pictures": pictures, "the small Wan": clip_model,
+    "clips": clips,
+}  # fmt: skip

@@ -100,16 +100,17 @@ def train(
     with torch.inference_mode():  # as nodes run; the VAE would keep its activations otherwise
         trained = train_patches(world.model, captions, [world.negative], request, progress, seen, given)
     seconds = round(time.perf_counter() - started)
-    rows = [
-        {
-            "side": side, "scale": scale, "steps": result.steps, "best_step": result.best_step,
-            "untrained": result.untrained, "start": result.measured[0][1], "trained": result.best_errors,
-            "measured": [(step, sum(errors) / len(errors)) for step, errors in result.measured],
-            "prompts": prompts, "batch": TRAIN_BATCH, "rate": TRAIN_RATE, "seconds": seconds,
-        }
-        for scale, result in results.items()
-    ]  # fmt: skip
-    return trained, rows
+    more = {"prompts": prompts, "batch": TRAIN_BATCH, "rate": TRAIN_RATE, "seconds": seconds}
+    return trained, [{**trained_row(side, scale, result), **more} for scale, result in results.items()]
+
+
+def trained_row(side: int, scale: int, result: DistillationResult) -> dict[str, Any]:
+    """Return the report's row of one patch size's training, on pictures of ``side`` pixels."""
+    return {
+        "side": side, "scale": scale, "steps": result.steps, "best_step": result.best_step,
+        "untrained": result.untrained, "start": result.measured[0][1], "trained": result.best_errors,
+        "measured": [(step, sum(errors) / len(errors)) for step, errors in result.measured],
+    }  # fmt: skip
 
 
 def save(trained: TrainedPatches, path: Path) -> None:

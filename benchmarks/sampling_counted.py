@@ -11,10 +11,12 @@ from typing import Any
 
 from blockskip_pack.blockskip_core.ralu.timestep_matching import PRESETS
 from ddit_operations import FLUX, QWEN, WAN, Z_IMAGE, Subject, by_tokens, step
+from sampling_ways import BUDGETS, FULL, MIXED
 
 SUBJECTS = (FLUX, Z_IMAGE, QWEN, WAN)
 EARLY = 0.2  # share of regions that RALU refines early
 CACHED = {15: 9, 12: 6}  # steps -> calls with EasyCache at 0.2 and 0.3
+ON_WAN = (44, 30, 17)  # steps that cost as many plain ones as ``BUDGETS`` there, if every other one is coarse
 CACHED_STAGES = (4, 4, 4)  # calls in RALU's stages, FLUX 5x, with EasyCache at 0.2
 
 
@@ -59,11 +61,11 @@ def alternating(steps: int) -> Counted:
 
 
 WAYS = (
-    plain(50), plain(28), plain(20),
+    *(plain(steps) for steps in sorted({FULL, 28, 20, *BUDGETS}, reverse=True)),
     staged("RALU, FLUX 5x", tuple(PRESETS["FLUX 5x"].steps)), staged("RALU, FLUX 7x", tuple(PRESETS["FLUX 7x"].steps)),
     Counted("EasyCache 0.2, 15 steps", lambda subject: CACHED[15] * step(subject, 1)),
     Counted("EasyCache 0.3, 12 steps", lambda subject: CACHED[12] * step(subject, 1)),
-    alternating(13), alternating(10), alternating(20),
+    *(alternating(steps) for steps in sorted({*MIXED.values(), *ON_WAN, 20, 13, 10}, reverse=True)),
     staged("RALU, FLUX 5x, and EasyCache 0.2", CACHED_STAGES),
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ _DRAWN = {"likeness": "likeness to the prompt", "from_full": "difference from 50
 _KINDS = {  # kind -> colour, marker, name
     "plain": ("black", "o", "fewer plain steps"), "RALU": ("tab:blue", "s", "RALU"), "EasyCache": ("tab:green", "^", "EasyCache"),
     "every other": ("tab:red", "D", "DDiT, every other step"), "by error": ("tab:orange", "v", "DDiT, by the adapters' errors"),
+    "as published": ("tab:pink", "x", "DDiT, decided as published"),
     "third difference": ("tab:brown", "X", "DDiT, decided while sampling"), "two": ("tab:purple", "P", "two of them together"),
 }  # fmt: skip
 _WORK = (25, 17, 10)  # plain steps of work: 1/2, 1/3 and 1/5 of 50

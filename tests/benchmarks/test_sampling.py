@@ -59,7 +59,8 @@ def test_gains_are_prompt_by_prompt_and_plain_steps_are_interpolated(bench):
     ]  # fmt: skip
     names = {
         "plain": "plain, 5 steps", "every other": "DDiT, every other of 7 steps", "by error": "DDiT, by error, 37 steps at 25",
-        "third difference": "DDiT, third difference (as published), 37 steps at 25", "EasyCache": "EasyCache 0.1, 50 steps",
+        "third difference": "DDiT, third difference, 37 steps at 25", "EasyCache": "EasyCache 0.1, 50 steps",
+        "as published": "DDiT, third difference (as published), 37 steps at 25",
         "RALU": "RALU, FLUX 5x", "two": "RALU, FLUX 5x, first stage by DDiT",
     }  # fmt: skip
     assert {kind: report.kind_of(name) for kind, name in names.items()} == {kind: kind for kind in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,6 +150,12 @@ def each_in_turn() -> Iterator[Any]:
 @pytest.mark.parametrize(("settings", "mode"), list(each_in_turn()))
 def test_every_way_to_spend_or_save_memory(compare, settings, mode):
     compare(FLUX, mode, **settings)
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed", "few_pages"])
+def test_a_model_in_eight_bits_with_frozen_blocks_in_four(compare, mode):
+    eight_bits = replace(FLUX, name="flux fp8", build=lambda: FLUX.build(dtype=torch.float8_e4m3fn, cast_to=torch.float32))
+    compare(eight_bits, mode, back_residual="exact", quantize_frozen="4-bit")
 
 
 def test_an_edit_model_with_references(compare):

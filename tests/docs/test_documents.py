@@ -21,18 +21,28 @@ KEPT_IN_MODELS = {
     "MiniMax H3": ["MiniMax-H3"],
     "Krea 2": ["Krea-2"],
     "LTX-2 (its": ["LTX-2"],
-    "HunyuanVideo": ["HunyuanVideo"],
+    "HunyuanVideo |": ["HunyuanVideo"],
     "SD3.5": ["SD3.5-Large"],
     "LTX-Video 2B": ["LTX-Video-2B", "LTX-Video-13B"],
+    "AuraFlow": ["AuraFlow"],
     "Mage-Flow": ["Mage-Flow"],
+    "Lens": ["Lens"],
+    "Boogu": ["Boogu-Image"],
+    "Kandinsky 5, picture": ["Kandinsky-5-Image-Lite"],
+    "HunyuanImage": ["HunyuanImage-2.1"],
     "OmniGen2": ["OmniGen2"],
+    "JoyImage": ["JoyAI-Image-Edit"],
     "Anima": ["Anima"],
+    "Ernie-Image": ["Ernie-Image"],
 }  # the start of a row in docs/models.md -> parts of the benchmark
 
 
-def counted(part, weights):
-    """Return the peak in GiB of a training step at 256 px, half skipped, with checkpointing, residuals from disk."""
-    name = "50% skipped" if part == "BlockSkip" else "half skipped"
+DEFAULT = "skip and freeze 0.5: a quarter skipped, half frozen in int8"
+
+
+def counted(part, weights, name=""):
+    """Return the peak in GiB of a training step at 256 px with checkpointing, residuals from disk; with no name, half skipped."""
+    name = name or ("50% skipped" if part == "BlockSkip" else "half skipped")
     found = [
         row["peak"] / GIB
         for row in map(json.loads, read("benchmarks/results/memory.jsonl").splitlines())
@@ -53,16 +63,22 @@ def test_the_readme_names_the_two_commands():
 def test_the_readmes_memory_is_what_was_counted():
     text = " ".join(read("README.md").split())
     said = re.search(r"takes ([\d.]+) GiB in bf16, ([\d.]+) GiB in fp8 and ([\d.]+) GiB in 4-bit", text)
-    assert list(said.groups()) == [f"{counted('BlockSkip', weights):.1f}" for weights in ("bf16", "fp8", "4-bit")]
+    formats = ("bf16", "fp8", "4-bit")
+    assert list(said.groups()) == [f"{counted('BlockSkip', weights):.1f}" for weights in formats]
+    more = re.search(r"\[better\]\(#status-and-limits\), for ([\d.]+), ([\d.]+) or ([\d.]+) GiB", text)
+    expected = [counted("BlockSkip", weights, DEFAULT) - counted("BlockSkip", weights) for weights in formats]
+    assert list(more.groups()) == [f"{difference:.1f}" for difference in expected]
 
 
 def test_the_memory_of_every_family_is_what_was_counted():
     table = rows(read("docs/models.md").split("## Where the LoRA files load")[0])
     for start, parts in KEPT_IN_MODELS.items():
-        (row,) = [row for row in table if row[0].startswith(start)]
-        said = re.findall(r"[\d.]+, [\d.]+, [\d.]+ GiB", row[3])
-        expected = [", ".join(f"{counted(part, w):.1f}" for w in ("bf16", "fp8", "4-bit")) + " GiB" for part in parts]
-        assert said == expected, row[0]
+        (row,) = [row for row in table if f"{row[0]} |".startswith(start)]
+        for cell, name in ((row[3], DEFAULT), (row[4], "")):
+            said = re.findall(r"[\d.]+, [\d.]+, [\d.]+ GiB", cell)
+            formats = ("bf16", "fp8", "4-bit")
+            expected = [", ".join(f"{counted(part, w, name):.1f}" for w in formats) + " GiB" for part in parts]
+            assert said == expected, (row[0], name)
 
 
 def test_what_ralu_saves_is_what_was_counted():
