@@ -3,7 +3,8 @@
     python devtools/make_picture.py --comfyui DIR --base DIR
 
 It shows the pictures that are learned from, the trainer's node while it trains, and the same prompt before and after. Nothing is
-drawn: all of it comes from the template "Try it without a GPU" in a real ComfyUI, with more steps. It needs the test
+drawn: all of it comes from the template "Try it without a GPU" in a real ComfyUI, with more steps and half of the blocks
+skipped by *preset*. It needs the test
 environment's Python, Chromium and playwright-core, as `browser.mjs` does.
 """
 
@@ -21,11 +22,11 @@ from PIL import Image, ImageDraw, ImageFont
 SUBJECT, PICTURES = "toby", 12
 TRAINER = "BlockSkip_TrainLora"
 WIDGETS = {
-    "BlockSkip_SelectBlocks": {"skip_ratio": 0.5},
+    "BlockSkip_SelectBlocks": {"method": "preset", "skip_ratio": 0.5},
     "BlockSkip_MemoryPlan": {"draws": 1200},
     "BlockSkip_PrecomputeResiduals": {"draws": 1200},
     "BlockSkip_SampleWhileTraining": {"every": 500, "sampler_steps": 24, "cfg": 2.5},
-    TRAINER: {"steps": 3000, "learning_rate": 0.004, "save_every": 200},
+    TRAINER: {"steps": 3000, "learning_rate": 0.002, "save_every": 200},
     "KSampler": {"steps": 24, "cfg": 2.5},
 }
 IMAGES = ROOT / "web" / "docs" / "img"
