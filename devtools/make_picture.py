@@ -4,8 +4,7 @@
 
 It shows the pictures that are learned from, the trainer's node while it trains, and the same prompt before and after. Nothing is
 drawn: all of it comes from the template "Try it without a GPU" in a real ComfyUI, with more steps and half of the blocks
-skipped by *preset*. It needs the test
-environment's Python, Chromium and playwright-core, as `browser.mjs` does.
+skipped by *preset*. It needs the test environment's Python, Chromium and playwright-core, as `browser.mjs` does.
 """
 
 from __future__ import annotations

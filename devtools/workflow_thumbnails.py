@@ -13,7 +13,8 @@ from workflow_graphs import Graph
 PICTURES = Path(__file__).resolve().parents[1] / "web" / "docs" / "img"
 SIDE, MARGIN, LOWER = 720, 40, 330  # px; LOWER: the top of the graph or other picture
 GROUND, HEAD, SAID = (24, 27, 33), (240, 242, 246), (176, 182, 194)
-FRONT, TRAINED, FROZEN, BACK = (240, 150, 60), (64, 142, 226), (160, 196, 226), (152, 110, 214)  # as in the heatmap of Select Blocks
+FRONT, TRAINED = (240, 150, 60), (64, 142, 226)  # these and the next: as in the heatmap of Select Blocks
+FROZEN, BACK = (160, 196, 226), (152, 110, 214)
 ACCENTS = {  # a colour for each badge; a card and its Resume have the same hue
     "CPU": (92, 98, 112), "1": (196, 74, 110), "8 GB": (46, 125, 90), "12 GB": (38, 98, 168), "24 GB": (120, 74, 170),
     "Z-Image": (150, 88, 40), "Qwen-Image": (70, 70, 160), "Qwen 2.1": (36, 96, 190), "Krea": (40, 120, 130), "FLUX.1": (150, 104, 30), "FLUX.2": (140, 50, 60),

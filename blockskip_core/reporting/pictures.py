@@ -18,7 +18,8 @@ from ..selection.text_influence import TextInfluence, window_length
 from ..units import format_bytes
 
 BACKGROUND, INK, FAINT = (250, 250, 252), (32, 34, 40), (205, 208, 214)
-FRONT, KEPT, FROZEN, BACK = (238, 150, 75), (62, 124, 177), (168, 203, 228), (129, 89, 164)  # distinguishable in grey too
+FRONT, KEPT = (238, 150, 75), (62, 124, 177)  # these and the next: distinguishable in grey too
+FROZEN, BACK = (168, 203, 228), (129, 89, 164)
 COLOURS: dict[BlockRole, tuple[int, int, int]] = {"front": FRONT, "trained": KEPT, "frozen": FROZEN, "back": BACK}
 MAX_CROPS = 64
 TOO_MUCH = (178, 24, 43)

@@ -24,9 +24,7 @@ MAX_RATIO = 0.6
 """With more, hardly a block would be left between the skipped and the frozen ones."""
 
 
-def skip_and_freeze(
-    skip_ratio: float, num_blocks: int, family: str, block_bytes: Sequence[int] = ()
-) -> BlockSelection:
+def skip_and_freeze(skip_ratio: float, num_blocks: int, family: str, block_bytes: Sequence[int] = ()) -> BlockSelection:
     """Return the selection that skips the first half of a ratio and freezes the last blocks up to the ratio.
 
     Args:

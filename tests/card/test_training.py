@@ -154,7 +154,9 @@ def test_every_way_to_spend_or_save_memory(compare, settings, mode):
 
 @pytest.mark.parametrize("mode", ["resident", "streamed", "few_pages"])
 def test_a_model_in_eight_bits_with_frozen_blocks_in_four(compare, mode):
-    eight_bits = replace(FLUX, name="flux fp8", build=lambda: FLUX.build(dtype=torch.float8_e4m3fn, cast_to=torch.float32))
+    eight_bits = replace(
+        FLUX, name="flux fp8", build=lambda: FLUX.build(dtype=torch.float8_e4m3fn, cast_to=torch.float32)
+    )
     compare(eight_bits, mode, back_residual="exact", quantize_frozen="4-bit")
 
 

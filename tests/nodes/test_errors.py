@@ -70,7 +70,10 @@ def test_select_refuses_a_ratio_out_of_range(bench, ratio):
         ({"probe_size": 100}, "multiple of 16 px, got 100"),
         ({"tail": -2}, "tail must be at least -1, got -2"),
         ({"method": "manual", "front": 2, "back": 1, "tail": 3}, "none to train between them"),
-        ({"method": "guess"}, "one of attention mask, preset, manual, cost and influence, skip and freeze, got 'guess'"),
+        (
+            {"method": "guess"},
+            "one of attention mask, preset, manual, cost and influence, skip and freeze, got 'guess'",
+        ),
         ({"method": "skip and freeze", "skip_ratio": 0.7}, "between 0 and 0.6 for `skip and freeze`"),
     ],
     ids=str,

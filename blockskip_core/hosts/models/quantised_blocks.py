@@ -30,7 +30,14 @@ import comfyui_version
 import torch
 from torch import Tensor, nn
 
-from ...accounting.weight_formats import WEIGHT_FORMATS, QuantizeKept, is_host_quantised, is_shrunk, predicted_bytes, stored_bytes
+from ...accounting.weight_formats import (
+    WEIGHT_FORMATS,
+    QuantizeKept,
+    is_host_quantised,
+    is_shrunk,
+    predicted_bytes,
+    stored_bytes,
+)
 from ...adapters.lora import LoraTargets
 from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError

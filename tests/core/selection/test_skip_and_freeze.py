@@ -9,7 +9,13 @@ from .test_selection import FLUX_BLOCKS
 
 @pytest.mark.parametrize(
     ("ratio", "num_blocks", "chosen"),
-    [(0.5, 12, (3, 6)), (0.5, FLUX_BLOCKS, (14, 29)), (0.6, FLUX_BLOCKS, (17, 34)), (0.5, 60, (15, 30)), (0.0, 12, (0, 0))],
+    [
+        (0.5, 12, (3, 6)),
+        (0.5, FLUX_BLOCKS, (14, 29)),
+        (0.6, FLUX_BLOCKS, (17, 34)),
+        (0.5, 60, (15, 30)),
+        (0.0, 12, (0, 0)),
+    ],
 )
 def test_half_of_the_ratio_is_skipped_and_all_of_it_frozen(ratio, num_blocks, chosen):
     selection = skip_and_freeze(ratio, num_blocks, "flux")
@@ -37,5 +43,7 @@ def test_ratios_out_of_range_are_refused(ratio):
 
 
 def test_a_model_of_three_blocks_has_none_left():
-    with pytest.raises(InvalidInputError, match="would skip 1 and freeze 2 of 3 blocks and leave none to train. Lower it"):
+    with pytest.raises(
+        InvalidInputError, match="would skip 1 and freeze 2 of 3 blocks and leave none to train. Lower it"
+    ):
         skip_and_freeze(0.5, 3, "flux")
