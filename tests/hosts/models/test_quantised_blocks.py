@@ -301,8 +301,8 @@ def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_form
 EIGHT_BITS = ["fp8 cast", "fp8 scaled", "mxfp8", "int8", "int8 convrot"]
 
 
-@pytest.mark.parametrize(("name", "wanted"), [*((name, "int8") for name in EIGHT_BITS), ("nvfp4", "4-bit"), ("nvfp4 smoothed", "4-bit"), ("convrot w4a4", "4-bit")])  # fmt: skip
-def test_weights_that_are_small_already_are_left_as_they_are(tmp_path, name, wanted):
+@pytest.mark.parametrize(("name", "weight_format"), [*((name, "int8") for name in EIGHT_BITS), ("nvfp4", "4-bit"), ("nvfp4 smoothed", "4-bit"), ("convrot w4a4", "4-bit")])  # fmt: skip
+def test_weights_that_are_small_already_are_left_as_they_are(tmp_path, name, weight_format):
     from ..stored_flux import stored_flux
     from .test_stored_formats import NUM_BLOCKS
     from .test_stored_formats import hosted as hosted_file
@@ -310,7 +310,7 @@ def test_weights_that_are_small_already_are_left_as_they_are(tmp_path, name, wan
     from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit  # isort: skip
 
     dit = hosted_file(stored_flux(tmp_path, name))
-    again = QuantisedDit(dit, {block.name: wanted for block in dit.blocks})
+    again = QuantisedDit(dit, {block.name: weight_format for block in dit.blocks})
     assert len(again.blocks) == NUM_BLOCKS
     assert [block.num_bytes for block in again.blocks] == [block.num_bytes for block in dit.blocks]
     for block in dit.blocks:
