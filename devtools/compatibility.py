@@ -45,9 +45,9 @@ this file, so do not edit it.
 
 The tests run with ComfyUI 0.30.0, and five workflows with 0.18.2 too. With 0.33.0, the newest that could be had (its source of
 2026-08-22, comfy-kitchen 0.2.31, comfy-aimdo 0.4.13, frontend 1.49.6), a part ran once, on 2026-11-30: start, workflows and two copies in one
-server (`tests/live`: 62 passed, and one failed only because two packages of ComfyUI's own were too old there); the tests of its rotations, of
-MiniMax H3, LTX-2, LTX-2.5 and HunyuanVideo 1.5 (86 passed); and through its API the twins of eight templates: FLUX.1 (first LoRA, 8, 12 and
-24 GB), Z-Image Turbo, Qwen-Image, Qwen-Image-Edit and LTX-2, without a warning or an error of ours in the log. No newer ComfyUI was run."""
+server (63 tests of `tests/live`); the tests of all families with a file and of loaded models (383), of its rotations, of MiniMax H3, LTX-2,
+LTX-2.5 and HunyuanVideo 1.5 (86), all passed; and through its API the twins of eight templates: FLUX.1 (first LoRA, 8, 12 and 24 GB), Z-Image
+Turbo, Qwen-Image, Qwen-Image-Edit and LTX-2, without a warning or an error of ours in the log. No newer ComfyUI was run."""
 
 SECTIONS: Sequence[Section] = (
     Section(
