@@ -56,8 +56,8 @@ def skip_and_freeze(skip_ratio: float, num_blocks: int, family: str, block_bytes
         method="skip and freeze",
         block_bytes=tuple(block_bytes),
         note=(
-            "Twice as many frozen as skipped: measured on a small model only, with twice the usual learning rate. The frozen "
-            "ones take half of their bytes if the model is loaded in 16 bits (`quantize_frozen` on the trainer)."
+            "Measured on a small model only, with twice the usual learning rate. Frozen blocks of a model in 16 bits take half "
+            "of their bytes."
         ),
     )
 
