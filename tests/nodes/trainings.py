@@ -35,7 +35,8 @@ def shown_in_tensorboard(folder):
     found = events.Tags()
     curves = {name: [(point.step, point.value) for point in events.Scalars(name)] for name in found["scalars"]}
     assert all(len(dict(points)) == len(points) for points in curves.values())  # no step twice
-    return {name: dict(points) for name, points in curves.items()}, {
+    # files of one second are read in the order of their numbers as text; a page draws points by step
+    return {name: dict(sorted(points)) for name, points in curves.items()}, {
         name: [point.step for point in events.Images(name)] for name in found["images"]
     }
 
