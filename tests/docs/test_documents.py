@@ -32,6 +32,9 @@ KEPT_IN_MODELS = {
     "HunyuanImage": ["HunyuanImage-2.1"],
     "OmniGen2": ["OmniGen2"],
     "JoyImage": ["JoyAI-Image-Edit"],
+    "HunyuanVideo 1.5": ["HunyuanVideo-1.5"],
+    "Kandinsky 5 Lite, video": ["Kandinsky-5-T2V-Lite"],
+    "Ideogram 4": ["Ideogram-4"],
     "Anima": ["Anima"],
     "Ernie-Image": ["Ernie-Image"],
 }  # the start of a row in docs/models.md -> parts of the benchmark
