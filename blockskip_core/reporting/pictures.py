@@ -91,13 +91,18 @@ def selection_heatmap(
 
 def _title(selection: BlockSelection) -> str:
     """Return the heading, which names the spans in order."""
-    ends = ["frozen"] * bool(selection.frozen) + ["skipped at the back"] * bool(selection.back or not selection.frozen)
+    ends = ["frozen"] * bool(selection.frozen) + ["skipped at the back"] * _names_back(selection)
     return f"Blocks: skipped at the front, trained, {', '.join(ends)}"
+
+
+def _names_back(selection: BlockSelection) -> bool:
+    """Return whether skipped blocks at the back are worth naming: not if frozen ones stand in their place."""
+    return bool(selection.back or not selection.frozen)
 
 
 def _bytes_line(selection: BlockSelection) -> str:
     back = f"{selection.back} before the last {selection.tail}" if selection.tail else f"last {selection.back}"
-    ends = [f"first {selection.front}", *([back] if selection.back or not selection.frozen else [])]
+    ends = [f"first {selection.front}", *([back] if _names_back(selection) else [])]
     counts = f"{', '.join(ends)} of {selection.num_blocks} skipped"
     if selection.frozen:
         counts += f", {selection.frozen} frozen"

@@ -8,17 +8,16 @@ weights are stored in fewer bits: half of those of a model in 16 bits, none of o
 With a ratio r the first r / 2 of the blocks are skipped and the last r are frozen, so that r of the bytes of a model in
 16 bits with equal blocks are not needed: r / 2 because they are skipped, r / 2 because r of them take eight bits. The
 proportion of 1 to 2 is the one that is measured: on the demo's model, with r = 0.5 and twice the learning rate, it learns
-0.95 of what a LoRA on all blocks does, where the paper's proportion learns 0.80 (``benchmarks/quality.py``). On large
+0.96 of what a LoRA on all blocks does, where the paper's proportion learns 0.80 (``benchmarks/quality.py``). On large
 models it is not measured.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ..errors import InvalidInputError
-from .selection import BlockSelection
+from .selection import BlockSelection, num_skipped
 
 MAX_RATIO = 0.6
 """With more, hardly a block would be left between the skipped and the frozen ones."""
@@ -41,7 +40,7 @@ def skip_and_freeze(skip_ratio: float, num_blocks: int, family: str, block_bytes
             f"skip_ratio must be between 0 and {MAX_RATIO} for `skip and freeze`, which skips half of that share of the blocks "
             f"and freezes all of it; got {skip_ratio}."
         )
-    front, frozen = _rounded(skip_ratio / 2 * num_blocks), _rounded(skip_ratio * num_blocks)
+    front, frozen = num_skipped(skip_ratio / 2, num_blocks), num_skipped(skip_ratio, num_blocks)
     if front + frozen >= num_blocks:
         raise InvalidInputError(
             f"skip_ratio {skip_ratio} would skip {front} and freeze {frozen} of {num_blocks} blocks and leave none to train. "
@@ -60,8 +59,3 @@ def skip_and_freeze(skip_ratio: float, num_blocks: int, family: str, block_bytes
             "of their bytes."
         ),
     )
-
-
-def _rounded(number: float) -> int:
-    """Round halves up, like ``num_skipped``."""
-    return math.floor(number + 0.5 + 1e-9)
