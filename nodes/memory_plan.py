@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from comfy_api.latest import io
 
@@ -24,6 +24,7 @@ from ..blockskip_core.accounting.plan import (
 from ..blockskip_core.accounting.throughput import operations_per_second
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
 from ..blockskip_core.data.reference_pictures import ReferencePart, ReferenceSettings
+from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
@@ -33,7 +34,9 @@ from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
 from ..blockskip_core.hosts.models.reference_latents import counted_captions
-from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, report
+from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, patches_line, report
+from ..blockskip_core.hosts.sampling.own_latents import OwnLatents
+from ..blockskip_core.hosts.sampling.patch_training import PatchTraining, counted_peak
 from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
@@ -44,10 +47,13 @@ from ..blockskip_core.training.config import TrainingConfig
 from . import widgets
 from .inputs import checked, connected
 from .page.progress import NodeProgress
+from .train_patch_adapters import SIZES
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
 GIB = 2**30
 OFF = "off"
+PATCHES = "patch adapters"
+Counted = TypeVar("Counted")
 AT_SELECT = "As on Select Blocks; only its method attention mask needs it."
 AT_PRECOMPUTE = "As on Precompute Residuals."
 AT_TRAINER = "As on Dynamic Patch Trainer."
@@ -157,6 +163,11 @@ def _other_inputs() -> list[io.Input]:
             "references_each", default=1, min=1, max=64, optional=True, advanced=True,
             tooltip="How many of `references` each picture has; ignored if none are connected.",
         ),
+        io.Combo.Input(
+            "coarse_patches", options=[OFF, *SIZES], default=OFF, optional=True, advanced=True,
+            tooltip="Also count Train Patch Adapters (DDiT) with these `patch_sizes`. Its `lora_rank`, `lora_targets`, `batch_size`, "
+            "`checkpointing` and `frames` are those above, and its pictures squares of `patch_min`.",
+        ),
     ]  # fmt: skip
 
 
@@ -189,11 +200,12 @@ class PlanRequest:
     reference_size: int = 512
     reference_part: ReferencePart = "whole"
     references_each: int = 1
+    coarse_patches: str = OFF
 
     def __post_init__(self) -> None:
         choices = {
             "storage": STORAGES, "back_residual": BACK_RESIDUALS, "residual_format": RESIDUAL_FORMATS,
-            "targets": get_args(LoraTargets),
+            "targets": get_args(LoraTargets), "coarse_patches": (OFF, *SIZES),
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -241,12 +253,30 @@ class PlanRequest:
             dit.adapter, dit.patcher.model, captions, sizes, self.references_each, settings, self.patch_min
         )
 
+    @property
+    def lora(self) -> LoraSettings:
+        """The LoRA's settings."""
+        return LoraSettings(rank=self.rank, alpha=self.rank, targets=self.targets)
+
+    @property
+    def patch_training(self) -> PatchTraining | None:
+        """The training of patch adapters that is counted too, on squares of ``patch_min``; None for none."""
+        if self.coarse_patches == OFF:
+            return None
+        return PatchTraining(
+            scales=SIZES[self.coarse_patches],
+            latents=OwnLatents(per_prompt=1, width=self.patch_min, height=self.patch_min, frames=self.frames),
+            settings=DistillationSettings(steps=1, batch_size=self.batch_size),
+            lora=self.lora,
+            checkpointing=self.checkpointing,
+        )
+
     def counted_run(self, dit: HostedDit, selection: BlockSelection, captions: int) -> CountedRun:
         """Return an object that counts the run."""
         return CountedRun(
             dit,
             selection,
-            LoraSettings(rank=self.rank, alpha=self.rank, targets=self.targets),
+            self.lora,
             captions=captions,
             draws=self.draws,
             chunk_size=self.chunk_size,
@@ -264,6 +294,7 @@ class Plan:
         settings: The requested settings.
         count: Settings -> what the run needs with them.
         needs: What it needs with the requested settings.
+        patches: "patch adapters" -> bytes that their training needs on the device, if that is to be counted.
         fits: Whether that fits.
         found: The smallest change that makes it fit; None if nothing needs to change, or nothing helps.
         text: All of that as text for users, several lines.
@@ -292,22 +323,14 @@ class Plan:
         self.run = request.counted_run(dit, selection, len(captions))
         self.count = cache(self.run.needs)
         self._available, self._place = request.room(self.run.dit.device)
-        self.needs = self._counted()
+        self.needs = _followed(lambda: self.count(self.settings))
+        self.patches: dict[str, int] = {}
+        if training := request.patch_training:
+            both = [*captions, *captions][: max(2, len(captions))]  # the training itself holds one out
+            self.patches = {PATCHES: _followed(lambda: counted_peak(model, both, None, training))}
         self.fits = fits(peak_of(self.settings, self.needs), self._available)
         self.found = None if self.fits else self._search(progress)
         self.text = self._text()
-
-    def _counted(self) -> MemoryNeeds:
-        """Count the requested settings; a few classes of the host do not run on tensors without values."""
-        try:
-            return self.count(self.settings)
-        except BlockSkipError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"The memory of this model's runs cannot be counted ({type(error).__name__}: {error}). Train it without "
-                "Memory Plan; if memory runs out, skip more blocks or set `quantize_kept` on the trainer."
-            ) from error
 
     def _search(self, progress: NodeProgress) -> Found:
         progress("looking for settings that fit", 1, 2)
@@ -318,6 +341,8 @@ class Plan:
             self.settings, self.needs, self._available, self._place, self.as_run, draws=self._request.draws,
             speed=self._speed(),
         )  # fmt: skip
+        for peak in self.patches.values():
+            text += f"\n\n{patches_line(self._request.coarse_patches, peak, self._available)}"
         return f"{text}\n\nOn the output `settings`: {self.settings_that_fit.describe()}"
 
     @property
@@ -347,11 +372,15 @@ class Plan:
         """The phases that this run does not have."""
         return [] if self.settings.measured else [PHASES[0]]
 
+    def _peaks(self, needs: MemoryNeeds) -> dict[str, int]:
+        """Return the peak of each phase of the run, and of the training of patch adapters if it is counted."""
+        return phase_peaks(needs) | self.patches
+
     def chart(self) -> Any:
         """Return a picture of each phase's peak against the available memory."""
         run = self.as_run
-        peaks = phase_peaks(run[1]) if run and run[1] != self.needs else None
-        return memory_bars(phase_peaks(self.needs), peaks, self._skipped, self._available, self.verdict)
+        peaks = self._peaks(run[1]) if run and run[1] != self.needs else None
+        return memory_bars(self._peaks(self.needs), peaks, self._skipped, self._available, self.verdict)
 
     def on_node(self) -> dict[str, Any]:
         """Return the plan's numbers, in bytes, for the bars on the node."""
@@ -360,8 +389,8 @@ class Plan:
             "available": self._available,
             "place": self._place,
             "fits": self.fits,
-            "as_set": {"peak": peak_of(self.settings, self.needs), "phases": phase_peaks(self.needs)},
-            "as_run": run and {"peak": peak_of(*run), "phases": phase_peaks(run[1])},
+            "as_set": {"peak": peak_of(self.settings, self.needs), "phases": self._peaks(self.needs)},
+            "as_run": run and {"peak": peak_of(*run), "phases": self._peaks(run[1])},
             "changes": self.settings.changes_to(self.settings_that_fit),
             "skipped": self._skipped,
             "advice": "" if run else advice(None),
@@ -374,3 +403,20 @@ class Plan:
         dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)
         tokens = dit.image_tokens(*shape[1:]) + dit.text_tokens(0)
         return operations_per_second(dit.device, dit.dtype, dit.width, tokens * self.settings.config.batch_size)
+
+
+def _followed(count: Callable[[], Counted]) -> Counted:
+    """Return a count; a few classes of the host do not run on tensors without values.
+
+    Raises:
+        UnsupportedModelError: If this is one of them.
+    """
+    try:
+        return count()
+    except BlockSkipError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The memory of this model's runs cannot be counted ({type(error).__name__}: {error}). Train it without "
+            "Memory Plan; if memory runs out, skip more blocks or set `quantize_kept` on the trainer."
+        ) from error
