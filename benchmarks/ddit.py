@@ -2,7 +2,7 @@
 """Dynamic Patches (DDiT): operations counted for FLUX.1-dev and Wan, seconds of a step, pictures of the demo's world, clips.
 
 Adapters are trained on the demo's model first, and kept beside the results with ``--keep``. ``clips`` trains a small Wan from
-scratch and adapters for it. Rows go to ``results/ddit.jsonl``.
+scratch and adapters for it. ``levels`` trains on the noise levels of coarse steps alone. Rows go to ``results/ddit.jsonl``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = command_line.of_adapters(__doc__, ["operations", "seconds", "pictures", "clips"])
+    parser = command_line.of_adapters(__doc__, ["operations", "seconds", "pictures", "clips", "levels"])
     parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels")
     parser.add_argument("--prompts", type=int, default=20, help="number of pictures of each arm")
     parser.add_argument("--scales", type=int, nargs="+", default=[2], help="patch sizes to train adapters for: 2 and 4")
@@ -58,6 +58,13 @@ def main() -> None:
 
         for part, found in ddit_clips.rows(options.clip_steps):
             replace_rows(file, part, found, command_line.about())
+    if "levels" in options.parts and not options.report:
+        import ddit_levels
+        from ralu_pictures import World
+
+        world = World(options.assets, options.prompts)
+        found = ddit_levels.rows(world, options.side, options.train_steps, options.train_prompts)
+        replace_rows(file, f"levels, {options.side} px", found, command_line.about())
     ddit_report.write(rows_in(file), options.results)
 
 

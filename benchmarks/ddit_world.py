@@ -15,6 +15,7 @@ import comfy.sample
 import comfy.samplers
 import numpy as np
 import torch
+from blockskip_pack.blockskip_core.ddit.coarse_levels import CoarseSteps
 from blockskip_pack.blockskip_core.ddit.plans import DecidedWhileSampling, ErrorBudget, PatchPlan, TypedWindows
 from blockskip_pack.blockskip_core.ddit.scheduler import SchedulerSettings
 from blockskip_pack.blockskip_core.ddit.trained_patches import TrainedPatches
@@ -74,9 +75,20 @@ def described(trained: TrainedPatches) -> list[dict[str, Any]]:
 
 
 def train(
-    world: World, side: int, steps: int, prompts: int, scales: tuple[int, ...] = SCALES
+    world: World,
+    side: int,
+    steps: int,
+    prompts: int,
+    scales: tuple[int, ...] = SCALES,
+    coarse: CoarseSteps | None = None,
 ) -> tuple[TrainedPatches, list[dict[str, Any]]]:
-    """Train adapters on pictures that the world draws; also return the rows of the report."""
+    """Train adapters on pictures that the world draws; also return the rows of the report.
+
+    Args:
+        world, side, scales: See :func:`kept_or_trained`.
+        steps, prompts: Of the training.
+        coarse: Steps whose noise levels alone are trained on; None for all levels.
+    """
     rng = random.Random("ddit/training")
     scenes = [world.drawing.random_scene(rng) for _ in range(prompts)]
     captions = [world.conditioning(scene) for scene in scenes]
@@ -85,7 +97,7 @@ def train(
         steps=steps, batch_size=TRAIN_BATCH, learning_rate=TRAIN_RATE, validate_every=25, patience=4
     )
     latents = OwnLatents(per_prompt=1, width=side, height=side)
-    request = PatchTraining(scales=scales, latents=latents, settings=settings, checkpointing=False)
+    request = PatchTraining(scales=scales, latents=latents, settings=settings, checkpointing=False, coarse=coarse)
     last, results, started = [0.0], {}, time.perf_counter()
 
     def progress(phase: str, done: int, total: int, detail: str) -> None:

@@ -963,13 +963,59 @@ DDIT = Graph(
 
 **Train Patch Adapters (DDiT)** teaches the model to make some steps with larger patches, on a quarter of the tokens. It
 samples its own training pictures from the texts of a folder in ComfyUI's input folder, 30 or more. It is saved to
-output/loras: later replace it by **Load Patch Adapters**.
+output/loras: use it later with *BlockSkip 6 - Use patch adapters (DDiT)*.
 
 **Dynamic Patches (DDiT)** goes between the model and any sampler that adds no noise. With *every other* every second
 step is coarse: of all modes this kept the most likeness on our small model.""",
     headline="Dynamic patches",
     subline="larger patches in some steps\nadapters trained on your model",
     twin="dynamic_patches",
+)
+
+USE_PATCHES = Graph(
+    "BlockSkip 6 - Use patch adapters (DDiT)",
+    {
+        **ONE_FP8_FILE.prompt,
+        "load": node("BlockSkip_LoadPatchAdapters", "Load Patch Adapters", file="none"),
+        "about": node("PreviewAny", "About these adapters", source=["load", 1]),
+        **picture(ONE_FP8_FILE, "a photo of a red fox in a snowy forest, sharp details"),
+        "patches": node(
+            "BlockSkip_DDiT",
+            "Dynamic Patches (DDiT)",
+            model=ONE_FP8_FILE.link("model"),
+            mode="every other",
+            error_budget=0.1,
+            patch_adapters=["load", 0],
+        ),
+        "report": node("PreviewAny", "What is planned", source=["patches", 2]),
+        "sample": node("KSampler", "Sample with dynamic patches", model=["patches", 0], **SAMPLE),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=ONE_FP8_FILE.link("vae")),
+        "sample plain": node(
+            "KSampler", "Sample plainly, with fewer steps", model=ONE_FP8_FILE.link("model"), **{**SAMPLE, "steps": 14}
+        ),
+        "decode plain": node("VAEDecode", "Decode", samples=["sample plain", 0], vae=ONE_FP8_FILE.link("vae")),
+        "compare": node("BlockSkip_Compare", "Compare Pictures", before=["decode plain", 0], after=["decode", 0]),
+        "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="dynamic_patches"),
+    },
+    (
+        Column("1  Load", BLUE, (*ONE_FP8_FILE.names(), "load", "about")),
+        Column("2  Prompt", GREEN, ("prompt", "guided", "negative", "size")),
+        Column("3  With coarse steps", YELLOW, ("patches", "report", "sample", "decode"), 480),
+        Column("4  As much work, plainly", PURPLE, ("sample plain", "decode plain")),
+        Column("5  Compare", BLUE, ("compare", "picture"), 480),
+    ),
+    """## Use patch adapters (DDiT)
+
+Choose a file in **Load Patch Adapters**: one that *BlockSkip 6 - Dynamic patches (DDiT)* has trained on this model, which
+is in output/loras (R refreshes the list). Adapters belong to one file of weights and are refused on another.
+
+**Dynamic Patches (DDiT)** makes every other step on a quarter of the tokens. At 1024 px the 20 steps of FLUX.1-dev are
+then counted as 13.6 plain ones. So **Compare Pictures** shows the picture of 14 plain steps beside it: on our
+small test model fewer plain steps were better. See which is better on yours.""",
+    headline="Use patch adapters",
+    subline="coarse steps beside fewer plain ones\nwith adapters made earlier",
+    twin="use_patch_adapters",
+    badge="DDiT",
 )
 
 OUTSIDE = Graph(
@@ -1017,7 +1063,7 @@ For another machine, copy the two files of *output/runs*, and the model. The res
 )
 
 GRAPHS = (
-    FIRST, CARD_8, CARD_12, CARD_24, RESUME_8, RESUME_12, RESUME_24, APPLY, SEVERAL, RALU, DDIT, SELECT_BLOCKS, TRAIN, RESUME,
-    OUTSIDE, WORD, WORD_OF_FLUX,
+    FIRST, CARD_8, CARD_12, CARD_24, RESUME_8, RESUME_12, RESUME_24, APPLY, SEVERAL, RALU, DDIT, USE_PATCHES, SELECT_BLOCKS, TRAIN,
+    RESUME, OUTSIDE, WORD, WORD_OF_FLUX,
 )  # fmt: skip
 """The shipped workflows, in the order of use, which their names show."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 from comfy_api.latest import io
 
@@ -18,36 +17,29 @@ from ..blockskip_core.accounting.plan import (
     fits,
     peak_of,
     phase_peaks,
-    room_of_card,
     with_spare_used,
 )
 from ..blockskip_core.accounting.throughput import operations_per_second
-from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
-from ..blockskip_core.data.reference_pictures import ReferencePart, ReferenceSettings
-from ..blockskip_core.errors import BlockSkipError, InvalidInputError, UnsupportedModelError
+from ..blockskip_core.errors import BlockSkipError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
-from ..blockskip_core.hosts.inputs.references import checked_references
 from ..blockskip_core.hosts.models.adapted_dit import frames_of_clip
-from ..blockskip_core.hosts.models.counted_run import CountedRun, room_on
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
-from ..blockskip_core.hosts.models.quantised_blocks import default_for_frozen_blocks, formats_on, require_available
-from ..blockskip_core.hosts.models.reference_latents import counted_captions
-from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, report
+from ..blockskip_core.hosts.models.quantised_blocks import formats_on, require_available
+from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, patches_line, report
+from ..blockskip_core.hosts.sampling.patch_training import counted_peak
 from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
-from ..blockskip_core.residuals.back_response import BACK_RESIDUALS, BackResidual
-from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
-from ..blockskip_core.residuals.residual_set import STORAGES, Storage
 from ..blockskip_core.selection.selection import BlockSelection
-from ..blockskip_core.training.config import TrainingConfig
 from . import widgets
 from .inputs import checked, connected
 from .page.progress import NodeProgress
+from .plan_request import OFF, PlanRequest
+from .train_patch_adapters import SIZES
 from .types import BlockSelectionSocket, MemorySettingsSocket
 
-GIB = 2**30
-OFF = "off"
+PATCHES = "patch adapters"
+Counted = TypeVar("Counted")
 AT_SELECT = "As on Select Blocks; only its method attention mask needs it."
 AT_PRECOMPUTE = "As on Precompute Residuals."
 AT_TRAINER = "As on Dynamic Patch Trainer."
@@ -157,103 +149,12 @@ def _other_inputs() -> list[io.Input]:
             "references_each", default=1, min=1, max=64, optional=True, advanced=True,
             tooltip="How many of `references` each picture has; ignored if none are connected.",
         ),
+        io.Combo.Input(
+            "coarse_patches", options=[OFF, *SIZES], default=OFF, optional=True, advanced=True,
+            tooltip="Also count Train Patch Adapters (DDiT) with these `patch_sizes`. Its `lora_rank`, `lora_targets`, `batch_size`, "
+            "`checkpointing` and `frames` are those above, and its pictures squares of `patch_min`.",
+        ),
     ]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """The node's widgets by their ids; defaults are those of the widgets.
-
-    Raises:
-        InvalidInputError: If one is out of range.
-    """
-
-    patch_min: int
-    draws: int
-    storage: Storage
-    rank: int
-    batch_size: int
-    checkpointing: bool
-    quantize_kept: str
-    activation_budget: float
-    card_memory: float
-    chunk_size: int = 64
-    back_residual: BackResidual = "exact"
-    residual_format: ResidualFormat = "exact"
-    targets: LoraTargets = "attention and mlp"
-    probe_size: int = 512
-    preset: str = OFF
-    use_spare: bool = True
-    quantize_frozen: str = default_for_frozen_blocks()
-    frames: int = 1
-    reference_size: int = 512
-    reference_part: ReferencePart = "whole"
-    references_each: int = 1
-
-    def __post_init__(self) -> None:
-        choices = {
-            "storage": STORAGES, "back_residual": BACK_RESIDUALS, "residual_format": RESIDUAL_FORMATS,
-            "targets": get_args(LoraTargets),
-        }  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        for name in ("patch_min", "probe_size", "draws", "chunk_size", "references_each"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0.0 <= self.card_memory < float("inf"):
-            raise InvalidInputError(f"card_memory must not be negative, got {self.card_memory}.")
-
-    @property
-    def is_for_this_device(self) -> bool:
-        """Whether the plan is for this device."""
-        return self.preset == OFF and not self.card_memory
-
-    def settings(self, selection: BlockSelection) -> MemorySettings:
-        """Return the settings that memory depends on."""
-        config = TrainingConfig(
-            steps=1,
-            batch_size=self.batch_size,
-            checkpointing=self.checkpointing,
-            activation_budget=self.activation_budget * GIB,
-        )
-        return MemorySettings(
-            config=config,
-            storage=self.storage,
-            quantize_kept=self.quantize_kept,
-            patch_min=self.patch_min,
-            measured=selection.method == "attention mask",
-            frozen=selection.frozen,
-            quantize_frozen=self.quantize_frozen,
-        )
-
-    def room(self, device: Any) -> tuple[int, str]:
-        """Return the bytes that the run may use, and the name of the card."""
-        if self.preset != OFF:
-            return room_of_card(self.preset), f"a card with {self.preset}"
-        return (round(self.card_memory * GIB), "that card") if self.card_memory else room_on(device)
-
-    def with_references(self, dit: HostedDit, captions: Sequence[list], references: Sequence[Any]) -> list[list]:
-        """Return captions that carry latents without data, of the sizes of the largest references."""
-        settings = ReferenceSettings(size=self.reference_size, part=self.reference_part)
-        sizes = checked_references(references, captions).sizes
-        return counted_captions(
-            dit.adapter, dit.patcher.model, captions, sizes, self.references_each, settings, self.patch_min
-        )
-
-    def counted_run(self, dit: HostedDit, selection: BlockSelection, captions: int) -> CountedRun:
-        """Return an object that counts the run."""
-        return CountedRun(
-            dit,
-            selection,
-            LoraSettings(rank=self.rank, alpha=self.rank, targets=self.targets),
-            captions=captions,
-            draws=self.draws,
-            chunk_size=self.chunk_size,
-            linear=self.back_residual == "linear",
-            residual_format=self.residual_format,
-            probe_size=self.probe_size,
-        )
 
 
 class Plan:
@@ -264,6 +165,7 @@ class Plan:
         settings: The requested settings.
         count: Settings -> what the run needs with them.
         needs: What it needs with the requested settings.
+        patches: "patch adapters" -> bytes that their training needs on the device, if that is to be counted.
         fits: Whether that fits.
         found: The smallest change that makes it fit; None if nothing needs to change, or nothing helps.
         text: All of that as text for users, several lines.
@@ -292,22 +194,14 @@ class Plan:
         self.run = request.counted_run(dit, selection, len(captions))
         self.count = cache(self.run.needs)
         self._available, self._place = request.room(self.run.dit.device)
-        self.needs = self._counted()
+        self.needs = _followed(lambda: self.count(self.settings))
+        self.patches: dict[str, int] = {}
+        if training := request.patch_training:
+            both = [*captions, *captions][: max(2, len(captions))]  # the training itself holds one out
+            self.patches = {PATCHES: _followed(lambda: counted_peak(model, both, None, training))}
         self.fits = fits(peak_of(self.settings, self.needs), self._available)
         self.found = None if self.fits else self._search(progress)
         self.text = self._text()
-
-    def _counted(self) -> MemoryNeeds:
-        """Count the requested settings; a few classes of the host do not run on tensors without values."""
-        try:
-            return self.count(self.settings)
-        except BlockSkipError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"The memory of this model's runs cannot be counted ({type(error).__name__}: {error}). Train it without "
-                "Memory Plan; if memory runs out, skip more blocks or set `quantize_kept` on the trainer."
-            ) from error
 
     def _search(self, progress: NodeProgress) -> Found:
         progress("looking for settings that fit", 1, 2)
@@ -318,6 +212,8 @@ class Plan:
             self.settings, self.needs, self._available, self._place, self.as_run, draws=self._request.draws,
             speed=self._speed(),
         )  # fmt: skip
+        for peak in self.patches.values():
+            text += f"\n\n{patches_line(self._request.coarse_patches, peak, self._available)}"
         return f"{text}\n\nOn the output `settings`: {self.settings_that_fit.describe()}"
 
     @property
@@ -347,11 +243,15 @@ class Plan:
         """The phases that this run does not have."""
         return [] if self.settings.measured else [PHASES[0]]
 
+    def _peaks(self, needs: MemoryNeeds) -> dict[str, int]:
+        """Return the peak of each phase of the run, and of the training of patch adapters if it is counted."""
+        return phase_peaks(needs) | self.patches
+
     def chart(self) -> Any:
         """Return a picture of each phase's peak against the available memory."""
         run = self.as_run
-        peaks = phase_peaks(run[1]) if run and run[1] != self.needs else None
-        return memory_bars(phase_peaks(self.needs), peaks, self._skipped, self._available, self.verdict)
+        peaks = self._peaks(run[1]) if run and run[1] != self.needs else None
+        return memory_bars(self._peaks(self.needs), peaks, self._skipped, self._available, self.verdict)
 
     def on_node(self) -> dict[str, Any]:
         """Return the plan's numbers, in bytes, for the bars on the node."""
@@ -360,8 +260,8 @@ class Plan:
             "available": self._available,
             "place": self._place,
             "fits": self.fits,
-            "as_set": {"peak": peak_of(self.settings, self.needs), "phases": phase_peaks(self.needs)},
-            "as_run": run and {"peak": peak_of(*run), "phases": phase_peaks(run[1])},
+            "as_set": {"peak": peak_of(self.settings, self.needs), "phases": self._peaks(self.needs)},
+            "as_run": run and {"peak": peak_of(*run), "phases": self._peaks(run[1])},
             "changes": self.settings.changes_to(self.settings_that_fit),
             "skipped": self._skipped,
             "advice": "" if run else advice(None),
@@ -374,3 +274,20 @@ class Plan:
         dit, shape = self.run.dit, latent_shape(self.run.dit.patcher.model, self.settings.patch_min)
         tokens = dit.image_tokens(*shape[1:]) + dit.text_tokens(0)
         return operations_per_second(dit.device, dit.dtype, dit.width, tokens * self.settings.config.batch_size)
+
+
+def _followed(count: Callable[[], Counted]) -> Counted:
+    """Return a count; a few classes of the host do not run on tensors without values.
+
+    Raises:
+        UnsupportedModelError: If this is one of them.
+    """
+    try:
+        return count()
+    except BlockSkipError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The memory of this model's runs cannot be counted ({type(error).__name__}: {error}). Train it without "
+            "Memory Plan; if memory runs out, skip more blocks or set `quantize_kept` on the trainer."
+        ) from error

@@ -11,9 +11,11 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..blockskip_core.adapters.lora import LoraSettings, LoraTargets
+from ..blockskip_core.ddit.coarse_levels import CoarseSteps
 from ..blockskip_core.ddit.error_table import ErrorTable
 from ..blockskip_core.ddit.patch_resizing import RESIZE_KINDS, ResizeKind
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
+from ..blockskip_core.ddit.windows import typed_windows
 from ..blockskip_core.distillation.loop import DistillationResult
 from ..blockskip_core.distillation.settings import DistillationSettings
 from ..blockskip_core.errors import InvalidInputError
@@ -30,7 +32,7 @@ from ..blockskip_core.reporting.pictures import as_image
 from . import widgets
 from .distillation_display import DistillationDisplay
 from .distillation_events import DistillationEvents
-from .inputs import checked, connected, refusal, single, tensorboard_refusal
+from .inputs import checked, connected, refusal, singles, tensorboard_refusal
 from .load_patch_adapters import description
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
@@ -39,6 +41,7 @@ from .types import PatchAdaptersSocket
 logger = logging.getLogger(__name__)
 
 SIZES = {"2x": (2,), "4x": (4,), "2x and 4x": (2, 4)}
+TRAIN_ON = ("all levels", "every other step", "windows")
 
 
 class TrainPatchAdapters(io.ComfyNode):
@@ -66,6 +69,7 @@ class TrainPatchAdapters(io.ComfyNode):
                 ),
                 widgets.noise_from("Lowest noise level to train on. For the high-noise model of Wan 2.2: 0.875."),
                 widgets.noise_to("Highest noise level to train on. For the low-noise model of Wan 2.2: 0.875."),
+                *_level_inputs(),
             ],
             outputs=[
                 PatchAdaptersSocket.Output(
@@ -81,13 +85,19 @@ class TrainPatchAdapters(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, adapters_name: Any = None, tensorboard: Any = None) -> bool | str:
-        """Refuse a name that cannot be saved, and a missing package, when the graph is queued."""
+    def validate_inputs(
+        cls, adapters_name: Any = None, tensorboard: Any = None, train_on: Any = None, windows: Any = None
+    ) -> bool | str:
+        """Refuse a name that cannot be saved, windows that are not written as such, and a missing package, when queued."""
 
         def check() -> None:
-            name = single(adapters_name, "adapters_name")
-            if name is not None:
-                name_below(name, EXAMPLE_NAME)
+            known = singles(adapters_name=adapters_name, train_on=train_on, windows=windows)
+            if known["adapters_name"] is not None:
+                name_below(known["adapters_name"], EXAMPLE_NAME)
+            if known["train_on"] is not None:
+                require_train_on(known["train_on"])
+            if known["train_on"] == "windows" and known["windows"] is not None:
+                typed_windows(known["windows"])
 
         usable = refusal(check)
         return tensorboard_refusal(tensorboard) if usable is True else usable
@@ -239,6 +249,31 @@ def _given_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
+def _level_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "train_on", options=list(TRAIN_ON), default=TRAIN_ON[0], optional=True, advanced=True,
+            tooltip="Noise levels of the examples. all levels: the whole schedule, for any use. every other step, windows: only the "
+            "levels of the steps that you will make coarse in this way.",
+        ),
+        io.Int.Input(
+            "planned_steps", default=20, min=1, max=1000, optional=True, advanced=True,
+            tooltip="Steps that you will sample with. Not used with all levels.",
+        ),
+        io.String.Input(
+            "windows", default="", optional=True, advanced=True,
+            tooltip="The steps that you will make coarse and their patch sizes, as on Dynamic Patches (DDiT): `2-9: 2`. Only used "
+            "by windows.",
+        ),
+    ]  # fmt: skip
+
+
+def require_train_on(train_on: str) -> None:
+    """Raise InvalidInputError for an unknown choice."""
+    if train_on not in TRAIN_ON:
+        raise InvalidInputError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainPatchesRequest:
     """The node's widgets by their ids; defaults are those of the widgets."""
@@ -267,6 +302,21 @@ class TrainPatchesRequest:
     frames: int = 1
     noise_from: float = 0.0
     noise_to: float = 1.0
+    train_on: str = TRAIN_ON[0]
+    planned_steps: int = 20
+    windows: str = ""
+
+    @property
+    def coarse(self) -> CoarseSteps | None:
+        """The steps whose noise levels alone are trained on; None for all levels.
+
+        Raises:
+            InvalidInputError: If the choice is not known, or the steps or the windows are not some.
+        """
+        require_train_on(self.train_on)
+        if self.train_on == "all levels":
+            return None
+        return CoarseSteps(self.planned_steps, self.windows if self.train_on == "windows" else None)
 
     @property
     def training(self) -> PatchTraining:
@@ -290,7 +340,7 @@ class TrainPatchesRequest:
             ),
             lora=LoraSettings(rank=self.lora_rank, alpha=float(self.lora_rank), targets=self.lora_targets),
             resize=self.resize, checkpointing=self.checkpointing, save_every=self.save_every, resume=self.resume,
-            noise=(self.noise_from, self.noise_to),
+            noise=(self.noise_from, self.noise_to), coarse=self.coarse,
         )  # fmt: skip
 
     def run(

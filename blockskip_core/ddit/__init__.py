@@ -14,6 +14,7 @@ error_table        an adapter's error by noise level, as measured after its trai
 operations         operations of a step by its number of tokens
 windows            schedules without a decision while sampling: given windows, or the best within an error budget
 plans              how the patch size of every step of a run is chosen
+coarse_levels      noise levels of the coarse steps of a plan, for training on them alone
 trained_patches    the adapters of one model, and their tensors by name in files
 
 Noise levels (sigmas) are those of flow matching: latent = (1 - sigma) clean + sigma noise; the velocity is noise - clean.

@@ -22,6 +22,15 @@ def levels_within(low: float, high: float) -> tuple[float, ...]:
     return tuple(low + (high - low) * ((part + 0.5) / _NUM_LEVELS) for part in range(_NUM_LEVELS))
 
 
+def levels_through(level: Callable[[float], float]) -> tuple[float, ...]:
+    """Return noise levels at which the held-out error is measured, rising: the middles of equal shares of the examples.
+
+    Args:
+        level: Number between 0 and 1 -> noise level, falling.
+    """
+    return tuple(level(1.0 - (part + 0.5) / _NUM_LEVELS) for part in range(_NUM_LEVELS))
+
+
 LEVELS = levels_within(0.0, 1.0)
 
 

@@ -43,3 +43,13 @@ def test_the_committed_report_is_that_of_the_committed_rows(bench, tmp_path):
     report, rows = bench("ddit_report"), bench("command_line").rows_in(RESULTS / "ddit.jsonl")
     report.write(rows, tmp_path)
     assert (tmp_path / "ddit.md").read_text("utf-8") == (RESULTS / "ddit.md").read_text("utf-8")
+
+
+def test_trainings_on_other_levels_are_compared_prompt_by_prompt(bench):
+    """Two prompts, two levels: 0.3 and 0.5 against 0.2 and 0.65."""
+    row = {
+        "name": "every other of 20", "prompts": 56, "steps": 75, "unseen": 2, "levels": [0.1, 0.9],
+        "everywhere": [[0.2, 0.4], [0.4, 0.6]], "there": [[0.1, 0.3], [0.5, 0.8]],
+    }  # fmt: skip
+    last = bench("ddit_report").levels([row])[-1]
+    assert last == "| every other of 20 | 0.10 to 0.90 | 0.4000 | 0.4250 | +0.0250 (± 0.1250) | 1 of 2 |"

@@ -36,7 +36,10 @@ def test_a_picture_with_coarse_steps(card: Any, runs: Any, family: Any, mode: st
 def test_adapters_are_trained_as_on_the_cpu(card: Any, runs: Any, family: Any, mode: str) -> None:
     from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
     from blockskip_pack.blockskip_core.hosts.sampling.own_latents import OwnLatents
-    from blockskip_pack.blockskip_core.hosts.sampling.patch_training import PatchTraining, train_patches
+    from blockskip_pack.blockskip_core.hosts.sampling.patch_training import PatchTraining, counted_peak, train_patches
+    from blockskip_pack.blockskip_core.units import format_bytes
+
+    told = []
 
     def train(model: Any) -> Any:
         cells = model.model.latent_format.spacial_downscale_ratio
@@ -46,13 +49,18 @@ def test_adapters_are_trained_as_on_the_cpu(card: Any, runs: Any, family: Any, m
             scales=(2,), latents=OwnLatents(per_prompt=1, width=side, height=side, steps=2),
             settings=DistillationSettings(steps=2, batch_size=2, learning_rate=1e-3, validate_every=2), resume=False,
         )  # fmt: skip
-        return train_patches(model, family.captions((5, 5, 5)), None, request, lambda *_: None)
+        captions = family.captions((5, 5, 5))
+        counted = format_bytes(counted_peak(model, captions, None, request))  # as Memory Plan counts it
+        trained = train_patches(model, captions, None, request, lambda *_: None, told=told.append)
+        assert [sentence.split(";")[0] for sentence in told] in ([], [f"Counted before the training: {counted}"])
+        return trained
 
     expected = train(on_cpu(family.build()))
     runs.start_over()
     model = family.build()
     with MODES[mode](card, model) as treated, leaving_nothing(card, treated):
         found = train(treated)
+    assert told, "the CPU is told nothing, a card is"
     torch.testing.assert_close(
         found.scales[2].errors.errors, expected.scales[2].errors.errors, rtol=TRAINED, atol=TRAINED
     )

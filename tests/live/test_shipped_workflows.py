@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -150,6 +151,34 @@ def test_the_twin_of_dynamic_patches_trains_and_samples(client: Any, load_workfl
     plain = pixels(client.view(output_of(succeed(client, own), own, "Picture")["images"][0]))
     assert coarse.shape == plain.shape
     assert (coarse != plain).any()
+
+
+def test_adapters_from_a_file_sample_as_those_that_were_just_trained(
+    client: Any, load_workflow: Callable[..., Any]
+) -> None:
+    """The training's twin saves them, the other one loads them; of two steps the first is coarse."""
+    first_coarse = {"Dynamic Patches (DDiT)": {"first_own": 0}}
+    training = load_workflow("dynamic_patches", first_coarse)
+    teacher = next(key for key, own in training.items() if own["class_type"] == "BlockSkip_TrainDDiT")
+    look = {"class_type": "PreviewAny", "inputs": {"source": [teacher, 2]}, "_meta": {"title": "look"}}
+    done = succeed(client, {**training, "look": look})
+    saved, *about = done.outputs["look"]["text"][0].splitlines()
+    (file,) = re.fullmatch(r"Saved (patch_adapters_\d+_\.safetensors) in loras\.", saved).groups()
+    prompt = load_workflow("use_patch_adapters", {**first_coarse, "Load Patch Adapters": {"file": file}})
+    result = succeed(client, prompt)
+    assert output_of(result, prompt, "About these adapters")["text"][0].splitlines() == about
+    assert "Operations of a coarse step" in output_of(result, prompt, "What is planned")["text"][0]
+    trained, loaded = (
+        pixels(client.view(output_of(made, graph, "Picture")["images"][0]))
+        for made, graph in ((done, training), (result, prompt))
+    )
+    assert (loaded == trained).all()
+    compared = output_of(result, prompt, "Compare Pictures")
+    before, after = (pixels(client.view(compared[f"blockskip_{which}"][0])) for which in ("before", "after"))
+    assert before.shape == after.shape == loaded.shape
+    assert (before != after).any(), "plain steps beside coarse ones"
+    with pytest.raises(load_devtool("comfy_client").RequestRefused, match="No file was chosen"):
+        client.queue(load_workflow("use_patch_adapters"))
 
 
 def test_the_command_of_run_outside_trains(client: Any, load_workflow: Callable[..., Any]) -> None:

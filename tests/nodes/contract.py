@@ -103,6 +103,7 @@ CONTRACT = {
             reference_size INT? = 512 [16, 4096] step 16
             reference_part COMBO? = whole {whole | same part}
             references_each INT? = 1 [1, 64]
+            coarse_patches COMBO? = off {off | 2x | 4x | 2x and 4x}
         """,
         [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY")],
     ),
@@ -305,6 +306,9 @@ CONTRACT = {
             frames INT? = 1 [1, 1001]
             noise_from FLOAT? = 0.0 [0.0, 1.0] step 0.001
             noise_to FLOAT? = 1.0 [0.0, 1.0] step 0.001
+            train_on COMBO? = all levels {all levels | every other step | windows}
+            planned_steps INT? = 20 [1, 1000]
+            windows STRING? =
         """,
         [("patch_adapters", "BLOCKSKIP_PATCH_ADAPTERS"), ("errors", "IMAGE"), ("report", "STRING")],
     ),

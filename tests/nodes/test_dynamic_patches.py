@@ -112,12 +112,13 @@ def test_the_chart_gets_every_step_of_every_size(nodes, model, prompts, run_node
     assert (shown["step"], shown["steps"], shown["status"], len(shown["points"])) == (4, 4, "done", 4)
 
 
-def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, folders, monkeypatch):
+@pytest.mark.parametrize("levels", [{}, {"train_on": "every other step", "planned_steps": 5}], ids=["all", "coarse"])
+def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, folders, monkeypatch, levels):
     import comfy.model_management
     from blockskip_pack.nodes.page import progress
 
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
-    whole = train(resume=False)[0].tensors()
+    whole = train(resume=False, **levels)[0].tensors()
     seen = []
 
     def cancel(self, phase, done, total, detail=""):
@@ -128,9 +129,9 @@ def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, fold
     with monkeypatch.context() as patched:
         patched.setattr(progress.NodeProgress, "__call__", cancel)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            train(seed=4, tensorboard=has_tensorboard)
-    resumed = train(seed=4, tensorboard=has_tensorboard)[0].tensors()
-    again = train(seed=4, resume=False)[0].tensors()
+            train(seed=4, tensorboard=has_tensorboard, **levels)
+    resumed = train(seed=4, tensorboard=has_tensorboard, **levels)[0].tensors()
+    again = train(seed=4, resume=False, **levels)[0].tensors()
     assert all(torch.equal(resumed[name], again[name]) for name in again)
     assert not all(torch.equal(whole[name], again[name]) for name in again)
     if has_tensorboard:
@@ -139,6 +140,88 @@ def test_a_training_that_was_cancelled_is_resumed_bit_for_bit(train, nodes, fold
         assert list(figures.pop("error/held_out")) == [0, 2, 4]
         assert set(figures) >= {"training/loss", "training/learning_rate", "memory/GiB_peak"}
         assert all(list(curve) == [1, 2, 3, 4] for curve in figures.values()), "one curve, each step once"
+
+
+def trained_at(monkeypatch, train, **changes):
+    """Train, and return the noise levels of all examples, trained and held out, and the adapters."""
+    from blockskip_pack.blockskip_core.distillation.examples import Examples
+
+    drawn, batch, held = [], Examples.batch, Examples.held_out_batches
+
+    def seen(self, *args):
+        found = batch(self, *args)
+        drawn.extend(found.sigmas.tolist())
+        return found
+
+    def seen_held_out(self, *args):
+        found = held(self, *args)
+        drawn.extend(float(one.sigmas) for one in found)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Examples, "batch", seen)
+        patched.setattr(Examples, "held_out_batches", seen_held_out)
+        return drawn, train(**changes)[0]
+
+
+@pytest.mark.parametrize(
+    ("levels", "coarse", "noted"),
+    [
+        ({"train_on": "every other step"}, [2, 4], "every other of 6"),
+        ({"train_on": "windows", "windows": "1: 2, 5-6: 2"}, [1, 5, 6], "1: 2, 5-6: 2 of 6"),
+    ],
+    ids=["every other step", "windows"],
+)
+def test_training_on_the_levels_of_coarse_steps_alone(train, model, monkeypatch, levels, coarse, noted):
+    import comfy.samplers
+
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 6).tolist()
+    drawn, adapters = trained_at(monkeypatch, train, **levels, planned_steps=6)
+    steps = [step for sigma in drawn for step in range(1, 7) if sigmas[step] <= sigma <= sigmas[step - 1]]
+    assert len(steps) == len(drawn) == 4 * 2 + 10, "every level is in one step"
+    assert sorted(set(steps)) == coarse
+    errors = adapters.scales[2].errors
+    assert all(any(sigmas[step] < sigma < sigmas[step - 1] for step in coarse) for sigma in errors.sigmas)
+    assert adapters.notes["coarse_steps"] == noted
+
+
+def test_a_pair_counts_the_steps_of_each(train, monkeypatch, model):
+    import comfy.samplers
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8).tolist()
+    given = {"train_on": "windows", "windows": "2: 2", "planned_steps": 8}
+    for levels, step in (({"noise_from": sigmas[4] + 0.01}, 1), ({"noise_to": sigmas[4] + 0.01}, 5)):
+        drawn, _ = trained_at(monkeypatch, train, **given, **levels)
+        assert all(sigmas[step + 1] <= sigma <= sigmas[step] for sigma in drawn)
+
+
+def test_levels_belong_to_a_run_and_all_of_them_to_the_runs_of_before(train, folders, monkeypatch):
+    """A training on all levels has the identity that it had before there was a choice, so its states are found again."""
+    from blockskip_pack.blockskip_core.hosts.sampling import patch_training
+
+    parts = []
+
+    def identity(given):
+        parts.append(dict(given))
+        return real(given)
+
+    real = patch_training.RunIdentity
+    monkeypatch.setattr(patch_training, "RunIdentity", identity)
+    adapters = [
+        train(max_steps=1, **levels)[0]
+        for levels in (
+            {},
+            {"planned_steps": 7, "windows": "2: 2"},
+            {"train_on": "every other step", "planned_steps": 7},
+        )
+    ]
+    assert set(parts[0]) == {
+        "kind", "version", "model", "captions", "host", "scale", "resize", "latents", "settings", "lora", "checkpointing",
+    }  # fmt: skip
+    assert parts[1] == parts[0], "what is not used does not matter"
+    assert parts[2] == {**parts[0], "coarse_steps": "every other of 7"}
+    assert ["coarse_steps" in found.notes for found in adapters] == [False, False, True]
 
 
 def test_every_other_windows_off_and_budget(trained, use, model, prompt):
@@ -325,6 +408,15 @@ def test_what_the_nodes_refuse(nodes, train, trained, use, run_node, model, prom
         (lambda: train(images=torch.rand(2, 64, 64, 3), vae=vae), "one picture for each of the 3 prompts, got 2"),
         (lambda: train(patch_sizes="3x"), "patch_sizes must be one of"),
         (lambda: train(noise_from=0.5, noise_to=0.5), "must be a range within 0 to 1, got 0.5 to 0.5"),
+        (lambda: train(train_on="some"), "train_on must be one of all levels, every other step, windows, got 'some'"),
+        (lambda: train(train_on="windows", windows="2..4"), "Windows are written like"),
+        (lambda: train(train_on="windows", windows="19-21: 2"), "not within the steps 1 to 20"),
+        (lambda: train(train_on="windows"), "nothing to train patches of 2x on"),
+        (
+            lambda: train(train_on="every other step", planned_steps=2),
+            "every other of 2, none has patches of this size",
+        ),
+        (lambda: train(train_on="every other step", planned_steps=0), "needs at least 1 step, got 0"),
         (lambda: train(frames=5), "`frames` is 5, but this model makes pictures. Set it to 1."),
         (lambda: train(adapters_name="../x"), "must stay inside ComfyUI's output folder"),
         (lambda: run_node(nodes.LoadPatchAdapters, file="none"), "No file was chosen"),

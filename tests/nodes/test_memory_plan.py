@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from .conftest import Listed
+
 PLAN = {
     "back_residual": "constant",
     "patch_min": 32, "draws": 6, "storage": "disk", "rank": 4, "batch_size": 1, "checkpointing": True,
@@ -42,6 +44,34 @@ def test_a_small_run_fits_this_machine(plan):
     assert chart.shape[-1] == 3
     assert chart.min() >= 0
     assert chart.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "captions", "changes"),
+    [("2x", 1, {}), ("4x", 3, {"checkpointing": False}), ("2x and 4x", 2, {"batch_size": 2, "targets": "mlp"})],
+)
+def test_training_patch_adapters_is_counted_as_its_own_node_counts_it(bench, nodes, plan, sizes, captions, changes):
+    from blockskip_pack.blockskip_core.hosts.sampling.patch_training import counted_peak
+    from blockskip_pack.blockskip_core.units import format_bytes
+
+    given = {**PLAN, "patch_min": 64, **changes}
+    training = nodes.train_patch_adapters.TrainPatchesRequest(
+        patch_sizes=sizes, width=64, height=64, max_steps=30, peak_learning_rate=1e-3, batch_size=given["batch_size"], seed=1,
+        adapters_name="loras/a", lora_rank=given["rank"], lora_targets=given.get("targets", "attention and mlp"),
+        checkpointing=given["checkpointing"],
+    ).training  # fmt: skip
+    expected = counted_peak(bench.model, [bench.prompt] * max(2, captions), None, training)
+    positive = Listed([bench.prompt] * captions)
+    without = plan(positive=positive, **given)
+    counted = plan(positive=positive, coarse_patches=sizes, **given)
+    shown, before = (result.ui["blockskip_plan"][0] for result in (counted, without))
+    assert shown["as_set"]["phases"] == {**before["as_set"]["phases"], "patch adapters": expected}
+    assert (shown["as_set"]["peak"], shown["fits"]) == (before["as_set"]["peak"], True)
+    line = f"patch adapters, {sizes}, trained by Train Patch Adapters: {format_bytes(expected)} on the device, fits."
+    assert line in counted.args[0].splitlines()
+    assert "patch adapters" not in without.args[0]
+    small = plan(positive=positive, coarse_patches=sizes, **{**given, "card_memory": 1.04 * expected / 2**30}).args[0]
+    assert "does not fit: lower its `batch_size` or the size of its pictures." in small, "5 % are added"
 
 
 def test_a_card_that_is_too_small_is_told_what_to_change(plan):
@@ -137,6 +167,8 @@ def test_the_model_is_not_loaded_and_not_changed(bench, plan):
         ({"storage": "cloud"}, "storage must be one of disk, chunked, on the fly, got 'cloud'"),
         ({"quantize_kept": "2-bit"}, "quantize_kept '2-bit' is not a format of this ComfyUI"),
         ({"targets": "all"}, "targets must be one of .*, got 'all'"),
+        ({"coarse_patches": "3x"}, "coarse_patches must be one of off, 2x, 4x, 2x and 4x, got '3x'"),
+        ({"coarse_patches": "4x", "patch_min": 48}, "width and height must be multiples of 64 px"),
     ],
     ids=str,
 )

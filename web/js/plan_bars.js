@@ -90,7 +90,7 @@ function draw(box, plan, isConnected) {
 }
 
 function phaseName(phase) {
-  return ["choosing blocks", "precomputing", "training"].includes(phase) ? say(`plan.${phase}`) : phase;
+  return ["choosing blocks", "precomputing", "training", "patch adapters"].includes(phase) ? say(`plan.${phase}`) : phase;
 }
 
 function addBars(node) {

@@ -56,6 +56,18 @@ def report(
     return "\n".join(lines)
 
 
+def patches_line(sizes: str, peak: int, available: int) -> str:
+    """Return what Train Patch Adapters needs as a sentence.
+
+    Args:
+        sizes: Its `patch_sizes`.
+        peak: Bytes on the device.
+        available: Bytes of the device that it may use.
+    """
+    result = "fits" if fits(peak, available) else "does not fit: lower its `batch_size` or the size of its pictures"
+    return f"patch adapters, {sizes}, trained by Train Patch Adapters: {format_bytes(peak)} on the device, {result}."
+
+
 def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
     parts = {"a training step": needs.training.operations}
     if needs.precomputing is not None:

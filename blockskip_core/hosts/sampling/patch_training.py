@@ -15,12 +15,13 @@ from torch import Tensor
 from ...adapters.lora import LoraSettings
 from ...data.timesteps import require_noise_range
 from ...ddit.coarse_estimate import CoarseAdapter
+from ...ddit.coarse_levels import CoarseSteps
 from ...ddit.connection import PatchStatistics
 from ...ddit.error_table import ErrorTable
 from ...ddit.patch_adapter import PatchAdapter
 from ...ddit.patch_resizing import PatchResizing, ResizeKind
 from ...ddit.trained_patches import ModelShape, TrainedPatches, TrainedScale
-from ...distillation.examples import Examples, levels_within
+from ...distillation.examples import SMALLEST_SIGMA, Examples, levels_through, levels_within
 from ...distillation.loop import DistillationResult, distill
 from ...distillation.settings import DistillationSettings
 from ...errors import InvalidInputError
@@ -65,6 +66,7 @@ class PatchTraining:
         checkpointing: Recompute activations in backward.
         weights: Where the host keeps the weights.
         noise: Lowest and highest noise level to train on, for models that share the noise levels between them.
+        coarse: Steps whose noise levels alone are trained on, and measured at; None for all levels.
         save_every: Steps between two saved states.
         resume: Whether to continue an interrupted training.
 
@@ -82,6 +84,7 @@ class PatchTraining:
     save_every: int = 50
     resume: bool = True
     noise: tuple[float, float] = ALL_LEVELS
+    coarse: CoarseSteps | None = None
 
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) < 2 or len(set(self.scales)) != len(self.scales):
@@ -127,7 +130,7 @@ def train_patches(
         begun: Called with scale and content hash of each size's training before its first step.
 
     Raises:
-        InvalidInputError: If the prompts or the size cannot be used.
+        InvalidInputError: If the prompts, the size or the coarse steps cannot be used.
         UnsupportedModelError: If the family is not known, or the MODEL has a change that training cannot follow.
         TrainingError: If a loss is not finite.
     """
@@ -136,6 +139,29 @@ def train_patches(
     latents = run.latents(progress)
     scales = {scale: run.trained(scale, latents, progress, seen, begun) for scale in request.scales}
     return TrainedPatches(run.base, scales, run.operations, run.notes)
+
+
+def counted_peak(patcher: Any, positive: Sequence[Any], negative: Sequence[Any] | None, request: PatchTraining) -> int:
+    """Return the bytes that a training needs on the device: two steps of its smallest patches are counted without weights.
+
+    Args:
+        patcher, positive, negative, request: As for :func:`train_patches`; nothing is loaded.
+
+    Raises:
+        InvalidInputError: If the size cannot be used.
+        UnsupportedModelError: If the family is not known, or the MODEL has a change that training cannot follow.
+    """
+    own = for_training(patcher)
+    shape = _latent_shape(own, shape_of(own, identity=""), request, _latent_frames(own, request))
+    captions = [*flatten_conditionings(positive), *(flatten_conditionings(negative)[:1] if negative else [])]
+    return _counted_peak(HostedDit(own, captions, shape), shape, request)
+
+
+def _counted_peak(dit: HostedDit, shape: Sequence[int], request: PatchTraining) -> int:
+    return counted_distillation(
+        dit, shape, min(request.scales), request.lora, request.settings.batch_size,
+        resize=request.resize, checkpointing=request.checkpointing,
+    ).peak  # fmt: skip
 
 
 class _PatchTraining:
@@ -171,8 +197,9 @@ class _PatchTraining:
         self.notes = {
             "prompts": len(prompts), "width": request.latents.width, "height": request.latents.height,
             "rank": request.lora.rank, "targets": request.lora.targets, "frames": request.latents.frames,
-            "image_tokens": self._dit.image_tokens(*self._shape[1:]), **self._noise(),
+            "image_tokens": self._dit.image_tokens(*self._shape[1:]), **self._which_levels(),
         }  # fmt: skip
+        self._levels = {scale: self._levels_of(scale) for scale in request.scales}  # before anything takes time
 
     def latents(self, progress: Progress) -> Tensor:
         """Return the latents to train on."""
@@ -199,20 +226,17 @@ class _PatchTraining:
 
     def tell_memory(self, told: Callable[[str], None]) -> None:
         """Say what the training needs and what there is; nothing on the CPU, where memory is shared."""
-        device, request = self._dit.device, self._request
+        device = self._dit.device
         if device.type == "cpu":
             return
         try:
-            count = counted_distillation(
-                self._dit, self._shape, min(request.scales), request.lora, request.settings.batch_size,
-                resize=request.resize, checkpointing=request.checkpointing,
-            )  # fmt: skip
+            peak = _counted_peak(self._dit, self._shape, self._request)
         except Exception as error:  # layers of other packs may fail to be counted and still be trained
             logger.exception("BlockSkip: memory could not be counted")
             told(f"The memory of this training could not be counted ({type(error).__name__}: {error}).")
             return
         free, place = room_on(device)
-        told(f"Counted before the training: {format_bytes(count.peak)}; {place} has {format_bytes(free)} free.")
+        told(f"Counted before the training: {format_bytes(peak)}; {place} has {format_bytes(free)} free.")
 
     def trained(
         self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None],
@@ -221,8 +245,8 @@ class _PatchTraining:
         """Train the adapter of one patch size."""
         request, result = self._request, DistillationResult()
         captions = [number // self._per_prompt for number in range(len(latents))]
-        levels = levels_within(*request.noise)
-        examples = Examples(latents, captions, self._level(), request.settings.seed, self._negative, levels)
+        level, levels = self._levels[scale]
+        examples = Examples(latents, captions, level, request.settings.seed, self._negative, levels)
         resizing = PatchResizing(self.base.patch, scale, request.resize, self._frames)
         statistics = PatchStatistics.of(latents[examples.trained], resizing)
         numbers = self.base.channels * resizing.side**2
@@ -247,10 +271,23 @@ class _PatchTraining:
         patches.requires_grad_(False)
         return TrainedScale(coarse, parts.low_rank(), errors, untrained, result.best_step)
 
+    def _levels_of(self, scale: int) -> tuple[Callable[[float], float], tuple[float, ...]]:
+        """Return the map from uniform numbers to noise levels of examples, and the levels at which the error is measured."""
+        request = self._request
+        if request.coarse is None:
+            return self._level(), levels_within(*request.noise)
+        sigmas = [min(sigma, 1.0) for sigma in self._schedule(request.coarse.steps)]
+        level = request.coarse.levels(sigmas, scale, request.scales, within=request.noise, least=SMALLEST_SIGMA)
+        return level, levels_through(level)
+
+    def _schedule(self, steps: int) -> list[float]:
+        """Return the noise levels of the model's sampler with so many steps."""
+        sampling = self._dit.patcher.get_model_object("model_sampling")
+        return comfy.samplers.calculate_sigmas(sampling, self._request.latents.scheduler, steps).tolist()
+
     def _level(self) -> Callable[[float], float]:
         """Return the map from uniform numbers to noise levels: through the part of the sampler's schedule in the range."""
-        sampling = self._dit.patcher.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, self._request.latents.scheduler, _SCHEDULE).tolist()
+        sigmas = self._schedule(_SCHEDULE)
         lowest, highest = self._request.noise
         start, end = (_SCHEDULE - np.interp([highest, lowest], sigmas[::-1], range(_SCHEDULE + 1))).tolist()
 
@@ -267,14 +304,17 @@ class _PatchTraining:
         parts: Mapping[str, Any] = {
             "kind": "patch adapters", "version": _VERSION, **self._identity, "scale": scale, "resize": request.resize,
             "latents": request.latents.parts(), "settings": asdict(request.settings), "lora": asdict(request.lora),
-            "checkpointing": request.checkpointing, **self._noise(),
+            "checkpointing": request.checkpointing, **self._which_levels(),
         }  # fmt: skip
         return RunIdentity(parts)
 
-    def _noise(self) -> dict[str, float]:
-        """Return the range of noise levels, or nothing if it is all of them, as of a training before there were ranges."""
-        lowest, highest = self._request.noise
-        return {} if self._request.noise == ALL_LEVELS else {"noise_from": lowest, "noise_to": highest}
+    def _which_levels(self) -> dict[str, Any]:
+        """Return which noise levels are trained on, or nothing if it is all of them, as of a training before one could choose."""
+        (lowest, highest), coarse = self._request.noise, self._request.coarse
+        chosen: dict[str, Any] = (
+            {} if self._request.noise == ALL_LEVELS else {"noise_from": lowest, "noise_to": highest}
+        )
+        return chosen if coarse is None else {**chosen, "coarse_steps": coarse.describe()}
 
     def _checkpoints(self, identity: RunIdentity) -> Checkpoints:
         request = self._request
