@@ -31,13 +31,18 @@ PICTURES = 3
 SIDES = (128, 192, 256, 384, 512)
 FULL = 28
 SHARES = (1.0, 0.5, 0.25, 0.1)  # of the coarse call's error that remains
-RUNS = {128: (10,), 256: (10,)}  # side -> steps of runs in which every other step is coarse
+RUNS = {
+    256: {128: 10, 256: 10},
+    512: {256: 10, 512: 10},
+}  # side of the training -> side -> steps, every other one coarse
 PLAIN = (5, 6, 7, 8)
 logger = logging.getLogger("__main__")
 
 
-def errors(world: World, trained: TrainedPatches) -> list[dict[str, Any]]:
+def errors(world: World, trained: TrainedPatches, trained_at: int) -> list[dict[str, Any]]:
     """Return a row per size and patch size: the relative error of a coarse call's velocity by noise level.
+
+    Adapters were trained at ``trained_at`` pixels.
 
     ``untrained`` is a call without any training, ``start`` one with the connection by statistics of pictures of that size, and
     ``trained`` one with the adapters, whatever size they were trained at. Noise on drawings of prompts that were not
@@ -53,7 +58,8 @@ def errors(world: World, trained: TrainedPatches) -> list[dict[str, Any]]:
                 "start": (CoarseAdapter(entry.coarse.resizing, statistics), {}),
                 "trained": (entry.coarse, entry.lora),
             }
-            row = {"side": side, "scale": scale, "pictures": len(latents), **_by_level(world, latents, calls)}
+            about = {"trained_at": trained_at, "side": side, "scale": scale, "pictures": len(latents)}
+            row = {**about, **_by_level(world, latents, calls)}
             logger.info("%s", row)
             found.append(row)
     return found
@@ -87,30 +93,20 @@ def _size(difference: Tensor) -> Tensor:
     return difference.double().square().mean().sqrt()
 
 
-def allowed(world: World, trained: TrainedPatches) -> list[dict[str, Any]]:
+def allowed(world: World, trained: TrainedPatches, trained_at: int) -> list[dict[str, Any]]:
     """Return a row per size, number of steps and remaining share of the error, and rows of plain steps."""
     found = []
-    for side, runs in RUNS.items():
+    for side, steps in RUNS[trained_at].items():
         tokens = (side // TOKEN) ** 2
         operations = trained.operations_of(tokens)
         full = _latents(world, world.model, FULL, side)
         arms = [(f"plain, {steps} steps", world.model, steps, None, float(steps)) for steps in PLAIN]
-        for steps in runs:
-            cost = steps - steps // 2 * (1.0 - operations[2] / operations[1])
-            arms += [
-                (
-                    f"DDiT, every other of {steps} steps",
-                    less_wrong(world.model, trained, share),
-                    steps,
-                    share,
-                    cost,
-                )
-                for share in SHARES
-            ]
+        cost, name = steps - steps // 2 * (1.0 - operations[2] / operations[1]), f"DDiT, every other of {steps} steps"
+        arms += [(name, less_wrong(world.model, trained, share), steps, share, cost) for share in SHARES]
         for name, model, steps, share, cost in arms:
             difference = _size(_latents(world, model, steps, side) - full) / _size(full)
             row = {
-                "side": side, "name": name, "steps": steps, "share": share, "plain_steps": round(cost, 2),
+                "trained_at": trained_at, "side": side, "name": name, "steps": steps, "share": share, "plain_steps": round(cost, 2),
                 "difference": difference.item(), "pictures": len(world.scenes),
             }  # fmt: skip
             logger.info("%s", row)

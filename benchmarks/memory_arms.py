@@ -29,6 +29,7 @@ from blockskip_pack.blockskip_core.blocks.saved_bytes import SavedBytes
 from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
 from blockskip_pack.blockskip_core.data.flow_matching import velocity_loss
 from blockskip_pack.blockskip_core.hosts.models.weightless_dit import WeightlessDit
+from blockskip_pack.blockskip_core.residuals.back_response import empty_response
 from blockskip_pack.blockskip_core.selection.presets import PAPER_FLUX_SELECTIONS
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
 from blockskip_pack.blockskip_core.selection.skip_and_freeze import skip_and_freeze
@@ -42,6 +43,7 @@ WHOLE_RUN = "a whole run: 400 draws, 64 at a time"
 FORMATS = ("bf16", "fp8", "int8", "4-bit")
 FROZEN = "4-bit"
 EXACT = f"half skipped, the last ones frozen in {FROZEN}"
+LINEAR, DRAWS = "half skipped, the last ones linear", 500
 OURS_FROZEN, OURS_RATIO = "int8", 0.5
 DEFAULT = f"skip and freeze {OURS_RATIO}: a quarter skipped, half frozen in {OURS_FROZEN}"
 SIZES = (512, 256)
@@ -175,21 +177,26 @@ class Subject:
         """Return a selection of its blocks."""
         return BlockSelection(front=front, back=back, num_blocks=len(self.dit.blocks), family=self.dit.family)
 
-    def ours(self, size: int, spans: tuple[int, int], checkpointing: bool, weights: str, source: str) -> PhaseCount:
+    def ours(
+        self, size: int, spans: tuple[int, int], checkpointing: bool, weights: str, source: str, linear: bool = False
+    ) -> PhaseCount:
         """Count a step of this package's training loop."""
-        count = self._ours(size, spans, checkpointing, weights == "bf16", source)
+        count = self._ours(size, spans, checkpointing, weights == "bf16", source, linear)
         stored = self.stored(weights)
         kept = range(len(stored.blocks)) if source == "on the fly" else self.selection(*spans).kept
         return count.with_weights(sum(stored.blocks[index] for index in kept) + stored.others)
 
     @cache  # noqa: B019  formats of eight bits and less differ only in the bytes of weights
-    def _ours(self, size: int, spans: tuple[int, int], checkpointing: bool, plain: bool, source: str) -> PhaseCount:
+    def _ours(
+        self, size: int, spans: tuple[int, int], checkpointing: bool, plain: bool, source: str, linear: bool
+    ) -> PhaseCount:
         dit, shape, selection = self._form(plain), self.latent_shape(size), self.selection(*spans)
         adapters = adapters_on(dit, dit.lora_layers(selection, "attention and mlp"), LoraSettings(rank=RANK))
         tokens = token_shapes(dit, shape, block=max(0, spans[0] - 1))
         residual = None if source == "on the fly" else residual_of_zeros(tokens, selection)
+        response = empty_response(DRAWS, dit.width, tokens.img.dtype) if linear else None
         config = TrainingConfig(steps=1, checkpointing=checkpointing)
-        return count_training(dit, shape, selection, adapters, config, residual)
+        return count_training(dit, shape, selection, adapters, config, residual, response=response)
 
     def default(self, size: int, weights: str) -> PhaseCount:
         """Count a step of the nodes' default."""
@@ -313,6 +320,10 @@ def arms_of(flux: Subject) -> list[Arm]:
             count=lambda weights=weights: flux.exact(256, (19, 10), weights))
         for weights in FORMATS
     ] + [
+        Arm(part=OURS, name=LINEAR, size=256, checkpointing=True, weights=weights, skipped=(19, 10), source="cached",
+            count=lambda weights=weights: flux.ours(256, (19, 10), True, weights, "cached", linear=True))
+        for weights in FORMATS
+    ] + [
         Arm(part=OURS, name=DEFAULT, size=256, checkpointing=True, weights=weights, source="cached",
             count=lambda weights=weights: flux.default(256, weights))
         for weights in FORMATS
@@ -353,6 +364,11 @@ def arms_of_family(published: Published) -> list[Arm]:
             skipped=published.halves, source="cached",
             count=lambda weights=weights: subject().exact(256, published.halves, weights))
         for weights in FORMATS if published.halves[1]
+    ] + [
+        Arm(part=published.name, name=LINEAR, size=256, checkpointing=True, weights=weights,
+            skipped=published.halves, source="cached",
+            count=lambda weights=weights: subject().ours(256, published.halves, True, weights, "cached", linear=True))
+        for weights in FORMATS
     ] + [
         Arm(part=published.name, name=DEFAULT, size=256, checkpointing=True, weights=weights, source="cached",
             count=lambda weights=weights: subject().default(256, weights))

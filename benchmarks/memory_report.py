@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from memory_choices import choices
+
 GIB, MIB = 2**30, 2**20
 Row = dict[str, Any]
 FLUX_PARTS = ("ComfyUI's Train LoRA", "plain LoRA (peft)", "BlockSkip", "before training")
@@ -171,6 +173,7 @@ def write(rows: list[Row], folder: Path) -> None:
     baseline = find(flux, part="plain LoRA (peft)", size=512, checkpointing=False)
     text = ["# Memory and operations, counted", "", *sorted({row["about"] for row in rows}), "", CONVENTIONS, ""]
     text += ["## Targets", "", *targets(flux), "", "## FLUX.1-dev", "", *table(flux, baseline), "", OTHERS, ""]
+    text += ["## Which way fits which card", "", *choices(rows), ""]
     if families:
         text += ["## Other families", "", *table(families, None), ""]
     if real:

@@ -22,6 +22,7 @@ from typing import Any
 
 import command_line
 import quality_report
+import quality_sheet
 import torch
 from quality_arms import ARMS, BASELINE, FULL, SMALL, Arm, arm_named
 from quality_world import Bench, Settings
@@ -207,19 +208,20 @@ def cell(bench: Bench, name: str, subject: str, seed: int, settings: Settings) -
     found = dict(costs)
     for size, suffix in ((FULL, ""), (SMALL, "_small")):
         found["held_out_loss" + suffix] = bench.held_out_loss(model, subject, size, settings)
-        fidelity, pictures = bench.fidelity(model, subject, seed, size, settings)
+        fidelity, pictures, drawn = bench.fidelity(model, subject, seed, size, settings)
         found |= {measure + suffix: value for measure, value in fidelity.items()}
-        keep_picture(bench, pictures[0], f"{name}_{subject}_{seed}{suffix}")
+        for who, seen in ((name, pictures), (quality_sheet.DRAWN, drawn)):
+            for prompt, picture in enumerate(seen):
+                keep(picture, quality_sheet.file_of(bench.results, who, subject, seed, prompt, small=size == SMALL))
     return found
 
 
-def keep_picture(bench: Bench, picture: torch.Tensor, name: str) -> None:
+def keep(picture: torch.Tensor, file: Path) -> None:
     """Write a sample for the sheet."""
     from sample_world import to_picture
 
-    folder = bench.results / "quality_samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    to_picture(picture).save(folder / (quality_report.file_name(name) + ".jpg"), quality=92)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    to_picture(picture).save(file, quality=92)
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:

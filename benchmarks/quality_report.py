@@ -1,4 +1,4 @@
-"""The quality benchmark's table, comparisons, plot and sheet of samples, from its cells."""
+"""The quality benchmark's table, comparisons and plot, from its cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+import quality_sheet
 from quality_arms import ARMS, BASELINE, FULL, SMALL
 
 MIB = 2**20
@@ -84,11 +84,6 @@ def rows(folder: Path) -> list[Cell]:
     """Return all cells of all runs."""
     files = sorted(folder.glob("quality_cells*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
-
-
-def file_name(text: str) -> str:
-    """Return a name that is valid on every file system."""
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
 
 
 def recovered(cells: Cells, arm: str, subject: str, seed: int, loss: str = "held_out_loss") -> float | None:
@@ -220,7 +215,7 @@ def write(folder: Path, key: str, settings: Any, about: str) -> None:
     ]
     (folder / "quality.md").write_text("\n".join(text), encoding="utf-8")
     plot(cells, folder / "quality.png")
-    samples(folder, subjects, folder / "quality_samples.jpg")
+    quality_sheet.write(folder, subjects, settings.prompts, folder / "quality_samples.jpg")
 
 
 PANELS = (("held_out_loss", f"R at {FULL} px"), ("held_out_loss_small", f"R at {SMALL} px"))
@@ -261,24 +256,3 @@ def _bar(axes: Any, height: int, values: list[float], colour: str) -> None:
         return
     axes.barh(height, mean, xerr=error, color=colour, alpha=0.55, height=0.7, ecolor="black", capsize=2)
     axes.plot(values, [height] * len(values), "o", color=colour, markersize=2.5)
-
-
-def samples(folder: Path, subjects: Sequence[str], file: Path, side: int = 128) -> None:
-    """Draw the first sample of seed 0, arms in rows and subjects in columns."""
-    names = ["base", *(arm.name for arm in ARMS)]
-
-    def source(arm: str, who: str) -> Path:
-        return folder / "quality_samples" / f"{file_name(f'{arm}_{who}_0')}.jpg"
-
-    names = [name for name in names if any(source(name, subject).is_file() for subject in subjects)]
-    label = 210
-    canvas = Image.new("RGB", (label + side * len(subjects), side * len(names)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for row, name in enumerate(names):
-        pen.text((6, row * side + side // 2 - 6), name, fill="black")
-        for column, subject in enumerate(subjects):
-            if source(name, subject).is_file():
-                with Image.open(source(name, subject)) as picture:
-                    canvas.paste(picture.resize((side, side)), (label + column * side, row * side))
-    if names:
-        canvas.save(file, quality=88)

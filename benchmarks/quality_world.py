@@ -177,8 +177,8 @@ class Bench:
 
     def fidelity(
         self, model: Any, subject: str, seed: int, size: int, settings: Settings
-    ) -> tuple[dict[str, float], list[Tensor]]:
-        """Return subject and prompt fidelity of pictures sampled on held-out grounds, and the pictures."""
+    ) -> tuple[dict[str, float], list[Tensor], list[Tensor]]:
+        """Return subject and prompt fidelity of pictures sampled on held-out grounds, these pictures, and the subject drawn there."""
         scenes = self.held_out(subject, 10)
         chosen = [scenes[(seed * settings.prompts + i) % len(scenes)] for i in range(settings.prompts)]
         pictures = [
@@ -186,11 +186,11 @@ class Bench:
             for i, scene in enumerate(chosen)
         ]
         sampled = torch.stack(pictures).permute(0, 3, 1, 2)
-        drawn = torch.stack([self._drawn(scene, size) for scene in chosen]).permute(0, 3, 1, 2)
+        drawn = [self._drawn(scene, size) for scene in chosen]
         pairs = list(zip(self.reading.read(self.reader, sampled), chosen, strict=True))
         share = {
             measure: sum(answer[name] == getattr(scene, name) for answer, scene in pairs) / len(pairs)
             for measure, name in (("ground", "ground"), ("place", "place"), ("recognised", "subject"))
         }
-        cosine = self.reading.similarity(self.reader, sampled, drawn).mean().item()
-        return {"cosine": cosine, **share}, pictures
+        cosine = self.reading.similarity(self.reader, sampled, torch.stack(drawn).permute(0, 3, 1, 2)).mean().item()
+        return {"cosine": cosine, **share}, pictures, drawn

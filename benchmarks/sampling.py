@@ -4,7 +4,15 @@
 ``counted`` counts what the same ways cost on published models at full size; ``pictures`` samples the demo's world with each
 of them, after training adapters for DDiT on its model (``--keep`` keeps them); ``sizes`` measures the adapters' error by the
 size of pictures, and how small it would have to be for coarse steps to be as good as fewer steps; ``lora`` does some of
-the ways with a LoRA of the demo (``--lora``). Rows go to ``results/sampling.jsonl`` one by one: ``--resume`` makes those
+the ways with a LoRA of the demo (``--lora``).
+
+The demo's model knows pictures of 256 px. For larger ones train it further, and give what that writes (a copy of the assets):
+
+    cp -r demo/assets LARGE
+    cd demo && python train_world.py dit --large --steps 3500 --rate 1e-3 --assets ../LARGE --start assets/blockskip_world_dit.safetensors
+    python dev.py benchmark sampling -- --assets LARGE --side 512 --parts pictures sizes --keep FILE
+
+Rows go to ``results/sampling.jsonl`` one by one: ``--resume`` makes those
 that are missing.
 """
 
@@ -23,8 +31,10 @@ logger = logging.getLogger(__name__)
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line.of_adapters(__doc__, ["counted", "pictures", "sizes", "lora"])
-    parser.add_argument("--sides", type=int, nargs="+", default=[256], help="sides of the pictures in pixels")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[8], help="number of pictures of each way, by side")
+    parser.add_argument(
+        "--side", type=int, default=256, help="of the pictures in pixels, and of the adapters' training"
+    )
+    parser.add_argument("--prompts", type=int, default=8, help="number of pictures of each way")
     parser.add_argument(
         "--lora", type=Path, help="a LoRA that `python dev.py demo` has made; without it no rows of one"
     )
@@ -38,21 +48,22 @@ def sampled(options: argparse.Namespace) -> None:
     import ddit_world
     import sampling_lora
     import sampling_world
-    from ralu_pictures import SIZE, World
+    from ralu_pictures import World
 
-    file, about = options.results / "sampling.jsonl", command_line.about()
-    world = World(options.assets, max(options.prompts))
+    file, about, side = options.results / "sampling.jsonl", command_line.about(), options.side
+    world = World(options.assets, options.prompts)
     scenes = world.scenes
-    trained, _ = ddit_world.kept_or_trained(world, options, SIZE)
-    replace_rows(file, "training", ddit_world.described(trained), about)
+    trained, _ = ddit_world.kept_or_trained(world, options, side)
+    replace_rows(file, f"training, {side} px", ddit_world.described(trained), about)
     if "sizes" in options.parts:
         world.scenes = scenes[: ddit_sizes.PICTURES]
-        replace_rows(file, "sizes", ddit_sizes.errors(world, trained), about)
-        replace_rows(file, "allowed", ddit_sizes.allowed(world, trained), about)
+        replace_rows(file, f"sizes, {side} px", ddit_sizes.errors(world, trained, side), about)
+        replace_rows(file, f"allowed, {side} px", ddit_sizes.allowed(world, trained, side), about)
+        world.scenes = scenes
     if "lora" in options.parts and options.lora:
-        replace_rows(file, "lora", list(sampling_lora.rows(world, trained, SIZE, options.lora)), about)
-    for side, number in zip(options.sides, options.prompts, strict=True) if "pictures" in options.parts else ():
-        part, world.scenes = f"pictures, {side} px", scenes[:number]
+        replace_rows(file, "lora", list(sampling_lora.rows(world, trained, side, options.lora)), about)
+    if "pictures" in options.parts:
+        part = f"pictures, {side} px"
         if not options.resume:
             remove_part(file, part)
         done = {row["name"] for row in rows_in(file) if row["part"] == part}

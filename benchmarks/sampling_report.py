@@ -247,6 +247,6 @@ def mean(errors: list[float]) -> float:
 _PARTS = {
     "counted": ("Counted at full size", counted), "pictures": ("Pictures of the demo's world, {side} px", pictures),
     "earlier": ("An earlier run with fewer operations, {side} px", earlier), "lora": ("With a LoRA", lora),
-    "training": ("The adapters", training), "sizes": ("The error of coarse steps by size", sizes),
-    "allowed": ("The error that would pay", allowed),
+    "training": ("The adapters, {side} px", training), "sizes": ("The error of coarse steps by size, trained at {trained_at} px", sizes),
+    "allowed": ("The error that would pay, trained at {trained_at} px", allowed),
 }  # fmt: skip

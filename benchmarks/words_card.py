@@ -52,7 +52,9 @@ CELLS = (
     WordCell("SDXL", 1024, 3, "together", 6.0, "int8"),
     WordCell("SDXL", 1024, 8, "in turns", 6.0, "int8"),
     WordCell("SDXL", 1024, 8, "in turns", 6.0, "int8", fused=True),
+    WordCell("SDXL", 1024, 8, "in turns", 4.66, "int8"),  # 5 GB
     WordCell("FLUX.1-dev", 512, 8, "in turns", 16.0, "fp8"),
+    WordCell("FLUX.1-dev", 1024, 3, "in turns", 12.09, "fp8"),  # its own weights and 1 GiB
     WordCell("FLUX.1-dev", 512, 8, "in turns", 12.0, "4-bit"),
     WordCell("FLUX.1-dev", 512, 8, "in turns", 8.0, "4-bit"),
 )

@@ -27,7 +27,17 @@ from torch import Tensor
 import host
 import world
 from blockskip_demo_nodes.words import WordEncoder, WordTokenizer, read_text_file
-from world_data import Bucket, Latents, random_bucket, random_rows, random_sigmas, to_tensor
+from world_data import (
+    BUCKETS,
+    LARGE,
+    SAID_SHARE,
+    Bucket,
+    Latents,
+    random_bucket,
+    random_rows,
+    random_sigmas,
+    to_tensor,
+)
 from world_files import save_checkpoint, write_atomically
 
 logger = logging.getLogger("train_world")
@@ -223,6 +233,7 @@ class DitTraining:
 
         torch.manual_seed(options.seed)
         self.options, self.device, self.step = options, device, 0
+        self.buckets = (LARGE,) if options.large else BUCKETS
         self.checkpoint = options.work / "dit.pt"
         tokenizer, self.encoder = load_text(options)
         self.model, self.average = build_dit(device), build_dit(device)
@@ -264,9 +275,10 @@ class DitTraining:
         from world_dit import flow_loss
 
         torch.manual_seed((self.options.seed << 32) + self.step)
-        bucket, scale = random_bucket(), self.options.scale
+        bucket, scale = random_bucket(self.buckets), self.options.scale
         pictures = self.latents.available(bucket, self.step * scale)
-        latents, ids, weights = random_rows(pictures, bucket.batch * scale)
+        said = 1.0 if bucket.plain else SAID_SHARE
+        latents, ids, weights = random_rows(pictures, bucket.batch * scale, said)
         sigma = random_sigmas(bucket.batch * scale, bucket.shift)
         context, pooled = self.encoder.encode_ids(ids)
         with host.half_precision(self.device):
@@ -331,6 +343,7 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=DIT_RATE, help="the dit's highest learning rate")
     parser.add_argument("--optimiser", choices=["muon", "adam"], default="muon", help="the dit's")
+    parser.add_argument("--large", action="store_true", help="train the dit on whole scenes at 512 px alone")
     parser.add_argument(
         "--start", type=Path, help="weights to start the dit from where there is no checkpoint"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 import host
 import world
 from world_files import write_atomically
-from world_views import Size, View, random_view
+from world_views import Size, View, random_view, whole_scene
 
 logger = logging.getLogger("world_data")
 
@@ -43,6 +43,7 @@ class Bucket:
         batch: Pictures per step; about as many tokens at every size.
         chance: How often a step uses this bucket, relative to the others.
         views, parts: Pictures in a part, and the number of parts.
+        plain: Whether it has whole scenes with full captions only, as the shipped weights were trained on.
     """
 
     size: Size
@@ -50,6 +51,7 @@ class Bucket:
     chance: float
     views: int
     parts: int
+    plain: bool = False
 
     @property
     def shift(self) -> float:
@@ -67,6 +69,7 @@ BUCKETS = (
     Bucket((256, 256), 8, 0.2, 800, 12),
     Bucket((320, 320), 5, 0.12, 400, 12),
 )
+LARGE = Bucket((512, 512), 2, 1.0, 500, 12, plain=True)  # for a model of large pictures alone
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[world.Scene]:
@@ -101,7 +104,8 @@ def part_views(bucket: Bucket, number: int, seed: int) -> list[View]:
     """The views of one part of a bucket."""
     reserved = frozenset(world.caption(scene) for scene in held_out_scenes(HELD_OUT))
     rng = random.Random(f"{seed}/views/{bucket.size}/{number}")
-    return [random_view(rng, bucket.size, reserved) for _ in range(bucket.views)]
+    draw = whole_scene if bucket.plain else random_view
+    return [draw(rng, bucket.size, reserved) for _ in range(bucket.views)]
 
 
 def to_tensor(pictures: list) -> Tensor:
@@ -183,19 +187,22 @@ class Latents:
         return held
 
 
-def random_bucket() -> Bucket:
+def random_bucket(buckets: Sequence[Bucket] = BUCKETS) -> Bucket:
     """Choose a bucket by its chance, with PyTorch's global generator."""
-    chances = torch.tensor([bucket.chance for bucket in BUCKETS])
-    return BUCKETS[int(torch.multinomial(chances, 1))]
+    chances = torch.tensor([bucket.chance for bucket in buckets])
+    return buckets[int(torch.multinomial(chances, 1))]
 
 
-def random_rows(data: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_rows(
+    data: dict[str, Tensor], batch: int, said_share: float = SAID_SHARE
+) -> tuple[Tensor, Tensor, Tensor]:
     """Latents ``[batch, 16, h, w]``, word ids ``[batch, L]``, weights ``[batch, h, w]`` of random views.
 
-    A tenth of the captions are empty; ``SAID_SHARE`` of the others include size and place, where they are true.
+    A tenth of the captions are empty; ``said_share`` of the others include the size, and as many the place, where they are
+    true.
     """
     rows = torch.multinomial(data["shown"], batch)
-    unsaid = (torch.rand(2, batch) >= SAID_SHARE).long()
+    unsaid = (torch.rand(2, batch) >= said_share).long()
     ids = data["ids"][rows, 2 * unsaid[0] + unsaid[1]]
     kept = torch.rand(batch, 1) >= CAPTION_DROPOUT
     return data["latents"][rows].float(), ids * kept, data["weights"][rows].float()

@@ -109,6 +109,14 @@ def random_view(rng: random.Random, size: Size, reserved: frozenset[str] = froze
             return view
 
 
+def whole_scene(rng: random.Random, size: Size, reserved: frozenset[str] = frozenset()) -> View:
+    """A whole random scene without creatures, never one whose full caption is reserved for tests."""
+    while True:
+        view = View(world.random_scene(rng), size, (0, 0, *size), size)
+        if world.caption(view.scene) not in reserved:
+            return view
+
+
 def _window(rng: random.Random, scene: world.Scene, size: Size) -> View:
     """A window anywhere on a square canvas, with the view's proportions."""
     longest = max(size)

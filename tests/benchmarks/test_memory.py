@@ -151,3 +151,23 @@ def test_the_real_model_is_counted_the_same_without_weights(bench, monkeypatch):
     assert core.weights == lab.weights
     assert core.operations > 0
     assert not any(torch.is_inference(parameter) for parameter in lab.patcher.model.parameters())
+
+
+def test_a_card_gets_the_best_way_that_fits_it(bench):
+    """Each way's peak, with the margin, is just what one card leaves; nothing fits 6 GB."""
+    found = bench("memory_choices")
+    from blockskip_pack.blockskip_core.accounting.plan import CARDS, MARGIN, room_of_card
+
+    ways = dict(zip(("24 GB", "16 GB", "12 GB", "8 GB"), (*found.CHOICES[:3], found.CHOICES[4]), strict=True))
+    peaks = {way: int(room_of_card(card) / (1.0 + MARGIN)) for card, way in ways.items()}
+    peaks[found.CHOICES[3]] = 2**40
+    rows = [
+        {"part": part, "name": way.names[0], "size": 256, "weights_format": way.weights, "source": "cached", "checkpointing": True, "peak": peak}
+        for part in ("Some-Model", "Half-Counted")
+        for way, peak in peaks.items()
+        if part == "Some-Model" or way is found.CHOICES[0]
+    ]  # fmt: skip
+    (line,) = [line for line in found.choices(rows) if line.startswith("| Some") or line.startswith("| Half")]
+    labels = [cell.rsplit(": ", 1)[0] for cell in line.strip("| ").split(" | ")[1:]]
+    expected = {"6 GB": "streamed", **{card: way.label for card, way in ways.items()}}
+    assert dict(zip(CARDS, labels, strict=True)) == expected

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "demo" / "assets"
@@ -142,3 +143,22 @@ def test_every_compared_arm_exists(bench) -> None:
     names = {arm.name for arm in bench("quality_arms").ARMS}
     assert {name for _, *pair in bench("quality_report").CLAIMS for name in pair} <= names
     assert len(names) == len(bench("quality_arms").ARMS)
+
+
+def test_the_sheet_has_the_rows_whose_pictures_are_all_there(bench, tmp_path):
+    sheet = bench("quality_sheet")
+    arms = list(sheet.ROWS)
+    for arm, prompts in ((arms[0], (0, 1)), (arms[1], (0, 1)), (arms[2], (0,))):
+        for subject in ("toby", "pip"):
+            for prompt in prompts:
+                path = sheet.file_of(tmp_path, arm, subject, 0, prompt)
+                path.parent.mkdir(exist_ok=True)
+                Image.new("RGB", (8, 8)).save(path)
+    sheet.write(tmp_path, ["toby", "pip"], 2, tmp_path / "sheet.jpg")
+    with Image.open(tmp_path / "sheet.jpg") as drawn:
+        assert drawn.size == (sheet.LABEL + 4 * sheet.SIDE, sheet.HEAD + 2 * sheet.SIDE)
+
+
+def test_no_sheet_is_written_without_samples(bench, tmp_path):
+    bench("quality_sheet").write(tmp_path, ["toby"], 2, tmp_path / "sheet.jpg")
+    assert not (tmp_path / "sheet.jpg").exists()

@@ -42,6 +42,7 @@ def options(folder: Path, steps: int) -> Namespace:
         start=start,
         compile=False,
         scale=1,
+        large=False,
     )
 
 
@@ -84,14 +85,34 @@ def test_scaled_batches_are_larger_and_take_new_pictures_sooner(
     batches: list[tuple[int, int]] = []
     rows = training.random_rows
 
-    def counted(data, batch):
+    def counted(data, batch, *more):
         batches.append((len(data["ids"]), batch))
-        return rows(data, batch)
+        return rows(data, batch, *more)
 
     monkeypatch.setattr(training, "random_rows", counted)
     run.advance()
     run.advance()
     assert batches == [(8, 6), (16, 6)]
+
+
+def test_a_large_training_has_whole_scenes_with_full_captions_only(
+    training: ModuleType, demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = demo("world_data").Bucket((96, 96), 2, 1.0, 8, 2, plain=True)
+    monkeypatch.setattr(training, "LARGE", tiny)
+    changed = options(tmp_path, 1)
+    changed.large = True
+    run = training.DitTraining(changed, torch.device("cpu"))
+    trained, _ = run.advance()
+    assert trained is tiny
+    data = run.latents.available(tiny, 0)
+    full, nothing = data["ids"][:, 0].tolist(), [0] * data["ids"].shape[-1]
+
+    def said(share: float) -> list[list[int]]:
+        return [ids for _ in range(20) for ids in training.random_rows(data, 8, share)[1].tolist()]
+
+    assert all(ids in (*full, nothing) for ids in said(1.0))
+    assert not all(ids in (*full, nothing) for ids in said(0.5))
 
 
 def test_larger_pictures_are_trained_at_noisier_levels(demo) -> None:

@@ -33,6 +33,13 @@ def test_a_whole_view_is_the_scene_with_its_whole_caption(views: ModuleType, wor
     assert (np.asarray(whole[0].draw()) == np.asarray(world.render(whole[0].scene, (192, 128)))).all()
 
 
+def test_a_plain_bucket_has_whole_scenes_without_creatures(demo, world: ModuleType) -> None:
+    data = demo("world_data")
+    shown = data.part_views(data.LARGE, 0, 0)
+    assert len(shown) == data.LARGE.views
+    assert all(view.whole and view.size == (512, 512) and not world.is_creature(view.scene) for view in shown)
+
+
 @pytest.mark.parametrize("size", [(128, 128), (192, 128), (256, 320)])
 def test_every_view_has_its_size_and_shows_enough_of_the_object(views: ModuleType, size: tuple[int, int]) -> None:
     for view in some_views(views, 40, size):
@@ -70,7 +77,7 @@ def test_held_out_captions_are_in_no_training_picture(demo, world: ModuleType) -
         for number in range(shards):
             rng = random.Random(f"0/{size}/{number}")
             assert not held_out & {world.caption(world.random_scene(rng)) for _ in range(data.FIRST_SHARD)}
-    shown = [view for bucket in data.BUCKETS for view in data.part_views(bucket, 0, 0)]
+    shown = [view for bucket in (*data.BUCKETS, data.LARGE) for view in data.part_views(bucket, 0, 0)]
     assert not held_out & {text for view in shown for text in view.captions()}
 
 

@@ -74,7 +74,7 @@ def test_the_readmes_memory_is_what_was_counted():
 
 
 def test_the_memory_of_every_family_is_what_was_counted():
-    table = rows(read("docs/models.md").split("## Where the LoRA files load")[0])
+    table = rows(read("docs/models.md").split("## Which format to load on which card")[0])
     for start, parts in KEPT_IN_MODELS.items():
         (row,) = [row for row in table if f"{row[0]} |".startswith(start)]
         for cell, name in ((row[3], DEFAULT), (row[4], "")):
@@ -82,6 +82,13 @@ def test_the_memory_of_every_family_is_what_was_counted():
             formats = ("bf16", "fp8", "4-bit")
             expected = [", ".join(f"{counted(part, w, name):.1f}" for w in formats) + " GiB" for part in parts]
             assert said == expected, (row[0], name)
+
+
+def test_which_way_fits_which_card_is_what_was_counted():
+    shown = rows(section(read("docs/models.md"), "Which format to load on which card"))
+    assert len(shown) > 5
+    every = rows(section(read("benchmarks/results/memory.md"), "Which way fits which card"))
+    assert all(row in every for row in shown)
 
 
 def test_what_ralu_saves_is_what_was_counted():
