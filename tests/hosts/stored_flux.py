@@ -55,6 +55,9 @@ FORMATS = {
     "convrot w4a4": StoredAs(
         "convrot_w4a4", {"convrot_groupsize": 64}, {"convrot_groupsize": 64}, rounds_inputs=True
     ),
+    "w4a8": StoredAs(  # in ComfyUI from 0.31 on
+        "asym_w4a8_int8", {"convrot_groupsize": 64}, {"convrot_groupsize": 64}, rounds_inputs=True
+    ),
 }  # fmt: skip
 
 

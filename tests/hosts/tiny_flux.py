@@ -42,7 +42,7 @@ def tiny_flux(
     supported = (comfy.supported_models.Flux if guidance else comfy.supported_models.FluxSchnell)(config)
     supported.custom_operations = None
     supported.set_inference_dtype(dtype, cast_to)
-    supported.latent_format = _FourChannels()
+    supported.latent_format = _four_channels()
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():  # as ComfyUI's loaders do
         model = comfy.model_base.Flux(supported, device="cpu")
@@ -54,23 +54,21 @@ def tiny_flux(
     return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-class _FourChannels:
-    """A latent format with a scale, so that applying it twice or not at all is noticed."""
+def _four_channels():
+    """Return a latent format with a scale and a shift, so that applying it twice or not at all is noticed."""
+    import comfy.latent_formats
 
-    latent_channels = 4
-    latent_dimensions = 2
-    spacial_downscale_ratio = 8
-    scale_factor, shift_factor = 0.5, 0.25
-    latent_rgb_factors = None
-    latent_rgb_factors_bias = None
-    latent_rgb_factors_reshape = None
-    taesd_decoder_name = None
+    class FourChannels(comfy.latent_formats.LatentFormat):
+        latent_channels = 4
+        scale_factor, shift_factor = 0.5, 0.25
 
-    def process_in(self, latent):
-        return (latent - self.shift_factor) * self.scale_factor
+        def process_in(self, latent):
+            return (latent - self.shift_factor) * self.scale_factor
 
-    def process_out(self, latent):
-        return latent / self.scale_factor + self.shift_factor
+        def process_out(self, latent):
+            return latent / self.scale_factor + self.shift_factor
+
+    return FourChannels()
 
 
 def captions(lengths=(5,), seed: int = 1, guidance: float | None = None) -> list[list]:
