@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -93,19 +96,43 @@ def vocabularies() -> dict[str, torch.Tensor]:
         sentence_iterator=iter([LETTERS]), model_writer=made, model_type="char", vocab_size=len(LETTERS) + 4, pad_id=0,
         eos_id=1, bos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    return {"spiece_model": torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)}
+    return {
+        "spiece_model": torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8),
+        "tekken_model": _tekken_file(),
+    }
 
 
-def _tekken(data: None) -> dict[str, Any]:
+SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+
+
+def _tekken(data: Any) -> dict[str, Any]:
     """Return what ComfyUI makes of Mistral's vocabulary: here a token for each byte, after the special ones."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
-    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     made = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    made.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
     return {"tokenizer_object": made, "legacy": False}
+
+
+def _tekken_file() -> torch.Tensor:
+    """Return such a vocabulary as it is in a model's file."""
+    vocab = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
+    special = [{"rank": rank, "token_str": name} for rank, name in enumerate(SPECIAL)]
+    config = {"default_num_special_tokens": len(SPECIAL), "default_vocab_size": len(SPECIAL) + len(vocab)}
+    made = json.dumps({"config": config, "vocab": vocab, "special_tokens": special}).encode()
+    return torch.frombuffer(bytearray(made), dtype=torch.uint8)
+
+
+def _mistral_vocabulary() -> AbstractContextManager[Any]:
+    """Return a context in which ComfyUI has a small vocabulary of Mistral.
+
+    ComfyUI 0.30 reads it by a class of transformers, whose arguments have changed since; 0.33 reads it itself.
+    """
+    import comfy.text_encoders.flux as host
+
+    return nullcontext() if hasattr(host, "from_tekken_json") else patch.object(host, "load_mistral_tokenizer", _tekken)
 
 
 def _without_pictures(encoder: torch.nn.Module) -> None:
@@ -126,7 +153,7 @@ def small_clip(family: str, embeddings: str) -> Any:
 
     encoder, tokenizer = _classes(family)
     nowhere = {"initial_device": torch.device("meta")}  # some are large at first
-    with patch("comfy.text_encoders.flux.load_mistral_tokenizer", _tekken):
+    with _mistral_vocabulary():
         clip = comfy.sd.CLIP(
             SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), embedding_directory=[embeddings],
             model_options={**OPTIONS, **OWN_OPTIONS.get(family, {}), **nowhere, "dtype": torch.float32},
