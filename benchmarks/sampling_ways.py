@@ -138,9 +138,10 @@ def by_error(steps: int, work: float) -> Way:
     return Way(f"DDiT, by error, {steps} steps at {work:g}", steps, chosen="by error", work=work)
 
 
-def decided(steps: int, work: float, criterion: Criterion = "third difference") -> Way:
+def decided(steps: int, work: float, criterion: Criterion = "third difference", cache: float = 0.0) -> Way:
     """Return DDiT with steps that are decided while sampling, at the threshold with which they cost this much."""
-    return Way(f"DDiT, {criterion}, {steps} steps at {work:g}", steps, chosen=criterion, work=work)
+    more = f", and EasyCache {cache:g}" if cache else ""
+    return Way(f"DDiT, {criterion}, {steps} steps at {work:g}{more}", steps, chosen=criterion, work=work, cache=cache)
 
 
 WAYS = (  # the first is what the others are compared with
@@ -153,4 +154,5 @@ WAYS = (  # the first is what the others are compared with
     Way("RALU, FLUX 5x, last stage with DDiT", 15, preset="FLUX 5x", stage="last"),
     by_error(25, 17), decided(25, 17), staged("FLUX 7x", 10), Way("RALU, FLUX 5x, and EasyCache 0.2", 15, preset="FLUX 5x", cache=0.2),
     every_other(21), every_other(20, 0.2), decided(37, 25, "third difference (as published)"), plain(5), every_other(7), plain(28),
+    decided(37, 17, cache=0.1), decided(25, 10, cache=0.1),
 )  # fmt: skip
