@@ -45,12 +45,11 @@ this file, so do not edit it.
 
 The tests run with ComfyUI 0.30.0, and five workflows with 0.18.2 too. With 0.33.0, the newest that could be had (its source of
 2026-08-22, comfy-kitchen 0.2.31, comfy-aimdo 0.4.13, frontend 1.49.6), a part ran once, on 2026-11-30: start, workflows and two copies in one
-server (63 tests of `tests/live`); the tests of all families with a file and of loaded models (383), of its rotations, of MiniMax H3, LTX-2,
-LTX-2.5 and HunyuanVideo 1.5 (86); all of `tests/hosts/models` but GGUF and Qwen-Image 2.1 (476, some of them among those before); the nodes'
-contract, inputs, names, cache keys, Memory Plan, folders, films, given latents, references, whole runs and the RALU Sampler (400 of
-`tests/nodes`), all passed; and through its API the twins of eight templates: FLUX.1 (first LoRA, 8, 12 and 24 GB), Z-Image Turbo, Qwen-Image,
-Qwen-Image-Edit and LTX-2, without a warning or an error of ours in the log. Not run there: the chart and the templates in a browser, the
-emulated card, `tests/hosts/sampling`, words, odd inputs, damaged and killed runs. No newer ComfyUI was run."""
+server (63 tests of `tests/live`); all of `tests/hosts`: models but GGUF and Qwen-Image 2.1 (476), families and diffusers (1,064), inputs, files and
+words (421), sampling (329); all of `tests/nodes` (1,409); `tests/card` on the emulated card (216); properties, damaged and killed
+runs and the demo's scripts (176); interrupts, odd inputs and reruns on a live server (8), all passed; and through its API the twins of eight templates: FLUX.1
+(first LoRA, 8, 12 and 24 GB), Z-Image Turbo, Qwen-Image, Qwen-Image-Edit and LTX-2, without a warning or an error of ours in the log. Not run
+there: the chart and the templates in a browser. No newer ComfyUI was run."""
 
 SECTIONS: Sequence[Section] = (
     Section(
