@@ -9,7 +9,8 @@ the ways with a LoRA of the demo (``--lora``).
 The demo's model knows pictures of 256 px. For larger ones train it further, and give what that writes (a copy of the assets):
 
     cp -r demo/assets LARGE
-    cd demo && python train_world.py dit --large --steps 3500 --rate 1e-3 --assets ../LARGE --start assets/blockskip_world_dit.safetensors
+    python demo/train_world.py dit --large --steps 2600 --rate 1e-3 --compile --work LARGE/work --assets LARGE \\
+        --start demo/assets/blockskip_world_dit.safetensors
     python dev.py benchmark sampling -- --assets LARGE --side 512 --parts pictures sizes --keep FILE
 
 Rows go to ``results/sampling.jsonl`` one by one: ``--resume`` makes those

@@ -910,6 +910,24 @@ One word changes FLUX.1 little, even with gradients. For the likeness of a thing
     twin="train_word_flux",
 )
 
+
+def with_coarse_steps(adapters: str) -> Prompt:
+    """Return Dynamic Patches with the adapters of a node, a sampler, and its picture."""
+    return {
+        "patches": node(
+            "BlockSkip_DDiT",
+            "Dynamic Patches (DDiT)",
+            model=ONE_FP8_FILE.link("model"),
+            mode="every other",
+            error_budget=0.1,
+            patch_adapters=[adapters, 0],
+        ),
+        "report": node("PreviewAny", "What is planned", source=["patches", 2]),
+        "sample": node("KSampler", "Sample with dynamic patches", model=["patches", 0], **SAMPLE),
+        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=ONE_FP8_FILE.link("vae")),
+    }
+
+
 DDIT = Graph(
     "BlockSkip 6 - Dynamic patches (DDiT)",
     {
@@ -937,17 +955,7 @@ DDIT = Graph(
         "guided": node("FluxGuidance", "Guidance", conditioning=["prompt", 0], guidance=3.5),
         "negative": node("ConditioningZeroOut", "No negative prompt", conditioning=["prompt", 0]),
         "size": node("EmptySD3LatentImage", "Picture size", width=1024, height=1024, batch_size=1),
-        "patches": node(
-            "BlockSkip_DDiT",
-            "Dynamic Patches (DDiT)",
-            model=ONE_FP8_FILE.link("model"),
-            mode="every other",
-            error_budget=0.1,
-            patch_adapters=["teach", 0],
-        ),
-        "report": node("PreviewAny", "What is planned", source=["patches", 2]),
-        "sample": node("KSampler", "Sample with dynamic patches", model=["patches", 0], **SAMPLE),
-        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=ONE_FP8_FILE.link("vae")),
+        **with_coarse_steps("teach"),
         "picture": node("SaveImage", "Picture", images=["decode", 0], filename_prefix="dynamic_patches"),
     },
     (
@@ -966,7 +974,7 @@ samples its own training pictures from the texts of a folder in ComfyUI's input 
 output/loras: use it later with *BlockSkip 6 - Use patch adapters (DDiT)*.
 
 **Dynamic Patches (DDiT)** goes between the model and any sampler that adds no noise. With *every other* every second
-step is coarse: of all modes this kept the most likeness on our small model.""",
+step is coarse: it is the one mode that needs no threshold.""",
     headline="Dynamic patches",
     subline="larger patches in some steps\nadapters trained on your model",
     twin="dynamic_patches",
@@ -979,17 +987,7 @@ USE_PATCHES = Graph(
         "load": node("BlockSkip_LoadPatchAdapters", "Load Patch Adapters", file="none"),
         "about": node("PreviewAny", "About these adapters", source=["load", 1]),
         **picture(ONE_FP8_FILE, "a photo of a red fox in a snowy forest, sharp details"),
-        "patches": node(
-            "BlockSkip_DDiT",
-            "Dynamic Patches (DDiT)",
-            model=ONE_FP8_FILE.link("model"),
-            mode="every other",
-            error_budget=0.1,
-            patch_adapters=["load", 0],
-        ),
-        "report": node("PreviewAny", "What is planned", source=["patches", 2]),
-        "sample": node("KSampler", "Sample with dynamic patches", model=["patches", 0], **SAMPLE),
-        "decode": node("VAEDecode", "Decode", samples=["sample", 0], vae=ONE_FP8_FILE.link("vae")),
+        **with_coarse_steps("load"),
         "sample plain": node(
             "KSampler", "Sample plainly, with fewer steps", model=ONE_FP8_FILE.link("model"), **{**SAMPLE, "steps": 14}
         ),

@@ -82,7 +82,7 @@ class TypedWindows:
 class EveryOther:
     """Every other step is coarse, so that a step with the model's own patches follows each.
 
-    Not the paper's, which decides while sampling; of what was compared at equal operations it kept the most likeness
+    Not the paper's, which decides while sampling; of what was compared at equal operations it kept the most likeness at 256 px
     (``docs/ddit.md``).
 
     Attributes:
