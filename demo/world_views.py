@@ -19,7 +19,7 @@ import world
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
 
-CRITTER_SHARE = 0.45  # views of critters
+CRITTER_SHARE = 0.35  # views of critters
 WHOLE_SHARE = 0.75  # views that show a whole scene
 SHARP_SHARE = 0.5  # windows whose pixels are unscaled; the others are scaled down
 CANVASES = (192, 256, 320, 384, 512)
