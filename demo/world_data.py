@@ -24,7 +24,7 @@ logger = logging.getLogger("world_data")
 
 FIRST_SHARDS, FIRST_SHARD = {128: 15, 256: 6}, 2000
 HELD_OUT = 200
-GROWTH = 800  # steps of unscaled batches after which every bucket gets another part
+GROWTH = 1600  # steps of unscaled batches after which every bucket gets another part
 CAPTION_DROPOUT = 0.1
 SAID_SHARE = 0.9  # how often captions include the size, and how often the place
 MAX_OBJECT_WEIGHT = 8.0

@@ -50,9 +50,16 @@ def test_nodes_show_few_inputs(server: Any, renderer: str) -> None:
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
-def test_memory_plan_shows_two_bars(server: Any, renderer: str) -> None:
-    """As set and as run, at the node's own width; see the top of check_plan.mjs."""
-    check("check_plan.mjs", server, str(WORKFLOWS / "train_12_gb.api.json"), *RENDERERS[renderer])
+@pytest.mark.parametrize("coarse_patches", ("off", "2x and 4x"))
+def test_memory_plan_shows_its_bars(server: Any, tmp_path: Path, renderer: str, coarse_patches: str) -> None:
+    """As set, as run and for every phase, at the node's own width; see the top of check_plan.mjs."""
+    whole = json.loads((WORKFLOWS / "train_12_gb.api.json").read_text(encoding="utf-8"))
+    for node in whole.values():
+        if node["class_type"] == "BlockSkip_MemoryPlan":
+            node["inputs"]["coarse_patches"] = coarse_patches
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    check("check_plan.mjs", server, str(file), *RENDERERS[renderer])
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
