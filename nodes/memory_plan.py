@@ -188,8 +188,9 @@ class Plan:
             dit = HostedDit(model, request.with_references(dit, captions, references), shape)
         selection.require_for(len(dit.blocks), dit.family)
         if request.back_residual == "exact":
-            require_available(request.quantize_frozen, model.load_device)
             selection = selection.with_exact_back()
+        if selection.frozen:
+            require_available(request.quantize_frozen, model.load_device, "quantize_frozen")
         self._request, self.settings = request, request.settings(selection)
         self.run = request.counted_run(dit, selection, len(captions))
         self.count = cache(self.run.needs)

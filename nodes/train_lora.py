@@ -13,7 +13,7 @@ from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.hosts.runs.request import KEPT_WEIGHTS, RunRequest
 from ..blockskip_core.reporting.event_files import require_tensorboard
 from ..blockskip_core.training.config import LearningRateSchedule
-from ..blockskip_core.training.optimizers import OPTIMIZERS
+from ..blockskip_core.training.optimizers import OPTIMIZERS, require_optimizer
 from . import widgets
 from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
 from .page.live_chart import LiveChart
@@ -55,15 +55,17 @@ class TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, output_name: Any = None, tensorboard: Any = None) -> bool | str:
+    def validate_inputs(cls, output_name: Any = None, tensorboard: Any = None, optimizer: Any = None) -> bool | str:
         """Refuse a name that cannot be saved, and a missing package, when the graph is queued, not after precomputing."""
-        name = single(output_name, "output_name")
+        name, chosen = single(output_name, "output_name"), single(optimizer, "optimizer")
 
         def check() -> None:
             if name is not None:
                 name_below(name, EXAMPLE_NAME)
             if single(tensorboard, "tensorboard") is True:
                 require_tensorboard()
+            if chosen is not None:
+                require_optimizer(chosen)
 
         return refusal(check)
 

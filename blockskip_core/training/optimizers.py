@@ -19,6 +19,7 @@ for them.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -29,10 +30,23 @@ from ..errors import InvalidInputError
 
 OptimizerName = Literal["AdamW", "AdamW 8-bit (bitsandbytes)", "Adafactor", "Prodigy (prodigyopt)"]
 PRODIGY: OptimizerName = "Prodigy (prodigyopt)"
+_PACKAGES = {"AdamW 8-bit (bitsandbytes)": "bitsandbytes", "Adafactor": "transformers", PRODIGY: "prodigyopt"}
 _WITH_FUSED_ADAMW = ("cpu", "cuda")
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 _GROUP = "group"  # in a state, in the place of a parameter's number: what the parameters share
 _SHARED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")  # of Prodigy's group, changed by every step
+
+
+def require_optimizer(name: str) -> None:
+    """Raise InvalidInputError if an optimiser is not known or its package is not installed; nothing is imported."""
+    if name not in OPTIMIZERS:
+        raise InvalidInputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    package = _PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise InvalidInputError(
+            f"`optimizer` is {name}, but the Python package {package} is not installed. Install it into ComfyUI's "
+            f"Python with `pip install {package}`, or choose AdamW."
+        )
 
 
 def build_optimizer(

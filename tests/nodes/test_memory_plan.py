@@ -258,3 +258,21 @@ def test_the_trainer_takes_the_frozen_format_of_the_plan(bench, plan):
     residuals = bench.precompute(back_residual="exact", memory_settings=settings)[0]
     planned = bench.train(residuals=residuals, memory_settings=settings, quantize_frozen="off")
     assert planned[1] == bench.train(residuals=residuals, quantize_frozen="int8")[1]
+
+
+@pytest.mark.parametrize("node", ["plan", "trainer"])
+@pytest.mark.parametrize("back_residual", ["constant", "exact"])
+def test_a_format_of_frozen_blocks_that_the_device_lacks_is_refused_by_its_name(
+    bench, plan, core, monkeypatch, back_residual, node
+):
+    method = {"constant": "skip and freeze", "exact": "manual"}[back_residual]
+    selection = bench.select(method=method)[0]
+    residuals = bench.precompute(selection=selection, back_residual=back_residual)[0] if node == "trainer" else None
+    blocks = core("hosts.models.quantised_blocks")
+    monkeypatch.setattr(blocks, "formats_on", lambda device: ["off", "int8"])
+    given = {"selection": selection, "back_residual": back_residual} if node == "plan" else {"residuals": residuals}
+    refused = {"plan": plan, "trainer": bench.train}[node]
+    with pytest.raises(
+        ValueError, match=r"quantize_frozen '4-bit' does not work on this device \(cpu\)\. Choose one of off"
+    ):
+        refused(**given, quantize_frozen="4-bit")

@@ -29,6 +29,7 @@ import pytest
         ("TrainWord", {"captions": [" \n"]}, "captions is empty"),
         ("TrainWord", {"estimator": ["central"], "noise_from": [0.5], "noise_to": [0.2]}, "got 0.5 and 0.2"),
         ("TrainWord", {"estimator": ["newton"]}, "estimator must be one of"),
+        ("TrainLora", {"optimizer": ["Lion"]}, "optimizer must be one of AdamW, "),
         ("TrainPatchAdapters", {"adapters_name": ["../elsewhere"]}, "must stay inside ComfyUI's output folder"),
         (
             "DynamicPatchesNode",
@@ -52,7 +53,8 @@ def test_refused_with_a_sentence(nodes, node, widgets, match):
     [
         ("TrainLora", {"output_name": ["loras/toy"]}),
         ("TrainLora", {}),
-        ("TrainLora", {"output_name": [None]}),
+        ("TrainLora", {"output_name": [None], "optimizer": [None]}),
+        ("TrainLora", {"optimizer": ["AdamW"]}),
         ("SelectBlocks", {"probe_size": [512]}),
         ("SelectBlocks", {"probe_size": [None]}),
         ("SampleWhileTraining", {"cfg": [3.5], "negative": [None]}),

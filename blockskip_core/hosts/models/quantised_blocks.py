@@ -90,16 +90,16 @@ def _works_on(weight_format: str, device: str) -> bool:
     return error.item() < 0.2
 
 
-def require_available(weight_format: str, device: torch.device) -> None:
-    """Raise InvalidInputError if the host, or the device, cannot keep weights in a format."""
+def require_available(weight_format: str, device: torch.device, setting: str = "quantize_kept") -> None:
+    """Raise InvalidInputError if the host, or the device, cannot keep weights in the format of a setting."""
     if weight_format not in available_formats():
         raise InvalidInputError(
-            f"quantize_kept {weight_format!r} is not a format of this ComfyUI ({comfyui_version.__version__}), which "
+            f"{setting} {weight_format!r} is not a format of this ComfyUI ({comfyui_version.__version__}), which "
             f"has {', '.join(available_formats())}. Choose one of these, or update ComfyUI."
         )
     if weight_format not in formats_on(device):
         raise InvalidInputError(
-            f"quantize_kept {weight_format!r} does not work on this device ({device}). "
+            f"{setting} {weight_format!r} does not work on this device ({device}). "
             f"Choose one of {', '.join(formats_on(device))}."
         )
 

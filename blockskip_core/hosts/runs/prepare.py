@@ -25,7 +25,7 @@ from ..models.counted_run import formats_of
 from ..models.hosted_dit import HostedDit
 from ..models.identity import model_identity, tensors_identity
 from ..models.patches import for_training
-from ..models.quantised_blocks import QuantisedDit
+from ..models.quantised_blocks import QuantisedDit, require_available
 from ..sampling.training_samples import TrainingSampler
 from .request import RunRequest
 
@@ -117,6 +117,9 @@ def _require_same_model(model: Any, residuals: ResidualSet) -> None:
 
 def _quantised(dit: HostedDit, residuals: ResidualSet, request: RunRequest) -> HostedDit | QuantisedDit:
     """Return the model to train on."""
+    require_available(request.quantize_kept, dit.device)
+    if residuals.selection.frozen:
+        require_available(request.quantize_frozen, dit.device, "quantize_frozen")
     formats = formats_of(dit, residuals.selection, request.memory(residuals))
     return QuantisedDit(dit, formats) if formats else dit
 

@@ -155,7 +155,8 @@ class _Training:
         evict_others(self._run.dit.patcher)
         self._outcome.memory.restart()  # text encoder and VAE are not part of the run's peak
         if isinstance(self._run.trained_dit, QuantisedDit):
-            self._run.trained_dit.quantise(lambda done, total: self._progress("layers quantised", done, total))
+            with out_of_memory_explained("Quantising the blocks", ADVICE):
+                self._run.trained_dit.quantise(lambda done, total: self._progress("layers quantised", done, total))
         return placement
 
     def _continue_streamed(self, placement: WeightPlacement, said: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from blockskip_pack.blockskip_core.errors import InvalidInputError
 from blockskip_pack.blockskip_core.training.config import TrainingConfig
-from blockskip_pack.blockskip_core.training.optimizers import build_optimizer, step_size
+from blockskip_pack.blockskip_core.training.optimizers import build_optimizer, require_optimizer, step_size
 from torch import nn
 
 from ..plain_dit import MemorySource, PlainDit, latents, lora_for, schedule, selection, train
@@ -133,6 +133,8 @@ def test_without_the_extra_package_a_run_says_what_to_do(monkeypatch, name, pack
     monkeypatch.setitem(sys.modules, f"{package}.{module}", None)
     with pytest.raises(InvalidInputError, match=rf"pip install {package}.*or choose AdamW"):
         stepped(name, steps=0)
+    with pytest.raises(InvalidInputError, match=rf"pip install {package}.*or choose AdamW"):
+        require_optimizer(name)  # when the graph is queued
 
 
 def test_an_unknown_optimizer_is_refused():

@@ -83,3 +83,14 @@ def test_weights_that_are_streamed_already_are_not_tried_again(bench, allocator)
     with pytest.raises(RuntimeError, match=r"Training ran out of memory after step 2 \(CUDA"):
         bench.train(steps=STEPS, kept_weights="streamed", output_name="loras/toy")
     assert placements == ["streamed"]
+
+
+def test_running_out_while_blocks_are_quantised_is_explained(bench, core, monkeypatch):
+    def full(self, progress=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    residuals = bench.precompute(back_residual="exact")[0]
+    monkeypatch.setattr(core("hosts.models.quantised_blocks").QuantisedDit, "quantise", full)
+    with pytest.raises(RuntimeError, match=r"Quantising the blocks ran out of memory \(CUDA .+\)\. Lower `patch_min`"):
+        bench.train(residuals=residuals, quantize_frozen="int8")
+    assert not list(bench.folders.loras.iterdir())
