@@ -50,7 +50,7 @@ def test_nodes_show_few_inputs(server: Any, renderer: str) -> None:
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
-@pytest.mark.parametrize("coarse_patches", ("off", "2x and 4x"))
+@pytest.mark.parametrize("coarse_patches", ["off", "2x and 4x"])
 def test_memory_plan_shows_its_bars(server: Any, tmp_path: Path, renderer: str, coarse_patches: str) -> None:
     """As set, as run and for every phase, at the node's own width; see the top of check_plan.mjs."""
     whole = json.loads((WORKFLOWS / "train_12_gb.api.json").read_text(encoding="utf-8"))
