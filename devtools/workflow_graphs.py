@@ -391,7 +391,7 @@ Teach FLUX.1 one thing that you own.
 
 *BlockSkip 2 - Train 12 GB* and *24 GB* train at 512 px, with a caption for each picture. On 8 GB **Memory Plan** puts the
 frozen blocks into 4-bit here, which costs a part of what is learned; *BlockSkip 2 - Train 8 GB* skips more blocks instead. On our
-small model neither of these two was better. Nobody has measured on a GPU yet how long this takes, or how good the result is.
+small model neither of these two was clearly better. Nobody has measured on a GPU yet how long this takes, or how good the result is.
 {PRACTICE}""",
     headline="My first LoRA",
     subline="start here: 11 nodes\none caption for all pictures",
@@ -503,7 +503,7 @@ CARD_8 = card(
     summary="fp8, 19 blocks skipped, 10 frozen",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), 256 px. The first 19 of the 57 blocks are skipped, which
 is exact; the last 10 run without adapters, as loaded (`back_residual` exact). *skip and freeze*, which the larger cards use, would
-need its frozen blocks in 4-bit on this card; on our small model that was no better.""",
+need its frozen blocks in 4-bit on this card; on our small model that was not clearly better.""",
 )
 CARD_12 = card(
     12,
@@ -599,8 +599,8 @@ same LoRA as from 1000 steps at once (with `lr_schedule` constant or constant_wi
 
 The states of the three newest runs are kept in `output/blockskip/runs`.
 
-**B. From a LoRA file.** The file may come from this trainer or another one. `rank` must be the file's or more, and it may only
-change linear layers of the blocks that are trained here; otherwise the node says so. The two columns on the right are
+**B. From a LoRA file.** The file may come from this trainer or another one. It may only change linear layers of the blocks
+that are trained here, and `rank` must be the file's or more; otherwise the node says so. The two columns on the right are
 muted, because they need your file. The optimiser starts from scratch.""",
     headline="Resume",
     subline="more steps for a run\nor from a LoRA file",
