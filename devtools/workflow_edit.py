@@ -98,7 +98,7 @@ EDIT = Graph(
    `output/loras`; load it with Load LoRA.
 
 The model sees every picture before the edit whole (`reference_size`, 512 px). If before and after match point by point, set
-`reference_part` to *same part* on **Precompute Residuals** and **Memory Plan**: less memory, and exact places. For FLUX.1 Kontext and
+`reference_part` to *same part* on **Precompute Residuals**: less memory, and exact places. Memory Plan takes it from there. For FLUX.1 Kontext and
 FLUX.2 the graph is the same with CLIP Text Encode for the instructions.
 
 The first quarter of the blocks is skipped, which is exact, and the last half runs without adapters. On our small model that is the

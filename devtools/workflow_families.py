@@ -122,7 +122,9 @@ class Family:
 2. Make a folder `my_subject` inside ComfyUI's `input` folder, with 4 to 20 pictures of *one* thing. Press **R**, then choose
    the folder.
 3. *sks* will be its name. For a dog write *a photo of sks dog*, here and in the prompt of the samples.
-   For a caption of every picture, ComfyUI's **Generate Text** can describe `images`, with a CLIP that sees pictures.
+   **trigger_word** and `.txt` files have no effect here: all pictures share the one caption. To use them, connect **texts** of
+   *Pictures of your subject* to **text** of *One caption for all pictures*; or connect ComfyUI's **Generate Text** there, with
+   **images** and a CLIP that sees pictures.
 4. Press **Run**. **Memory Plan** says whether your card is large enough, and makes it fit.
 5. The chart shows a picture of the prompt every 100 steps. **Cancel** saves the LoRA so far, and **Run** continues. It goes to
    `output/loras`; load it with Load LoRA.
@@ -223,7 +225,7 @@ FAMILIES = tuple(
             20,
             5.0,
             "This trains on pictures. To train on clips, put videos into the folder and set `frames` (More settings) to 17 on **Load "
-            "Training Folder**, **Precompute Residuals** and **Memory Plan**.",
+            "Training Folder** and **Precompute Residuals**; Memory Plan takes it from there.",
         ),
         Family(
             "LTX-2",
@@ -232,7 +234,7 @@ FAMILIES = tuple(
             20,
             3.0,
             "This trains on pictures, without sound. To train on clips, put videos into the folder and set `frames` (More settings) to "
-            "17 on **Load Training Folder**, **Precompute Residuals** and **Memory Plan**.",
+            "17 on **Load Training Folder** and **Precompute Residuals**; Memory Plan takes it from there.",
         ),
         Family(
             "MiniMax H3",
@@ -247,8 +249,8 @@ FAMILIES = tuple(
             20,
             1.0,
             "33 billion weights, in int8. This trains on pictures, with silence for their sound, one at a time (`batch_size` 1). To "
-            "train on clips, put videos into the folder and set `frames` (More settings) to 22 on **Load Training Folder**, "
-            "**Precompute Residuals** and **Memory Plan**.",
+            "train on clips, put videos into the folder and set `frames` (More settings) to 22 on **Load Training Folder** "
+            "and **Precompute Residuals**; Memory Plan takes it from there.",
         ),
     )
 )

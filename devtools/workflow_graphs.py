@@ -172,8 +172,9 @@ def chosen(
 
 def select(loaders: Loaders, skip_ratio: float, method: str = "skip and freeze", **more: Any) -> Prompt:
     """Choose the blocks and show them."""
+    title = "Probe prompt" if method == "attention mask" else "Probe prompt (only for attention mask)"
     return {
-        "probe": text("Probe prompt", "a photo of a toy on a table", loaders.link("clip")),
+        "probe": text(title, "a photo of a toy on a table", loaders.link("clip")),
         "select": chosen(loaders, ["probe", 0], skip_ratio, method, **more),
         "heatmap": node("PreviewImage", "Which blocks are skipped", images=["select", 1]),
     }
@@ -359,7 +360,7 @@ FIRST = Graph(
         "train": trainer(
             ONE_FP8_FILE,
             steps=400,
-            learning_rate=4e-4,
+            learning_rate=2e-4,
             accumulation=1,
             output_name="loras/my_first_lora",
             samples=["samples", 0],
@@ -381,12 +382,17 @@ Teach FLUX.1 one thing that you own.
 2. Make a folder `my_subject` inside ComfyUI's `input` folder, with 4 to 20 pictures of *one* thing: your toy, your dog.
    512 px or more, from several sides. Press **R**, then choose the folder.
 3. *sks* will be its name. For a dog write *a photo of sks dog*, here and in the prompt of the samples.
+   **trigger_word** and `.txt` files have no effect here: all pictures share the one caption. To use them, connect **texts** of
+   *Pictures of your subject* to **text** of *One caption for all pictures*; or connect ComfyUI's **Generate Text** there, with
+   **images** and a CLIP that sees pictures.
 4. Press **Run**. **Memory Plan** says whether your card is large enough (8 GB or more), and makes it fit.
 5. Watch the chart: every 100 steps it shows a picture of the prompt. **Cancel** whenever you like: the LoRA so far is
    saved, and **Run** continues. It goes to `output/loras`; use it with *BlockSkip 4 - Apply and compare*.
 
-For a better likeness: *BlockSkip 2 - Train 8 GB*, *12 GB* or *24 GB*. Nobody has measured on a GPU yet how long this
-takes, or how good the result is. {PRACTICE}""",
+*BlockSkip 2 - Train 12 GB* and *24 GB* train at 512 px, with a caption for each picture. On 8 GB **Memory Plan** puts the
+frozen blocks into 4-bit here, which costs a part of what is learned; *BlockSkip 2 - Train 8 GB* skips more blocks instead. On our
+small model neither of these two was clearly better. Nobody has measured on a GPU yet how long this takes, or how good the result is.
+{PRACTICE}""",
     headline="My first LoRA",
     subline="start here: 11 nodes\none caption for all pictures",
     twin="my_first_lora",
@@ -496,7 +502,8 @@ CARD_8 = card(
     stored=1.5,
     summary="fp8, 19 blocks skipped, 10 frozen",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), 256 px. The first 19 of the 57 blocks are skipped, which
-is exact; the last 10 run without adapters, as loaded (`back_residual` exact).""",
+is exact; the last 10 run without adapters, as loaded (`back_residual` exact). *skip and freeze*, which the larger cards use, would
+need its frozen blocks in 4-bit on this card; on our small model that was not clearly better.""",
 )
 CARD_12 = card(
     12,
@@ -506,9 +513,9 @@ CARD_12 = card(
     stored=3.7,
     patch_min=512,
     summary="fp8, 512 px, 14 blocks skipped, 29 frozen",
-    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), whole pictures at 512 px. The first 14 of the 57 blocks are
-skipped, which is exact; the last 29 run without adapters, as loaded. The 14 between them are trained, at twice the usual rate.
-For faster steps set `patch_min` in **Memory Plan** to 256.""",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), squares of 512 px, as large as the picture allows. For wide
+or tall pictures set `patch_shape` to *as pictures* on **Precompute Residuals**. The first 14 of the 57 blocks are skipped, which is
+exact; the last 29 run without adapters, as loaded. The 14 between them are trained, at twice the usual rate. For faster steps set `patch_min` in **Memory Plan** to 256.""",
 )
 CARD_24 = card(
     24,
@@ -518,9 +525,10 @@ CARD_24 = card(
     stored=3.7,
     patch_min=512,
     summary="bf16, 512 px, 14 blocks skipped, 29 frozen",
-    why="""The model in bf16, as published (this also needs about 24 GB of RAM), whole pictures at 512 px, nothing computed twice. The
-first 14 of the 57 blocks are skipped, which is exact; the last 29 run without adapters, in int8. The 14 between them are trained, at
-twice the usual rate.""",
+    why="""The model in bf16, as published (this also needs about 24 GB of RAM), squares of 512 px, as large as the picture
+allows, nothing computed twice. For wide or tall pictures set `patch_shape` to *as pictures* on **Precompute Residuals**. The first 14
+of the 57 blocks are skipped, which is exact; the last 29 run without adapters, in int8. The 14 between them are trained, at twice the
+usual rate.""",
 )
 
 RESUME_8, RESUME_12, RESUME_24 = resumed(CARD_8, 8), resumed(CARD_12, 12), resumed(CARD_24, 24)
@@ -578,7 +586,7 @@ Select these two nodes and the two on the right, and press **Ctrl+M**: they are 
             ("further", "further loss"),
             note="""**Train it further.**
 
-Choose the file in `start_file` (in Nodes 2.0 under *Show advanced inputs*) and set `rank` to the file's rank. A lower
+Choose the file in `start_file` (in Nodes 2.0 under *Show advanced inputs*) and set `rank` to the file's or more. A lower
 learning rate keeps more of what the LoRA has learned.""",
         ),
     ),
@@ -591,8 +599,8 @@ same LoRA as from 1000 steps at once (with `lr_schedule` constant or constant_wi
 
 The states of the three newest runs are kept in `output/blockskip/runs`.
 
-**B. From a LoRA file.** The file may come from this trainer or another one. Its rank must be the same, and it may only
-change linear layers of the blocks that are trained here; otherwise the node says so. The two columns on the right are
+**B. From a LoRA file.** The file may come from this trainer or another one. It may only change linear layers of the blocks
+that are trained here, and `rank` must be the file's or more; otherwise the node says so. The two columns on the right are
 muted, because they need your file. The optimiser starts from scratch.""",
     headline="Resume",
     subline="more steps for a run\nor from a LoRA file",
@@ -664,8 +672,10 @@ name, and one more link into each **Create List**.
 Training examples use all pictures in turn. So the folders should contain about the same number of pictures; a subject
 with twice as many is seen twice as often.
 
-Two subjects take more to learn than one: here 800 training examples (`draws`, about 3.5 GiB of disk), 1000 steps and
+Two subjects take more to learn than one: here 800 training examples (`draws`, about 2.3 GiB of disk), 1000 steps and
 rank 32. That is a starting point, not measured. If the two get mixed up, choose names that differ more.
+
+On less than 10 GB set `quantize_frozen` (More settings) of **Dynamic Patch Trainer** to 4-bit.
 
 A dataset in sub-folders works as well: one **Load Training Folder** reads `my_subjects/1_toy` and
 `my_subjects/1_dog` together; the number says how often each picture counts.""",
@@ -897,7 +907,7 @@ WORD_OF_FLUX = Graph(
 As *BlockSkip 9 - Train a word*, with FLUX.1-dev in fp8. Both of its text encoders learn the word.
 
 1. Put 3 to 10 pictures into a folder `my_subject` in ComfyUI's `input` folder, and choose it.
-2. Set `like_word` to what the subject is: toy, dog, backpack. Two or three words say more than one.
+2. Set `like_word` to what the subject is: toy, dog, backpack. One word is enough: on our small model two learned far less.
 3. Press Run. The word is saved to the embeddings folder; write `embedding:my_word_00001` in any prompt.
 
 The node first tells what the run needs and what is free. If the text encoders do not fit beside the model, they take
@@ -967,7 +977,8 @@ DDIT = Graph(
     ),
     """## Dynamic patches (DDiT)
 
-**On our small test model fewer plain steps are better than this at equal operations.** Try it on your model, and compare.
+**On our small test model fewer plain steps are better at equal operations, at 256 px.** At 512 px *auto* with `tau` 0.02 is as good
+as they are, *every other* is not. Try it on your model, and compare.
 
 **Train Patch Adapters (DDiT)** teaches the model to make some steps with larger patches, on a quarter of the tokens. It
 samples its own training pictures from the texts of a folder in ComfyUI's input folder, 30 or more. It is saved to
@@ -1009,7 +1020,7 @@ is in output/loras (R refreshes the list). Adapters belong to one file of weight
 
 **Dynamic Patches (DDiT)** makes every other step on a quarter of the tokens. At 1024 px the 20 steps of FLUX.1-dev are
 then counted as 13.6 plain ones. So **Compare Pictures** shows the picture of 14 plain steps beside it: on our
-small test model fewer plain steps were better. See which is better on yours.""",
+small test model fewer plain steps were better than every other step coarse, at 256 and 512 px. See which is better on yours.""",
     headline="Use patch adapters",
     subline="coarse steps beside fewer plain ones\nwith adapters made earlier",
     twin="use_patch_adapters",
@@ -1051,7 +1062,7 @@ OUTSIDE = Graph(
 does it: in a terminal, on several GPUs, or on another machine. It starts nothing itself.
 
 The command saves the same LoRA in the same place. With *torchrun* each GPU trains on its share of every step, so
-**accumulation** must be a multiple of their number; here it is 4.
+**accumulation** must be a multiple of their number; here it is 4. On less than 10 GB set `quantize_frozen` (More settings) to 4-bit.
 
 For another machine, copy the two files of *output/runs*, and the model. The residuals are computed there, or copy
 *output/blockskip* too.""",

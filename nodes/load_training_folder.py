@@ -39,7 +39,7 @@ class LoadTrainingFolder(io.ComfyNode):
                 io.String.Input(
                     "trigger_word", default="", optional=True,
                     tooltip="Put in front of every caption that does not contain it: the name of your subject, e.g. `sks toy`. "
-                    "Empty: captions stay as they are.",
+                    "Acts on `texts` only. Empty: captions stay as they are.",
                 ),
                 io.Boolean.Input(
                     "flip", default=False, optional=True, advanced=True,

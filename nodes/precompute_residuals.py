@@ -41,8 +41,8 @@ class PrecomputeResiduals(io.ComfyNode):
             category="BlockSkip/training",
             description=(
                 "Prepares all training examples (crops, noise levels, noise) and computes what the skipped blocks "
-                "would have contributed to each, so that training needs only the blocks in the middle. Crops are large "
-                "at high noise and small at low noise, all resized to the same small side."
+                "would have contributed to each, so that training does not need them. Crops are large at high noise and "
+                "small at low noise, all resized to the same small side."
             ),
             search_aliases=[
                 "blockskip",
@@ -114,7 +114,7 @@ def _example_inputs() -> list[io.Input]:
     return [
         widgets.draws(
             "How many training examples to prepare. Each step uses one for each row of its batch; a longer run starts "
-            "over. FLUX.1 stores about 4.5 to 6 MiB for each at 256 px."
+            "over. FLUX.1 stores about 3 to 4.5 MiB for each at 256 px, and 1.5 MiB more if last blocks are skipped too."
         ),
         widgets.patch_min(
             "Side in pixels of every training picture, and of the smallest crop. Memory and time depend on it. The "

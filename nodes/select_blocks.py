@@ -39,9 +39,10 @@ class SelectBlocks(io.ComfyNode):
             display_name="Select Blocks (attention mask)",
             category="BlockSkip/training",
             description=(
-                "Chooses which blocks of a diffusion transformer can be skipped while a LoRA is trained: the first few "
-                "and the last few, found by hiding the text from the picture in those blocks and measuring how much "
-                "the picture changes. Skipped blocks take no GPU memory and no time during training."
+                "Chooses which blocks of a diffusion transformer are left out while a LoRA is trained: by default the first "
+                "quarter is skipped and the last half frozen (skip and freeze), without measuring. With attention mask the "
+                "first few and the last few are skipped, found by hiding the text from the picture there and measuring how "
+                "much the picture changes. Skipped blocks take no GPU memory and no time during training."
             ),
             search_aliases=[
                 "blockskip",
@@ -90,13 +91,14 @@ def _choice_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
             "model",
-            tooltip="The diffusion transformer that you want to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image, Wan, "
-            "Chroma, SD3.5).",
+            tooltip="The diffusion transformer that you want to train on: FLUX.1, FLUX.2, Qwen-Image, Z-Image, Wan, Krea 2, "
+            "LTX-2 and others.",
         ),
         io.Conditioning.Input(
             "positive",
-            tooltip="Prompts for the probe pictures. Name the kind of subject you will train, e.g. "
-            "`a photo of a toy on a table`. Several prompts (a list) make the measurement more reliable.",
+            tooltip="Prompts of the probe pictures. Only used by attention mask and cost and influence; otherwise connect any "
+            "prompt. Name the kind of subject you will train, e.g. `a photo of a toy on a table`. Several prompts (a list) make "
+            "the measurement more reliable.",
         ),
         io.Combo.Input(
             "method", options=list(METHODS), default=FROZEN,
@@ -109,8 +111,8 @@ def _choice_inputs() -> list[io.Input]:
         io.Float.Input(
             "skip_ratio", default=0.5, min=0.0, max=MAX_SKIP_RATIO, step=0.05,
             tooltip="Share of the blocks to skip; for cost and influence, share of their bytes; for skip and freeze, share "
-            "to freeze, up to 0.6. 0.3 is close to full quality; 0.5 saves the most memory of the ratios that the paper "
-            "tested. Ignored by `manual`.",
+            "to freeze, up to 0.6; more than 0.5 costs likeness. Of the ratios that the paper tested for skipping, 0.3 is close to full "
+            "quality and 0.5 saves the most memory. Ignored by `manual`.",
         ),
         io.Int.Input(
             "front", default=19, min=0, max=1000,

@@ -30,9 +30,9 @@ class TrainLora(io.ComfyNode):
             display_name="Train LoRA (Dynamic Patch Trainer)",
             category="BlockSkip/training",
             description=(
-                "Trains a LoRA with most of the model left out (DiT-BlockSkip). Only the blocks in the middle are "
-                "loaded and run; Precompute Residuals supplies what the others would contribute. The model that you "
-                "loaded is not changed or copied. The LoRA is saved to output/loras."
+                "Trains a LoRA with part of the model left out (DiT-BlockSkip). Skipped blocks are not loaded: Precompute "
+                "Residuals supplies what they would contribute. By default the first quarter is skipped, and the last "
+                "half runs frozen. The model that you loaded is not changed or copied. The LoRA is saved to output/loras."
             ),
             search_aliases=[
                 "blockskip", "dit-blockskip", "train lora", "lora training", "lora trainer", "train flux", "flux lora", "character lora",
@@ -187,10 +187,10 @@ def _file_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "file_format", options=list(get_args(LoraFileFormat)), default="diffusers", optional=True, advanced=True,
-            tooltip="Layer names in the file. ComfyUI loads all of them. diffusers: also loads in diffusers, except "
-            "for Lumina 2. peft: ComfyUI's own layer names; load in diffusers for FLUX.2, Qwen-Image and Wan. kohya: "
-            "for programs that read kohya's files; load in diffusers for FLUX.1, FLUX.2, Chroma, Qwen-Image and "
-            "Z-Image.",
+            tooltip="Layer names in the file. ComfyUI loads all of them. diffusers: also loads in diffusers for most families, "
+            "not for Lumina 2, AuraFlow, HunyuanVideo and Kandinsky 5. peft: ComfyUI's own layer names; load in diffusers for "
+            "FLUX.2, Qwen-Image and Wan. kohya: for programs that read kohya's files; load in diffusers for FLUX.1, FLUX.2, "
+            "Chroma, Qwen-Image and Z-Image.",
         ),
     ]  # fmt: skip
 
@@ -218,7 +218,7 @@ def _memory_inputs() -> list[io.Input]:
         widgets.quantize_kept(
             "Quantise the kept blocks' linear weights for this run, in ComfyUI's own formats: less GPU memory, a less "
             "exact base. Your MODEL is not changed. fp8 and int8 take half of bf16, 4-bit (NVFP4) a bit more than a "
-            "quarter. Weights that are already quantised are left unchanged.",
+            "quarter. Weights in eight bits are packed again only by 4-bit; those in four bits are left unchanged.",
             optional=True, advanced=True,
         ),
     ]  # fmt: skip
@@ -260,16 +260,17 @@ def _other_inputs() -> list[io.Input]:
             "samples", optional=True, tooltip="From Sample While Training: pictures during training."
         ),
         widgets.memory_settings(
-            "From Memory Plan. Takes precedence over `batch_size`, `checkpointing`, `activation_budget` and "
-            "`quantize_kept`. Connect it to Precompute Residuals too."
+            "From Memory Plan. Takes precedence over `batch_size`, `checkpointing`, `activation_budget`, `quantize_kept` and "
+            "`quantize_frozen`, which it sets to 4-bit if nothing milder fits; that widget then still shows your own value. "
+            "Connect it to Precompute Residuals too."
         ),
         io.Boolean.Input(
             "check_memory", default=True, optional=True, advanced=True,
             tooltip="Refuse a run that cannot fit before it starts, and say what would make it fit. Off: only warn.",
         ),
         widgets.quantize_frozen(
-            "Only used if the residuals were made with `back_residual` exact: the format of the last blocks' weights "
-            "for this run. They have no adapters, so they can be coarser than the others."
+            "Only used if the selection has frozen blocks (`skip and freeze`, or `back_residual` exact): the format of their "
+            "weights for this run. They have no adapters, so they can be coarser than the others."
         ),
         io.Boolean.Input(
             "loss_table", default=False, optional=True, advanced=True,

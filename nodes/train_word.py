@@ -87,7 +87,7 @@ def _required_inputs() -> list[io.Input]:
         io.String.Input(
             "like_word", default="object",
             tooltip="A known word or a few to start from, as close to the subject as possible: dog, backpack. The new word "
-            "has as many vectors as this has tokens.",
+            "has as many vectors as this has tokens; on our small model one was best.",
         ),
         io.String.Input(
             "name", default="my_word", tooltip="Name of the file in the embeddings folder; a number is appended."
