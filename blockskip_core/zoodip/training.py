@@ -6,6 +6,7 @@ The word is kept in float32, and every perturbed word is computed from it. Direc
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import StorageError
 from ..training.checkpoints import Checkpoints, TrainingState
 from ..training.observer import TrainingObserver
 from ..training.result import StepReport, TrainingResult
@@ -24,6 +26,8 @@ from .settings import WordSettings
 from .signal import Losses, require_finite
 from .subspace import SubspaceGradient
 from .word import WordLayout
+
+logger = logging.getLogger(__name__)
 
 _ADAM, _SUBSPACE, _WORD = "adam/", "subspace/", "word"
 
@@ -100,7 +104,7 @@ class WordTraining:
             while self._result.steps < self._settings.steps:
                 report = self._step(self._result.steps)
                 if self._checkpoints and self._checkpoints.is_due(report.step):
-                    self._checkpoints.save(self._state())
+                    self._save()
                 for observer in observers:
                     observer.on_step(report)
                 self._pause_if_due(observers)
@@ -116,8 +120,15 @@ class WordTraining:
             observer.between_steps(self._result.steps)
 
     def _save(self) -> None:
-        if self._checkpoints and self._result.steps:
+        """Save the state after the last step, if states are kept."""
+        if not self._checkpoints or not self._result.steps:
+            return
+        try:
             self._checkpoints.save(self._state())
+        except StorageError as error:  # a run without states is better than no run
+            logger.error("BlockSkip: %s", error)
+            if str(error) not in self._result.problems:
+                self._result.problems.append(str(error))
 
     def _step(self, step: int) -> StepReport:
         started, settings = time.perf_counter(), self._settings

@@ -33,8 +33,8 @@ from .token_strips import require_only_text
 
 _KEY = "blockskip_dynamic_patches"
 _WRAPPERS = comfy.patcher_extension.WrappersMP
-WITHOUT_NOISE = (  # samplers of the host whose steps follow its noise levels and add no noise
-    "euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep",
+WITHOUT_NOISE = (  # samplers of the host whose steps follow its noise levels, only downwards, and add no noise
+    "euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep",
     "gradient_estimation", "unipc", "unipc_bh2",
 )  # fmt: skip
 _ADDED_NOISE = ("s_churn", "eta")
@@ -212,7 +212,11 @@ class _Run:
     def decide(self, sigma: float, latent: Tensor) -> None:
         """Choose the patch size when the sampler comes to its next noise level.
 
-        A sampler that calls the model several times between two noise levels uses one size for these calls.
+        A sampler that calls the model several times between two noise levels uses one size for these calls. A call at the
+        next level, as heun's second, has the size of the step that begins there.
+
+        Raises:
+            InvalidInputError: If the sampler goes back to a noise level.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.caches.next_prediction()
@@ -220,6 +224,11 @@ class _Run:
         step = max((k for k, level in enumerate(levels[:-1]) if level >= sigma * (1.0 - _SAME_LEVEL)), default=0)
         if step == self._step:
             return
+        if step < self._step:
+            raise InvalidInputError(
+                "Dynamic patches need a sampler whose noise levels only fall, and this one goes back to an earlier one. "
+                "Choose euler, heun, dpmpp_2m or uni_pc."
+            )
         for passed in range(self._step + 1, step + 1):  # one that a sampler steps over counts as the one before
             self.scale = self.choice.decide(passed, sigma, latent)
             self._record.scales.append(self.scale)

@@ -214,10 +214,12 @@ def as_called(patcher: Any) -> Any:
         )
     clone = patcher.clone()
     kept = {key: options[key] for key in FOLLOWED_OPTIONS if key in options}
-    left_out = sorted({*patcher.model_options, *options} - {"transformer_options", *kept})
+    wrappers = {str(key or kind) for kind, keys in patcher.wrappers.items() for key in keys}
+    left_out = sorted({*patcher.model_options, *options, *wrappers} - {"transformer_options", *kept})
     if left_out:
         logger.warning(
             "BlockSkip: left out of learning a word, because it belongs to sampling: %s", ", ".join(left_out)
         )
     clone.model_options = {"transformer_options": kept}
+    clone.wrappers, clone.additional_models = {}, {}
     return clone

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
+from blockskip_pack.blockskip_core.errors import InvalidInputError, StorageError, TrainingError
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity
 from blockskip_pack.blockskip_core.training.observer import OnStep
 from blockskip_pack.blockskip_core.zoodip.examples import ExampleSchedule
@@ -142,3 +142,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_changes_the_word():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InvalidInputError):
         settings(**wrong)
+
+
+@pytest.mark.parametrize("cut_after", [None, 5])
+def test_a_full_disk_costs_the_states_and_not_the_run(tmp_path, monkeypatch, cut_after):
+    expected, _, _ = trained(settings(), cut_after=cut_after)
+    kept = Checkpoints(tmp_path / "run", RunIdentity({"word": 1}), every=2, keep=2)
+
+    def full(state):
+        raise StorageError("The training state could not be written.")
+
+    monkeypatch.setattr(kept, "save", full)
+    training, result, _ = trained(settings(), kept, cut_after=cut_after)
+    assert torch.equal(training.word, expected.word)
+    assert result.steps == (cut_after or settings().steps)
+    assert result.problems == ["The training state could not be written."]

@@ -351,15 +351,32 @@ def test_churn_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # the host's deis
-def test_every_sampler_on_the_list_runs():
+def test_every_sampler_on_the_list_runs_each_step_with_its_own_size():
     import comfy.samplers
     from blockskip_pack.blockskip_core.hosts.sampling.dynamic_patches import WITHOUT_NOISE
 
-    made, known = dynamic(tiny_flux(), "2: 2"), {"unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}
+    records: list[list[int]] = []
+    made = dynamic(tiny_flux(), "2: 2, 4: 2", on_step=lambda record: records.append(list(record.scales)))
+    known = {"unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}
     for name in WITHOUT_NOISE:
         name = known.get(name, name)
         if name in comfy.samplers.SAMPLER_NAMES:
             assert bool(sampled(made, sampler=name).isfinite().all()), name
+            assert records[-1] == [1, 2, 1, 2, 1, 1], name
+
+
+def test_a_sampler_that_goes_back_in_noise_level_is_refused():
+    made = dynamic(tiny_flux(), "2: 2")
+    with pytest.raises(InvalidInputError, match="a sampler that adds no noise.*heunpp2"):
+        sampled(made, sampler="heunpp2")
+
+
+def test_a_sampler_of_that_name_that_goes_back_is_refused_while_it_runs(monkeypatch):
+    from blockskip_pack.blockskip_core.hosts.sampling import dynamic_patches
+
+    monkeypatch.setattr(dynamic_patches, "WITHOUT_NOISE", (*dynamic_patches.WITHOUT_NOISE, "heunpp2"))
+    with pytest.raises(InvalidInputError, match="this one goes back to an earlier one. Choose euler"):
+        sampled(dynamic(tiny_flux(), "2: 2"), sampler="heunpp2")
 
 
 def test_odd_sizes_clips_of_picture_models_and_other_inputs_are_refused():

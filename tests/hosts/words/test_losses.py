@@ -187,10 +187,13 @@ def test_what_belongs_to_sampling_is_left_out(bench, caplog):
     model.set_model_sampler_cfg_function(lambda args: args["cond"])
     model.model_options["transformer_options"]["wrappers"] = {"apply_model": {"cache": [lambda *a: None]}}
     model.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
+    model.add_wrapper_with_key("outer_sample", "easycache", lambda executor, *a: executor(*a))
     called = as_called(model)
+    assert called.wrappers == {}
+    assert model.wrappers
     assert called.model_options["transformer_options"].keys() == {"patches"}
     assert called.model_options.keys() == {"transformer_options"}
-    assert "sampler_cfg_function, wrappers" in caplog.text
+    assert "easycache, sampler_cfg_function, wrappers" in caplog.text
     assert "wrappers" in model.model_options["transformer_options"]
 
 

@@ -183,6 +183,19 @@ def test_samples_while_training_show_the_word_and_change_nothing(words, sampling
     assert words.model.model.current_patcher is None
 
 
+def test_a_cache_on_the_model_is_left_out_of_learning_and_of_its_samples(words, sampling):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    cached = EasyCacheNode.execute(words.model, 0.2, 0.0, 1.0, False).args[0]
+    common = {"steps": 2, "resume": False, "samples": sampling(), "sample_prompts": "a {word} in the sea"}
+    words.train(**common)
+    trained = words.train(model=cached, **common)
+    assert_same(saved(words, 1), saved(words, 2))
+    assert "failed" not in trained[4]
+    assert sampled(trained) == [(0, 1), (2, 1)]
+    assert cached.wrappers
+
+
 @pytest.mark.parametrize(("family", "cfg"), [("FLUX.1", 1.0), ("SD1.5", 4.0)])
 def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(
     words, sampling, small, vae, monkeypatch, family, cfg
