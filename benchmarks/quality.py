@@ -278,6 +278,11 @@ def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: l
 def add_world_arguments(parser: argparse.ArgumentParser) -> None:
     """Add which world, subjects, seeds and settings."""
     parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
+    parser.add_argument(
+        "--dit",
+        default="scenes",
+        help="the world's transformer: scenes, or views, which carries from crops to pictures",
+    )
     parser.add_argument("--subjects", nargs="+", default=["toby", "mila", "pip", "zuzu", "nori"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("SETTING", "VALUE"))
@@ -303,11 +308,12 @@ def main() -> None:
     import host
 
     settings = Settings(**{name: json.loads(value) for name, value in options.set})
-    bench = Bench(options.assets or host.ASSETS, options.results)
+    bench = Bench(options.assets or host.ASSETS, options.results, options.dit)
     if not options.report:
         run(bench, options, settings)
     if options.share[1] == 1:
-        quality_report.write(options.results, key_of(bench, settings), settings, command_line.about(host=False))
+        about = command_line.about(host=False) + ("" if options.dit == "scenes" else f" With --dit {options.dit}.")
+        quality_report.write(options.results, key_of(bench, settings), settings, about)
 
 
 if __name__ == "__main__":

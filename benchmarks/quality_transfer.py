@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, settings: Settings) -> dict[str, float]:
     file, means = options.results / FILE, {}
     for captions in options.captions:
         kind = PlainBench if captions == "plain" else Bench
-        bench = kind(options.assets or host.ASSETS, options.results)
+        bench = kind(options.assets or host.ASSETS, options.results, options.dit)
         key = key_of(bench, captions, settings)
         found = {(row["subject"], row["seed"]): row for row in command_line.rows_in(file) if row["key"] == key}
         wanted = [(subject, seed) for seed in options.seeds for subject in options.subjects]

@@ -69,7 +69,7 @@ def batched(items: Iterable, count: int) -> Iterator[list]:
 class Bench:
     """The loaded world, and the folder for results."""
 
-    def __init__(self, assets: Path, results: Path) -> None:
+    def __init__(self, assets: Path, results: Path, dit: str = "scenes") -> None:
         import host
         import sample_world
         import world
@@ -78,7 +78,7 @@ class Bench:
         self.results = results
         results.mkdir(parents=True, exist_ok=True)
         self.world, self.reading = world, world_reader
-        self.model, self.clip, self.vae = sample_world.load_world(assets)
+        self.model, self.clip, self.vae = sample_world.load_world(assets, dit)
         self.reader = world_reader.load_reader(assets / host.READER_FILE)
         self._sample_world = sample_world
         self._latents: dict[tuple, Tensor] = {}

@@ -125,6 +125,7 @@ def main() -> None:
     )
     host.add_comfyui_argument(parser)
     parser.add_argument("--assets", type=Path, default=host.ASSETS)
+    host.add_dit_argument(parser)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--sizes", nargs="+", type=parsed_size, default=[parsed_size(size) for size in SIZES])
     parser.add_argument("--steps", type=int, default=20)
@@ -135,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     host.use_comfyui(options.comfyui)
-    below = judge(load_world(options.assets), options)
+    below = judge(load_world(options.assets, options.dit), options)
     if below:
         raise SystemExit(f"Below {BAR:.0%}: {', '.join(below)}.")
 

@@ -12,6 +12,8 @@ import torch
 DEMO = Path(__file__).resolve().parent
 ASSETS = DEMO / "assets"
 DIT_FILE = "blockskip_world_dit.safetensors"
+VIEWS_DIT_FILE = "blockskip_world_views_dit.safetensors"
+DITS = {"scenes": DIT_FILE, "views": VIEWS_DIT_FILE}  # what they were trained on last
 VAE_FILE = "blockskip_world_vae.safetensors"
 TEXT_FILE = "blockskip_world_text.safetensors"
 READER_FILE = "blockskip_world_reader.safetensors"
@@ -22,6 +24,11 @@ def add_comfyui_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="ComfyUI's folder"
     )
+
+
+def add_dit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dit``, which of the transformers is used."""
+    parser.add_argument("--dit", choices=list(DITS), default="scenes", help="which transformer")
 
 
 def use_comfyui(folder: Path | None) -> torch.device:

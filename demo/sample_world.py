@@ -25,14 +25,14 @@ logger = logging.getLogger("sample_world")
 LABEL_HEIGHT = 14
 
 
-def load_world(assets: Path) -> tuple[Any, Any, Any]:
+def load_world(assets: Path, dit: str = "scenes") -> tuple[Any, Any, Any]:
     """Model, CLIP and VAE, as from the loader nodes."""
     import comfy.sd
     import comfy.utils
 
     from blockskip_demo_nodes import load_text_encoder
 
-    model = comfy.sd.load_diffusion_model(str(assets / host.DIT_FILE))
+    model = comfy.sd.load_diffusion_model(str(assets / host.DITS[dit]))
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(assets / host.VAE_FILE)))
     return model, load_text_encoder(str(assets / host.TEXT_FILE)), vae
 
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("captions", nargs="*")
     host.add_comfyui_argument(parser)
     parser.add_argument("--assets", type=Path, default=host.ASSETS)
+    host.add_dit_argument(parser)
     parser.add_argument("--count", type=int, default=12, help="random captions where none are given")
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
@@ -112,7 +113,7 @@ def main() -> None:
 
 def write_samples(options: argparse.Namespace) -> None:
     """Sample every caption once."""
-    parts = load_world(options.assets)
+    parts = load_world(options.assets, options.dit)
     rng = random.Random(options.seed)
     captions = options.captions or [world.caption(world.random_scene(rng)) for _ in range(options.count)]
     pictures = [to_picture(sample(parts, text, options, options.seed + i)) for i, text in enumerate(captions)]

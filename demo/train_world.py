@@ -5,8 +5,7 @@
     python train_world.py dit  --comfyui FOLDER --steps 8000 --compile
 
 Every stage may be stopped at any time and resumes from its last checkpoint in ``--work``; without a checkpoint,
-``--start FILE`` makes the transformer start from weights that an earlier run wrote. ``torchrun --nproc-per-node 2`` in the place of
-``python`` trains the transformer with two processes, whose batches add up; on a CPU that is faster than two threads.
+``--start FILE`` makes the transformer start from weights that an earlier run wrote.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from world_data import (
     to_tensor,
 )
 from world_files import save_checkpoint, write_atomically
-from world_ranks import rank, seed_for, sharing_gradients
 
 logger = logging.getLogger("train_world")
 
@@ -243,7 +241,6 @@ class DitTraining:
         self.latents = Latents(options.work, options.seed, frozen_coder(options, device), tokenizer.word_ids)
         self._load()
         prepare_for_training(self.model, options.compile)
-        self.shared = sharing_gradients(self.model)
 
     def _load(self) -> None:
         """Resume from the checkpoint if there is one, otherwise start from ``--start`` or from fresh weights."""
@@ -262,9 +259,7 @@ class DitTraining:
         self.average.load_state_dict(self.model.state_dict())
 
     def keep(self) -> None:
-        """Write the checkpoint and the current averaged weights; of several processes, one does."""
-        if rank():
-            return
+        """Write the checkpoint and the current averaged weights."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -280,9 +275,7 @@ class DitTraining:
         from world_dit import flow_loss
 
         torch.manual_seed((self.options.seed << 32) + self.step)
-        bucket, scale = random_bucket(self.buckets), self.options.scale  # of one size in all processes
-        if rank():
-            torch.manual_seed(seed_for(self.options.seed, self.step))
+        bucket, scale = random_bucket(self.buckets), self.options.scale
         pictures = self.latents.available(bucket, self.step * scale)
         said = 1.0 if bucket.plain else SAID_SHARE
         latents, ids, weights = random_rows(pictures, bucket.batch * scale, said)
@@ -290,7 +283,7 @@ class DitTraining:
         context, pooled = self.encoder.encode_ids(ids)
         with host.half_precision(self.device):
             inputs = (x.to(self.device) for x in (latents, sigma, context, pooled, weights))
-            loss = flow_loss(self.shared, *inputs).mean()
+            loss = flow_loss(self.model, *inputs).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = learning_rate(self.step, self.options.steps, self.options.rate)
@@ -323,12 +316,16 @@ def train_dit(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def export_dit(model: torch.nn.Module, options: argparse.Namespace) -> None:
-    """Write the averaged weights as the "Load Diffusion Model" node reads them."""
+    """Write the averaged weights as the "Load Diffusion Model" node reads them.
+
+    The file is that of the views, or with ``--large`` that of whole scenes.
+    """
     from world_dit import published_names
 
     state = {key: value.detach().to("cpu", torch.bfloat16) for key, value in model.state_dict().items()}
+    file = host.DIT_FILE if options.large else host.VIEWS_DIT_FILE
     write_atomically(
-        options.assets / host.DIT_FILE, published_names(state), {"format": "pt", "world": "blockskip demo"}
+        options.assets / file, published_names(state), {"format": "pt", "world": "blockskip demo"}
     )
 
 
@@ -362,9 +359,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     handlers = [logging.StreamHandler(), logging.FileHandler(options.work / f"{options.stage}.log")]
-    logging.basicConfig(
-        level=logging.WARNING if rank() else logging.INFO, format="%(asctime)s %(message)s", handlers=handlers
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     torch.set_num_threads(options.threads)
     device = host.use_comfyui(options.comfyui)
     STAGES[options.stage](options, device)

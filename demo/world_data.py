@@ -17,7 +17,6 @@ from torch import Tensor
 import host
 import world
 from world_files import write_atomically
-from world_ranks import rank, ranks
 from world_views import Size, View, random_view, whole_scene
 
 logger = logging.getLogger("world_data")
@@ -177,12 +176,12 @@ class Latents:
             return self.coder.encode(pictures.contiguous(memory_format=torch.channels_last)).half().cpu()
 
     def available(self, bucket: Bucket, step: int) -> dict[str, Tensor]:
-        """All of a bucket's pictures that this process uses at a step of unscaled batches."""
-        wanted = min(bucket.parts // ranks(), 1 + step // GROWTH)
+        """All of a bucket's pictures that are in use at a step of unscaled batches."""
+        wanted = min(bucket.parts, 1 + step // GROWTH)
         held = self._loaded.get(bucket)
         while held is None or len(held["ids"]) < wanted * bucket.views:
             number = 0 if held is None else len(held["ids"]) // bucket.views
-            part = self.part(bucket, number * ranks() + rank())
+            part = self.part(bucket, number)
             held = part if held is None else {key: torch.cat([held[key], part[key]]) for key in held}
         self._loaded[bucket] = held
         return held

@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS, RESULTS = ROOT / "demo" / "assets", ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -19,7 +20,14 @@ def transfer(bench: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def options(folder: Path, **changes: object) -> Namespace:
-    common = {"results": folder, "assets": None, "subjects": ["toby"], "seeds": [0], "captions": ["plain"]}
+    common = {
+        "results": folder,
+        "assets": None,
+        "subjects": ["toby"],
+        "seeds": [0],
+        "captions": ["plain"],
+        "dit": "scenes",
+    }
     return Namespace(**{**common, "report": False, **changes})
 
 
@@ -58,3 +66,15 @@ def test_a_stopped_check_repeats_nothing(transfer: ModuleType, tmp_path: Path, m
     assert transfer.run(options(tmp_path, report=True), few) == first
     transfer.run(options(tmp_path, subjects=["toby", "pip"]), few)
     assert [subject for _, subject in trained] == ["toby"] * 2 + ["pip"] * 2
+
+
+def test_the_committed_lines_are_of_the_shipped_weights_and_reach_the_bar(transfer: ModuleType, tmp_path: Path) -> None:
+    """With the transformer trained on views; those of the one trained on whole scenes do not."""
+    means = {}
+    for dit in ("views", "scenes"):
+        bench = transfer.PlainBench(ASSETS, tmp_path, dit)
+        key = transfer.key_of(bench, "plain", transfer.Settings())
+        found = [row for row in transfer.command_line.rows_in(RESULTS / transfer.FILE) if row["key"] == key]
+        assert [transfer.recovered(row["losses"]["256"]) for row in found] == [row["R_256"] for row in found]
+        means[dit] = sum(row["R_256"] for row in found) / len(found)
+    assert means["scenes"] < transfer.BAR <= means["views"]

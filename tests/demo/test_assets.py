@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
-LIMIT = 16 * 2**20
+LIMIT = 24_000_000  # bytes
 
 
 @pytest.fixture
@@ -51,6 +51,15 @@ def loaded(comfyui: Path) -> SimpleNamespace:
 
 def test_all_files_together_are_small() -> None:
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) <= LIMIT
+
+
+def test_the_other_transformer_has_the_same_layout_and_other_weights(loaded: SimpleNamespace) -> None:
+    from safetensors.torch import load_file
+
+    names = importlib.import_module("host")
+    scenes, views = (load_file(ASSETS / file) for file in names.DITS.values())
+    assert {key: tensor.shape for key, tensor in views.items()} == {key: x.shape for key, x in scenes.items()}
+    assert not any(torch.equal(views[key], scenes[key]) for key in views if key.endswith("linear1.weight"))
 
 
 def test_model_is_recognised_as_flux_schnell(loaded: SimpleNamespace) -> None:

@@ -71,7 +71,7 @@ def test_what_is_written_loads_in_the_loader_and_differs_from_the_start(training
     import comfy.sd
 
     training.train_dit(options(tmp_path, 2), torch.device("cpu"))
-    written = tmp_path / "assets" / "blockskip_world_dit.safetensors"
+    written = tmp_path / "assets" / "blockskip_world_views_dit.safetensors"
     assert written.read_bytes() != (ASSETS / written.name).read_bytes()
     assert comfy.sd.load_diffusion_model(str(written)) is not None
 
