@@ -39,16 +39,25 @@ class CoarseAdapter:
 
     def on(self, device: torch.device) -> CoarseAdapter:
         """Return an adapter with copies of its tensors on a device, or these if they are there."""
-        statistics, patches = self.statistics, self.patches
-        if statistics is not None:
-            statistics = PatchStatistics(*(tensor.to(device) for tensor in vars(statistics).values()))
-        if patches is not None and patches.bias.device != device:
+        patches = self.patches
+        if patches is not None and not same_device(patches.bias.device, device):
             patches = copy.deepcopy(patches).to(device)
-        return CoarseAdapter(self.resizing, statistics, patches)
+        return replace(self.with_statistics_on(device), patches=patches)
+
+    def with_statistics_on(self, device: torch.device) -> CoarseAdapter:
+        """Return an adapter with the statistics on a device and these same trained tensors, wherever they are."""
+        if self.statistics is None:
+            return self
+        return replace(self, statistics=PatchStatistics(*(x.to(device) for x in vars(self.statistics).values())))
 
     def of_clips(self, frames: int) -> CoarseAdapter:
         """Return the same adapter for latents of so many frames."""
         return replace(self, resizing=self.resizing.of_clips(frames))
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Return whether two devices are the same one: ``mps`` is ``mps:0``, though torch calls them unequal."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 # (reduced latent, its noise levels, what is added to embedded tokens or None) -> (clean estimate of the reduced latent,

@@ -22,6 +22,11 @@ class Distilled(Protocol):
         """Where the model runs."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        ...
+
     def teacher(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
         """Return the estimate with the model's own patches; called without gradients and outside :meth:`attached`."""
         ...
@@ -40,6 +45,14 @@ class Distilled(Protocol):
 
     def text_length(self, caption: int) -> int:
         """Return the number of text tokens; all rows of a batch have the same number."""
+        ...
+
+    def check_gradients(self) -> None:
+        """Require, after the first backward, that all that is trained has a gradient.
+
+        Raises:
+            TrainingError: If something has none.
+        """
         ...
 
     def parameters(self) -> list[nn.Parameter]:

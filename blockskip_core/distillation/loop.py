@@ -20,6 +20,7 @@ from ..data.flow_matching import velocity_loss
 from ..data.micro_batches import batches_of_equal_text
 from ..errors import StorageError, TrainingError
 from ..training.checkpoints import Checkpoints, TrainingState
+from ..training.loss_scale import LossScale
 from ..training.optimizers import build_optimizer, optimizer_state, restore_optimizer
 from .distilled import Distilled
 from .examples import Batch, Examples
@@ -46,6 +47,7 @@ class DistillationResult:
         measured: (step, error by level) of every measurement; the first is before the first step.
         best_step: Step of the adapters that are kept.
         stopped_early: Whether the error no longer fell.
+        overflows: Number of steps skipped because a gradient overflowed in float16.
         seconds: Spent in steps since the run was started or resumed.
         problems: What went wrong without ending the run.
     """
@@ -58,6 +60,7 @@ class DistillationResult:
     measured: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     best_step: int = 0
     stopped_early: bool = False
+    overflows: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -88,7 +91,7 @@ def distill(
 
     Raises:
         CheckpointError: If a state belongs to another run.
-        TrainingError: If a loss or gradient is not finite (before it is applied).
+        TrainingError: If a loss or gradient is not finite (before it is applied), or a trained tensor gets no gradient.
     """
     loop = _Loop(model, examples, settings, result, checkpoints)
     with torch.inference_mode(False), torch.enable_grad():
@@ -120,6 +123,7 @@ class _Loop:
         self.optimizer = build_optimizer(
             "AdamW", model.parameters(), learning_rate=settings.learning_rate, weight_decay=0.0
         )
+        self.loss_scale = LossScale(model.device, model.dtype)
         result.levels = examples.levels
         self.held_out = HeldOut(model, examples.held_out_batches(HELD_OUT_LATENTS))
         self.best: dict[str, Tensor] = model.state_dict()
@@ -140,11 +144,17 @@ class _Loop:
                 loss = self._loss(batch, taught) / len(numbers)
                 total += loss.item()
                 self._require_finite(total, "loss")
-                loss.backward()
+                self.loss_scale.scaled(loss).backward()
+        if self.result.steps == self.result.resumed_at:
+            self.model.check_gradients()
+        self.loss_scale.unscale(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm).item()
-        self._require_finite(norm, "gradient")
+        if self.loss_scale.overflowed(norm):
+            self.result.overflows += 1
+        else:
+            self._require_finite(norm, "gradient")
         self.within_step = True
-        self.optimizer.step()
+        self.loss_scale.step(self.optimizer)  # does nothing if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.result.steps += 1
         self.result.losses.append(total)
@@ -201,7 +211,7 @@ class _Loop:
             return
         parts = {prefix: _below(state.tensors, prefix) for prefix in (_OPTIMIZER, _BEST)}
         own = {name: x for name, x in state.tensors.items() if not name.startswith((_OPTIMIZER, _BEST))}
-        numbers = dict(state.numbers)
+        numbers = self.loss_scale.restore(state.numbers)
         about: Mapping[str, Any] = numbers.pop(_MEASURED)
         self.model.load_state_dict(own)
         restore_optimizer(self.optimizer, parts[_OPTIMIZER], numbers)
@@ -210,7 +220,7 @@ class _Loop:
         self.result.losses[:] = state.losses
         self.result.untrained = tuple(about["untrained"])
         self.result.measured[:] = [(step, tuple(errors)) for step, errors in about["measured"]]
-        self.result.best_step = about["best_step"]
+        self.result.best_step, self.result.overflows = about["best_step"], about["overflows"]
         self._stop_if_no_longer_better()
 
     def save_if_due(self) -> None:
@@ -223,13 +233,17 @@ class _Loop:
         if not self.checkpoints or not self.result.steps or self.within_step:
             return
         tensors, numbers = optimizer_state(self.optimizer)
+        numbers |= self.loss_scale.numbers()
         result = self.result
-        about = {"untrained": result.untrained, "measured": result.measured, "best_step": result.best_step}
+        about = {
+            "untrained": result.untrained, "measured": result.measured, "best_step": result.best_step,
+            "overflows": result.overflows,
+        }  # fmt: skip
         own = self.model.state_dict()
         own |= {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
         own |= {_BEST + name: tensor for name, tensor in self.best.items()}
         try:
-            self.checkpoints.save(TrainingState(result.steps, result.losses, own, {**numbers, _MEASURED: about}))
+            self.checkpoints.save(TrainingState(result.steps, result.losses, own, numbers | {_MEASURED: about}))
         except StorageError as error:  # a run without states is better than no run
             logger.error("BlockSkip: %s", error)
             result.problems.append(str(error))

@@ -30,6 +30,7 @@ from ..residuals.source import OpenResiduals, ResidualSource
 from ..selection.selection import BlockSelection
 from .checkpoints import Checkpoints, TrainingState
 from .config import TrainingConfig
+from .loss_scale import LossScale
 from .moving_average import MovingAverage
 from .observer import TrainingObserver
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer, step_size
@@ -39,13 +40,6 @@ from .together import Together
 
 logger = logging.getLogger(__name__)
 
-_FLOAT16_LOSS_SCALE = (
-    1024.0  # initial value: gradients of a mean over a whole picture are near float16's smallest numbers
-)
-_MOST_OVERFLOWS = (
-    20  # steps in a row whose gradient overflows in float16; each halves the scale, so this ends far below 1
-)
-_SCALER = "loss scale/"  # prefix of its numbers in a state
 _OPTIMIZER = "optimizer/"  # prefix of its tensors in a state
 _AVERAGE = "average/"  # prefix of the moving average's tensors in a state
 
@@ -164,10 +158,7 @@ class _Loop:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.steps,
         ).lr_lambdas
-        self.scaler = torch.amp.GradScaler(
-            dit.device.type, init_scale=_FLOAT16_LOSS_SCALE, enabled=dit.dtype == torch.float16
-        )
-        self.overflows_in_a_row = 0
+        self.loss_scale = LossScale(dit.device, dit.dtype)
         self.pending: list[float] = []
         self.num_counted = 0
         self.within_step = False  # still True after an error within an update, when the tensors belong to no step
@@ -234,7 +225,7 @@ class _Loop:
             value = loss.item()  # read only once: on a GPU every read waits for running kernels
             if self.together.size == 1:  # otherwise all processes are told at the end of the step, and end together
                 self._require_finite(value, "loss", micro_batch)
-            self.scaler.scale(loss / self.config.accumulation).backward()
+            self.loss_scale.scaled(loss / self.config.accumulation).backward()
             total += value
         self.num_counted += 1
         if micro_batch == 0:
@@ -257,14 +248,16 @@ class _Loop:
 
     def _optimizer_step(self, micro_batch: int) -> None:
         self._exchange(micro_batch)
-        self.scaler.unscale_(self.optimizer)
+        self.loss_scale.unscale(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit).item()
-        self._require_no_overflow(norm, micro_batch)
+        if self.loss_scale.overflowed(norm):
+            self.result.overflows += 1
+        else:
+            self._require_finite(norm, "gradient", micro_batch)
         rate = step_size(self.optimizer)
         self.within_step = True
-        self.scaler.step(self.optimizer)  # does nothing if a gradient overflowed
-        self.scaler.update()
+        self.loss_scale.step(self.optimizer)  # does nothing if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.result.steps += 1
         self.average.update(self.result.steps)
@@ -316,15 +309,12 @@ class _Loop:
                 f"The training state of step {state.step} has {'an' if average else 'no'} average of the LoRA, and ema "
                 f"is {self.config.ema:g}. Turn resume off."
             )
-        scaling = {name: x for name, x in state.numbers.items() if name.startswith(_SCALER)}
-        numbers = {name: x for name, x in state.numbers.items() if name not in scaling}
+        numbers = self.loss_scale.restore(state.numbers)
         with torch.inference_mode(False):
             self.adapters.load_state_dict(average)
             self.average.restart()
             self.adapters.load_state_dict(lora)
             restore_optimizer(self.optimizer, moments, numbers)
-        if scaling:
-            self.scaler.load_state_dict({name.removeprefix(_SCALER): x for name, x in scaling.items()})
         self._set_rate(state.step)
         self.result.steps = self.result.resumed_at = state.step
         self.result.losses[:] = state.losses
@@ -334,7 +324,7 @@ class _Loop:
         if not self.checkpoints or not self.result.steps or self.within_step or self.together.rank:
             return
         tensors, numbers = optimizer_state(self.optimizer)
-        numbers |= {_SCALER + name: x for name, x in self.scaler.state_dict().items()}
+        numbers |= self.loss_scale.numbers()
         tensors = self.adapters.state_dict() | {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
         if self.config.ema:
             with self.average.shown():
@@ -365,17 +355,6 @@ class _Loop:
                 f"The {what} is not finite in step {micro_batch // self.share.per_step + 1}. The LoRA is kept "
                 f"as it was after step {self.result.steps}. Lower the learning rate, or load the model in bf16."
             )
-
-    def _require_no_overflow(self, norm: float, micro_batch: int) -> None:
-        """Allow a step whose gradient overflowed in float16, which halves the scale, but not many in a row."""
-        if math.isfinite(norm) or not self.scaler.is_enabled():
-            self.overflows_in_a_row = 0
-            self._require_finite(norm, "gradient", micro_batch)
-            return
-        self.overflows_in_a_row += 1
-        self.result.overflows += 1
-        if self.overflows_in_a_row >= _MOST_OVERFLOWS:
-            self._require_finite(norm, "gradient", micro_batch)
 
     def _batch_key(self, draw: int) -> Hashable:
         return self.latents[draw].shape, self.dit.batch_key(self.schedule[draw].caption)

@@ -39,7 +39,7 @@ TABLE = {
     "hosts/families": "errors selection data adapters ralu model blocks accounting",
     "hosts/inputs": "errors data",
     "hosts/files": "errors names files locks adapters ddit",
-    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals distillation accounting hosts/families "
+    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals training distillation accounting hosts/families "
     "hosts/inputs hosts/files",
     "hosts/sampling": "errors units files locks selection data adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",

@@ -80,6 +80,20 @@ def test_a_training_saves_a_file_that_is_loaded_again(nodes, train, folders, run
     assert any("runs" in name for name in kept)
 
 
+def test_the_report_says_what_went_wrong(train, monkeypatch):
+    from blockskip_pack.blockskip_core.hosts.sampling import patch_training
+
+    def distill(*args, result, **more):
+        real(*args, result=result, **more)
+        result.overflows, result.problems = 3, ["The disk is full."]
+
+    real = patch_training.distill
+    monkeypatch.setattr(patch_training, "distill", distill)
+    *_, first, second = train(max_steps=1)[2].splitlines()
+    assert first == "2x: The disk is full."
+    assert second.startswith("2x: 3 steps were skipped because gradients overflowed in float16")
+
+
 def test_two_sizes_and_a_negative(train, tiny):
     adapters, _, report = train(
         patch_sizes="2x and 4x", negative=Listed(tiny.captions((5,))), cfg=2.0, max_steps=1, height=64

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...blocks.skipping_model import SkippingModel
 from ...blocks.stand_ins import TrainedBlock
-from ...ddit.coarse_estimate import CoarseAdapter
+from ...ddit.coarse_estimate import CoarseAdapter, same_device
+from ...errors import TrainingError
 from ...model import Denoiser, WeightPlacement, is_linear
 from ...selection.selection import BlockSelection
+from ...training.self_check import check_gradients
 from .adapted_dit import AdaptedDit
 from .coarse_forward import CoarseForward
 
@@ -98,12 +100,18 @@ class CoarseDistillation:
     ) -> None:
         self._dit, self._denoise, self._coarse, self._parts, self._linears = dit, denoise, coarse, parts, linears
         self._options = dit.patcher.model_options["transformer_options"]
-        self._on_device = parts.coarse.on(dit.device)
+        _require_on(dit.device, parts.patches)
+        self._adapter = parts.coarse.with_statistics_on(dit.device)  # no copies of what is trained
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._dit.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        return self._dit.dtype
 
     def teacher(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
         """Return the estimate with the model's own patches."""
@@ -111,7 +119,7 @@ class CoarseDistillation:
 
     def student(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
         """Return the estimate with coarse patches; the LoRA acts within :meth:`attached`."""
-        return self._called(noisy, sigmas, captions, self._on_device)
+        return self._called(noisy, sigmas, captions, self._adapter)
 
     def untrained(self, noisy: Tensor, sigmas: Tensor, captions: Sequence[int]) -> Tensor:
         """Return the estimate with coarse patches and nothing trained or measured."""
@@ -130,6 +138,20 @@ class CoarseDistillation:
         """Return the number of text tokens of a caption."""
         return self._dit.text_length(caption)
 
+    def check_gradients(self) -> None:
+        """Require a gradient in every tensor of the patches, and in the LoRA of every block.
+
+        Raises:
+            TrainingError: If one has none.
+        """
+        without = [name for name, tensor in self._parts.patches.named_parameters() if tensor.grad is None]
+        if without:
+            raise TrainingError(
+                f"These tensors of the patch adapter got no gradient in the first step: {', '.join(without)}. This is a "
+                f"bug in coarse steps of the {self._dit.family} family; please report it."
+            )
+        check_gradients(self._dit, all_blocks(self._dit), self._parts.lora)
+
     def parameters(self) -> list[nn.Parameter]:
         """Return all trained tensors."""
         return self._parts.parameters()
@@ -141,6 +163,19 @@ class CoarseDistillation:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy the values of :meth:`state_dict`, bit for bit."""
         self._parts.load_state_dict(state)
+
+
+def _require_on(device: torch.device, patches: nn.Module) -> None:
+    """Check that trained tensors are on a device.
+
+    Raises:
+        TrainingError: If one is not.
+    """
+    for name, tensor in patches.named_parameters():
+        if not same_device(tensor.device, device):
+            raise TrainingError(
+                f"The patch adapter's {name} is on {tensor.device} and the model on {device}. This is a bug; please report it."
+            )
 
 
 def _for_captions(denoise: Denoiser, captions: Sequence[int], noisy: Tensor, sigmas: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ...model import WeightPlacement
 from ...residuals.sources import source_of
 from ...training.checkpoints import KEPT_RUNS, remove_old_runs
 from ...training.loop import train_lora
+from ...training.loss_scale import remark_on
 from ...training.observer import OnStep, TrainingObserver
 from ...training.result import StepReport
 from ...training.shared_residuals import write_cache_together
@@ -126,11 +127,7 @@ class _Training:
             self._view.ended()
             for each in events:
                 each.close()
-        if result.overflows:
-            result.problems.append(
-                f"{result.overflows} steps were skipped because gradients overflowed in float16; a model in bf16 does "
-                "not have this problem."
-            )
+        result.problems.extend(remark_on(result.overflows))
         files.save_finished()
         self._view.saved()
 

@@ -27,6 +27,7 @@ from ...distillation.settings import DistillationSettings
 from ...errors import InvalidInputError
 from ...model import WeightPlacement
 from ...training.checkpoints import KEPT_RUNS, Checkpoints, RunIdentity, remove_old_runs
+from ...training.loss_scale import remark_on
 from ...units import format_bytes
 from ..files.folders import run_folder
 from ..inputs.conditioning import flatten_conditionings
@@ -44,7 +45,7 @@ from .own_latents import OwnLatents, own_latents
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # 1 had a teacher with what was trained
+_VERSION = 3  # 1 had a teacher with what was trained; 2 lost gradients in float16, and those of the patches on MPS
 _SCHEDULE = 100  # steps of the schedule through which training spreads over noise levels
 _KEPT_STATES = 2
 ALL_LEVELS = (0.0, 1.0)
@@ -126,18 +127,18 @@ def train_patches(
         progress: Told of every sampler and training step.
         seen: Called with scale and result after every training step.
         given: Pictures to train on; None samples them.
-        told: Called with a sentence on the memory that the training needs, before it.
+        told: Called with a sentence on the memory that the training needs, before it, and on what went wrong, after it.
         begun: Called with scale and content hash of each size's training before its first step.
 
     Raises:
         InvalidInputError: If the prompts, the size or the coarse steps cannot be used.
         UnsupportedModelError: If the family is not known, or the MODEL has a change that training cannot follow.
-        TrainingError: If a loss is not finite.
+        TrainingError: If a loss or gradient is not finite, or a trained tensor gets no gradient.
     """
     run = _PatchTraining(patcher, positive, negative, request, given)
     run.tell_memory(told)
     latents = run.latents(progress)
-    scales = {scale: run.trained(scale, latents, progress, seen, begun) for scale in request.scales}
+    scales = {scale: run.trained(scale, latents, progress, seen, begun, told) for scale in request.scales}
     return TrainedPatches(run.base, scales, run.operations, run.notes)
 
 
@@ -240,7 +241,7 @@ class _PatchTraining:
 
     def trained(
         self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None],
-        begun: Callable[[int, str], None],
+        begun: Callable[[int, str], None], told: Callable[[str], None],
     ) -> TrainedScale:  # fmt: skip
         """Train the adapter of one patch size."""
         request, result = self._request, DistillationResult()
@@ -267,6 +268,8 @@ class _PatchTraining:
             distilling(self._dit, parts, checkpointing=request.checkpointing, weights=request.weights) as model,
         ):
             distill(model, examples, request.settings, result=result, checkpoints=checkpoints, on_step=on_step)
+        for problem in (*result.problems, *remark_on(result.overflows)):
+            told(f"{scale}x: {problem}")
         errors, untrained = ErrorTable(levels, result.best_errors), ErrorTable(levels, result.untrained)
         patches.requires_grad_(False)
         return TrainedScale(coarse, parts.low_rank(), errors, untrained, result.best_step)

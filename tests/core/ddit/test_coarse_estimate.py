@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter, coarse_estimate
+from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter, coarse_estimate, same_device
 from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
 from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
 from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
@@ -111,3 +111,28 @@ def test_the_added_velocity_is_subtracted_times_the_noise_level():
 def test_a_latent_that_is_not_cut_evenly_is_refused():
     with pytest.raises(InvalidInputError, match="multiples of 4, got 6 x 8"):
         coarse_estimate(torch.zeros(1, 3, 6, 8), torch.ones(1), CoarseAdapter(PatchResizing(2, 2)), lambda *_: None)
+
+
+def test_trained_tensors_are_copied_only_to_another_device():
+    resizing = PatchResizing(2, 2)
+    statistics = PatchStatistics.of(torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1)), resizing)
+    adapter = CoarseAdapter(resizing, statistics, PatchAdapter(2 * resizing.side**2, WIDTH))
+    assert adapter.on(torch.device("cpu")).patches is adapter.patches
+    assert adapter.on(torch.device("cpu", 0)).patches is adapter.patches
+    moved = adapter.on(torch.device("meta"))
+    assert moved.patches is not adapter.patches
+    assert {tensor.device.type for tensor in (*moved.patches.parameters(), *vars(moved.statistics).values())} == {
+        "meta"
+    }
+    kept = adapter.with_statistics_on(torch.device("meta"))
+    assert kept.patches is adapter.patches
+    assert {tensor.device.type for tensor in vars(kept.statistics).values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [("mps", "mps:0", True), ("mps:0", "mps", True), ("cuda:1", "cuda:1", True), ("cuda:0", "cuda:1", False),
+     ("cpu", "cuda", False)],
+)  # fmt: skip
+def test_a_device_without_an_index_is_any_of_its_kind(one, other, expected):
+    assert same_device(torch.device(one), torch.device(other)) is expected

@@ -19,7 +19,7 @@ SETTINGS = {"steps": 12, "batch_size": 3, "learning_rate": 0.05, "warmup_steps":
 class Tiny:
     """The teacher halves a latent by a caption's factor; the student has to find the factor."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
         self.weight, self.bias = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(()))
@@ -57,6 +57,10 @@ class Tiny:
     def text_length(self, caption):
         return 3 + caption % 2
 
+    def check_gradients(self):
+        if any(parameter.grad is None for parameter in self.parameters()):
+            raise TrainingError("no gradient")
+
     def parameters(self):
         return [self.weight, self.bias]
 
@@ -69,13 +73,45 @@ class Tiny:
             self.bias.copy_(state["bias"])
 
 
+class Close(Tiny):
+    """A student so near the teacher that the gradients of its numbers are near float16's smallest."""
+
+    computed_in = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.weight += 0.5
+            self.bias += 0.5
+
+    def student(self, noisy, sigmas, captions):
+        own = (self.weight[torch.tensor(captions) % 3] + self.bias)[:, None, None, None]
+        return self.right(noisy, captions) + (noisy.to(self.computed_in) * own.to(self.computed_in)).float() * 3e-4
+
+
+class Half(Close):
+    """The same, computed in float16; the gradients of some steps overflow, as with large activations."""
+
+    dtype = computed_in = torch.float16
+    overflow_at = frozenset()
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+        self.bias.register_hook(self._overflow)
+
+    def _overflow(self, gradient):
+        self.seen += 1
+        return gradient * (float("inf") if self.seen in self.overflow_at else 1.0)
+
+
 def examples(seed=7, prompts=9):
     latents = torch.randn(2 * prompts, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     return Examples(latents, [k // 2 for k in range(2 * prompts)], lambda u: u, seed)
 
 
-def run(folder=None, cut_after=None, **settings):
-    model, result = Tiny(), DistillationResult()
+def run(folder=None, cut_after=None, model=None, **settings):
+    model, result = model or Tiny(), DistillationResult()
     identity = RunIdentity({"who": "me"})
     checkpoints = folder and Checkpoints(folder / "run", identity, every=5, keep=2)
 
@@ -203,6 +239,80 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_applied(monkeypatch
     monkeypatch.setattr(Tiny, "teacher", lambda self, noisy, sigmas, captions: noisy * torch.nan)
     with pytest.raises(TrainingError, match="The loss is not finite in step 1"):
         run()
+
+
+def test_what_gets_no_gradient_ends_the_run_before_the_first_step():
+    model = Tiny()
+    model.bias.requires_grad_(False)
+    with pytest.raises(TrainingError, match="no gradient"):
+        run(model=model)
+    assert not model.weight.any()
+
+
+# --- float16 -----------------------------------------------------------------------------------------------------
+
+
+def first_gradient(model, monkeypatch):
+    """Return the gradient of one step's tensors, as it is clipped."""
+    found, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, *args):
+        found.extend(parameter.grad.clone() for parameter in parameters)
+        return clip(parameters, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+        run(model=model, steps=1)
+    return torch.cat([gradient.reshape(-1) for gradient in found])
+
+
+def test_small_gradients_are_not_lost_in_float16(monkeypatch):
+    exact, half = (first_gradient(kind(), monkeypatch) for kind in (Close, Half))
+    assert exact.any()
+    assert ((half - exact).norm() / exact.norm()).item() < 0.01
+
+
+def half(overflow_at=()):
+    model = Half()
+    model.overflow_at = frozenset(overflow_at)
+    return model
+
+
+def test_a_step_whose_gradient_overflows_in_float16_is_left_out():
+    model, after = half({1}), []
+    result = DistillationResult()
+    distill(
+        model, examples(), DistillationSettings(**{**SETTINGS, "steps": 3}), result=result,
+        on_step=lambda now: after.append(model.state_dict()),
+    )  # fmt: skip
+    assert (result.steps, result.overflows, len(result.losses)) == (3, 1, 3)
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(after, after[1:], strict=False)]
+    assert same == [True, False, False], "only the first step changes nothing"
+
+
+def test_overflow_after_overflow_ends_the_run():
+    with pytest.raises(TrainingError, match="The gradient is not finite in step 20"):
+        run(model=half(range(1, 1000)), steps=40, patience=0)
+
+
+def test_without_float16_a_gradient_that_is_not_finite_ends_the_run():
+    model = Tiny()
+    model.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="The gradient is not finite in step 1"):
+        run(model=model)
+    assert not model.weight.any()
+
+
+def test_a_run_in_float16_that_was_cut_off_ends_with_the_same_bits(tmp_path):
+    expected, whole = run(model=half({1}))
+    run(tmp_path, 4, model=half({1}))
+    state = Checkpoints(tmp_path / "run", RunIdentity({"who": "me"}), every=5, keep=2).newest(99)
+    assert state.numbers["loss scale/scale"] == 512.0
+    found, resumed = run(tmp_path, model=half())
+    assert resumed.resumed_at == 4
+    assert (resumed.overflows, whole.overflows) == (1, 1)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (resumed.losses, resumed.measured) == (whole.losses, whole.measured)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from blockskip_pack.blockskip_core.adapters.lora import LoraSettings
+from blockskip_pack.blockskip_core.data.flow_matching import velocity_loss
 from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter
 from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
 from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
 from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
+from blockskip_pack.blockskip_core.distillation import loop
 from blockskip_pack.blockskip_core.distillation.examples import Examples
 from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
 from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
+from blockskip_pack.blockskip_core.errors import TrainingError
 
 from ..tiny_families import FAMILIES, FLUX
 from ..tiny_flux import assert_same_weights, weights
@@ -20,12 +26,13 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-def opened(family, *, seed=0, moved=False, rank=2, frames=1):
+def opened(family, *, seed=0, moved=False, rank=2, frames=1, device=None, **build):
     """A model, its parts for patches of twice the side, and clean latents."""
     from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import TrainedParts
     from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
 
-    patcher = family.build()
+    patcher = family.build(**build)
+    patcher.load_device = device or patcher.load_device
     patch = 1 if family.latent_shape[1] < 6 else 2
     channels = family.latent_shape[0]
     shape = (channels * frames, 4 * patch, 6 * patch)
@@ -138,6 +145,65 @@ def test_a_training_lowers_the_held_out_error_and_leaves_the_model_as_it_was(fam
     assert not patcher.object_patches
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in patcher.model.diffusion_model.modules())
     assert all(tensor.device.type == "cpu" for tensor in parts.parameters())
+
+
+EXAMPLES = ([0, 0, 1, 1, 2, 2], lambda u: u, 0)
+SETTINGS = DistillationSettings(steps=1, batch_size=2, learning_rate=4e-3, warmup_steps=0, validate_every=10)
+
+
+def test_the_patches_are_trained_where_the_model_s_device_has_another_name(monkeypatch):
+    """MPS is `mps` to the host and `mps:0` to a tensor; here the CPU is `cpu:0` and `cpu`."""
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    _, dit, parts, clean = opened(FLUX, moved=True, device=torch.device("cpu", 0))
+    assert dit.device != torch.device("cpu")
+    with distilling(dit, parts) as model:
+        monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, **_: None)
+        distill(model, Examples(clean, *EXAMPLES), SETTINGS, result=DistillationResult())
+    without = [n for n, tensor in parts.patches.named_parameters() if tensor.grad is None or not tensor.grad.any()]
+    assert without == []
+
+
+def test_patches_that_get_no_gradient_end_the_training():
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    _, dit, parts, clean = opened(FLUX)
+    before = parts.state_dict()
+    with distilling(dit, parts) as model:
+        model._adapter = copy.deepcopy(model._adapter)
+        with pytest.raises(
+            TrainingError, match=r"no gradient in the first step: embedding, identifier, .* flux family"
+        ):
+            distill(model, Examples(clean, *EXAMPLES), SETTINGS, result=DistillationResult())
+    assert all(torch.equal(before[name], tensor) for name, tensor in parts.state_dict().items())
+
+
+def test_patches_on_another_device_are_refused():
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    _, dit, parts, _ = opened(FLUX)
+    parts.to = lambda device: None
+    parts.patches.to("meta")
+    with pytest.raises(TrainingError, match="embedding is on meta and the model on cpu"), distilling(dit, parts):
+        pass
+
+
+def test_gradients_in_float16_are_those_of_float32(monkeypatch):
+    """With a loss as small for each number as that of a latent that is ten thousand times larger."""
+    from blockskip_pack.blockskip_core.hosts.models.coarse_distillation import distilling
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, **_: None)
+    monkeypatch.setattr(loop, "velocity_loss", lambda *given: velocity_loss(*given) / 1e4)
+    found = []
+    for cast_to in (None, torch.float16):
+        _, dit, parts, clean = opened(FLUX, moved=True, **({"cast_to": cast_to} if cast_to else {}))
+        settings = dataclasses.replace(SETTINGS, max_grad_norm=1e9)
+        with distilling(dit, parts) as model:
+            distill(model, Examples(clean, *EXAMPLES), settings, result=DistillationResult())
+        assert model.dtype == (cast_to or torch.float32)
+        found.append([tensor.grad.clone() for tensor in parts.lora.parameters()])
+    exact, half = (torch.cat([gradient.reshape(-1) for gradient in each]) for each in found)
+    assert ((half - exact).norm() / exact.norm()).item() < 0.01
 
 
 def test_own_latents_are_the_hosts_euler_and_are_kept(tmp_path, monkeypatch):
