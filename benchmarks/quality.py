@@ -280,6 +280,7 @@ def add_world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assets", type=Path, help="the demo world's files, if not the shipped ones")
     parser.add_argument(
         "--dit",
+        choices=("scenes", "views"),
         default="scenes",
         help="the world's transformer: scenes, or views, which carries from crops to pictures",
     )

@@ -264,9 +264,8 @@ class _ReattachInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, module: nn.Module, lend: WeightForBackward) -> Tensor:
         ctx.module, ctx.lend, ctx.dtype = module, lend, x.dtype
-        return (
-            output.detach()
-        )  # not a view, or autograd would refuse blocks that write into it, as FLUX.2 and Krea 2 do
+        # Not a view, or autograd would refuse blocks that write into it, as those of FLUX.2 and Krea 2 do.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

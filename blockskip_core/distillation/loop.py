@@ -6,7 +6,6 @@ what hosts give, that is ``(teacher - student) / sigma``.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..data.flow_matching import velocity_loss
 from ..data.micro_batches import batches_of_equal_text
-from ..errors import StorageError, TrainingError
+from ..errors import TrainingError
 from ..training.checkpoints import Checkpoints, TrainingState
 from ..training.loss_scale import LossScale
 from ..training.optimizers import build_optimizer, optimizer_state, restore_optimizer
@@ -26,8 +25,6 @@ from .distilled import Distilled
 from .examples import Batch, Examples
 from .settings import DistillationSettings
 from .validation import HeldOut
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_LATENTS = 4
 _IMPROVEMENT = 0.005  # relative; less counts as none
@@ -242,11 +239,8 @@ class _Loop:
         own = self.model.state_dict()
         own |= {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
         own |= {_BEST + name: tensor for name, tensor in self.best.items()}
-        try:
-            self.checkpoints.save(TrainingState(result.steps, result.losses, own, numbers | {_MEASURED: about}))
-        except StorageError as error:  # a run without states is better than no run
-            logger.error("BlockSkip: %s", error)
-            result.problems.append(str(error))
+        state = TrainingState(result.steps, result.losses, own, numbers | {_MEASURED: about})
+        result.problems.extend(self.checkpoints.try_save(state))
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -128,6 +128,15 @@ class Checkpoints:
         """Return whether a state should be written after this step."""
         return self._every > 0 and step % self._every == 0
 
+    def try_save(self, state: TrainingState) -> list[str]:
+        """Write a state as :meth:`save` does; return a sentence if it cannot be: a run without states is better than no run."""
+        try:
+            self.save(state)
+        except StorageError as error:
+            logger.error("BlockSkip: %s", error)
+            return [str(error)]
+        return []
+
     def save(self, state: TrainingState) -> None:
         """Write a state, unless one for that step exists, and remove the oldest earlier ones.
 

@@ -7,7 +7,6 @@ Only the kept blocks run. Residuals come from a ``residuals.source``. The loss i
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from ..data.flow_matching import noisy_batch, velocity_loss
 from ..data.latents import Latents
 from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
-from ..errors import CheckpointError, StorageError, TrainingError
+from ..errors import CheckpointError, TrainingError
 from ..model import Denoiser, SkippableDit, WeightPlacement
 from ..residuals.source import OpenResiduals, ResidualSource
 from ..selection.selection import BlockSelection
@@ -37,8 +36,6 @@ from .optimizers import build_optimizer, optimizer_state, restore_optimizer, ste
 from .result import StepReport, TrainingResult
 from .self_check import check_against_full_model, check_gradients
 from .together import Together
-
-logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer/"  # prefix of its tensors in a state
 _AVERAGE = "average/"  # prefix of the moving average's tensors in a state
@@ -330,11 +327,8 @@ class _Loop:
             with self.average.shown():
                 tensors |= {_AVERAGE + name: tensor for name, tensor in self.adapters.state_dict().items()}
         whole = self.result.losses[: self.result.steps * self.config.accumulation]
-        try:
-            self.checkpoints.save(TrainingState(self.result.steps, whole, tensors, numbers))
-        except StorageError as error:  # a run without states is better than no run
-            logger.error("BlockSkip: %s", error)
-            self.result.problems.append(str(error))
+        state = TrainingState(self.result.steps, whole, tensors, numbers)
+        self.result.problems.extend(self.checkpoints.try_save(state))
 
     def release(self) -> None:
         """Free all of the run's memory on the device, even if the LoRA is still referenced."""

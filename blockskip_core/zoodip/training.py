@@ -6,7 +6,6 @@ The word is kept in float32, and every perturbed word is computed from it. Direc
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import StorageError
 from ..training.checkpoints import Checkpoints, TrainingState
 from ..training.observer import TrainingObserver
 from ..training.result import StepReport, TrainingResult
@@ -26,8 +24,6 @@ from .settings import WordSettings
 from .signal import Losses, require_finite
 from .subspace import SubspaceGradient
 from .word import WordLayout
-
-logger = logging.getLogger(__name__)
 
 _ADAM, _SUBSPACE, _WORD = "adam/", "subspace/", "word"
 
@@ -121,14 +117,9 @@ class WordTraining:
 
     def _save(self) -> None:
         """Save the state after the last step, if states are kept."""
-        if not self._checkpoints or not self._result.steps:
-            return
-        try:
-            self._checkpoints.save(self._state())
-        except StorageError as error:  # a run without states is better than no run
-            logger.error("BlockSkip: %s", error)
-            if str(error) not in self._result.problems:
-                self._result.problems.append(str(error))
+        if self._checkpoints and self._result.steps:
+            told = self._result.problems
+            told.extend(problem for problem in self._checkpoints.try_save(self._state()) if problem not in told)
 
     def _step(self, step: int) -> StepReport:
         started, settings = time.perf_counter(), self._settings
