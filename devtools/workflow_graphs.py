@@ -277,7 +277,7 @@ def watched(loaders: Loaders, side: int = 512, **settings: Any) -> Prompt:
     }
 
 
-def memory_plan(loaders: Loaders, preset: str, *, draws: int = 500, patch_min: int = 256) -> Prompt:
+def memory_plan(loaders: Loaders, preset: str, *, draws: int = 500, patch_min: int = 256, frozen: str = "") -> Prompt:
     """Check before the run whether it fits a card, and adjust the following nodes so that it does."""
     return {
         "plan": node(
@@ -297,8 +297,14 @@ def memory_plan(loaders: Loaders, preset: str, *, draws: int = 500, patch_min: i
             card_memory=0.0,
             preset=preset,
             back_residual="exact",
+            **frozen_in(frozen),
         ),
     }
+
+
+def frozen_in(weight_format: str) -> dict[str, str]:
+    """The format of frozen blocks for the trainer and for Memory Plan, which takes it from there; "" is their default."""
+    return {"quantize_frozen": weight_format} if weight_format else {}
 
 
 FROM_PLAN: dict[str, Link] = {"memory_settings": ["plan", 3]}
@@ -389,9 +395,8 @@ Teach FLUX.1 one thing that you own.
 5. Watch the chart: every 100 steps it shows a picture of the prompt. **Cancel** whenever you like: the LoRA so far is
    saved, and **Run** continues. It goes to `output/loras`; use it with *BlockSkip 4 - Apply and compare*.
 
-*BlockSkip 2 - Train 12 GB* and *24 GB* train at 512 px, with a caption for each picture. On 8 GB **Memory Plan** puts the
-frozen blocks into 4-bit here, which costs a part of what is learned; *BlockSkip 2 - Train 8 GB* skips more blocks instead. On our
-small model neither of these two was clearly better. Nobody has measured on a GPU yet how long this takes, or how good the result is.
+*BlockSkip 2 - Train 8 GB*, *12 GB* and *24 GB* take a caption for each picture; the last two train at 512 px. On 8 GB **Memory
+Plan** puts the frozen blocks into 4-bit, which costs a part of what is learned. Nobody has measured on a GPU yet how long this takes, or how good the result is.
 {PRACTICE}""",
     headline="My first LoRA",
     subline="start here: 11 nodes\none caption for all pictures",
@@ -404,7 +409,7 @@ def card(
     size: int,
     loaders: Loaders,
     *,
-    method: str = "skip and freeze",
+    frozen: str = "",
     room: float,
     counted: float,
     stored: float,
@@ -415,7 +420,7 @@ def card(
     """Training on a card with ``size`` GB.
 
     Args:
-        method: That of Select Blocks; *skip and freeze* trains few blocks, at twice the usual learning rate.
+        frozen: Format of the frozen blocks if it is not the trainer's default.
         room: GiB that Memory Plan allows the run; the rest is for the screen, other programs and the driver.
         counted: GiB that Memory Plan counts at the peak, with captions of 512 tokens.
         stored: GiB of disk for 500 training examples with captions of 256 tokens.
@@ -427,10 +432,10 @@ def card(
             **loaders.prompt,
             **dataset(),
             **captions(loaders, ["dataset", 1]),
-            **select(loaders, 0.5, method),
-            **memory_plan(loaders, f"{size} GB", patch_min=patch_min),
+            **select(loaders, 0.5, "skip and freeze"),
+            **memory_plan(loaders, f"{size} GB", patch_min=patch_min, frozen=frozen),
             **prepared(loaders, ["dataset", 0], ["dataset", 2], **FROM_PLAN),
-            **watched(loaders, learning_rate=2e-4 if method == "skip and freeze" else 1e-4, **FROM_PLAN),
+            **watched(loaders, learning_rate=2e-4, **frozen_in(frozen), **FROM_PLAN),
             **sampled(loaders),
         },
         (
@@ -496,14 +501,15 @@ The states of the three newest runs are kept in `output/blockskip/runs`. To trai
 CARD_8 = card(
     8,
     ONE_FP8_FILE,
-    method="preset",
+    frozen="4-bit",
     room=6.5,
-    counted=6.0,
+    counted=5.9,
     stored=1.5,
-    summary="fp8, 19 blocks skipped, 10 frozen",
-    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), 256 px. The first 19 of the 57 blocks are skipped, which
-is exact; the last 10 run without adapters, as loaded (`back_residual` exact). *skip and freeze*, which the larger cards use, would
-need its frozen blocks in 4-bit on this card; on our small model that was not clearly better.""",
+    summary="fp8, 14 blocks skipped, 29 frozen in 4-bit",
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), 256 px. The first 14 of the 57 blocks are skipped, which
+is exact; the last 29 run without adapters, in 4-bit (`quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room
+for them as loaded. That costs a part of what is learned, and is still a little better than more skipped and fewer frozen blocks, on our small
+model. The 14 between them are trained, at twice the usual rate.""",
 )
 CARD_12 = card(
     12,
