@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..devices import same_device
 from .coarse_noise import matched_noise
 from .connection import PatchStatistics, around_the_model
 from .patch_adapter import PatchAdapter
@@ -53,11 +54,6 @@ class CoarseAdapter:
     def of_clips(self, frames: int) -> CoarseAdapter:
         """Return the same adapter for latents of so many frames."""
         return replace(self, resizing=self.resizing.of_clips(frames))
-
-
-def same_device(one: torch.device, other: torch.device) -> bool:
-    """Return whether two devices are the same one: ``mps`` is ``mps:0``, though torch calls them unequal."""
-    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 # (reduced latent, its noise levels, what is added to embedded tokens or None) -> (clean estimate of the reduced latent,

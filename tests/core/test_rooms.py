@@ -13,6 +13,7 @@ CORE = "blockskip_core"
 TABLE = {
     "errors": "",
     "units": "",
+    "devices": "",
     "version": "",
     "names": "",
     "files": "errors",
@@ -21,7 +22,7 @@ TABLE = {
     "data": "errors",
     "adapters": "errors",
     "ralu": "errors",
-    "ddit": "errors",
+    "ddit": "errors devices",
     "model": "selection",
     "blocks": "selection model",
     "residuals": "errors units files locks selection data model blocks",
@@ -39,7 +40,7 @@ TABLE = {
     "hosts/families": "errors selection data adapters ralu model blocks accounting",
     "hosts/inputs": "errors data",
     "hosts/files": "errors names files locks adapters ddit",
-    "hosts/models": "errors selection data adapters ralu ddit model blocks residuals training distillation accounting hosts/families "
+    "hosts/models": "errors devices selection data adapters ralu ddit model blocks residuals training distillation accounting hosts/families "
     "hosts/inputs hosts/files",
     "hosts/sampling": "errors units files locks selection data adapters ralu ddit model blocks training distillation hosts/families hosts/inputs hosts/files "
     "hosts/models",

@@ -66,7 +66,7 @@ class DiffusersDit:
         self.captions = [_require_text(number, text, self.layout.text_key) for number, text in enumerate(captions, 1)]
         if not captions:
             raise InvalidInputError("No caption came in. Give at least one encoded text.")
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else torch.empty(0, device=device).device  # with its index
         self._num_img = 0
         self._check()
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ...adapters.lora import LinearShape, LoraAdapters, LoraSettings
 from ...blocks.skipping_model import SkippingModel
 from ...blocks.stand_ins import TrainedBlock
-from ...ddit.coarse_estimate import CoarseAdapter, same_device
+from ...ddit.coarse_estimate import CoarseAdapter
+from ...devices import same_device
 from ...errors import TrainingError
 from ...model import Denoiser, WeightPlacement, is_linear
 from ...selection.selection import BlockSelection

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.weight_sharing import weight_sharing_alias, weight_sharing_copy
+from ...devices import same_device
 from ...model import is_linear
 
 MODEL_PREFIX = "diffusion_model."
@@ -79,7 +80,7 @@ def keep_what_autograd_saves(patcher: Any, replacements: Mapping[str, Any], devi
             if is_linear(layer):
                 continue
             for name, parameter in list(layer._parameters.items()):
-                if parameter is None or parameter.device == device:
+                if parameter is None or same_device(parameter.device, device):
                     continue
                 key = MODEL_PREFIX + ".".join(part for part in (stem, path, name) if part)
                 if key in patcher.patches:

@@ -72,6 +72,7 @@ class WordLosses:
         self._clip = captions.clip
         self._residency = residency
         self._together, self._needed = True, 0
+        self._lost = False  # whether the models could not be taken back from the host
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +102,12 @@ class WordLosses:
 
     @contextmanager
     def set_aside(self) -> Iterator[Any]:
-        """Leave both models to the host for the duration of a ``with`` block inside :meth:`loaded`; provide the model."""
+        """Leave both models to the host for the duration of a ``with`` block inside :meth:`loaded`; provide the model.
+
+        If memory does not suffice to take them back, the next evaluation tries once more.
+        """
         self._let_go()
+        self._lost = True
         try:
             if not self._together:
                 _make_room(self._patcher)
@@ -116,6 +121,7 @@ class WordLosses:
             # The host asks for 1 GiB of room at each load_model, and may unload the model for it, in every step.
             self._clip.load_model = lambda tokens={}: self._clip.patcher  # on our own clone
         self._patcher.pre_run()
+        self._lost = False
 
     def _let_go(self) -> None:
         vars(self._clip).pop("load_model", None)
@@ -178,6 +184,8 @@ class WordLosses:
         return [self._text(self._captions, caption, word) for word in words]
 
     def _make_room_for_text(self) -> None:
+        if self._lost:
+            self._hold()
         if not self._together:
             _make_room(self._clip.patcher)
 

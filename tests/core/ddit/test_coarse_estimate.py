@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter, coarse_estimate, same_device
+from blockskip_pack.blockskip_core.ddit.coarse_estimate import CoarseAdapter, coarse_estimate
 from blockskip_pack.blockskip_core.ddit.connection import PatchStatistics
 from blockskip_pack.blockskip_core.ddit.patch_adapter import PatchAdapter
 from blockskip_pack.blockskip_core.ddit.patch_resizing import PatchResizing
@@ -127,12 +127,3 @@ def test_trained_tensors_are_copied_only_to_another_device():
     kept = adapter.with_statistics_on(torch.device("meta"))
     assert kept.patches is adapter.patches
     assert {tensor.device.type for tensor in vars(kept.statistics).values()} == {"meta"}
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [("mps", "mps:0", True), ("mps:0", "mps", True), ("cuda:1", "cuda:1", True), ("cuda:0", "cuda:1", False),
-     ("cpu", "cuda", False)],
-)  # fmt: skip
-def test_a_device_without_an_index_is_any_of_its_kind(one, other, expected):
-    assert same_device(torch.device(one), torch.device(other)) is expected

@@ -322,6 +322,13 @@ def test_a_whole_model_in_host_memory_runs_with_one_block_on_the_device_at_a_tim
     ]
 
 
+def test_a_model_that_is_on_the_device_is_not_streamed_because_the_device_has_another_name():
+    """A user writes `cuda` or `mps`, and a tensor says `cuda:0` or `mps:0`; here `cpu:0` and `cpu`."""
+    dit = DiffusersDit(FLUX.build(), FLUX.captions(), device="cpu:0")
+    assert dit.device == torch.device("cpu")
+    assert dit._streamed({}) == {}
+
+
 def test_nothing_of_a_run_stays_alive(tiny, dit, monkeypatch):
     """diffusers caches tables of positions under the module that made them, for the life of the process."""
     from blockskip_pack.blockskip_core.hosts.diffusers import diffusers_dit

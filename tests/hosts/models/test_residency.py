@@ -178,14 +178,20 @@ def test_what_another_node_has_put_in_stays_in(comfyui):
         assert not patcher.model.diffusion_model.time_in.out_layer.weight.is_inference()
 
 
+def patch_a_norm(patcher):
+    """Add one to a norm's weights, and return its key; ComfyUI has had two names for it."""
+    keys = [f"diffusion_model.double_blocks.1.img_attn.norm.query_norm.{name}" for name in ("weight", "scale")]
+    (key,) = patcher.add_patches({key: ("diff", (torch.ones(32),)) for key in keys})
+    return key
+
+
 def test_weights_that_autograd_saves_are_brought_to_the_device_with_the_users_patches(a_card):
     """A streamed run: matrices stay in host memory, everything else is on the card, a LoRA on a norm included."""
     from blockskip_pack.blockskip_core.blocks.skipping_model import SkippingModel
     from blockskip_pack.blockskip_core.model import is_linear
 
     patcher = a_card(10**12)
-    key = "diffusion_model.double_blocks.1.img_attn.norm.query_norm.scale"
-    patcher.add_patches({key: ("diff", (torch.ones(32),))})
+    key = patch_a_norm(patcher)
     dit, spans = hosted(patcher), chosen(1, 1)
     model = SkippingModel(dit, spans, checkpointed=True, folded=False)
     with torch.enable_grad(), torch.inference_mode(False), dit.running(model.modules, weights="streamed"):
@@ -198,3 +204,20 @@ def test_weights_that_autograd_saves_are_brought_to_the_device_with_the_users_pa
         patched = patcher.model.get_submodule(key.rpartition(".")[0])
         assert not any(getattr(patched, "weight_function", [])), "the patch is in the weight, and not applied again"
         patcher.model.model_sampling.to_empty(device="cpu")
+
+
+def test_a_patch_is_not_applied_again_where_the_hosts_device_has_another_name(comfyui):
+    """MPS is `mps` to the host and `mps:0` to a tensor; here the CPU is `cpu:0` and `cpu`."""
+    import comfy.model_management
+    from blockskip_pack.blockskip_core.hosts.models.residency import keep_what_autograd_saves
+
+    patcher = tiny_flux().clone()
+    key = patch_a_norm(patcher)
+    comfy.model_management.load_models_gpu([patcher])
+    loaded = patcher.model.get_parameter(key)
+    expected = loaded.clone()
+    blocks = {name: patcher.model.diffusion_model.get_submodule(name) for name in ("double_blocks.0", "double_blocks.1")}
+    keep_what_autograd_saves(patcher, blocks, torch.device("cpu", 0))
+    assert patcher.model.get_parameter(key) is loaded
+    assert torch.equal(loaded, expected)
+    patcher.detach()

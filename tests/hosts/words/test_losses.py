@@ -180,6 +180,30 @@ def test_both_models_stay_loaded_if_they_fit(bench, monkeypatch, devices, total,
     assert losses._fit_together(2**20) == together
 
 
+@torch.no_grad()
+def test_models_that_cannot_be_taken_back_after_sampling_are_taken_back_by_the_next_evaluation(bench, monkeypatch):
+    import comfy.model_management
+
+    load, out_of_memory = comfy.model_management.load_models_gpu, [False, True, True, False]
+
+    def short_of_memory(*args, **options):
+        if out_of_memory.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(*args, **options)
+
+    words = bench.words()
+    with bench.losses.loaded(4):
+        expected = bench.losses(words, EXAMPLE)
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", short_of_memory)
+    with bench.losses.loaded(4):
+        with pytest.raises(torch.OutOfMemoryError), bench.losses.set_aside():
+            pass
+        with pytest.raises(torch.OutOfMemoryError):
+            bench.losses(words, EXAMPLE)
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
+        assert torch.equal(bench.losses(words, EXAMPLE), expected)
+
+
 def test_what_belongs_to_sampling_is_left_out(bench, caplog):
     from blockskip_pack.blockskip_core.hosts.words.losses import as_called
 
