@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blockskip_core.ddit.trained_patches import TrainedPatches
 from ..blockskip_core.errors import BlockSkipError, InvalidInputError
 from ..blockskip_core.hosts.files.lora_files import NO_FILE as NO_FILE
+from ..blockskip_core.hosts.models.quantised_blocks import require_known
 from ..blockskip_core.hosts.runs.request import require_memory_settings as require_memory_settings
 from ..blockskip_core.reporting.event_files import require_tensorboard
 from ..blockskip_core.residuals.residual_set import ResidualSet
@@ -153,6 +154,16 @@ def refusal(check: Callable[[], object]) -> bool | str:
     except BlockSkipError as error:
         return str(error)
     return True
+
+
+def require_formats(**values: Any) -> None:
+    """Check formats of weights by the name of their widget; the host's own message would not say what to do.
+
+    A workflow that was saved with a newer ComfyUI may have one that this ComfyUI lacks.
+    """
+    for setting, value in values.items():
+        if single(value, setting) is not None:
+            require_known(single(value, setting), setting)
 
 
 def tensorboard_refusal(value: Any) -> bool | str:

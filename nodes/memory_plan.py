@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
+import comfy.model_management
 from comfy_api.latest import io
 
 from ..blockskip_core.accounting.memory_needs import MemoryNeeds
@@ -32,7 +33,7 @@ from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
 from ..blockskip_core.selection.selection import BlockSelection
 from . import widgets
-from .inputs import checked, connected
+from .inputs import checked, connected, refusal, require_formats
 from .page.progress import NodeProgress
 from .plan_request import OFF, PlanRequest
 from .train_patch_adapters import SIZES
@@ -79,6 +80,11 @@ class MemoryPlan(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, quantize_kept: Any = None, quantize_frozen: Any = None) -> bool | str:
+        """Refuse formats that this ComfyUI lacks when the graph is queued."""
+        return refusal(lambda: require_formats(quantize_kept=quantize_kept, quantize_frozen=quantize_frozen))
 
     @classmethod
     def execute(
@@ -285,7 +291,7 @@ def _followed(count: Callable[[], Counted]) -> Counted:
     """
     try:
         return count()
-    except BlockSkipError:
+    except (BlockSkipError, comfy.model_management.InterruptProcessingException):
         raise
     except Exception as error:
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ from ..blockskip_core.reporting.event_files import require_tensorboard
 from ..blockskip_core.training.config import LearningRateSchedule
 from ..blockskip_core.training.optimizers import OPTIMIZERS, require_optimizer
 from . import widgets
-from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
+from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, require_formats, single
 from .page.live_chart import LiveChart
 from .page.progress import NodeProgress
 from .run.training import run_training
@@ -55,8 +55,11 @@ class TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, output_name: Any = None, tensorboard: Any = None, optimizer: Any = None) -> bool | str:
-        """Refuse a name that cannot be saved, and a missing package, when the graph is queued, not after precomputing."""
+    def validate_inputs(
+        cls, output_name: Any = None, tensorboard: Any = None, optimizer: Any = None, quantize_kept: Any = None,
+        quantize_frozen: Any = None,
+    ) -> bool | str:  # fmt: skip
+        """Refuse a name that cannot be saved, and what is not installed, when the graph is queued, not after precomputing."""
         name, chosen = single(output_name, "output_name"), single(optimizer, "optimizer")
 
         def check() -> None:
@@ -66,6 +69,7 @@ class TrainLora(io.ComfyNode):
                 require_tensorboard()
             if chosen is not None:
                 require_optimizer(chosen)
+            require_formats(quantize_kept=quantize_kept, quantize_frozen=quantize_frozen)
 
         return refusal(check)
 

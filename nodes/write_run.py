@@ -11,7 +11,7 @@ from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.runs.request import RunRequest
 from ..blockskip_core.hosts.runs.writing import write_run
-from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, single
+from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, require_formats, single
 from .page.progress import NodeProgress
 from .train_lora import later_inputs, training_inputs
 
@@ -56,13 +56,15 @@ class WriteRun(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, output_name: Any = None, run_name: Any = None) -> bool | str:
-        """Refuse names that cannot be saved when the graph is queued."""
+    def validate_inputs(
+        cls, output_name: Any = None, run_name: Any = None, quantize_kept: Any = None, quantize_frozen: Any = None
+    ) -> bool | str:
+        """Refuse names that cannot be saved, and formats that this ComfyUI lacks, when the graph is queued."""
         for value, name, example in ((output_name, "output_name", EXAMPLE_NAME), (run_name, "run_name", EXAMPLE_RUN)):
             said = _name_problem(single(value, name), example)
             if said is not True:
                 return said
-        return True
+        return refusal(lambda: require_formats(quantize_kept=quantize_kept, quantize_frozen=quantize_frozen))
 
     @classmethod
     def fingerprint_inputs(cls, start_file: Any = (NO_FILE,), **_others: Any) -> str:

@@ -8,7 +8,7 @@ it, which has not been measured on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,9 +133,11 @@ CHANGES: tuple[Change, ...] = (  # those that do not change the result come firs
     Change("set `batch_size` to 1, and `accumulation` that much higher", _batch_of_one),
     Change("set `storage` to chunked", _store_in_chunks),
     Change("set `patch_min` to 256", _smaller(256)),
-    Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # these blocks train no adapters
+    Change("set `quantize_frozen` to int8", _frozen_quantised("int8")),
+    Change("set `quantize_frozen` to fp8", _frozen_quantised("fp8")),  # rounds more; for hosts that have no int8
     Change("set `quantize_kept` to int8", _quantised("int8")),
-    Change("set `quantize_kept` to fp8", _quantised("fp8")),  # rounds more; for hosts that have no int8
+    Change("set `quantize_kept` to fp8", _quantised("fp8")),
+    Change("set `quantize_frozen` to 4-bit", _frozen_quantised("4-bit")),  # these blocks train no adapters
     Change("set `quantize_kept` to 4-bit", _quantised("4-bit")),
     Change("set `patch_min` to 128", _smaller(128)),
 )
@@ -185,15 +187,33 @@ def changes_that_fit(
         if fits(peak_of(settings, needs), available):
             return [change], needs
     taken: list[Change] = []
+    changed, before = settings, phase_peaks(count(settings))
     for change in useful:
-        changed = change.apply(settings)
-        if changed is settings:  # an earlier change already covers it
+        further = change.apply(changed)
+        needs = count(further)
+        peaks = phase_peaks(needs)
+        if peaks == before:  # an earlier change already covers it, or this model has nothing to gain from it
             continue
-        settings, taken = changed, [*taken, change]
-        needs = count(settings)
-        if fits(peak_of(settings, needs), available):
-            return taken, needs
+        changed, before, taken = further, peaks, [*taken, change]
+        if fits(peak_of(changed, needs), available):
+            return _effective(taken, settings), needs
     return None
+
+
+def _effective(changes: Sequence[Change], settings: MemorySettings) -> list[Change]:
+    """Return the changes without those that a later one overwrites."""
+    left = list(changes)
+    for change in changes:
+        others = [other for other in left if other is not change]
+        if _all_of(others, settings) == _all_of(left, settings):
+            left = others
+    return left
+
+
+def _all_of(changes: Iterable[Change], settings: MemorySettings) -> MemorySettings:
+    for change in changes:
+        settings = change.apply(settings)
+    return settings
 
 
 def _offered(settings: MemorySettings, formats: Collection[str]) -> bool:

@@ -314,9 +314,12 @@ class ResidualCache:
         return Residual.from_tensors(unpacked(stored, self._identity.token_dtype))
 
     def first(self, name: str) -> tuple[int, Tensor] | None:
-        """Return the first draw that has a tensor of this name, and the tensor; see :meth:`read`."""
+        """Return the first draw that has a tensor of this name, and a copy of the tensor, which may outlive the cache.
+
+        What :meth:`read` returns keeps the whole file mapped, so that its space is not freed when it is deleted.
+        """
         draws = self.draws_with(name)
-        return (draws[0], self._read_tensor(f"{draws[0]}/{name}")) if draws else None
+        return (draws[0], self._read_tensor(f"{draws[0]}/{name}").clone()) if draws else None
 
     def require_first(self, name: str) -> tuple[int, Tensor]:
         """Like :meth:`first`, but refuse a cache without such a tensor.

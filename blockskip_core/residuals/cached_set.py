@@ -139,7 +139,8 @@ def stored_latents(residuals: ResidualSet, progress: PhaseProgress) -> Latents |
                 return None
             with closing(ResidualCache(folder, residuals.identity)) as cache:
                 draws = range(len(residuals.schedule))
-                return joined(cache.read(draw)[_LATENT] for draw in draws)  # reading all checks all
+                # Reading all checks all. Copies, because a tensor as it is read keeps its whole file mapped.
+                return joined(cache.read(draw)[_LATENT].clone() for draw in draws)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_management
+
 from ...blockskip_core.hosts.models.counted_run import room_on
 from ...blockskip_core.hosts.words.captions import WordCaptions
 from ...blockskip_core.hosts.words.counted_words import word_needs
@@ -34,6 +36,8 @@ def counted_memory(
     progress("memory counted", 0, 1)
     try:
         needs = word_needs(model, captions, layout, latent_shape, settings.passes_per_step, guidance=guidance)
+    except comfy.model_management.InterruptProcessingException:
+        raise
     except Exception as error:  # layers of other packs may fail to be counted and still run
         logger.exception("BlockSkip: memory could not be counted")
         return f"The memory of this run could not be counted ({type(error).__name__}: {error})."

@@ -9,6 +9,7 @@
     few_pages            only a few fit, so pages are refused and evicted
     no_pages             none fits
     pressed_pages        pages compete with the run's own tensors for memory, give way to them, and are refused
+    small_layers         weights are paged, but layers as small as a tiny model's are loaded for good
 
 A context that ends without an error has checked that ComfyUI did treat the MODEL that way.
 """
@@ -103,10 +104,19 @@ def pressed_pages(card: Any, patcher: Any) -> Iterator[Any]:
         assert pager.gave_way or pager.refused, vars(pager)
 
 
+@contextmanager
+def small_layers(card: Any, patcher: Any) -> Iterator[Any]:
+    """Page weights, with ComfyUI's own limit below which a layer is not paged: all layers are loaded."""
+    tools = devtools("card.comfyui")
+    with tools.dynamic_vram(card):
+        yield tools.as_dynamic(patcher)
+        assert not patcher.backup
+
+
 MODES: dict[str, Mode] = {
     "resident": resident, "low_vram": low_vram, "streamed": streamed, "async_malloc": async_malloc,
     "streamed_by_trainer": streamed_by_trainer, "all_pages": all_pages, "few_pages": few_pages, "no_pages": no_pages,
-    "pressed_pages": pressed_pages,
+    "pressed_pages": pressed_pages, "small_layers": small_layers,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ..core.plain_dit import MemorySource, needed
 from ..hosts.edit_models import edit_model
 from ..hosts.followed_families import family as followed
 from ..hosts.tiny_families import FAMILIES, FLUX, PLAN, TinyFamily, selection
+from ..hosts.tiny_flux import assert_same_weights, weights
 from ..hosts.tiny_minimax import MINIMAX
 from .modes import MODES
 from .runs import Outcome, Runs, leaving_nothing, on_cpu
@@ -23,7 +24,7 @@ STORAGES = ("disk", "chunked", "on the fly")
 # matters where the norm's input is also used elsewhere. Largest relative difference of a gradient; for all others it is
 # 0.
 ROUNDING = {"lumina2": 3e-6, "z_image": 3e-6, "krea2": 1e-4}  # Krea 2's first step is 2e-7 off, its third 3e-5
-UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_trainer")]
+UNASKED = [mode for mode in MODES if mode not in ("resident", "streamed_by_trainer", "small_layers")]
 WAYS = ("resident", "streamed", "few_pages")
 NOT_PRESSED = "z_image"  # its weights are so small a part of a tiny run that either all of them fit or the run does not
 
@@ -158,6 +159,17 @@ def test_a_model_in_eight_bits_with_frozen_blocks_in_four(compare, mode):
         FLUX, name="flux fp8", build=lambda: FLUX.build(dtype=torch.float8_e4m3fn, cast_to=torch.float32)
     )
     compare(eight_bits, mode, back_residual="exact", quantize_frozen="4-bit")
+
+
+@pytest.mark.parametrize("weight_format", ["off", "int8", "4-bit"])
+def test_layers_that_are_too_small_to_be_paged(card, runs, weight_format):
+    """The host remembers the weights of such layers by name, and the user's model must not get quantised ones."""
+    patcher = FLUX.build()
+    before = weights(patcher)
+    with MODES["small_layers"](card, patcher) as treated:
+        for seed in (0, 1):
+            runs.train(FLUX, treated, quantize_kept=weight_format, seed=seed)
+            assert_same_weights(patcher, before)
 
 
 def test_an_edit_model_with_references(compare):

@@ -49,7 +49,7 @@ TABLE = {
     "hosts/inputs hosts/files hosts/models hosts/sampling",
     "hosts/diffusers": "errors version names files locks selection data adapters model blocks residuals training runs api",
     "nodes/types": "",
-    "nodes/inputs": "errors selection ddit residuals reporting hosts/files hosts/runs",
+    "nodes/inputs": "errors selection ddit residuals reporting hosts/files hosts/models hosts/runs",
     "nodes/page": "reporting",
     "nodes/run": "errors files adapters residuals training reporting hosts/files hosts/models hosts/sampling hosts/runs nodes/page",
     "nodes/words": "errors units version training zoodip reporting hosts/inputs hosts/files hosts/models hosts/sampling hosts/words "

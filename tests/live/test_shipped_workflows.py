@@ -254,3 +254,14 @@ def test_the_twins_run_on_the_oldest_supported_comfyui(older: Any, load_workflow
         assert summary["steps"] == 4
     prompt = load_workflow("train_word")
     assert output_of(succeed(client, prompt), prompt, "Report")["text"][0].startswith("Write embedding:my_word_")
+
+
+def test_a_format_that_the_oldest_comfyui_lacks_is_refused_with_what_to_do(
+    older: Any, load_workflow: Callable[..., Any]
+) -> None:
+    """Our templates were saved with a newer one, whose default for frozen blocks is int8."""
+    tools = load_devtool("comfy_client")
+    prompt = load_workflow("my_first_lora", {"Dynamic Patch Trainer": {"quantize_frozen": "int8"}})
+    said = r"quantize_frozen 'int8' is not a format of this ComfyUI .*, which has off, fp8.*\. Choose one of these"
+    with pytest.raises(tools.RequestRefused, match=said):
+        tools.ComfyClient(older.url).run(prompt)

@@ -46,6 +46,7 @@ from .residency import (
     end_prefetching,
     evict_others,
     keep_what_autograd_saves,
+    return_small_layers,
     unload,
     whole_model,
 )
@@ -263,6 +264,7 @@ class HostedDit(AdaptedDit):
             comfy.model_management.in_training = was_training
             clone.cleanup()
             end_prefetching()
+            return_small_layers(clone)
             put_back()
             unload(clone)
             drop_cast_buffers()

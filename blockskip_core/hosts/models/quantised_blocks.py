@@ -90,13 +90,18 @@ def _works_on(weight_format: str, device: str) -> bool:
     return error.item() < 0.2
 
 
-def require_available(weight_format: str, device: torch.device, setting: str = "quantize_kept") -> None:
-    """Raise InvalidInputError if the host, or the device, cannot keep weights in the format of a setting."""
+def require_known(weight_format: str, setting: str = "quantize_kept") -> None:
+    """Raise InvalidInputError if the host has no weights in the format of a setting."""
     if weight_format not in available_formats():
         raise InvalidInputError(
             f"{setting} {weight_format!r} is not a format of this ComfyUI ({comfyui_version.__version__}), which "
             f"has {', '.join(available_formats())}. Choose one of these, or update ComfyUI."
         )
+
+
+def require_available(weight_format: str, device: torch.device, setting: str = "quantize_kept") -> None:
+    """Raise InvalidInputError if the host, or the device, cannot keep weights in the format of a setting."""
+    require_known(weight_format, setting)
     if weight_format not in formats_on(device):
         raise InvalidInputError(
             f"{setting} {weight_format!r} does not work on this device ({device}). "

@@ -98,6 +98,16 @@ def _drop_patch(layer: nn.Module, name: str) -> None:
     setattr(layer, f"{name}_lowvram_function", None)
 
 
+def return_small_layers(patcher: Any) -> None:
+    """Let the host give back, while the stand-ins are in place, the layers that it loads although it pages the others.
+
+    With dynamic VRAM it loads layers of at most 16 KiB for good, and remembers their weights by name. Unloading puts the
+    original modules back first, and would then write a stand-in's weights, perhaps quantised ones, into these.
+    """
+    if patcher.is_dynamic():
+        patcher.partially_unload(None, 1e32)
+
+
 def unload(patcher: Any) -> None:
     """Unload a model and all its clones, and nothing else; afterwards its modules and weights are the original ones."""
     management = comfy.model_management

@@ -6,6 +6,8 @@ import logging
 from dataclasses import replace
 from functools import cached_property
 
+import comfy.model_management
+
 from ...accounting.memory_needs import MemoryNeeds
 from ...accounting.plan import MemorySettings, Verdict, changes_that_fit, fits, verdict_on_training
 from ...errors import BlockSkipError, TrainingError
@@ -68,7 +70,7 @@ class MemoryCheck:
         self._progress("counting memory", 1, 2)
         try:
             verdict = self._verdict(available, place)
-        except BlockSkipError:
+        except (BlockSkipError, comfy.model_management.InterruptProcessingException):
             raise
         except Exception as error:  # layers of other packs may fail to be counted and still train
             logger.exception("BlockSkip: memory could not be counted")

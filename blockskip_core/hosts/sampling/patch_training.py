@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import numpy as np
 import torch
@@ -232,6 +233,8 @@ class _PatchTraining:
             return
         try:
             peak = _counted_peak(self._dit, self._shape, self._request)
+        except comfy.model_management.InterruptProcessingException:
+            raise
         except Exception as error:  # layers of other packs may fail to be counted and still be trained
             logger.exception("BlockSkip: memory could not be counted")
             told(f"The memory of this training could not be counted ({type(error).__name__}: {error}).")

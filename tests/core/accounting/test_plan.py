@@ -101,13 +101,42 @@ def test_formats_that_the_host_lacks_are_not_proposed():
     assert changes_that_fit(BIG, 8 * GIB, price, ("off",)) is None
 
 
-def test_frozen_blocks_are_quantised_first_and_only_where_there_are_any():
-    change = next(change for change in CHANGES if "quantize_frozen" in change.text)
+def test_eight_bits_come_before_four_and_frozen_blocks_before_trained_ones():
+    formats = [change.text.removeprefix("set ") for change in CHANGES if "quantize" in change.text]
+    assert formats == [
+        "`quantize_frozen` to int8", "`quantize_frozen` to fp8", "`quantize_kept` to int8", "`quantize_kept` to fp8",
+        "`quantize_frozen` to 4-bit", "`quantize_kept` to 4-bit",
+    ]  # fmt: skip
+
+
+def test_frozen_blocks_are_quantised_only_where_there_are_any():
+    change = next(change for change in CHANGES if change.text == "set `quantize_frozen` to 4-bit")
     assert change.apply(BIG) is BIG
     changed = change.apply(replace(BIG, frozen=3))
     assert (changed.quantize_frozen, changed.quantize_kept) == ("4-bit", "off")
     assert "quantize_frozen 4-bit" in changed.describe()
     assert "quantize_frozen" not in BIG.describe()
+
+
+def test_a_change_that_saves_nothing_or_is_overwritten_is_not_named():
+    """The blocks of a model in eight bits do not change with int8."""
+
+    def eight_bits(settings):
+        return needs(10 - 2 * (settings.quantize_frozen == "4-bit") - 3 * (settings.quantize_kept == "4-bit"))
+
+    loaded = replace(BIG, config=TrainingConfig(steps=1), storage="disk", patch_min=256, frozen=3)
+    found, _ = changes_that_fit(loaded, 6, eight_bits)
+    assert [change.text for change in found] == ["set `quantize_frozen` to 4-bit", "set `quantize_kept` to 4-bit"]
+
+    def sixteen_bits(settings):
+        bits = {"off": 16, "fp8": 8, "int8": 8, "4-bit": 4}
+        return needs(100 + 10 * bits[settings.quantize_frozen] + 10 * bits[settings.quantize_kept])
+
+    found, then = changes_that_fit(loaded, 200, sixteen_bits)
+    assert [change.text for change in found] == ["set `quantize_frozen` to 4-bit", "set `quantize_kept` to 4-bit"]
+    assert then.training.peak == 180
+    found, _ = changes_that_fit(replace(loaded, quantize_frozen="int8"), 280, sixteen_bits)
+    assert [change.text for change in found] == ["set `quantize_kept` to int8"]
 
 
 def test_a_batch_of_one_keeps_the_examples_of_a_step():

@@ -98,6 +98,25 @@ def test_chunks_hold_no_more_than_their_size_and_are_gone_afterwards(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def mapped(folder):
+    """Lines about files of a folder that are mapped into memory, deleted ones too."""
+    with open("/proc/self/maps", encoding="utf-8") as lines:
+        return [line for line in lines if str(folder) in line]
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads the process's own map")
+
+
+@needs_proc
+@pytest.mark.parametrize("back_residual", ["constant", "linear"])
+def test_the_disk_space_of_a_chunk_is_free_when_the_next_is_computed(tmp_path, back_residual):
+    residuals = residual_set(tmp_path, "chunked", chunk_size=2, back_residual=back_residual)
+    seen = []
+    run(residuals, steps=5, progress=lambda phase, done, total: seen.append(mapped(tmp_path)))
+    assert len(seen) > 5
+    assert not any(seen)
+
+
 class Interrupt(BaseException):
     """The exception with which a host interrupts a run."""
 
@@ -181,6 +200,17 @@ def test_stored_latents_come_back_as_they_were(tmp_path):
     assert stored_latents(residuals, quiet) is None
     write_cache(residuals, PlainDit(), quiet)
     assert torch.equal(stored_latents(residuals, quiet), residuals.latents)
+
+
+@needs_proc
+def test_latents_of_several_shapes_keep_no_file_open(tmp_path):
+    residuals = residual_set(tmp_path)
+    clean = [latent[..., : 4 + 2 * (index % 2)] for index, latent in enumerate(residuals.latents)]
+    residuals = dataclasses.replace(residuals, latents=clean)
+    write_cache(residuals, PlainDit(), quiet)
+    found = stored_latents(residuals, quiet)
+    assert all(map(torch.equal, found, clean))
+    assert not mapped(tmp_path)
 
 
 def damage(folder):

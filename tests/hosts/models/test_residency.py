@@ -216,7 +216,9 @@ def test_a_patch_is_not_applied_again_where_the_hosts_device_has_another_name(co
     comfy.model_management.load_models_gpu([patcher])
     loaded = patcher.model.get_parameter(key)
     expected = loaded.clone()
-    blocks = {name: patcher.model.diffusion_model.get_submodule(name) for name in ("double_blocks.0", "double_blocks.1")}
+    blocks = {
+        name: patcher.model.diffusion_model.get_submodule(name) for name in ("double_blocks.0", "double_blocks.1")
+    }
     keep_what_autograd_saves(patcher, blocks, torch.device("cpu", 0))
     assert patcher.model.get_parameter(key) is loaded
     assert torch.equal(loaded, expected)

@@ -78,6 +78,23 @@ def test_layers_that_cannot_be_counted_do_not_end_the_run(bench, core, room, mon
     )
 
 
+def test_cancel_while_memory_is_counted_ends_the_run(bench, core, room, monkeypatch):
+    """Counting runs the host's layers, which raise it; in ComfyUI 0.18.2 it is an ordinary exception."""
+    import comfy.model_management
+
+    class OlderInterrupt(Exception):
+        pass
+
+    def cancelled(self, settings):
+        raise OlderInterrupt
+
+    monkeypatch.setattr(comfy.model_management, "InterruptProcessingException", OlderInterrupt)
+    monkeypatch.setattr(core("hosts.runs.memory_check").CountedRun, "needs", cancelled)
+    room(1000)
+    with pytest.raises(OlderInterrupt):
+        bench.train()
+
+
 def test_a_finished_run_is_not_refused(bench, room):
     residuals = bench.precompute()[0]
     bench.train(residuals=residuals, resume=True)
