@@ -129,9 +129,9 @@ class Family:
 5. The chart shows a picture of the prompt every 100 steps. **Cancel** saves the LoRA so far, and **Run** continues. It goes to
    `output/loras`; load it with Load LoRA.
 
-A quarter of the blocks, the first, are skipped, which is exact; the last half run without adapters, in eight bits or fewer. On our
-small model that is the best choice; on this one nobody has measured it, and nothing here has been tried on a GPU yet: please tell us
-how it went.""",
+A quarter of the blocks, the first, are skipped, which is exact; the last half run without adapters, in eight bits or fewer. Of all
+choices that save as much memory, this learned the most on our small model (less with frozen blocks in 4-bit); on this one nobody has
+measured it, and nothing here has been tried on a GPU yet: please tell us how it went.""",
             headline=self.name,
             subline="a first LoRA\non ComfyUI's own files",
             twin=self.twin,
@@ -151,7 +151,9 @@ FAMILIES = tuple(
             8,
             1.0,
             "Z-Image Turbo is distilled to few steps. Training on it slowly undoes that: if samples blur, stop earlier or put a "
-            "training adapter (a LoRA made for this) on the model with LoraLoaderModelOnly, for training only.",
+            "training adapter (a LoRA made for this) on the model with LoraLoaderModelOnly, in front of all nodes that take the model. The "
+            "chart's samples then contain the adapter, so at few steps they look worse than the result: judge that with Load LoRA on "
+            "the model without it.",
         ),
         Family(
             "Qwen-Image",
@@ -165,7 +167,8 @@ FAMILIES = tuple(
             "qwen_image",
             20,
             2.5,
-            "20 billion weights, in fp8. On cards under 16 GB Memory Plan will put the trained blocks into 4-bit.",
+            "20 billion weights, in fp8. On 16 GB Memory Plan puts the frozen blocks into 4-bit, on 12 GB the trained ones too. On 8 GB "
+            "nothing fits: weights are moved in every step, which is slow; take Z-Image or FLUX.1 there.",
         ),
         Family(
             "Qwen-Image 2.1",
@@ -210,7 +213,7 @@ FAMILIES = tuple(
             "flux2_klein",
             20,
             4.0,
-            "The base model, which is not distilled and made for training. The LoRA also works on the distilled Klein 4B.",
+            "The base model, which is not distilled and made for training. The LoRA usually works on the distilled Klein 4B too; nobody has tried it here.",
         ),
         Family(
             "Wan 2.2",

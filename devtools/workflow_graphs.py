@@ -383,7 +383,7 @@ FIRST = Graph(
 
 Teach FLUX.1 one thing that you own.
 
-1. Is the model missing? Press *View details*, then *Download* (17 GB, with text encoders and VAE; it belongs into
+1. Is the model missing? Press *View details*, then *Download* (17 GB, with text encoders and VAE, and as much RAM; it belongs into
    `models/checkpoints`).
 2. Make a folder `my_subject` inside ComfyUI's `input` folder, with 4 to 20 pictures of *one* thing: your toy, your dog.
    512 px or more, from several sides. Press **R**, then choose the folder.
@@ -391,7 +391,7 @@ Teach FLUX.1 one thing that you own.
    **trigger_word** and `.txt` files have no effect here: all pictures share the one caption. To use them, connect **texts** of
    *Pictures of your subject* to **text** of *One caption for all pictures*; or connect ComfyUI's **Generate Text** there, with
    **images** and a CLIP that sees pictures.
-4. Press **Run**. **Memory Plan** says whether your card is large enough (8 GB or more), and makes it fit.
+4. Press **Run**. **Memory Plan** says whether your card is large enough (8 GB or more; 6 GB with all blocks in 4-bit), and makes it fit.
 5. Watch the chart: every 100 steps it shows a picture of the prompt. **Cancel** whenever you like: the LoRA so far is
    saved, and **Run** continues. It goes to `output/loras`; use it with *BlockSkip 4 - Apply and compare*.
 
@@ -460,8 +460,8 @@ def card(
 4. The LoRA is saved to `output/loras` and listed in Load LoRA. **Cancel** saves too; queueing again continues.
 
 500 training examples (`draws`) take about {stored:g} GiB of disk. 500 steps with 4 examples each (`accumulation`) use every
-example four times. Set crop size, storage, batch size, checkpointing and quantisation in **Memory Plan**; the nodes
-after it take them from there.
+example four times. Set `patch_min`, storage, batch size, checkpointing and `quantize_kept` in **Memory Plan**; the
+nodes after it take them from there. `quantize_frozen` is set on **Dynamic Patch Trainer**, and Memory Plan takes it from there.
 
 {PRACTICE}""",
         headline=f"Train on {size} GB",
@@ -506,7 +506,7 @@ CARD_8 = card(
     counted=5.9,
     stored=1.5,
     summary="fp8, 14 blocks skipped, 29 frozen in 4-bit",
-    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), 256 px. The first 14 of the 57 blocks are skipped, which
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), 256 px. The first 14 of the 57 blocks are skipped, which
 is exact; the last 29 run without adapters, in 4-bit (`quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room
 for them as loaded. That costs a part of what is learned, and is still a little better than more skipped and fewer frozen blocks, on our small
 model. The 14 between them are trained, at twice the usual rate.""",
@@ -519,7 +519,7 @@ CARD_12 = card(
     stored=3.7,
     patch_min=512,
     summary="fp8, 512 px, 14 blocks skipped, 29 frozen",
-    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE), squares of 512 px, as large as the picture allows. For wide
+    why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), squares of 512 px, as large as the picture allows. For wide
 or tall pictures set `patch_shape` to *as pictures* on **Precompute Residuals**. The first 14 of the 57 blocks are skipped, which is
 exact; the last 29 run without adapters, as loaded. The 14 between them are trained, at twice the usual rate. For faster steps set `patch_min` in **Memory Plan** to 256.""",
 )
