@@ -1,3 +1,5 @@
+"""Whether two devices are one."""
+
 import pytest
 import torch
 from blockskip_pack.blockskip_core.devices import same_device
