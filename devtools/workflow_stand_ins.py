@@ -62,6 +62,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
 }
+BY_HAND = {"front": 1, "back": 3}  # of the demo's 12 blocks: the shares that a template chooses of FLUX.1's 57
 
 
 def twin_of(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
@@ -110,6 +111,8 @@ def _encoded(key: str, spec: dict[str, Any]) -> Prompt:
 
 def _small(spec: dict[str, Any]) -> dict[str, Any]:
     inputs = {**spec["inputs"], **SMALL.get(spec["class_type"], {})}
+    if inputs.get("method") == "manual":
+        inputs |= BY_HAND
     if isinstance(inputs.get("text"), str):
         inputs["text"] = WORDS[inputs["text"]]
     if spec["class_type"] == "StringConcatenate":

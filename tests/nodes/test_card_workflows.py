@@ -49,7 +49,7 @@ class Silent:
 def test_the_settings_fit_the_card_with_room_for_the_desktop(nodes, size):
     """Memory Plan's own count, with the widgets of the workflow."""
     from blockskip_pack.blockskip_core.accounting.plan import peak_of, room_of_card
-    from blockskip_pack.blockskip_core.selection.presets import preset_selection
+    from blockskip_pack.blockskip_core.selection.selection import BlockSelection
     from blockskip_pack.blockskip_core.selection.skip_and_freeze import skip_and_freeze
 
     graph = cards()[size]
@@ -65,8 +65,17 @@ def test_the_settings_fit_the_card_with_room_for_the_desktop(nodes, size):
     model = meta_patcher(FORMS[file])
     caption = [[torch.zeros(1, TEXT_TOKENS, 4096), {"pooled_output": torch.zeros(1, 768), "guidance": 1.0}]]
     dit = nodes.memory_plan.HostedDit(model, [caption], (16, 8, 8))
-    choose = {"preset": preset_selection, "skip and freeze": skip_and_freeze}[inputs["select"]["method"]]
-    selection = choose(inputs["select"]["skip_ratio"], len(dit.blocks), dit.family, dit.block_bytes)
+    chosen = inputs["select"]
+    if chosen["method"] == "manual":
+        selection = BlockSelection(
+            front=chosen["front"],
+            back=chosen["back"],
+            num_blocks=len(dit.blocks),
+            family=dit.family,
+            block_bytes=dit.block_bytes,
+        )
+    else:
+        selection = skip_and_freeze(chosen["skip_ratio"], len(dit.blocks), dit.family, dit.block_bytes)
     found = nodes.memory_plan.Plan(model, [caption], selection, nodes.memory_plan.PlanRequest(**plan), Silent())
     assert found.fits, "as it is, without any change"
     used = found.settings_that_fit
