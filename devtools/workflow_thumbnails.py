@@ -6,6 +6,7 @@ The browser shows square thumbnails about 220 px wide. At that size, pictures of
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from workflow_graphs import Graph
@@ -33,9 +34,9 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     for place, line in enumerate(graph.subline.split("\n")):
         _write(pen, line, 134 + 46 * place, 38, SAID)
     blocks = graph.prompt.get("select", {}).get("inputs", {})
-    if blocks.get("front") == PAPER[0] and blocks["method"] in ("preset", "skip and freeze"):  # FLUX.1's blocks
+    if spans := _of_flux(blocks):
         exact = graph.prompt.get("residuals", {}).get("inputs", {}).get("back_residual") == "exact"
-        _draw_blocks(pen, *(PAPER if blocks["method"] == "preset" else OURS), is_frozen=exact)
+        _draw_blocks(pen, *spans, is_frozen=exact)
     if graph.badge:
         _draw_badge(pen, graph.badge)
         return image
@@ -45,6 +46,15 @@ def draw(graph: Graph, screenshot: Path) -> Image.Image:
     shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
     image.paste(shown, ((SIDE - shown.width) // 2, LOWER + (height - shown.height) // 2))
     return image
+
+
+def _of_flux(blocks: dict[str, Any]) -> tuple[int, int] | None:
+    """Return how many of FLUX.1's first and last blocks are skipped or frozen, or None of another model."""
+    if blocks.get("method") == "manual":
+        return blocks["front"], blocks["back"]
+    if blocks.get("front") != PAPER[0]:
+        return None
+    return {"preset": PAPER, "skip and freeze": OURS}.get(blocks["method"])
 
 
 def _parts(name: str, *boxes: tuple[int, int, int, int]) -> Image.Image:
