@@ -46,6 +46,7 @@ EXACT = f"half skipped, the last ones frozen in {FROZEN}"
 LINEAR, DRAWS = "half skipped, the last ones linear", 500
 OURS_FROZEN, OURS_RATIO = "int8", 0.5
 DEFAULT = f"skip and freeze {OURS_RATIO}: a quarter skipped, half frozen in {OURS_FROZEN}"
+ROOMY, ROOMY_SPANS = f"few skipped, a quarter frozen in {OURS_FROZEN}", (5, 14)  # as the template for 24 GB
 SIZES = (512, 256)
 TEXT_TOKENS, RANK, CELL = 512, 16, 8  # CELL: pixels per latent cell
 
@@ -326,6 +327,10 @@ def arms_of(flux: Subject) -> list[Arm]:
     ] + [
         Arm(part=OURS, name=DEFAULT, size=256, checkpointing=True, weights=weights, source="cached",
             count=lambda weights=weights: flux.default(256, weights))
+        for weights in FORMATS
+    ] + [
+        Arm(part=OURS, name=ROOMY, size=256, checkpointing=True, weights=weights, skipped=ROOMY_SPANS, source="cached",
+            count=lambda weights=weights: flux.exact(256, ROOMY_SPANS, weights, OURS_FROZEN))
         for weights in FORMATS
     ]  # fmt: skip
     arms += [

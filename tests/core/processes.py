@@ -57,6 +57,7 @@ def _start(folder: Path, rank: int, size: int, work: Callable[[Processes], Any])
         process = os.fork()
     if process:
         return process
+    torch.set_num_threads(1)  # a copy has none of the threads that OpenMP would wait for
     found: dict[str, Any] = {"result": None, "error": ""}
     try:
         meeting = f"file://{folder / 'meeting'}"
