@@ -148,6 +148,7 @@ ARMS: tuple[Arm, ...] = (
             (3, 7, "int8", "exact, int8", 2),
             (3, 4, "int8", "exact, int8", 1.5),
             (2, 5, "int8", "exact, int8", 2),
+            (1, 6, "int8", "exact, int8", 2),
             (3, 6, "4-bit", "exact, 4-bit", 2),
         )
     ),
