@@ -10,6 +10,7 @@
     +-- PatchAdapterError       patch adapters that do not fit the model or cannot be read
     +-- TrainingError           training cannot continue (a loss that is not finite, a failed self-check)
     +-- OutOfMemoryError        a device ran out of memory; defined in hosts, because it also derives from theirs
+    +-- UncountableError        memory could not be counted; defined beside the counting in hosts, and caught by all who count
 
 Every message is one or two sentences: what was expected, what was received, what to do.
 """

@@ -162,8 +162,9 @@ def require_formats(**values: Any) -> None:
     A workflow that was saved with a newer ComfyUI may have one that this ComfyUI lacks.
     """
     for setting, value in values.items():
-        if single(value, setting) is not None:
-            require_known(single(value, setting), setting)
+        given = single(value, setting)
+        if given is not None:
+            require_known(given, setting)
 
 
 def tensorboard_refusal(value: Any) -> bool | str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
-import comfy.model_management
 from comfy_api.latest import io
 
 from ..blockskip_core.accounting.memory_needs import MemoryNeeds
@@ -25,6 +24,7 @@ from ..blockskip_core.errors import BlockSkipError, UnsupportedModelError
 from ..blockskip_core.hosts.inputs.conditioning import flatten_conditionings
 from ..blockskip_core.hosts.inputs.frames import latent_shape
 from ..blockskip_core.hosts.models.adapted_dit import frames_of_clip
+from ..blockskip_core.hosts.models.counted_run import UncountableError, counting
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import formats_on, require_available
 from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, patches_line, report
@@ -290,11 +290,10 @@ def _followed(count: Callable[[], Counted]) -> Counted:
         UnsupportedModelError: If this is one of them.
     """
     try:
-        return count()
-    except (BlockSkipError, comfy.model_management.InterruptProcessingException):
-        raise
-    except Exception as error:
+        with counting(passed_on=BlockSkipError):
+            return count()
+    except UncountableError as error:
         raise UnsupportedModelError(
-            f"The memory of this model's runs cannot be counted ({type(error).__name__}: {error}). Train it without "
+            f"The memory of this model's runs cannot be counted ({error}). Train it without "
             "Memory Plan; if memory runs out, skip more blocks or set `quantize_kept` on the trainer."
         ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from ..errors import InvalidInputError
@@ -180,6 +181,7 @@ def changes_that_fit(
     Returns:
         None if all changes together are not enough.
     """
+    count = cache(count)  # several changes may lead to the same settings
     changed_by = [(change, change.apply(settings)) for change in CHANGES]
     useful = [change for change, to in changed_by if to is not settings and _offered(to, formats)]
     for change in useful:

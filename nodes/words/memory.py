@@ -6,9 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management
-
-from ...blockskip_core.hosts.models.counted_run import room_on
+from ...blockskip_core.hosts.models.counted_run import UncountableError, counting, room_on
 from ...blockskip_core.hosts.words.captions import WordCaptions
 from ...blockskip_core.hosts.words.counted_words import word_needs
 from ...blockskip_core.units import format_bytes
@@ -35,12 +33,11 @@ def counted_memory(
         return ""
     progress("memory counted", 0, 1)
     try:
-        needs = word_needs(model, captions, layout, latent_shape, settings.passes_per_step, guidance=guidance)
-    except comfy.model_management.InterruptProcessingException:
-        raise
-    except Exception as error:  # layers of other packs may fail to be counted and still run
+        with counting():
+            needs = word_needs(model, captions, layout, latent_shape, settings.passes_per_step, guidance=guidance)
+    except UncountableError as error:
         logger.exception("BlockSkip: memory could not be counted")
-        return f"The memory of this run could not be counted ({type(error).__name__}: {error})."
+        return f"The memory of this run could not be counted ({error})."
     free, place = room_on(model.load_device)
     told = (
         f"Counted before the first step: {format_bytes(needs.together)} with text encoder and model loaded together, "

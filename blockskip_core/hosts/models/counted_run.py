@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +15,7 @@ from ...accounting.memory_needs import CountedOnce, MemoryNeeds, RunPlan, Stored
 from ...accounting.plan import MemorySettings
 from ...accounting.weight_formats import WEIGHT_FORMATS, is_shrunk, predicted_bytes, stored_bytes
 from ...adapters.lora import LoraSettings
+from ...errors import BlockSkipError
 from ...model import SkippableDit
 from ...residuals.format import ResidualFormat
 from ...selection.selection import BlockSelection
@@ -20,6 +23,30 @@ from ..inputs.frames import latent_shape
 from .hosted_dit import HostedDit
 from .quantised_blocks import bytes_to_unpack
 from .weightless_dit import WeightlessDit
+
+
+class UncountableError(BlockSkipError):
+    """The memory of a run could not be counted; the message is the class and the message of what was raised."""
+
+
+@contextmanager
+def counting(*, passed_on: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Turn whatever a model's layers raise while they are counted into one error: those of other packs may train all the same.
+
+    Args:
+        passed_on: Exceptions that are not turned. Cancel never is; in ComfyUI 0.18.2 it is an ordinary exception.
+
+    Raises:
+        UncountableError: In place of any other exception.
+    """
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:
+        if isinstance(error, passed_on):
+            raise
+        raise UncountableError(f"{type(error).__name__}: {error}") from error
 
 
 class CountedRun:

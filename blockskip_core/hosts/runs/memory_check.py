@@ -6,13 +6,11 @@ import logging
 from dataclasses import replace
 from functools import cached_property
 
-import comfy.model_management
-
 from ...accounting.memory_needs import MemoryNeeds
 from ...accounting.plan import MemorySettings, Verdict, changes_that_fit, fits, verdict_on_training
 from ...errors import BlockSkipError, TrainingError
 from ...model import WeightPlacement
-from ..models.counted_run import CountedRun, room_on
+from ..models.counted_run import CountedRun, UncountableError, counting, room_on
 from ..models.quantised_blocks import formats_on
 from .plan_text import advice
 from .prepare import PreparedRun
@@ -69,14 +67,11 @@ class MemoryCheck:
         """Count the run and return whether it fits; if not, raise an error or note a problem."""
         self._progress("counting memory", 1, 2)
         try:
-            verdict = self._verdict(available, place)
-        except (BlockSkipError, comfy.model_management.InterruptProcessingException):
-            raise
-        except Exception as error:  # layers of other packs may fail to be counted and still train
+            with counting(passed_on=BlockSkipError):
+                verdict = self._verdict(available, place)
+        except UncountableError as error:
             logger.exception("BlockSkip: memory could not be counted")
-            self._problems.append(
-                f"The memory of this run could not be counted ({type(error).__name__}: {error}). It was started anyway."
-            )
+            self._problems.append(f"The memory of this run could not be counted ({error}). It was started anyway.")
             return False
         if self._run.request.check_memory and not verdict.starts:
             raise TrainingError(f"{verdict.problem} Or switch `check_memory` off to try anyway.")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import comfy.model_management
 import comfy.samplers
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from ..models.coarse_distillation import TrainedParts, distilling
 from ..models.coarse_forward import require_clips, shape_of
 from ..models.counted_calls import counted_operations
 from ..models.counted_distillation import counted_distillation
-from ..models.counted_run import room_on
+from ..models.counted_run import UncountableError, counting, room_on
 from ..models.hosted_dit import HostedDit
 from ..models.identity import conditionings_identity, host_identity, model_identity, module_identity, tensors_identity
 from ..models.patches import for_training
@@ -232,12 +231,11 @@ class _PatchTraining:
         if device.type == "cpu":
             return
         try:
-            peak = _counted_peak(self._dit, self._shape, self._request)
-        except comfy.model_management.InterruptProcessingException:
-            raise
-        except Exception as error:  # layers of other packs may fail to be counted and still be trained
+            with counting():
+                peak = _counted_peak(self._dit, self._shape, self._request)
+        except UncountableError as error:
             logger.exception("BlockSkip: memory could not be counted")
-            told(f"The memory of this training could not be counted ({type(error).__name__}: {error}).")
+            told(f"The memory of this training could not be counted ({error}).")
             return
         free, place = room_on(device)
         told(f"Counted before the training: {format_bytes(peak)}; {place} has {format_bytes(free)} free.")

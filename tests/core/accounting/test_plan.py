@@ -139,6 +139,12 @@ def test_a_change_that_saves_nothing_or_is_overwritten_is_not_named():
     assert [change.text for change in found] == ["set `quantize_kept` to int8"]
 
 
+def test_nothing_is_counted_twice():
+    asked = []
+    changes_that_fit(BIG, 8 * GIB, lambda settings: asked.append(settings) or price(settings))
+    assert len(asked) == len(set(asked))
+
+
 def test_a_batch_of_one_keeps_the_examples_of_a_step():
     config = next(c for c in CHANGES if "batch_size" in c.text).apply(BIG).config
     assert (config.batch_size, config.accumulation) == (1, 8)
