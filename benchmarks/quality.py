@@ -80,8 +80,10 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     result, started = TrainingResult(), time.perf_counter()
     trained: Any = dit
     _, _, frozen = arm.stand_in.partition("exact, ")
-    if frozen:  # the residuals stay those of the model as loaded, as in the nodes
-        trained = QuantisedDit(dit, {dit.blocks[index].name: frozen for index in selection.frozen_span})
+    formats = {dit.blocks[index].name: frozen for index in selection.frozen_span if frozen}
+    formats |= {dit.blocks[index].name: arm.trained_in for index in selection.adapted if arm.trained_in}
+    if formats:  # the residuals stay those of the model as loaded, as in the nodes
+        trained = QuantisedDit(dit, formats)
     train_lora(trained, schedule, latents, selection, source, adapters, config, result=result)
     seconds = time.perf_counter() - started
     kept = list(trained.blocks) if arm.stand_in == "on the fly" else [trained.blocks[i] for i in selection.kept]
@@ -266,7 +268,7 @@ def twin_of(bench: Bench, name: str, subject: str, settings: Settings, others: l
 
     def training(arm: Arm) -> tuple:
         selection = choose(bench, arm, subject, settings)
-        return arm.views, arm.stand_in, tuple(arm.changes.items()), selection
+        return arm.views, arm.stand_in, arm.trained_in, tuple(arm.changes.items()), selection
 
     if name == "base":
         return None

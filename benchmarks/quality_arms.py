@@ -41,6 +41,7 @@ class Arm:
         choice, ratio: How skipped blocks are chosen, and their share: of the number of blocks, or of their bytes.
         spans: First and last blocks, if they are chosen by hand.
         stand_in: What replaces the skipped blocks.
+        trained_in: The format of the trained blocks' weights during the training; empty for that of the model.
         changes: What differs from the common settings: factors of rank, learning_rate, steps and draws; refreshes, ema,
             caption_dropout.
     """
@@ -53,6 +54,7 @@ class Arm:
     ratio: float = 0.0
     spans: tuple[int, int] = (0, 0)
     stand_in: StandIn = "cached"
+    trained_in: str = ""
     changes: dict[str, float] = field(default_factory=dict)
 
 
@@ -162,6 +164,26 @@ ARMS: tuple[Arm, ...] = (
         changes={"learning_rate": 2},
     ),
     Arm("first and last 50%, constant, full size", CARDS, "", "full", "preset", 0.5),
+    *(
+        Arm(
+            f"first {n}, last {m}, {frozen}, trained in {weights}{suffix}, full size",
+            CARDS,
+            views="full",
+            choice="by hand",
+            spans=(n, m),
+            stand_in=stand_in,
+            trained_in=weights,
+            changes=changes,
+        )
+        for n, m, frozen, stand_in, weights, suffix, changes in (
+            (1, 3, "int8", "exact, int8", "int8", "", {}),
+            (3, 6, "int8", "exact, int8", "int8", ", learning rate x 2", {"learning_rate": 2}),
+            (3, 6, "4-bit", "exact, 4-bit", "int8", ", learning rate x 2", {"learning_rate": 2}),
+            (3, 6, "4-bit", "exact, 4-bit", "4-bit", ", learning rate x 2", {"learning_rate": 2}),
+            (4, 2, "4-bit", "exact, 4-bit", "4-bit", "", {}),
+            (4, 2, "constant", "cached", "int8", "", {}),
+        )
+    ),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
     *(
         Arm(

@@ -101,6 +101,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
+def _plus_minus(error: float) -> str:
+    """Return a standard error for the table; one value has none."""
+    return "" if math.isnan(error) else f" ± {error:.3f}"
+
+
 def of_arm(cells: Cells, arm: str) -> list[Cell]:
     """Return an arm's cells."""
     return [cell for (name, _, _), cell in cells.items() if name == arm]
@@ -136,7 +141,7 @@ def table(cells: Cells) -> list[str]:
         small, spread = mean_and_error(list(all_recovered(cells, arm.name, "held_out_loss_small").values()))
         spans = spans_of(own[0])
         lines.append(
-            f"| {arm.name} | {arm.source} | {spans} | **{mean:.3f}** ± {error:.3f} | {small:.3f} ± {spread:.3f} | "
+            f"| {arm.name} | {arm.source} | {spans} | **{mean:.3f}**{_plus_minus(error)} | {small:.3f}{_plus_minus(spread)} | "
             f"{_shares(own)} | "
             f"{_least(own, 'saved_bytes') / MIB:.1f} MiB | {_median(own, 'block_bytes') / MIB:.1f} MiB | "
             f"{_least(own, 'step_seconds') / slowest:.2f} |"
@@ -154,7 +159,7 @@ def spans_of(cell: Cell) -> str:
 def _difference(values: Iterable[float]) -> str:
     values = list(values)
     mean, error = mean_and_error(values) if values else (math.nan, math.nan)
-    return f"{mean:+.3f} ± {error:.3f}"
+    return f"{mean:+.3f}{_plus_minus(error)}"
 
 
 def _shares(own: list[Cell]) -> str:

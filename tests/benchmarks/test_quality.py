@@ -96,6 +96,30 @@ def test_the_places_of_the_skipped_blocks_train_too(small: SimpleNamespace, benc
     assert "kept" in spans["cost and influence, half of the bytes"]
 
 
+def test_a_training_in_other_formats_is_not_copied_from_another_arm(small: SimpleNamespace, bench) -> None:
+    def twin(name: str, *others: str) -> str | None:
+        return small.quality.twin_of(small.world, name, "toby", small.settings, list(others))
+
+    plain, other = "first 1, last 3, int8, full size", "first 1, last 3, int8, trained in int8, full size"
+    assert twin(other, "base", plain) is None
+    assert twin(other, other) == other
+
+
+def test_trained_blocks_in_another_format_cost_fewer_bytes(small: SimpleNamespace, bench) -> None:
+    import torch
+
+    arms, few, costs = bench("quality_arms"), bench("quality_world").Settings(steps=2, draws=8), {}
+    with torch.no_grad():
+        for name in (
+            "first 3, last 6, int8, learning rate x 2",
+            "first 3, last 6, int8, trained in int8, learning rate x 2",
+        ):
+            arm = replace(arms.arm_named(f"{name}, full size"), views="resize")
+            costs[arm.trained_in] = small.quality.train(small.world, arm, "pip", 0, few)[1]
+    assert costs["int8"]["block_bytes"] < 0.7 * costs[""]["block_bytes"]
+    assert costs["int8"]["loss"] == pytest.approx(costs[""]["loss"], rel=0.1)
+
+
 def rows_in(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "quality_cells.jsonl").read_text().splitlines()]
 
