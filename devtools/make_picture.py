@@ -1,10 +1,11 @@
-"""Makes the README's picture, by training in the page for about half an hour, and that of the trainer's help page.
+"""Makes the README's picture, by training in the page for about an hour and a half, and that of the trainer's help page.
 
-    python devtools/make_picture.py --comfyui DIR --base DIR
+    python devtools/make_picture.py --comfyui DIR --base DIR [--only few | --only all]
 
-It shows the pictures that are learned from, the trainer's node while it trains, and the same prompt before and after. Nothing is
-drawn: all of it comes from the template "Try it without a GPU" in a real ComfyUI, with more steps and half of the blocks
-skipped by *preset*. It needs the test environment's Python, Chromium and playwright-core, as `browser.mjs` does.
+It shows the pictures that are learned from, the trainer's node while it trains, and the same prompt before and after, also
+after training all blocks for as many steps. Nothing is drawn: all of it comes from the template "Try it without a GPU" in a
+real ComfyUI, with more steps, and with a twelfth of the blocks skipped and a quarter frozen as for cards of 16 and 24 GB.
+It needs the test environment's Python, Chromium and playwright-core, as `browser.mjs` does.
 """
 
 from __future__ import annotations
@@ -14,24 +15,45 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from comfy_server import DEMO_PACK, ROOT, ComfyServer, demo_models
 from PIL import Image, ImageDraw, ImageFont
 
 SUBJECT, PICTURES = "toby", 12
 TRAINER = "BlockSkip_TrainLora"
-WIDGETS = {
-    "BlockSkip_SelectBlocks": {"method": "preset", "skip_ratio": 0.5},
-    "BlockSkip_MemoryPlan": {"draws": 1200},
-    "BlockSkip_PrecomputeResiduals": {"draws": 1200},
-    "BlockSkip_SampleWhileTraining": {"every": 500, "sampler_steps": 24, "cfg": 2.5},
-    TRAINER: {"steps": 3000, "learning_rate": 0.002, "save_every": 200},
-    "KSampler": {"steps": 24, "cfg": 2.5},
-}
+STEPS = 3000
+
+
+def widgets(skipped: int, frozen: int) -> dict[str, dict[str, Any]]:
+    """Values by kind of node and widget, for a number of the first blocks and one of the last."""
+    return {
+        "BlockSkip_SelectBlocks": {"method": "manual", "front": skipped, "back": frozen},
+        "BlockSkip_MemoryPlan": {"draws": 1200},
+        "BlockSkip_PrecomputeResiduals": {"draws": 1200},
+        "BlockSkip_SampleWhileTraining": {"every": 500, "sampler_steps": 24, "cfg": 2.5},
+        TRAINER: {"steps": STEPS, "learning_rate": 0.001, "save_every": 200},
+        "KSampler": {"steps": 24, "cfg": 2.5},
+    }
+
+
+ARMS = {"few": widgets(1, 3), "all": widgets(0, 0)}
+DONE = Path("shots", "after.png")
+DRAWN = Path("drawn", f"blockskip_{SUBJECT}")
 IMAGES = ROOT / "web" / "docs" / "img"
-WIDTH, MARGIN, TITLE = 830, 14, 26  # px
-LEFT, RIGHT, COLUMNS = 186, 226, 2
-PROMPT = "both times:", "“a big orange toby circle", "on water, right”.", "Water is in none of", "the pictures."
+WIDTH, MARGIN, TITLE, LINE = 830, 14, 26, 20  # px
+LEFT, RIGHT, COLUMNS = 186, 196, 2
+TITLES = {
+    ("few", "before"): "before",
+    ("few", "after"): "1/12 skipped, 1/4 frozen",
+    ("all", "after"): "LoRA on all blocks",
+}
+PROMPT = (
+    f"Both after {STEPS:,} steps. Each",
+    "time “a big orange toby circle",
+    "on water, right”. Water is in",
+    f"none of the {PICTURES} pictures.",
+)
 GROUND, INK = (24, 27, 33), (238, 240, 244)
 
 
@@ -40,55 +62,64 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument(
-        "--base", type=Path, required=True, help="ComfyUI's folder; a stopped training is resumed from it"
+        "--base",
+        type=Path,
+        required=True,
+        help="where ComfyUI's folders are made; stopped trainings are resumed from it",
     )
-    parser.add_argument("--only-join", action="store_true", help="put the pictures of an earlier training together")
+    parser.add_argument("--only", choices=list(ARMS), help="train one of the two; the picture is made after the second")
     options = parser.parse_args()
-    shots, pictures = options.base / "shots", options.base / "drawn" / f"blockskip_{SUBJECT}"
-    shots.mkdir(parents=True, exist_ok=True)
-    status = 0 if options.only_join else trained(options.comfyui, options.base, pictures, shots)
-    if status == 0:
-        joined(pictures, shots).save(IMAGES / "first_lora.png", optimize=True)
-        Image.open(shots / "done.png").convert("RGB").save(IMAGES / "live_chart.png", optimize=True)
-    return status
+    folders = {arm: options.base / arm for arm in ARMS}
+    for arm in [options.only] if options.only else list(ARMS):
+        if not (folders[arm] / DONE).exists():
+            status = trained(options.comfyui, folders[arm], ARMS[arm])
+            if status:
+                return status
+    if all((folder / DONE).exists() for folder in folders.values()):
+        joined(folders).save(IMAGES / "first_lora.png", optimize=True)
+        Image.open(folders["few"] / DONE).convert("RGB").save(IMAGES / "live_chart.png", optimize=True)
+    return 0
 
 
-def trained(comfyui: Path, base: Path, pictures: Path, shots: Path) -> int:
+def trained(comfyui: Path, base: Path, values: dict[str, dict[str, Any]]) -> int:
     """Train in the page; return the status of the script that does."""
     sys.path.append(str(ROOT / "demo"))
     import world
 
-    world.write_subject_folder(pictures, SUBJECT, count=PICTURES)
-    widgets = shots / "widgets.json"
-    widgets.write_text(json.dumps(WIDGETS), encoding="utf-8")
-    placed = {"packs": {DEMO_PACK: ROOT / "demo" / DEMO_PACK}, "models": demo_models(), "inputs": [pictures]}
+    shots = (base / DONE).parent
+    shots.mkdir(parents=True, exist_ok=True)
+    world.write_subject_folder(base / DRAWN, SUBJECT, count=PICTURES)
+    chosen = shots / "widgets.json"
+    chosen.write_text(json.dumps(values), encoding="utf-8")
+    placed = {"packs": {DEMO_PACK: ROOT / "demo" / DEMO_PACK}, "models": demo_models(), "inputs": [base / DRAWN]}
     with ComfyServer(comfyui, base=base, **placed) as server:
         script = ROOT / "devtools" / "train_for_picture.mjs"
-        return subprocess.run(["node", str(script), server.url, str(widgets), str(shots)]).returncode
+        command = ["node", str(script), server.url, str(chosen), str(shots), "--minutes", "100"]
+        return subprocess.run(command).returncode
 
 
-def joined(pictures: Path, shots: Path) -> Image.Image:
+def joined(folders: dict[str, Path]) -> Image.Image:
     """Return what was learned from, the trainer's node, and before and after, side by side."""
-    trainer = Image.open(shots / "training.png").convert("RGB")
+    shots = {arm: (folder / DONE).parent for arm, folder in folders.items()}
+    trainer = Image.open(shots["few"] / "training.png").convert("RGB")
     middle = WIDTH - LEFT - RIGHT - 4 * MARGIN
     trainer = trainer.resize((middle, round(trainer.height * middle / trainer.width)), Image.Resampling.LANCZOS)
-    sheet = Image.new("RGB", (WIDTH, trainer.height + TITLE + 2 * MARGIN), GROUND)
+    after = MARGIN + len(TITLES) * (RIGHT + TITLE + MARGIN)
+    sheet = Image.new("RGB", (WIDTH, max(trainer.height + TITLE + 2 * MARGIN, after + len(PROMPT) * LINE)), GROUND)
     columns = (MARGIN, LEFT + 2 * MARGIN, WIDTH - RIGHT - MARGIN)
     _write(sheet, columns[0], MARGIN, f"{PICTURES} pictures")
     side = (LEFT - MARGIN // 2) // COLUMNS
-    for number, file in enumerate(sorted(pictures.glob("*.png"))):
+    for number, file in enumerate(sorted((folders["few"] / DRAWN).glob("*.png"))):
         place = [at * (side + MARGIN // 2) for at in (number % COLUMNS, number // COLUMNS)]
         _paste(sheet, file, columns[0] + place[0], MARGIN + TITLE + place[1], side)
     _write(sheet, columns[1], MARGIN, "train")
     sheet.paste(trainer, (columns[1], MARGIN + TITLE))
-    for row, (name, title) in enumerate(
-        {"before": "before", "after": f"after {WIDGETS[TRAINER]['steps']:,} steps"}.items()
-    ):
+    for row, ((arm, name), title) in enumerate(TITLES.items()):
         top = MARGIN + row * (RIGHT + TITLE + MARGIN)
         _write(sheet, columns[2], top, title)
-        _paste(sheet, shots / f"{name}.png", columns[2], top + TITLE, RIGHT)
+        _paste(sheet, shots[arm] / f"{name}.png", columns[2], top + TITLE, RIGHT)
     for row, line in enumerate(PROMPT):
-        _write(sheet, columns[2], MARGIN + 2 * (RIGHT + TITLE + MARGIN) + row * 20, line, 14)
+        _write(sheet, columns[2], after + row * LINE, line, 14)
     return sheet
 
 

@@ -38,7 +38,9 @@ class ComparePictures(io.ComfyNode):
     @classmethod
     def execute(cls, before: Any, after: Any) -> io.NodeOutput:
         require_counterparts(before, after)
-        left, right = ui.PreviewImage(before, cls=cls), ui.PreviewImage(after, cls=cls)
+        left, right = (
+            ui.PreviewImage(images.float(), cls=cls) for images in (before, after)
+        )  # numpy knows no bfloat16
         return io.NodeOutput(ui={"blockskip_before": left.values, "blockskip_after": right.values})
 
 

@@ -27,6 +27,13 @@ def test_both_pictures_are_kept_as_previews_under_their_sides(compare, tmp_path)
                 assert (picture.size, picture.getpixel((0, 0))[0]) == (size, colour)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_pictures_of_any_precision_are_compared(compare, tmp_path, dtype):
+    shown = compare(torch.zeros(1, 8, 8, 3, dtype=dtype), torch.ones(1, 8, 8, 3)).ui
+    with Image.open(tmp_path / shown["blockskip_before"][0]["filename"]) as picture:
+        assert picture.getpixel((0, 0)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "match"),
     [

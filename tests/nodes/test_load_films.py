@@ -10,13 +10,13 @@ import torch
 from .test_load_training_folder import folder, photo, said  # noqa: F401  fixtures
 
 
-def write_film(path, colours, size=(64, 48)):
+def write_film(path, colours, size=(64, 48), codec="mpeg4"):
     """A video with one picture per colour (brightness in [0, 1])."""
     import av
     import numpy as np
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(8))
+        stream = container.add_stream(codec, rate=Fraction(8))
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 4_000_000
         for colour in colours:
             values = np.full((size[1], size[0], 3), round(255 * colour), dtype=np.uint8)
@@ -42,6 +42,29 @@ def test_a_videos_first_pictures_are_one_image(load, folder, said):  # noqa: F81
     assert texts == ["", "a dog walks"]
     assert [file.name for file in files] == ["short.MOV", "walk.mp4"]
     assert said[0].splitlines()[-1] == "Videos: 2; captions: 1"
+
+
+def test_a_video_that_changes_its_size_is_refused(load, folder, tmp_path):  # noqa: F811
+    """As a browser's recording of a window does that is resized, or of a phone that is turned."""
+    import av
+
+    parts = []
+    for number, size in enumerate([(64, 48), (48, 64)]):
+        parts.append(tmp_path / f"{number}.webm")
+        write_film(parts[-1], [0.2, 0.4], size, codec="libvpx")
+    with av.open(str(folder / "call.webm"), "w") as joined:
+        stream, place = None, 0
+        for part in parts:
+            with av.open(str(part)) as opened:
+                stream = stream or joined.add_stream_from_template(opened.streams.video[0])
+                for packet in opened.demux(video=0):
+                    if packet.dts is not None:
+                        packet.pts = packet.dts = place
+                        packet.stream, place = stream, place + 100
+                        joined.mux(packet)
+    with pytest.raises(ValueError, match="call.webm changes its size at picture 3. Save it again as MP4 of one size"):
+        load(frames=5)
+    assert [tuple(image.shape) for image in load(frames=2)[0]] == [(2, 48, 64, 3)]
 
 
 def test_pictures_are_loaded_beside_videos_if_asked_for(load, folder, said):  # noqa: F811

@@ -328,3 +328,84 @@ def test_the_trigger_word_and_mirrored_copies_through_the_node(nodes, run_node, 
     assert [file.name for file in files] == ["a.png", "a.png (mirrored)"]
     assert torch.equal(images[1][0], values.flip(1))
     assert said[-1].endswith("Pictures: 2; captions: 2")
+
+
+def profile(primaries, kind="RGB "):
+    """A colour profile of gamma 2.2 with these primaries, each as XYZ; "GRAY" has none."""
+
+    def fixed(*values):
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)) + bytes(2)
+    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test" + bytes(79)
+    tags = {
+        b"desc": name + bytes(-len(name) % 4),
+        b"cprt": b"text" + bytes(8),
+        b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249),
+    }
+    if kind == "GRAY":
+        tags[b"kTRC"] = curve
+    for letter, primary in zip(b"rgb", primaries, strict=False):
+        tags[bytes([letter]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*primary)
+        tags[bytes([letter]) + b"TRC"] = curve
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x02100000, b"mntr", kind.encode(), b"XYZ ")
+    return head + bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249) + bytes(48) + table + body
+
+
+DISPLAY_P3 = profile([(0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)])
+ADOBE_RGB = profile([(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"), [(DISPLAY_P3, (219, 37, 49)), (ADOBE_RGB, (231, 57, 57))], ids=["P3", "Adobe"]
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_the_colours_of_a_profile_become_those_of_srgb(load, folder, of, expected, mode):
+    """Phones save Display P3 and cameras Adobe RGB; the values are of Pillow's own conversion."""
+    picture = Image.new("RGB", (16, 16), (200, 60, 60))
+    picture = picture.quantize() if mode == "P" else picture.convert(mode)
+    picture.save(folder / "a.png", icc_profile=of)
+    image = load()[0][0]
+    assert (image[0, 0, 0] * 255).tolist() == pytest.approx(expected, abs=1)
+
+
+def test_transparency_is_kept_beside_a_profile(load, folder, said):
+    picture = Image.new("RGBA", (16, 16), (200, 60, 60, 255))
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    picture.save(folder / "a.png", icc_profile=DISPLAY_P3)
+    image = load()[0][0]
+    assert image[0, 0, 0].tolist() == [1.0, 1.0, 1.0]
+    assert (image[0, 1, 1] * 255).tolist() == pytest.approx((219, 37, 49), abs=1)
+
+
+def test_a_profile_of_srgb_changes_nothing(load, folder):
+    from PIL import ImageCms
+
+    of = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    expected = photo(folder / "a.png", icc_profile=of)
+    assert torch.equal(load()[0][0][0], expected)
+
+
+def test_a_grey_profile_is_followed(load, folder):
+    Image.new("L", (16, 16), 60).save(folder / "a.png", icc_profile=profile([], "GRAY"))
+    image = load()[0][0]
+    assert (image[0, 0, 0] * 255).tolist() == pytest.approx((58, 58, 58), abs=2)
+    assert image.shape[-1] == 3
+
+
+@pytest.mark.parametrize("of", [b"no profile", profile([], "GRAY")], ids=["damaged", "of another kind"])
+def test_a_profile_that_cannot_be_used_is_left_out_and_told(load, folder, of, caplog):
+    expected = photo(folder / "a.png", icc_profile=of)
+    assert torch.equal(load()[0][0][0], expected)
+    assert "a.png: its colour profile cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT", ".Txt", ".Caption"])
+def test_a_caption_is_found_in_any_case(load, folder, ending):
+    photo(folder / "a.png")
+    (folder / f"a{ending}").write_text("a toy", encoding="utf-8")
+    assert load()[1] == ["a toy"]

@@ -287,6 +287,37 @@ def test_the_pictures_may_be_in_the_folder_of_the_references(load):
     assert (shades(images), shades(references)) == ([2, 3], [0, 4, 1, 5])
 
 
+def test_pictures_of_one_name_in_several_folders_have_the_references_of_their_own_folder(load):
+    names = ("10_cats/01.png", "10_dogs/01.png")
+    _, _, _, references = load(*(f"after/{name}" for name in names), *(f"before/{name}" for name in names))
+    assert shades(references) == [2] * 10 + [3] * 10
+
+
+def test_the_folders_of_references_may_have_other_numbers_of_repeats(load):
+    _, _, _, references = load("after/1_cats/01.png", "after/2_dogs/01.png", "before/dogs/01.png", "before/cats/01.png")
+    assert shades(references) == [3, 2, 2]
+
+
+def test_folders_that_differ_by_their_repeats_alone_are_told_apart(load):
+    names = ("1_cats/01.png", "2_cats/01.png")
+    _, _, _, references = load(*(f"after/{name}" for name in names), *(f"before/{name}" for name in names))
+    assert shades(references) == [2, 3, 3]
+
+
+def test_a_reference_in_no_sub_folder_is_for_all_pictures_of_its_name(load):
+    _, _, _, references = load("after/1_cats/01.png", "after/1_dogs/01.png", "before/01.png")
+    assert shades(references) == [2, 2]
+
+
+@pytest.mark.parametrize("inside", ["birds", "cats"])
+def test_a_reference_that_may_belong_to_several_pictures_is_refused(load, inside):
+    message = (
+        "1_cats/01.png and 2_cats/01.png have the same name, so it is not clear whose reference 01.png in 'before' is"
+    )
+    with pytest.raises(ValueError, match=message):
+        load("after/1_cats/01.png", "after/2_cats/01.png", f"before/{inside}/01.png")
+
+
 def test_mirrored_pictures_have_mirrored_references(load):
     images, _, _, references = load("after/a.png", "before/a.png", "before/a_1.png", flip=True)
     assert shades(references) == [1, 2, 1, 2]

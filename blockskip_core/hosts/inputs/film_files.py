@@ -28,14 +28,14 @@ def read_film(path: Path, name: str, pictures: int) -> Tensor:
         pictures: Number of pictures, at the video's own rate.
 
     Raises:
-        InvalidInputError: If it cannot be read as a video.
+        InvalidInputError: If it cannot be read as a video, or its size changes.
     """
     read: list[Tensor] = []
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
                 read.append(_read(frame))
-                if len(read) == pictures:
+                if len(read) == pictures or read[-1].shape != read[0].shape:
                     break
     except Exception as error:  # with damaged files, the decoders may raise anything
         raise InvalidInputError(
@@ -44,6 +44,10 @@ def read_film(path: Path, name: str, pictures: int) -> Tensor:
         ) from error
     if not read:
         raise InvalidInputError(f"{name} holds no picture. Save it again as MP4, or take it out of the folder.")
+    if read[-1].shape != read[0].shape:
+        raise InvalidInputError(
+            f"{name} changes its size at picture {len(read)}. Save it again as MP4 of one size, or take it out of the folder."
+        )
     return torch.stack(read)
 
 

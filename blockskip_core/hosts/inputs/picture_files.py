@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from ...errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -21,7 +25,8 @@ _BACKGROUND = (255, 255, 255)
 def read_picture(path: Path, name: str) -> tuple[Tensor, bool]:
     """Return a picture, shape (1, H, W, 3), float32 in [0, 1], and whether it had transparent parts.
 
-    It is rotated according to its EXIF data. 16-bit grey keeps its range. Transparent parts are put on white.
+    It is rotated according to its EXIF data, and its colours are those of sRGB, whatever profile it embeds. 16-bit grey keeps its
+    range and is taken as it is. Transparent parts are put on white.
 
     Args:
         path: The file.
@@ -52,7 +57,7 @@ def _read(picture: Image.Image, name: str) -> tuple[Tensor, bool]:
             f"{name} contains floating-point numbers of unknown scale. Save it as PNG or JPEG, or take it out of the "
             "folder."
         )
-    transparent = False
+    picture, transparent = _in_srgb(picture, name), False
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         transparent = bool(np.asarray(picture.getchannel("A")).min() < 255)
@@ -60,6 +65,25 @@ def _read(picture: Image.Image, name: str) -> tuple[Tensor, bool]:
         picture = Image.alpha_composite(background, picture)
     values = np.asarray(picture.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(values / 255.0).unsqueeze(0), transparent
+
+
+def _in_srgb(picture: Image.Image, name: str) -> Image.Image:
+    """Return a picture in the colours that its profile means; phones save Display P3, cameras Adobe RGB."""
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture
+    if picture.mode == "P" or picture.has_transparency_data:
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).casefold():
+            return picture
+        target = "RGBA" if picture.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=target)
+        return picture if converted is None else converted
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:  # damaged, or not for this kind of picture
+        logger.warning("%s: its colour profile cannot be used (%s), so it is read as sRGB.", name, error)
+        return picture
 
 
 def _grey(values: np.ndarray, name: str) -> Tensor:

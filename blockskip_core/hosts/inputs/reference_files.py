@@ -8,33 +8,65 @@ from pathlib import Path
 
 from ...errors import InvalidInputError
 
+REPEATED = re.compile(r"(\d{1,9})_")
+"""Prefix of a sub-folder whose pictures count several times, as in kohya's trainers."""
 _NUMBERED = re.compile(r"(.+)_\d{1,9}")
 
 
 def references_by_name(
-    pictures: Sequence[Path], candidates: Sequence[Path], folder: str, shown: Callable[[Path], str]
+    pictures: Sequence[Path],
+    candidates: Sequence[Path],
+    folder: str,
+    shown: Callable[[Path], str],
+    sub_folder: Callable[[Path], str],
 ) -> dict[Path, list[Path]]:
     """Return the references of every picture: those of its name, and those of its name with a number.
 
     ``cat.png`` has the references ``cat.jpg``, ``cat_1.jpg`` and ``cat_2.jpg``, in this order, unless one of them is
-    the name of another picture.
+    the name of another picture. If pictures of several sub-folders have the same name, a reference in a sub-folder belongs to
+    those in the sub-folder of that name, which may have another number of repeats.
 
     Args:
         pictures: The pictures' files.
         candidates: The files of the reference folder, in the order of their names.
         folder: The reference folder's name in messages.
         shown: File of a picture -> its name in messages.
+        sub_folder: File of a picture or reference -> name of the sub-folder that it is in; empty if in none.
 
     Raises:
-        InvalidInputError: If a picture has none, or not as many as the first one.
+        InvalidInputError: If a picture has none, or not as many as the first one, or if it is not clear whose one is.
     """
-    owners = {picture.stem.casefold() for picture in pictures}
-    named: dict[str, list[Path]] = {}
+    owners: dict[str, dict[str, list[Path]]] = {}
+    for picture in pictures:
+        owners.setdefault(picture.stem.casefold(), {}).setdefault(sub_folder(picture), []).append(picture)
+    found: dict[Path, list[Path]] = {picture: [] for picture in pictures}
     for candidate in candidates:
-        named.setdefault(_owner(candidate.stem.casefold(), owners), []).append(candidate)
-    found = {picture: named.get(picture.stem.casefold(), []) for picture in pictures}
+        named = owners.get(_owner(candidate.stem.casefold(), owners), {})
+        for picture in _pictures_of(candidate, sub_folder(candidate), named, folder, shown):
+            found[picture].append(candidate)
     _require_equal(found, folder, shown)
     return found
+
+
+def _pictures_of(
+    candidate: Path, inside: str, named: Mapping[str, list[Path]], folder: str, shown: Callable[[Path], str]
+) -> list[Path]:
+    """Return the pictures that a reference belongs to, of those of its name by sub-folder."""
+    if len(named) < 2 or not inside:
+        return [picture for of_one in named.values() for picture in of_one]
+    alike = [inside] if inside in named else [other for other in named if _bare(other) == _bare(inside)]
+    if len(alike) == 1:
+        return named[alike[0]]
+    one, other = (shown(of_one[0]) for of_one in [*named.values()][:2])
+    raise InvalidInputError(
+        f"{one} and {other} have the same name, so it is not clear whose reference {candidate.name} in {folder!r} is. Put it "
+        "into a sub-folder of the same name as the picture's, or give the pictures different names."
+    )
+
+
+def _bare(sub_folder: str) -> str:
+    repeats = REPEATED.match(sub_folder)
+    return sub_folder[repeats.end() :] if repeats else sub_folder
 
 
 def _owner(stem: str, owners: Collection[str]) -> str:

@@ -19,14 +19,12 @@ from . import film_files
 from .film_files import read_film
 from .material import TrainingFile
 from .picture_files import SUFFIXES, read_picture
-from .reference_files import references_by_name
+from .reference_files import REPEATED, references_by_name
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """In order of precedence."""
 LARGEST_CAPTION = 64 * 1024
 MOST_REPEATS = 1000
-_REPEATED = re.compile(r"(\d{1,9})_")
-"""Prefix of a sub-folder whose pictures count several times, as in kohya's trainers."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,9 @@ class _References:
 
     @classmethod
     def read(cls, pictures: list[Path], root: Path, inside: Path, folder: str) -> _References:
+        candidates = list(_files_besides(inside, SUFFIXES, root))
         files = references_by_name(
-            pictures, list(_files_besides(inside, SUFFIXES, root)), folder, lambda path: _shown(path, root)
+            pictures, candidates, folder, lambda path: _shown(path, root), lambda path: _sub_folder(path, root, inside)
         )
         every = [path for of_one in files.values() for path in of_one]
         read = {path: _reference(path, inside) for path in every}
@@ -125,6 +124,10 @@ class _References:
         white = [index for index, path in enumerate(every) if read[path][1]]
         remark = remarks.put_on_white(white, remarks.Labels(len(every), names, "Reference"))
         return cls({picture: [read[path][0] for path in of_one] for picture, of_one in files.items()}, remark)
+
+
+def _sub_folder(path: Path, *roots: Path) -> str:
+    return "" if path.parent in roots else path.parent.name.casefold()
 
 
 def _reference(path: Path, root: Path) -> tuple[Tensor, bool]:
@@ -213,7 +216,7 @@ def _files(root: Path, suffixes: Sequence[str]) -> dict[Path, int]:
     """Return every file with one of these suffixes in the folder and its direct sub-folders, and how often it counts."""
     found = dict.fromkeys(_of_suffix(root, suffixes), 1)
     for inner in sorted((path for path in _listed(root) if path.is_dir()), key=_order):
-        named = _REPEATED.match(inner.name)
+        named = REPEATED.match(inner.name)
         times = int(named[1]) if named else 1
         if times > MOST_REPEATS:
             raise InvalidInputError(
@@ -251,8 +254,8 @@ def _order(path: Path) -> list[tuple[int, str]]:
 
 
 def _captions_of(picture: Path) -> list[Path]:
-    """Return the files that may contain a picture's caption, of which the first counts; suffixes may be upper-case."""
-    endings = [ending for suffix in CAPTION_SUFFIXES for ending in (suffix, suffix.upper())]
+    """Return the files that may contain a picture's caption, of which the first counts; for example .txt, .TXT or .Txt."""
+    endings = [ending for suffix in CAPTION_SUFFIXES for ending in (suffix, suffix.upper(), suffix.title())]
     candidates = [picture.with_suffix(ending) for ending in endings]
     return [path for path in candidates if path.is_file()]
 
