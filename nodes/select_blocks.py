@@ -12,7 +12,7 @@ from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.out_of_memory import out_of_memory_explained
 from ..blockskip_core.hosts.models.patches import for_training
 from ..blockskip_core.hosts.sampling.measured_blocks import stored_influence, text_influence
-from ..blockskip_core.hosts.sampling.probe_pictures import ProbeConfig
+from ..blockskip_core.hosts.sampling.probe_pictures import ProbeConfig, require_negative
 from ..blockskip_core.reporting import pictures
 from ..blockskip_core.selection.cost_and_influence import TAILS, affordable_selection
 from ..blockskip_core.selection.presets import preset_selection
@@ -20,7 +20,7 @@ from ..blockskip_core.selection.selection import MAX_SKIP_RATIO, BlockSelection,
 from ..blockskip_core.selection.skip_and_freeze import skip_and_freeze
 from ..blockskip_core.selection.text_influence import TextInfluence, measured_selection, selection_table
 from . import widgets
-from .inputs import checked, connected, connected_if_any, refusal, single
+from .inputs import NOT_CONNECTED, checked, connected, connected_if_any, refusal, single
 from .page.live_chart import announcer
 from .page.progress import NodeProgress
 from .types import BlockSelectionSocket
@@ -28,6 +28,7 @@ from .types import BlockSelectionSocket
 MEASURED, PRESET, MANUAL, AFFORDABLE, FROZEN = METHODS = (
     "attention mask", "preset", "manual", "cost and influence", "skip and freeze",
 )  # fmt: skip
+PROBING = (MEASURED, AFFORDABLE)  # these sample probe pictures, or look for those of earlier
 BY_METHOD = -1  # of `tail`
 
 
@@ -71,10 +72,19 @@ class SelectBlocks(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, probe_size: Any = None) -> bool | str:
-        """Refuse a size that no probe picture can have when the graph is queued."""
-        size = single(probe_size, "probe_size")
-        return True if size is None else refusal(lambda: ProbeConfig(size=size))
+    def validate_inputs(
+        cls, probe_size: Any = None, probe_cfg: Any = None, method: Any = None, negative: Any = NOT_CONNECTED
+    ) -> bool | str:
+        """Refuse a size that no probe picture can have, and guidance without a negative prompt, when the graph is queued."""
+        size, cfg, chosen = single(probe_size, "probe_size"), single(probe_cfg, "probe_cfg"), single(method, "method")
+
+        def check() -> None:
+            if size is not None:
+                ProbeConfig(size=size)
+            if cfg is not None and chosen in PROBING:
+                require_negative(cfg, negative is not NOT_CONNECTED)
+
+        return refusal(check)
 
     @classmethod
     def execute(
@@ -221,6 +231,8 @@ def choose_blocks(model: Any, choice: Choice, progress: NodeProgress, **plugged:
         OutOfMemoryError: If the probe pictures do not fit on the device.
     """
     choice.probe  # noqa: B018 - checks the settings for every method
+    if choice.method in PROBING:
+        require_negative(choice.probe_cfg, plugged["negative"] is not None)
     model = for_training(model)
     dit, influence = HostedDit(model), None
     if choice.method == MEASURED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -32,6 +34,22 @@ def test_a_picture_with_coarse_steps(card: Any, runs: Any, family: Any, mode: st
     assert all(tensor.device.type == "cpu" for tensor in trained.tensors().values())
 
 
+@contextmanager
+def room_beside_weights(kept: list[int]) -> Iterator[None]:
+    """Note the bytes that the host is asked to keep free with each load."""
+    import comfy.model_management
+
+    load = comfy.model_management.load_models_gpu
+
+    def watched(models: Any, memory_required: int = 0, **more: Any) -> Any:
+        kept.append(memory_required)
+        return load(models, memory_required=memory_required, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.model_management, "load_models_gpu", watched)
+        yield
+
+
 @pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES))
 def test_adapters_are_trained_as_on_the_cpu(card: Any, runs: Any, family: Any, mode: str) -> None:
     from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
@@ -58,9 +76,12 @@ def test_adapters_are_trained_as_on_the_cpu(card: Any, runs: Any, family: Any, m
     expected = train(on_cpu(family.build()))
     runs.start_over()
     model = family.build()
-    with MODES[mode](card, model) as treated, leaving_nothing(card, treated):
+    kept: list[int] = []
+    with MODES[mode](card, model) as treated, leaving_nothing(card, treated), room_beside_weights(kept):
         found = train(treated)
     assert told, "the CPU is told nothing, a card is"
+    assert kept[0] > 0, "while the pictures are sampled"
+    assert kept[-1] > 0, "while it trains"
     torch.testing.assert_close(
         found.scales[2].errors.errors, expected.scales[2].errors.errors, rtol=TRAINED, atol=TRAINED
     )

@@ -115,6 +115,12 @@ def test_what_is_no_text_for_this_model_is_refused(bench, entry, match):
             start()
 
 
+def test_guidance_of_the_probe_needs_a_negative(bench):
+    """Without one, the prompt would be its own negative, and guidance would cancel."""
+    with pytest.raises(ValueError, match="`probe_cfg` is 2 and needs a `negative`"):
+        bench.select(method="attention mask", probe_cfg=2.0, probe_size=32, probe_steps=1)
+
+
 def test_texts_of_another_encoder_are_refused_as_negative_too(bench):
     settings = {"method": "attention mask", "probe_size": 32, "probe_steps": 1, "probe_cfg": 2.0}
     with pytest.raises(ValueError, match="Conditioning 2 has width 15"):

@@ -185,7 +185,12 @@ def _for_captions(denoise: Denoiser, captions: Sequence[int], noisy: Tensor, sig
 
 @contextmanager
 def distilling(
-    dit: AdaptedDit, parts: TrainedParts, *, checkpointing: bool = True, weights: WeightPlacement = "as fits"
+    dit: AdaptedDit,
+    parts: TrainedParts,
+    *,
+    checkpointing: bool = True,
+    weights: WeightPlacement = "as fits",
+    activation_bytes: int = 0,
 ) -> Iterator[CoarseDistillation]:
     """Load the model as teacher and student; unload it and restore everything afterwards.
 
@@ -194,6 +199,7 @@ def distilling(
         parts: What is trained; on the CPU again afterwards.
         checkpointing: Recompute each block's activations in backward.
         weights: Where the host keeps the weights.
+        activation_bytes: Memory that the host should keep free beside them: for activations, what is trained and its optimiser.
     """
     before = CoarseForward(dit.patcher)
     before.prepare(dit.patcher)
@@ -201,7 +207,11 @@ def distilling(
     between = {name: TrainedBlock(dit.module(name), checkpointed=False) for name in before.layers.between}
     linears = {**model.linears(), **_linears_of(between)}
     try:
-        with torch.inference_mode(False), dit.running({**model.modules, **between}, weights=weights) as denoise:
+        modules = {**model.modules, **between}
+        with (
+            torch.inference_mode(False),
+            dit.running(modules, activation_bytes=activation_bytes, weights=weights) as denoise,
+        ):
             parts.to(dit.device)
             yield CoarseDistillation(dit, denoise, before.renewed(), parts, linears)
     finally:

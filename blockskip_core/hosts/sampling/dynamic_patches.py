@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ...ddit.plans import PatchChoice, PatchPlan
 from ...ddit.trained_patches import TrainedPatches
-from ...errors import InvalidInputError, PatchAdapterError
+from ...errors import InvalidInputError, PatchAdapterError, UnsupportedModelError
 from ..inputs.frames import with_frames, without_frames
 from ..models.coarse_forward import CoarseForward, require_clips, shape_of
 from ..models.identity import module_identity
-from ..models.patches import require_coarse_steps
+from ..models.patches import require_coarse_steps, require_uncompiled
 from ..models.residency import unload
 from .region_adaptive import EulerFrom
 from .step_caches import StepCaches
@@ -77,6 +77,7 @@ class DynamicPatches:
         self, patcher: Any, trained: TrainedPatches, plan: PatchPlan, on_step: Callable[[RunRecord], None] | None = None
     ) -> None:
         require_coarse_steps(patcher)
+        _require_plain_steps(patcher)
         require_fitting(patcher, trained)
         self._trained, self._plan, self._on_step = trained, plan, on_step
         self._model = patcher.model
@@ -92,6 +93,7 @@ class DynamicPatches:
         self, executor: Callable[..., Tensor], noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
         *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
+        require_uncompiled(executor.class_obj.model_patcher)
         require_deterministic(sampler)
         levels = [float(sigma) for sigma in sigmas]
         if len(levels) < 2:
@@ -235,6 +237,13 @@ class _Run:
         self._step = step
         if self._on_step is not None:
             self._on_step(self._record)
+
+
+def _require_plain_steps(patcher: Any) -> None:
+    if patcher.get_wrappers(_WRAPPERS.OUTER_SAMPLE, _KEY):
+        raise UnsupportedModelError(
+            "The MODEL has dynamic patches already, and can only have those of one node. Take the other node out."
+        )
 
 
 def require_fitting(patcher: Any, trained: TrainedPatches) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import InvalidInputError, StorageError
 from ...files import open_tensors, write_atomically
 from ..files.folders import latents_file
+from ..inputs.frames import with_frames
 from ..models.hosted_dit import HostedDit
 from .plain_euler import euler_latent
 
@@ -104,8 +105,9 @@ def own_latents(
         pass
     except (OSError, SafetensorError) as error:
         logger.warning("BlockSkip: sampling latents again, because %s cannot be read (%s)", path.name, error)
-    made = []
-    with torch.inference_mode(False), torch.no_grad(), dit.running({}) as denoise:
+    made, model = [], dit.patcher.model
+    needed = int(model.memory_required(with_frames(model, torch.empty(1, *shape, device="meta")).shape))
+    with torch.inference_mode(False), torch.no_grad(), dit.running({}, activation_bytes=needed) as denoise:
         for number in range(total):
             latent = euler_latent(
                 dit, denoise, shape, prompt=number // request.per_prompt, against=num_prompts, cfg=request.cfg,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...accounting.phase_counts import PhaseCount
 from ...adapters.lora import LoraSettings
 from ...data.timesteps import require_noise_range
 from ...ddit.coarse_estimate import CoarseAdapter
@@ -136,7 +137,7 @@ def train_patches(
         TrainingError: If a loss or gradient is not finite, or a trained tensor gets no gradient.
     """
     run = _PatchTraining(patcher, positive, negative, request, given)
-    run.tell_memory(told)
+    run.count_memory(told)
     latents = run.latents(progress)
     scales = {scale: run.trained(scale, latents, progress, seen, begun, told) for scale in request.scales}
     return TrainedPatches(run.base, scales, run.operations, run.notes)
@@ -155,14 +156,14 @@ def counted_peak(patcher: Any, positive: Sequence[Any], negative: Sequence[Any] 
     own = for_training(patcher)
     shape = _latent_shape(own, shape_of(own, identity=""), request, _latent_frames(own, request))
     captions = [*flatten_conditionings(positive), *(flatten_conditionings(negative)[:1] if negative else [])]
-    return _counted_peak(HostedDit(own, captions, shape), shape, request)
+    return _counted(HostedDit(own, captions, shape), shape, request).peak
 
 
-def _counted_peak(dit: HostedDit, shape: Sequence[int], request: PatchTraining) -> int:
+def _counted(dit: HostedDit, shape: Sequence[int], request: PatchTraining) -> PhaseCount:
     return counted_distillation(
         dit, shape, min(request.scales), request.lora, request.settings.batch_size,
         resize=request.resize, checkpointing=request.checkpointing,
-    ).peak  # fmt: skip
+    )  # fmt: skip
 
 
 class _PatchTraining:
@@ -201,6 +202,7 @@ class _PatchTraining:
             "image_tokens": self._dit.image_tokens(*self._shape[1:]), **self._which_levels(),
         }  # fmt: skip
         self._levels = {scale: self._levels_of(scale) for scale in request.scales}  # before anything takes time
+        self._beside_weights = 0  # bytes; until they are counted, the host's own reserve
 
     def latents(self, progress: Progress) -> Tensor:
         """Return the latents to train on."""
@@ -225,20 +227,21 @@ class _PatchTraining:
             lambda done, total: progress("sampling latents, step", done, total, ""),
         )
 
-    def tell_memory(self, told: Callable[[str], None]) -> None:
-        """Say what the training needs and what there is; nothing on the CPU, where memory is shared."""
+    def count_memory(self, told: Callable[[str], None]) -> None:
+        """Count what the training needs beside the weights, and say it; nothing on the CPU, where memory is shared."""
         device = self._dit.device
         if device.type == "cpu":
             return
         try:
             with counting():
-                peak = _counted_peak(self._dit, self._shape, self._request)
+                count = _counted(self._dit, self._shape, self._request)
         except UncountableError as error:
             logger.exception("BlockSkip: memory could not be counted")
             told(f"The memory of this training could not be counted ({error}).")
             return
+        self._beside_weights = count.peak - count.weights
         free, place = room_on(device)
-        told(f"Counted before the training: {format_bytes(peak)}; {place} has {format_bytes(free)} free.")
+        told(f"Counted before the training: {format_bytes(count.peak)}; {place} has {format_bytes(free)} free.")
 
     def trained(
         self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None],
@@ -266,7 +269,13 @@ class _PatchTraining:
 
         with (
             checkpoints.to_itself(lambda step: progress("waiting for another process, step", step, step + 1, "")),
-            distilling(self._dit, parts, checkpointing=request.checkpointing, weights=request.weights) as model,
+            distilling(
+                self._dit,
+                parts,
+                checkpointing=request.checkpointing,
+                weights=request.weights,
+                activation_bytes=self._beside_weights,
+            ) as model,
         ):
             distill(model, examples, request.settings, result=result, checkpoints=checkpoints, on_step=on_step)
         for problem in (*result.problems, *remark_on(result.overflows)):

@@ -105,9 +105,10 @@ class MaskedSampler:
             )
         model = self._patcher.model
         empty = with_frames(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
+        generator = torch.Generator().manual_seed(seed)  # the host's own function seeds all generators
         return comfy.sample.sample(
             patcher,
-            comfy.sample.prepare_noise(empty, seed),
+            comfy.sample.prepare_noise_inner(empty, generator),
             steps or self._probe.steps,
             self._probe.cfg,
             "euler",
@@ -200,6 +201,14 @@ class ProbePictures:
         seed = (self._probe.seed + number) % 2**64
         latent = self._sampler.sample(prompt, self._negative or prompt, seed=seed, masked=masked, on_step=on_step)
         return self._metric.embed(latent)
+
+
+def require_negative(cfg: float, has_negative: bool) -> None:
+    """Raise InvalidInputError for guidance without a negative prompt, which would cancel."""
+    if cfg > 1.0 and not has_negative:
+        raise InvalidInputError(
+            f"`probe_cfg` is {cfg:g} and needs a `negative`. Connect CLIP Text Encode with an empty text, or set it to 1."
+        )
 
 
 def picture_metric(vae: Any | None, clip_vision: Any | None) -> PictureMetric:

@@ -141,7 +141,8 @@ class RegionAdaptiveSampler:
         indices = _indices(batch_indices, len(latent))
         if not 0 <= seed < 2**64:
             raise InvalidInputError(f"seed must be between 0 and 2**64 - 1, got {seed}.")
-        noise = comfy.sample.prepare_noise(latent, seed, None if batch_indices is None else indices)
+        generator = torch.Generator().manual_seed(seed)  # the host's own function seeds all generators
+        noise = comfy.sample.prepare_noise_inner(latent, generator, None if batch_indices is None else indices)
         run = _Run(self, noise, seed, indices, positive, negative, cfg, on_step)
         try:
             return run.all_stages()

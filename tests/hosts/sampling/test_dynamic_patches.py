@@ -420,3 +420,21 @@ def test_changes_that_cannot_be_followed_are_refused():
     set_torch_compile_wrapper(compiled, backend="eager", keys=["diffusion_model.single_blocks.0"])
     with pytest.raises(UnsupportedModelError, match="dynamic patches cannot follow compiled modules"):
         dynamic(compiled, "2: 2", trained)
+
+
+def test_a_model_that_is_compiled_afterwards_is_refused_before_its_first_step():
+    """Its coarse calls could be answered by a graph that was compiled for smaller pictures, in which no hook runs."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    patcher = tiny_flux()
+    compiled = dynamic(patcher, "2: 2").clone()
+    set_torch_compile_wrapper(compiled, backend="eager", keys=["diffusion_model.single_blocks.0"])
+    with pytest.raises(UnsupportedModelError, match="dynamic patches cannot follow compiled modules"):
+        sampled(compiled)
+
+
+def test_a_model_has_the_patches_of_one_node():
+    patcher = tiny_flux()
+    trained = adapters(patcher)
+    with pytest.raises(UnsupportedModelError, match="has dynamic patches already"):
+        dynamic(dynamic(patcher, "2: 2", trained), "4: 2", trained)

@@ -114,6 +114,17 @@ def test_an_override_of_another_node_stays_in_force(sampling):
     assert options["optimized_attention_override"] is override
 
 
+def test_the_noise_is_that_of_the_host_without_seeding_its_generators(sampling, monkeypatch):
+    import comfy.sample
+
+    seen = []
+    monkeypatch.setattr(comfy.sample, "sample", lambda patcher, noise, *_, **__: seen.append(noise))
+    torch.manual_seed(123)
+    sample(sampling, tiny_flux(), {0})
+    assert torch.initial_seed() == 123
+    assert torch.equal(seen[0], comfy.sample.prepare_noise(torch.zeros_like(seen[0]), 3))
+
+
 def test_sampling_leaves_the_model_as_it_was(sampling):
     patcher = tiny_flux()
     before, options, wrappers = weights(patcher), str(patcher.model_options), str(patcher.wrappers)

@@ -67,6 +67,12 @@ def core_euler(patcher, family, sigmas, latent, cfg, seed=3):
     )  # fmt: skip
 
 
+def test_no_generator_of_the_host_is_seeded():
+    torch.manual_seed(123)
+    sample(FLUX.build())
+    assert torch.initial_seed() == 123
+
+
 @each_family_with_one_of("cfg", (1.0, 4.0))
 def test_one_stage_is_core_s_euler_bit_for_bit(family, cfg):
     patcher, latent, plan = family.build(), empty(family, batch=2), solved_plan((4,), (1.0,))
