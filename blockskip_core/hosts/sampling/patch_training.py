@@ -257,7 +257,7 @@ class _PatchTraining:
             coarse = CoarseAdapter(resizing, statistics, patches)
             parts = TrainedParts(self._dit, coarse, request.lora, request.settings.seed)
         identity = self._run_identity(scale)
-        checkpoints = self._checkpoints(identity)
+        checkpoints = self._checkpoints(identity, result.problems)
         begun(scale, identity.key)
 
         def on_step(now: DistillationResult) -> None:
@@ -320,10 +320,10 @@ class _PatchTraining:
         )
         return chosen if coarse is None else {**chosen, "coarse_steps": coarse.describe()}
 
-    def _checkpoints(self, identity: RunIdentity) -> Checkpoints:
+    def _checkpoints(self, identity: RunIdentity, problems: list[str]) -> Checkpoints:
         request = self._request
         folder = run_folder(identity.key)
-        remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key)
+        problems.extend(remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key))
         return Checkpoints(folder, identity, every=request.save_every, keep=_KEPT_STATES, resume=request.resume)
 
 
