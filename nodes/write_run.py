@@ -49,7 +49,7 @@ class WriteRun(io.ComfyNode):
                 io.String.Output("run_file", display_name="run_file", tooltip="The run file's path."),
                 io.String.Output(
                     "command", display_name="command",
-                    tooltip="The command for this machine and one process, to be run in BlockSkip's folder.",
+                    tooltip="The command for this machine and one process.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -81,9 +81,7 @@ class WriteRun(io.ComfyNode):
         request = RunRequest(**connected_if_any(start_from=start_from), **asked)
         with out_of_memory_explained("Preparing the run", "Unload whatever else uses the device, and queue again."):
             written = write_run(model, residuals, request, name)
-        NodeProgress(cls.hidden.unique_id).say(
-            f"Written as {written.path.name}. In BlockSkip's folder: {written.command}"
-        )
+        NodeProgress(cls.hidden.unique_id).say(f"Written as {written.path.name}. The command: {written.command}")
         return io.NodeOutput(str(written.path), written.command)
 
 

@@ -239,7 +239,8 @@ class _Loop:
         own = self.model.state_dict()
         own |= {_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
         own |= {_BEST + name: tensor for name, tensor in self.best.items()}
-        state = TrainingState(result.steps, result.losses, own, numbers | {_MEASURED: about})
+        planned = result.steps if result.stopped_early else self.settings.steps
+        state = TrainingState(result.steps, result.losses, own, numbers | {_MEASURED: about}, planned)
         result.problems.extend(self.checkpoints.try_save(state))
 
 

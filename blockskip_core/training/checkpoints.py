@@ -17,6 +17,8 @@ import json
 import logging
 import re
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 SAMPLES_FILE = "samples.json"
 """Name of the file beside the states that says where a run's samples are."""
-KEPT_RUNS = 3  # how many of the newest runs' folders to keep on disk
+KEPT_RUNS = 3  # how many of the newest runs' folders to keep on disk: of unfinished runs, and of finished ones
 _LOSSES = "losses"
 _LATER = "Start the run again when the disk is available, or turn resume off."
 
@@ -72,12 +74,14 @@ class TrainingState:
         losses: Loss of every micro-batch so far.
         tensors: The LoRA's and the optimiser's tensors, by name; on the CPU.
         numbers: The parts of the optimiser's state that are not tensors, by name.
+        planned: Number of steps after which the run is finished; None in states of earlier versions.
     """
 
     step: int
     losses: list[float]
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
+    planned: int | None = None
 
 
 class Checkpoints:
@@ -157,6 +161,8 @@ class Checkpoints:
             "step": state.step,
             "numbers": state.numbers,
         }
+        if state.planned is not None:
+            about["planned"] = state.planned
         about["checksum"] = _checksum(about, tensors)
         metadata = {"format": "pt", "blockskip": json.dumps(about)}
         write_atomically(
@@ -215,7 +221,8 @@ class Checkpoints:
                 raise _DamagedError("its checksum or version does not match")
             losses = tensors.pop(_LOSSES).tolist()
             differing = self._identity.difference(about["identity"])
-            state = TrainingState(int(about["step"]), losses, tensors, dict(about["numbers"]))
+            numbers = dict(about["numbers"])
+            state = TrainingState(int(about["step"]), losses, tensors, numbers, about.get("planned"))
         except FileNotFoundError as error:
             raise _DamagedError(str(error)) from error
         except OSError as error:
@@ -234,25 +241,71 @@ class _DamagedError(Exception):
     """A file that is not a complete state."""
 
 
-def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> None:
-    """Remove folders of old runs below ``parent`` that no process is training, except the ``keep`` newest.
+def remove_old_runs(parent: Path, *, keep: int, exclude: str) -> list[str]:
+    """Remove folders of old runs below ``parent``, except the newest: ``keep`` unfinished ones and ``keep`` finished ones.
 
-    ``exclude`` is the name of a folder that is always kept.
+    What a process is training is neither removed nor counted. A state that does not say how many steps were planned counts
+    as unfinished.
+
+    Args:
+        parent: The folder of all runs' folders.
+        keep: How many of each kind to keep.
+        exclude: Name of a folder that is always kept and not counted.
+
+    Returns:
+        A sentence for each run that was removed unfinished; they are logged too.
     """
+    told: list[str] = []
     if not parent.is_dir():
-        return
+        return told
+    found: Counter[bool] = Counter()
     try:
         runs = [path for path in parent.iterdir() if path.name != exclude and _is_run(path)]
-        for path in sorted(runs, key=lambda path: -path.stat().st_mtime)[keep:]:
+        for path in sorted(runs, key=lambda path: -path.stat().st_mtime):
             held = try_lock(path)
             if held is None:
                 continue
             with held:
+                step, planned = _progress_of(path)
+                unfinished = planned is None or step < planned
+                found[unfinished] += 1
+                if found[unfinished] <= keep:
+                    continue
                 logger.info("BlockSkip: removing the states of the old run %s", path.name)
+                if planned is not None and unfinished:
+                    told.append(_on_unfinished(path, step, planned, keep))
                 shutil.rmtree(path, ignore_errors=True)
         remove_stale_locks(parent)
     except (OSError, StorageError) as error:  # another program may be removing them too
         logger.warning("BlockSkip: cannot remove the states of old runs: %s", error)
+    return told
+
+
+def _on_unfinished(folder: Path, step: int, planned: int, keep: int) -> str:
+    """Return a sentence on an unfinished run that is being removed, and log it."""
+    saved = time.strftime("%Y-%m-%d at %H:%M", time.localtime(folder.stat().st_mtime))
+    said = (
+        f"The training state of an unfinished run was removed: step {step} of {planned}, saved on {saved}. Besides the "
+        f"present run, only the {keep} newest unfinished ones are kept. If it is started again, it begins at its first step."
+    )
+    logger.warning("BlockSkip: %s", said)
+    return said
+
+
+def _progress_of(folder: Path) -> tuple[int, int | None]:
+    """Return how many steps a run has made, and how many were planned: None if its newest state does not say it.
+
+    A run without a state has nothing to continue from, so it counts as finished.
+    """
+    newest = max(folder.glob("state-*.safetensors"), key=_step_of, default=None)
+    if newest is None:
+        return 0, 0
+    try:
+        with open_tensors(newest) as file:
+            planned = json.loads((file.metadata() or {})["blockskip"]).get("planned")
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RecursionError):
+        planned = None  # damaged, or not readable now: it may be worth continuing
+    return _step_of(newest), planned if isinstance(planned, int) else None
 
 
 def _is_run(folder: Path) -> bool:

@@ -327,7 +327,7 @@ class _Loop:
             with self.average.shown():
                 tensors |= {_AVERAGE + name: tensor for name, tensor in self.adapters.state_dict().items()}
         whole = self.result.losses[: self.result.steps * self.config.accumulation]
-        state = TrainingState(self.result.steps, whole, tensors, numbers)
+        state = TrainingState(self.result.steps, whole, tensors, numbers, self.config.steps)
         self.result.problems.extend(self.checkpoints.try_save(state))
 
     def release(self) -> None:

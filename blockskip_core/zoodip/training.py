@@ -147,7 +147,7 @@ class WordTraining:
         tensors = {_WORD: self.word.clone()}
         tensors |= {_ADAM + name: tensor for name, tensor in self._adam.state().items()}
         tensors |= {_SUBSPACE + name: tensor for name, tensor in self._subspace.state().items()}
-        return TrainingState(self._result.steps, list(self._result.losses), tensors, {})
+        return TrainingState(self._result.steps, list(self._result.losses), tensors, {}, self._settings.steps)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,11 +81,14 @@ class PreparedWord:
             del values["steps"]
         return RunIdentity({**self.identity.parts, **values})
 
-    def checkpoints(self, settings: WordSettings) -> Checkpoints:
-        """Return the training states of the run with these settings; those of old runs are removed."""
+    def checkpoints(self, settings: WordSettings, problems: list[str]) -> Checkpoints:
+        """Return the training states of the run with these settings; those of old runs are removed.
+
+        ``problems`` gets a sentence for each of them that was unfinished.
+        """
         identity = self.identity_with(settings)
         folder = run_folder(identity.key)
-        remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key)
+        problems.extend(remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key))
         request = self.request
         return Checkpoints(folder, identity, every=request.save_every, keep=KEPT_STATES, resume=request.resume)
 

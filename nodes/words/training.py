@@ -71,7 +71,8 @@ def train_word(
 def _learned(
     run: PreparedWord, settings: WordSettings, signal: Signal | None, progress: NodeProgress, chart: LiveChart
 ) -> TrainedWord:
-    result, checkpoints = WordResult(), run.checkpoints(settings)
+    result = WordResult()
+    checkpoints = run.checkpoints(settings, result.problems)
     examples = run.request.examples(settings, run.num_pictures)
     display = WordDisplay(settings, result, progress, chart, run.losses.device)
 

@@ -90,7 +90,8 @@ def _model(run: RunFile, places: Places) -> Any:
     if model_identity(model) != run.identity.model:
         raise CacheError(
             f"{file.file} is not the model that this run was written for: its weights differ, or this device keeps them in "
-            "another dtype. Use the same file and a device of the same kind, or write the run again."
+            "another dtype. Use the same file, a device of the same kind and, after --, the flags that ComfyUI had when it was "
+            "written (such as --bf16-unet), or write the run again."
         )
     return model
 

@@ -62,9 +62,10 @@ def carry_out(run: PreparedRun, progress: RunProgress, view: RunView, together: 
             "waiting for another process that trains the same run", min(step, run.request.steps), run.request.steps
         )
 
-    remove_old_runs(run_folder(run.identity.key).parent, keep=KEPT_RUNS - 1, exclude=run.identity.key)
+    removed = remove_old_runs(run_folder(run.identity.key).parent, keep=KEPT_RUNS - 1, exclude=run.identity.key)
     with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
         outcome = RunOutcome(PeakMemory(run.dit.device), name)
+        outcome.result.problems.extend(removed)
         _Training(run, outcome, progress, view, together).train()
     progress.say(outcome_line(outcome))
     return outcome

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import folder_paths
-from comfy.cli_args import args
 from torch import Tensor
 
 from ...errors import InvalidInputError
@@ -22,6 +17,7 @@ from ..files.lora_files import NO_FILE, ReservedName, load_lora_file, output_pat
 from ..models.model_file import ModelFile, model_file_of
 from .prepare import prepare
 from .request import CONNECTED, RunRequest
+from .shown_command import command_for
 
 HOST = "comfyui"
 
@@ -90,29 +86,6 @@ def _written(beside: Path, file: ModelFile, residuals: ResidualSet, request: Run
     )
     run.write(path)
     return path
-
-
-def command_for(path: Path, file: ModelFile) -> str:
-    """Return the command that trains a run file in one process, on this machine, from the pack's folder."""
-    comfyui = Path(folder_paths.__file__).parent
-    output = Path(folder_paths.get_output_directory())
-    arguments = [
-        sys.executable or "python", "-m", "blockskip_core.train", str(path), "--comfyui", str(comfyui), *_folders(file),
-        "--output", str(output), *(["--", "--cpu"] if args.cpu else []),
-    ]  # fmt: skip
-    return (
-        shlex.join(arguments)
-        if os.name != "nt"
-        else " ".join(f'"{each}"' if " " in each else each for each in arguments)
-    )
-
-
-def _folders(file: ModelFile) -> list[str]:
-    """Return the options that let the command read the model: a link's target may be in another folder."""
-    folder = Path(file.folder)
-    there = (folder / file.file).resolve()
-    beyond = [] if there.is_relative_to(folder.resolve()) else ["--models", str(there.parent)]
-    return ["--models", str(folder), *beyond]
 
 
 def _require_no_pictures(request: RunRequest) -> None:

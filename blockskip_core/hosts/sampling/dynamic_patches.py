@@ -90,7 +90,7 @@ class DynamicPatches:
         self.patcher.add_wrapper_with_key(_WRAPPERS.APPLY_MODEL, _KEY, self._around_the_model)
 
     def _around_the_run(
-        self, executor: Callable[..., Tensor], noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
         *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         require_uncompiled(executor.class_obj.model_patcher)

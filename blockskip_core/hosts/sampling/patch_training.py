@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...accounting.phase_counts import PhaseCount
 from ...adapters.lora import LoraSettings
 from ...data.timesteps import require_noise_range
 from ...ddit.coarse_estimate import CoarseAdapter
@@ -156,14 +155,16 @@ def counted_peak(patcher: Any, positive: Sequence[Any], negative: Sequence[Any] 
     own = for_training(patcher)
     shape = _latent_shape(own, shape_of(own, identity=""), request, _latent_frames(own, request))
     captions = [*flatten_conditionings(positive), *(flatten_conditionings(negative)[:1] if negative else [])]
-    return _counted(HostedDit(own, captions, shape), shape, request).peak
+    return _counted(HostedDit(own, captions, shape), shape, request)[0]
 
 
-def _counted(dit: HostedDit, shape: Sequence[int], request: PatchTraining) -> PhaseCount:
-    return counted_distillation(
+def _counted(dit: HostedDit, shape: Sequence[int], request: PatchTraining) -> tuple[int, int]:
+    """Return the bytes at the peak, and how many of them are not the model's weights."""
+    count = counted_distillation(
         dit, shape, min(request.scales), request.lora, request.settings.batch_size,
         resize=request.resize, checkpointing=request.checkpointing,
     )  # fmt: skip
+    return count.peak, count.peak - count.weights
 
 
 class _PatchTraining:
@@ -234,14 +235,13 @@ class _PatchTraining:
             return
         try:
             with counting():
-                count = _counted(self._dit, self._shape, self._request)
+                peak, self._beside_weights = _counted(self._dit, self._shape, self._request)
         except UncountableError as error:
             logger.exception("BlockSkip: memory could not be counted")
             told(f"The memory of this training could not be counted ({error}).")
             return
-        self._beside_weights = count.peak - count.weights
         free, place = room_on(device)
-        told(f"Counted before the training: {format_bytes(count.peak)}; {place} has {format_bytes(free)} free.")
+        told(f"Counted before the training: {format_bytes(peak)}; {place} has {format_bytes(free)} free.")
 
     def trained(
         self, scale: int, latents: Tensor, progress: Progress, seen: Callable[[int, DistillationResult], None],
@@ -260,7 +260,7 @@ class _PatchTraining:
             coarse = CoarseAdapter(resizing, statistics, patches)
             parts = TrainedParts(self._dit, coarse, request.lora, request.settings.seed)
         identity = self._run_identity(scale)
-        checkpoints = self._checkpoints(identity)
+        checkpoints = self._checkpoints(identity, result.problems)
         begun(scale, identity.key)
 
         def on_step(now: DistillationResult) -> None:
@@ -329,10 +329,10 @@ class _PatchTraining:
         )
         return chosen if coarse is None else {**chosen, "coarse_steps": coarse.describe()}
 
-    def _checkpoints(self, identity: RunIdentity) -> Checkpoints:
+    def _checkpoints(self, identity: RunIdentity, problems: list[str]) -> Checkpoints:
         request = self._request
         folder = run_folder(identity.key)
-        remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key)
+        problems.extend(remove_old_runs(folder.parent, keep=KEPT_RUNS, exclude=identity.key))
         return Checkpoints(folder, identity, every=request.save_every, keep=_KEPT_STATES, resume=request.resume)
 
 

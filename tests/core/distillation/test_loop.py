@@ -165,6 +165,8 @@ def test_it_stops_when_the_error_no_longer_falls_and_keeps_the_best(tmp_path):
         tmp_path, learning_rate=50.0, warmup_steps=0, steps=400, validate_every=1, patience=3, max_grad_norm=1e9
     )
     assert (resumed.steps, resumed.stopped_early) == (result.steps, True)
+    state = Checkpoints(tmp_path / "run", RunIdentity({"who": "me"}), every=5, keep=2).newest(400)
+    assert state.planned == result.steps  # there is nothing to continue
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 

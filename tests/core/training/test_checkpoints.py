@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -55,8 +56,21 @@ def store(folder, every=1, keep=2, identity=ME):
     return Checkpoints(folder / "run", identity, every=every, keep=keep)
 
 
-def state(step=3, value=1.0):
-    return TrainingState(step, [0.5, 0.25], {"a": torch.full((2, 3), value), "b": torch.ones(0)}, {"0/step": 3})
+def state(step=3, value=1.0, planned=None):
+    return TrainingState(
+        step, [0.5, 0.25], {"a": torch.full((2, 3), value), "b": torch.ones(0)}, {"0/step": 3}, planned
+    )
+
+
+def old_runs(parent, **planned):
+    """Save a state after step 3 for each name, the first one as the newest: name -> planned steps."""
+    for age, (name, steps) in enumerate(planned.items()):
+        Checkpoints(parent / name, ME, every=1, keep=1).save(state(planned=steps))
+        os.utime(parent / name, (10**9 - age, 10**9 - age))
+
+
+def names_in(parent):
+    return sorted(path.name for path in parent.iterdir())
 
 
 def assert_same(a, b):
@@ -267,15 +281,58 @@ def test_a_full_disk_leaves_the_earlier_state_and_does_not_end_the_run(tmp_path,
 
 
 def test_old_runs_are_removed_and_strangers_are_not(tmp_path):
-    import os
-
-    for age, name in enumerate("abcde"):
-        Checkpoints(tmp_path / name, ME, every=1, keep=1).save(state())
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    old_runs(tmp_path, **dict.fromkeys("abcde"))
     (tmp_path / "mine").mkdir()
-    remove_old_runs(tmp_path, keep=2, exclude="d")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "mine"]
-    remove_old_runs(tmp_path / "nowhere", keep=1, exclude="x")
+    assert remove_old_runs(tmp_path, keep=2, exclude="d") == []  # nobody knows whether they were finished
+    assert names_in(tmp_path) == ["a", "b", "d", "mine"]
+    assert remove_old_runs(tmp_path / "nowhere", keep=1, exclude="x") == []
+
+
+def test_finished_runs_do_not_push_out_unfinished_ones(tmp_path, caplog):
+    old_runs(tmp_path, done=3, longer=2, third=3, fourth=3, cut=4)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / module.SAMPLES_FILE).write_text("{}")  # the newest; nothing to continue from
+    assert remove_old_runs(tmp_path, keep=2, exclude="me") == []
+    assert names_in(tmp_path) == ["cut", "done", "samples"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_an_unfinished_run_that_is_removed_is_told(tmp_path, caplog):
+    old_runs(tmp_path, a=900, b=800, before=None, d=700, done=3)
+    told = remove_old_runs(tmp_path, keep=2, exclude="me")
+    assert names_in(tmp_path) == ["a", "b", "done"]
+    assert len(told) == 1
+    assert "an unfinished run was removed: step 3 of 700, saved on 2001-09-" in told[0]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"BlockSkip: {told[0]}"
+    ]
+
+
+def test_runs_that_others_train_now_take_no_place_of_interrupted_ones(tmp_path):
+    old_runs(tmp_path, a=9, b=9, c=9, d=9)
+    training = [Checkpoints(tmp_path / name, ME, every=1, keep=1).to_itself(lambda step: None) for name in "ab"]
+    with training[0], training[1]:
+        assert remove_old_runs(tmp_path, keep=2, exclude="me") == []
+    assert names_in(tmp_path) == ["a", "b", "c", "d"]
+
+
+def test_a_damaged_state_counts_as_unfinished(tmp_path):
+    old_runs(tmp_path, a=3, b=3)
+    (tmp_path / "b" / "state-00000003.safetensors").write_bytes(b"half")
+    assert remove_old_runs(tmp_path, keep=1, exclude="me") == []
+    assert names_in(tmp_path) == ["a", "b"]
+
+
+def test_states_say_how_long_their_run_was_planned(tmp_path):
+    train(tmp_path, store(tmp_path), cut_after=2)
+    assert store(tmp_path).newest(99).planned == STEPS
+
+
+def test_a_state_of_before_they_said_it_is_read(tmp_path):
+    store(tmp_path).save(state(planned=None))
+    assert b"planned" not in (tmp_path / "run" / "state-00000003.safetensors").read_bytes()
+    found = store(tmp_path).newest(9)
+    assert (found.step, found.planned) == (3, None)
 
 
 def test_a_state_says_in_plain_text_what_it_is(tmp_path):

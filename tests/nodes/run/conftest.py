@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ..conftest import MANUAL, PATCHES
-from .outside import CommandServer, Outside, WideVae, model_in_a_checkpoint, model_in_a_file
+from .outside import PROGRAM, CommandServer, Outside, WideVae, model_in_a_checkpoint, model_in_a_file
 
 ASKED = {
     "steps": 4, "learning_rate": 1e-2, "rank": 4, "seed": 5, "accumulation": 4, "save_every": 2, "loss_table": True
@@ -58,11 +58,11 @@ def outside(nodes, comfyui, folders, prompt, pictures, run_node, tmp_path, monke
         )[0]  # fmt: skip
         return SimpleNamespace(model=model, residuals=residuals)
 
-    def write(given, **changes):
+    def write(given, flags=(), **changes):
         out = run_node(nodes.WriteRun, model=given.model, residuals=given.residuals, **{**ASKED, **changes})
         run = Path(out[0])
         shown = shlex.split(out[1])
-        assert shown[1:] == ["-m", "blockskip_core.train", *command.arguments(run, *linked(models))]
+        assert shown[1:] == [str(PROGRAM), *command.arguments(run, *linked(models)), *flags]
         return run
 
     def train(given, **changes):

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = ROOT / "blockskip_core" / "train.py"
 SECONDS = 240  # a process that hangs fails its test
 
 

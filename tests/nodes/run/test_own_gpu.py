@@ -30,6 +30,7 @@ def test_processes_take_the_gpus_in_turn(chosen):
 def test_one_process_keeps_the_current_device_unless_one_is_named(chosen):
     assert chosen(0, 1) == []
     assert chosen(0, 1, 1) == [1]
+    assert chosen(0, 1, "1,0") == [1]  # as ComfyUI does: the first one that is named
 
 
 def test_named_gpus_are_shared_out(chosen):

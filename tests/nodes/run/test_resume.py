@@ -125,6 +125,24 @@ def test_old_runs_are_removed(bench):
     assert len(list(bench.folders.output.glob("blockskip/runs/*"))) == 3
 
 
+def test_an_interrupted_run_outlives_finished_ones(bench, nodes, monkeypatch):
+    residuals = bench.precompute()[0]
+    with cancelled_after(nodes, monkeypatch, 2):
+        bench.train(residuals=residuals, steps=STEPS, resume=True)
+    for seed in range(11, 15):
+        assert said(bench.train(residuals=residuals, steps=1, seed=seed, resume=True))["problems"] == []
+    assert said(bench.train(residuals=residuals, steps=STEPS, resume=True))["resumed_at"] == 2
+
+
+def test_an_interrupted_run_whose_state_is_removed_is_told(bench, nodes, monkeypatch):
+    residuals = bench.precompute()[0]
+    for seed in range(11, 14):
+        with cancelled_after(nodes, monkeypatch, 2):
+            bench.train(residuals=residuals, steps=STEPS, seed=seed, resume=True)
+    (problem,) = said(bench.train(residuals=residuals, steps=1, resume=True))["problems"]
+    assert f"an unfinished run was removed: step 2 of {STEPS}, saved on " in problem
+
+
 @pytest.mark.parametrize("changes", [{"save_every": -1}, {"keep_last": 0}], ids=str)
 def test_numbers_of_safe_points_that_make_no_sense_are_refused(bench, changes):
     with pytest.raises(ValueError, match="save_every must not be negative and keep_last must be at least 1"):
