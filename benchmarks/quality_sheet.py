@@ -13,6 +13,7 @@ ROWS = {
     DRAWN: "the subject, drawn\nnot in the training",
     "base": "no LoRA",
     BASELINE: "LoRA on all blocks",
+    "first 1, last 3, int8, full size": "16, 24 GB: first 1 of 12\nskipped, last 3 frozen",
     "first 3, last 6, int8, learning rate x 2, full size": "default: first 3 of 12\nskipped, last 6 frozen",
     "first and last 50%, int8, full size": "preset: first 4 skipped,\nlast 2 frozen",
     "first and last 50%, constant, full size": "the paper's way: first 4\nand last 2 skipped",

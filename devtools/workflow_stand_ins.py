@@ -62,7 +62,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
 }
-BY_HAND = {"front": 1, "back": 3}  # of the demo's 12 blocks: the shares that a template chooses of FLUX.1's 57
+BLOCKS, FLUX_BLOCKS = 12, 57  # of the demo's model, and of the one that templates are made for
 
 
 def twin_of(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
@@ -112,7 +112,7 @@ def _encoded(key: str, spec: dict[str, Any]) -> Prompt:
 def _small(spec: dict[str, Any]) -> dict[str, Any]:
     inputs = {**spec["inputs"], **SMALL.get(spec["class_type"], {})}
     if inputs.get("method") == "manual":
-        inputs |= BY_HAND
+        inputs |= {end: round(inputs[end] * BLOCKS / FLUX_BLOCKS) for end in ("front", "back")}
     if isinstance(inputs.get("text"), str):
         inputs["text"] = WORDS[inputs["text"]]
     if spec["class_type"] == "StringConcatenate":

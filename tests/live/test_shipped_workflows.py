@@ -90,7 +90,7 @@ def test_the_twins_are_up_to_date(graphs: dict[str, Any], maker: ModuleType) -> 
 
 RUN = {
     "my_first_lora": 71, "train_8_gb": 72, "train_12_gb": 73, "train_24_gb": 74, "z_image_turbo": 76, "qwen_image": 77,
-    "qwen_image_edit": 78, "ltx_2": 79,
+    "qwen_image_edit": 78, "ltx_2": 79, "train_6_gb": 81, "train_16_gb": 82,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The workflows for 8, 12 and 24 GB cards: their settings, counted on full-size FLUX.1-dev, fit the card."""
+"""The workflows for cards of 6 to 24 GB: their settings, counted on full-size FLUX.1-dev, fit the card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cards():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return {8: module.CARD_8, 12: module.CARD_12, 24: module.CARD_24}
+    return module.CARDS
 
 
 def meta_patcher(dtype):
@@ -45,7 +45,7 @@ class Silent:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [8, 12, 24])
+@pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
 def test_the_settings_fit_the_card_with_room_for_the_desktop(nodes, size):
     """Memory Plan's own count, with the widgets of the workflow."""
     from blockskip_pack.blockskip_core.accounting.plan import peak_of, room_of_card
