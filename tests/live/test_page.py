@@ -69,6 +69,10 @@ def test_samples_and_summary_are_in_the_chart(server: Any, devtool: Any, tmp_pat
     for node in whole.values():
         if "back_residual" in node["inputs"]:  # with residuals of both ends the page shows how far they are
             node["inputs"] |= {"back_residual": "constant", "draws": 12}
+        if node["class_type"] == "BlockSkip_TrainLora":  # long enough for the page, which is told four times a second
+            node["inputs"]["steps"] = 60
+        if node["class_type"] == "BlockSkip_SampleWhileTraining":
+            node["inputs"]["every"] = 30
     file = tmp_path / "prompt.json"
     file.write_text(json.dumps(part_of(whole, "Dynamic Patch Trainer")), encoding="utf-8")
     check("check_samples.mjs", server, str(file), *RENDERERS[renderer])
