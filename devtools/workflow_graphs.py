@@ -519,7 +519,7 @@ CARD_6 = card(
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), 256 px. The first 15 of the 57 blocks are skipped, which
 is exact; the last 29 run without adapters; the 13 between them are trained, at twice the usual rate. All of them are in 4-bit (`quantize_kept` of **Memory
 Plan**, `quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room for them as loaded. That costs a part of what is learned: on our small
-model 0.81 of what a LoRA on all blocks learns, and still more than half of the blocks skipped as in the paper, in eight bits (0.51).""",
+model 0.80 of what a LoRA on all blocks learns, and still more than half of the blocks skipped as in the paper, in eight bits (0.51).""",
 )
 CARD_8 = card(
     8,
