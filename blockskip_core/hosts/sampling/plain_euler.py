@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.k_diffusion.sampling
-import comfy.sample
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from ...model import Denoiser
 from ..inputs.frames import with_frames, without_frames
 from ..models.hosted_dit import HostedDit
+from .start_noise import start_noise
 
 
 def euler_latent(
@@ -47,9 +47,7 @@ def euler_latent(
     sampling = dit.patcher.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).to(dit.device)
     empty = torch.zeros(1, *shape)
-    generator = torch.Generator().manual_seed(seed)  # the host's own function seeds all generators
-    noise = comfy.sample.prepare_noise_inner(with_frames(model, empty), generator)
-    noise = without_frames(model, noise).to(dit.device)
+    noise = without_frames(model, start_noise(with_frames(model, empty), seed)).to(dit.device)
     whole = _starts_at_pure_noise(sampling, sigmas)
     start = sampling.noise_scaling(sigmas[0], noise, empty.to(noise), whole)
 

@@ -20,6 +20,7 @@ from ..inputs.frames import latent_shape, with_frames
 from ..models.hosted_dit import HostedDit
 from ..models.replay_check import TOLERANCE
 from .picture_embeddings import embedded, encoder_kind, require_vectors
+from .start_noise import start_noise
 
 _WRAPPER = "blockskip_text_mask"
 
@@ -105,10 +106,9 @@ class MaskedSampler:
             )
         model = self._patcher.model
         empty = with_frames(model, torch.zeros(1, *latent_shape(model, self._probe.size)))
-        generator = torch.Generator().manual_seed(seed)  # the host's own function seeds all generators
         return comfy.sample.sample(
             patcher,
-            comfy.sample.prepare_noise_inner(empty, generator),
+            start_noise(empty, seed),
             steps or self._probe.steps,
             self._probe.cfg,
             "euler",

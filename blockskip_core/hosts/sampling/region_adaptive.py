@@ -29,6 +29,7 @@ from ..inputs.conditioning import require_sampleable
 from ..inputs.frames import with_frames, without_frames
 from ..models.patches import require_sampled_in_stages
 from .early_regions import RegionChoice
+from .start_noise import start_noise
 from .token_strips import TokenStrips
 
 _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a picture
@@ -141,8 +142,7 @@ class RegionAdaptiveSampler:
         indices = _indices(batch_indices, len(latent))
         if not 0 <= seed < 2**64:
             raise InvalidInputError(f"seed must be between 0 and 2**64 - 1, got {seed}.")
-        generator = torch.Generator().manual_seed(seed)  # the host's own function seeds all generators
-        noise = comfy.sample.prepare_noise_inner(latent, generator, None if batch_indices is None else indices)
+        noise = start_noise(latent, seed, None if batch_indices is None else indices)
         run = _Run(self, noise, seed, indices, positive, negative, cfg, on_step)
         try:
             return run.all_stages()
