@@ -185,6 +185,7 @@ ARMS: tuple[Arm, ...] = (
         )
     ),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
+    Arm("cost and influence, half of the bytes, full size", CARDS, "", "full", "cost and influence", 0.5),
     *(
         Arm(
             f"first and last 50%, {what} {factor}, full size",
