@@ -1,9 +1,8 @@
-"""How ComfyUI reads a LoRA's tensors: which weights they change, whether they fit, and which are ignored."""
+"""How ComfyUI reads a LoRA's tensors: which weights they change, and which are ignored."""
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,9 @@ import comfy.lora_convert
 from torch import Tensor
 
 from ...errors import LoraFileError
+from .patch_shapes import Patches, require_fitting_shapes, weight_of
 
 logger = logging.getLogger(__name__)
-
-Patches = Mapping[Any, Any]
-"""Weight, or (weight, (dim, start, length) of a part of it, ...) -> the host's patch for it."""
 
 _OF_TEXT_ENCODERS = re.compile(r"(lora_te|text_encoder|te\d?[._]|clip_|t5|cond_stage_model|conditioner|text_model)")
 _ENDINGS = re.compile(
@@ -84,11 +81,6 @@ class _Watched(dict):
         return self[name] if name in self else default
 
 
-def weight_of(key: Any) -> str:
-    """Return the name of the weight in a patch's key."""
-    return key if isinstance(key, str) else key[0]
-
-
 def listed(names: Sequence[str], most: int = 3) -> str:
     """Return the first few different names, and how many more there are."""
     different = [name.removeprefix("diffusion_model.") for name in dict.fromkeys(names)]
@@ -129,38 +121,3 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> App
     if passed_over:
         logger.warning("BlockSkip: %s", passed_over)
     return AppliedLora(clone, len(patched), passed_over)
-
-
-def require_fitting_shapes(patcher: Any, patches: Patches) -> None:
-    """Raise LoraFileError if a low-rank patch has neither its weight's size nor the size that it widens it to."""
-    # For quantised weights a state dict has the packed shapes, the parameters have the logical ones.
-    weights = {**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}
-    for key, patch in patches.items():
-        if getattr(patch, "name", "") != "lora":
-            continue  # other formats are checked by the host
-        up, down, _, _, _, widened = (*patch.weights, None)[:6]
-        name = weight_of(key)
-        if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
-            raise LoraFileError(
-                f"This LoRA is damaged: for {name} it has matrices of the shapes {tuple(up.shape)} and "
-                f"{tuple(down.shape)}, which do not fit each other."
-            )
-        shape = _target_shape(key, tuple(weights[name].shape), widened)
-        rows, columns = up.shape[0], down.flatten(1).shape[1]
-        if shape is None or (rows, columns) != (shape[0], math.prod(shape[1:])):
-            raise LoraFileError(
-                f"This LoRA does not fit: for {name} it has {rows} x {columns}, the model has "
-                f"{' x '.join(map(str, shape or weights[name].shape))}. It was trained for a model of another size."
-            )
-
-
-def _target_shape(key: Any, shape: tuple[int, ...], widened: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the shape of the patched part, or None if the weight has no such part or would have to shrink."""
-    part = None if isinstance(key, str) else key[1]
-    if part is not None:
-        dim, start, length = part
-        return None if start + length > shape[dim] else (*shape[:dim], length, *shape[dim + 1 :])
-    if widened is None:
-        return shape
-    grows = len(widened) == len(shape) and all(new >= old for new, old in zip(widened, shape, strict=True))
-    return tuple(widened) if grows else None

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...adapters.lora import LoraAdapters
 from ...adapters.low_rank import LowRank, filled_up, joined
 from ...errors import LoraFileError
-from .applied_lora import HostPatches, listed, require_fitting_shapes, weight_of
+from .applied_lora import HostPatches, listed
+from .patch_shapes import require_fitting_shapes, weight_of
 
 _INSTEAD = "Apply it to the MODEL with Load LoRA before all BlockSkip nodes, and train a new LoRA on top"
 

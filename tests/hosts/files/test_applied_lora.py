@@ -179,3 +179,55 @@ def test_the_reader_of_the_host_agrees_on_what_is_passed_over(files, caplog):
     warned = sorted(record.getMessage().removeprefix("lora key not loaded: ") for record in caplog.records)
     assert files.HostPatches(patcher, lora).unread == warned
     assert len(warned) == 3
+
+
+# --- LoHa, LoKr and full differences ------------------------------------------------------------------------------
+
+LAYER = "diffusion_model.single_blocks.1.linear2"
+
+
+def loha(rows, columns):
+    parts = {"hada_w1_a": (rows, 2), "hada_w1_b": (2, columns), "hada_w2_a": (rows, 2), "hada_w2_b": (2, columns)}
+    return {f"{LAYER}.{name}": torch.full(shape, 0.1) for name, shape in parts.items()}
+
+
+def lokr(rows, columns):
+    return {f"{LAYER}.lokr_w1": torch.full((2, 2), 0.1), f"{LAYER}.lokr_w2": torch.ones(rows // 2, columns // 2)}
+
+
+def lokr_in_parts(rows, columns):
+    parts = {"lokr_w1": (2, 2), "lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
+    return {f"{LAYER}.{name}": torch.full(shape, 0.1) for name, shape in parts.items()}
+
+
+def difference(rows, columns):
+    return {f"{LAYER}.diff": torch.full((rows, columns), 0.1), f"{LAYER}.diff_b": torch.ones(rows)}
+
+
+KINDS = pytest.mark.parametrize("tensors_of", [loha, lokr, lokr_in_parts, difference])
+
+
+@KINDS
+def test_other_kinds_that_fit_are_patched_as_the_host_does(files, tensors_of):
+    patcher = tiny_flux()
+    tensors = tensors_of(*patcher.model.diffusion_model.single_blocks[1].linear2.weight.shape)
+    applied = assert_as_the_hosts_loader(files, patcher, tensors)
+    assert applied.num_patched == (2 if tensors_of is difference else 1)
+    assert applied.passed_over == ""
+
+
+@KINDS
+def test_other_kinds_of_another_size_are_refused_where_the_host_goes_on_without_them(files, tensors_of):
+    patcher = tiny_flux()
+    rows, columns = patcher.model.diffusion_model.single_blocks[1].linear2.weight.shape
+    for tensors in (tensors_of(rows, 2 * columns), tensors_of(columns, rows)):
+        with pytest.raises(LoraFileError, match=r"single_blocks\.1\.linear2\.\w+ it has \d+ x \d+, the model has"):
+            files.apply_lora(patcher, tensors, 1.0)
+
+
+def test_matrices_that_do_not_fit_each_other_are_refused(files):
+    patcher = tiny_flux()
+    tensors = loha(*patcher.model.diffusion_model.single_blocks[1].linear2.weight.shape)
+    for damage in (torch.ones(3, 4), torch.ones(2, 7)):
+        with pytest.raises(LoraFileError, match="This LoRA is damaged: for .* do not fit each other"):
+            files.apply_lora(patcher, {**tensors, f"{LAYER}.hada_w2_b": damage}, 1.0)
