@@ -112,6 +112,11 @@ def later_inputs() -> list[io.Input]:
             tooltip="Also write losses, learning rate, memory, likeness and samples for TensorBoard, into the folder "
             "`tensorboard` beside the LoRA. Needs the Python package tensorboard.",
         ),
+        io.Boolean.Input(
+            "correct_4bit", default=True, optional=True, advanced=True,
+            tooltip="Only used if blocks are in 4-bit. Before training, every example also goes through the model as loaded once, "
+            "and what 4-bit changes there is undone in every step: a LoRA then becomes as like as with 8 bits.",
+        ),
     ]  # fmt: skip
 
 

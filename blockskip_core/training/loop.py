@@ -7,6 +7,7 @@ Only the kept blocks run. Residuals come from a ``residuals.source``. The loss i
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from .loss_scale import LossScale
 from .moving_average import MovingAverage
 from .observer import TrainingObserver
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer, step_size
+from .quantisation_offsets import Examples, QuantisationOffsets
 from .result import StepReport, TrainingResult
 from .self_check import check_against_full_model, check_gradients
 from .together import Together
@@ -60,6 +62,7 @@ def train_lora(
     weights: WeightPlacement = "as fits",
     checkpoints: Checkpoints | None = None,
     together: Together = Together(),  # noqa: B008 - it has no state
+    offsets: QuantisationOffsets | None = None,
 ) -> None:
     """Train ``adapters`` in place.
 
@@ -81,6 +84,7 @@ def train_lora(
             saves no states.
         together: The processes that share the run; this one trains on its share of every step. Only process 0 saves
             states.
+        offsets: If ``dit`` is quantised: undo what that changes in its predictions; see ``quantisation_offsets``.
 
     Raises:
         CheckpointError: If a state belongs to another run, or has not the average that this one needs.
@@ -88,8 +92,9 @@ def train_lora(
         TrainingError: If a loss or gradient is not finite (before it is applied), the replayed model differs from
             the full model before the first step, a kept block gets no gradient, or another process has ended.
     """
-    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, observers, checkpoints, together)
-    place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
+    loop = _Loop(dit, schedule, latents, selection, adapters, config, result, observers, checkpoints, together, offsets)
+    settings = {"activation_bytes": activation_bytes, "weights": weights}
+    place = functools.partial(dit.running, **settings)
     try:
         loop.resume()
         for observer in observers:
@@ -98,6 +103,8 @@ def train_lora(
         for opening in source.stretches(loop.share, start=result.steps * loop.share.per_step):
             with opening as residuals:
                 rest = residuals.micro_batches
+                if offsets:
+                    offsets.run_exact(loop.examples, residuals, loop.draws_of(rest), **settings)
                 while rest:
                     rest = loop.run(residuals, rest, place)
                     if not loop.pending:  # the step is complete
@@ -134,12 +141,14 @@ class _Loop:
         observers: Sequence[TrainingObserver],
         checkpoints: Checkpoints | None,
         together: Together,
+        offsets: QuantisationOffsets | None,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
         self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
         self.adapters, self.config, self.result, self.observers = adapters, config, result, observers
-        self.checkpoints, self.together = checkpoints, together
+        self.checkpoints, self.together, self.offsets = checkpoints, together, offsets
+        self.examples = Examples(schedule, latents, selection, config.batch_size)
         self.share = config.micro_batches.share_of(together.rank, together.size)
         adapters.to(dit.device)
         self.average = MovingAverage(adapters.parameters(), config.ema)
@@ -175,6 +184,11 @@ class _Loop:
                     return micro_batches[done:]
         return micro_batches[len(micro_batches) :]
 
+    def draws_of(self, micro_batches: range) -> list[int]:
+        """Return the draws of some micro-batches, each once."""
+        every = (self.share.draws_of(micro_batch, len(self.schedule)) for micro_batch in micro_batches)
+        return list(dict.fromkeys(itertools.chain.from_iterable(every)))
+
     def due(self, step: int) -> list[TrainingObserver]:
         """Return the observers that want the model unloaded after ``step`` steps."""
         return [observer for observer in self.observers if observer.is_due(step)]
@@ -204,6 +218,8 @@ class _Loop:
                 self.result.self_check = check_against_full_model(
                     self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference
                 )
+            if self.offsets:
+                self.offsets.run_quantised(self.examples, residuals, self.dit, model, denoise)
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)
             stretch = _Stretch(model, denoise, residuals, budget)
@@ -241,6 +257,8 @@ class _Loop:
         tokens = self.dit.image_tokens(rows, columns, channels) + self.dit.text_tokens(captions[0])
         with stretch.budget.forward(len(batch) * tokens):
             denoised = stretch.denoise(noisy, sigmas, captions)
+        if self.offsets:
+            denoised = denoised + self.offsets.of(batch).to(denoised)
         return velocity_loss(denoised, clean, sigmas, self.config.loss_weighting).sum()
 
     def _optimizer_step(self, micro_batch: int) -> None:

@@ -323,8 +323,9 @@ class MemorySource:
 
 
 def train(
-    dit, chosen, source, adapters, *, plan=None, clean=None, on_step=None, config=None, checkpoints=None, **settings
-):
+    dit, chosen, source, adapters, *, plan=None, clean=None, on_step=None, config=None, checkpoints=None, offsets=None,
+    **settings,
+):  # fmt: skip
     """Run a training and return (result, gradients of the last optimiser step before clipping)."""
     plan = plan or schedule()
     clean = latents(len(plan)) if clean is None else clean
@@ -351,6 +352,7 @@ def train(
             config,
             result=result,
             checkpoints=checkpoints,
+            offsets=offsets,
             observers=[OnStep(on_step)] if on_step else (),
         )
     finally:

@@ -152,6 +152,11 @@ class QuantisedDit(WrappedDit):
         """
         return ERROR_ALLOWANCE * max(self.layer_errors.values(), default=0.0)
 
+    @property
+    def formats(self) -> frozenset[str]:
+        """The formats of its quantised blocks."""
+        return frozenset(self._formats.values())
+
     def module(self, name: str) -> nn.Module:
         """Return the quantised block, or the model's own module if that block is not quantised."""
         if name not in self._formats:

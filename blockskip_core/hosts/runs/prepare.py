@@ -61,6 +61,11 @@ class PreparedRun:
     sampler: TrainingSampler | None
 
     @property
+    def corrects_4bit(self) -> bool:
+        """Whether offsets undo what quantisation changes; eight bits change too little for it to be worth a pass."""
+        return self.request.correct_4bit and _has_4bit(self.trained_dit)
+
+    @property
     def step_bytes(self) -> int:
         """Approximate bytes that a step needs besides the weights."""
         config, dit, (channels, rows, columns) = self.request.config, self.dit, largest_shape(self.residuals.latents)
@@ -96,7 +101,8 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     first_values = adapters.state_dict()
     rows = {name: adapters.up(name).shape[0] for name in adapters.names}
     names = file_names(model.model, dit.adapter, rows, request.file_format)
-    identity = _identity(residuals, request, adapters, first_values)
+    corrected = request.correct_4bit and _has_4bit(trained_dit)
+    identity = _identity(residuals, request, adapters, first_values, corrected)
     checkpoints = Checkpoints(
         run_folder(identity.key), identity, every=request.save_every, keep=request.keep_last, resume=request.resume
     )  # fmt: skip
@@ -138,8 +144,16 @@ def _adapters(model: Any, dit: HostedDit, residuals: ResidualSet, request: RunRe
     return adapters
 
 
+def _has_4bit(dit: HostedDit | QuantisedDit) -> bool:
+    return isinstance(dit, QuantisedDit) and "4-bit" in dit.formats
+
+
 def _identity(
-    residuals: ResidualSet, request: RunRequest, adapters: LoraAdapters, first_values: Mapping[str, Tensor]
+    residuals: ResidualSet,
+    request: RunRequest,
+    adapters: LoraAdapters,
+    first_values: Mapping[str, Tensor],
+    corrected: bool,
 ) -> RunIdentity:
     """Return everything that determines the LoRA's values after a given number of steps."""
     config = request.config
@@ -150,6 +164,7 @@ def _identity(
             "scale": adapters.scale,
             "quantize_kept": request.quantize_kept,
             **({"quantize_frozen": request.quantize_frozen} if residuals.selection.frozen else {}),
+            **({"correct_4bit": True} if corrected else {}),
             **({"kept last": residuals.selection.tail} if residuals.selection.tail else {}),
             "targets": request.targets,
             "first values": tensors_identity(first_values[name] for name in sorted(first_values)),

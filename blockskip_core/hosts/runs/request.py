@@ -70,6 +70,7 @@ class RunRequest:
     loss_table: bool = False
     ema: float = 0.0
     tensorboard: bool = False
+    correct_4bit: bool = True
 
     def __post_init__(self) -> None:
         self.config, self.lora  # noqa: B018 - each checks its part

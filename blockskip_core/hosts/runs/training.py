@@ -13,6 +13,7 @@ from ...training.checkpoints import KEPT_RUNS, remove_old_runs
 from ...training.loop import train_lora
 from ...training.loss_scale import remark_on
 from ...training.observer import OnStep, TrainingObserver
+from ...training.quantisation_offsets import QuantisationOffsets
 from ...training.result import StepReport
 from ...training.shared_residuals import write_cache_together
 from ...training.together import Together
@@ -95,6 +96,9 @@ class _Training:
         self._together = together
         self._memory_check = MemoryCheck(run, progress, outcome.result.problems)
         self._observers: list[TrainingObserver] = []
+        self._offsets = (
+            QuantisationOffsets(run.dit, progress, apart=outcome.memory.apart) if run.corrects_4bit else None
+        )
 
     def train(self) -> None:
         """Train, and save the LoRA however the run ends, if it has learned anything.
@@ -217,6 +221,7 @@ class _Training:
             weights=placement,
             checkpoints=run.checkpoints,
             together=self._together,
+            offsets=self._offsets,
         )
 
 
