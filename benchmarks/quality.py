@@ -42,6 +42,7 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     from blockskip_pack.blockskip_core.hosts.models.quantised_blocks import QuantisedDit
     from blockskip_pack.blockskip_core.training.config import TrainingConfig
     from blockskip_pack.blockskip_core.training.loop import train_lora
+    from blockskip_pack.blockskip_core.training.quantisation_offsets import QuantisationOffsets
     from blockskip_pack.blockskip_core.training.result import TrainingResult
     from quality_sources import source_for
 
@@ -84,7 +85,8 @@ def train(bench: Bench, arm: Arm, subject: str, seed: int, settings: Settings) -
     formats |= {dit.blocks[index].name: arm.trained_in for index in selection.adapted if arm.trained_in}
     if formats:  # the residuals stay those of the model as loaded, as in the nodes
         trained = QuantisedDit(dit, formats)
-    train_lora(trained, schedule, latents, selection, source, adapters, config, result=result)
+    offsets = QuantisationOffsets(dit) if arm.changes.get("corrected") else None
+    train_lora(trained, schedule, latents, selection, source, adapters, config, result=result, offsets=offsets)
     seconds = time.perf_counter() - started
     kept = list(trained.blocks) if arm.stand_in == "on the fly" else [trained.blocks[i] for i in selection.kept]
     return with_lora(), {

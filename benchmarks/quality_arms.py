@@ -43,7 +43,7 @@ class Arm:
         stand_in: What replaces the skipped blocks.
         trained_in: The format of the trained blocks' weights during the training; empty for that of the model.
         changes: What differs from the common settings: factors of rank, learning_rate, steps and draws; refreshes, ema,
-            caption_dropout.
+            caption_dropout; corrected, 1 if offsets undo what quantisation changes.
     """
 
     name: str
@@ -182,6 +182,24 @@ ARMS: tuple[Arm, ...] = (
             (3, 6, "4-bit", "exact, 4-bit", "4-bit", ", learning rate x 2", {"learning_rate": 2}),
             (4, 2, "4-bit", "exact, 4-bit", "4-bit", "", {}),
             (4, 2, "constant", "cached", "int8", "", {}),
+        )
+    ),
+    *(
+        Arm(
+            f"first {n}, last {m}, 4-bit, trained in {weights}, corrected{suffix}, full size",
+            CARDS,
+            views="full",
+            choice="by hand",
+            spans=(n, m),
+            stand_in="exact, 4-bit",
+            trained_in=weights,
+            changes={"corrected": 1, **changes},
+        )
+        for n, m, weights, suffix, changes in (
+            (3, 6, "4-bit", ", learning rate x 2", {"learning_rate": 2}),
+            (3, 6, "int8", ", learning rate x 2", {"learning_rate": 2}),
+            (1, 3, "4-bit", "", {}),
+            (4, 2, "4-bit", "", {}),
         )
     ),
     Arm("front only, half of the bytes, full size", CARDS, "", "full", "front, by bytes", 0.5),
