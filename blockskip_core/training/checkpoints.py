@@ -124,7 +124,7 @@ class Checkpoints:
         Raises:
             StorageError: If the disk cannot be written.
         """
-        with lock(self._folder, lambda: waiting(max(map(_step_of, self._states()), default=0))):
+        with lock(self._folder, lambda: waiting(max(map(step_of_state, self._states()), default=0))):
             remove_leftovers(self._folder, lambda name: True, min_age_s=0)
             yield
 
@@ -169,7 +169,9 @@ class Checkpoints:
             self._folder / f"state-{state.step:08d}.safetensors", lambda p: save_file(tensors, p, metadata)
         )
         self._saved = state.step
-        earlier = [path for path in self._states() if _step_of(path) <= state.step]  # later ones are a longer run's
+        earlier = [
+            path for path in self._states() if step_of_state(path) <= state.step
+        ]  # later ones are a longer run's
         for path in earlier[self._keep :]:
             self._remove(path)
 
@@ -183,7 +185,7 @@ class Checkpoints:
             StorageError: If a state cannot be read; it is kept, because it may be intact.
         """
         for path in self._states() if self.resume else ():
-            if _step_of(path) > max_step:
+            if step_of_state(path) > max_step:
                 continue
             try:
                 state = self._read(path)
@@ -205,12 +207,12 @@ class Checkpoints:
     def _states(self) -> list[Path]:
         """The files of this run, newest first."""
         try:
-            found = [path for path in self._folder.iterdir() if _step_of(path) >= 0]
+            found = [path for path in self._folder.iterdir() if is_training_state(path)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise StorageError(f"The folder of training states cannot be read: {error}. {_LATER}") from error
-        return sorted(found, key=_step_of, reverse=True)
+        return sorted(found, key=step_of_state, reverse=True)
 
     def _read(self, path: Path) -> TrainingState:
         try:
@@ -297,7 +299,7 @@ def _progress_of(folder: Path) -> tuple[int, int | None]:
 
     A run without a state has nothing to continue from, so it counts as finished.
     """
-    newest = max(folder.glob("state-*.safetensors"), key=_step_of, default=None)
+    newest = max(folder.glob("state-*.safetensors"), key=step_of_state, default=None)
     if newest is None:
         return 0, 0
     try:
@@ -305,14 +307,20 @@ def _progress_of(folder: Path) -> tuple[int, int | None]:
             planned = json.loads((file.metadata() or {})["blockskip"]).get("planned")
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RecursionError):
         planned = None  # damaged, or not readable now: it may be worth continuing
-    return _step_of(newest), planned if isinstance(planned, int) else None
+    return step_of_state(newest), planned if isinstance(planned, int) else None
 
 
 def _is_run(folder: Path) -> bool:
     return any(folder.glob("state-*.safetensors")) or (folder / SAMPLES_FILE).is_file()
 
 
-def _step_of(path: Path) -> int:
+def is_training_state(path: Path) -> bool:
+    """Return whether a file has the name of a training state."""
+    return step_of_state(path) >= 0
+
+
+def step_of_state(path: Path) -> int:
+    """Return the step of the training state with a path, or -1 if it is another file."""
     found = re.fullmatch(r"state-(\d{8,12})\.safetensors", path.name)
     return int(found[1]) if found else -1
 

@@ -194,6 +194,7 @@ CONTRACT = {
             loss_table BOOLEAN? = False
             ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
             tensorboard BOOLEAN? = False
+            correct_4bit BOOLEAN? = True
         """,
         [("lora", "LORA_MODEL"), ("loss_map", "LOSS_MAP"), ("steps", "INT")],
     ),
@@ -374,6 +375,7 @@ CONTRACT = {
             run_name STRING? = runs/blockskip
             ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
             tensorboard BOOLEAN? = False
+            correct_4bit BOOLEAN? = True
         """,
         [("run_file", "STRING"), ("command", "STRING")],
     ),

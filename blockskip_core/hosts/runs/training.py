@@ -16,6 +16,7 @@ from ...training.observer import OnStep, TrainingObserver
 from ...training.quantisation_offsets import QuantisationOffsets
 from ...training.result import StepReport
 from ...training.shared_residuals import write_cache_together
+from ...training.similar_runs import on_similar_runs
 from ...training.together import Together
 from ..files.folders import run_folder
 from ..files.lora_files import ReservedName
@@ -67,6 +68,8 @@ def carry_out(run: PreparedRun, progress: RunProgress, view: RunView, together: 
     with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
         outcome = RunOutcome(PeakMemory(run.dit.device), name)
         outcome.result.problems.extend(removed)
+        if run.request.resume:
+            outcome.result.problems.extend(on_similar_runs(run.identity, run_folder(run.identity.key).parent))
         _Training(run, outcome, progress, view, together).train()
     progress.say(outcome_line(outcome))
     return outcome

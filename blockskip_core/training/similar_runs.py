@@ -1,0 +1,77 @@
+"""Unfinished runs that differ from a new one only in settings that memory decides: they are easily lost sight of.
+
+Memory Plan goes by the memory that is free when it runs. After a restart that may be less than before, and with another
+format or batch size the same graph is another run, which begins at its first step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..files import open_tensors
+from .checkpoints import RunIdentity, is_training_state, step_of_state
+
+logger = logging.getLogger(__name__)
+
+BY_MEMORY = frozenset({"quantize_kept", "quantize_frozen", "correct_4bit", "batch_size", "accumulation"})
+"""Parts of an identity that Memory Plan decides on."""
+
+
+def on_similar_runs(identity: RunIdentity, parent: Path) -> list[str]:
+    """Return a sentence on the unfinished run that has come furthest and differs only in what memory decides.
+
+    Empty if there is none, or if the run itself has states to resume from.
+
+    Args:
+        identity: What the new run is.
+        parent: The folder of all runs' folders.
+    """
+    if not parent.is_dir() or any(map(is_training_state, parent.glob(f"{identity.key}/*"))):
+        return []
+    similar = []
+    for folder in parent.iterdir():
+        newest = max(filter(is_training_state, folder.glob("*")), key=step_of_state, default=None)
+        about = {} if newest is None else _about(newest)
+        parts = about.get("identity")
+        if not isinstance(parts, dict) or not _is_unfinished(about):
+            continue
+        differing = identity.difference(parts)
+        if differing and BY_MEMORY.issuperset(differing):
+            similar.append((about["step"], about["planned"], _told(parts, differing), _told(identity.parts, differing)))
+    if not similar:
+        return []
+    step, planned, then, now = max(similar)
+    said = (
+        f"This is not the unfinished run of step {step} of {planned}, which had {then}; this one has {now}. Memory Plan goes "
+        "by the memory that is free, unless its `preset` names your card. To go on with that run, set these values on "
+        "Dynamic Patch Trainer, without Memory Plan's `settings`."
+    )
+    logger.warning("BlockSkip: %s", said)
+    return [said]
+
+
+def _about(state: Path) -> dict[str, Any]:
+    """Return what a state says of itself, or nothing if it cannot be read: then nothing can be said of it."""
+    try:
+        with open_tensors(state) as file:
+            about = json.loads((file.metadata() or {})["blockskip"])
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        logger.info("BlockSkip: the training state %s cannot be read: %s", state.name, error)
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _is_unfinished(about: Mapping[str, Any]) -> bool:
+    step, planned = about.get("step"), about.get("planned")
+    return isinstance(step, int) and isinstance(planned, int) and 0 < step < planned
+
+
+def _told(parts: Mapping[str, Any], names: list[str]) -> str:
+    """Return some parts and their values as a list."""
+    return ", ".join(f"{name} {parts[name]}" if name in parts else f"no {name}" for name in names)
