@@ -12,7 +12,7 @@ import comfy.lora_convert
 from torch import Tensor
 
 from ...errors import LoraFileError
-from .patch_shapes import Patches, require_fitting_shapes, weight_of
+from .patch_shapes import Patches, weight_of, without_misfits
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +109,22 @@ def apply_lora(patcher: Any, lora: Mapping[str, Tensor], strength: float) -> App
         LoraFileError: If the LoRA has no tensors for this model, or tensors of other sizes.
     """
     read = HostPatches(patcher, lora)
-    passed_over = read.passed_over()
-    if not read.patches:
+    fitting, misfits = without_misfits(patcher, read.patches)
+    passed_over = " ".join(filter(None, (read.passed_over(), _on_misfits(misfits))))
+    if not fitting:
         raise LoraFileError(
             f"This LoRA has nothing for {type(patcher.model.diffusion_model).__name__}: it was trained for another "
             f"kind of model. {passed_over}".rstrip()
         )
-    require_fitting_shapes(patcher, read.patches)
     clone = patcher.clone()
-    patched = {weight_of(key) for key in clone.add_patches(read.patches, strength)}
+    patched = {weight_of(key) for key in clone.add_patches(fitting, strength)}
     if passed_over:
         logger.warning("BlockSkip: %s", passed_over)
     return AppliedLora(clone, len(patched), passed_over)
+
+
+def _on_misfits(names: Sequence[str]) -> str:
+    """Return a sentence on full differences that the model has no weights of that size for; empty if there are none."""
+    if not names:
+        return ""
+    return f"Left out are full differences of another size than the model's weights ({listed(names)})."

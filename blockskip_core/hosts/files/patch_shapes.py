@@ -24,24 +24,39 @@ def weight_of(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def require_fitting_shapes(patcher: Any, patches: Patches) -> None:
-    """Raise LoraFileError if a patch has neither its weight's size nor the size that it widens it to.
+def without_misfits(patcher: Any, patches: Patches) -> tuple[Patches, list[str]]:
+    """Return the patches that fit, and the weights whose full difference has another size.
 
-    LoRA, LoHa, LoKr and full differences are checked; BOFT, GLoRA, OFT and Tucker decompositions are left to the host.
+    The host leaves out a full difference of another size and applies the rest of the file; some files for video models have one
+    for the first layer of a model with more channels. LoRA, LoHa and LoKr are checked too; BOFT, GLoRA, OFT and Tucker
+    decompositions are left to the host.
+
+    Raises:
+        LoraFileError: If a low-rank patch has neither its weight's size nor the size that it widens it to: the file was made for
+            another model.
     """
+    fitting: dict[Any, Any] = {}
+    misfits = []
     # For quantised weights a state dict has the packed shapes, the parameters have the logical ones.
     weights = {**patcher.model.state_dict(), **dict(patcher.model.named_parameters())}
     for key, patch in patches.items():
         name = weight_of(key)
         change = _shape_of_change(name, patch)
+        fitting[key] = patch
         if change is None or name not in weights:  # the host does not add what the model lacks
             continue
         shape = _target_shape(key, tuple(weights[name].shape), _widened(patch))
-        if shape is None or _as_matrix(change) != _as_matrix(shape):
+        if shape is not None and _as_matrix(change) == _as_matrix(shape):
+            continue
+        if isinstance(patch, tuple):
+            misfits.append(name)
+            del fitting[key]
+        else:
             raise LoraFileError(
                 f"This LoRA does not fit: for {name} it has {' x '.join(map(str, _as_matrix(change)))}, the model has "
                 f"{' x '.join(map(str, shape or weights[name].shape))}. It was trained for a model of another size."
             )
+    return fitting, misfits
 
 
 def _shape_of_change(name: str, patch: Any) -> Shape | None:
@@ -49,7 +64,7 @@ def _shape_of_change(name: str, patch: Any) -> Shape | None:
     if isinstance(patch, tuple):
         return tuple(patch[1][0].shape) if patch[0] == "diff" else None
     weights = patch.weights
-    if patch.name == "lora":
+    if patch.name == "lora" and weights[3] is None:
         return _product(name, weights[0], weights[1])
     if patch.name == "loha" and weights[5] is None:
         first, second = _product(name, *weights[0:2]), _product(name, *weights[3:5])

@@ -12,7 +12,7 @@ from ...adapters.lora import LoraAdapters
 from ...adapters.low_rank import LowRank, filled_up, joined
 from ...errors import LoraFileError
 from .applied_lora import HostPatches, listed
-from .patch_shapes import require_fitting_shapes, weight_of
+from .patch_shapes import weight_of, without_misfits
 
 _INSTEAD = "Apply it to the MODEL with Load LoRA before all BlockSkip nodes, and train a new LoRA on top"
 
@@ -33,7 +33,7 @@ def lora_to_start_from(patcher: Any, lora: Mapping[str, Tensor], adapters: LoraA
             f"{read.passed_over()}".rstrip()
         )
     _require_trainable(read, adapters)
-    require_fitting_shapes(patcher, read.patches)
+    without_misfits(patcher, read.patches)  # its other result is empty: there are only plain LoRAs now
     changes = {name: joined(parts, adapters.up(name).shape[0]) for name, parts in _parts(read).items()}
     for name, change in changes.items():
         if not (torch.isfinite(change.up).all() and torch.isfinite(change.down).all()):

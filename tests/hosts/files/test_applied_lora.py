@@ -216,8 +216,8 @@ def test_other_kinds_that_fit_are_patched_as_the_host_does(files, tensors_of):
     assert applied.passed_over == ""
 
 
-@KINDS
-def test_other_kinds_of_another_size_are_refused_where_the_host_goes_on_without_them(files, tensors_of):
+@pytest.mark.parametrize("tensors_of", [loha, lokr, lokr_in_parts])
+def test_low_rank_kinds_of_another_size_are_refused_where_the_host_goes_on_without_them(files, tensors_of):
     patcher = tiny_flux()
     rows, columns = patcher.model.diffusion_model.single_blocks[1].linear2.weight.shape
     for tensors in (tensors_of(rows, 2 * columns), tensors_of(columns, rows)):
@@ -231,3 +231,31 @@ def test_matrices_that_do_not_fit_each_other_are_refused(files):
     for damage in (torch.ones(3, 4), torch.ones(2, 7)):
         with pytest.raises(LoraFileError, match="This LoRA is damaged: for .* do not fit each other"):
             files.apply_lora(patcher, {**tensors, f"{LAYER}.hada_w2_b": damage}, 1.0)
+
+
+def test_a_difference_of_another_size_is_left_out_and_named_and_the_rest_is_applied(files, caplog):
+    patcher = tiny_flux()
+    rows, columns = patcher.model.diffusion_model.single_blocks[1].linear2.weight.shape
+    lora = a_lora() | difference(rows, 2 * columns)
+    applied = assert_as_the_hosts_loader(files, patcher, lora)
+    said = "Left out are full differences of another size than the model's weights (single_blocks.1.linear2.weight)."
+    assert applied.passed_over == said
+    assert applied.num_patched == len(a_lora()) // 2  # without that weight, with its bias
+    assert any(said in record.getMessage() for record in caplog.records)
+    alone = {f"{LAYER}.diff": torch.ones(rows, 2 * columns)}
+    with pytest.raises(LoraFileError, match="has nothing for Flux.* Left out"):
+        files.apply_lora(patcher, alone, 1.0)
+
+
+def test_a_tucker_decomposition_is_left_to_the_host(files):
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    class Convolution:
+        model = torch.nn.Module()
+
+    Convolution.model.conv = torch.nn.Conv2d(6, 8, 3)
+    mid, up, down = torch.ones(2, 2, 3, 3), torch.ones(8, 2, 1, 1), torch.ones(2, 6, 1, 1)
+    patch = LoRAAdapter(set(), (up, down, 2.0, mid, None, None))
+    from blockskip_pack.blockskip_core.hosts.files.patch_shapes import without_misfits
+
+    assert without_misfits(Convolution, {"conv.weight": patch}) == ({"conv.weight": patch}, [])
