@@ -16,13 +16,14 @@ import psutil
 
 from ..data.latents import Latents, total_bytes
 from ..data.schedule import TrainingSchedule
-from ..errors import InvalidInputError
+from ..errors import CacheError, InvalidInputError
 from ..model import SkippableDit
 from ..selection.selection import BlockSelection
 from ..units import format_bytes
 from .back_response import BACK_RESIDUALS, BackResidual, response_bytes
-from .cache import CacheIdentity, require_free_space
+from .cache import CacheIdentity, require_free_space, stored_draws
 from .format import RESIDUAL_FORMATS, ResidualShape
+from .housekeeping import KEPT_CACHES, remove_old_caches
 
 Storage = Literal["disk", "chunked", "on the fly"]
 STORAGES: tuple[str, ...] = get_args(Storage)
@@ -138,9 +139,24 @@ def require_room(residuals: ResidualSet, dit: SkippableDit) -> None:
             f"The latents of {len(residuals.schedule)} training examples need {format_bytes(needed)} of host memory, "
             f"but {format_bytes(free)} are free. Use fewer training examples."
         )
-    if residuals.storage != "on the fly":
-        count = len(residuals.schedule) if residuals.storage == "disk" else residuals.chunk_size
-        require_disk_space(residuals, dit, range(min(count, len(residuals.schedule))))
+    if residuals.storage == "chunked":
+        require_disk_space(residuals, dit, range(min(residuals.chunk_size, len(residuals.schedule))))
+    elif residuals.storage == "disk":
+        _require_disk_space_for_all(residuals, dit)
+
+
+def _require_disk_space_for_all(residuals: ResidualSet, dit: SkippableDit) -> None:
+    """Check that the disk has space for the draws that an unfinished cache has not yet; old caches make room if needed."""
+    try:
+        stored = stored_draws(residuals.folder, residuals.identity)
+    except CacheError:
+        stored = set()
+    draws = [draw for draw in range(len(residuals.schedule)) if draw not in stored]
+    try:
+        require_disk_space(residuals, dit, draws)
+    except InvalidInputError:  # the caches that writing this one would remove may be in its way
+        remove_old_caches(residuals.folder.parent, keep=KEPT_CACHES - 1, exclude=residuals.folder.name)
+        require_disk_space(residuals, dit, draws)
 
 
 def require_disk_space(residuals: ResidualSet, dit: SkippableDit, draws: Sequence[int]) -> None:

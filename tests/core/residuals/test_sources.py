@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from blockskip_pack.blockskip_core.residuals.cache import (
     CacheWriter,
     ResidualCache,
     is_finished,
+    stored_draws,
 )
 from blockskip_pack.blockskip_core.residuals.cached_set import WAITING, stored_latents, write_cache
 from blockskip_pack.blockskip_core.residuals.housekeeping import KEPT_CACHES, remove_old_caches
@@ -522,3 +524,50 @@ def test_room_is_asked_for_before_pictures_are_encoded(tmp_path, monkeypatch):
     with pytest.raises(InvalidInputError, match="on disk"):
         require_room(residuals, dit)
     require_room(residual_set(tmp_path, "on the fly"), dit)
+
+
+class SmallDisk:
+    """A disk of some bytes, of which what is below a folder is used."""
+
+    def __init__(self, monkeypatch, folder):
+        self.folder, self.size = folder, 10**9
+        monkeypatch.setattr("blockskip_pack.blockskip_core.residuals.cache.DISK_RESERVE_BYTES", 0)
+        monkeypatch.setattr("shutil.disk_usage", self.usage)
+
+    @property
+    def used(self):
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+    def usage(self, _path):
+        return SimpleNamespace(total=self.size, used=self.used, free=max(0, self.size - self.used))
+
+
+def test_an_interrupted_cache_needs_room_for_the_rest_only(tmp_path, monkeypatch):
+    disk, residuals, dit = SmallDisk(monkeypatch, tmp_path), residual_set(tmp_path, chunk_size=1), PlainDit()
+
+    def interrupting(phase, done, total):
+        if done > 0.75 * total:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        write_cache(residuals, dit, interrupting)
+    assert len(stored_draws(residuals.folder, residuals.identity)) >= 3
+    each = residual_bytes(dit, residuals, [1]) + residuals.latents[1].nbytes
+    disk.size = disk.used + round(2.2 * each)
+    require_room(residuals, dit)
+    disk.size = disk.used + each // 2
+    with pytest.raises(InvalidInputError, match="on disk"):
+        require_room(residuals, dit)
+
+
+def test_old_caches_make_room_only_if_it_is_needed(tmp_path, monkeypatch):
+    disk, dit = SmallDisk(monkeypatch, tmp_path), PlainDit()
+    made = [residual_set(tmp_path, model=f"m{number}") for number in range(KEPT_CACHES + 1)]
+    for number, residuals in enumerate(made[:-1]):
+        write_cache(residuals, dit, quiet)
+        os.utime(residuals.folder, (number, number))
+    require_room(made[-1], dit)
+    assert all(residuals.folder.exists() for residuals in made[:-1])
+    disk.size = disk.used + 100
+    require_room(made[-1], dit)
+    assert [residuals.folder.exists() for residuals in made[:-1]] == [False] + [True] * (KEPT_CACHES - 1)
