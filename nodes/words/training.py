@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ...blockskip_core.errors import TrainingError
 from ...blockskip_core.hosts.files.lora_files import word_samples
-from ...blockskip_core.hosts.models.out_of_memory import OutOfMemoryError, out_of_memory_explained
+from ...blockskip_core.hosts.models.out_of_memory import (
+    OutOfMemoryError,
+    is_out_of_memory,
+    log_and_release,
+    out_of_memory_explained,
+)
 from ...blockskip_core.hosts.runs.outcome import Sample
 from ...blockskip_core.hosts.runs.peak_memory import PeakMemory
 from ...blockskip_core.training.checkpoints import RunIdentity
@@ -119,7 +124,7 @@ def _samples(
     if sampler is None:
         return []
     pictures = RunIdentity({"run": key, **sampler.request.identity}).key  # other prompts do not replace their files
-    outcome = WordOutcome(memory, word_samples(Path(run.request.name), pictures), result)
+    outcome = WordOutcome(memory, word_samples(Path(run.name.name), pictures), result)
 
     def sampled(*, on_step: Callable[[int, int], None]) -> list[Tensor]:
         return sampler.pictures(training.word, on_step=on_step)
@@ -158,8 +163,13 @@ def _saved_however_it_ends(
         if not result.steps:
             raise
         raise type(error)(f"{error} The word so far is saved as {save()}.") from None
-    except BaseException:  # including Cancel at any moment
-        if result.steps:
-            logger.info("BlockSkip: the word after %d steps is saved as %s", result.steps, save())
-        raise
+    except BaseException as error:  # including Cancel at any moment
+        if not result.steps:
+            raise
+        saved = save()
+        logger.info("BlockSkip: the word after %d steps is saved as %s", result.steps, saved)
+        if not is_out_of_memory(error):
+            raise
+        failed = f"Learning the word ran out of memory after step {result.steps} ({log_and_release(error)})."
+        raise OutOfMemoryError(f"{failed} {ADVICE} The word so far is saved as {saved}.") from None
     return save()

@@ -7,6 +7,7 @@ prompts by their text: a prompt with the same name and other vectors would not b
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -103,10 +104,16 @@ class EmbeddingName:
         return f"embedding:{name}"
 
     def _next(self) -> Path:
-        number = 1
-        while os.path.lexists(path := self._folder / f"{self._name.name}_{number:05}.safetensors"):
-            number += 1
-        return path
+        """Return the path with the next number that no folder of embeddings has for this name.
+
+        The host also looks into all folders below, in no fixed order, so the same name in two of them could mean either.
+        """
+        wanted = re.compile(rf"{re.escape(self._name.name)}_(\d{{5,}})\.[^.]+", re.IGNORECASE)
+        folders = folder_paths.get_folder_paths("embeddings")
+        files = (name for folder in folders for _, _, names in os.walk(folder, followlinks=True) for name in names)
+        taken = {int(found[1]) for name in files if (found := wanted.fullmatch(name))}
+        number = next(number for number in itertools.count(1) if number not in taken)
+        return self._folder / f"{self._name.name}_{number:05}.safetensors"
 
 
 def _require_read_back(name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -102,12 +102,29 @@ def test_a_file_that_another_folder_hides_is_noticed(module, folder, tmp_path, m
 
     other = tmp_path / "other"
     other.mkdir()
-    save_file({"clip_l": torch.zeros(2, 3)}, other / "word_00001.safetensors")
     name = module.EmbeddingName("word")
+    write = module.save_file
+
+    def meanwhile(tensors, path, metadata):  # another program saves a word of that name
+        write(tensors, path, metadata=metadata)
+        save_file({"clip_l": torch.zeros(2, 3)}, other / "word_00001.safetensors")
+
+    monkeypatch.setattr(module, "save_file", meanwhile)
     # of several folders ComfyUI searches in no fixed order; here it finds the other file for sure
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(other)], {".safetensors"}))
     with pytest.raises(StorageError, match="ComfyUI reads other numbers for clip_l"):
         name.save(WORD, {})
+
+
+@pytest.mark.parametrize("place", ["friends/anna_00001.safetensors", "deep/er/anna_00001.pt", "Anna_00001.bin"])
+def test_a_number_that_a_file_of_that_name_has_in_any_folder_is_taken(module, folder, place):
+    """ComfyUI looks into all folders below for a name without one, in no fixed order."""
+    path = folder / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    (folder / "anna_00002_too.safetensors").write_bytes(b"")
+    assert module.EmbeddingName("anna").save(WORD, {}) == "embedding:anna_00002"
+    assert module.EmbeddingName("friends/anna").save(WORD, {}) == "embedding:friends/anna_00003"
 
 
 def test_leftovers_of_a_killed_run_are_removed(module, folder):

@@ -347,6 +347,23 @@ def test_running_out_of_memory_is_one_sentence(words, nodes, monkeypatch):
         words.train()
 
 
+def test_running_out_of_memory_later_keeps_the_word_so_far_and_names_it(words, nodes, monkeypatch):
+    module = nodes.words.prepare.WordLosses
+    evaluate, calls = module.__call__, []
+
+    def filling(self, rows, example):
+        calls.append(len(rows))
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(self, rows, example)
+
+    monkeypatch.setattr(module, "__call__", filling)
+    said = r"ran out of memory after step 2 .* Lower `directions` .* saved as embedding:my_dog_00001\."
+    with pytest.raises(ValueError, match=said):
+        words.train()
+    assert words.files() == ["my_dog_00001.safetensors"]
+
+
 def test_clip_with_embeddings_passes_on_what_takes_them(words, nodes, run_node, small):
     assert run_node(nodes.AcceptEmbeddings, clip=words.clip)[0] is words.clip
     qwen = small.small_clip("Qwen-Image", str(words.folder))
