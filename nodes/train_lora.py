@@ -115,7 +115,7 @@ def later_inputs() -> list[io.Input]:
         io.Boolean.Input(
             "correct_4bit", default=True, optional=True, advanced=True,
             tooltip="Only used if blocks are in 4-bit. Before training, every example also goes through the model as loaded once, "
-            "and what 4-bit changes there is undone in every step: a LoRA then becomes as like as with 8 bits.",
+            "and what 4-bit changes there is undone in every step: the LoRA then learns nearly as much as with 8 bits.",
         ),
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Unfinished runs that differ from a new one only in settings that memory decides: they are easily lost sight of.
 
-Memory Plan goes by the memory that is free when it runs. After a restart that may be less than before, and with another
-format or batch size the same graph is another run, which begins at its first step.
+A plan for the memory that is free now may choose another format or batch size than before a restart. Then the same inputs
+are another run, which begins at its first step.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,36 @@ from .checkpoints import RunIdentity, is_training_state, step_of_state
 logger = logging.getLogger(__name__)
 
 BY_MEMORY = frozenset({"quantize_kept", "quantize_frozen", "correct_4bit", "batch_size", "accumulation"})
-"""Parts of an identity that Memory Plan decides on."""
+"""Parts of an identity that a plan for the memory decides on."""
 
 
-def on_similar_runs(identity: RunIdentity, parent: Path) -> list[str]:
-    """Return a sentence on the unfinished run that has come furthest and differs only in what memory decides.
+@dataclass(frozen=True, order=True)
+class SimilarRun:
+    """An unfinished run that differs from a new one only in what memory decides.
 
-    Empty if there is none, or if the run itself has states to resume from.
+    Attributes:
+        step: The step of its newest state.
+        planned: Its number of steps.
+        then, now: Names and values of what differs, of that run and of the new one, as lists in a sentence.
+    """
+
+    step: int
+    planned: int
+    then: str
+    now: str
+
+
+def similar_run(identity: RunIdentity, parent: Path) -> SimilarRun | None:
+    """Return the unfinished run that has come furthest and differs only in what memory decides.
+
+    None if there is none, or if the new run itself has states to resume from.
 
     Args:
         identity: What the new run is.
         parent: The folder of all runs' folders.
     """
     if not parent.is_dir() or any(map(is_training_state, parent.glob(f"{identity.key}/*"))):
-        return []
+        return None
     similar = []
     for folder in parent.iterdir():
         newest = max(filter(is_training_state, folder.glob("*")), key=step_of_state, default=None)
@@ -43,17 +60,9 @@ def on_similar_runs(identity: RunIdentity, parent: Path) -> list[str]:
             continue
         differing = identity.difference(parts)
         if differing and BY_MEMORY.issuperset(differing):
-            similar.append((about["step"], about["planned"], _told(parts, differing), _told(identity.parts, differing)))
-    if not similar:
-        return []
-    step, planned, then, now = max(similar)
-    said = (
-        f"This is not the unfinished run of step {step} of {planned}, which had {then}; this one has {now}. Memory Plan goes "
-        "by the memory that is free, unless its `preset` names your card. To go on with that run, set these values on "
-        "Dynamic Patch Trainer, without Memory Plan's `settings`."
-    )
-    logger.warning("BlockSkip: %s", said)
-    return [said]
+            then, now = (_told(each, differing) for each in (parts, identity.parts))
+            similar.append(SimilarRun(about["step"], about["planned"], then, now))
+    return max(similar, default=None)
 
 
 def _about(state: Path) -> dict[str, Any]:

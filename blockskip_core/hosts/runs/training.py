@@ -16,7 +16,7 @@ from ...training.observer import OnStep, TrainingObserver
 from ...training.quantisation_offsets import QuantisationOffsets
 from ...training.result import StepReport
 from ...training.shared_residuals import write_cache_together
-from ...training.similar_runs import on_similar_runs
+from ...training.similar_runs import similar_run
 from ...training.together import Together
 from ..files.folders import run_folder
 from ..files.lora_files import ReservedName
@@ -68,8 +68,9 @@ def carry_out(run: PreparedRun, progress: RunProgress, view: RunView, together: 
     with ReservedName(run.path) as name, run.checkpoints.to_itself(wait_for_another):
         outcome = RunOutcome(PeakMemory(run.dit.device), name)
         outcome.result.problems.extend(removed)
-        if run.request.resume:
-            outcome.result.problems.extend(on_similar_runs(run.identity, run_folder(run.identity.key).parent))
+        if run.request.resume and (said := _on_similar_run(run)):
+            progress.say(said)
+            outcome.result.problems.append(said)
         _Training(run, outcome, progress, view, together).train()
     progress.say(outcome_line(outcome))
     return outcome
@@ -226,6 +227,20 @@ class _Training:
             together=self._together,
             offsets=self._offsets,
         )
+
+
+def _on_similar_run(run: PreparedRun) -> str:
+    """Return a sentence on an unfinished run that this one may have been meant to continue, and log it; or nothing."""
+    similar = similar_run(run.identity, run_folder(run.identity.key).parent)
+    if similar is None:
+        return ""
+    said = (
+        f"This is not the unfinished run of step {similar.step} of {similar.planned}, which had {similar.then}; this one has "
+        f"{similar.now}. Memory Plan goes by the memory that is free, unless its `preset` names your card. To go on with that "
+        "run, set these values on Dynamic Patch Trainer, without Memory Plan's `settings`."
+    )
+    logger.warning("BlockSkip: %s", said)
+    return said
 
 
 def _on_ranks(run: PreparedRun) -> list[str]:

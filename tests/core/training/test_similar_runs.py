@@ -3,7 +3,7 @@
 import pytest
 import torch
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState
-from blockskip_pack.blockskip_core.training.similar_runs import on_similar_runs
+from blockskip_pack.blockskip_core.training.similar_runs import similar_run
 
 PARTS = {"model": "m", "quantize_kept": "off", "batch_size": 2, "accumulation": 1}
 
@@ -15,23 +15,24 @@ def keep(parent, step, planned=100, **changes):
     return parent / identity.key
 
 
-def said(parent, **changes):
-    return on_similar_runs(RunIdentity({**PARTS, **changes}), parent)
+def found(parent, **changes):
+    return similar_run(RunIdentity({**PARTS, **changes}), parent)
 
 
 def test_the_values_of_both_runs_are_told(tmp_path):
     keep(tmp_path, 30, quantize_kept="4-bit", batch_size=1, accumulation=2, correct_4bit=True)
-    (sentence,) = said(tmp_path)
-    assert "unfinished run of step 30 of 100, which had accumulation 2, batch_size 1, correct_4bit True" in sentence
-    assert (
-        "quantize_kept 4-bit; this one has accumulation 1, batch_size 2, no correct_4bit, quantize_kept off" in sentence
+    assert found(tmp_path) == SimilarRun(
+        step=30,
+        planned=100,
+        then="accumulation 2, batch_size 1, correct_4bit True, quantize_kept 4-bit",
+        now="accumulation 1, batch_size 2, no correct_4bit, quantize_kept off",
     )
 
 
 def test_of_several_the_furthest_is_told(tmp_path):
     for step, size in ((30, 1), (70, 4), (50, 8)):
         keep(tmp_path, step, batch_size=size)
-    assert "step 70 of 100, which had batch_size 4" in said(tmp_path)[0]
+    assert (found(tmp_path).step, found(tmp_path).then) == (70, "batch_size 4")
 
 
 @pytest.mark.parametrize(
@@ -46,20 +47,20 @@ def test_of_several_the_furthest_is_told(tmp_path):
 )
 def test_other_runs_are_not_told(tmp_path, step, planned, changes):
     keep(tmp_path, step, planned, **changes)
-    assert said(tmp_path) == []
+    assert found(tmp_path) is None
 
 
 def test_a_run_that_resumes_says_nothing(tmp_path):
     keep(tmp_path, 30, batch_size=1)
     keep(tmp_path, 10)
-    assert said(tmp_path) == []
+    assert found(tmp_path) is None
 
 
-def test_without_runs_or_with_damaged_ones_nothing_is_said(tmp_path, caplog):
-    assert said(tmp_path / "missing") == []
+def test_without_runs_or_with_damaged_ones_nothing_is_found(tmp_path, caplog):
+    assert found(tmp_path / "missing") is None
     folder = keep(tmp_path, 30, batch_size=1)
     (state,) = folder.iterdir()
     state.write_bytes(b"damaged")
     (tmp_path / "file").write_text("no folder")
-    assert said(tmp_path) == []
+    assert found(tmp_path) is None
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
