@@ -3,7 +3,7 @@
 import pytest
 import torch
 from blockskip_pack.blockskip_core.training.checkpoints import Checkpoints, RunIdentity, TrainingState
-from blockskip_pack.blockskip_core.training.similar_runs import similar_run
+from blockskip_pack.blockskip_core.training.similar_runs import SimilarRun, similar_run
 
 PARTS = {"model": "m", "quantize_kept": "off", "batch_size": 2, "accumulation": 1}
 

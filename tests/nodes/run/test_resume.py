@@ -41,6 +41,36 @@ def test_queueing_again_after_cancel_goes_on_to_the_same_lora(bench, nodes, monk
     assert trained[2] == STEPS
 
 
+def test_a_run_that_memory_made_another_one_tells_of_the_unfinished_one(bench, nodes, monkeypatch):
+    residuals = bench.precompute()[0]
+    with cancelled_after(nodes, monkeypatch, 2):
+        bench.train(residuals=residuals, steps=STEPS, resume=True)
+    trained = bench.train(residuals=residuals, steps=STEPS, resume=True, quantize_kept="int8", batch_size=2)
+    (problem,) = said(trained)["problems"]
+    assert said(trained)["resumed_at"] == 0
+    assert problem.startswith(
+        "This is not the unfinished run of step 2 of 5, which had batch_size 1, quantize_kept off; this one has batch_size 2, "
+        "quantize_kept int8."
+    )
+    again = bench.train(residuals=residuals, steps=STEPS, resume=True)
+    assert (said(again)["resumed_at"], said(again)["problems"]) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"quantize_kept": "4-bit"}, {"quantize_kept": "4-bit", "storage": "chunked"}], ids=str
+)
+def test_a_corrected_run_goes_on_to_the_same_lora(bench, nodes, monkeypatch, changes):
+    residuals = bench.precompute(storage=changes.get("storage", "disk"))[0]
+    settings = {"residuals": residuals, "steps": STEPS, "resume": True, "quantize_kept": "4-bit"}
+    expected = bench.train(**settings)
+    shutil.rmtree(bench.folders.output / "blockskip" / "runs")
+    with cancelled_after(nodes, monkeypatch, 2):
+        bench.train(**settings)
+    trained = bench.train(**settings)
+    assert said(trained)["resumed_at"] == 2
+    assert_same(trained[0], expected[0])
+
+
 def test_after_a_crash_it_goes_on_from_the_last_safe_point(bench, nodes, monkeypatch):
     residuals = bench.precompute()[0]
     expected = uninterrupted(bench, residuals)
