@@ -130,7 +130,7 @@ class Family:
    `output/loras`; load it with Load LoRA.
 
 A quarter of the blocks, the first, are skipped, which is exact; the last half run without adapters, in eight bits or fewer. Of all
-choices that save as much memory, this learned the most on our small model (less with frozen blocks in 4-bit); on this one nobody has
+choices that save as much memory, this learned the most on our small model; what blocks in 4-bit would change is undone. On this one nobody has
 measured it, and nothing here has been tried on a GPU yet: please tell us how it went.""",
             headline=self.name,
             subline="a first LoRA\non ComfyUI's own files",

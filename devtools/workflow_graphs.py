@@ -398,7 +398,7 @@ Teach FLUX.1 one thing that you own.
    saved, and **Run** continues. It goes to `output/loras`; use it with *BlockSkip 4 - Apply and compare*.
 
 *BlockSkip 2 - Train 6 GB*, *8 GB*, *12 GB*, *16 GB* and *24 GB* take a caption for each picture; the last three train at 512 px. On 8 GB **Memory
-Plan** puts the frozen blocks into 4-bit, which costs a part of what is learned. Nobody has measured on a GPU yet how long this takes, or how good the result is.
+Plan** puts the frozen blocks into 4-bit, and the trainer undoes what that changes (`correct_4bit`). Nobody has measured on a GPU yet how long this takes, or how good the result is.
 {PRACTICE}""",
     headline="My first LoRA",
     subline="start here: 11 nodes\none caption for all pictures",
@@ -518,8 +518,9 @@ CARD_6 = card(
     summary="4-bit, 15 blocks skipped, 29 frozen",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), 256 px. The first 15 of the 57 blocks are skipped, which
 is exact; the last 29 run without adapters; the 13 between them are trained, at twice the usual rate. All of them are in 4-bit (`quantize_kept` of **Memory
-Plan**, `quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room for them as loaded. That costs a part of what is learned: on our small
-model 0.80 of what a LoRA on all blocks learns, and still more than half of the blocks skipped as in the paper, in eight bits (0.51).""",
+Plan**, `quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room for them as loaded. What that changes is computed
+once per example and undone in every step (`correct_4bit`). On our small model this learns 0.94 of what a LoRA on all blocks learns, and half of the blocks skipped as in
+the paper, in eight bits, 0.51.""",
 )
 CARD_8 = card(
     8,
@@ -532,8 +533,8 @@ CARD_8 = card(
     summary="fp8, 14 blocks skipped, 29 frozen in 4-bit",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), 256 px. The first 14 of the 57 blocks are skipped, which
 is exact; the last 29 run without adapters, in 4-bit (`quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room
-for them as loaded. That costs a part of what is learned, and is still a little better than more skipped and fewer frozen blocks, on our small
-model. The 14 between them are trained, at twice the usual rate.""",
+for them as loaded. What that changes is computed once per example and undone in every step (`correct_4bit`): on our small model this learns 0.94 of what a LoRA on all blocks
+learns. The 14 between them are trained, at twice the usual rate.""",
 )
 CARD_12 = card(
     12,

@@ -214,16 +214,24 @@ class _Loop:
             stack.enter_context(torch.enable_grad())
             model.set_response(residuals.response, lambda draw: self.schedule[draw].sigma)
             denoise = stack.enter_context(place(model.modules))
-            if residuals.reference is not None and self.result.self_check is None:
-                self.result.self_check = check_against_full_model(
-                    self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference
-                )
-            if self.offsets:
-                self.offsets.run_quantised(self.examples, residuals, self.dit, model, denoise)
+            self._check(model, denoise, residuals)
             stack.enter_context(self.adapters.attached(model.linears(), self.dit.weight_for_backward))
             budget = ActivationBudget(model.trained_blocks, self.config.activation_budget * self.config.checkpointing)
             stretch = _Stretch(model, denoise, residuals, budget)
             yield lambda micro_batch: self._micro_batch(stretch, micro_batch)
+
+    def _check(self, model: SkippingModel, denoise: Denoiser, residuals: OpenResiduals) -> None:
+        """Compare the model, without the LoRA, with the full one: in one example, or in all that get an offset."""
+        if self.offsets:
+            difference = self.offsets.run_quantised(self.examples, residuals, self.dit, model, denoise)
+        elif residuals.reference is not None and self.result.self_check is None:
+            difference = check_against_full_model(
+                self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference
+            )
+        else:
+            return
+        if self.result.self_check is None:
+            self.result.self_check = difference
 
     def _micro_batch(self, stretch: _Stretch, micro_batch: int) -> None:
         draws = self.share.draws_of(micro_batch, len(self.schedule))

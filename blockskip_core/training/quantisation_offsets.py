@@ -19,6 +19,7 @@ example (Sec. 3.3), is done here for the error of a quantised one. An offset has
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from ..data.schedule import TrainingSchedule
 from ..model import Denoiser, SkippableDit, WeightPlacement
 from ..residuals.source import OpenResiduals
 from ..selection.selection import BlockSelection
+from .self_check import check_against_full_model, require_explained
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and of how much; may raise to interrupt."""
@@ -105,6 +107,7 @@ class QuantisationOffsets:
         self._exact_dit, self._progress, self._apart = exact, progress, apart
         self._exact: dict[int, Tensor] = {}
         self._offsets: dict[int, Tensor] = {}
+        self._is_checked = False
 
     def of(self, draws: Sequence[int]) -> Tensor:
         """Return the offsets of draws of one shape, (B, C, H, W), on the CPU."""
@@ -126,6 +129,9 @@ class QuantisationOffsets:
             residuals: What is replayed for the skipped blocks.
             draws: The draws that come next, each once.
             activation_bytes, weights: As for :meth:`SkippableDit.running`; weights need not fit, so "resident" is not used.
+
+        Raises:
+            TrainingError: If the model as loaded differs from the one whose output was recorded with the residuals.
         """
         wanted = set(draws)
         for known in (self._offsets, self._exact):
@@ -140,6 +146,11 @@ class QuantisationOffsets:
         with self._apart(), torch.inference_mode(False), torch.no_grad():
             model.set_response(residuals.response, lambda draw: examples.schedule[draw].sigma)
             with dit.running(model.modules, activation_bytes=activation_bytes, weights=placed) as denoise:
+                if residuals.reference is not None and not self._is_checked:
+                    check_against_full_model(
+                        dit, examples.schedule, examples.latents, model, denoise, residuals, residuals.reference
+                    )
+                    self._is_checked = True
                 self._exact |= examples.estimates(
                     dit, model, denoise, residuals, missing,
                     lambda done, total: self._progress("examples predicted as loaded", done, total),
@@ -152,16 +163,32 @@ class QuantisationOffsets:
         dit: SkippableDit,
         model: SkippingModel,
         denoise: Denoiser,
-    ) -> None:
+    ) -> float | None:
         """Compute the offsets of the draws for which only the model as loaded has been run.
 
         Args:
             examples, residuals: As for :meth:`run_exact`.
             dit, model, denoise: The quantised model, its stand-ins, and its denoiser while it is running without the LoRA.
+
+        Returns:
+            The offsets' mean size, relative to what the model as loaded removes; None if there was nothing to compute.
+
+        Raises:
+            TrainingError: If that is more than the quantisation of these weights can explain. One draw alone may be off by more.
         """
         found = examples.estimates(
             dit, model, denoise, residuals, list(self._exact),
             lambda done, total: self._progress("examples predicted quantised", done, total),
         )  # fmt: skip
+        sizes = []
         for draw, quantised in found.items():
-            self._offsets[draw] = self._exact.pop(draw) - quantised
+            exact = self._exact.pop(draw)
+            self._offsets[draw] = exact - quantised
+            noisy, _, _ = noisy_batch(examples.schedule, examples.latents, [draw])
+            removed = (noisy[0] - exact).norm().clamp_min(1e-12)
+            sizes.append((self._offsets[draw].norm() / removed).item())
+        if not sizes:
+            return None
+        mean = statistics.fmean(sizes)
+        require_explained(mean, dit.known_error)
+        return mean

@@ -62,6 +62,23 @@ def check_against_full_model(
     return difference
 
 
+def require_explained(mean: float, known_error: float) -> None:
+    """Require that a quantised model differs from the one as loaded by no more than its weights' error explains.
+
+    Args:
+        mean: Relative difference of their predictions, of all examples.
+        known_error: See :attr:`SkippableDit.known_error`.
+
+    Raises:
+        TrainingError: If it is more; also if it is not a number.
+    """
+    if not mean <= known_error:
+        raise TrainingError(
+            f"Before the first step, the quantised model's predictions differ from those of the model as loaded by {mean:.2e} on "
+            f"average (at most {known_error:.2e} was expected). Quantisation harms this model too much; choose a finer format."
+        )
+
+
 def check_gradients(dit: SkippableDit, selection: BlockSelection, adapters: LoraAdapters) -> None:
     """Require a gradient in every kept block; B is zero at the start, so only its own gradient can be nonzero.
 

@@ -18,6 +18,7 @@ from blockskip_pack.blockskip_core.blocks.stand_ins import TrainedBlock
 from blockskip_pack.blockskip_core.errors import InvalidInputError, TrainingError
 from blockskip_pack.blockskip_core.residuals.sources import FoldedSource
 from blockskip_pack.blockskip_core.selection.selection import BlockSelection
+from blockskip_pack.blockskip_core.training.quantisation_offsets import QuantisationOffsets
 
 from ...core.plain_dit import MemorySource, lora_for, train
 from ..hosted_runs import PLAN, chosen, clean_latents, flux_lora, host_sample, hosted
@@ -296,6 +297,22 @@ def test_a_users_lora_is_quantised_with_the_weights_and_applied_once(weight_form
     dit._baked.clear()  # so that ComfyUI applies the patches to the quantised weights once more
     with pytest.raises(TrainingError, match="differs from the full model"):
         one_run(dit, source=source)
+    with pytest.raises(TrainingError, match="predictions differ from those of the model as loaded by .* on average"):
+        one_run(dit, source=source, offsets=QuantisationOffsets(hosted(patcher)), steps=2)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_corrected_run_checks_both_models(weight_format):
+    """The model as loaded against what was recorded with the residuals, strictly, and the mean error of quantisation."""
+    patcher = flux()
+    plain, dit = hosted(patcher), quantised(patcher, weight_format)
+    source = MemorySource(plain, SPANS, PLAN, clean_latents())
+    result = one_run(dit, source=source, offsets=QuantisationOffsets(plain), steps=2)[0]
+    assert 1e-5 < result.self_check < 2 * max(dit.layer_errors.values())
+    for residual in source.computed.residuals.values():
+        residual.back.mul_(1.001)
+    with pytest.raises(TrainingError, match=r"differs from the full model by .* for both\.$"):
+        one_run(dit, source=source, offsets=QuantisationOffsets(plain), steps=2)
 
 
 EIGHT_BITS = ["fp8 cast", "fp8 scaled", "mxfp8", "int8", "int8 convrot"]
