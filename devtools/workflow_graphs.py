@@ -1035,8 +1035,8 @@ as they are, *every other* is not. Try it on your model, and compare.
 samples its own training pictures from the texts of a folder in ComfyUI's input folder, 30 or more. It is saved to
 output/loras: use it later with *BlockSkip 6 - Use patch adapters (DDiT)*.
 
-**Dynamic Patches (DDiT)** goes between the model and any sampler that adds no noise. With *every other* every second
-step is coarse: it is the one mode that needs no threshold.""",
+**Dynamic Patches (DDiT)** goes between the model and a sampler: euler or another of those that its page lists. With *every
+other* every second step is coarse: it is the one mode that needs no threshold.""",
     headline="Dynamic patches",
     subline="larger patches in some steps\nadapters trained on your model",
     twin="dynamic_patches",

@@ -42,8 +42,9 @@ class DynamicPatchesNode(io.ComfyNode):
             category="BlockSkip/sampling",
             description=(
                 "Makes some steps of sampling with larger patches, on fewer tokens, with adapters from Train Patch Adapters "
-                "(DDiT). Works with any sampler that adds no noise, with LoRAs, guidance and caches. Steps with the "
-                "model's own patches are unchanged."
+                "(DDiT). Works with one of these samplers: euler, heun, dpm_2, lms, dpmpp_2m, ipndm, ipndm_v, deis, "
+                "res_multistep, gradient_estimation, uni_pc, uni_pc_bh2; and with LoRAs, guidance and caches. Steps with "
+                "the model's own patches are unchanged."
             ),
             search_aliases=["blockskip", "ddit", "dynamic patches", "patch size", "speed up", "fast sampling"],
             is_experimental=True,

@@ -24,7 +24,7 @@ from ..training.optimizers import build_optimizer, optimizer_state, restore_opti
 from .distilled import Distilled
 from .examples import Batch, Examples
 from .settings import DistillationSettings
-from .validation import HeldOut
+from .validation import HeldOut, OnCall
 
 HELD_OUT_LATENTS = 4
 _IMPROVEMENT = 0.005  # relative; less counts as none
@@ -75,6 +75,7 @@ def distill(
     result: DistillationResult,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[DistillationResult], None] = lambda result: None,
+    on_measuring: OnCall = lambda done, total: None,
 ) -> None:
     """Train a model's adapters in place; in the end they are those with the least held-out error.
 
@@ -85,6 +86,8 @@ def distill(
         result: Filled in during the run.
         checkpoints: The run's saved states, to resume from and to write.
         on_step: Called after every step and measurement; may raise to interrupt the run, whose state is then saved.
+        on_measuring: Called within every measurement, before :func:`on_step`, with the calls of the model done and all of
+            them, from 0; may raise as that. A measurement that is interrupted is made by the run that resumes.
 
     Raises:
         CheckpointError: If a state belongs to another run.
@@ -94,6 +97,7 @@ def distill(
     with torch.inference_mode(False), torch.enable_grad():
         loop.resume()
         try:
+            loop.teach(on_measuring)  # after that, so that who is told of it knows the steps of earlier runs
             loop.measure_if_due()
             on_step(result)
             while result.steps < settings.steps and not result.stopped_early:
@@ -122,9 +126,13 @@ class _Loop:
         )
         self.loss_scale = LossScale(model.device, model.dtype)
         result.levels = examples.levels
-        self.held_out = HeldOut(model, examples.held_out_batches(HELD_OUT_LATENTS))
+        self.held_out: HeldOut  # set by teach()
         self.best: dict[str, Tensor] = model.state_dict()
         self.within_step = False
+
+    def teach(self, on_measuring: OnCall) -> None:
+        """Compute the teacher's answers to the held-out examples."""
+        self.held_out = HeldOut(self.model, self.examples.held_out_batches(HELD_OUT_LATENTS), on_measuring)
 
     def step(self) -> None:
         """Make one optimiser step."""

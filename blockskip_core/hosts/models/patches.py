@@ -35,7 +35,6 @@ Verdict = Literal["followed", "left out", "refused"]
 FOLLOWED_OPTIONS = ("rope_options",)
 """Keys of ``transformer_options`` that the model itself reads, without another node's function."""
 
-_COARSE = "Sampling with dynamic patches"
 _COMPILED = "torch.compile"  # key of the host's wrapper that puts compiled modules into the model for a call
 _AROUND_THE_MODEL = (
     comfy.patcher_extension.WrappersMP.APPLY_MODEL,
@@ -108,16 +107,9 @@ def require_coarse_steps(patcher: Any) -> None:
         UnsupportedModelError: If not.
     """
     # Hooks inside a compiled module do not run.
-    _refuse(patcher, _COARSE, lambda kind: "refused" if kind.found is _compilation else kind.ralu)
-
-
-def require_uncompiled(patcher: Any) -> None:
-    """Check that nothing of a MODEL was compiled after it got its coarse steps.
-
-    Raises:
-        UnsupportedModelError: If something was.
-    """
-    _refuse(patcher, _COARSE, lambda kind: "refused" if kind.found is _compilation else "followed")
+    _refuse(
+        patcher, "Sampling with dynamic patches", lambda kind: "refused" if kind.found is _compilation else kind.ralu
+    )
 
 
 def _refuse(patcher: Any, who: str, verdict: Callable[[PatchKind], Verdict]) -> None:

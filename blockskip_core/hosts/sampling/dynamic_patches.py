@@ -1,7 +1,7 @@
 """A MODEL whose samplers may use coarse patches: wrappers around the host's own sampling, and nothing else.
 
-Three wrappers on a clone. Around the whole run, one checks sampler and size, moves the adapters to the device and begins
-the plan. Around every prediction, one decides the patch size, once for both passes of guidance, and takes the clean
+Three wrappers on a clone. Around the whole run, one checks what else is on the MODEL by then, sampler, size and prompts,
+moves the adapters to the device and begins the plan. Around every prediction, one decides the patch size, once for both passes of guidance, and takes the clean
 estimate after guidance. Around the model, one replaces a coarse step's call (``models.coarse_forward``); a step with the
 model's own patches passes through all three untouched.
 
@@ -19,14 +19,15 @@ import comfy.model_management
 import comfy.patcher_extension
 from torch import Tensor
 
-from ...ddit.plans import PatchChoice, PatchPlan
+from ...ddit.plans import FixedScales, PatchChoice, PatchPlan
 from ...ddit.trained_patches import TrainedPatches
 from ...errors import InvalidInputError, PatchAdapterError, UnsupportedModelError
 from ..inputs.frames import with_frames, without_frames
 from ..models.coarse_forward import CoarseForward, require_clips, shape_of
 from ..models.identity import module_identity
-from ..models.patches import require_coarse_steps, require_uncompiled
+from ..models.patches import require_coarse_steps
 from ..models.residency import unload
+from .prompt_sizes import require_fitting_area, require_fitting_prompts
 from .region_adaptive import EulerFrom
 from .step_caches import StepCaches
 from .token_strips import require_only_text
@@ -81,6 +82,7 @@ class DynamicPatches:
         require_fitting(patcher, trained)
         self._trained, self._plan, self._on_step = trained, plan, on_step
         self._model = patcher.model
+        self._cells: int = patcher.model.latent_format.spacial_downscale_ratio  # pixels of a latent cell's side
         self._run: _Run | None = None
         self.patcher = patcher.clone()
         self._coarse = CoarseForward(self.patcher)
@@ -93,15 +95,19 @@ class DynamicPatches:
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
         *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        require_uncompiled(executor.class_obj.model_patcher)
+        require_coarse_steps(
+            executor.class_obj.model_patcher
+        )  # again: nodes behind this one have changed the MODEL too
         require_deterministic(sampler)
         levels = [float(sigma) for sigma in sigmas]
         if len(levels) < 2:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        _require_falling(levels)
         self._require_fitting_size(noise)
         patch, frames = self._trained.base.patch, noise.shape[2] if noise.ndim == 5 else 1
         tokens = frames * (noise.shape[-2] // patch) * (noise.shape[-1] // patch)
         choice = self._plan.begin(levels, tokens, frames)
+        self._require_fitting_prompts(executor.class_obj.conds, choice, noise)
         trained = self._trained.on(self.patcher.load_device)
         self._run = _Run(trained, choice, RunRecord(levels, tokens), self._on_step)
         try:
@@ -123,14 +129,24 @@ class DynamicPatches:
             )
         if noise.ndim == 5 and noise.shape[2] > 1:
             require_clips(self.patcher)
-        cells = self._model.latent_format.spacial_downscale_ratio
-        side = max(self._trained.scales) * self._trained.base.patch * cells
-        height, width = (length * cells for length in noise.shape[-2:])
+        side = max(self._trained.scales) * self._trained.base.patch * self._cells
+        height, width = (length * self._cells for length in noise.shape[-2:])
         if height % side or width % side:
             raise InvalidInputError(
                 f"Expected a width and a height that are multiples of {side} px, because the largest patches of these "
                 f"adapters are that large, got {width} x {height}."
             )
+
+    def _require_fitting_prompts(self, conds: Mapping[str, list], choice: PatchChoice, noise: Tensor) -> None:
+        """Check before the first step what coarse steps would refuse of the prompts.
+
+        Raises:
+            InvalidInputError: See ``prompt_sizes``.
+        """
+        may_come = choice.scales if isinstance(choice, FixedScales) else self._trained.scales
+        largest = max(may_come, default=1)
+        if largest > 1:
+            require_fitting_prompts(conds, noise, largest * self._trained.base.patch, self._cells)
 
     def _around_a_prediction(
         self, executor: Callable[..., Tensor], x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any
@@ -160,7 +176,7 @@ class DynamicPatches:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         self._require_own_model(executor)
         require_only_text("Coarse steps take", "Remove these, or set the mode to off.", c_concat, control, kwargs)
-
+        require_fitting_area(x.shape[-2:], run.scale * self._trained.base.patch, self._cells)
         options = run.caches.options_for(run.scale, options)
 
         def denoise(reduced: Tensor, level: Tensor) -> Tensor:
@@ -246,6 +262,20 @@ def _require_plain_steps(patcher: Any) -> None:
         )
 
 
+def _require_falling(levels: Sequence[float]) -> None:
+    """Check the noise levels of a run.
+
+    Raises:
+        InvalidInputError: If one is above the one before it.
+    """
+    for level, following in zip(levels, levels[1:], strict=False):
+        if following > level:
+            raise InvalidInputError(
+                f"Dynamic patches need a sampler whose noise levels only fall, got levels that rise from {level:.4g} to "
+                f"{following:.4g} (Flip Sigmas, or unsampling). Connect falling ones, or set the mode to off."
+            )
+
+
 def require_fitting(patcher: Any, trained: TrainedPatches) -> None:
     """Check that adapters belong to a MODEL; LoRAs and other patches on it do not matter.
 
@@ -268,10 +298,10 @@ def require_fitting(patcher: Any, trained: TrainedPatches) -> None:
 
 
 def require_deterministic(sampler: Any) -> None:
-    """Check that a sampler adds no noise and steps through the noise levels that it is given.
+    """Check that a sampler is one of those that are known to add no noise, and to step down the noise levels as given.
 
     Raises:
-        InvalidInputError: If not, or if it is not one of those that are known to do so.
+        InvalidInputError: If it is another, or set to add noise.
     """
     if type(sampler) is EulerFrom:
         raise InvalidInputError(
@@ -283,8 +313,13 @@ def require_deterministic(sampler: Any) -> None:
     options: Mapping[str, Any] = getattr(sampler, "extra_options", {})
     noisy = [key for key in _ADDED_NOISE if options.get(key)]
     if name not in WITHOUT_NOISE or noisy:
-        what = f"{name} with {', '.join(noisy)}" if noisy else name
+        what = f"{_listed(name)} with {', '.join(noisy)}" if noisy else _listed(name)
         raise InvalidInputError(
-            f"Dynamic patches need a sampler that adds no noise ({', '.join(WITHOUT_NOISE)}), got {what}. Choose one of "
-            "these, such as euler."
+            f"Dynamic patches need one of these samplers, set to add no noise: {', '.join(map(_listed, WITHOUT_NOISE))}, "
+            f"got {what}. Choose one of them, such as euler."
         )
+
+
+def _listed(name: str) -> str:
+    """Return a sampler's name as the host lists it."""
+    return name.replace("unipc", "uni_pc")

@@ -1,13 +1,19 @@
-"""Latents that a model samples itself, to train on: seeded, and kept on disk for the next run."""
+"""Latents that a model samples itself, to train on: seeded, and kept on disk for the next run.
+
+Each depends on its prompt and its own seed only. Until all are made, every one is kept in a file of its own, so that a
+run that was cancelled or killed goes on from there; then they become one file.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.samplers
@@ -16,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import InvalidInputError, StorageError
+from ...errors import InvalidInputError, StorageError, TrainingError
 from ...files import open_tensors, write_atomically
 from ..files.folders import latents_file
 from ..inputs.frames import with_frames
@@ -93,34 +99,73 @@ def own_latents(
         num_prompts: Number of prompts.
         identity: Of model and captions; latents of the same identity and request are read from disk.
         on_step: Called after every sampler step with (done, total); may raise to interrupt.
+
+    Raises:
+        TrainingError: If the model samples a latent that is not finite; it is not kept.
     """
     path = latents_file(request.key(identity))
-    total = num_prompts * request.per_prompt
-    try:
-        with open_tensors(path) as file:
-            stored = file.get_tensor("latents")
-        if tuple(stored.shape) == (total, *shape):
-            return stored
-    except FileNotFoundError:
-        pass
-    except (OSError, SafetensorError) as error:
-        logger.warning("BlockSkip: sampling latents again, because %s cannot be read (%s)", path.name, error)
+    total, parts = num_prompts * request.per_prompt, path.with_suffix("")
+    if (stored := _stored(path, (total, *shape))) is not None:
+        _remove(parts)  # of another process that made the same and was killed
+        return stored
     made, model = [], dit.patcher.model
     needed = int(model.memory_required(with_frames(model, torch.empty(1, *shape, device="meta")).shape))
     with torch.inference_mode(False), torch.no_grad(), dit.running({}, activation_bytes=needed) as denoise:
         for number in range(total):
+            part = parts / f"{number:06}.safetensors"
+            if (known := _stored(part, (1, *shape))) is not None:
+                made.append(known)
+                continue
             latent = euler_latent(
                 dit, denoise, shape, prompt=number // request.per_prompt, against=num_prompts, cfg=request.cfg,
                 scheduler=request.scheduler, steps=request.steps, seed=(request.seed + number) % 2**63,
                 on_step=partial(_counted, on_step, number * request.steps, total * request.steps),
-            )  # fmt: skip
-            made.append(latent.float())
+            ).float()  # fmt: skip
+            _require_finite(latent, number // request.per_prompt, request)
+            _store(part, latent)
+            made.append(latent)
     latents = torch.cat(made)
+    if _store(path, latents):
+        _remove(parts)
+    return latents
+
+
+def _stored(path: Path, shape: Sequence[int]) -> Tensor | None:
+    """Return the latents of a file; None if there is none, or it cannot be used."""
+    try:
+        with open_tensors(path) as file:
+            latents = file.get_tensor("latents")
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        logger.warning("BlockSkip: sampling latents again, because %s cannot be read (%s)", path.name, error)
+        return None
+    if tuple(latents.shape) != tuple(shape) or not latents.isfinite().all():
+        logger.warning("BlockSkip: sampling latents again, because %s is damaged", path.name)
+        return None
+    return latents
+
+
+def _store(path: Path, latents: Tensor) -> bool:
+    """Write latents, and return whether they could be; without them they are only sampled again."""
     try:
         write_atomically(path, lambda temporary: save_file({"latents": latents.contiguous()}, temporary))
-    except StorageError as error:  # they are only sampled again
+    except StorageError as error:
         logger.warning("BlockSkip: %s", error)
-    return latents
+        return False
+    return True
+
+
+def _remove(parts: Path) -> None:
+    shutil.rmtree(parts, ignore_errors=True)  # what stays does no harm
+
+
+def _require_finite(latent: Tensor, prompt: int, request: OwnLatents) -> None:
+    if not latent.isfinite().all():
+        raise TrainingError(
+            f"The latent that the model sampled of prompt {prompt + 1} is not finite, with `sampler_steps` {request.steps}, "
+            f"`scheduler` {request.scheduler} and `cfg` {request.cfg}. Change these, or load the model in bf16."
+        )
 
 
 def _counted(on_step: Callable[[int, int], None], before: int, total: int, done: int) -> None:

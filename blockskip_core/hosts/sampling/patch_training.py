@@ -124,8 +124,8 @@ def train_patches(
         positive: CONDITIONINGs, at least two.
         negative: One CONDITIONING, for models that are sampled with guidance.
         request: See :class:`PatchTraining`.
-        progress: Told of every sampler and training step.
-        seen: Called with scale and result after every training step.
+        progress: Told of every sampler and training step, and of every call of a measurement.
+        seen: Called with scale and result after every training step and before every measurement.
         given: Pictures to train on; None samples them.
         told: Called with a sentence on the memory that the training needs, before it, and on what went wrong, after it.
         begun: Called with scale and content hash of each size's training before its first step.
@@ -267,6 +267,11 @@ class _PatchTraining:
             seen(scale, now)
             progress(f"training patches of {scale}x, step", now.steps, request.settings.steps, _detail(now))
 
+        def on_measuring(done: int, total: int) -> None:
+            if not done:  # a Cancel in a measurement must not take the step before it from the curves
+                seen(scale, result)
+            progress(f"measuring patches of {scale}x, example", done, total, "")
+
         with (
             checkpoints.to_itself(lambda step: progress("waiting for another process, step", step, step + 1, "")),
             distilling(
@@ -277,7 +282,10 @@ class _PatchTraining:
                 activation_bytes=self._beside_weights,
             ) as model,
         ):
-            distill(model, examples, request.settings, result=result, checkpoints=checkpoints, on_step=on_step)
+            distill(
+                model, examples, request.settings, result=result, checkpoints=checkpoints, on_step=on_step,
+                on_measuring=on_measuring,
+            )  # fmt: skip
         for problem in (*result.problems, *remark_on(result.overflows)):
             told(f"{scale}x: {problem}")
         errors, untrained = ErrorTable(levels, result.best_errors), ErrorTable(levels, result.untrained)

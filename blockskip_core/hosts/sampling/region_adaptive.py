@@ -30,7 +30,7 @@ from ..inputs.frames import with_frames, without_frames
 from ..models.patches import require_sampled_in_stages
 from .early_regions import RegionChoice
 from .start_noise import start_noise
-from .token_strips import TokenStrips
+from .token_strips import MASKED_IMAGE_PROMPT, TokenStrips
 
 _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a picture
     "area": "an area",
@@ -38,7 +38,7 @@ _WITH_A_SIZE = {  # settings of a CONDITIONING that belong to one size, or to a 
     "gligen": "GLIGEN",
     "reference_latents": "a reference picture",
     "concat_latent_image": "a picture to inpaint or to start from",
-    "attention_mask_img_shape": "an image prompt with a mask",
+    "attention_mask_img_shape": MASKED_IMAGE_PROMPT,
     "set_area_to_bounds": "a mask whose bounds become an area",  # the host computes the area later
 }
 

@@ -31,6 +31,9 @@ _PICTURES = (
     "denoise_mask",  # of models that tell each token its own noise level: Wan 2.2 5B and LTX, image to video
 )
 
+MASKED_IMAGE_PROMPT = "an image prompt with a mask"
+"""How messages call a prompt with an attention mask over tokens of text and picture, as Style Model Apply makes it."""
+
 
 class TokenStrips:
     """A clone of a MODEL that can be called on tokens of two sizes.
@@ -117,6 +120,8 @@ def require_only_text(who: str, instead: str, c_concat: Any, control: Any, kwarg
         InvalidInputError: Naming the inputs that were found.
     """
     found = [name for name in _PICTURES if kwargs.get(name) is not None and len(kwargs[name])]
+    mask = kwargs.get("attention_mask")  # a text's own has two axes
+    found += [MASKED_IMAGE_PROMPT] if mask is not None and mask.ndim > 2 else []
     found += ["a ControlNet"] if control is not None else []
     found += ["a picture besides the latent (inpainting or image to video)"] if c_concat is not None else []
     if found:

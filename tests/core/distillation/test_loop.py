@@ -110,7 +110,7 @@ def examples(seed=7, prompts=9):
     return Examples(latents, [k // 2 for k in range(2 * prompts)], lambda u: u, seed)
 
 
-def run(folder=None, cut_after=None, model=None, **settings):
+def run(folder=None, cut_after=None, model=None, on_measuring=lambda done, total: None, **settings):
     model, result = model or Tiny(), DistillationResult()
     identity = RunIdentity({"who": "me"})
     checkpoints = folder and Checkpoints(folder / "run", identity, every=5, keep=2)
@@ -122,7 +122,7 @@ def run(folder=None, cut_after=None, model=None, **settings):
     try:
         distill(
             model, examples(), DistillationSettings(**{**SETTINGS, **settings}), result=result, checkpoints=checkpoints,
-            on_step=on_step,
+            on_step=on_step, on_measuring=on_measuring,
         )  # fmt: skip
     except KeyboardInterrupt:
         pass
@@ -148,6 +148,37 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, cut_after):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (resumed.losses, resumed.measured, resumed.best_step) == (whole.losses, whole.measured, whole.best_step)
     assert resumed.untrained == whole.untrained
+
+
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("call", [0, 7])
+def test_a_run_that_was_cut_off_in_a_measurement_makes_it_when_resumed(tmp_path, at, call):
+    """The teacher's pass, the one without training, and those before the first step and after steps 4 and 8."""
+    passes = []
+
+    def cut(done, total):
+        passes.append(done) if not done else None
+        if (len(passes) - 1, done) == (at, call):
+            raise KeyboardInterrupt
+
+    expected, whole = run()
+    run(tmp_path, on_measuring=cut)
+    assert len(passes) == at + 1
+    found, resumed = run(tmp_path)
+    assert resumed.resumed_at == max(0, at - 2) * 4
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (resumed.losses, resumed.measured, resumed.best_step) == (whole.losses, whole.measured, whole.best_step)
+    assert resumed.untrained == whole.untrained
+
+
+def test_every_call_of_a_measurement_is_told_with_the_steps_so_far():
+    told, model, result = [], Tiny(), DistillationResult()
+    distill(
+        model, examples(), DistillationSettings(**SETTINGS), result=result,
+        on_measuring=lambda done, total: told.append((result.steps, done, total)),
+    )  # fmt: skip
+    number = len(LEVELS) * module.HELD_OUT_LATENTS
+    assert told == [(step, done, number) for step in (0, 0, 0, 4, 8, 12) for done in range(number + 1)]
 
 
 def test_it_stops_when_the_error_no_longer_falls_and_keeps_the_best(tmp_path):

@@ -17,7 +17,7 @@ from blockskip_pack.blockskip_core.distillation import loop
 from blockskip_pack.blockskip_core.distillation.examples import Examples
 from blockskip_pack.blockskip_core.distillation.loop import DistillationResult, distill
 from blockskip_pack.blockskip_core.distillation.settings import DistillationSettings
-from blockskip_pack.blockskip_core.errors import TrainingError
+from blockskip_pack.blockskip_core.errors import StorageError, TrainingError
 
 from ..tiny_families import FAMILIES, FLUX
 from ..tiny_flux import assert_same_weights, weights
@@ -245,3 +245,84 @@ def test_own_latents_are_the_hosts_euler_and_are_kept(tmp_path, monkeypatch):
     for path in (tmp_path / "blockskip" / "latents").iterdir():
         path.write_bytes(b"damaged")
     assert torch.equal(made(), found)
+
+
+def sampling_latents(tmp_path, monkeypatch, scheduler="simple"):
+    """Return a function that samples four latents, of two steps each, and the folder in which they are kept."""
+    import folder_paths
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+    from blockskip_pack.blockskip_core.hosts.sampling.own_latents import OwnLatents, own_latents
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    patcher, prompts, shape = FLUX.build(), FLUX.captions((5, 3), seed=2), (4, 8, 8)
+
+    def made(on_step=lambda done, total: None, steps=2):
+        request = OwnLatents(per_prompt=2, width=64, height=64, steps=steps, seed=11, scheduler=scheduler)
+        return own_latents(HostedDit(patcher.clone(), prompts, shape), request, shape, 2, "a", on_step)
+
+    return made, tmp_path / "blockskip" / "latents"
+
+
+def test_own_latents_that_were_cut_off_go_on_from_what_was_made(tmp_path, monkeypatch):
+    expected = sampling_latents(tmp_path / "whole", monkeypatch)[0]()
+    made, folder = sampling_latents(tmp_path / "cut", monkeypatch)
+    counted = []
+
+    def cut(done, total):
+        counted.append(done)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    for steps in ([1, 2, 3, 4, 5], [5]):  # only the steps of the third latent are made again
+        with pytest.raises(KeyboardInterrupt):
+            made(cut)
+        assert counted == steps
+        counted.clear()
+    (parts,) = folder.iterdir()
+    assert sorted(path.name for path in parts.iterdir()) == ["000000.safetensors", "000001.safetensors"]
+    (parts / "000000.safetensors").write_bytes(b"damaged")
+    assert torch.equal(made(lambda done, total: counted.append(done)), expected)
+    assert counted == [1, 2, 5, 6, 7, 8]
+    (file,) = folder.iterdir()
+    assert file.is_file(), "one file of all of them, and nothing else"
+
+
+def test_own_latents_on_a_full_disk_are_only_not_kept(tmp_path, monkeypatch):
+    from blockskip_pack.blockskip_core.hosts.sampling import own_latents
+
+    made, folder = sampling_latents(tmp_path, monkeypatch)
+    expected = made()
+    (file,) = folder.iterdir()
+    file.unlink()
+
+    def full(path, write):
+        raise StorageError("The disk is full.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(own_latents, "write_atomically", full)
+        assert torch.equal(made(), expected)
+    assert list(folder.iterdir()) == []
+
+
+def test_own_latents_that_are_not_finite_are_refused_and_not_kept(tmp_path, monkeypatch):
+    """With one step kl_optimal divides by zero."""
+    made, folder = sampling_latents(tmp_path, monkeypatch, "kl_optimal")
+    for _ in range(2):
+        with pytest.raises(
+            TrainingError, match="of prompt 1 is not finite, with `sampler_steps` 1, `scheduler` kl_optimal"
+        ):
+            made(steps=1)
+    assert not folder.exists()
+
+
+def test_stored_latents_that_are_not_finite_are_sampled_again(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    made, folder = sampling_latents(tmp_path, monkeypatch)
+    expected = made()
+    (file,) = folder.iterdir()
+    latents = load_file(file)["latents"].clone()
+    latents[2, 0, 0, 0] = torch.nan
+    save_file({"latents": latents}, file)
+    assert torch.equal(made(), expected)
+    assert torch.equal(load_file(file)["latents"], expected)

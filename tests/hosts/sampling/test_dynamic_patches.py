@@ -63,7 +63,17 @@ def empty(family=FLUX, batch=1, patch=2, scale=4):
 
 
 def sampled(
-    patcher, family=FLUX, *, latent=None, sampler="euler", steps=6, cfg=1.0, seed=3, conditionings=None, **more
+    patcher,
+    family=FLUX,
+    *,
+    latent=None,
+    sampler="euler",
+    steps=6,
+    cfg=1.0,
+    seed=3,
+    conditionings=None,
+    sigmas=None,
+    **more,
 ):
     import comfy.sample
     import comfy.samplers
@@ -71,7 +81,7 @@ def sampled(
     latent = empty(family) if latent is None else latent
     positive, negative = conditionings or family.captions((5, 5), seed=4)
     chosen = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
-    sigmas = torch.linspace(1, 0, steps + 1)
+    sigmas = torch.linspace(1, 0, steps + 1) if sigmas is None else sigmas
     with torch.inference_mode():
         return comfy.sample.sample_custom(
             patcher, comfy.sample.prepare_noise(latent, seed), cfg, chosen, sigmas, positive, negative, latent,
@@ -331,7 +341,10 @@ def test_the_model_is_left_as_it_was(how):
     "sampler", ["euler_ancestral", "dpmpp_sde", "lcm", "ddpm", "dpm_adaptive", "er_sde", "seeds_2"]
 )
 def test_samplers_that_add_noise_are_refused(sampler):
-    with pytest.raises(InvalidInputError, match=r"a sampler that adds no noise .*, got .*\. Choose one of these"):
+    with pytest.raises(
+        InvalidInputError,
+        match=r"one of these samplers, set to add no noise: euler, .*uni_pc, uni_pc_bh2, got .*\. Choose one",
+    ):
         sampled(dynamic(tiny_flux(), "2: 2"), sampler=sampler)
 
 
@@ -367,7 +380,7 @@ def test_every_sampler_on_the_list_runs_each_step_with_its_own_size():
 
 def test_a_sampler_that_goes_back_in_noise_level_is_refused():
     made = dynamic(tiny_flux(), "2: 2")
-    with pytest.raises(InvalidInputError, match="a sampler that adds no noise.*heunpp2"):
+    with pytest.raises(InvalidInputError, match="one of these samplers.*got heunpp2"):
         sampled(made, sampler="heunpp2")
 
 
@@ -377,6 +390,83 @@ def test_a_sampler_of_that_name_that_goes_back_is_refused_while_it_runs(monkeypa
     monkeypatch.setattr(dynamic_patches, "WITHOUT_NOISE", (*dynamic_patches.WITHOUT_NOISE, "heunpp2"))
     with pytest.raises(InvalidInputError, match="this one goes back to an earlier one. Choose euler"):
         sampled(dynamic(tiny_flux(), "2: 2"), sampler="heunpp2")
+
+
+def test_rising_noise_levels_are_refused_before_the_first_step():
+    records = []
+    made = dynamic(tiny_flux(), "2: 2", on_step=records.append)
+    for sigmas in (torch.linspace(0, 1, 5), torch.tensor([1.0, 0.5, 0.8, 0.0])):
+        with pytest.raises(
+            InvalidInputError, match=r"noise levels only fall, got levels that rise from 0.* \(Flip Sigmas"
+        ):
+            sampled(made, sigmas=sigmas)
+    assert records == []
+    assert bool(sampled(made, sigmas=torch.tensor([1.0, 0.5, 0.5, 0.0])).isfinite().all())
+
+
+def test_an_image_prompt_with_a_mask_is_refused_before_the_first_step():
+    """As Style Model Apply makes it: the mask is over the tokens of text and picture, of which coarse steps have fewer."""
+    ((text, settings),) = FLUX.captions((5,))[0]
+    mask = torch.zeros(1, 6, 6)
+    mask[:, :2] = -0.5
+    prompt = [[text, {**settings, "attention_mask": mask, "attention_mask_img_shape": (1, 1)}]]
+    patcher, records = tiny_flux(), []
+    trained = adapters(patcher)
+    with pytest.raises(InvalidInputError, match="only, got an image prompt with a mask. Give Style Model Apply"):
+        sampled(dynamic(patcher, "3: 2", trained, records.append), conditionings=(prompt, prompt))
+    assert records == []
+    own = sampled(dynamic(patcher, "", trained), conditionings=(prompt, prompt))
+    assert torch.equal(own, sampled(patcher, conditionings=(prompt, prompt)))
+    late = [[text, {**prompt[0][1], "start_percent": 0.0, "end_percent": 1.0}]]
+    with pytest.raises(InvalidInputError, match="Coarse steps take text conditionings only, got an image prompt with"):
+        sampled(dynamic(patcher, "3: 2", trained), conditionings=(late, late))
+
+
+WHOLE = torch.ones(1, 128, 192)
+CORNER = torch.zeros(1, 128, 192)
+CORNER[:, :48, :80] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows", "message"),
+    [
+        ({"area": (6, 10, 0, 0)}, "3: 2", "multiples of 32 px, .* got 80 x 48"),
+        ({"area": ("percentage", 0.75, 0.25, 0.0, 0.0)}, "3: 2", "multiples of 32 px, .* got 48 x 96"),
+        ({"area": (8, 40, 0, 22)}, "3: 2", "multiples of 32 px, .* got 16 x 64"),
+        (
+            {"mask": CORNER, "set_area_to_bounds": True},
+            "3: 2",
+            "multiples of 32 px, .* got 80 x 64. Change the area or",
+        ),
+        ({"area": (8, 12, 0, 0)}, "3: 4", "multiples of 64 px, .* got 96 x 64"),
+        ({"area": (8, 12, 3, 5)}, "3: 2", None),
+        ({"mask": WHOLE, "set_area_to_bounds": True}, "3: 2", None),
+        ({"mask": CORNER}, "3: 2", None),
+        ({"area": (6, 10, 0, 0)}, "", None),
+    ],
+)
+def test_prompts_of_areas(changes, windows, message):
+    """The area is sampled as a picture of its own, so coarse patches must cut it too; else no step is made."""
+    patcher, records = tiny_flux(), []
+    (((text, settings),), (whole,)) = FLUX.captions((5, 7))
+    positive = [[text, {**settings, **changes}], whole]
+    made = dynamic(patcher, windows, adapters(patcher, scales=(2, 4)), records.append)
+    if message:
+        with pytest.raises(InvalidInputError, match=f"the area of a prompt .* {message}"):
+            sampled(made, conditionings=(positive, [whole]))
+        assert records == []
+    else:
+        assert bool(sampled(made, conditionings=(positive, [whole])).isfinite().all())
+
+
+def test_an_area_of_some_steps_is_refused_in_the_first_coarse_one():
+    patcher, trained = tiny_flux(), adapters(tiny_flux())
+    (((text, settings),), (whole,)) = FLUX.captions((5, 7))
+    limited = {**settings, "area": (6, 10, 0, 0), "start_percent": 0.0}
+    early, late = ([[text, {**limited, "end_percent": end}], whole] for end in (0.4, 1.0))
+    assert bool(sampled(dynamic(patcher, "5: 2", trained), conditionings=(early, [whole])).isfinite().all())
+    with pytest.raises(InvalidInputError, match="the area of a prompt .* multiples of 32 px, .* got 80 x 48"):
+        sampled(dynamic(patcher, "5: 2", trained), conditionings=(late, [whole]))
 
 
 def test_odd_sizes_clips_of_picture_models_and_other_inputs_are_refused():
@@ -431,6 +521,50 @@ def test_a_model_that_is_compiled_afterwards_is_refused_before_its_first_step():
     set_torch_compile_wrapper(compiled, backend="eager", keys=["diffusion_model.single_blocks.0"])
     with pytest.raises(UnsupportedModelError, match="dynamic patches cannot follow compiled modules"):
         sampled(compiled)
+
+
+class PatchWithAModel:
+    """A patch as of the host's nodes for ControlNets that are put on a MODEL."""
+
+    def __call__(self, given):
+        return given
+
+    def models(self):
+        return []
+
+
+def with_a_controlnet(patcher):
+    patcher.set_model_double_block_patch(PatchWithAModel())
+
+
+def with_context_windows(patcher):
+    patcher.model_options["context_handler"] = object()
+
+
+def with_another_prediction(patcher):
+    import comfy.model_sampling
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    patcher.add_object_patch("model_sampling", Sampling())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_a_controlnet, "a ControlNet or another model in its blocks on the MODEL, got PatchWithAModel"),
+        (with_context_windows, "context windows"),
+        (with_another_prediction, "another kind of prediction than flow matching"),
+    ],
+)
+def test_what_is_put_on_the_model_afterwards_is_refused_before_its_first_step(change, message):
+    patcher, records = tiny_flux(), []
+    changed = dynamic(patcher, "2: 2", on_step=records.append).clone()
+    change(changed)
+    with pytest.raises(UnsupportedModelError, match=f"dynamic patches cannot follow {message}"):
+        sampled(changed)
+    assert records == []
 
 
 def test_a_model_has_the_patches_of_one_node():

@@ -229,6 +229,7 @@ def test_a_table_is_read_between_its_rows():
         ({"control": {"input": []}}, "a ControlNet"),
         ({"c_concat": torch.zeros(1, 1, 8, 12)}, "a picture besides the latent"),
         ({"ref_latents": [torch.zeros(1, 4, 8, 12)]}, "ref_latents"),
+        ({"attention_mask": torch.zeros(1, 29, 29)}, "an image prompt with a mask"),
     ],
 )
 def test_what_has_a_size_of_its_own_is_refused(changes, message):
