@@ -4,7 +4,8 @@
 //
 // PROMPT.json is an API-format prompt with one trainer that takes a minute or more. Checked are: an error while a node runs,
 // a mistake that is refused when the graph is queued, and Cancel. Each must be told in a toast, in our words, and on the
-// trainer's chart; errors with a link that opens the node's help page at the message.
+// trainer's chart; errors with a link that opens the node's help page at the message. An error in a workflow that is no longer
+// open is told without the open one's nodes, though they have the same ids, also when the page was reloaded since it was queued.
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
 import { randomUUID } from "node:crypto";
@@ -21,6 +22,7 @@ async function main(page, [file]) {
   await whileRunning(page, prompt);
   await whenQueued(page, prompt);
   await cancelled(page, prompt);
+  await elsewhere(page, prompt);
 }
 
 /** A node raises an error: more blocks to skip than the model has. */
@@ -62,6 +64,32 @@ async function cancelled(page, prompt) {
   if (toast && !said.test(toast.text)) problems.push(`cancel: the toast says ${toast.text}`);
   await expect(page, "cancel", toast, { title: /cancelled/, link: false, chart: said });
   await picture(page, "cancelled");
+}
+
+/** Two prompts wait for others, and fail when another workflow is open; before the second the page is reloaded. */
+async function elsewhere(page, prompt) {
+  for (const front of [801, 802]) {
+    const seed = Math.floor(Math.random() * 1e9);
+    await queue(page, changed(prompt, "BlockSkip_TrainLora", { steps: 5_000, seed }));
+    await queue(page, changed(prompt, "BlockSkip_SelectBlocks", { method: "manual", front, back: 100 }));
+  }
+  for (const [front, waiting] of [[801, 3], [802, 1]]) {
+    if (front === 802) await page.reload();
+    await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, { timeout: 60_000 });
+    await load(page, prompt);
+    await page.waitForFunction(async (count) => (await window.app.api.getQueue()).Pending.length === count, waiting, TOLD);
+    await page.evaluate(() => void window.app.extensionManager.command.execute("Comfy.Interrupt"));
+    const toast = await told(page, `Skipping the first ${front}`);
+    await expect(page, `error ${front} elsewhere`, toast, { title: /^BlockSkip: Select Blocks \(.*\) in another workflow$/, link: true, chart: /^$/ });
+    const head = await page.locator(".blockskip-head").first().innerText();
+    if (head !== "No run yet") problems.push(`error ${front} elsewhere: the chart says ${head}`);
+    await picture(page, `elsewhere-${front}`);
+  }
+}
+
+async function queue(page, prompt) {
+  await load(page, prompt);
+  await page.evaluate(() => window.app.queuePrompt(0, 1));
 }
 
 function changed(prompt, type, inputs) {
