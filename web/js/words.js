@@ -177,6 +177,9 @@ export function speak(locale) {
   spoken = /^zh\b/.test(locale ?? "") ? "zh" : "en";
 }
 
+/** Where to look for a page in a locale: in the locale itself, and then in its language, "zh" for "zh-TW". */
+export const languagesOf = (locale) => [...new Set([locale, locale?.split("-")[0]])].filter(Boolean);
+
 /** Bytes in a readable unit. */
 export function bytes(count) {
   return count < 2 ** 30 ? `${(count / 2 ** 20).toFixed(count < 2 ** 24 ? 1 : 0)} MiB` : `${(count / 2 ** 30).toFixed(1)} GiB`;
