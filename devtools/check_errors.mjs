@@ -4,12 +4,15 @@
 //
 // PROMPT.json is an API-format prompt with one trainer that takes a minute or more. Checked are: an error while a node runs,
 // a mistake that is refused when the graph is queued, and Cancel. Each must be told in a toast, in our words, and on the
-// trainer's chart; errors with a link that opens the node's help page at the message.
+// trainer's chart; errors with a link that opens the node's help page at the message. A server that has ended must be told on
+// the chart. An error in a workflow that is no longer open is told without the open one's nodes, though they have the same ids,
+// also when the page was reloaded since it was queued.
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
 import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
 
+import { open } from "./browser.mjs";
 import { pageCheck } from "./page_check.mjs";
 
 const TOLD = { timeout: 20_000 };
@@ -21,6 +24,7 @@ async function main(page, [file]) {
   await whileRunning(page, prompt);
   await whenQueued(page, prompt);
   await cancelled(page, prompt);
+  await elsewhere(page, prompt);
 }
 
 /** A node raises an error: more blocks to skip than the model has. */
@@ -52,16 +56,68 @@ async function whenQueued(page, prompt) {
 async function cancelled(page, prompt) {
   await load(page, changed(prompt, "BlockSkip_TrainLora", { steps: 5_000, seed: Math.floor(Math.random() * 1e9) }));
   await page.evaluate(() => void window.app.queuePrompt(0, 1));
-  await page.waitForFunction(
-    // of this run: the chart may still show an earlier one
-    () => /step \d+ of 5,?000/.test(document.querySelector(".blockskip-chart")?.textContent ?? ""), null, { timeout: 120_000 },
-  );
+  await training(page);
+  await lost(page);
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Interrupt"));
   const toast = await told(page, "Cancelled at step");
   const said = /^Cancelled at step \d+ of 5000\. Checkpoint saved as \S+\.safetensors; queue again to resume\.$/;
   if (toast && !said.test(toast.text)) problems.push(`cancel: the toast says ${toast.text}`);
   await expect(page, "cancel", toast, { title: /cancelled/, link: false, chart: said });
   await picture(page, "cancelled");
+}
+
+/** Wait until the chart follows this run: it may still show an earlier one. */
+async function training(page) {
+  await page.waitForFunction(
+    () => /^Training · step \d+ of 5,?000/.test(document.querySelector(".blockskip-head")?.textContent ?? ""), null, { timeout: 120_000 },
+  );
+}
+
+/** The page is told nothing more of a run, and a server that it finds again does not know it. */
+async function lost(page) {
+  await page.route("**/blockskip/last_run*", (route) => route.fulfill({ json: { run: null } }));
+  await page.evaluate(() => {
+    const { dispatchEvent } = EventTarget.prototype;
+    window.listenAgain = () => (EventTarget.prototype.dispatchEvent = dispatchEvent);
+    EventTarget.prototype.dispatchEvent = function (event) {
+      return event.type === "blockskip.train" || dispatchEvent.call(this, event);
+    };
+    window.app.api.dispatchEvent(new CustomEvent("reconnected"));
+  });
+  const said = await page.waitForFunction(() => {
+    const [head, message] = ["head", "message"].map((part) => document.querySelector(`.blockskip-${part}`)?.textContent);
+    return /^The server stopped/.test(head) && message;
+  }, null, TOLD).then((found) => found.jsonValue(), () => "");
+  if (said !== "Queue again: the run resumes from its last checkpoint.") problems.push(`a server that ended: the chart says ${said}`);
+  await picture(page, "lost");
+  await page.unroute("**/blockskip/last_run*");
+  await page.evaluate(() => window.listenAgain());
+  await training(page);
+}
+
+/** Two prompts wait for others, and fail when another workflow is open; before the second the page is reloaded. */
+async function elsewhere(page, prompt) {
+  for (const front of [801, 802]) {
+    const seed = Math.floor(Math.random() * 1e9);
+    await queue(page, changed(prompt, "BlockSkip_TrainLora", { steps: 5_000, seed }));
+    await queue(page, changed(prompt, "BlockSkip_SelectBlocks", { method: "manual", front, back: 100 }));
+  }
+  for (const [front, waiting] of [[801, 3], [802, 1]]) {
+    if (front === 802) await open(page, page.url());
+    await load(page, prompt);
+    await page.waitForFunction(async (count) => (await window.app.api.getQueue()).Pending.length === count, waiting, TOLD);
+    await page.evaluate(() => void window.app.extensionManager.command.execute("Comfy.Interrupt"));
+    const toast = await told(page, `Skipping the first ${front}`);
+    await expect(page, `error ${front} elsewhere`, toast, { title: /^BlockSkip: Select Blocks \(.*\) in another workflow$/, link: true, chart: /^$/ });
+    const head = await page.locator(".blockskip-head").first().innerText();
+    if (head !== "No run yet") problems.push(`error ${front} elsewhere: the chart says ${head}`);
+    await picture(page, `elsewhere-${front}`);
+  }
+}
+
+async function queue(page, prompt) {
+  await load(page, prompt);
+  await page.evaluate(() => window.app.queuePrompt(0, 1));
 }
 
 function changed(prompt, type, inputs) {

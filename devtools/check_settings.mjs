@@ -4,7 +4,8 @@
 //
 // Checked are, for each of our nodes: folded inputs when it is created, all inputs after the button is pressed, no gaps, the
 // same saved values in both states, and that a reloaded graph remembers the state. And the widgets that Memory Plan's output
-// `settings` overrides: greyed, and named after it.
+// `settings` overrides: greyed, and named after it, unless it is muted or bypassed; and what it reads from the nodes that use
+// it: of the node that runs, also in a subgraph, in the same step of undo, and not what comes over a link.
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
 import { pageCheck } from "./page_check.mjs";
@@ -20,6 +21,10 @@ async function main(page) {
   if (kinds.length < 8) problems.push(`only ${kinds.length} nodes`);
   for (const kind of kinds) await checkNode(page, kind);
   await checkPlanned(page);
+  for (const check of [checkOff, checkUndo, checkTwoTrainers, checkLinked, checkSubgraphs]) {
+    await connect(page);
+    await check(page);
+  }
 }
 
 async function checkNode(page, kind) {
@@ -117,7 +122,8 @@ async function press(page) {
   await page.waitForTimeout(400);
 }
 
-async function checkPlanned(page) {
+/** Memory Plan, connected to the two nodes that use it. */
+async function connect(page) {
   await page.evaluate(() => {
     const { app, LiteGraph } = window;
     app.rootGraph.clear();
@@ -133,14 +139,24 @@ async function checkPlanned(page) {
       trainer: add("BlockSkip_TrainLora", [920, 60]),
     };
     const { plan, precompute, trainer } = window.made;
+    window.widget = (node, name) => node.widgets.find((one) => one.name === name);
+    window.soon = () => new Promise((resolve) => setTimeout(resolve, 200));
     const output = plan.outputs.findIndex(({ name }) => name === "settings");
     for (const node of [precompute, trainer]) {
       plan.connect(output, node, node.inputs.findIndex(({ name }) => name === "memory_settings"));
     }
-    trainer.widgets.find(({ name }) => name === "rank").value = 48;
-    precompute.widgets.find(({ name }) => name === "draws").value = 123;
     Object.assign(app.canvas.ds, { scale: 0.8, offset: [80, 80] });
     app.canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(300);
+}
+
+async function checkPlanned(page) {
+  await connect(page);
+  await page.evaluate(() => {
+    const { precompute, trainer } = window.made;
+    Object.assign(window.widget(trainer, "rank"), { value: 48 }).callback(48);
+    Object.assign(window.widget(precompute, "draws"), { value: 123 }).callback(123);
   });
   await page.waitForTimeout(600);
   await picture(page, "planned");
@@ -172,6 +188,112 @@ function planned() {
   }
   const value = (name) => plan.widgets.find((one) => one.name === name).value;
   return { labels, rank: value("rank"), draws: value("draws") };
+}
+
+/** A plan that is not sent sets nothing, and says so at once. */
+async function checkOff(page) {
+  for (const mode of [4, 2, 0]) {
+    const labels = await page.evaluate((to) => {
+      window.made.plan.mode = to;
+      const { precompute, trainer } = window.made;
+      return [[trainer, "batch_size"], [precompute, "patch_min"]].map(([node, name]) => window.widget(node, name)).map((one) => one.label ?? one.name);
+    }, mode);
+    const told = labels.filter((label) => label.includes("(from "));
+    if (told.length !== (mode ? 0 : 2)) problems.push(`with a plan of mode ${mode} the widgets are called ${labels}`);
+    if (options.vue) await checkDrawn(page, mode);
+  }
+}
+
+async function checkDrawn(page, mode) {
+  await page.waitForTimeout(400);
+  const row = page.locator('[data-testid="node-widget"]:visible', { hasText: "patch_min (from" });
+  if ((await row.count()) !== (mode ? 0 : 1)) problems.push(`with a plan of mode ${mode} ${await row.count()} rows say where patch_min is from`);
+}
+
+/** What the plan reads is in the same step of undo as what is changed. */
+async function checkUndo(page) {
+  const steps = await page.evaluate(async () => {
+    const { changeTracker } = window.app.extensionManager.workflow.activeWorkflow;
+    const { plan, trainer } = window.made;
+    const changes = [
+      () => ((window.widget(trainer, "rank").value = 33), window.widget(trainer, "rank").callback(33)),
+      () => (plan.mode = 4),
+      () => (window.widget(trainer, "rank").value = 44), // which the plan reads when it is back
+      () => (plan.mode = 0),
+    ];
+    const added = [];
+    for (const change of changes) {
+      changeTracker.captureCanvasState();
+      const before = changeTracker.undoQueue.length;
+      change();
+      changeTracker.captureCanvasState(); // as the frontend does after each event
+      await window.soon();
+      changeTracker.captureCanvasState();
+      added.push(changeTracker.undoQueue.length - before);
+    }
+    return [...added, window.widget(plan, "rank").value];
+  });
+  if (String(steps) !== "1,1,1,1,44") problems.push(`steps of undo, and the plan's rank: ${steps}`);
+}
+
+/** Of two trainers the one that runs counts. */
+async function checkTwoTrainers(page) {
+  const ranks = await page.evaluate(() => {
+    const { plan, trainer } = window.made;
+    const other = window.LiteGraph.createNode("BlockSkip_TrainLora");
+    window.app.rootGraph.add(other);
+    const input = other.inputs.findIndex(({ name }) => name === "memory_settings");
+    plan.connect(plan.outputs.findIndex(({ name }) => name === "settings"), other, input);
+    window.widget(trainer, "rank").value = 32;
+    window.widget(other, "rank").value = 64;
+    const read = [2, 0].map((mode) => {
+      trainer.mode = mode;
+      return window.widget(plan, "rank").value;
+    });
+    trainer.mode = other.mode = 4;
+    return [...read, Boolean(window.widget(plan, "rank").disabled)];
+  });
+  if (String(ranks) !== "64,32,false") problems.push(`two trainers: the plan's rank with one, both and none: ${ranks}`);
+}
+
+/** A rank that comes over a link is not in the trainer's widget. */
+async function checkLinked(page) {
+  const found = await page.evaluate(() => {
+    const { plan, trainer } = window.made;
+    Object.assign(window.widget(trainer, "rank"), { value: 48 }).callback(48);
+    const number = window.LiteGraph.createNode("PrimitiveInt");
+    window.app.rootGraph.add(number);
+    number.connect(0, trainer, trainer.inputs.findIndex(({ name }) => name === "rank"));
+    const own = window.widget(plan, "rank");
+    own.value = 128;
+    window.widget(trainer, "targets").callback();
+    return [own.value, Boolean(own.disabled), own.label ?? own.name];
+  });
+  if (String(found) !== "128,false,rank") problems.push(`a linked rank: the plan has ${found}`);
+}
+
+/** The plan, and then the trainer too, in subgraphs of their own. */
+async function checkSubgraphs(page) {
+  const found = await page.evaluate(async () => {
+    const { app, made, widget, soon } = window;
+    const inside = (kind) => app.rootGraph.nodes.flatMap((node) => node.subgraph?.nodes ?? []).find(({ comfyClass }) => comfyClass === kind);
+    const seen = [];
+    const look = async (plan, trainer, rank) => {
+      await soon();
+      Object.assign(widget(trainer, "rank"), { value: rank }).callback(rank);
+      seen.push(widget(plan, "rank").value, Boolean(widget(trainer, "batch_size").disabled));
+    };
+    app.rootGraph.convertToSubgraph(new Set([made.plan]));
+    await look(inside("BlockSkip_MemoryPlan"), made.trainer, 96);
+    app.rootGraph.convertToSubgraph(new Set([made.trainer]));
+    await look(inside("BlockSkip_MemoryPlan"), inside("BlockSkip_TrainLora"), 24);
+    const { output } = await app.graphToPrompt();
+    for (const { class_type: kind, inputs } of Object.values(output)) if (kind !== "BlockSkip_PrecomputeResiduals") seen.push(inputs.rank);
+    app.rootGraph.nodes.find(({ subgraph }) => subgraph?.nodes.some(({ comfyClass }) => comfyClass === "BlockSkip_MemoryPlan")).mode = 4;
+    seen.push(Boolean(widget(inside("BlockSkip_TrainLora"), "batch_size").disabled));
+    return seen;
+  });
+  if (String(found) !== "96,true,24,true,24,24,false") problems.push(`in subgraphs: ${found}`);
 }
 
 await frame.run({ width: 1300, height: 1000 }, main);

@@ -156,7 +156,7 @@ def test_a_long_curve_is_drawn_thinner_and_reaches_as_high_and_low() -> None:
 
 
 SPOKEN = """
-const { LANGUAGES, say, speak, work } = await import(process.argv[1]);
+const { LANGUAGES, languagesOf, say, speak, work } = await import(process.argv[1]);
 const gaps = (text) => [...text.matchAll(/\\{(\\w+)\\}/g)].map((gap) => gap[1]).sort().join();
 const shapes = Object.values(LANGUAGES).map((texts) => Object.fromEntries(Object.entries(texts).map(([k, v]) => [k, gaps(v)])));
 const told = [];
@@ -164,7 +164,8 @@ for (const locale of ["en", "zh", "zh-TW", "fr", undefined]) {
   speak(locale);
   told.push([say("chart.progress", { phase: say("phase.precomputing"), done: 8, total: 12 }), work("encoding crops"), work("computing residuals")]);
 }
-console.log(JSON.stringify({ shapes, told, chinese: Object.values(LANGUAGES.zh) }));
+const pages = ["en", "zh", "zh-TW", undefined].map(languagesOf);
+console.log(JSON.stringify({ shapes, told, pages, chinese: Object.values(LANGUAGES.zh) }));
 """
 
 
@@ -177,3 +178,4 @@ def test_every_text_of_the_page_is_in_both_languages() -> None:
         ["Precomputing 8 of 12", "encoding crops", "computing residuals"], ["预计算 已完成 8 / 12", "编码裁剪图", "计算残差"],
     )  # fmt: skip
     assert found["told"] == [in_english, in_chinese, in_chinese, in_english, in_english]
+    assert found["pages"] == [["en"], ["zh"], ["zh-TW", "zh"], []], "help pages are looked for in the same languages"

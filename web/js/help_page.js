@@ -2,7 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { openDialog } from "./dialog.js";
-import { say } from "./words.js";
+import { languagesOf, say } from "./words.js";
 
 const PAGES = new URL("../docs/", import.meta.url);
 
@@ -20,8 +20,8 @@ export async function openHelp(type, message = "") {
 }
 
 async function page(type) {
-  const locale = app.extensionManager?.setting?.get("Comfy.Locale");
-  for (const path of [`${type}/${locale}.md`, `${type}.md`]) {
+  const languages = languagesOf(app.extensionManager?.setting?.get("Comfy.Locale"));
+  for (const path of [...languages.map((language) => `${type}/${language}.md`), `${type}.md`]) {
     const reply = await fetch(new URL(path, PAGES));
     if (reply.ok) return rendered(await reply.text());
   }

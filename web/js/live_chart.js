@@ -47,13 +47,19 @@ async function fetchRun(id, chart) {
       chart.asked = false;
       const run = await askServer(id);
       if (run) offer(chart, run);
-      else if (chart.run?.status === "running") chart.show({ ...chart.run, status: "lost", phase: "lost" });
+      else if (chart.run?.status === "running") chart.show({ ...chart.run, status: "lost", phase: "lost", resumes: resumes(id) });
     }
   } catch (error) {
     console.warn("BlockSkip: the last run could not be read.", error);
   } finally {
     chart.fetching = false;
   }
+}
+
+/** Whether the trainer with an execution id saves states while it trains, and resumes from them. */
+function resumes(id) {
+  const value = (name) => nodeOfExecution(id)?.widgets?.find((widget) => widget.name === name)?.value;
+  return value("resume") !== false && value("save_every") !== 0;
 }
 
 async function askServer(id) {

@@ -163,6 +163,7 @@ function headline({ phase, detail, done, total, step, steps, secondsLeft }) {
 export function ending({ status, step, steps, savedAs, resumes, message }) {
   if (status === "failed") return message;
   if (status === "done") return [savedAs && say("done.saved", { file: savedAs }), message].filter(Boolean).join(" ");
+  if (status === "lost") return resumes ? say("lost.resumes") : "";
   if (status !== "cancelled") return "";
   if (!savedAs) return say("cancel.nothing");
   return say(resumes ? "cancel.resumes" : "cancel.saved", { step, steps, file: savedAs });

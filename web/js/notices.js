@@ -6,6 +6,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { isOurs, nodeOfExecution } from "./graph_nodes.js";
 import { openHelp } from "./help_page.js";
+import { isOpen, latestWorkflow, workflowOf } from "./queued_prompts.js";
 import { register } from "./register.js";
 import { say } from "./words.js";
 
@@ -16,7 +17,7 @@ const FAILURE = "blockskip:failure"; // event of the window for our charts
 
 let looking = null; // the timer
 
-/** Tell `listener` of every failure in one of our nodes, as {node, type, title, message}. */
+/** Tell `listener` of every failure in one of the open workflow's nodes of ours, as {node, type, title, message}. */
 export function onFailure(listener) {
   window.addEventListener(FAILURE, ({ detail }) => listener(detail));
 }
@@ -40,10 +41,14 @@ export function refusals(nodeErrors) {
   return [...found.values()];
 }
 
-function fail({ node, type, message }) {
-  const title = nodeOfExecution(node)?.title ?? type;
-  window.dispatchEvent(new CustomEvent(FAILURE, { detail: { node: String(node), type, title, message } }));
-  toast("error", say("error.title", { node: title }), message, () => openHelp(type, message));
+/** Tell of a failure; on the charts only if it is the open workflow's, whose nodes may have the ids of another's. */
+function fail({ node, type, message, workflow }) {
+  const open = isOpen(workflow);
+  const found = open === false ? null : nodeOfExecution(node);
+  const same = found?.comfyClass === type;
+  const title = same ? found.title : window.LiteGraph?.registered_node_types?.[type]?.title ?? type;
+  if (open ?? same) window.dispatchEvent(new CustomEvent(FAILURE, { detail: { node: String(node), type, title, message } }));
+  toast("error", say(open === false ? "error.elsewhere" : "error.title", { node: title }), message, () => openHelp(type, message));
 }
 
 /** Show a toast, and below its text a link if there is something to open. */
@@ -65,10 +70,10 @@ function addLink(detail, open) {
   }
 }
 
-function onError({ detail }) {
-  if (isOurs(detail?.node_type)) {
-    fail({ node: detail.node_id, type: detail.node_type, message: sentence(detail.exception_message) });
-  }
+async function onError({ detail }) {
+  if (!isOurs(detail?.node_type)) return;
+  const workflow = await workflowOf(detail.prompt_id);
+  fail({ node: detail.node_id, type: detail.node_type, message: sentence(detail.exception_message), workflow });
 }
 
 /** A prompt that the server refuses makes no event, but the page's list of errors changes. */
@@ -78,7 +83,7 @@ function onQueueing() {
   clearInterval(looking);
   looking = setInterval(() => {
     const now = app.extensionManager.lastNodeErrors;
-    if (now && now !== before) refusals(now).forEach(fail);
+    if (now && now !== before) refusals(now).forEach((refusal) => fail({ ...refusal, workflow: latestWorkflow() }));
     if ((now && now !== before) || Date.now() > end) clearInterval(looking);
   }, POLL);
 }

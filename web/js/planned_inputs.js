@@ -4,7 +4,7 @@
 // Memory Plan uses the two nodes' values for what it would otherwise ask a second time.
 
 import { app } from "../../../scripts/app.js";
-import { isOurs, root } from "./graph_nodes.js";
+import { allNodes, isOurs, root } from "./graph_nodes.js";
 import { register } from "./register.js";
 import { say } from "./words.js";
 
@@ -23,24 +23,61 @@ const READ_BY_PLAN = {
 
 const SHORT = { [PLAN]: "Memory Plan", [TRAINER]: "Dynamic Patch Trainer", [PRECOMPUTE]: "Precompute Residuals" };
 
+const OFF = [2, 4]; // the modes of muted and bypassed nodes, which no prompt contains
+const OUTSIDE = -10; // the id at the other end of a link that comes into a subgraph
+const DEEPEST = 64; // hops from node to node
+
 const names = new WeakMap(); // widget -> its label without our addition
+let loading = false; // a graph, whose links and modes are set one after the other
 let waiting = null;
 
-/** The node at the other end of an input, through reroutes of the same graph; null if there is none. */
-function behind(node, input) {
-  let [from, link] = [node, node.inputs?.find(({ name }) => name === input)?.link];
-  for (let hops = 0; hops < 64; hops += 1) {
-    const wire = link === null || link === undefined ? null : from.graph?.getLink?.(link) ?? from.graph?.links?.[link];
-    from = wire && from.graph.getNodeById(wire.origin_id);
-    if (!from || from.type !== "Reroute") return from ?? null;
-    link = from.inputs?.[0]?.link;
+const isOff = (node) => OFF.includes(node.mode);
+
+/** Every node of the open workflow that is neither muted nor bypassed, nor in a subgraph that is. */
+function* activeNodes(graph = root(), depth = 0) {
+  for (const node of graph?.nodes ?? []) {
+    if (isOff(node)) continue;
+    yield node;
+    if (node.subgraph && depth < DEEPEST) yield* activeNodes(node.subgraph, depth + 1);
+  }
+}
+
+const linkOf = (graph, id) => (id === null || id === undefined ? null : graph?.getLink?.(id) ?? graph?.links?.[id] ?? null);
+
+/**
+ * The node at the other end of an input, through reroutes and the borders of subgraphs; null if nothing is sent from there.
+ *
+ * The nodes in a subgraph that is used several times are the same ones, so the first use with a connection counts.
+ */
+function behind(node, input, hops = 0) {
+  const slot = node.inputs?.find(({ name }) => name === input);
+  return origin(node.graph, slot?.link, hops);
+}
+
+/** The node that a link of a graph comes from. */
+function origin(graph, id, hops) {
+  const wire = linkOf(graph, id);
+  if (!wire || hops > DEEPEST) return null;
+  if (Number(wire.origin_id) === OUTSIDE) return fromOutside(graph, wire.origin_slot, hops + 1);
+  const from = graph.getNodeById(wire.origin_id);
+  if (!from || isOff(from)) return null;
+  if (from.type === "Reroute") return origin(graph, from.inputs?.[0]?.link, hops + 1);
+  if (from.subgraph) return origin(from.subgraph, from.subgraph.outputs?.[wire.origin_slot]?.linkIds?.[0], hops + 1);
+  return from;
+}
+
+/** What is connected to an input of a subgraph where it is used. */
+function fromOutside(subgraph, slot, hops) {
+  for (const user of activeNodes()) {
+    const found = user.subgraph === subgraph && origin(user.graph, user.inputs?.[slot]?.link, hops);
+    if (found) return found;
   }
   return null;
 }
 
-/** The nodes of a kind in the same graph that use a Memory Plan. */
+/** The active nodes of a kind that use a Memory Plan. */
 function users(plan, kind) {
-  return (plan.graph?.nodes ?? []).filter((node) => node.comfyClass === kind && behind(node, PLANNED) === plan);
+  return [...activeNodes()].filter((node) => node.comfyClass === kind && behind(node, PLANNED) === plan);
 }
 
 function grey(widget, from) {
@@ -55,53 +92,88 @@ function widgetOf(node, name) {
   return node.widgets?.find((widget) => widget.name === name);
 }
 
+/** Whether a widget's value comes over a link, which the page does not know. */
+function isLinked(node, name) {
+  const slot = node.inputs?.find(({ widget }) => widget?.name === name);
+  return slot?.link !== null && slot?.link !== undefined;
+}
+
 /** Grey the widgets that Memory Plan sets. */
 function showPlanned(node) {
   const plan = behind(node, PLANNED);
   for (const name of SET_BY_PLAN[node.comfyClass]) grey(widgetOf(node, name), plan);
 }
 
-/** Take over what Memory Plan can read from the nodes that use it. */
+/** Take over what Memory Plan can read from the nodes that use it; what comes over a link is left to the user. */
 function readIntoPlan(plan) {
   for (const [kind, read] of Object.entries(READ_BY_PLAN)) {
     const [user] = users(plan, kind);
     for (const name of read) {
-      const [own, theirs] = [widgetOf(plan, name), user && widgetOf(user, name)];
+      const known = user && ![user, plan].some((node) => isLinked(node, name));
+      const [own, theirs] = [widgetOf(plan, name), known && widgetOf(user, name)];
       if (own && theirs && own.value !== theirs.value) own.value = theirs.value;
       grey(own, theirs && user);
     }
   }
 }
 
-/** Bring a graph and the subgraphs in it up to date. */
-export function updateAll(graph = root()) {
-  for (const node of graph?.nodes ?? []) {
+/** Bring the open workflow and the subgraphs in it up to date. */
+export function updateAll() {
+  for (const [, node] of allNodes()) {
     if (node.comfyClass in SET_BY_PLAN) showPlanned(node);
     if (node.comfyClass === PLAN) readIntoPlan(node);
-    if (node.subgraph) updateAll(node.subgraph);
   }
   app.canvas?.setDirty(true, true);
 }
 
-/** Update soon, once even if asked several times: links are changed one after the other. */
+/**
+ * Update at once: what follows from a change belongs to the same step of undo, which the frontend takes after the event.
+ *
+ * Taken later it would be a step by itself, and undoing that one would only bring it back.
+ */
+function update() {
+  if (!loading) updateAll();
+}
+
+/** Update once more, after a change of several links; if the first update saw them all there is nothing left to change. */
 function updateSoon() {
   waiting ??= setTimeout(() => {
     waiting = null;
-    updateAll();
+    update();
   }, 50);
 }
 
-function follow(node) {
+/** Update when a node is muted, bypassed or neither again: the frontend only sets its property. */
+function followMode(node) {
+  let value = node.mode;
+  const { get = () => value, set = (mode) => (value = mode) } = Object.getOwnPropertyDescriptor(node, "mode") ?? {};
+  Object.defineProperty(node, "mode", {
+    configurable: true,
+    enumerable: true,
+    get,
+    set(mode) {
+      const before = get.call(node);
+      set.call(node, mode);
+      if (mode !== before && node.graph) update();
+    },
+  });
+}
+
+function followLinks(node) {
   const { onConnectionsChange } = node;
   node.onConnectionsChange = function () {
     onConnectionsChange?.apply(this, arguments);
+    update();
     updateSoon();
   };
+}
+
+function followWidgets(node) {
   for (const widget of node.widgets ?? []) {
     const { callback, beforeQueued } = widget;
     widget.callback = function () {
       const returned = callback?.apply(this, arguments);
-      updateSoon();
+      update();
       return returned;
     };
     if (node.comfyClass !== PLAN) continue;
@@ -115,9 +187,18 @@ function follow(node) {
 const extension = {
   name: "BlockSkip.PlannedInputs",
   nodeCreated(node) {
-    if (isOurs(node.comfyClass)) follow(node);
+    if (isOurs(node.comfyClass)) followWidgets(node);
+    else if (!node.subgraph) return;
+    followLinks(node); // also of subgraphs, which may have our nodes in them
+    followMode(node);
   },
-  afterConfigureGraph: updateSoon,
+  beforeConfigureGraph() {
+    loading = true;
+  },
+  afterConfigureGraph() {
+    loading = false;
+    update();
+  },
 };
 
 register(extension);

@@ -2,11 +2,13 @@
 
 const ENGLISH = {
   "error.title": "BlockSkip: {node}",
+  "error.elsewhere": "BlockSkip: {node} in another workflow",
   "error.help": "Help: what to do",
   "cancel.title": "BlockSkip: training cancelled",
   "cancel.resumes": "Cancelled at step {step} of {steps}. Checkpoint saved as {file}; queue again to resume.",
   "cancel.saved": "Cancelled at step {step} of {steps}. Checkpoint saved as {file}.",
   "cancel.nothing": "Cancelled before the first step; nothing was saved.",
+  "lost.resumes": "Queue again: the run resumes from its last checkpoint.",
   "done.saved": "Saved as {file}.",
   "settings.more": "More settings",
   "settings.fewer": "Fewer settings",
@@ -76,11 +78,13 @@ const ENGLISH = {
 
 const CHINESE = {
   "error.title": "BlockSkip 出错：{node}",
+  "error.elsewhere": "BlockSkip 出错：另一个工作流中的 {node}",
   "error.help": "帮助：如何处理",
   "cancel.title": "BlockSkip：训练已取消",
   "cancel.resumes": "已在第 {step} 步（共 {steps} 步）取消。检查点已保存为 {file}；再次加入队列即可继续。",
   "cancel.saved": "已在第 {step} 步（共 {steps} 步）取消。检查点已保存为 {file}。",
   "cancel.nothing": "在第一步之前已取消；没有保存任何内容。",
+  "lost.resumes": "再次加入队列：训练会从最后一个检查点继续。",
   "done.saved": "已保存为 {file}。",
   "settings.more": "更多设置",
   "settings.fewer": "收起设置",
@@ -172,6 +176,9 @@ let spoken = "en";
 export function speak(locale) {
   spoken = /^zh\b/.test(locale ?? "") ? "zh" : "en";
 }
+
+/** Where to look for a page in a locale: in the locale itself, and then in its language, "zh" for "zh-TW". */
+export const languagesOf = (locale) => [...new Set([locale, locale?.split("-")[0]])].filter(Boolean);
 
 /** Bytes in a readable unit. */
 export function bytes(count) {
