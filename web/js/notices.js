@@ -4,9 +4,9 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { isOurs, nodeOfExecution } from "./graph_nodes.js";
+import { isOurs, nodeOfExecution, root } from "./graph_nodes.js";
 import { openHelp } from "./help_page.js";
-import { isOpen, latestWorkflow, workflowOf } from "./queued_prompts.js";
+import { isOpen, workflowOf } from "./queued_prompts.js";
 import { register } from "./register.js";
 import { say } from "./words.js";
 
@@ -79,11 +79,12 @@ async function onError({ detail }) {
 /** A prompt that the server refuses makes no event, but the page's list of errors changes. */
 function onQueueing() {
   const before = app.extensionManager.lastNodeErrors;
+  const workflow = root()?.id ?? null; // which is the one that is queued
   const end = Date.now() + PATIENCE;
   clearInterval(looking);
   looking = setInterval(() => {
     const now = app.extensionManager.lastNodeErrors;
-    if (now && now !== before) refusals(now).forEach((refusal) => fail({ ...refusal, workflow: latestWorkflow() }));
+    if (now && now !== before) refusals(now).forEach((refusal) => fail({ ...refusal, workflow }));
     if ((now && now !== before) || Date.now() > end) clearInterval(looking);
   }, POLL);
 }
