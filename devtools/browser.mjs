@@ -105,7 +105,7 @@ export async function openTemplate(page, pack, name) {
   await page.evaluate(async ([folder, title]) => {
     const reply = await window.app.api.fetchApi(`/workflow_templates/${folder}/${encodeURIComponent(title)}.json`);
     if (!reply.ok) throw new Error(`the template was answered with ${reply.status}`);
-    await window.app.loadGraphData(await reply.json(), true, true, title, { openSource: "template" });
+    await window.app.loadGraphData(await reply.json(), true, true, title);
   }, [pack, name]);
   await settle(page);
 }
