@@ -93,8 +93,7 @@ def train_lora(
             the full model before the first step, a kept block gets no gradient, or another process has ended.
     """
     loop = _Loop(dit, schedule, latents, selection, adapters, config, result, observers, checkpoints, together, offsets)
-    settings = {"activation_bytes": activation_bytes, "weights": weights}
-    place = functools.partial(dit.running, **settings)
+    place = functools.partial(dit.running, activation_bytes=activation_bytes, weights=weights)
     try:
         loop.resume()
         for observer in observers:
@@ -104,7 +103,13 @@ def train_lora(
             with opening as residuals:
                 rest = residuals.micro_batches
                 if offsets:
-                    offsets.run_exact(loop.examples, residuals, loop.draws_of(rest), **settings)
+                    offsets.run_exact(
+                        loop.examples,
+                        residuals,
+                        loop.draws_of(rest),
+                        activation_bytes=activation_bytes,
+                        weights=weights,
+                    )
                 while rest:
                     rest = loop.run(residuals, rest, place)
                     if not loop.pending:  # the step is complete
