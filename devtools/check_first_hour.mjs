@@ -4,10 +4,11 @@
 //
 // The server needs the demo's nodes, models and pictures. A user opens the template "BlockSkip 0 - Try it without a GPU",
 // types a name that cannot be used and reads why, runs, asks for a sample, cancels, runs again, which resumes, opens the
-// summary, and compares a picture without and with the LoRA, all with the page's own buttons.
+// summary, and compares a picture without and with the LoRA, all with the page's own buttons. And the template, opened twice, is
+// two workflows, each with an id of its own that it keeps.
 // The exit status is 1 if something is wrong, 2 if it could not be checked.
 
-import { openTemplate, setWidgets } from "./browser.mjs";
+import { openTemplate, setWidgets, settle } from "./browser.mjs";
 import { pageCheck } from "./page_check.mjs";
 
 const TEMPLATE = "BlockSkip 0 - Try it without a GPU";
@@ -27,12 +28,29 @@ const frame = pageCheck("first_hour", { needs: "the server's address", least: 1 
 const { problems, picture } = frame;
 
 async function main(page) {
+  await twice(page);
   await begin(page);
   await mistake(page);
   await cancelled(page);
   await resumed(page);
   await summary(page);
   await compared(page);
+}
+
+/** The server keeps runs by the workflow's id, so two from one template must not share it. */
+async function twice(page) {
+  const idOf = () => page.evaluate(() => window.app.rootGraph.id);
+  const ids = [];
+  for (let time = 0; time < 2; time += 1) {
+    await openTemplate(page, "blockskip_demo_nodes", TEMPLATE);
+    ids.push(await idOf());
+  }
+  if (ids[0] === ids[1]) problems.push(`the template, opened twice, is ${ids[0]} both times`);
+  await page.evaluate(() => window.app.extensionManager.command.execute("Workspace.PreviousOpenedWorkflow"));
+  await settle(page);
+  if ((await idOf()) !== ids[0]) problems.push(`the first of two workflows became ${await idOf()}`);
+  await page.evaluate(() => window.app.loadGraphData(window.app.rootGraph.serialize(), true, true, "from a file", { openSource: "file_button" }));
+  if ((await idOf()) !== ids[0]) problems.push(`opened from a file, ${ids[0]} became ${await idOf()}`);
 }
 
 async function begin(page) {

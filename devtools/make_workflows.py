@@ -191,6 +191,7 @@ def arrange(workflow: dict[str, Any], graph: Graph) -> dict[str, Any]:
         if links.get(name):
             made["properties"]["models"] = links[name]
     workflow["extra"] = {
+        "blockskipTemplate": True,  # web/js/fresh_templates.js gives what is opened from it an id of its own
         "ds": {"scale": 0.55, "offset": [60, 120]},
         "frontendVersion": workflow["extra"]["frontendVersion"],
     }
