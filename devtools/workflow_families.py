@@ -118,7 +118,7 @@ class Family:
 
 {self.about}
 
-1. Are files missing? Press *View details*, then *Download*. They are those of ComfyUI's own templates.
+1. Are files missing? Press *View details*, then *Download*. They are those of ComfyUI's own templates, and take about as much RAM as disk.
 2. Make a folder `my_subject` inside ComfyUI's `input` folder, with 4 to 20 pictures of *one* thing. Press **R**, then choose
    the folder.
 3. *sks* will be its name. For a dog write *a photo of sks dog*, here and in the prompt of the samples.

@@ -9,9 +9,14 @@ from comfy_api.latest import io
 
 from ..blockskip_core.errors import InvalidInputError
 from ..blockskip_core.hosts.inputs.folder_variants import with_mirrored, with_trigger
-from ..blockskip_core.hosts.inputs.training_folder import LoadedFolder, folder_identity, load_training_folder
+from ..blockskip_core.hosts.inputs.training_folder import (
+    LoadedFolder,
+    folder_identity,
+    input_folder,
+    load_training_folder,
+)
 from . import widgets
-from .inputs import NO_FILE, checked
+from .inputs import NO_FILE, checked, refusal
 from .page.progress import NodeProgress
 from .types import TrainingFilesSocket
 
@@ -85,6 +90,11 @@ class LoadTrainingFolder(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, folder: Any = None) -> bool | str:
+        """Refuse a folder that is not there when the graph is queued, and say where to make it."""
+        return True if folder is None else refusal(lambda: input_folder(folder))
 
     @classmethod
     def fingerprint_inputs(cls, folder: Any = None, reference_folder: Any = NO_FILE, **_others: Any) -> str:

@@ -96,6 +96,14 @@ def on_unused(pictures: int, clips: int, frames: int) -> str | None:
     return f"{clips} clips of {frames} pictures; {pictures} pictures at the ends of the films are not used"
 
 
+def on_unread(names: Sequence[str]) -> str | None:
+    """Return which picture files are in a format that is not read, or None if there are none."""
+    if not names:
+        return None
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"Not read, because of their format: {', '.join(names[:MOST_NAMED])}{more}. Save them as JPEG or PNG."
+
+
 def on_blank(colours: dict[int, str], labels: Labels) -> str | None:
     """Return which pictures are blank, or None if none is; ``colours`` are those of the blank ones."""
     if not colours:

@@ -64,6 +64,29 @@ def test_every_ending_is_read(load, folder, ending):
     assert torch.equal(load()[0][0][0], values)
 
 
+def test_pictures_in_formats_that_are_not_read_are_named(load, folder, said):
+    photo(folder / "a.png")
+    for name in ("IMG_2.HEIC", "IMG_10.HEIC", "b.avif"):
+        (folder / name).write_bytes(b"")
+    assert len(load()[0]) == 1
+    assert said[0].startswith(
+        "Not read, because of their format: b.avif, IMG_2.HEIC, IMG_10.HEIC. Save them as JPEG or PNG."
+    )
+    (folder / "a.png").unlink()
+    with pytest.raises(
+        ValueError, match="There are no pictures in .* Not read, because of their format: .*JPEG or PNG"
+    ):
+        load()
+
+
+def test_a_folder_that_is_not_there_is_refused_when_the_graph_is_queued(nodes, folder):
+    check = nodes.LoadTrainingFolder.validate_inputs
+    assert check(folder="toy") is True
+    assert check(folder=None) is True  # linked
+    for name in ("my_subject", "../outside", "", "."):
+        assert "Put your pictures into one there, press R, and choose it." in check(folder=name)
+
+
 def test_a_jpeg_is_turned_as_the_camera_was_held(load, folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees

@@ -17,6 +17,22 @@ from ...errors import InvalidInputError
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_SUFFIXES = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".gif",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".orf",
+    ".rw2",
+    ".psd",
+)
+"""Of pictures that are not read: phones, cameras and editors write them."""
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _DEEPEST = 65535
 _BACKGROUND = (255, 255, 255)

@@ -18,7 +18,7 @@ from ...errors import InvalidInputError
 from . import film_files
 from .film_files import read_film
 from .material import TrainingFile
-from .picture_files import SUFFIXES, read_picture
+from .picture_files import OTHER_SUFFIXES, SUFFIXES, read_picture
 from .reference_files import REPEATED, references_by_name
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -69,7 +69,7 @@ def load_training_folder(
         InvalidInputError: If there is no such folder, it contains nothing to read, one of its files cannot be read, or
             a picture lacks its reference.
     """
-    root = _folder(folder)
+    root = input_folder(folder)
     inside = None if reference_folder is None else _reference_folder(reference_folder, root, frames)
     films = film_files.SUFFIXES if frames > 1 else ()
     found = _files_besides(root, (*(SUFFIXES if frames == 1 or with_pictures else ()), *films), inside)
@@ -82,18 +82,19 @@ def load_training_folder(
         _Picture.read(path, root, frames * clips if path.suffix.lower() in films else None)
         for path in _announced(list(found), progress)
     ]
+    unread = None if frames > 1 and not with_pictures else _on_unread(root, inside)
     counted = [picture for picture in loaded for _ in range(found[picture.path])]
     return LoadedFolder(
         images=[picture.image for picture in counted],
         texts=[picture.caption.text for picture in counted],
         files=[TrainingFile(picture.name, picture.caption.text) for picture in counted],
-        remarks=[*_remarks(loaded), *filter(None, [references.remark])],
+        remarks=[*_remarks(loaded), *filter(None, [references.remark, unread])],
         references=[image for picture in counted for image in references.of.get(picture.path, ())],
     )
 
 
 def _reference_folder(folder: str, root: Path, frames: int) -> Path:
-    inside = _folder(folder)
+    inside = input_folder(folder)
     if frames > 1:
         raise InvalidInputError(
             f"References are for pictures, and `frames` is {frames}. Set it to 1, or `reference_folder` to none."
@@ -137,12 +138,17 @@ def _reference(path: Path, root: Path) -> tuple[Tensor, bool]:
     return read_picture(path, name)
 
 
+def _on_unread(root: Path, other: Path | None = None) -> str | None:
+    """Return a sentence on pictures in formats that are not read, or None."""
+    return remarks.on_unread([_shown(path, root) for path in _files_besides(root, OTHER_SUFFIXES, other)])
+
+
 def _nothing_found(folder: str, root: Path, frames: int) -> str:
     if frames == 1:
         advice = " It has videos: set `frames` to more than 1 to read them as clips."
         return (
             f"There are no pictures in the folder {folder!r}: none of its files ends with {', '.join(SUFFIXES)}."
-            f"{advice if _files(root, film_files.SUFFIXES) else ''}"
+            f"{advice if _files(root, film_files.SUFFIXES) else ''}{_after_a_space(_on_unread(root))}"
         )
     advice = " It has pictures: set `frames` to 1 to read them."
     return (
@@ -151,11 +157,15 @@ def _nothing_found(folder: str, root: Path, frames: int) -> str:
     )
 
 
+def _after_a_space(sentence: str | None) -> str:
+    return f" {sentence}" if sentence else ""
+
+
 def folder_identity(folder: str) -> str:
     """Return a key that changes when a picture, video or caption is added, removed or written, or the error on reading."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        for path in _files(_folder(folder), (*SUFFIXES, *film_files.SUFFIXES)):
+        for path in _files(input_folder(folder), (*SUFFIXES, *film_files.SUFFIXES)):
             for file in [path, *_captions_of(path)]:
                 stamp = file.stat()
                 digest.update(f"{file} {stamp.st_size} {stamp.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
@@ -197,8 +207,12 @@ def _remarks(loaded: list[_Picture]) -> list[str]:
     return [sentence for sentence in said if sentence]
 
 
-def _folder(folder: str) -> Path:
-    """Return the folder of that name inside the input folder; never the input folder itself or one outside it."""
+def input_folder(folder: str) -> Path:
+    """Return the folder of that name inside the input folder; never the input folder itself or one outside it.
+
+    Raises:
+        InvalidInputError: If there is none.
+    """
     root = Path(folder_paths.get_input_directory()).resolve()
     try:
         found = (root / folder).resolve()
