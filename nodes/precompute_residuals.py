@@ -238,7 +238,7 @@ def residual_settings(*, memory_settings: Any = None, **settings: Any) -> Residu
     """Return the widgets as settings; those from Memory Plan take precedence."""
     if memory_settings is not None:
         require_memory_settings(memory_settings)
-        settings |= {"patch_min": memory_settings.patch_min, "storage": memory_settings.storage}
+        settings |= {"patch_min": memory_settings.patch_min, "storage": memory_settings.storage, "planned": True}
     return ResidualSettings(**settings)
 
 

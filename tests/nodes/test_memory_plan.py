@@ -222,6 +222,16 @@ def test_the_plan_s_settings_rule_at_the_nodes_that_they_are_connected_to(bench,
     assert trained[1] == expected[1]
 
 
+def test_latents_of_another_size_than_planned_are_refused_before_anything_is_computed(bench, plan):
+    latents = Listed({"samples": bench.vae.encode(torch.rand(1, 64, 64, 3))} for _ in range(2))
+    with pytest.raises(
+        ValueError, match=r"as pictures of 64 px, and Memory Plan counted 32 px\. Set `patch_min` .* to 64"
+    ):
+        bench.precompute(images=latents, memory_settings=plan(patch_min=32).args[3])
+    residuals = bench.precompute(images=latents, memory_settings=plan(patch_min=64).args[3])[0]
+    assert residuals.schedule.patches.patch_min == 64
+
+
 def test_residuals_that_the_plan_did_not_count_are_refused(bench, plan):
     settings = plan(patch_min=48).args[3]
     with pytest.raises(

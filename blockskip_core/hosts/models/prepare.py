@@ -16,6 +16,7 @@ from ...data.patch_sampling import PatchConfig, PatchOrder
 from ...data.remarks import Labels
 from ...data.schedule import Draw, TrainingSchedule, draw_schedule
 from ...data.timesteps import TimestepDistribution, sigma_sampler
+from ...errors import InvalidInputError
 from ...residuals.back_response import BackResidual, how_fitted
 from ...residuals.cache import CacheIdentity
 from ...residuals.cached_set import stored_latents, write_cache
@@ -53,6 +54,7 @@ class ResidualSettings:
         noise_from, noise_to: Noise levels are drawn from within this range.
         caption_dropout: Share of the examples that get the empty caption in place of their own.
         patch_shape: Whether training pictures are squares, or as their pictures; see ``buckets``.
+        planned: Whether ``patch_min`` is what a plan for the memory has counted with.
     """
 
     draws: int
@@ -71,6 +73,7 @@ class ResidualSettings:
     noise_to: float = 1.0
     caption_dropout: float = 0.0
     patch_shape: PatchShape = "square"
+    planned: bool = False
 
     def as_read(self) -> ResidualSettings:
         """Return the settings, with those that this storage ignores at their defaults, so that runs are found again."""
@@ -127,6 +130,11 @@ def prepare_residuals(
     if isinstance(pictures, LatentRows):
         pictures = WholeLatents(pictures, vae, model.model, bare.adapter.patch_size)
         side = pictures.square(multiple)
+        if settings.planned and side != settings.patch_min:
+            raise InvalidInputError(
+                f"The latents are as large as pictures of {side} px, and Memory Plan counted {settings.patch_min} px. Set "
+                f"`patch_min` on Memory Plan to {side}; if the plan lowers it, encode smaller latents."
+            )
         settings = replace(settings, patch_min=side, patch_max=side, patch_order="fixed")
     schedule = _schedule(model, pictures, len(captions), multiple, settings, labels)
     crops = TrainingCrops(pictures, schedule)
