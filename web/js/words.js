@@ -162,6 +162,8 @@ const CHINESE_WORK = {
   "measuring blocks, sampler step": "测量块，采样步",
   "layers quantised": "已量化的层",
   "counting memory": "计算显存",
+  "examples predicted as loaded": "按原样加载的模型已预测的样本",
+  "examples predicted quantised": "量化后的模型已预测的样本",
   "fitting the linear back residual": "拟合线性后段残差",
   "waiting for another process that computes the same residuals": "等待另一个进程计算相同的残差",
   "waiting for another process that measures the same blocks": "等待另一个进程测量相同的块",
