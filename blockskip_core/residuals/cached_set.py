@@ -153,7 +153,7 @@ def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) ->
         cache.verify(None if run.processes == 1 else set(_order(residuals, run, micro_batches)))
         reference = Reference(*cache.require_first("reference"))
         fitted = FittedResponse.found(lambda name: (cache.first(name) or (0, None))[1])
-        # Over and over: offsets of quantised models request every draw twice before the training does.
+        # Over and over, because offsets of quantised models request every draw twice before the training does.
         with prefetched(cache.residual, itertools.cycle(order), ahead=2 * run.batch_size) as residual:
             yield OpenResiduals(
                 micro_batches,

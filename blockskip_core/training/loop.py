@@ -103,13 +103,14 @@ def train_lora(
             with opening as residuals:
                 rest = residuals.micro_batches
                 if offsets:
-                    offsets.run_exact(
+                    offsets.run_as_loaded(
                         loop.examples,
                         residuals,
                         loop.draws_of(rest),
                         activation_bytes=activation_bytes,
                         weights=weights,
                     )
+                    loop.paused = True  # this time must not count for a step
                 while rest:
                     rest = loop.run(residuals, rest, place)
                     if not loop.pending:  # the step is complete
@@ -153,7 +154,7 @@ class _Loop:
         self.dit, self.schedule, self.latents, self.selection = dit, schedule, latents, selection
         self.adapters, self.config, self.result, self.observers = adapters, config, result, observers
         self.checkpoints, self.together, self.offsets = checkpoints, together, offsets
-        self.examples = Examples(schedule, latents, selection, config.batch_size)
+        self.examples = Examples(schedule, latents, selection)
         self.share = config.micro_batches.share_of(together.rank, together.size)
         adapters.to(dit.device)
         self.average = MovingAverage(adapters.parameters(), config.ema)
@@ -229,6 +230,8 @@ class _Loop:
         """Compare the model, without the LoRA, with the full one: in one example, or in all that get an offset."""
         if self.offsets:
             difference = self.offsets.run_quantised(self.examples, residuals, self.dit, model, denoise)
+            if difference is not None:
+                self.together.gathered("")  # other cards may take longer for this than a step may take
         elif residuals.reference is not None and self.result.self_check is None:
             difference = check_against_full_model(
                 self.dit, self.schedule, self.latents, model, denoise, residuals, residuals.reference

@@ -9,9 +9,8 @@ and in every step
 
     prediction  = clean estimate of the quantised model with the LoRA + offset
 
-With a LoRA of zero the predictions are those of the model as loaded; gradients are those of the quantised weights. In
-BlockSkip's benchmark of quality, a LoRA on blocks that are all in 4-bit then learns as much as one on blocks in eight
-bits.
+With a LoRA of zero the predictions are those of the model as loaded, up to rounding; gradients are those of the quantised
+weights.
 
 The paper (arXiv 2603.20755) does not quantise; what it does for a skipped block, a residual that is computed once per
 example (Sec. 3.3), is done here for the error of a quantised one. An offset has the size of the example's latent.
@@ -19,8 +18,7 @@ example (Sec. 3.3), is done here for the error of a quantised one. An offset has
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -30,15 +28,15 @@ from torch import Tensor
 from ..blocks.skipping_model import SkippingModel
 from ..data.flow_matching import noisy_batch
 from ..data.latents import Latents
-from ..data.micro_batches import batches_of_equal_text
 from ..data.schedule import TrainingSchedule
 from ..model import Denoiser, SkippableDit, WeightPlacement
+from ..residuals.residual_set import PhaseProgress
 from ..residuals.source import OpenResiduals
 from ..selection.selection import BlockSelection
 from .self_check import check_against_full_model, require_explained
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and of how much; may raise to interrupt."""
+_ENOUGH = 4
+"""Examples, of whose mean error something can be said; a single one may be off by more."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,13 @@ class Examples:
     Attributes:
         schedule, latents: The draws and their clean latents, each (C, H, W).
         selection: Blocks to be skipped.
-        batch_size: Most draws that go through the model together.
     """
 
     schedule: TrainingSchedule
     latents: Latents
     selection: BlockSelection
-    batch_size: int
 
+    @torch.no_grad()
     def estimates(
         self,
         dit: SkippableDit,
@@ -63,57 +60,50 @@ class Examples:
         denoise: Denoiser,
         residuals: OpenResiduals,
         draws: Sequence[int],
-        progress: Callable[[int, int], None],
-    ) -> dict[int, Tensor]:
-        """Return the clean estimates of some draws, each (C, H, W), on the CPU in the dtype of the model's tokens.
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield draws and their clean estimates, (C, H, W), on the CPU.
+
+        They go through the model one at a time, so that an estimate does not depend on which others are wanted.
 
         Args:
             dit, model, denoise: The model, with its skipped blocks replaced, and its denoiser while it is running.
             residuals: What is replayed for the skipped blocks.
             draws: Draws that have residuals.
-            progress: Called with the number of draws that are done, and of all.
         """
-        found: dict[int, Tensor] = {}
-        batches = batches_of_equal_text(
-            draws, lambda draw: (self.latents[draw].shape, dit.batch_key(self.schedule[draw].caption)), self.batch_size
-        )
-        with torch.no_grad():
-            for batch in batches:
-                noisy, _, sigmas = (x.to(dit.device) for x in noisy_batch(self.schedule, self.latents, batch))
-                captions = [self.schedule[draw].caption for draw in batch]
-                call = lambda: denoise(noisy, sigmas, captions)  # noqa: B023, E731 - called in this turn of the loop
-                model.replay(residuals.residual, batch, call)
-                found |= zip(batch, call().to(device="cpu", dtype=dit.dtype, copy=True), strict=True)
-                progress(len(found), len(draws))
-        return found
+        for draw in draws:
+            noisy, _, sigmas = (x.to(dit.device) for x in noisy_batch(self.schedule, self.latents, [draw]))
+            captions = [self.schedule[draw].caption]
+            call = lambda: denoise(noisy, sigmas, captions)  # noqa: B023, E731 - called in this turn of the loop
+            model.replay(residuals.residual, [draw], call)
+            yield draw, call()[0].to("cpu", copy=True)
 
 
 class QuantisationOffsets:
     """The offsets of a run's examples; those of a stretch of micro-batches are computed when it begins.
 
     Args:
-        exact: The model as loaded.
-        progress: Shows the work.
-        apart: Gives contexts that are entered while the model as loaded is on the device, whose memory is not the
+        as_loaded: The model as loaded.
+        progress: Shows the work; may raise to interrupt.
+        apart: Gives contexts that are entered while the model as loaded is on the device, because that memory is not the
             training's.
     """
 
     def __init__(
         self,
-        exact: SkippableDit,
-        progress: Progress = lambda what, done, total: None,
+        as_loaded: SkippableDit,
+        progress: PhaseProgress = lambda phase, done, total: None,
         apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._exact_dit, self._progress, self._apart = exact, progress, apart
-        self._exact: dict[int, Tensor] = {}
+        self._as_loaded, self._progress, self._apart = as_loaded, progress, apart
+        self._estimates: dict[int, Tensor] = {}  # of the model as loaded, until the quantised one has run too
         self._offsets: dict[int, Tensor] = {}
-        self._is_checked = False
+        self._is_compared = self._is_judged = False
 
     def of(self, draws: Sequence[int]) -> Tensor:
-        """Return the offsets of draws of one shape, (B, C, H, W), on the CPU."""
+        """Return the offsets of draws of one shape, (B, C, H, W), on the CPU in the dtype of the model's tokens."""
         return torch.stack([self._offsets[draw] for draw in draws])
 
-    def run_exact(
+    def run_as_loaded(
         self,
         examples: Examples,
         residuals: OpenResiduals,
@@ -134,27 +124,22 @@ class QuantisationOffsets:
             TrainingError: If the model as loaded differs from the one whose output was recorded with the residuals.
         """
         wanted = set(draws)
-        for known in (self._offsets, self._exact):
+        for known in (self._offsets, self._estimates):
             for draw in known.keys() - wanted:
                 del known[draw]
-        missing = [draw for draw in draws if draw not in self._offsets and draw not in self._exact]
+        missing = [draw for draw in draws if draw not in self._offsets and draw not in self._estimates]
         if not missing:
             return
-        dit = self._exact_dit
+        dit = self._as_loaded
         model = SkippingModel(dit, examples.selection, checkpointed=False, folded=residuals.residual is None)
         placed: WeightPlacement = "streamed" if weights == "streamed" else "as fits"
         with self._apart(), torch.inference_mode(False), torch.no_grad():
             model.set_response(residuals.response, lambda draw: examples.schedule[draw].sigma)
             with dit.running(model.modules, activation_bytes=activation_bytes, weights=placed) as denoise:
-                if residuals.reference is not None and not self._is_checked:
-                    check_against_full_model(
-                        dit, examples.schedule, examples.latents, model, denoise, residuals, residuals.reference
-                    )
-                    self._is_checked = True
-                self._exact |= examples.estimates(
-                    dit, model, denoise, residuals, missing,
-                    lambda done, total: self._progress("examples predicted as loaded", done, total),
-                )  # fmt: skip
+                self._compare_once(examples, residuals, model, denoise)
+                for draw, estimate in examples.estimates(dit, model, denoise, residuals, missing):
+                    self._estimates[draw] = estimate
+                    self._progress("examples predicted as loaded", len(self._estimates), len(missing))
 
     def run_quantised(
         self,
@@ -167,28 +152,40 @@ class QuantisationOffsets:
         """Compute the offsets of the draws for which only the model as loaded has been run.
 
         Args:
-            examples, residuals: As for :meth:`run_exact`.
+            examples, residuals: As for :meth:`run_as_loaded`.
             dit, model, denoise: The quantised model, its stand-ins, and its denoiser while it is running without the LoRA.
 
         Returns:
-            The offsets' mean size, relative to what the model as loaded removes; None if there was nothing to compute.
+            The offsets' size, relative to what the model as loaded removes; None if there was nothing to compute.
 
         Raises:
-            TrainingError: If that is more than the quantisation of these weights can explain. One draw alone may be off by more.
+            TrainingError: If the first of these sizes is more than the quantisation of these weights can explain.
         """
-        found = examples.estimates(
-            dit, model, denoise, residuals, list(self._exact),
-            lambda done, total: self._progress("examples predicted quantised", done, total),
-        )  # fmt: skip
-        sizes = []
-        for draw, quantised in found.items():
-            exact = self._exact.pop(draw)
-            self._offsets[draw] = exact - quantised
+        draws = list(self._estimates)
+        changed = removed = 0.0
+        for draw, quantised in examples.estimates(dit, model, denoise, residuals, draws):
+            estimate = self._estimates.pop(draw)
+            offset = estimate - quantised
             noisy, _, _ = noisy_batch(examples.schedule, examples.latents, [draw])
-            removed = (noisy[0] - exact).norm().clamp_min(1e-12)
-            sizes.append((self._offsets[draw].norm() / removed).item())
-        if not sizes:
+            changed += offset.square().sum().item()
+            removed += (noisy[0] - estimate).square().sum().item()
+            self._offsets[draw] = offset.to(dit.dtype)
+            self._progress("examples predicted quantised", len(draws) - len(self._estimates), len(draws))
+        if not draws:
             return None
-        mean = statistics.fmean(sizes)
-        require_explained(mean, dit.known_error)
-        return mean
+        size = (changed / max(removed, 1e-24)) ** 0.5
+        if not self._is_judged and len(draws) >= _ENOUGH:
+            require_explained(size, dit.known_error)
+            self._is_judged = True
+        return size
+
+    def _compare_once(
+        self, examples: Examples, residuals: OpenResiduals, model: SkippingModel, denoise: Denoiser
+    ) -> None:
+        """Compare the model as loaded with its recorded output, if there is one."""
+        if residuals.reference is None or self._is_compared:
+            return
+        check_against_full_model(
+            self._as_loaded, examples.schedule, examples.latents, model, denoise, residuals, residuals.reference
+        )
+        self._is_compared = True

@@ -1,4 +1,4 @@
-"""Unfinished runs that differ from a new one only in settings that memory decides: they are easily lost sight of.
+"""Unfinished runs that differ from a new one only in settings that memory or an update decides: easily lost sight of.
 
 A plan for the memory that is free now may choose another format or batch size than before a restart. Then the same inputs
 are another run, which begins at its first step.
@@ -20,28 +20,32 @@ from .checkpoints import RunIdentity, is_training_state, step_of_state
 
 logger = logging.getLogger(__name__)
 
-BY_MEMORY = frozenset({"quantize_kept", "quantize_frozen", "correct_4bit", "batch_size", "accumulation"})
+BY_MEMORY = frozenset({"quantize_kept", "quantize_frozen", "batch_size", "accumulation"})
 """Parts of an identity that a plan for the memory decides on."""
+CORRECTED = "correct_4bit"
+"""A part that runs with blocks in 4-bit have since they are corrected."""
 
 
 @dataclass(frozen=True, order=True)
 class SimilarRun:
-    """An unfinished run that differs from a new one only in what memory decides.
+    """An unfinished run that differs from a new one only in what memory decides, or in the correction of 4-bit.
 
     Attributes:
         step: The step of its newest state.
         planned: Its number of steps.
         then, now: Names and values of what differs, of that run and of the new one, as lists in a sentence.
+        by_memory: Whether anything differs that memory decides on.
     """
 
     step: int
     planned: int
     then: str
     now: str
+    by_memory: bool
 
 
 def similar_run(identity: RunIdentity, parent: Path) -> SimilarRun | None:
-    """Return the unfinished run that has come furthest and differs only in what memory decides.
+    """Return the unfinished run that has come furthest and differs only in what memory decides, or in that correction.
 
     None if there is none, or if the new run itself has states to resume from.
 
@@ -59,9 +63,10 @@ def similar_run(identity: RunIdentity, parent: Path) -> SimilarRun | None:
         if not isinstance(parts, dict) or not _is_unfinished(about):
             continue
         differing = identity.difference(parts)
-        if differing and BY_MEMORY.issuperset(differing):
+        if differing and {*BY_MEMORY, CORRECTED}.issuperset(differing):
             then, now = (_told(each, differing) for each in (parts, identity.parts))
-            similar.append(SimilarRun(about["step"], about["planned"], then, now))
+            by_memory = not BY_MEMORY.isdisjoint(differing)
+            similar.append(SimilarRun(about["step"], about["planned"], then, now, by_memory))
     return max(similar, default=None)
 
 
@@ -83,4 +88,5 @@ def _is_unfinished(about: Mapping[str, Any]) -> bool:
 
 def _told(parts: Mapping[str, Any], names: list[str]) -> str:
     """Return some parts and their values as a list."""
-    return ", ".join(f"{name} {parts[name]}" if name in parts else f"no {name}" for name in names)
+    values = {**parts, CORRECTED: "on" if parts.get(CORRECTED) else "off"}
+    return ", ".join(f"{name} {values[name]}" if name in values else f"no {name}" for name in names)

@@ -152,10 +152,11 @@ class QuantisedDit(WrappedDit):
         """
         return ERROR_ALLOWANCE * max(self.layer_errors.values(), default=0.0)
 
-    @property
-    def formats(self) -> frozenset[str]:
-        """The formats of its quantised blocks."""
-        return frozenset(self._formats.values())
+    def packs_into(self, weight_format: str) -> bool:
+        """Return whether any layer is packed into a format: those that are as small already stay as they are."""
+        tree = self._dit.patcher.model.diffusion_model  # shapes are read only, so nothing has to be unloaded
+        named = (name for name, own in self._formats.items() if own == weight_format)
+        return any(self._shrunk(name, tree.get_submodule(name)) for name in named)
 
     def module(self, name: str) -> nn.Module:
         """Return the quantised block, or the model's own module if that block is not quantised."""

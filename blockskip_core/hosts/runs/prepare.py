@@ -46,6 +46,7 @@ class PreparedRun:
         checkpoints: The training states.
         path: Where the LoRA will be saved.
         sampler: Samples pictures during training, or None.
+        corrected: Whether offsets undo what 4-bit changes; eight bits change too little for it to be worth two passes.
     """
 
     request: RunRequest
@@ -59,11 +60,7 @@ class PreparedRun:
     checkpoints: Checkpoints
     path: Path
     sampler: TrainingSampler | None
-
-    @property
-    def corrects_4bit(self) -> bool:
-        """Whether offsets undo what quantisation changes; eight bits change too little for it to be worth a pass."""
-        return self.request.correct_4bit and _has_4bit(self.trained_dit)
+    corrected: bool
 
     @property
     def step_bytes(self) -> int:
@@ -101,7 +98,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     first_values = adapters.state_dict()
     rows = {name: adapters.up(name).shape[0] for name in adapters.names}
     names = file_names(model.model, dit.adapter, rows, request.file_format)
-    corrected = request.correct_4bit and _has_4bit(trained_dit)
+    corrected = request.correct_4bit and isinstance(trained_dit, QuantisedDit) and trained_dit.packs_into("4-bit")
     identity = _identity(residuals, request, adapters, first_values, corrected)
     checkpoints = Checkpoints(
         run_folder(identity.key), identity, every=request.save_every, keep=request.keep_last, resume=request.resume
@@ -110,6 +107,7 @@ def prepare(model: Any, residuals: ResidualSet, request: RunRequest) -> Prepared
     return PreparedRun(
         request=request, residuals=residuals, dit=dit, trained_dit=trained_dit, adapters=adapters,
         first_values=first_values, names=names, identity=identity, checkpoints=checkpoints, path=path, sampler=sampler,
+        corrected=corrected,
     )  # fmt: skip
 
 
@@ -142,10 +140,6 @@ def _adapters(model: Any, dit: HostedDit, residuals: ResidualSet, request: RunRe
     if start_from is not None:
         adapters.load_state_dict(lora_to_start_from(model, start_from, adapters))
     return adapters
-
-
-def _has_4bit(dit: HostedDit | QuantisedDit) -> bool:
-    return isinstance(dit, QuantisedDit) and "4-bit" in dit.formats
 
 
 def _identity(

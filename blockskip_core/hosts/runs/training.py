@@ -100,9 +100,7 @@ class _Training:
         self._together = together
         self._memory_check = MemoryCheck(run, progress, outcome.result.problems)
         self._observers: list[TrainingObserver] = []
-        self._offsets = (
-            QuantisationOffsets(run.dit, progress, apart=outcome.memory.apart) if run.corrects_4bit else None
-        )
+        self._offsets = QuantisationOffsets(run.dit, progress, apart=outcome.memory.apart) if run.corrected else None
 
     def train(self) -> None:
         """Train, and save the LoRA however the run ends, if it has learned anything.
@@ -236,9 +234,15 @@ def _on_similar_run(run: PreparedRun) -> str:
         return ""
     said = (
         f"This is not the unfinished run of step {similar.step} of {similar.planned}, which had {similar.then}; this one has "
-        f"{similar.now}. Memory Plan goes by the memory that is free, unless its `preset` names your card. To go on with that "
-        "run, set these values on Dynamic Patch Trainer, without Memory Plan's `settings`."
+        f"{similar.now}."
     )
+    if similar.by_memory:
+        said += (
+            " Memory Plan goes by the memory that is free, unless its `preset` names your card. To go on with that run, set "
+            "these values on Dynamic Patch Trainer, without Memory Plan's `settings`."
+        )
+    else:
+        said += " To go on with that run, change this on Dynamic Patch Trainer."
     logger.warning("BlockSkip: %s", said)
     return said
 

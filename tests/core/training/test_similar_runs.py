@@ -24,9 +24,16 @@ def test_the_values_of_both_runs_are_told(tmp_path):
     assert found(tmp_path) == SimilarRun(
         step=30,
         planned=100,
-        then="accumulation 2, batch_size 1, correct_4bit True, quantize_kept 4-bit",
-        now="accumulation 1, batch_size 2, no correct_4bit, quantize_kept off",
+        then="accumulation 2, batch_size 1, correct_4bit on, quantize_kept 4-bit",
+        now="accumulation 1, batch_size 2, correct_4bit off, quantize_kept off",
+        by_memory=True,
     )
+
+
+def test_a_run_of_before_the_correction_is_told_without_the_memory(tmp_path):
+    keep(tmp_path, 30)
+    told = found(tmp_path, correct_4bit=True)
+    assert (told.then, told.now, told.by_memory) == ("correct_4bit off", "correct_4bit on", False)
 
 
 def test_of_several_the_furthest_is_told(tmp_path):
