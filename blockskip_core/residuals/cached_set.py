@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from ..blocks.replay import Residual
 from ..data.latents import Latents, joined
 from ..data.micro_batches import MicroBatches
 from ..errors import CacheError
@@ -153,8 +154,13 @@ def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) ->
         cache.verify(None if run.processes == 1 else set(_order(residuals, run, micro_batches)))
         reference = Reference(*cache.require_first("reference"))
         fitted = FittedResponse.found(lambda name: (cache.first(name) or (0, None))[1])
-        # Over and over, because offsets of quantised models request every draw twice before the training does.
-        with prefetched(cache.residual, itertools.cycle(order), ahead=2 * run.batch_size) as residual:
+        reading = threading.Lock()
+
+        def read(draw: int) -> Residual:
+            with reading:  # one thread at a time
+                return cache.residual(draw)
+
+        with prefetched(read, order, ahead=2 * run.batch_size) as residual:
             yield OpenResiduals(
                 micro_batches,
                 residual,
@@ -162,6 +168,7 @@ def open_set(residuals: ResidualSet, run: MicroBatches, micro_batches: range) ->
                 fitted.response if fitted else None,
                 residuals.identity.residual_format,
                 fitted.problem() if fitted else "",
+                out_of_turn=read,
             )
 
 

@@ -27,7 +27,7 @@ def prefetched(read: ReadResidual, order: Iterable[int], ahead: int) -> Iterator
 
     Args:
         read: Draw index -> residual. Only called from one thread at a time.
-        order: Draws in the order in which they will be requested; it may be endless.
+        order: Draws in the order in which they will be requested.
         ahead: Maximum number of draws to hold, at least 1.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="blockskip-prefetch") as pool:

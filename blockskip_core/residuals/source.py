@@ -42,6 +42,8 @@ class OpenResiduals:
         response: The back span's answer to its input, or None if the back residuals are constants.
         form: How the residuals are stored; eight bits make them inexact.
         problem: What users should know about them, as a sentence, or empty.
+        out_of_turn: The same as ``residual`` for draws that are not requested in the run's order; None where that does not
+            matter.
     """
 
     micro_batches: range
@@ -50,6 +52,7 @@ class OpenResiduals:
     response: LinearResponse | None = None
     form: ResidualFormat = "exact"
     problem: str = ""
+    out_of_turn: Callable[[int], Residual] | None = None
 
 
 class ResidualSource(Protocol):

@@ -70,11 +70,12 @@ class Examples:
             residuals: What is replayed for the skipped blocks.
             draws: Draws that have residuals.
         """
+        replayed = residuals.out_of_turn or residuals.residual
         for draw in draws:
             noisy, _, sigmas = (x.to(dit.device) for x in noisy_batch(self.schedule, self.latents, [draw]))
             captions = [self.schedule[draw].caption]
             call = lambda: denoise(noisy, sigmas, captions)  # noqa: B023, E731 - called in this turn of the loop
-            model.replay(residuals.residual, [draw], call)
+            model.replay(replayed, [draw], call)
             yield draw, call()[0].to("cpu", copy=True)
 
 
