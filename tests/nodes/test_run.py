@@ -359,7 +359,9 @@ def test_kept_blocks_can_be_quantised_for_a_run(bench, core, weight_format, stor
     after = weights(bench.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     with safe_open(bench.folders.loras / "quantised_00001_.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["blockskip"])["quantize_kept"] == weight_format
+        told = json.loads(file.metadata()["blockskip"])
+    assert told["quantize_kept"] == weight_format
+    assert ("correct_4bit" in told) is (weight_format == "4-bit")
 
 
 @pytest.mark.parametrize("storage", ["disk", "chunked", "on the fly"])

@@ -25,7 +25,7 @@ IN_METADATA = (
     "residual_format", "steps", "steps_planned", "batch_size", "accumulation", "learning_rate", "quantize_kept", "seed",
     "draws_seed", "peft_version",
 )  # fmt: skip
-IN_METADATA_IF_USED = ("ema", "dropped_captions")
+IN_METADATA_IF_USED = ("ema", "dropped_captions", "correct_4bit")
 ON_NODE = (
     "file", "summary_file", "quantize_kept", "blocks", "skipped_first", "skipped_last", "frozen_last", "kept_last", "kept_blocks",
     "kept_parameters",
@@ -39,6 +39,7 @@ def facts(run: PreparedRun, outcome: RunOutcome) -> dict[str, Any]:
     """Return every fact of a run by its name: settings, model, training examples and results."""
     return {
         **run.request.shown(),
+        "correct_4bit": run.corrected,
         "steps_planned": run.request.steps,
         **_model_facts(run),
         **_example_facts(run),
