@@ -90,7 +90,8 @@ class PrecomputeResiduals(io.ComfyNode):
         shown = checked(cls, reference_size=reference_size, reference_part=reference_part)
         given = GivenMaterial(images, positive, files, references, reference_settings(**shown), empty_caption)
         progress = NodeProgress(cls.hidden.unique_id, announcer(cls.hidden, "precomputing"))
-        return io.NodeOutput(*precompute(model, vae, given, selection, asked, progress))
+        planned = settings.get("memory_settings") is not None
+        return io.NodeOutput(*precompute(model, vae, given, selection, asked, progress, planned))
 
 
 def _training_inputs() -> list[io.Input]:
@@ -238,7 +239,7 @@ def residual_settings(*, memory_settings: Any = None, **settings: Any) -> Residu
     """Return the widgets as settings; those from Memory Plan take precedence."""
     if memory_settings is not None:
         require_memory_settings(memory_settings)
-        settings |= {"patch_min": memory_settings.patch_min, "storage": memory_settings.storage, "planned": True}
+        settings |= {"patch_min": memory_settings.patch_min, "storage": memory_settings.storage}
     return ResidualSettings(**settings)
 
 
@@ -249,8 +250,9 @@ def precompute(
     selection: BlockSelection,
     settings: ResidualSettings,
     progress: NodeProgress,
+    planned: bool,
 ) -> tuple[ResidualSet, Tensor]:
-    """Return the residuals, and some of the crops as a picture.
+    """Return the residuals, and some of the crops as a picture; ``planned`` says whether Memory Plan is connected.
 
     Raises:
         BlockSkipError: If inputs do not fit together, or there is not enough memory or disk space.
@@ -262,7 +264,7 @@ def precompute(
         )
         residuals, crops = prepare_residuals(
             model, vae, material.pictures, material.captions, selection, settings, progress, material.pictures.labels,
-            material.references, checked_empty_caption(given.empty),
+            material.references, checked_empty_caption(given.empty), planned,
         )  # fmt: skip
         sheet = pictures.as_image(contact_sheet(crops, residuals.schedule, material.blank))
     notes = [

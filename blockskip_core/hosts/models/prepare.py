@@ -54,7 +54,6 @@ class ResidualSettings:
         noise_from, noise_to: Noise levels are drawn from within this range.
         caption_dropout: Share of the examples that get the empty caption in place of their own.
         patch_shape: Whether training pictures are squares, or as their pictures; see ``buckets``.
-        planned: Whether ``patch_min`` is what a plan for the memory has counted with.
     """
 
     draws: int
@@ -73,7 +72,6 @@ class ResidualSettings:
     noise_to: float = 1.0
     caption_dropout: float = 0.0
     patch_shape: PatchShape = "square"
-    planned: bool = False
 
     def as_read(self) -> ResidualSettings:
         """Return the settings, with those that this storage ignores at their defaults, so that runs are found again."""
@@ -97,6 +95,7 @@ def prepare_residuals(
     labels: Labels | None = None,
     references: References | None = None,
     empty_caption: list | None = None,
+    planned: bool = False,
 ) -> tuple[ResidualSet, TrainingCrops]:
     """Draw the schedule, encode its crops and, with storage "disk", compute the residuals unless they are stored.
 
@@ -112,6 +111,7 @@ def prepare_residuals(
         labels: The pictures' names in messages; their numbers if None.
         references: Pictures that an edit model sees beside the captions, or None.
         empty_caption: A single conditioning for ``caption_dropout``, or None.
+        planned: Whether ``patch_min`` is what a plan for the memory has counted with.
 
     Raises:
         UnsupportedModelError: If the model takes no references.
@@ -130,7 +130,7 @@ def prepare_residuals(
     if isinstance(pictures, LatentRows):
         pictures = WholeLatents(pictures, vae, model.model, bare.adapter.patch_size)
         side = pictures.square(multiple)
-        if settings.planned and side != settings.patch_min:
+        if planned and side != settings.patch_min:
             raise InvalidInputError(
                 f"The latents are as large as pictures of {side} px, and Memory Plan counted {settings.patch_min} px. Set "
                 f"`patch_min` on Memory Plan to {side}; if the plan lowers it, encode smaller latents."
