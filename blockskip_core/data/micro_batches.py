@@ -57,6 +57,10 @@ class MicroBatches:
         start = (step * self.accumulation + self.rank * self.per_step + number) * self.batch_size
         return [index % num_draws for index in range(start, start + self.batch_size)]
 
+    def distinct_draws(self, micro_batches: Iterable[int], num_draws: int) -> list[int]:
+        """Return the draw indices of some micro-batches, each once, in the order in which they first come."""
+        return list(dict.fromkeys(draw for number in micro_batches for draw in self.draws_of(number, num_draws)))
+
 
 def batches_of_equal_text(draws: Iterable[int], key_of: Callable[[int], Hashable], batch_size: int) -> list[list[int]]:
     """Return draw indices in batches of equal keys, in order of first appearance; a key tells a text's length."""

@@ -100,8 +100,8 @@ def on_unread(names: Sequence[str]) -> str | None:
     """Return which picture files are in a format that is not read, or None if there are none."""
     if not names:
         return None
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"Not read, because of their format: {', '.join(names[:MOST_NAMED])}{more}. Save them as JPEG or PNG."
+    listed = Labels(len(names), names).listed(range(len(names)))
+    return f"Not read, because of their format: {listed}. Save them as JPEG or PNG."
 
 
 def on_blank(colours: dict[int, str], labels: Labels) -> str | None:

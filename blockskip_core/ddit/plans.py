@@ -5,7 +5,7 @@ A plan is made before sampling and knows nothing of a run; :meth:`PatchPlan.begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,10 @@ from .windows import scales_in_windows, scales_within_budget
 
 class PatchChoice(Protocol):
     """The patch sizes of one run, step by step."""
+
+    def possible(self) -> Collection[int]:
+        """Return the scales that a step may get."""
+        ...
 
     def decide(self, step: int, sigma: float, latent: Tensor) -> int:
         """Return the scale of a step before it is made; ``latent`` is (B, C, H, W), or (B, C F, H, W) of a clip."""
@@ -54,6 +58,9 @@ class FixedScales:
     """
 
     scales: Sequence[int]
+
+    def possible(self) -> Collection[int]:
+        return self.scales
 
     def decide(self, step: int, sigma: float, latent: Tensor) -> int:
         return self.scales[step]

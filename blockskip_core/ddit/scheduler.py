@@ -14,7 +14,7 @@ With ``literal`` neither applies, and latents are compared as in the paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -83,6 +83,10 @@ class DynamicScheduler:
         self._latents: list[Point] = []
         self._scale, self._held, self._run = 1, settings.hold, 0
         self.variations: list[dict[int, float]] = []
+
+    def possible(self) -> Collection[int]:
+        """Return the scales that a step may get."""
+        return [1, *self._sides]
 
     def decide(self, step: int, sigma: float, latent: Tensor) -> int:
         """Return the scale of a step; called once per step, in order.

@@ -85,13 +85,9 @@ class ChunkedSource:
             yield self._chunk(run, range(start, end))
             start = end
 
-    def _draws_of(self, run: MicroBatches, micro_batches: range) -> list[int]:
-        num_draws = len(self._residuals.schedule)
-        return list(dict.fromkeys(draw for batch in micro_batches for draw in run.draws_of(batch, num_draws)))
-
     @contextmanager
     def _chunk(self, run: MicroBatches, micro_batches: range) -> Iterator[OpenResiduals]:
-        draws = self._draws_of(run, micro_batches)
+        draws = run.distinct_draws(micro_batches, len(self._residuals.schedule))
         with scratch_folder(self._residuals.folder) as folder:
             residuals = replace(self._residuals, folder=folder)
             require_disk_space(residuals, self._dit, draws)

@@ -302,12 +302,19 @@ def _progress_of(folder: Path) -> tuple[int, int | None]:
     newest = max(folder.glob("state-*.safetensors"), key=step_of_state, default=None)
     if newest is None:
         return 0, 0
-    try:
-        with open_tensors(newest) as file:
-            planned = json.loads((file.metadata() or {})["blockskip"]).get("planned")
-    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RecursionError):
-        planned = None  # damaged, or not readable now: it may be worth continuing
+    planned = about_state(newest).get("planned")  # none if damaged, or not readable now: it may be worth continuing
     return step_of_state(newest), planned if isinstance(planned, int) else None
+
+
+def about_state(path: Path) -> dict[str, Any]:
+    """Return what a training state says of itself, without its tensors, or nothing if it cannot be read."""
+    try:
+        with open_tensors(path) as file:
+            about = json.loads((file.metadata() or {})["blockskip"])
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        logger.info("BlockSkip: the training state %s cannot be read: %s", path.name, error)
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _is_run(folder: Path) -> bool:

@@ -7,7 +7,6 @@ Only the kept blocks run. Residuals come from a ``residuals.source``. The loss i
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -106,7 +105,7 @@ def train_lora(
                     offsets.run_as_loaded(
                         loop.examples,
                         residuals,
-                        loop.draws_of(rest),
+                        loop.share.distinct_draws(rest, len(schedule)),
                         activation_bytes=activation_bytes,
                         weights=weights,
                     )
@@ -189,11 +188,6 @@ class _Loop:
                 if not self.pending and self.due(self.result.steps):  # asked now: it may have become due meanwhile
                     return micro_batches[done:]
         return micro_batches[len(micro_batches) :]
-
-    def draws_of(self, micro_batches: range) -> list[int]:
-        """Return the draws of some micro-batches, each once."""
-        every = (self.share.draws_of(micro_batch, len(self.schedule)) for micro_batch in micro_batches)
-        return list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
     def due(self, step: int) -> list[TrainingObserver]:
         """Return the observers that want the model unloaded after ``step`` steps."""

@@ -6,19 +6,12 @@ are another run, which begins at its first step.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..files import open_tensors
-from .checkpoints import RunIdentity, is_training_state, step_of_state
-
-logger = logging.getLogger(__name__)
+from .checkpoints import RunIdentity, about_state, is_training_state, step_of_state
 
 BY_MEMORY = frozenset({"quantize_kept", "quantize_frozen", "batch_size", "accumulation"})
 """Parts of an identity that a plan for the memory decides on."""
@@ -58,7 +51,7 @@ def similar_run(identity: RunIdentity, parent: Path) -> SimilarRun | None:
     similar = []
     for folder in parent.iterdir():
         newest = max(filter(is_training_state, folder.glob("*")), key=step_of_state, default=None)
-        about = {} if newest is None else _about(newest)
+        about = {} if newest is None else about_state(newest)
         parts = about.get("identity")
         if not isinstance(parts, dict) or not _is_unfinished(about):
             continue
@@ -68,17 +61,6 @@ def similar_run(identity: RunIdentity, parent: Path) -> SimilarRun | None:
             by_memory = not BY_MEMORY.isdisjoint(differing)
             similar.append(SimilarRun(about["step"], about["planned"], then, now, by_memory))
     return max(similar, default=None)
-
-
-def _about(state: Path) -> dict[str, Any]:
-    """Return what a state says of itself, or nothing if it cannot be read: then nothing can be said of it."""
-    try:
-        with open_tensors(state) as file:
-            about = json.loads((file.metadata() or {})["blockskip"])
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        logger.info("BlockSkip: the training state %s cannot be read: %s", state.name, error)
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _is_unfinished(about: Mapping[str, Any]) -> bool:

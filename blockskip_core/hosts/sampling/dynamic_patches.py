@@ -1,9 +1,9 @@
 """A MODEL whose samplers may use coarse patches: wrappers around the host's own sampling, and nothing else.
 
 Three wrappers on a clone. Around the whole run, one checks what else is on the MODEL by then, sampler, size and prompts,
-moves the adapters to the device and begins the plan. Around every prediction, one decides the patch size, once for both passes of guidance, and takes the clean
-estimate after guidance. Around the model, one replaces a coarse step's call (``models.coarse_forward``); a step with the
-model's own patches passes through all three untouched.
+moves the adapters to the device and begins the plan. Around every prediction, one decides the patch size, once for both
+passes of guidance, and takes the clean estimate after guidance. Around the model, one replaces a coarse step's call
+(``models.coarse_forward``); a step with the model's own patches passes through all three untouched.
 
 Source: DDiT (arXiv 2602.16968). The decision presumes a trajectory without added noise, so samplers that add noise are
 refused.
@@ -19,7 +19,7 @@ import comfy.model_management
 import comfy.patcher_extension
 from torch import Tensor
 
-from ...ddit.plans import FixedScales, PatchChoice, PatchPlan
+from ...ddit.plans import PatchChoice, PatchPlan
 from ...ddit.trained_patches import TrainedPatches
 from ...errors import InvalidInputError, PatchAdapterError, UnsupportedModelError
 from ..inputs.frames import with_frames, without_frames
@@ -95,9 +95,8 @@ class DynamicPatches:
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
         *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        require_coarse_steps(
-            executor.class_obj.model_patcher
-        )  # again: nodes behind this one have changed the MODEL too
+        # Again, because nodes behind this one may have changed the MODEL too.
+        require_coarse_steps(executor.class_obj.model_patcher)
         require_deterministic(sampler)
         levels = [float(sigma) for sigma in sigmas]
         if len(levels) < 2:
@@ -143,8 +142,7 @@ class DynamicPatches:
         Raises:
             InvalidInputError: See ``prompt_sizes``.
         """
-        may_come = choice.scales if isinstance(choice, FixedScales) else self._trained.scales
-        largest = max(may_come, default=1)
+        largest = max(choice.possible(), default=1)
         if largest > 1:
             require_fitting_prompts(conds, noise, largest * self._trained.base.patch, self._cells)
 

@@ -219,6 +219,9 @@ def test_decisions_while_sampling_see_latents_and_estimates_after_guidance():
     patcher, seen = tiny_flux(), []
 
     class Choice:
+        def possible(self):
+            return (1, 2)
+
         def decide(self, step, sigma, latent):
             seen.append((step, round(sigma, 4), tuple(latent.shape)))
             return 1
