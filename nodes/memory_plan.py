@@ -15,6 +15,7 @@ from ..blockskip_core.accounting.plan import (
     MemorySettings,
     changes_that_fit,
     fits,
+    largest_that_fits,
     peak_of,
     phase_peaks,
     with_spare_used,
@@ -32,8 +33,9 @@ from ..blockskip_core.hosts.sampling.patch_training import counted_peak
 from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
 from ..blockskip_core.selection.selection import BlockSelection
+from ..blockskip_core.training.optimizers import require_optimizer
 from . import widgets
-from .inputs import checked, connected, refusal, require_formats
+from .inputs import checked, connected, refusal, require_formats, single
 from .page.progress import NodeProgress
 from .plan_request import OFF, PlanRequest
 from .train_patch_adapters import SIZES
@@ -82,9 +84,18 @@ class MemoryPlan(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, quantize_kept: Any = None, quantize_frozen: Any = None) -> bool | str:
-        """Refuse formats that this ComfyUI lacks when the graph is queued."""
-        return refusal(lambda: require_formats(quantize_kept=quantize_kept, quantize_frozen=quantize_frozen))
+    def validate_inputs(
+        cls, quantize_kept: Any = None, quantize_frozen: Any = None, optimizer: Any = None
+    ) -> bool | str:
+        """Refuse formats that this ComfyUI lacks, and an optimiser that is not installed, when the graph is queued."""
+        chosen = single(optimizer, "optimizer")
+
+        def check() -> None:
+            require_formats(quantize_kept=quantize_kept, quantize_frozen=quantize_frozen)
+            if chosen is not None:
+                require_optimizer(chosen)
+
+        return refusal(check)
 
     @classmethod
     def execute(
@@ -160,6 +171,8 @@ def _other_inputs() -> list[io.Input]:
             tooltip="Also count Train Patch Adapters (DDiT) with these `patch_sizes`. Its `lora_rank`, `lora_targets`, `batch_size`, "
             "`checkpointing` and `frames` are those above, and its pictures squares of `patch_min`.",
         ),
+        widgets.optimizer(AT_TRAINER),
+        widgets.ema(AT_TRAINER),
     ]  # fmt: skip
 
 
@@ -258,13 +271,15 @@ class Plan:
         """Return a picture of each phase's peak against the available memory."""
         run = self.as_run
         peaks = self._peaks(run[1]) if run and run[1] != self.needs else None
-        return memory_bars(self._peaks(self.needs), peaks, self._skipped, self._available, self.verdict)
+        largest = largest_that_fits(self._available)
+        return memory_bars(self._peaks(self.needs), peaks, self._skipped, self._available, largest, self.verdict)
 
     def on_node(self) -> dict[str, Any]:
         """Return the plan's numbers, in bytes, for the bars on the node."""
         run = self.as_run
         return {
             "available": self._available,
+            "largest": largest_that_fits(self._available),
             "place": self._place,
             "fits": self.fits,
             "as_set": {"peak": peak_of(self.settings, self.needs), "phases": self._peaks(self.needs)},

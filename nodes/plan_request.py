@@ -23,6 +23,7 @@ from ..blockskip_core.residuals.format import RESIDUAL_FORMATS, ResidualFormat
 from ..blockskip_core.residuals.residual_set import STORAGES, Storage
 from ..blockskip_core.selection.selection import BlockSelection
 from ..blockskip_core.training.config import TrainingConfig
+from ..blockskip_core.training.optimizers import OptimizerName
 from .train_patch_adapters import SIZES
 
 GIB = 2**30
@@ -59,6 +60,8 @@ class PlanRequest:
     reference_part: ReferencePart = "whole"
     references_each: int = 1
     coarse_patches: str = OFF
+    optimizer: OptimizerName = "AdamW"
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {
@@ -86,6 +89,9 @@ class PlanRequest:
             batch_size=self.batch_size,
             checkpointing=self.checkpointing,
             activation_budget=self.activation_budget * GIB,
+            optimizer=self.optimizer,
+            learning_rate=1.0,  # what Prodigy takes; memory does not depend on it
+            ema=self.ema,
         )
         return MemorySettings(
             config=config,

@@ -13,7 +13,7 @@ from ..blockskip_core.hosts.files.names import name_below
 from ..blockskip_core.hosts.runs.request import KEPT_WEIGHTS, RunRequest
 from ..blockskip_core.reporting.event_files import require_tensorboard
 from ..blockskip_core.training.config import LearningRateSchedule
-from ..blockskip_core.training.optimizers import OPTIMIZERS, require_optimizer
+from ..blockskip_core.training.optimizers import require_optimizer
 from . import widgets
 from .inputs import NO_FILE, checked, connected, connected_if_any, refusal, require_formats, single
 from .page.live_chart import LiveChart
@@ -102,10 +102,9 @@ def training_inputs() -> list[io.Input]:
 def later_inputs() -> list[io.Input]:
     """Return the inputs of a training that came after nodes with further inputs of their own."""
     return [
-        io.Float.Input(
-            "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True,
-            tooltip="Decay of a moving average of the LoRA, which is then saved and sampled in place of its last "
-            "values: 0.99 averages at most about the last 100 steps. 0: off.",
+        widgets.ema(
+            "Decay of a moving average of the LoRA, which is then saved and sampled in place of its last "
+            "values: 0.99 averages at most about the last 100 steps. 0: off."
         ),
         io.Boolean.Input(
             "tensorboard", default=False, optional=True, advanced=True,
@@ -211,12 +210,11 @@ def _memory_inputs() -> list[io.Input]:
             "0 recomputes everything and needs the least memory.",
             optional=True, advanced=True,
         ),
-        io.Combo.Input(
-            "optimizer", options=list(OPTIMIZERS), default="AdamW", optional=True, advanced=True,
-            tooltip="The 8-bit version keeps its state in a quarter of the memory and needs the Python package "
+        widgets.optimizer(
+            "The 8-bit version keeps its state in a quarter of the memory and needs the Python package "
             "bitsandbytes. Adafactor keeps hardly any. A LoRA's state is small: about 150 MiB at rank 16 on FLUX.1's "
             "last 28 blocks. Prodigy finds its step size itself, keeps twice as much and needs the Python package "
-            "prodigyopt; `learning_rate` multiplies it, so set that to 1.",
+            "prodigyopt; `learning_rate` multiplies it, so set that to 1."
         ),
         io.Combo.Input(
             "kept_weights", options=list(KEPT_WEIGHTS), default="resident", optional=True, advanced=True,

@@ -16,6 +16,7 @@ from ..blockskip_core.hosts.models.quantised_blocks import available_formats, de
 from ..blockskip_core.residuals.back_response import BACK_RESIDUALS
 from ..blockskip_core.residuals.format import RESIDUAL_FORMATS
 from ..blockskip_core.residuals.residual_set import STORAGES
+from ..blockskip_core.training.optimizers import OPTIMIZERS
 from .inputs import NO_FILE
 from .types import MemorySettingsSocket
 
@@ -139,6 +140,20 @@ def quantize_frozen(tooltip: str) -> io.Combo.Input:
     return io.Combo.Input(
         "quantize_frozen", options=available_formats(), default=default_for_frozen_blocks(), optional=True, advanced=True,
         tooltip=tooltip,
+    )  # fmt: skip
+
+
+def optimizer(tooltip: str) -> io.Combo.Input:
+    """The optimiser."""
+    return io.Combo.Input(
+        "optimizer", options=list(OPTIMIZERS), default="AdamW", optional=True, advanced=True, tooltip=tooltip
+    )  # fmt: skip
+
+
+def ema(tooltip: str) -> io.Float.Input:
+    """The decay of the LoRA's moving average."""
+    return io.Float.Input(
+        "ema", default=0.0, min=0.0, max=0.9999, step=0.001, round=0.0001, optional=True, advanced=True, tooltip=tooltip
     )  # fmt: skip
 
 

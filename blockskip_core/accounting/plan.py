@@ -161,7 +161,12 @@ def peak_of(settings: MemorySettings, needs: MemoryNeeds) -> int:
 
 def fits(peak: int, available: int) -> bool:
     """Return whether a counted peak fits into the available bytes."""
-    return peak * (1.0 + MARGIN) <= available
+    return peak <= largest_that_fits(available)
+
+
+def largest_that_fits(available: int) -> int:
+    """Return the largest counted peak that fits into the available bytes; the rest is the margin."""
+    return int(available / (1.0 + MARGIN))
 
 
 def changes_that_fit(

@@ -16,7 +16,7 @@ Peaks = Mapping[str, int]
 
 
 def memory_bars(
-    as_set: Peaks, as_run: Peaks | None, skipped: Collection[str], available: int, verdict: str
+    as_set: Peaks, as_run: Peaks | None, skipped: Collection[str], available: int, largest: int, verdict: str
 ) -> Image.Image:
     """Return a bar chart of peaks against the available memory.
 
@@ -25,6 +25,7 @@ def memory_bars(
         as_run: The same with the settings that the run will use; None if they are the same, or no settings fit.
         skipped: Phases that will not run; they are hatched, and never too much.
         available: Bytes that the run may use.
+        largest: The largest counted peak that fits; what is between is the margin, and shaded.
         verdict: A sentence above the bars.
     """
     groups = [("as set", as_set), *([("as run", as_run)] if as_run else [])]
@@ -35,21 +36,26 @@ def memory_bars(
     draw = ImageDraw.Draw(picture)
     draw.multiline_text((12, 10), "\n".join(lines), fill=INK, font=drawing_font(13))
     longest = max([available, *(peak for _, peaks in groups for peak in peaks.values())])
+    margin, line = (LEFT + (WIDTH - LEFT - RIGHT) * size // longest for size in (largest, available))
+    if margin < line:
+        for y in range(top, picture.height - 26, 4):
+            draw.line((margin, y, line, y), fill=FAINT)
     place = top
     for title, peaks in groups:
         draw.text((12, place + 2), title, fill=INK, font=drawing_font(13))
         place += 24
         for phase, peak in peaks.items():
-            _bar(draw, place, phase, peak, longest, None if phase in skipped else peak <= available)
+            _bar(draw, place, phase, peak, longest, line, None if phase in skipped else peak <= largest)
             place += BAR + GAP
-    line = LEFT + (WIDTH - LEFT - RIGHT) * available // longest
     draw.line((line, top, line, place), fill=INK, width=2)
     words = f"{format_bytes(available)} available"
     draw.text((min(line, WIDTH - 12), place + 4), words, fill=INK, font=drawing_font(12), anchor="ra")
     return picture
 
 
-def _bar(draw: ImageDraw.ImageDraw, top: int, phase: str, peak: int, longest: int, enough: bool | None) -> None:
+def _bar(
+    draw: ImageDraw.ImageDraw, top: int, phase: str, peak: int, longest: int, line: int, enough: bool | None
+) -> None:
     end = LEFT + (WIDTH - LEFT - RIGHT) * peak // longest
     draw.text((12, top + 2), phase, fill=INK, font=drawing_font(12))
     if enough is None:
@@ -58,4 +64,6 @@ def _bar(draw: ImageDraw.ImageDraw, top: int, phase: str, peak: int, longest: in
         draw.rectangle((LEFT, top, end, top + BAR), outline=FAINT)
     else:
         draw.rectangle((LEFT, top, end, top + BAR), fill=KEPT if enough else TOO_MUCH)
-    draw.text((end + 6, top + 2), "not run" if enough is None else format_bytes(peak), fill=INK, font=drawing_font(12))
+    words, font = "not run" if enough is None else format_bytes(peak), drawing_font(12)
+    crossed = end < line < end + 8 + draw.textlength(words, font=font)
+    draw.text(((line if crossed else end) + 6, top + 2), words, fill=INK, font=font)

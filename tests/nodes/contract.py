@@ -104,6 +104,8 @@ CONTRACT = {
             reference_part COMBO? = whole {whole | same part}
             references_each INT? = 1 [1, 64]
             coarse_patches COMBO? = off {off | 2x | 4x | 2x and 4x}
+            optimizer COMBO? = AdamW {AdamW | AdamW 8-bit (bitsandbytes) | Adafactor | Prodigy (prodigyopt)}
+            ema FLOAT? = 0.0 [0.0, 0.9999] step 0.001 round 0.0001
         """,
         [("report", "STRING"), ("fits", "BOOLEAN"), ("chart", "IMAGE"), ("settings", "BLOCKSKIP_MEMORY")],
     ),

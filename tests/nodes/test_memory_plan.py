@@ -74,6 +74,27 @@ def test_training_patch_adapters_is_counted_as_its_own_node_counts_it(bench, nod
     assert "does not fit: lower its `batch_size` or the size of its pictures." in small, "5 % are added"
 
 
+@pytest.mark.parametrize(("changes", "copies"), [({"optimizer": "Prodigy (prodigyopt)"}, 2), ({"ema": 0.99}, 1)])
+def test_what_the_optimiser_and_an_average_keep_of_the_lora_is_counted(bench, plan, changes, copies):
+    pytest.importorskip("prodigyopt")
+    shown, before = (
+        plan(checkpointing=False, **more).ui["blockskip_plan"][0]["as_set"]["phases"] for more in (changes, {})
+    )
+    lora = planned_lora_bytes(bench)
+    assert lora > 0
+    assert shown["training"] - before["training"] == copies * lora
+    assert shown["precomputing"] == before["precomputing"]
+
+
+def planned_lora_bytes(bench):
+    """Bytes of the LoRA's parameters in float32, with the plan's default layers."""
+    from blockskip_pack.blockskip_core.hosts.models.hosted_dit import HostedDit
+
+    selection = bench.select()[0]
+    layers = HostedDit(bench.model, [bench.prompt], (16, 4, 4)).lora_layers(selection, "attention and mlp")
+    return sum(4 * PLAN["rank"] * (layer.in_features + layer.out_features) for layer in layers.values())
+
+
 def test_a_card_that_is_too_small_is_told_what_to_change(plan):
     text, enough, *_ = plan(card_memory=0.0009, checkpointing=False, patch_min=64).args
     assert enough is False

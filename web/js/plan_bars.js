@@ -22,6 +22,7 @@ export function readPlan(data) {
   const texts = (list) => (Array.isArray(list) ? list.filter((text) => typeof text === "string") : []);
   return {
     available,
+    largest: number(data.largest) ?? available,
     asSet,
     asRun: readPeaks(data.as_run),
     fits: data.fits === true,
@@ -60,10 +61,14 @@ function row(name, peak, plan, longest, { thin = false, skipped = false } = {}) 
   const line = element(`display:grid;grid-template-columns:92px 1fr;gap:6px;align-items:center;height:${thin ? 15 : 20}px;flex:none`);
   line.className = skipped ? "blockskip-skipped" : "blockskip-bar";
   const room = element("position:relative;height:100%;min-width:0");
-  const fill = skipped ? HATCHED : peak <= plan.available ? COLOURS.fits : COLOURS.tooMuch;
+  const fill = skipped ? HATCHED : peak <= plan.largest ? COLOURS.fits : COLOURS.tooMuch;
   const width = `${(100 * peak) / longest}%`;
+  const margin = element(`position:absolute;inset:0 auto 0 ${(100 * plan.largest) / longest}%;width:${(100 * (plan.available - plan.largest)) / longest}%;background:#8884`);
+  margin.className = "blockskip-margin";
+  margin.title = say("plan.margin");
   room.append(
     element(`position:absolute;inset:${thin ? 3 : 2}px auto ${thin ? 3 : 2}px 0;width:${width};background:${fill};border-radius:2px`),
+    margin,
     element(`position:absolute;inset:0 auto 0 ${(100 * plan.available) / longest}%;border-left:2px solid currentColor`),
     element("position:absolute;inset:0 4px 0 4px;display:flex;align-items:center;text-shadow:0 0 3px #000;color:#fff",
       skipped ? say("plan.skipped") : bytes(peak)),

@@ -17,7 +17,7 @@ const SET_BY_PLAN = {
   [PRECOMPUTE]: ["patch_min", "storage"],
 };
 const READ_BY_PLAN = {
-  [TRAINER]: ["rank", "targets", "quantize_frozen"],
+  [TRAINER]: ["rank", "targets", "quantize_frozen", "optimizer", "ema"],
   [PRECOMPUTE]: ["draws", "chunk_size", "back_residual", "residual_format", "frames", "reference_size", "reference_part"],
 };
 
