@@ -364,29 +364,6 @@ def test_kept_blocks_can_be_quantised_for_a_run(bench, core, weight_format, stor
     assert ("correct_4bit" in told) is (weight_format == "4-bit")
 
 
-@pytest.mark.parametrize("storage", ["disk", "chunked", "on the fly"])
-@pytest.mark.parametrize("settings", [{"quantize_kept": "4-bit"}, {"quantize_frozen": "4-bit"}], ids=str)
-def test_what_4_bit_changes_is_undone(bench, storage, settings):
-    residuals = bench.precompute(storage=storage, chunk_size=4, back_residual="exact")[0]
-    before = weights(bench.model)
-    common = {"residuals": residuals, "steps": 4, "learning_rate": 1e-8}
-    plain = bench.train(**common, quantize_frozen="off")[1]["loss"]
-    corrected = bench.train(**common, **{"quantize_frozen": "off", **settings})[1]["loss"]
-    shifted = bench.train(**common, **{"quantize_frozen": "off", **settings}, correct_4bit=False)[1]["loss"]
-    far, near = (
-        max(abs(one / other - 1) for one, other in zip(plain, losses, strict=True)) for losses in (shifted, corrected)
-    )
-    assert near < 1e-5 < 1e-4 < far
-    after = weights(bench.model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_eight_bits_are_not_corrected(bench):
-    residuals = bench.precompute()[0]
-    runs = [bench.train(residuals=residuals, quantize_kept="int8", correct_4bit=on) for on in (True, False)]
-    assert all(torch.equal(runs[0][0][name], tensor) for name, tensor in runs[1][0].items())
-
-
 def test_a_lora_never_overwrites_another(bench):
     residuals = bench.precompute()[0]
     for _ in range(2):
