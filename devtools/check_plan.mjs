@@ -48,10 +48,11 @@ function look() {
   const edge = box.getBoundingClientRect();
   const over = [...box.querySelectorAll("*")].filter((part) => part.getBoundingClientRect().right > edge.right + 1);
   const bars = [...box.querySelectorAll(".blockskip-bar")].map(({ innerText }) => innerText);
+  const margins = [...box.querySelectorAll(".blockskip-margin")].map((part) => part.getBoundingClientRect().width);
   const skipped = [...box.querySelectorAll(".blockskip-skipped")].map(({ innerText }) => innerText);
   return {
     verdict: box.querySelector(".blockskip-verdict").textContent,
-    bars, skipped, over: over.length, width: edge.width, height: window.plan.size[1],
+    bars, margins, skipped, over: over.length, width: edge.width, height: window.plan.size[1],
     cut: box.scrollHeight > box.clientHeight + 1,
   };
 }
@@ -60,6 +61,7 @@ function check(seen, before) {
   const said = /^Needs [\d.]+ [MG]iB as set, you have [\d.]+ [MG]iB\. This run uses .+: [\d.]+ [MG]iB, fits\.$/;
   if (!said.test(seen.verdict)) problems.push(`the node says ${seen.verdict}`);
   if (seen.bars.length < 4) problems.push(`the bars are ${JSON.stringify(seen.bars)}`);
+  if (!seen.margins.length || Math.min(...seen.margins) <= 0) problems.push(`the margin is ${JSON.stringify(seen.margins)} px wide`);
   if (seen.skipped.length !== 1 || !seen.skipped[0].includes("not run")) problems.push(`not run: ${JSON.stringify(seen.skipped)}`);
   if (seen.over || seen.cut) problems.push(`something reaches over the edge: ${JSON.stringify(seen)}`);
   if (!options.vue && seen.height !== before) problems.push(`the node grew from ${before} px to ${seen.height} px`);

@@ -24,11 +24,11 @@ def differences(bench, residuals, format_of_blocks, **changes):
 @pytest.mark.parametrize("settings", FORMATS, ids=str)
 def test_what_4_bit_changes_is_undone(bench, storage, settings):
     residuals = bench.precompute(storage=storage, chunk_size=4, back_residual="exact")[0]
-    before = weights(bench.model)
+    loaded = weights(bench.model)
     far, near = differences(bench, residuals, settings)
     assert near < 1e-5 < 1e-4 < far
     after = weights(bench.model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(loaded[name], after[name]) for name in loaded)
 
 
 @pytest.mark.parametrize("part", ["whole", "same part"])
