@@ -63,7 +63,7 @@ HALF = {"choice": "measured", "ratio": 0.5}
 DEEP = "beyond the paper, 50 % skipped, patches"
 WHERE = "other places, 50 % skipped, patches"
 CARDS = "whole pictures: first blocks skipped, last blocks frozen (the templates: 3 and 6; for 8 GB in 4-bit)"
-SPANS = ((3, 6), (3, 7), (3, 4), (4, 4), (1, 3), (1, 2))
+SPANS = ((3, 6), (3, 7), (3, 4), (4, 4), (2, 3), (1, 3), (1, 2))
 """Numbers of first blocks that are skipped and of last blocks that are frozen, of the world's 12."""
 
 ARMS: tuple[Arm, ...] = (
@@ -199,6 +199,7 @@ ARMS: tuple[Arm, ...] = (
             (3, 6, "4-bit", ", learning rate x 2", {"learning_rate": 2}),
             (3, 6, "int8", ", learning rate x 2", {"learning_rate": 2}),
             (1, 3, "4-bit", "", {}),
+            (2, 3, "4-bit", "", {}),
             (4, 2, "4-bit", "", {}),
         )
     ),

@@ -28,7 +28,8 @@ from ..blockskip_core.hosts.models.adapted_dit import frames_of_clip
 from ..blockskip_core.hosts.models.counted_run import UncountableError, counting
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
 from ..blockskip_core.hosts.models.quantised_blocks import formats_on, require_available
-from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, patches_line, report
+from ..blockskip_core.hosts.runs.more_trained import room_for_more
+from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, more_trained_line, patches_line, report
 from ..blockskip_core.hosts.sampling.patch_training import counted_peak
 from ..blockskip_core.reporting.memory_bars import memory_bars
 from ..blockskip_core.reporting.pictures import as_image
@@ -234,7 +235,18 @@ class Plan:
         )  # fmt: skip
         for peak in self.patches.values():
             text += f"\n\n{patches_line(self._request.coarse_patches, peak, self._available)}"
+        if self.hint:
+            text += f"\n\n{self.hint}"
         return f"{text}\n\nOn the output `settings`: {self.settings_that_fit.describe()}"
+
+    @cached_property
+    def hint(self) -> str:
+        """A sentence about a choice of blocks that trains more of them, if that fits too."""
+        if not (self.fits or self.found):
+            return ""
+        settings = self._changed
+        more = room_for_more(self.run, settings, self.count(settings), self._available)
+        return more_trained_line(more) if more else ""
 
     @property
     def verdict(self) -> str:
@@ -244,11 +256,16 @@ class Plan:
     @cached_property
     def settings_that_fit(self) -> MemorySettings:
         """The settings with the changes that make the run fit, and with spare memory used if requested."""
+        if self._request.use_spare and (self.fits or self.found):
+            return with_spare_used(self._changed, self._available, self.count)
+        return self._changed
+
+    @property
+    def _changed(self) -> MemorySettings:
+        """The settings with the changes that make the run fit."""
         settings = self.settings
         for change in self.found[0] if self.found else ():
             settings = change.apply(settings)
-        if self._request.use_spare and (self.fits or self.found):
-            settings = with_spare_used(settings, self._available, self.count)
         return settings
 
     @property
@@ -287,6 +304,7 @@ class Plan:
             "changes": self.settings.changes_to(self.settings_that_fit),
             "skipped": self._skipped,
             "advice": "" if run else advice(None),
+            "hint": self.hint,
         }
 
     def _speed(self) -> float | None:

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blockskip_pack.blockskip_core.units import format_bytes
 
 from .conftest import Listed
+
+GIB = 2**30
 
 PLAN = {
     "back_residual": "constant",
@@ -52,7 +55,6 @@ def test_a_small_run_fits_this_machine(plan):
 )
 def test_training_patch_adapters_is_counted_as_its_own_node_counts_it(bench, nodes, plan, sizes, captions, changes):
     from blockskip_pack.blockskip_core.hosts.sampling.patch_training import counted_peak
-    from blockskip_pack.blockskip_core.units import format_bytes
 
     given = {**PLAN, "patch_min": 64, **changes}
     training = nodes.train_patch_adapters.TrainPatchesRequest(
@@ -84,6 +86,26 @@ def test_what_the_optimiser_and_an_average_keep_of_the_lora_is_counted(bench, pl
     assert lora > 0
     assert shown["training"] - before["training"] == copies * lora
     assert shown["precomputing"] == before["precomputing"]
+
+
+def test_room_to_train_more_blocks_is_told_with_what_it_takes(bench, nodes, plan):
+    half, quarter = (bench.select(method="skip and freeze", skip_ratio=ratio)[0] for ratio in (0.5, 0.25))
+    few, more = (planned_run(bench, nodes, blocks, back_residual="exact") for blocks in (half, quarter))
+    peak, work = (
+        lambda one: one.needs.training.peak, lambda one: one.needs.training.operations
+    )  # fmt: skip
+    hint = few.hint
+    assert "`skip_ratio` 0.25 on Select Blocks" in hint
+    assert f"takes {format_bytes(peak(more))} and {work(more) / work(few):.2g} times the operations" in hint
+    result = plan(selection=half, back_residual="exact")
+    assert hint in result.args[0].splitlines()
+    assert result.ui["blockskip_plan"][0]["hint"] == hint
+    for enough in (True, False):
+        card = (1.06 if enough else 1.04) * peak(more) / GIB
+        assert bool(planned_run(bench, nodes, half, back_residual="exact", card_memory=card).hint) is enough
+    assert not more.hint, "it trains more already"
+    assert not planned_run(bench, nodes, bench.select()[0]).hint, "chosen by hand"
+    assert not planned_run(bench, nodes, half, back_residual="exact", card_memory=1e-6).hint, "nothing fits"
 
 
 def planned_lora_bytes(bench):

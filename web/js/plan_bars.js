@@ -28,6 +28,7 @@ export function readPlan(data) {
     fits: data.fits === true,
     place: String(data.place ?? ""),
     advice: String(data.advice ?? ""),
+    hint: String(data.hint ?? ""),
     changes: texts(data.changes),
     skipped: texts(data.skipped),
   };
@@ -44,9 +45,9 @@ export function sentence(plan, isConnected) {
   const values = { needed: bytes(plan.asSet.peak), available: bytes(plan.available) };
   const first = say(plan.fits ? "plan.fits" : "plan.needs", values);
   if (!plan.asRun) return `${first} ${plan.advice}`;
-  if (!plan.changes.length) return first;
   const changes = { changes: plan.changes.join(", "), needed: bytes(plan.asRun.peak) };
-  return `${first} ${say(isConnected ? "plan.runs" : "plan.would", changes)}`;
+  const second = plan.changes.length ? say(isConnected ? "plan.runs" : "plan.would", changes) : "";
+  return [first, second, plan.hint].filter(Boolean).join(" ");
 }
 
 function element(style, text = "") {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,12 @@ class CountedRun:
         self._form, self._probe_size = residual_format, probe_size
         self._longest = max(range(captions), key=lambda caption: (dit.text_tokens(caption), dit.text_length(caption)))
         self._once = CountedOnce()
+
+    def of(self, selection: BlockSelection) -> CountedRun:
+        """Return the count of the same run with other blocks; what does not depend on them is not counted again."""
+        other = copy.copy(self)
+        other.selection = selection
+        return other
 
     @cached_property
     def _weightless(self) -> WeightlessDit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...accounting.memory_needs import MemoryNeeds
 from ...accounting.plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
 from ...units import format_bytes
+from .more_trained import MoreTrained
 
 Found = tuple[list[Change], MemoryNeeds] | None  # result of changes_that_fit
 AsRun = tuple[MemorySettings, MemoryNeeds] | None  # the settings handed on, and what the run needs with them
@@ -66,6 +67,14 @@ def patches_line(sizes: str, peak: int, available: int) -> str:
     """
     result = "fits" if fits(peak, available) else "does not fit: lower its `batch_size` or the size of its pictures"
     return f"patch adapters, {sizes}, trained by Train Patch Adapters: {format_bytes(peak)} on the device, {result}."
+
+
+def more_trained_line(more: MoreTrained) -> str:
+    """Return a choice that trains more blocks as a sentence or two."""
+    return (
+        f"There is room to train more blocks: `skip_ratio` {more.ratio:g} on Select Blocks takes {format_bytes(more.peak)} and "
+        f"{more.work:.2g} times the operations of a step. It learns more, at the usual learning rate."
+    )
 
 
 def _time(needs: MemoryNeeds, draws: int, speed: float | None) -> str:
