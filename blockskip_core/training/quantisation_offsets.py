@@ -138,9 +138,9 @@ class QuantisationOffsets:
             model.set_response(residuals.response, lambda draw: examples.schedule[draw].sigma)
             with dit.running(model.modules, activation_bytes=activation_bytes, weights=placed) as denoise:
                 self._compare_once(examples, residuals, model, denoise)
-                for draw, estimate in examples.estimates(dit, model, denoise, residuals, missing):
+                for done, (draw, estimate) in enumerate(examples.estimates(dit, model, denoise, residuals, missing), 1):
                     self._estimates[draw] = estimate
-                    self._progress("examples predicted as loaded", len(self._estimates), len(missing))
+                    self._progress("examples predicted as loaded", done, len(missing))
 
     def run_quantised(
         self,

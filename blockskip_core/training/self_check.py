@@ -58,7 +58,7 @@ def check_against_full_model(
             f"Before the first step, the model with skipped blocks differs from the full model by "
             f"{difference:.2e} (at most {tolerance:.2e} was expected). Something may have changed the model "
             "since its residuals were computed; use the same model for both."
-            + (" Or quantisation harms this model too much; choose a finer format." if dit.known_error else "")
+            + (" Or its weights are rounded too much; choose a finer format." if dit.known_error else "")
         )
     return difference
 

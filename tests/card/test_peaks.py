@@ -127,6 +127,27 @@ def test_training_on_quantised_weights(card, runs: Runs, model, weight_format, c
     assert counted * (1 - ALLOWED) <= peak[0] <= counted * (1 + ALLOWED) + copies * largest
 
 
+@pytest.mark.parametrize("weight_format", ["off", "int8"])
+def test_a_host_that_keeps_all_weights_on_the_device(card, runs: Runs, weight_format):
+    """As with --highvram: the MODEL's own weights stay beside the quantised copies."""
+    model = tiny_flux(depth=2, depth_single=3, width=640, heads=5, mlp_ratio=4.0)
+    model.offload_device = model.load_device
+    with torch.inference_mode():  # as ComfyUI loads it then
+        model.model.to(model.load_device)
+    runs.start_over()
+    residuals = runs.precompute(FLUX, model)
+    there = sum(weight.nbytes for weight in model.model.parameters() if weight.is_cuda)
+    try:
+        with peak_of(card) as peak:
+            runs.train_on(model, residuals, steps=2, quantize_kept=weight_format)
+    finally:
+        model.model.to("cpu")
+    counted = needs(model, quantize_kept=weight_format).training.peak
+    largest = max(weight.nbytes for weight in model.model.parameters())
+    taken = there + peak[0]
+    assert counted * (1 - ALLOWED) <= taken <= counted * (1 + ALLOWED) + UNPACKED.get(weight_format, 0) * largest
+
+
 def test_a_step_of_the_optimiser_makes_no_copies(card):
     """Of the weights, the gradients or the moments, as torch's own choice for cards does."""
     from blockskip_pack.blockskip_core.training.optimizers import build_optimizer

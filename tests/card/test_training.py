@@ -161,6 +161,21 @@ def test_a_model_in_eight_bits_with_frozen_blocks_in_four(compare, mode):
     compare(eight_bits, mode, back_residual="exact", quantize_frozen="4-bit")
 
 
+@pytest.mark.parametrize("weight_format", ["off", "4-bit"])
+def test_a_lora_on_a_model_in_eight_bits_does_not_stop_a_run(card, runs, weight_format):
+    """Its layers are written back in eight bits if they are loaded whole, as for precomputing, and not if streamed."""
+    patcher = FLUX.build(dtype=torch.float8_e4m3fn, cast_to=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in list(patcher.model.named_parameters()):
+        if "_blocks." in name and weight.dim() == 2:
+            values = torch.randn(weight.shape, generator=generator)
+            patcher.add_patches({name: ("diff", (0.1 * weight.float().norm() / values.norm() * values,))})
+    assert len(patcher.patches) > 10
+    with MODES["streamed_by_trainer"](card, patcher) as treated:
+        outcome = runs.train(FLUX, treated, quantize_kept=weight_format, kept_weights="streamed")
+    assert 1e-3 < outcome.said["self_check"] < 0.3
+
+
 @pytest.mark.parametrize("weight_format", ["off", "int8", "4-bit"])
 def test_layers_that_are_too_small_to_be_paged(card, runs, weight_format):
     """The host remembers the weights of such layers by name, and the user's model must not get quantised ones."""

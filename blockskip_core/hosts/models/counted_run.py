@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -114,28 +114,39 @@ class CountedRun:
             residual_format=self._form,
         )
         weights = self.weights(settings)
-        needs = self._with_quantised_layers(memory_needs(self._weightless, plan, weights, self._once), settings)
+        needs = memory_needs(self._weightless, plan, weights, self._once)
         if self._stays_on_device:
-            needs = needs.with_all_weights(sum(weights.blocks) + weights.others)
-        return needs
+            needs = needs.with_all_weights(self._all_weights)
+        return self._with_quantised_layers(needs, settings)
+
+    @property
+    def _all_weights(self) -> int:
+        """Bytes of the model's own weights."""
+        module = self.dit.patcher.model.diffusion_model
+        return sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
 
     def _with_quantised_layers(self, needs: MemoryNeeds, settings: MemorySettings) -> MemoryNeeds:
         """Add what layers quantised for the run need in addition to their weights on the device.
 
-        The packed copies of all of them are in host memory, because the MODEL itself is not changed; on the device one
-        layer at a time is unpacked.
+        The packed copies of all of them are where the host unloads to, because the MODEL itself is not changed: in host
+        memory, or on the device if weights stay there. On the device one layer at a time is unpacked.
         """
+        shrunk = self._shrunk(settings)
+        unpacked = bytes_to_unpack(max((math.prod(shape) for _, shape in shrunk), default=0), self.dit.dtype)
+        training = replace(needs.training, peak=needs.training.peak + unpacked)
+        if self._stays_on_device:
+            return replace(needs, training=training.with_weights(self.trained_weights(settings)))
+        return replace(needs, training=training, host=needs.host + _packed_bytes(shrunk))
+
+    def _shrunk(self, settings: MemorySettings) -> list[tuple[str, tuple[int, int]]]:
+        """Return the format and the shape of every layer that is quantised for the run."""
         module = self.dit.patcher.model.diffusion_model
-        shrunk = [
+        return [
             (weight_format, (layer.weight.shape[0], layer.weight.shape[1]))
             for name, weight_format in formats_of(self.dit, self.selection, settings).items()
             for layer in module.get_submodule(name).modules()
             if is_shrunk(layer, weight_format)
         ]
-        packed = sum(WEIGHT_FORMATS[weight_format].num_bytes(*shape) for weight_format, shape in shrunk)
-        unpacked = bytes_to_unpack(max((math.prod(shape) for _, shape in shrunk), default=0), self.dit.dtype)
-        training = replace(needs.training, peak=needs.training.peak + unpacked)
-        return replace(needs, training=training, host=needs.host + packed)
 
     @property
     def _stays_on_device(self) -> bool:
@@ -146,18 +157,18 @@ class CountedRun:
     def weights(self, settings: MemorySettings) -> StoredWeights:
         """Return the bytes of the weights, with the run's quantised blocks counted as quantised."""
         module, formats = self.dit.patcher.model.diffusion_model, formats_of(self.dit, self.selection, settings)
-        everything = sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
         blocks = [
             predicted_bytes(module.get_submodule(block.name), formats.get(block.name, "off"))
             for block in self.dit.blocks
         ]
-        return StoredWeights(blocks=blocks, others=everything - sum(self.dit.block_bytes))
+        return StoredWeights(blocks=blocks, others=self._all_weights - sum(self.dit.block_bytes))
 
     def trained_weights(self, settings: MemorySettings) -> int:
-        """Return the bytes of weights that a training step uses."""
+        """Return the bytes of weights that a training step uses; where weights stay on the device, all that are there."""
+        if self._stays_on_device:
+            return self._all_weights + _packed_bytes(self._shrunk(settings))
         weights = self.weights(settings)
-        everything = settings.storage == "on the fly" or self._stays_on_device
-        used = range(len(weights.blocks)) if everything else self.selection.kept
+        used = range(len(weights.blocks)) if settings.storage == "on the fly" else self.selection.kept
         return sum(weights.blocks[index] for index in used) + weights.others
 
     def streamed_bytes(self, settings: MemorySettings) -> int:
@@ -182,6 +193,10 @@ def formats_of(dit: SkippableDit, selection: BlockSelection, settings: MemorySet
     chosen = dict.fromkeys(selection.adapted, settings.quantize_kept)
     chosen |= dict.fromkeys(selection.frozen_span, settings.quantize_frozen)
     return {dit.blocks[index].name: chosen[index] for index in sorted(chosen) if chosen[index] != "off"}
+
+
+def _packed_bytes(shrunk: Iterable[tuple[str, tuple[int, int]]]) -> int:
+    return sum(WEIGHT_FORMATS[weight_format].num_bytes(*shape) for weight_format, shape in shrunk)
 
 
 def room_on(device: Any) -> tuple[int, str]:

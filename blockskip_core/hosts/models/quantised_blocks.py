@@ -43,16 +43,12 @@ from ...blocks.weight_sharing import copy_hooks, weight_sharing_copy
 from ...errors import InvalidInputError
 from ...model import BlockInfo, Denoiser, WeightPlacement, WrappedDit
 from ...selection.selection import BlockSelection
-from .hosted_dit import HostedDit
+from .hosted_dit import ERROR_ALLOWANCE, HostedDit
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (done, total) layers; may raise to interrupt
 
-# Change of the output over the relative error of the worst layer: at most 1.4 in tiny random models of 6 blocks, 1.3 in
-# the demo's trained model of 12 with few blocks quantised, and just above 5 with nine in 4-bit, in one training of twelve. A
-# factor of 5 leaves room for deep models; with 5.5, a LoRA that is applied twice is not detected in 4-bit.
-ERROR_ALLOWANCE = 5.0
 _SMALLEST_STREAMED = 16 * 1024  # bytes; the host keeps smaller layers resident, without a place in virtual memory
 
 
@@ -150,7 +146,7 @@ class QuantisedDit(WrappedDit):
 
         :data:`ERROR_ALLOWANCE` times the worst layer's error, as measured on this model's own weights.
         """
-        return ERROR_ALLOWANCE * max(self.layer_errors.values(), default=0.0)
+        return max(self._dit.known_error, ERROR_ALLOWANCE * max(self.layer_errors.values(), default=0.0))
 
     def packs_into(self, weight_format: str) -> bool:
         """Return whether any layer is packed into a format: those that are as small already stay as they are."""

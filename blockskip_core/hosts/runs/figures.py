@@ -77,7 +77,7 @@ def report(run: PreparedRun, outcome: RunOutcome) -> RunReport:
             "Back residual": known["back_residual"],
             **({"Dropped captions": residuals.on_dropped} if residuals.dropped else {}),
         },
-        settings=run.request.shown(),
+        settings={**run.request.shown(), "correct_4bit": run.corrected},
         config=run.request.config,
         result=outcome.result,
         peak_bytes=known["peak_memory_bytes"],
