@@ -72,7 +72,7 @@ class WordLosses:
         self._clip = captions.clip
         self._residency = residency
         self._together, self._needed = True, 0
-        self._lost = False  # whether the models could not be taken back from the host
+        self._lost = False  # whether the models have been left to the host and not been taken back
 
     @property
     def device(self) -> torch.device:
@@ -102,18 +102,15 @@ class WordLosses:
 
     @contextmanager
     def set_aside(self) -> Iterator[Any]:
-        """Leave both models to the host for the duration of a ``with`` block inside :meth:`loaded`; provide the model.
+        """Leave both models to the host from here on, inside :meth:`loaded`; provide the model for a ``with`` block.
 
-        If memory does not suffice to take them back, the next evaluation tries once more.
+        The next evaluation takes them back, not the end of the block: until then the host may load others for them.
         """
         self._let_go()
         self._lost = True
-        try:
-            if not self._together:
-                _make_room(self._patcher)
-            yield self._patcher
-        finally:
-            self._hold()
+        if not self._together:
+            _make_room(self._patcher)
+        yield self._patcher
 
     def _hold(self) -> None:
         if self._together:
@@ -184,7 +181,7 @@ class WordLosses:
         return [self._text(self._captions, caption, word) for word in words]
 
     def _make_room_for_text(self) -> None:
-        if self._lost:
+        if self._lost or (self._together and not (_is_loaded(self._clip.patcher) and _is_loaded(self._patcher))):
             self._hold()
         if not self._together:
             _make_room(self._clip.patcher)
@@ -206,6 +203,11 @@ def _make_room(patcher: Any) -> None:
     """Unload the other model, with the buffers through which its weights were streamed."""
     evict_others(patcher)
     drop_cast_buffers()
+
+
+def _is_loaded(patcher: Any) -> bool:
+    """Return whether the host has this MODEL or CLIP loaded, with its own patches: not another clone of it."""
+    return any(loaded.model is patcher for loaded in comfy.model_management.current_loaded_models)
 
 
 def as_called(patcher: Any) -> Any:
