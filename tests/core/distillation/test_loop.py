@@ -251,6 +251,25 @@ def test_whole_prompts_are_held_out():
         Examples(torch.zeros(3, 1, 4, 4), [0, 0, 0], lambda u: u, 0)
 
 
+@pytest.mark.parametrize(
+    ("captions", "measured"),
+    [
+        ([k // 2 for k in range(64)], [0, 8, 16, 24]),
+        ([k // 3 for k in range(33)], [0, 8, 0, 8]),
+        (range(40), [0, 8, 16, 24]),
+        ([0, 0, 0, 1, 1], [0, 0, 0]),
+    ],
+)
+def test_as_many_held_out_prompts_as_possible_are_measured(captions, measured):
+    latents = torch.randn(len(captions), 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    found = Examples(latents, captions, lambda u: u, 3, levels=(1e-9,))
+    batches = found.held_out_batches(module.HELD_OUT_LATENTS)
+    assert [caption for batch in batches for caption in batch.captions] == measured
+    chosen = [int((latents - batch.noisy).abs().amax((1, 2, 3)).argmin()) for batch in batches]
+    assert len(set(chosen)) == len(batches)
+    assert [captions[index] for index in chosen] == measured
+
+
 def test_errors_are_measured_within_a_range_of_noise_levels():
     own = examples()
     found = Examples(own._latents, own._captions, lambda u: u, 3, levels=levels_within(0.6, 0.8))
