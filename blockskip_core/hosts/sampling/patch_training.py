@@ -134,7 +134,7 @@ def train_patches(
     Raises:
         InvalidInputError: If the prompts, the size or the coarse steps cannot be used.
         UnsupportedModelError: If the family is not known, or the MODEL has a change that training cannot follow.
-        TrainingError: If a loss or gradient is not finite, or a trained tensor gets no gradient.
+        TrainingError: If a loss, gradient or held-out error is not finite, or a trained tensor gets no gradient.
     """
     run = _PatchTraining(patcher, positive, negative, request, given)
     run.count_memory(told)
