@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -122,6 +123,48 @@ def test_the_perturbation_is_checked_and_the_report_says_so(words):
     measured = re.search(r"slopes agree ([\d.]+) at 0.1, ([\d.]+) at 0.2, ([\d.]+) at 0.4", report)
     assert min(map(float, measured.groups())) > 0.95
     assert "(144 forward passes)" in report
+
+
+@pytest.fixture
+def picks(nodes, monkeypatch):
+    """Perturbations that the check picks, as another GPU or a restart may: one for each measurement."""
+    import sys
+
+    module = sys.modules[nodes.words.__name__ + ".prepare"]
+    measure, left = module.measure_signal, [0.4, 0.1]
+
+    def picked(*args):
+        return dataclasses.replace(measure(*args), perturbation=left.pop(0))
+
+    monkeypatch.setattr(module, "measure_signal", picked)
+    return left
+
+
+def test_a_run_that_resumes_keeps_the_perturbation_that_it_began_with(words, nodes, monkeypatch, picks):
+    words.train(perturbation=0.4, resume=False)
+    for path in words.folders.output.glob("blockskip/runs/*/*"):
+        path.unlink()
+    with cancelled_after(nodes, monkeypatch, 2):
+        words.train(check_perturbation=True)
+    report = words.train(check_perturbation=True)[4]
+    assert picks == [0.1], "measured once"
+    assert "2 of them by an earlier run" in report
+    assert "Perturbation 0.4, step size 0.4; checked by the earlier run." in report
+    assert_same(saved(words, 3), saved(words, 1))
+    with safe_open(words.folder / "my_dog_00003.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["blockskip_word"])["perturbation"] == 0.4
+    report = words.train(check_perturbation=True, resume=False)[4]
+    assert picks == []
+    assert "Perturbation 0.1, step size 0.4; slopes agree" in report
+
+
+def test_states_that_name_a_measured_perturbation_as_that_asked_for_are_not_used(words, nodes, monkeypatch, picks):
+    """Earlier versions did: their key is that of a run without the check."""
+    with cancelled_after(nodes, monkeypatch, 2):
+        words.train(check_perturbation=False)
+    report = words.train(check_perturbation=True)[4]
+    assert "0 of them by an earlier run" in report
+    assert picks == [0.1]
 
 
 def test_the_paper_is_one_choice(words):
