@@ -161,8 +161,8 @@ def test_a_run_that_resumes_keeps_the_perturbation_that_it_began_with(words, nod
 def test_states_that_name_a_measured_perturbation_as_that_asked_for_are_not_used(words, nodes, monkeypatch, picks):
     """Earlier versions did: their key is that of a run without the check."""
     with cancelled_after(nodes, monkeypatch, 2):
-        words.train(check_perturbation=False)
-    report = words.train(check_perturbation=True)[4]
+        words.train(perturbation=0.4, check_perturbation=False)
+    report = words.train(perturbation=0.4, check_perturbation=True)[4]
     assert "0 of them by an earlier run" in report
     assert picks == [0.1]
 
