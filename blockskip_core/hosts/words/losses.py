@@ -8,7 +8,7 @@ the rows of one step as steps of one picture; LoRAs, hooks and functions inside 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -44,7 +44,7 @@ class WordLosses:
         latents: Clean latents in the model's own scale, shape (pictures, C, H, W), on the CPU; if ``mirrored`` examples
             occur, the mirrored ones follow all others.
         pictures: Number of pictures.
-        guidance: Distilled guidance of models that take it (FLUX.1-dev); other models ignore it.
+        guidance: Distilled guidance of models that take it (FLUX.1-dev), for the losses; other models ignore it.
         residency: "together" keeps text encoder and model loaded; "in turns" unloads one for the other in every step,
             which is slow and needs only memory for the larger one; "auto" decides by the device's memory.
 
@@ -67,7 +67,7 @@ class WordLosses:
             )
         self.forwards = 0
         self._patcher, self._captions, self._layout = as_called(model), captions, layout
-        self._latents, self._pictures, self._guidance = latents, pictures, guidance
+        self._latents, self._pictures, self._settings = latents, pictures, {"guidance": guidance}
         self._sampling = self._patcher.get_model_object("model_sampling")
         self._clip = captions.clip
         self._residency = residency
@@ -164,10 +164,10 @@ class WordLosses:
         """Return the CONDITIONING of a caption with a word, as from CLIP Text Encode."""
         return self._encoded(word[None], caption)[0]
 
-    def prompts(self, captions: WordCaptions, word: Tensor) -> list[list]:
-        """Return the CONDITIONINGs of all of other captions of the same CLIP with a word."""
+    def prompts(self, captions: WordCaptions, word: Tensor, settings: Mapping[str, Any]) -> list[list]:
+        """Return the CONDITIONINGs of all of other captions of the same CLIP with a word and settings, such as a guidance."""
         self._make_room_for_text()
-        return [self._text(captions, caption, word) for caption in range(len(captions))]
+        return [self._text(captions, caption, word, settings) for caption in range(len(captions))]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class WordLosses:
 
     def _encoded(self, words: Tensor, caption: int) -> list[list]:
         self._make_room_for_text()
-        return [self._text(self._captions, caption, word) for word in words]
+        return [self._text(self._captions, caption, word, self._settings) for word in words]
 
     def _make_room_for_text(self) -> None:
         if self._lost or (self._together and not (_is_loaded(self._clip.patcher) and _is_loaded(self._patcher))):
@@ -186,9 +186,9 @@ class WordLosses:
         if not self._together:
             _make_room(self._clip.patcher)
 
-    def _text(self, captions: WordCaptions, caption: int, word: Tensor) -> list:
+    def _text(self, captions: WordCaptions, caption: int, word: Tensor, settings: Mapping[str, Any]) -> list:
         tokens = captions.tokens(caption, self._layout.split(word))
-        encoded: list = self._clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": self._guidance})
+        encoded: list = self._clip.encode_from_tokens_scheduled(tokens, add_dict=dict(settings))
         return encoded
 
     def _prepared(self, conditioning: Sequence[Any], noisy: Tensor, clean: Tensor) -> list[dict[str, Any]]:

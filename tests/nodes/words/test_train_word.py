@@ -239,24 +239,36 @@ def test_a_cache_on_the_model_is_left_out_of_learning_and_of_its_samples(words, 
     assert cached.wrappers
 
 
-@pytest.mark.parametrize(("family", "cfg"), [("FLUX.1", 1.0), ("SD1.5", 4.0)])
+@pytest.mark.parametrize(
+    ("family", "cfg", "guidance"),
+    [
+        ("FLUX.1", 1.0, {}),
+        ("FLUX.1", 1.0, {"guidance": 3.5}),
+        ("FLUX.1", 1.0, {"guidance": 9.0}),
+        ("SD1.5", 4.0, {}),
+    ],
+)
 def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(
-    words, sampling, small, vae, monkeypatch, family, cfg
+    words, sampling, small, tiny, vae, monkeypatch, family, cfg, guidance
 ):
-    """Encoded, sampled and decoded by ComfyUI's own functions; a U-Net with guidance away from another prompt too."""
+    """Encoded, sampled and decoded by ComfyUI's own functions; a U-Net with guidance away from another prompt too.
+
+    The guidance of FLUX.1-dev is that of Flux Guidance before the sampling node, or ComfyUI's default, not the training's.
+    """
     import comfy.sample
 
     latents, decode = [], vae.decode
     monkeypatch.setattr(vae, "decode", lambda latent: latents.append(latent) or decode(latent))
-    model = words.model if family == "FLUX.1" else small.small_unet()
+    model = tiny.tiny_flux(guidance=True) if family == "FLUX.1" else small.small_unet()
     clip = small.small_clip(family, str(words.folder))
     with torch.inference_mode():
         negative = clip.encode_from_tokens_scheduled(clip.tokenize("a cloud"))
-    request = sampling(cfg=cfg, negative=negative)
-    trained = words.train(model=model, clip=clip, samples=request, sample_prompts="a {word} in the sea")
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize("a plain prompt"), add_dict=guidance)
+    request = sampling(cfg=cfg, positive=positive, negative=negative)
+    trained = words.train(model=model, clip=clip, samples=request, sample_prompts="a {word} in the sea", guidance=1.0)
     tokens = clip.tokenize("a embedding:my_dog_00001 in the sea")
     with torch.inference_mode():
-        prompt = clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": 1.0})
+        prompt = clip.encode_from_tokens_scheduled(tokens, add_dict=guidance)
         empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 4, 8))
         noise = comfy.sample.prepare_noise(empty, 1)
         latent = comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", prompt, negative, empty, seed=1)
