@@ -226,6 +226,31 @@ def test_samples_while_training_show_the_word_and_change_nothing(words, sampling
     assert words.model.model.current_patcher is None
 
 
+def test_a_likeness_for_which_the_host_unloads_the_models_changes_nothing(
+    words, sampling, encoder, pictures, monkeypatch
+):
+    """On a card that is short of memory the text encoders went, and with them the LoRA that the user has put on them."""
+    import comfy.model_management
+
+    def encode_image(image):
+        comfy.model_management.free_memory(1e30, encoder.patcher.load_device)
+        unloaded.append(not comfy.model_management.current_loaded_models)
+        return encode(image)
+
+    encode, unloaded, clip = encoder.encode_image, [], words.clip.clone()
+    monkeypatch.setattr(encoder, "encode_image", encode_image)
+    weights = {name: x for name, x in clip.patcher.model_state_dict().items() if name.endswith("mlp.fc1.weight")}
+    assert clip.patcher.add_patches({name: (0.5 * torch.ones_like(x),) for name, x in weights.items()}, 1.0)
+    common = {"steps": 5, "clip": clip, "resume": False}
+    plain = words.train(**common)
+    trained = words.train(**common, samples=sampling(clip_vision=encoder, reference_images=pictures))
+    assert any(unloaded)
+    assert all(shown["likeness"] is not None for shown in trained.ui["blockskip_chart"][0]["samples"])
+    assert trained[2] == plain[2]
+    assert_same(saved(words, 1), saved(words, 2))
+    assert words.train(**{**common, "clip": words.clip})[2] != plain[2], "the LoRA matters"
+
+
 def test_a_cache_on_the_model_is_left_out_of_learning_and_of_its_samples(words, sampling):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
