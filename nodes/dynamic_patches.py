@@ -188,7 +188,8 @@ class DynamicPatchesRequest:
             )
         trained, plan = patch_adapters, self.plan(patch_adapters)
         changed = DynamicPatches(model, trained, plan, lambda record: show(progress, trained, record)).patcher
-        return (changed, *planned(plan, trained, levels_of(sigmas)))
+        cell = changed.model.latent_format.spacial_downscale_ratio
+        return (changed, *planned(plan, trained, levels_of(sigmas), cell))
 
     def plan(self, trained: TrainedPatches) -> PatchPlan:
         """Return how patch sizes are chosen.
@@ -229,14 +230,20 @@ def levels_of(sigmas: Tensor | None) -> list[float] | None:
     return values
 
 
-def planned(plan: PatchPlan, trained: TrainedPatches, sigmas: Sequence[float] | None) -> tuple[Sequence[int], str]:
+def planned(
+    plan: PatchPlan, trained: TrainedPatches, sigmas: Sequence[float] | None, cell: int
+) -> tuple[Sequence[int], str]:
     """Return the scale of every step, if it is known before sampling, and a report.
 
-    Operations are counted for a picture of ``REPORTED_SIDE`` pixels with 8 pixels per latent cell, or for a clip of the size
-    that adapters for clips were trained with.
+    Operations are counted for a picture of ``REPORTED_SIDE`` pixels, or for a clip of the size that adapters for clips were
+    trained with.
+
+    Args:
+        plan, trained, sigmas: What was chosen, and the noise levels if they are known.
+        cell: Pixels along the side of a latent cell.
     """
     of_clips = trained.notes.get("frames", 1) > 1
-    tokens = trained.notes["image_tokens"] if of_clips else (REPORTED_SIDE // 8 // trained.base.patch) ** 2
+    tokens = trained.notes["image_tokens"] if of_clips else (REPORTED_SIDE // cell // trained.base.patch) ** 2
     operations = trained.operations_of(tokens)
     sizes = ", ".join(f"{scale}x: 1/{operations[1] / operations[scale]:.2f}" for scale in trained.scales)
     costs = (

@@ -159,7 +159,7 @@ def _run_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "guidance", default=1.0, min=0.0, max=100.0, step=0.1, optional=True, advanced=True,
-            tooltip="The guidance that FLUX.1-dev and its kin are given. Other models ignore it.",
+            tooltip="The guidance that FLUX.1-dev and its kin are given while the word is learned. Other models ignore it.",
         ),
         io.Combo.Input(
             "residency", options=list(RESIDENCIES), default="auto", optional=True, advanced=True,

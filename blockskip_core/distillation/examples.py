@@ -102,14 +102,24 @@ class Examples:
         """Return held-out examples, a batch of one per latent and level of ``levels``, level by level.
 
         Args:
-            most: Latents, at most.
+            most: Latents, at most; of as many captions as possible.
         """
-        chosen = list(enumerate(self.held_out[:most]))
+        chosen = list(enumerate(self._in_turn(self.held_out)[:most]))
         return [
             self._noisy([(index, level, self._seed ^ (number * _MIXED))])
             for level in self.levels
             for number, index in chosen
         ]
+
+    def _in_turn(self, latents: Sequence[int]) -> list[int]:
+        """Return latents in an order that takes one of every caption before it takes another of the same."""
+        seen: dict[int, int] = {}
+        turns = []
+        for index in latents:
+            caption = self._captions[index]
+            turns.append(seen.get(caption, 0))
+            seen[caption] = turns[-1] + 1
+        return [index for _, index in sorted(zip(turns, latents, strict=True))]
 
     def _drawn(self, number: int) -> tuple[int, float, int]:
         """Return latent, noise level and noise seed of an example."""

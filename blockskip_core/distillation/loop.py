@@ -24,7 +24,7 @@ from ..training.optimizers import build_optimizer, optimizer_state, restore_opti
 from .distilled import Distilled
 from .examples import Batch, Examples
 from .settings import DistillationSettings
-from .validation import HeldOut, OnCall
+from .validation import Call, HeldOut, OnCall
 
 HELD_OUT_LATENTS = 4
 _IMPROVEMENT = 0.005  # relative; less counts as none
@@ -91,7 +91,8 @@ def distill(
 
     Raises:
         CheckpointError: If a state belongs to another run.
-        TrainingError: If a loss or gradient is not finite (before it is applied), or a trained tensor gets no gradient.
+        TrainingError: If a loss or gradient is not finite (before it is applied) or a held-out error is not, or a trained
+            tensor gets no gradient.
     """
     loop = _Loop(model, examples, settings, result, checkpoints)
     with torch.inference_mode(False), torch.enable_grad():
@@ -195,15 +196,29 @@ class _Loop:
         """Measure the held-out error before the first step, at intervals and after the last step."""
         step, measured = self.result.steps, self.result.measured
         if not self.result.untrained:
-            self.result.untrained = self.held_out.errors(self.model.untrained)
+            self.result.untrained = self._errors(self.model.untrained)
         due = step % self.settings.validate_every == 0 or step == self.settings.steps
         if not due or (measured and measured[-1][0] == step):
             return
-        errors = self.held_out.errors(self.model.student)
+        errors = self._errors(self.model.student)
         measured.append((step, errors))
         if len(measured) == 1 or _mean(errors) < _mean(self.result.best_errors) * (1.0 - _IMPROVEMENT):
             self.result.best_step, self.best = step, self.model.state_dict()
         self._stop_if_no_longer_better()
+
+    def _errors(self, call: Call) -> tuple[float, ...]:
+        """Return the held-out error by level of a call of the model.
+
+        Raises:
+            TrainingError: If one is not finite; it is not kept then, so that no saved state has it.
+        """
+        errors = self.held_out.errors(call)
+        if not all(map(math.isfinite, errors)):
+            raise TrainingError(
+                f"The held-out error is not finite after step {self.result.steps}. Load the model in bf16, or lower the "
+                "learning rate."
+            )
+        return errors
 
     def _stop_if_no_longer_better(self) -> None:
         since = sum(step > self.result.best_step for step, _ in self.result.measured)

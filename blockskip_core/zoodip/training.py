@@ -1,7 +1,8 @@
 """The training loop of ZOODiP (arXiv 2503.14868): perturb the word, compare losses, move the word.
 
 The word is kept in float32, and every perturbed word is computed from it. Directions and examples are functions of
-(seed, step), so a training state is the word, Adam's moments and the subspace, and a resumed run continues bit for bit.
+(seed, step), so a training state is the word, Adam's moments, the subspace and the perturbation, which may have been
+measured, and a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .signal import Losses, require_finite
 from .subspace import SubspaceGradient
 from .word import WordLayout
 
-_ADAM, _SUBSPACE, _WORD = "adam/", "subspace/", "word"
+_ADAM, _SUBSPACE, _WORD, _PERTURBATION = "adam/", "subspace/", "word", "perturbation"
 
 
 @dataclass
@@ -53,6 +54,7 @@ class WordTraining:
 
     Attributes:
         word: The word, shape (numbers,), float32 on the CPU; the last good one, however the run ends.
+        perturbation: That of the settings, or of the state that the run resumed from. May be set before the first step.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class WordTraining:
         self._adam = Adam(layout.numbers, settings.epsilon)
         self._subspace = SubspaceGradient(layout.numbers, settings.subspace_every, settings.subspace_share)
         self.word = first.detach().to("cpu", torch.float32).clone()
+        self.perturbation = settings.perturbation
 
     @property
     def num_removed(self) -> int:
@@ -81,6 +84,7 @@ class WordTraining:
         if state is None:
             return
         self.word = state.tensors[_WORD].clone()
+        self.perturbation = state.numbers.get(_PERTURBATION, self.perturbation)  # earlier versions wrote none
         self._adam.restore(_below(_ADAM, state.tensors), state.step)
         self._subspace.restore(_below(_SUBSPACE, state.tensors))
         self._result.losses[:] = state.losses
@@ -124,10 +128,10 @@ class WordTraining:
     def _step(self, step: int) -> StepReport:
         started, settings = time.perf_counter(), self._settings
         drawn = directions(settings.seed, step, settings.directions, self._layout.numbers)
-        points = self._estimator.points(self.word, settings.perturbation * self._layout.sizes * drawn)
+        points = self._estimator.points(self.word, self.perturbation * self._layout.sizes * drawn)
         losses = self._losses(points, self._examples[step]).double().cpu()
         require_finite(losses, f"of step {step + 1}")
-        gradient = self._subspace.project(self._estimator.gradient(losses, drawn, settings.perturbation))
+        gradient = self._subspace.project(self._estimator.gradient(losses, drawn, self.perturbation))
         left = self._layout.numbers - self._subspace.num_removed
         gradient = gradient / published_divisor(left, settings.directions)
         rate = settings.step_size_at(step)
@@ -147,7 +151,8 @@ class WordTraining:
         tensors = {_WORD: self.word.clone()}
         tensors |= {_ADAM + name: tensor for name, tensor in self._adam.state().items()}
         tensors |= {_SUBSPACE + name: tensor for name, tensor in self._subspace.state().items()}
-        return TrainingState(self._result.steps, list(self._result.losses), tensors, {}, self._settings.steps)
+        numbers = {_PERTURBATION: self.perturbation}
+        return TrainingState(self._result.steps, list(self._result.losses), tensors, numbers, self._settings.steps)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +43,7 @@ class PreparedWord:
         losses: The loss of words on an example.
         settings: The settings, with the perturbation asked for.
         num_pictures: Number of pictures.
-        identity: What the run is, apart from its perturbation.
+        identity: What the run is, with the perturbation asked for: what a device measures is not sure to repeat.
         memory: What it needs and what there is, as a sentence; may be empty.
         sampler: Samples pictures while training, or None.
     """
@@ -59,38 +59,37 @@ class PreparedWord:
     memory: str
     sampler: WordSampler | None
 
-    def measured(self, progress: NodeProgress) -> tuple[WordSettings, Signal | None]:
-        """Return the settings with a perturbation that the model's loss follows, and what was measured.
+    def measured(self, progress: NodeProgress) -> Signal | None:
+        """Return a perturbation that the model's loss follows, with what was measured; None if that is not asked for.
 
         Raises:
             TrainingError: If the loss follows none.
         """
         if not self.request.check_perturbation:
-            return self.settings, None
-        signal = measure_signal(
+            return None
+        return measure_signal(
             self.losses, self.first, self.layout.sizes, self.settings.perturbation,
             self.request.examples(self.settings, self.num_pictures).spread(PAIRS), self.settings.seed,
             lambda done, total: progress("perturbations checked", done, total),
         )  # fmt: skip
-        return replace(self.settings, perturbation=signal.perturbation), signal
 
-    def identity_with(self, settings: WordSettings) -> RunIdentity:
-        """Return what the run with these settings is."""
-        values = asdict(settings)
-        if settings.schedule == "constant":  # otherwise the step size depends on the length of the run
-            del values["steps"]
-        return RunIdentity({**self.identity.parts, **values})
-
-    def checkpoints(self, settings: WordSettings, problems: list[str]) -> Checkpoints:
-        """Return the training states of the run with these settings; those of old runs are removed.
+    def checkpoints(self, problems: list[str]) -> Checkpoints:
+        """Return the training states of the run; those of old runs are removed.
 
         ``problems`` gets a sentence for each of them that was unfinished.
         """
-        identity = self.identity_with(settings)
-        folder = run_folder(identity.key)
-        problems.extend(remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=identity.key))
-        request = self.request
-        return Checkpoints(folder, identity, every=request.save_every, keep=KEPT_STATES, resume=request.resume)
+        folder, request = run_folder(self.identity.key), self.request
+        problems.extend(remove_old_runs(folder.parent, keep=KEPT_RUNS - 1, exclude=self.identity.key))
+        return Checkpoints(folder, self.identity, every=request.save_every, keep=KEPT_STATES, resume=request.resume)
+
+
+def settings_identity(request: WordRequest, settings: WordSettings) -> dict[str, Any]:
+    """Return the parts of a run's identity that are settings, by name."""
+    values = asdict(settings)
+    if settings.schedule == "constant":  # otherwise the step size depends on the length of the run
+        del values["steps"]
+    # Without the check they are those of before it, whose states are this run's.
+    return {**values, "check_perturbation": True} if request.check_perturbation else values
 
 
 def encoded(captions: WordCaptions, vectors: Mapping[str, Tensor]) -> list[list]:
@@ -142,5 +141,6 @@ def prepare(
         identity=RunIdentity({
             "kind": "word", "model": identity, "texts": conditionings_identity(texts), "latents": tensors_identity([latents]),
             "first": tensors_identity([first]), "guidance": request.guidance, "made by": f"BlockSkip {VERSION}",
+            **settings_identity(request, settings),
         }),
     )  # fmt: skip

@@ -28,7 +28,7 @@ def report(
         f"Loss of the first tenth {_first(result):.4f}, of the last tenth {_last(result):.4f}. Every step has another "
         "picture and noise level, so single losses say little.",
         f"The word moved by {moved:.2f} of an ordinary word's numbers.",
-        f"Perturbation {settings.perturbation:.3g}, step size {settings.step_size:.3g}; {_checked(signal)}.",
+        f"Perturbation {settings.perturbation:.3g}, step size {settings.step_size:.3g}; {_checked(run, signal, result)}.",
         f"Highest memory use {peak}.",
         run.memory,
         *result.problems,
@@ -36,9 +36,10 @@ def report(
     return "\n".join(line for line in lines if line)
 
 
-def _checked(signal: Signal | None) -> str:
+def _checked(run: PreparedWord, signal: Signal | None, result: WordResult) -> str:
     if signal is None:
-        return "not checked"
+        was = run.request.check_perturbation and result.resumed_at
+        return "checked by the earlier run" if was else "not checked"
     measured = ", ".join(f"{value:.2f} at {mu:.3g}" for mu, value in signal.agreement.items())
     return f"slopes agree {measured} ({signal.passes} forward passes)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from ...blockskip_core.hosts.runs.peak_memory import PeakMemory
 from ...blockskip_core.training.checkpoints import RunIdentity
 from ...blockskip_core.training.observer import TrainingObserver
 from ...blockskip_core.zoodip.settings import WordSettings
-from ...blockskip_core.zoodip.signal import Signal
 from ...blockskip_core.zoodip.training import WordResult, WordTraining
 from ..page.live_chart import LiveChart
 from ..page.progress import NodeProgress
@@ -69,26 +68,27 @@ def train_word(
     with out_of_memory_explained("Learning the word", ADVICE):
         run = prepare(model, clip, vae, images, request, progress)
         with run.losses.loaded(run.settings.passes_per_step):
-            settings, signal = run.measured(progress)
-            return _learned(run, settings, signal, progress, chart)
+            return _learned(run, progress, chart)
 
 
-def _learned(
-    run: PreparedWord, settings: WordSettings, signal: Signal | None, progress: NodeProgress, chart: LiveChart
-) -> TrainedWord:
-    result = WordResult()
-    checkpoints = run.checkpoints(settings, result.problems)
-    examples = run.request.examples(settings, run.num_pictures)
-    display = WordDisplay(settings, result, progress, chart, run.losses.device)
+def _learned(run: PreparedWord, progress: NodeProgress, chart: LiveChart) -> TrainedWord:
+    result, steps = WordResult(), run.settings.steps
+    checkpoints = run.checkpoints(result.problems)
+    examples = run.request.examples(run.settings, run.num_pictures)
+    display = WordDisplay(run.settings, result, progress, chart, run.losses.device)
 
     def wait_for_another(step: int) -> None:
-        progress("waiting for another process that learns the same word", min(step, settings.steps), settings.steps)
+        progress("waiting for another process that learns the same word", min(step, steps), steps)
 
     training = WordTraining(
-        run.losses, run.layout, run.first, examples, settings, result=result, checkpoints=checkpoints
+        run.losses, run.layout, run.first, examples, run.settings, result=result, checkpoints=checkpoints
     )
     with checkpoints.to_itself(wait_for_another):
         training.resume()
+        signal = None if result.resumed_at else run.measured(progress)  # a run keeps what it began with
+        if signal is not None:
+            training.perturbation = signal.perturbation
+        settings = replace(run.settings, perturbation=training.perturbation)
         display.earlier()
         with _events(run, settings, result, display) as events:
             samples = _samples(run, settings, training, result, display.memory, progress, chart)
@@ -120,7 +120,7 @@ def _samples(
     progress: NodeProgress, chart: LiveChart,
 ) -> list[RunSamples]:  # fmt: skip
     """Return what samples while training, if it is asked for."""
-    sampler, key = run.sampler, run.identity_with(settings).key
+    sampler, key = run.sampler, run.identity.key
     if sampler is None:
         return []
     pictures = RunIdentity({"run": key, **sampler.request.identity}).key  # other prompts do not replace their files
@@ -140,7 +140,7 @@ def _events(
     if not run.request.tensorboard:
         yield []
         return
-    events = WordEvents(run.name.name, run.identity_with(settings).key, settings.steps, result, display.memory)
+    events = WordEvents(run.name.name, run.identity.key, settings.steps, result, display.memory)
     try:
         yield [events]
     finally:

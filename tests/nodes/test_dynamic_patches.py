@@ -301,6 +301,19 @@ def test_the_strip_on_the_node_grows_while_a_sampler_runs(trained, use, prompt, 
     assert state is comfy_execution.progress.NodeState.Finished
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("flux", 64**2), ("flux2", 64**2), ("wan21", 64**2), ("wan22", 32**2)])
+def test_the_report_counts_the_models_own_tokens(nodes, run_node, folders, name, tokens):
+    """For 1024 px; FLUX.2 and Wan 2.2 5B have 16 px per latent cell, and patches of one and of two cells."""
+    family = next(family for family in FAMILIES if family.name == name)
+    model, prompts = family.build(), family.captions((5, 5), seed=8)
+    settings = {"model": model, "positive": Listed(prompts), **TRAINING, "height": 64, "max_steps": 1}
+    adapters = run_node(nodes.TrainPatchAdapters, **settings).args[0]
+    used = {"model": model, "patch_adapters": adapters, "mode": "every other", "error_budget": 0.1, "sigmas": SIGMAS}
+    report = run_node(nodes.DynamicPatchesNode, **used).args[2]
+    assert f"counted for {tokens} image tokens" in report
+    assert adapters.notes["image_tokens"] * 256 == tokens, "of a picture with a sixteenth of the side"
+
+
 def test_clips_of_wan_are_trained_on_and_sampled(nodes, run_node, folders):
     """The model's own clips and given films, decided before and while sampling; own steps are the plain model's."""
     import comfy.samplers

@@ -8,7 +8,7 @@ the rows of one step as steps of one picture; LoRAs, hooks and functions inside 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -44,7 +44,7 @@ class WordLosses:
         latents: Clean latents in the model's own scale, shape (pictures, C, H, W), on the CPU; if ``mirrored`` examples
             occur, the mirrored ones follow all others.
         pictures: Number of pictures.
-        guidance: Distilled guidance of models that take it (FLUX.1-dev); other models ignore it.
+        guidance: Distilled guidance of models that take it (FLUX.1-dev), for the losses; other models ignore it.
         residency: "together" keeps text encoder and model loaded; "in turns" unloads one for the other in every step,
             which is slow and needs only memory for the larger one; "auto" decides by the device's memory.
 
@@ -67,12 +67,12 @@ class WordLosses:
             )
         self.forwards = 0
         self._patcher, self._captions, self._layout = as_called(model), captions, layout
-        self._latents, self._pictures, self._guidance = latents, pictures, guidance
+        self._latents, self._pictures, self._settings = latents, pictures, {"guidance": guidance}
         self._sampling = self._patcher.get_model_object("model_sampling")
         self._clip = captions.clip
         self._residency = residency
         self._together, self._needed = True, 0
-        self._lost = False  # whether the models could not be taken back from the host
+        self._lost = False  # whether the models have been left to the host and not been taken back
 
     @property
     def device(self) -> torch.device:
@@ -102,18 +102,15 @@ class WordLosses:
 
     @contextmanager
     def set_aside(self) -> Iterator[Any]:
-        """Leave both models to the host for the duration of a ``with`` block inside :meth:`loaded`; provide the model.
+        """Leave both models to the host from here on, inside :meth:`loaded`; provide the model for a ``with`` block.
 
-        If memory does not suffice to take them back, the next evaluation tries once more.
+        The next evaluation takes them back, not the end of the block: until then the host may load others for them.
         """
         self._let_go()
         self._lost = True
-        try:
-            if not self._together:
-                _make_room(self._patcher)
-            yield self._patcher
-        finally:
-            self._hold()
+        if not self._together:
+            _make_room(self._patcher)
+        yield self._patcher
 
     def _hold(self) -> None:
         if self._together:
@@ -167,10 +164,10 @@ class WordLosses:
         """Return the CONDITIONING of a caption with a word, as from CLIP Text Encode."""
         return self._encoded(word[None], caption)[0]
 
-    def prompts(self, captions: WordCaptions, word: Tensor) -> list[list]:
-        """Return the CONDITIONINGs of all of other captions of the same CLIP with a word."""
+    def prompts(self, captions: WordCaptions, word: Tensor, settings: Mapping[str, Any]) -> list[list]:
+        """Return the CONDITIONINGs of all of other captions of the same CLIP with a word and settings, such as a guidance."""
         self._make_room_for_text()
-        return [self._text(captions, caption, word) for caption in range(len(captions))]
+        return [self._text(captions, caption, word, settings) for caption in range(len(captions))]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -181,17 +178,17 @@ class WordLosses:
 
     def _encoded(self, words: Tensor, caption: int) -> list[list]:
         self._make_room_for_text()
-        return [self._text(self._captions, caption, word) for word in words]
+        return [self._text(self._captions, caption, word, self._settings) for word in words]
 
     def _make_room_for_text(self) -> None:
-        if self._lost:
+        if self._lost or (self._together and not (_is_loaded(self._clip.patcher) and _is_loaded(self._patcher))):
             self._hold()
         if not self._together:
             _make_room(self._clip.patcher)
 
-    def _text(self, captions: WordCaptions, caption: int, word: Tensor) -> list:
+    def _text(self, captions: WordCaptions, caption: int, word: Tensor, settings: Mapping[str, Any]) -> list:
         tokens = captions.tokens(caption, self._layout.split(word))
-        encoded: list = self._clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": self._guidance})
+        encoded: list = self._clip.encode_from_tokens_scheduled(tokens, add_dict=dict(settings))
         return encoded
 
     def _prepared(self, conditioning: Sequence[Any], noisy: Tensor, clean: Tensor) -> list[dict[str, Any]]:
@@ -206,6 +203,11 @@ def _make_room(patcher: Any) -> None:
     """Unload the other model, with the buffers through which its weights were streamed."""
     evict_others(patcher)
     drop_cast_buffers()
+
+
+def _is_loaded(patcher: Any) -> bool:
+    """Return whether the host has this MODEL or CLIP loaded, with its own patches: not another clone of it."""
+    return any(loaded.model is patcher for loaded in comfy.model_management.current_loaded_models)
 
 
 def as_called(patcher: Any) -> Any:

@@ -28,11 +28,12 @@ class WordSampler:
     Args:
         losses: Of the run; its model and text encoders are used.
         prompts: The prompts, with the word in each.
-        request: Size, sampler and schedule. Its own prompts are not used, because the word is not in them.
+        request: Size, sampler and schedule. Of its own prompts only the guidance of the first is used, because the word is
+            not in them; without one the model's default is.
         texts: The prompts encoded with the word at the start, each ``[[tensor, settings]]``; they name the samples.
 
     Attributes:
-        request: The request, with these texts.
+        request: The request, with these texts and that guidance.
 
     Raises:
         InvalidInputError: If there are too many prompts, or the model's latents cannot have that size.
@@ -47,7 +48,9 @@ class WordSampler:
                 f"width and height must be multiples of {losses.cell} px for this model, got {request.width} and "
                 f"{request.height}."
             )
-        self.request = replace(request, positive=list(texts))
+        self._settings = _guidance(request)
+        positive = [[[text, {**settings, **self._settings}]] for [[text, settings]] in texts]
+        self.request = replace(request, positive=positive)
 
     @torch.no_grad()
     def pictures(self, word: Tensor, *, on_step: Callable[[int, int], None]) -> list[Tensor]:
@@ -57,7 +60,7 @@ class WordSampler:
             word: The word, shape (numbers,).
             on_step: Called after every sampler step with (done, total); may raise to interrupt.
         """
-        prompts, steps = self._losses.prompts(self._prompts, word), self.request.steps
+        prompts, steps = self._losses.prompts(self._prompts, word, self._settings), self.request.steps
 
         def made(before: int, done: int) -> None:
             on_step(before + done, len(prompts) * steps)
@@ -78,3 +81,9 @@ class WordSampler:
             callback=lambda step, *_: on_step(step + 1),
         )  # fmt: skip
         return decoded(request.vae, latent)
+
+
+def _guidance(request: SampleRequest) -> dict[str, Any]:
+    """Return the guidance of a request's first prompt by its name in a CONDITIONING, or nothing."""
+    [[_, settings]] = request.positive[0]
+    return {"guidance": settings["guidance"]} if "guidance" in settings else {}

@@ -251,6 +251,25 @@ def test_whole_prompts_are_held_out():
         Examples(torch.zeros(3, 1, 4, 4), [0, 0, 0], lambda u: u, 0)
 
 
+@pytest.mark.parametrize(
+    ("captions", "measured"),
+    [
+        ([k // 2 for k in range(64)], [0, 8, 16, 24]),
+        ([k // 3 for k in range(33)], [0, 8, 0, 8]),
+        (range(40), [0, 8, 16, 24]),
+        ([0, 0, 0, 1, 1], [0, 0, 0]),
+    ],
+)
+def test_as_many_held_out_prompts_as_possible_are_measured(captions, measured):
+    latents = torch.randn(len(captions), 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    found = Examples(latents, captions, lambda u: u, 3, levels=(1e-9,))
+    batches = found.held_out_batches(module.HELD_OUT_LATENTS)
+    assert [caption for batch in batches for caption in batch.captions] == measured
+    chosen = [int((latents - batch.noisy).abs().amax((1, 2, 3)).argmin()) for batch in batches]
+    assert len(set(chosen)) == len(batches)
+    assert [captions[index] for index in chosen] == measured
+
+
 def test_errors_are_measured_within_a_range_of_noise_levels():
     own = examples()
     found = Examples(own._latents, own._captions, lambda u: u, 3, levels=levels_within(0.6, 0.8))
@@ -269,9 +288,45 @@ def test_the_error_is_relative_to_the_velocity():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_applied(monkeypatch):
-    monkeypatch.setattr(Tiny, "teacher", lambda self, noisy, sigmas, captions: noisy * torch.nan)
+    student = Tiny.student
+
+    def overflowing(self, noisy, sigmas, captions):
+        return student(self, noisy, sigmas, captions) * (torch.nan if torch.is_grad_enabled() else 1.0)
+
+    monkeypatch.setattr(Tiny, "student", overflowing)
     with pytest.raises(TrainingError, match="The loss is not finite in step 1"):
         run()
+
+
+@pytest.mark.parametrize("what", ["teacher", "untrained", "student"])
+def test_a_held_out_error_that_is_not_finite_ends_the_run_in_a_sentence(monkeypatch, what):
+    held_out = {index // 2 for index in examples().held_out}
+    call = getattr(Tiny, what)
+
+    def overflowing(self, noisy, sigmas, captions):
+        return call(self, noisy, sigmas, captions) * (torch.inf if held_out & set(captions) else 1.0)
+
+    monkeypatch.setattr(Tiny, what, overflowing)
+    with pytest.raises(TrainingError, match="The held-out error is not finite after step 0. Load the model in bf16"):
+        run()
+
+
+def test_a_held_out_error_that_is_not_finite_is_in_no_saved_state(monkeypatch, tmp_path):
+    whole, expected = run()
+    student = Tiny.student
+
+    def overflowing(self, noisy, sigmas, captions):
+        answer = student(self, noisy, sigmas, captions)
+        return answer if torch.is_grad_enabled() or not self.bias else answer * torch.inf
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tiny, "student", overflowing)
+        for _ in range(2):
+            with pytest.raises(TrainingError, match="The held-out error is not finite after step 4"):
+                run(tmp_path)
+    found, result = run(tmp_path)
+    assert (result.resumed_at, result.measured) == (4, expected.measured)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_what_gets_no_gradient_ends_the_run_before_the_first_step():

@@ -15,14 +15,25 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def small(comfyui: Path) -> ModuleType:
-    """The builder of small CLIPs; its folder is not a package."""
-    path = Path(__file__).resolve().parents[2] / "hosts" / "small_clips.py"
-    spec = importlib.util.spec_from_file_location("blockskip_small_clips", path)
+def _from_hosts(name: str) -> ModuleType:
+    """A helper of the tests of hosts; their folder is not a package."""
+    path = Path(__file__).resolve().parents[2] / "hosts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"blockskip_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def small(comfyui: Path) -> ModuleType:
+    """The builder of small CLIPs."""
+    return _from_hosts("small_clips")
+
+
+@pytest.fixture
+def encoder(comfyui: Path) -> Any:
+    """A small vision encoder, to compare samples with."""
+    return _from_hosts("vision_encoders").QuadrantEncoder()
 
 
 @pytest.fixture(scope="session")

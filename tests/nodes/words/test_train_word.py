@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -124,6 +125,48 @@ def test_the_perturbation_is_checked_and_the_report_says_so(words):
     assert "(144 forward passes)" in report
 
 
+@pytest.fixture
+def picks(nodes, monkeypatch):
+    """Perturbations that the check picks, as another GPU or a restart may: one for each measurement."""
+    import sys
+
+    module = sys.modules[nodes.words.__name__ + ".prepare"]
+    measure, left = module.measure_signal, [0.4, 0.1]
+
+    def picked(*args):
+        return dataclasses.replace(measure(*args), perturbation=left.pop(0))
+
+    monkeypatch.setattr(module, "measure_signal", picked)
+    return left
+
+
+def test_a_run_that_resumes_keeps_the_perturbation_that_it_began_with(words, nodes, monkeypatch, picks):
+    words.train(perturbation=0.4, resume=False)
+    for path in words.folders.output.glob("blockskip/runs/*/*"):
+        path.unlink()
+    with cancelled_after(nodes, monkeypatch, 2):
+        words.train(check_perturbation=True)
+    report = words.train(check_perturbation=True)[4]
+    assert picks == [0.1], "measured once"
+    assert "2 of them by an earlier run" in report
+    assert "Perturbation 0.4, step size 0.4; checked by the earlier run." in report
+    assert_same(saved(words, 3), saved(words, 1))
+    with safe_open(words.folder / "my_dog_00003.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["blockskip_word"])["perturbation"] == 0.4
+    report = words.train(check_perturbation=True, resume=False)[4]
+    assert picks == []
+    assert "Perturbation 0.1, step size 0.4; slopes agree" in report
+
+
+def test_states_that_name_a_measured_perturbation_as_that_asked_for_are_not_used(words, nodes, monkeypatch, picks):
+    """Earlier versions did: their key is that of a run without the check."""
+    with cancelled_after(nodes, monkeypatch, 2):
+        words.train(perturbation=0.4, check_perturbation=False)
+    report = words.train(perturbation=0.4, check_perturbation=True)[4]
+    assert "0 of them by an earlier run" in report
+    assert picks == [0.1]
+
+
 def test_the_paper_is_one_choice(words):
     report = words.train(estimator="paper", directions=9, noise_from=0.1)[4]
     assert "4 steps with 3 forward passes each" in report
@@ -183,6 +226,31 @@ def test_samples_while_training_show_the_word_and_change_nothing(words, sampling
     assert words.model.model.current_patcher is None
 
 
+def test_a_likeness_for_which_the_host_unloads_the_models_changes_nothing(
+    words, sampling, encoder, pictures, monkeypatch
+):
+    """On a card that is short of memory the text encoders went, and with them the LoRA that the user has put on them."""
+    import comfy.model_management
+
+    def encode_image(image):
+        comfy.model_management.free_memory(1e30, encoder.patcher.load_device)
+        unloaded.append(not comfy.model_management.current_loaded_models)
+        return encode(image)
+
+    encode, unloaded, clip = encoder.encode_image, [], words.clip.clone()
+    monkeypatch.setattr(encoder, "encode_image", encode_image)
+    weights = {name: x for name, x in clip.patcher.model_state_dict().items() if name.endswith("mlp.fc1.weight")}
+    assert clip.patcher.add_patches({name: (0.5 * torch.ones_like(x),) for name, x in weights.items()}, 1.0)
+    common = {"steps": 5, "clip": clip, "resume": False}
+    plain = words.train(**common)
+    trained = words.train(**common, samples=sampling(clip_vision=encoder, reference_images=pictures))
+    assert any(unloaded)
+    assert all(shown["likeness"] is not None for shown in trained.ui["blockskip_chart"][0]["samples"])
+    assert trained[2] == plain[2]
+    assert_same(saved(words, 1), saved(words, 2))
+    assert words.train(**{**common, "clip": words.clip})[2] != plain[2], "the LoRA matters"
+
+
 def test_a_cache_on_the_model_is_left_out_of_learning_and_of_its_samples(words, sampling):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
@@ -196,24 +264,36 @@ def test_a_cache_on_the_model_is_left_out_of_learning_and_of_its_samples(words, 
     assert cached.wrappers
 
 
-@pytest.mark.parametrize(("family", "cfg"), [("FLUX.1", 1.0), ("SD1.5", 4.0)])
+@pytest.mark.parametrize(
+    ("family", "cfg", "guidance"),
+    [
+        ("FLUX.1", 1.0, {}),
+        ("FLUX.1", 1.0, {"guidance": 3.5}),
+        ("FLUX.1", 1.0, {"guidance": 9.0}),
+        ("SD1.5", 4.0, {}),
+    ],
+)
 def test_the_last_sample_is_the_picture_that_a_prompt_with_the_file_gives(
-    words, sampling, small, vae, monkeypatch, family, cfg
+    words, sampling, small, tiny, vae, monkeypatch, family, cfg, guidance
 ):
-    """Encoded, sampled and decoded by ComfyUI's own functions; a U-Net with guidance away from another prompt too."""
+    """Encoded, sampled and decoded by ComfyUI's own functions; a U-Net with guidance away from another prompt too.
+
+    The guidance of FLUX.1-dev is that of Flux Guidance before the sampling node, or ComfyUI's default, not the training's.
+    """
     import comfy.sample
 
     latents, decode = [], vae.decode
     monkeypatch.setattr(vae, "decode", lambda latent: latents.append(latent) or decode(latent))
-    model = words.model if family == "FLUX.1" else small.small_unet()
+    model = tiny.tiny_flux(guidance=True) if family == "FLUX.1" else small.small_unet()
     clip = small.small_clip(family, str(words.folder))
     with torch.inference_mode():
         negative = clip.encode_from_tokens_scheduled(clip.tokenize("a cloud"))
-    request = sampling(cfg=cfg, negative=negative)
-    trained = words.train(model=model, clip=clip, samples=request, sample_prompts="a {word} in the sea")
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize("a plain prompt"), add_dict=guidance)
+    request = sampling(cfg=cfg, positive=positive, negative=negative)
+    trained = words.train(model=model, clip=clip, samples=request, sample_prompts="a {word} in the sea", guidance=1.0)
     tokens = clip.tokenize("a embedding:my_dog_00001 in the sea")
     with torch.inference_mode():
-        prompt = clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": 1.0})
+        prompt = clip.encode_from_tokens_scheduled(tokens, add_dict=guidance)
         empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 4, 8))
         noise = comfy.sample.prepare_noise(empty, 1)
         latent = comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", prompt, negative, empty, seed=1)
