@@ -27,8 +27,8 @@ from ..blockskip_core.hosts.inputs.frames import latent_shape
 from ..blockskip_core.hosts.models.adapted_dit import frames_of_clip
 from ..blockskip_core.hosts.models.counted_run import UncountableError, counting
 from ..blockskip_core.hosts.models.hosted_dit import HostedDit
+from ..blockskip_core.hosts.models.more_trained import room_for_more
 from ..blockskip_core.hosts.models.quantised_blocks import formats_on, require_available
-from ..blockskip_core.hosts.runs.more_trained import room_for_more
 from ..blockskip_core.hosts.runs.plan_text import AsRun, Found, advice, more_trained_line, patches_line, report
 from ..blockskip_core.hosts.sampling.patch_training import counted_peak
 from ..blockskip_core.reporting.memory_bars import memory_bars

@@ -34,7 +34,7 @@ class AdaptedDit(ABC):
         adapter: The family's adapter.
         patcher: The MODEL, or an object with its model.
         frames: Number of latent frames of the longest training example; 1 for pictures.
-        known_error: 0, because weights that are used unchanged do not change the output.
+        known_error: 0, because weights that are used unchanged do not change the output; more if patches may be rounded.
 
     Raises:
         UnsupportedModelError: If no adapter supports the model.

@@ -66,6 +66,20 @@ _PICTURE_MAY_BE_EMPTY = ("HunyuanVideo15", "Kandinsky5")
 _WITH_BACKWARD = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 
 
+def _error_of_patches(patcher: Any) -> float:
+    """Return the relative difference that patches (a LoRA applied earlier) may cause, for the self-check.
+
+    A host without dynamic VRAM writes a patched weight of eight or four bits back in its format, with random rounding,
+    if it loads the layer whole, but computes with the unrounded one if it streams the layer. So what was computed with
+    few blocks loaded may differ by that rounding from a run that streams some of them.
+    """
+    if patcher.is_dynamic():
+        return 0.0
+    named = dict(patcher.model.named_parameters())
+    patched = [named[key] for key in patcher.patches if key in named and named[key].dim() > 1]
+    return ERROR_ALLOWANCE * max(map(_rounding_of, patched), default=0.0)
+
+
 def _rounding_of(weight: Tensor) -> float:
     """Return the relative error of random rounding in a weight's format: that of normally distributed numbers, measured.
 
@@ -94,6 +108,7 @@ class HostedDit(AdaptedDit):
 
     def __init__(self, patcher: Any, captions: Sequence[list] = (), latent_shape: Sequence[int] = ()) -> None:
         super().__init__(for_training(patcher))
+        self.known_error = _error_of_patches(self.patcher)  # now, while the modules are the model's own
         _require_plain_access(self.blocks, self.patcher.model.diffusion_model)
         self.adapter.require_texts(captions)
         require_references(self.adapter, self.patcher.model, captions)
@@ -150,20 +165,6 @@ class HostedDit(AdaptedDit):
                 f"{self.adapter.title} models take a picture or a mask besides the text, which training does not "
                 "support. Load a model that makes pictures from text."
             )
-
-    @cached_property
-    def known_error(self) -> float:
-        """Relative difference from the full model that patches (a LoRA applied earlier) may cause, for the self-check.
-
-        A host without dynamic VRAM writes a patched weight of eight or four bits back in its format, with random
-        rounding, if it loads the layer whole, but computes with the unrounded one if it streams the layer. So what was
-        computed with few blocks loaded may differ by that rounding from a run that streams some of them.
-        """
-        if self.patcher.is_dynamic():
-            return 0.0
-        named = dict(self.patcher.model.named_parameters())
-        patched = [named[key] for key in self.patcher.patches if key in named and named[key].dim() > 1]
-        return ERROR_ALLOWANCE * max(map(_rounding_of, patched), default=0.0)
 
     @property
     def num_texts(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...accounting.memory_needs import MemoryNeeds
 from ...accounting.plan import MARGIN, PHASES, Change, MemorySettings, fits, peak_of, phase_peaks
 from ...units import format_bytes
-from .more_trained import MoreTrained
+from ..models.more_trained import MoreTrained
 
 Found = tuple[list[Change], MemoryNeeds] | None  # result of changes_that_fit
 AsRun = tuple[MemorySettings, MemoryNeeds] | None  # the settings handed on, and what the run needs with them

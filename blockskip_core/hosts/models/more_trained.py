@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ...accounting.memory_needs import MemoryNeeds
 from ...accounting.plan import MemorySettings, fits, peak_of
 from ...selection.skip_and_freeze import skip_and_freeze
-from ..models.counted_run import CountedRun
+from .counted_run import CountedRun
 
 RATIO = 0.25
 
