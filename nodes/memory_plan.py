@@ -242,10 +242,10 @@ class Plan:
     @cached_property
     def hint(self) -> str:
         """A sentence about a choice of blocks that trains more of them, if that fits too."""
-        if not (self.fits or self.found):
+        if not (self.fits or self.found) or self._request.back_residual != "exact":
             return ""
-        settings = self._changed
-        more = room_for_more(self.run, settings, self.count(settings), self._available)
+        settings, formats = self._changed, formats_on(self.run.dit.device)
+        more = room_for_more(self.run, settings, self.count(settings), self._available, formats)
         return more_trained_line(more) if more else ""
 
     @property

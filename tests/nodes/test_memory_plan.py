@@ -88,24 +88,33 @@ def test_what_the_optimiser_and_an_average_keep_of_the_lora_is_counted(bench, pl
     assert shown["precomputing"] == before["precomputing"]
 
 
-def test_room_to_train_more_blocks_is_told_with_what_it_takes(bench, nodes, plan):
-    half, quarter = (bench.select(method="skip and freeze", skip_ratio=ratio)[0] for ratio in (0.5, 0.25))
-    few, more = (planned_run(bench, nodes, blocks, back_residual="exact") for blocks in (half, quarter))
-    peak, work = (
-        lambda one: one.needs.training.peak, lambda one: one.needs.training.operations
-    )  # fmt: skip
-    hint = few.hint
-    assert "`skip_ratio` 0.25 on Select Blocks" in hint
-    assert f"takes {format_bytes(peak(more))} and {work(more) / work(few):.2g} times the operations" in hint
-    result = plan(selection=half, back_residual="exact")
+def test_room_to_train_more_blocks_is_told_with_what_it_takes(bench, nodes, plan, tiny):
+    model = tiny.tiny_flux(depth=2, depth_single=10)
+    exact = {"back_residual": "exact", "quantize_frozen": "off"}
+
+    def planned(selection, **changes):
+        request = nodes.memory_plan.PlanRequest(**{**PLAN, **exact, **changes})
+        return nodes.memory_plan.Plan(model, [bench.prompt], selection, request, lambda *_: None)
+
+    half = bench.select(model=model, method="skip and freeze", skip_ratio=0.5)[0]
+    more = bench.select(model=model, method="manual", front=1, back=3)[0]
+    few, many = planned(half).needs.training, planned(more).needs.training
+    result = plan(model=model, selection=half, **exact)
+    hint = result.ui["blockskip_plan"][0]["hint"]
+    assert "`method` manual with `front` 1 and `back` 3 on Select Blocks takes" in hint
+    takes = f"takes {format_bytes(many.peak)} and {many.operations / few.operations:.2g} times the operations"
+    assert takes in hint
     assert hint in result.args[0].splitlines()
-    assert result.ui["blockskip_plan"][0]["hint"] == hint
-    for enough in (True, False):
-        card = (1.06 if enough else 1.04) * peak(more) / GIB
-        assert bool(planned_run(bench, nodes, half, back_residual="exact", card_memory=card).hint) is enough
-    assert not more.hint, "it trains more already"
-    assert not planned_run(bench, nodes, bench.select()[0]).hint, "chosen by hand"
-    assert not planned_run(bench, nodes, half, back_residual="exact", card_memory=1e-6).hint, "nothing fits"
+    packed = planned(more, quantize_kept="4-bit", quantize_frozen="4-bit").needs.training
+    assert 1.1 * packed.peak < many.peak
+    for peak, words in ((many.peak, "Select Blocks takes"), (packed.peak, "`quantize_frozen` 4-bit takes")):
+        assert words in planned(half, card_memory=1.06 * peak / GIB).hint
+        assert words not in planned(half, card_memory=1.04 * peak / GIB).hint
+    assert not planned(more).hint, "chosen by hand"
+    assert not planned(half, back_residual="constant").hint, "its last blocks would be skipped"
+    assert not planned(half, card_memory=1e-6).hint, "nothing fits"
+    quarter = bench.select(model=model, method="skip and freeze", skip_ratio=0.25)[0]
+    assert not planned(quarter).hint, "it trains as many"
 
 
 def planned_lora_bytes(bench):
