@@ -519,7 +519,7 @@ CARD_6 = card(
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), 256 px. The first 15 of the 57 blocks are skipped, which
 is exact; the last 29 run without adapters; the 13 between them are trained, at twice the usual rate. All of them are in 4-bit (`quantize_kept` of **Memory
 Plan**, `quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room for them as loaded. What that changes is computed
-once per example and undone in every step (`correct_4bit`). On our small model this learns 0.94 of what a LoRA on all blocks learns, and half of the blocks skipped as in
+once per example and undone in every step (`correct_4bit`). On our small model this learns 0.95 of what a LoRA on all blocks learns, and half of the blocks skipped as in
 the paper, in eight bits, 0.51.""",
 )
 CARD_8 = card(
@@ -533,7 +533,7 @@ CARD_8 = card(
     summary="fp8, 14 blocks skipped, 29 frozen in 4-bit",
     why="""The model in fp8 (one file, 17 GB, with text encoders and VAE, which takes as much RAM), 256 px. The first 14 of the 57 blocks are skipped, which
 is exact; the last 29 run without adapters, in 4-bit (`quantize_frozen` of **Dynamic Patch Trainer**), as the card has no room
-for them as loaded. What that changes is computed once per example and undone in every step (`correct_4bit`): on our small model this learns 0.94 of what a LoRA on all blocks
+for them as loaded. What that changes is computed once per example and undone in every step (`correct_4bit`): on our small model this learns 0.95 of what a LoRA on all blocks
 learns. The 14 between them are trained, at twice the usual rate.""",
 )
 CARD_12 = card(
