@@ -28,8 +28,8 @@ CAPTION_DROPOUT = 0.1
 SAID_SHARE = 0.9  # how often captions include the size, and how often the place
 MAX_OBJECT_WEIGHT = 8.0
 SHOWN = {
-    "star": 4.0,
-    "heart": 2.5,
+    "star": 6.0,
+    "heart": 3.0,
     "ring": 1.5,
     "square": 1.5,
 }  # how much more often than others, because these are hard to learn
@@ -57,18 +57,18 @@ class Bucket:
     @property
     def shift(self) -> float:
         """How far noise levels are shifted towards noise; larger pictures need a larger shift."""
-        return 1.5 * (self.size[0] * self.size[1] / 128**2) ** 0.3
+        return 1.8 * (self.size[0] * self.size[1] / 128**2) ** 0.3
 
 
 BUCKETS = (
-    Bucket((128, 128), 32, 0.26, 1500, 8),
-    Bucket((192, 128), 21, 0.07, 750, 8),
-    Bucket((128, 192), 21, 0.07, 750, 8),
-    Bucket((192, 192), 14, 0.14, 1000, 8),
-    Bucket((256, 192), 11, 0.07, 500, 8),
-    Bucket((192, 256), 11, 0.07, 500, 8),
-    Bucket((256, 256), 8, 0.2, 800, 8),
-    Bucket((320, 320), 5, 0.12, 400, 8),
+    Bucket((128, 128), 32, 0.16, 1500, 8),
+    Bucket((192, 128), 21, 0.05, 750, 8),
+    Bucket((128, 192), 21, 0.05, 750, 8),
+    Bucket((192, 192), 14, 0.12, 1000, 8),
+    Bucket((256, 192), 11, 0.11, 500, 8),
+    Bucket((192, 256), 11, 0.12, 500, 8),
+    Bucket((256, 256), 8, 0.19, 800, 8),
+    Bucket((320, 320), 5, 0.2, 400, 8),
 )
 LARGE = Bucket((512, 512), 2, 1.0, 500, 12, plain=True)  # for a model of large pictures alone
 
