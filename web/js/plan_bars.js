@@ -84,7 +84,7 @@ function draw(box, plan, isConnected) {
   const run = plan.asRun ?? plan.asSet;
   const phases = run.phases.map(([phase, peak]) => [phase, peak, plan.skipped.includes(phase)]);
   const longest = 1.04 * Math.max(1, plan.available, plan.asSet.peak, ...phases.map(([, peak, skipped]) => (skipped ? 0 : peak)));
-  const lines = phases.length > 3 ? 4.1 : 5.4; // a fourth phase takes a line of the sentence, which can be scrolled
+  const lines = phases.length > 3 ? 3.1 : 4.6; // a fourth phase takes a line of the sentence, which can be scrolled
   const told = element(`font-weight:600;flex:none;max-height:${lines}em;overflow:auto`, sentence(plan, isConnected));
   told.className = "blockskip-verdict";
   return box.replaceChildren(
