@@ -58,7 +58,7 @@ function look() {
 }
 
 function check(seen, before) {
-  const said = /^Needs [\d.]+ [MG]iB as set, you have [\d.]+ [MG]iB\. This run uses .+: [\d.]+ [MG]iB, fits\.( There is room .+)?$/;
+  const said = /^Needs [\d.]+ [MG]iB as set, you have [\d.]+ [MG]iB\. This run uses .+: [\d.]+ [MG]iB, fits\.( Room to train .+)?$/;
   if (!said.test(seen.verdict)) problems.push(`the node says ${seen.verdict}`);
   if (seen.bars.length < 4) problems.push(`the bars are ${JSON.stringify(seen.bars)}`);
   if (!seen.margins.length || Math.min(...seen.margins) <= 0) problems.push(`the margin is ${JSON.stringify(seen.margins)} px wide`);

@@ -101,13 +101,13 @@ def test_room_to_train_more_blocks_is_told_with_what_it_takes(bench, nodes, plan
     few, many = planned(half).needs.training, planned(more).needs.training
     result = plan(model=model, selection=half, **exact)
     hint = result.ui["blockskip_plan"][0]["hint"]
-    assert "`method` manual with `front` 1 and `back` 3 on Select Blocks takes" in hint
-    takes = f"takes {format_bytes(many.peak)} and {many.operations / few.operations:.2g} times the operations"
+    assert "`method` manual, `front` 1, `back` 3 takes" in hint
+    takes = f"takes {format_bytes(many.peak)} and {many.operations / few.operations:.2g} times the work"
     assert takes in hint
     assert hint in result.args[0].splitlines()
     packed = planned(more, quantize_kept="4-bit", quantize_frozen="4-bit").needs.training
     assert 1.1 * packed.peak < many.peak
-    for peak, words in ((many.peak, "Select Blocks takes"), (packed.peak, "`quantize_frozen` 4-bit takes")):
+    for peak, words in ((many.peak, "`back` 3 takes"), (packed.peak, "`quantize_frozen` 4-bit takes")):
         assert words in planned(half, card_memory=1.06 * peak / GIB).hint
         assert words not in planned(half, card_memory=1.04 * peak / GIB).hint
     assert not planned(more).hint, "chosen by hand"

@@ -71,11 +71,11 @@ def patches_line(sizes: str, peak: int, available: int) -> str:
 
 def more_trained_line(more: MoreTrained) -> str:
     """Return a choice that trains more blocks, and learns more, as a sentence or two."""
-    formats = ", with `quantize_kept` and `quantize_frozen` 4-bit" if more.in_4_bit else ""
+    formats = ", `quantize_kept` and `quantize_frozen` 4-bit" if more.in_4_bit else ""
     return (
-        f"There is room to train more blocks: `method` manual with `front` {more.skipped} and `back` {more.frozen} on Select "
-        f"Blocks{formats} takes {format_bytes(more.peak)} and {more.work:.2g} times the operations of a step. On our small model it "
-        "learned more, at the usual learning rate, 1e-4."
+        f"Room to train more blocks: `method` manual, `front` {more.skipped}, `back` {more.frozen}{formats} takes "
+        f"{format_bytes(more.peak)} and {more.work:.2g} times the work of a step. On our small model it learned more, at "
+        "`learning_rate` 1e-4."
     )
 
 
