@@ -261,7 +261,7 @@ def with_spare_used(
     everything = possible(checkpointing=False, activation_budget=0.0)
     if everything:
         return everything
-    spare = available / (1.0 + MARGIN) - peak_of(settings, count(settings))
+    spare = largest_that_fits(available) - peak_of(settings, count(settings))
     budget = settings.config.activation_budget + spare // _PORTION * _PORTION
     while budget > settings.config.activation_budget:
         larger = possible(activation_budget=budget)

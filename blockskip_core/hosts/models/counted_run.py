@@ -134,9 +134,10 @@ class CountedRun:
         shrunk = self._shrunk(settings)
         unpacked = bytes_to_unpack(max((math.prod(shape) for _, shape in shrunk), default=0), self.dit.dtype)
         training = replace(needs.training, peak=needs.training.peak + unpacked)
+        packed = _packed_bytes(shrunk)
         if self._stays_on_device:
-            return replace(needs, training=training.with_weights(self.trained_weights(settings)))
-        return replace(needs, training=training, host=needs.host + _packed_bytes(shrunk))
+            return replace(needs, training=training.with_weights(training.weights + packed))
+        return replace(needs, training=training, host=needs.host + packed)
 
     def _shrunk(self, settings: MemorySettings) -> list[tuple[str, tuple[int, int]]]:
         """Return the format and the shape of every layer that is quantised for the run."""
