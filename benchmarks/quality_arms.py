@@ -62,7 +62,7 @@ BASELINE = "LoRA, all blocks, full size"
 HALF = {"choice": "measured", "ratio": 0.5}
 DEEP = "beyond the paper, 50 % skipped, patches"
 WHERE = "other places, 50 % skipped, patches"
-CARDS = "whole pictures: first blocks skipped, last blocks frozen (the templates: 3 and 6; for 8 GB in 4-bit)"
+CARDS = "whole pictures: first blocks skipped, last blocks frozen"
 SPANS = ((3, 6), (3, 7), (3, 4), (4, 4), (2, 3), (1, 3), (1, 2))
 """Numbers of first blocks that are skipped and of last blocks that are frozen, of the world's 12."""
 
